@@ -1,0 +1,1 @@
+"""Data about models: tiny test configurations and the few per-family quirks."""

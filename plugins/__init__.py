@@ -1,0 +1,1 @@
+"""Kernels and plugins: the grouped-attention op where it runs."""
