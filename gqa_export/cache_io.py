@@ -1,0 +1,79 @@
+"""Names, order and axes of a bundle's graph inputs and outputs. The one place that spells them.
+
+`ort`, `onnx`, `portable` take `input_ids` [batch, sequence] and `attention_mask` [batch, past + sequence] (1 is a
+real token); `trt-*` take `input_ids`, `past_lengths` and `new_lengths`. Then the cache, layer by layer, key before
+value. K, D and E are literal in every shape, the other axes are named. Cache layout is BNSH: [B, K, T, D].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .spec import ModelSpec
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+PAST_LENGTHS = "past_lengths"
+NEW_LENGTHS = "new_lengths"
+LOGITS = "logits"
+
+BATCH = "batch"
+SEQUENCE = "sequence"
+PAST = "past_sequence"
+TOTAL = "total_sequence"
+CAPACITY = "capacity"
+
+
+@dataclass(frozen=True)
+class TensorFact:
+    """A graph input or output: numpy-style dtype name and shape; a string in the shape is a named axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+def past_names(layer: int) -> tuple[str, str]:
+    """Names of a layer's cache inputs: key, value."""
+    return f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"
+
+
+def present_names(layer: int) -> tuple[str, str]:
+    """Names of a layer's cache outputs: key, value."""
+    return f"present.{layer}.key", f"present.{layer}.value"
+
+
+def cache_inputs(spec: ModelSpec, dtype: str, cache: str) -> tuple[TensorFact, ...]:
+    """Cache inputs of all layers, in graph order. `cache`: "growing" or "static"."""
+    axis = PAST if cache == "growing" else CAPACITY
+    return _cache_facts(spec, dtype, axis, past_names)
+
+
+def cache_outputs(spec: ModelSpec, dtype: str, cache: str) -> tuple[TensorFact, ...]:
+    """Cache outputs of all layers, in graph order. `cache`: "growing" or "static"."""
+    axis = TOTAL if cache == "growing" else CAPACITY
+    return _cache_facts(spec, dtype, axis, present_names)
+
+
+def _cache_facts(spec: ModelSpec, dtype: str, axis: str, names) -> tuple[TensorFact, ...]:
+    facts = []
+    for layer in spec.layers:
+        key, value = names(layer.layer)
+        facts.append(TensorFact(key, dtype, (BATCH, layer.kv_num_heads, axis, layer.head_size)))
+        facts.append(TensorFact(value, dtype, (BATCH, layer.kv_num_heads, axis, layer.value_head_size)))
+    return tuple(facts)
+
+
+def graph_inputs(spec: ModelSpec, dtype: str, cache: str) -> tuple[TensorFact, ...]:
+    """All inputs of an `ort`, `onnx` or `portable` graph, in order."""
+    return (
+        TensorFact(INPUT_IDS, "int64", (BATCH, SEQUENCE)),
+        TensorFact(ATTENTION_MASK, "int64", (BATCH, TOTAL)),
+        *cache_inputs(spec, dtype, cache),
+    )
+
+
+def graph_outputs(spec: ModelSpec, dtype: str, cache: str, logits: str) -> tuple[TensorFact, ...]:
+    """All outputs, in order. `logits`: "all" gives [batch, sequence, vocabulary], "last" [batch, 1, vocabulary]."""
+    rows: int | str = SEQUENCE if logits == "all" else 1
+    return (TensorFact(LOGITS, dtype, (BATCH, rows, spec.vocabulary)), *cache_outputs(spec, dtype, cache))
