@@ -1,0 +1,111 @@
+"""The two functions registered with `transformers`: attention and mask. No model is known here by name.
+
+`attention` receives every layer's query, key and value, already rotated, with that layer's scale, softcap and sinks
+as call arguments; it hands them to the `Recorder` in charge. `mask` builds no mask: it returns a tagged 1x1x1x1
+tensor that carries the mask function it was called with, for `probe` to evaluate. Source: transformers
+`AttentionInterface` and `AttentionMaskInterface`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ..errors import GqaExportError
+
+NAME = "gqa_export"
+
+# Arguments that reach attention but say nothing about its result once mask, scale, softcap and sinks are known.
+# `sliding_window`, `is_causal`: eager attention, the truth, looks at the mask alone, and so does the probe.
+WITHOUT_EFFECT = frozenset({
+    "dropout", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions",
+    "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "past_key_values", "layer_idx",
+    "num_items_in_batch", "position_embeddings", "deterministic", "training",
+})
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call as a layer made it. query [B, H, S, D], key [B, K, S, D], value [B, K, S, E]."""
+
+    module: torch.nn.Module
+    layer: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float
+    softcap: float
+    sinks: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class MaskTag:
+    """What a mask was asked to be: transformers' mask function and whether it needs vmap."""
+
+    function: Callable[..., Any]
+    use_vmap: bool
+    padding: torch.Tensor | None
+
+
+class Recorder(Protocol):
+    """Somebody who answers attention calls."""
+
+    def attend(self, call: Call) -> torch.Tensor:
+        """Return the attention output [B, S, H, E]."""
+
+
+_recorders: list[Recorder] = []
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Let `recorder` answer the attention calls made inside the block."""
+    _recorders.append(recorder)
+    try:
+        yield
+    finally:
+        _recorders.pop()
+
+
+def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+              attention_mask: torch.Tensor | None, scaling: float | None = None, softcap: float | None = None,
+              s_aux: torch.Tensor | None = None, **others: Any) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature. An argument that is not understood is a refusal, never ignored."""
+    layer = getattr(module, "layer_idx", None)
+    for name, value_given in others.items():
+        if name in WITHOUT_EFFECT or value_given is None or value_given is False:
+            continue
+        raise GqaExportError(f"attention is called with `{name}`, which grouped-query attention cannot represent",
+                             f"layer {layer}, {type(module).__name__}",
+                             "this model's attention needs more than a cache, a window, a softcap and sinks; "
+                             "it is not supported")
+    if layer is None:
+        raise GqaExportError("an attention module has no layer index, so its cache cannot be found",
+                             type(module).__name__, "this model is not a decoder of the kind gqa-export knows")
+    scale = float(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
+    call = Call(module, int(layer), query, key, value, attention_mask, scale, float(softcap or 0.0), s_aux)
+    return _recorders[-1].attend(call), None
+
+
+def mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: Any = 0,
+         mask_function: Callable[..., Any] | None = None, attention_mask: torch.Tensor | None = None,
+         use_vmap: bool = False, device: Any = None, **_: Any) -> torch.Tensor:
+    """transformers' mask signature: a tagged tensor of one element instead of a mask."""
+    tagged = torch.zeros(1, 1, 1, 1, device=device)
+    tagged.gqa_mask = MaskTag(mask_function, use_vmap, attention_mask)  # type: ignore[attr-defined, arg-type]
+    return tagged
+
+
+def register() -> str:
+    """Register both functions with transformers (idempotent) and return the implementation's name."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+    return NAME

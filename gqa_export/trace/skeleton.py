@@ -1,0 +1,32 @@
+"""The model without its weights: on the meta device for probing, with untouched memory for tracing.
+
+A trace reads no weight, so none is loaded: parameters are allocated and never written (their pages are never
+mapped), buffers such as rotary frequencies are computed by the model's own constructor.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+
+def build(config: Any, dtype: torch.dtype, *, device: str = "cpu", attention: str = "eager") -> torch.nn.Module:
+    """The causal LM of a transformers config, uninitialised, in eval mode."""
+    import transformers.initialization as initialization
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    kwargs: dict[str, Any] = {"attn_implementation": attention, "dtype": dtype}
+    with initialization.no_init_weights(), torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, **kwargs)
+    model.tie_weights()
+    if has_experts(model):
+        model.set_experts_implementation("batched_mm")
+    return model.eval()
+
+
+def has_experts(model: torch.nn.Module) -> bool:
+    """Whether transformers' experts interface is in use (its default implementation cannot be traced)."""
+    return bool(getattr(model, "_can_set_experts_implementation", lambda: False)())
