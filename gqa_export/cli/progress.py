@@ -1,0 +1,57 @@
+"""Progress of anything that takes over two seconds: a bar on standard error, nothing where that is no terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+
+class Bar(Protocol):
+    """A running task."""
+
+    def report(self, text: str, done: float | None = None, total: float | None = None) -> None:
+        """Say what is being done and, where it is known, how much of it (in any unit)."""
+
+    def advance(self, amount: float = 1) -> None:
+        """That much more is done."""
+
+
+class SilentBar:
+    """What a pipe or a log file gets: nothing."""
+
+    def report(self, text: str, done: float | None = None, total: float | None = None) -> None:
+        """Say nothing."""
+
+    def advance(self, amount: float = 1) -> None:
+        """Say nothing."""
+
+
+class RichBar:
+    """One line that is rewritten in place."""
+
+    def __init__(self, bars: Any, task: Any) -> None:
+        self._bars, self._task = bars, task
+
+    def report(self, text: str, done: float | None = None, total: float | None = None) -> None:
+        """Change the text, and the bar where `total` is known."""
+        self._bars.update(self._task, description=text, completed=done, total=total)
+
+    def advance(self, amount: float = 1) -> None:
+        """Move the bar."""
+        self._bars.advance(self._task, amount)
+
+
+@contextmanager
+def progress(text: str, total: float | None = None) -> Iterator[Bar]:
+    """Show `text` and, if `total` is known, a bar, until the block ends; the line disappears then."""
+    if not sys.stderr.isatty():
+        yield SilentBar()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        yield RichBar(bars, bars.add_task(text, total=total))
