@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Install into .venv, then lint, type-check and run every test. Any argument goes to the last pytest run:
+#   scripts/test.sh            everything
+#   scripts/test.sh -k cli     only the tests whose name has "cli" in it
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$ROOT"
+setup_environment ort,plugins,test,dev
+
+failed=""
+step() {
+  local name="$1"
+  shift
+  say "$name"
+  "$@" || failed="$failed $name"
+}
+
+# Two threads per worker would only make two workers wait for each other.
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+step ruff "$BIN/ruff" check .
+step mypy "$BIN/mypy"
+# Kernels in a process of their own: Triton reads TRITON_INTERPRET once, when it is imported.
+step kernels env TRITON_INTERPRET=1 "$BIN/python" -m pytest tests/plugins -q -n 2
+step tests "$BIN/python" -m pytest tests --ignore=tests/plugins -q -n 2 --durations=15 "$@"
+
+if [ -n "$failed" ]; then
+  printf '\nfailed:%s\n' "$failed" >&2
+  exit 1
+fi
