@@ -1,0 +1,37 @@
+"""A fresh translation made small with onnxscript's own optimizer, without a look at any weight.
+
+Weights become graph inputs while the optimizer works: what is not a constant can neither be folded, nor merged with
+an equal one, nor read. (Left as initializers, small ones are folded into copies and all-equal ones are merged.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+
+def detach_weights(model: ir.Model, is_weight: Callable[[str], bool]) -> list[ir.Value]:
+    """Turn the initializers that are weights into graph inputs, in place; returns them."""
+    weights = [value for name, value in model.graph.initializers.items() if is_weight(name)]
+    for value in weights:
+        del model.graph.initializers[value.name]
+        value.const_value = None
+        model.graph.inputs.append(value)
+    return weights
+
+
+def simplify(model: ir.Model) -> None:
+    """Fold, rewrite and clean a model whose weights are detached, in place. No common subexpressions are merged:
+    that would move nodes of one layer into the scope of another (see `stamp`)."""
+    from onnx_ir.passes import common
+    from onnxscript import optimizer, rewriter
+
+    common.InlinePass()(model)
+    for _ in range(2):
+        optimizer.fold_constants(model, onnx_shape_inference=True)
+        rewriter.rewrite(model)
+    for clean in (common.RemoveUnusedNodesPass(), common.LiftConstantsToInitializersPass(
+            lift_all_constants=True, size_limit=0), common.RemoveUnusedOpsetsPass(), common.OutputFixPass(),
+            common.NameFixPass()):
+        clean(model)
