@@ -34,10 +34,49 @@ def write_cache(past_BKPD: torch.Tensor, new_BSKD: torch.Tensor, past_lengths_B:
     present[:, :, :past] = past_BKPD
     for b in range(batch):
         start = int(past_lengths_B[b])
-        count = min(int(new_lengths_B[b]), present.shape[2] - start)
-        if count > 0:
+        count = min(int(new_lengths_B[b]), new_BSKD.shape[1], present.shape[2] - start)
+        if start >= 0 and count > 0:
             present[b, :, start: start + count] = new_BSKD[b, :count].transpose(0, 1)
     return present
+
+
+def attend_rows(query_BSHD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTE: torch.Tensor,
+                past_lengths_B: torch.Tensor, new_lengths_B: torch.Tensor, sinks_H: torch.Tensor | None, *,
+                scale: float, softcap: float, window: int, first_step: int = 0) -> torch.Tensor:
+    """Attention of steps first_step .. first_step + S - 1 over caches that hold the new tokens: [B, S, H*E] in fp32.
+
+    fp64 if the inputs are. A row that sees nothing is zero; what lies past the valid tokens, in the cache or in the
+    query, reaches neither the output nor a gradient. Differentiable in query, key, value and sinks.
+    """
+    batch, new, heads, size = query_BSHD.shape
+    kv_heads, capacity, value_size = key_BKTD.shape[1], key_BKTD.shape[2], value_BKTE.shape[3]
+    group = heads // kv_heads
+    steps_S = first_step + torch.arange(new, device=query_BSHD.device)
+    positions_BS = past_lengths_B[:, None] + steps_S
+    row_BS = steps_S < new_lengths_B[:, None]
+    cache_T = torch.arange(capacity, device=query_BSHD.device)
+    valid_BT = cache_T < (past_lengths_B + new_lengths_B)[:, None]
+    acc = torch.float64 if query_BSHD.dtype == torch.float64 else torch.float32
+    keys = key_BKTD.to(acc).masked_fill(~valid_BT[:, None, :, None], 0)
+    values = value_BKTE.to(acc).masked_fill(~valid_BT[:, None, :, None], 0)
+    queries = query_BSHD.to(acc).masked_fill(~row_BS[..., None, None], 0).reshape(batch, new, kv_heads, group, size)
+    scores_BKGST = torch.einsum("bskgd,bktd->bkgst", queries, keys) * scale
+    if softcap:
+        scores_BKGST = softcap * torch.tanh(scores_BKGST / softcap)
+    visible_BST = (cache_T <= positions_BS[..., None]) & valid_BT[:, None]
+    if window:
+        visible_BST &= cache_T > positions_BS[..., None] - window
+    visible_BST &= row_BS[..., None]
+    scores_BKGST = scores_BKGST.masked_fill(~visible_BST[:, None, None], float("-inf"))
+    sink_KG = (torch.full((heads,), float("-inf"), dtype=acc, device=query_BSHD.device) if sinks_H is None
+               else sinks_H.to(acc)).reshape(kv_heads, group)
+    sink = sink_KG[None, :, :, None, None].expand(*scores_BKGST.shape[:4], 1)
+    top = torch.maximum(scores_BKGST.amax(-1, keepdim=True) if capacity else sink, sink).detach()
+    top = torch.where(torch.isinf(top), torch.zeros_like(top), top)
+    weights = torch.exp(scores_BKGST - top)
+    total = weights.sum(-1, keepdim=True) + torch.exp(sink - top)
+    weights = weights / torch.where(total == 0, torch.ones_like(total), total)
+    return torch.einsum("bkgst,bkte->bskge", weights, values).reshape(batch, new, heads * value_size)
 
 
 def grouped_query_attention(
@@ -51,54 +90,28 @@ def grouped_query_attention(
     """The op, functionally: (output [B, S, H*E], present_key [B, K, T, D], present_value [B, K, T, E]).
 
     Nothing is mutated. A row that sees nothing, and rows at or past new_lengths, are zero. A sequence whose
-    past_lengths + new_lengths exceeds a static capacity gives NaN rows for that sequence; what is unspecified in
-    the cache (even NaN) never reaches an output.
+    past_lengths + new_lengths exceeds a static capacity gives NaN rows for that sequence, as do lengths that cannot
+    be (past_lengths below 0, new_lengths above S); what is unspecified in the cache (even NaN) never reaches an output.
     """
     batch, new, _ = query.shape
-    size, value_size = past_key.shape[-1], past_value.shape[-1]
-    group = num_heads // kv_num_heads
-    steps_S = torch.arange(new, device=query.device)
     past_lengths, new_lengths = past_lengths.long(), new_lengths.long()
+    steps_S = torch.arange(new, device=query.device)
     positions_BS = past_lengths[:, None] + steps_S
-    query_BSHD = query.reshape(batch, new, num_heads, size)
+    query_BSHD = query.reshape(batch, new, num_heads, past_key.shape[-1])
     if cos is not None and sin is not None:
         query_BSHD = rotate(query_BSHD, cos, sin, positions_BS, bool(rotary_interleaved))
     if key is not None and value is not None:
-        key_BSKD = key.reshape(batch, new, kv_num_heads, size)
+        key_BSKD = key.reshape(batch, new, kv_num_heads, past_key.shape[-1])
         if cos is not None and sin is not None:
             key_BSKD = rotate(key_BSKD, cos, sin, positions_BS, bool(rotary_interleaved))
-        value_BSKE = value.reshape(batch, new, kv_num_heads, value_size)
+        value_BSKE = value.reshape(batch, new, kv_num_heads, past_value.shape[-1])
         present_key = write_cache(past_key, key_BSKD, past_lengths, new_lengths, bool(growing))
         present_value = write_cache(past_value, value_BSKE, past_lengths, new_lengths, bool(growing))
     else:
         present_key, present_value = past_key.clone(), past_value.clone()
-
-    capacity = present_key.shape[2]
-    total_B = past_lengths + new_lengths
-    cache_T = torch.arange(capacity, device=query.device)
-    valid_BT = cache_T < total_B[:, None]
-    acc = torch.float64 if query.dtype == torch.float64 else torch.float32
-    keys = present_key.to(acc).masked_fill(~valid_BT[:, None, :, None], 0)
-    values = present_value.to(acc).masked_fill(~valid_BT[:, None, :, None], 0)
-    queries = query_BSHD.to(acc).reshape(batch, new, kv_num_heads, group, size)
-    scores_BKGST = torch.einsum("bskgd,bktd->bkgst", queries, keys) * scale
-    if softcap:
-        scores_BKGST = softcap * torch.tanh(scores_BKGST / softcap)
-    visible_BST = (cache_T <= positions_BS[..., None]) & valid_BT[:, None]
-    if window:
-        visible_BST &= cache_T > positions_BS[..., None] - window
-    visible_BST &= (steps_S < new_lengths[:, None])[..., None]
-    scores_BKGST = scores_BKGST.masked_fill(~visible_BST[:, None, None], float("-inf"))
-    sink_KG = (torch.full((num_heads,), float("-inf"), dtype=acc, device=query.device) if sinks is None
-               else sinks.to(acc)).reshape(kv_num_heads, group)
-    sink = sink_KG[None, :, :, None, None].expand(*scores_BKGST.shape[:4], 1)
-    top = torch.maximum(scores_BKGST.amax(-1, keepdim=True) if capacity else sink, sink)
-    top = torch.where(torch.isinf(top), torch.zeros_like(top), top)
-    weights = torch.exp(scores_BKGST - top)
-    total = weights.sum(-1, keepdim=True) + torch.exp(sink - top)
-    weights = weights / torch.where(total == 0, torch.ones_like(total), total)
-    output = torch.einsum("bkgst,bkte->bskge", weights, values).reshape(batch, new, num_heads * value_size)
-    overflow_B = total_B > capacity
-    valid_row_BS = steps_S < new_lengths[:, None]
-    output = torch.where((overflow_B[:, None] & valid_row_BS)[..., None], output.new_full((), float("nan")), output)
+    output = attend_rows(query_BSHD, present_key, present_value, past_lengths, new_lengths, sinks, scale=scale,
+                         softcap=softcap, window=window)
+    broken_B = (past_lengths + new_lengths > present_key.shape[2]) | (past_lengths < 0) | (new_lengths > new)
+    broken_BS = broken_B[:, None] & (steps_S < new_lengths[:, None])
+    output = torch.where(broken_BS[..., None], output.new_full((), float("nan")), output)
     return output.to(query.dtype), present_key, present_value

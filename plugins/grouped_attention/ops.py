@@ -1,0 +1,209 @@
+"""The torch ops under the public entry: `gqa_kernels::attend_in_place` and `gqa_kernels::attend`.
+
+Two, because a custom op may not return an input that it mutates, nor have autograd when it mutates: the first is for
+inference (mutates the caches, returns the output only), the second for training (mutates nothing, differentiable).
+Both take checked arguments (`validate`); arguments as in `gqa_export.contract`, `bound` is the host's bound on
+past + new. Triton is imported on the first launch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gqa_plugins.grouped_attention import plan, reference
+from gqa_plugins.grouped_attention.validate import DTYPES
+
+INTERPRETED_SMS, INTERPRETED_CAPABILITY = 4, 80
+BACKWARD_SCORES = 2**26  # fp32 elements of one block of scores in the backward pass: 256 MiB
+
+
+def device_facts(tensor: Tensor) -> tuple[int, int]:
+    """(number of SMs, compute capability as major * 10 + minor); for the interpreter, a small made-up GPU."""
+    if not tensor.is_cuda:
+        return INTERPRETED_SMS, INTERPRETED_CAPABILITY
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return properties.multi_processor_count, properties.major * 10 + properties.minor
+
+
+def launch(query: Tensor, key: Tensor | None, value: Tensor | None, past_key: Tensor, past_value: Tensor,
+           past_lengths: Tensor, new_lengths: Tensor, cos: Tensor | None, sin: Tensor | None, sinks: Tensor | None, *,
+           num_heads: int, scale: float, softcap: float, window: int, interleaved: bool, bound: int) -> Tensor:
+    """Append, then attend (prefill, or decode and combine): at most three launches, nothing read from the device."""
+    from gqa_plugins.grouped_attention.append import append
+    from gqa_plugins.grouped_attention.decode import decode
+    from gqa_plugins.grouped_attention.prefill import prefill
+
+    batch, steps, _ = query.shape
+    kv_heads, _, head = past_key.shape[1:]
+    value_head = past_value.shape[3]
+    output = query.new_empty(batch, steps, num_heads * value_head)
+    if output.numel() == 0:
+        return output
+    sm_count, capability = device_facts(query)
+    chosen = plan.plan(sequences=batch, steps=steps, heads=num_heads, kv_heads=kv_heads, head=head,
+                       value_head=value_head, dtype=DTYPES[query.dtype], window=window, bound=bound,
+                       sm_count=sm_count, capability=capability)
+    rotated = append(query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin,
+                     num_heads=num_heads, interleaved=interleaved)
+    if chosen.kind == "decode":
+        decode(rotated, past_key, past_value, past_lengths, new_lengths, sinks, output, num_heads=num_heads,
+               scale=scale, softcap=softcap, window=window, tiles=chosen.tiles, splits=chosen.splits)
+    else:
+        prefill(rotated, past_key, past_value, past_lengths, new_lengths, sinks, output, num_heads=num_heads,
+                scale=scale, softcap=softcap, window=window, tiles=chosen.tiles)
+    return output
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+@torch.library.custom_op("gqa_kernels::attend_in_place", mutates_args=("past_key", "past_value"))
+def attend_in_place(query: Tensor, key: Tensor | None, value: Tensor | None, past_key: Tensor, past_value: Tensor,
+                    past_lengths: Tensor, new_lengths: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+                    sinks: Tensor | None, num_heads: int, kv_num_heads: int, scale: float, softcap: float, window: int,
+                    rotary_interleaved: bool, bound: int, backend: str) -> Tensor:
+    """Write the new tokens into the caches and return output [B, S, H*E]."""
+    new = _new_lengths(query, new_lengths)
+    if backend == "reference":
+        output, present_key, present_value = reference.grouped_query_attention(
+            query, key, value, past_key, past_value, past_lengths, new, cos, sin, sinks, num_heads=num_heads,
+            kv_num_heads=kv_num_heads, scale=scale, softcap=softcap, window=window,
+            rotary_interleaved=int(rotary_interleaved), growing=0)
+        if key is not None:
+            past_key.copy_(present_key)
+            past_value.copy_(present_value)
+        return output
+    device = torch.cuda.device_of(query)  # the kernels go to the tensors' device, whichever is current
+    with device:
+        return launch(query.contiguous(), _contiguous(key), _contiguous(value), past_key, past_value,
+                      past_lengths.contiguous(), new.contiguous(), _contiguous(cos), _contiguous(sin),
+                      _contiguous(sinks), num_heads=num_heads, scale=scale, softcap=softcap, window=window,
+                      interleaved=rotary_interleaved, bound=bound)
+
+
+def _new_lengths(query: Tensor, new_lengths: Tensor | None) -> Tensor:
+    if new_lengths is not None:
+        return new_lengths
+    return torch.full((query.shape[0],), query.shape[1], dtype=torch.int32, device=query.device)
+
+
+def _output_like(query: Tensor, past_value: Tensor, num_heads: int) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], num_heads * past_value.shape[3])
+
+
+@attend_in_place.register_fake
+def _(query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin, sinks, num_heads, kv_num_heads,
+      scale, softcap, window, rotary_interleaved, bound, backend):
+    return _output_like(query, past_value, num_heads)
+
+
+@torch.library.custom_op("gqa_kernels::attend", mutates_args=())
+def attend(query: Tensor, key: Tensor | None, value: Tensor | None, past_key: Tensor, past_value: Tensor,
+           past_lengths: Tensor, new_lengths: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+           sinks: Tensor | None, num_heads: int, kv_num_heads: int, scale: float, softcap: float, window: int,
+           rotary_interleaved: bool, bound: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Functional: (output [B, S, H*E], present_key [B, K, C, D], present_value [B, K, C, E]), all new tensors."""
+    present_key, present_value = past_key.clone(), past_value.clone()
+    output = attend_in_place(query, key, value, present_key, present_value, past_lengths, new_lengths, cos, sin, sinks,
+                             num_heads, kv_num_heads, scale, softcap, window, rotary_interleaved, bound, backend)
+    return output, present_key, present_value
+
+
+@attend.register_fake
+def _(query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin, sinks, num_heads, kv_num_heads,
+      scale, softcap, window, rotary_interleaved, bound, backend):
+    return (_output_like(query, past_value, num_heads), torch.empty_like(past_key), torch.empty_like(past_value))
+
+
+@torch.library.custom_op("gqa_kernels::attend_backward", mutates_args=())
+def attend_backward(grad_output: Tensor, grad_key: Tensor, grad_value: Tensor, query: Tensor, key: Tensor | None,
+                    value: Tensor | None, past_key: Tensor, past_value: Tensor, past_lengths: Tensor,
+                    new_lengths: Tensor | None, cos: Tensor | None, sin: Tensor | None, sinks: Tensor | None,
+                    num_heads: int, kv_num_heads: int, scale: float, softcap: float, window: int,
+                    rotary_interleaved: bool) -> list[Tensor]:
+    """Gradients of query, key, value, past_key, past_value, sinks, in that order; an empty tensor for an absent one.
+
+    Recomputes attention with the reference in fp32, a block of rows at a time (`BACKWARD_SCORES`), so that memory grows
+    with B * H * C, not with S * C. One block's scores are all that is held besides the gradients.
+    """
+    past, new = past_lengths.long(), _new_lengths(query, new_lengths).long()
+    batch, steps, _ = query.shape
+    size, value_size, capacity = past_key.shape[3], past_value.shape[3], past_key.shape[2]
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().to(wide).requires_grad_()
+                  for t in (query, key, value, past_key, past_value, sinks)]
+        rotated, present_key, present_value = _with_new_tokens(
+            leaves, past, new, None if cos is None else cos.to(wide), None if sin is None else sin.to(wide),
+            (batch, steps, num_heads, kv_num_heads, size, value_size), rotary_interleaved)
+        caches = [t.detach().requires_grad_() for t in (present_key, present_value)]
+        grad_caches = [grad_key.to(wide), grad_value.to(wide)]
+        grad_sinks = None if leaves[5] is None else torch.zeros_like(leaves[5])
+        grad_rotated = torch.zeros_like(rotated)
+        block = max(1, BACKWARD_SCORES // max(1, batch * num_heads * capacity))
+        broken_B = (past + new > capacity) | (past < 0) | (new > steps)
+        for first in range(0, steps, block):
+            rows = rotated[:, first: first + block].detach().requires_grad_()
+            output = reference.attend_rows(rows, *caches, past, new, leaves[5], scale=scale, softcap=softcap,
+                                           window=window, first_step=first)
+            wanted = [rows, *caches] + ([] if leaves[5] is None else [leaves[5]])
+            grad_rows = grad_output[:, first: first + block].to(wide).masked_fill(broken_B[:, None, None], 0)
+            grads = torch.autograd.grad(output, wanted, grad_rows)
+            grad_rotated[:, first: first + block] = grads[0]
+            grad_caches = [total + grad for total, grad in zip(grad_caches, grads[1:3], strict=True)]
+            if grad_sinks is not None:
+                grad_sinks = grad_sinks + grads[3]
+        inputs = [leaf for leaf in leaves[:5] if leaf is not None]
+        through = iter(torch.autograd.grad([rotated, present_key, present_value], inputs,
+                                           [grad_rotated, *grad_caches]))
+    gradients = [None if leaf is None else next(through) for leaf in leaves[:5]] + [grad_sinks]
+    return [query.new_empty(0) if grad is None else grad.to(query.dtype) for grad in gradients]
+
+
+def _with_new_tokens(leaves: list[Tensor | None], past: Tensor, new: Tensor, cos: Tensor | None, sin: Tensor | None,
+                     sizes: tuple[int, int, int, int, int, int], interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(rotated query [B, S, H, D], present_key, present_value) from the leaves, differentiable."""
+    query, key, value, past_key, past_value, _ = leaves
+    assert query is not None and past_key is not None and past_value is not None
+    batch, steps, heads, kv_heads, size, value_size = sizes
+    positions = past[:, None] + torch.arange(steps, device=past.device)
+    rotated = query.reshape(batch, steps, heads, size)
+    if cos is not None and sin is not None:
+        rotated = reference.rotate(rotated, cos, sin, positions, interleaved)
+    if key is None or value is None:
+        return rotated * 1, past_key * 1, past_value * 1
+    keys = key.reshape(batch, steps, kv_heads, size)
+    if cos is not None and sin is not None:
+        keys = reference.rotate(keys, cos, sin, positions, interleaved)
+    return (rotated * 1, reference.write_cache(past_key, keys, past, new, False),
+            reference.write_cache(past_value, value.reshape(batch, steps, kv_heads, value_size), past, new, False))
+
+
+@attend_backward.register_fake
+def _(grad_output, grad_key, grad_value, query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin,
+      sinks, num_heads, kv_num_heads, scale, softcap, window, rotary_interleaved):
+    return [query.new_empty(0) if t is None else torch.empty_like(t)
+            for t in (query, key, value, past_key, past_value, sinks)]
+
+
+def _keep(ctx, inputs, output) -> None:
+    *tensors, num_heads, kv_num_heads, scale, softcap, window, rotary_interleaved, _bound, _backend = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.attributes = (num_heads, kv_num_heads, scale, softcap, window, rotary_interleaved)
+
+
+def _backward(ctx, grad_output, grad_key, grad_value):
+    query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin, sinks = ctx.saved_tensors
+    if ctx.needs_input_grad[7] or ctx.needs_input_grad[8]:
+        raise NotImplementedError("gqa_kernels::attend has no gradient for cos and sin: pass them detached")
+    grads = attend_backward(grad_output, grad_key, grad_value, query, key, value, past_key, past_value, past_lengths,
+                            new_lengths, cos, sin, sinks, *ctx.attributes)
+    present = (query, key, value, past_key, past_value, sinks)
+    of_query, of_key, of_value, of_past_key, of_past_value, of_sinks = (
+        None if tensor is None else grad for tensor, grad in zip(present, grads, strict=True))
+    return (of_query, of_key, of_value, of_past_key, of_past_value, None, None, None, None, of_sinks, *[None] * 8)
+
+
+attend.register_autograd(_backward, setup_context=_keep)

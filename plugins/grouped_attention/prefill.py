@@ -1,0 +1,107 @@
+"""Prefill: flash attention over the cache, new tokens included, one program per row tile. Causal, bottom-right.
+
+Runs after `append`. Dimensions as in `gqa_export.contract`. Grid: (row tiles, K, B), the last rows first, since
+they see most. Positions outside the causal band and outside the window are never read; only the tiles at the two edges
+of the band are masked. Source: Dao, 2023 (arXiv:2307.08691).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from gqa_plugins.grouped_attention.plan import Tiles, block
+from gqa_plugins.grouped_attention.primitives import (
+    LOG2E,
+    attend,
+    key_range,
+    load_rows,
+    sequence_lengths,
+    store_rows,
+)
+
+ARGUMENTS = (
+    ("query_ptr", "*T"), ("key_ptr", "*T"), ("value_ptr", "*T"), ("past_lengths_ptr", "*i32"),
+    ("new_lengths_ptr", "*i32"), ("sinks_ptr", "*T"), ("output_ptr", "*T"), ("kv_heads", "i32"), ("steps", "i32"),
+    ("capacity", "i32"), ("window", "i32"), ("scale", "fp32"), ("softcap", "fp32"),
+)
+
+
+@triton.jit(do_not_specialize=["kv_heads", "steps", "capacity", "window"])
+def prefill_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_ptr, sinks_ptr, output_ptr,
+                   kv_heads, steps, capacity, window, scale, softcap,
+                   GROUP: tl.constexpr, HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr,
+                   BLOCK_VALUE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+                   HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+                   PRECISION: tl.constexpr):
+    sequence = tl.program_id(2).to(tl.int64)
+    kv_head = tl.program_id(1)
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_ROWS
+    past, new, broken = sequence_lengths(past_lengths_ptr, new_lengths_ptr, sequence, steps, capacity)
+
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
+    step, member = rows // GROUP, rows % GROUP
+    valid = step < new
+    head_row = (sequence * steps + step) * (kv_heads * GROUP) + kv_head * GROUP + member
+    query = load_rows(query_ptr, head_row * HEAD, valid, HEAD, BLOCK_HEAD)
+    row_positions = past + step
+
+    first_step, last_step = first_row // GROUP, tl.minimum((first_row + BLOCK_ROWS - 1) // GROUP, new - 1)
+    low, high = key_range(past, new, broken, first_step, last_step, window, HAS_WINDOW)
+    # low .. full_low - 1: some row's window has passed them. full_low .. full_high - 1: every row sees them.
+    full_low, full_high = low, tl.minimum(past + first_step + 1, high)
+    if HAS_WINDOW:
+        passed = tl.maximum(past + last_step - window + 1 - low, 0)
+        full_low = tl.minimum(low + tl.cdiv(passed, BLOCK_KEYS) * BLOCK_KEYS, high)
+    full_high = full_low + tl.maximum(full_high - full_low, 0) // BLOCK_KEYS * BLOCK_KEYS
+
+    acc = tl.zeros([BLOCK_ROWS, BLOCK_VALUE], dtype=tl.float32)
+    if HAS_SINKS:
+        top = tl.load(sinks_ptr + kv_head * GROUP + member).to(tl.float32) * LOG2E
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
+    else:
+        top = tl.full([BLOCK_ROWS], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
+    cache_head = (sequence * kv_heads + kv_head) * capacity
+    key_base, value_base = key_ptr + cache_head * HEAD, value_ptr + cache_head * VALUE_HEAD
+    if HAS_WINDOW:
+        acc, top, total = attend(acc, top, total, query, key_base, value_base, row_positions, low, full_low, high,
+                                 window, scale, softcap, HEAD, VALUE_HEAD, BLOCK_HEAD, BLOCK_VALUE, BLOCK_ROWS,
+                                 BLOCK_KEYS, HAS_WINDOW, HAS_SOFTCAP, PRECISION, True)
+    acc, top, total = attend(acc, top, total, query, key_base, value_base, row_positions, full_low, full_high, high,
+                             window, scale, softcap, HEAD, VALUE_HEAD, BLOCK_HEAD, BLOCK_VALUE, BLOCK_ROWS,
+                             BLOCK_KEYS, HAS_WINDOW, HAS_SOFTCAP, PRECISION, False)
+    acc, top, total = attend(acc, top, total, query, key_base, value_base, row_positions, full_high, high, high,
+                             window, scale, softcap, HEAD, VALUE_HEAD, BLOCK_HEAD, BLOCK_VALUE, BLOCK_ROWS,
+                             BLOCK_KEYS, HAS_WINDOW, HAS_SOFTCAP, PRECISION, True)
+
+    output = acc / tl.where(total == 0, 1.0, total)[:, None]
+    output = tl.where(broken, float("nan"), output)
+    output = tl.where(valid[:, None], output, 0.0)
+    store_rows(output_ptr, head_row * VALUE_HEAD, output, step < steps, VALUE_HEAD, BLOCK_VALUE)
+
+
+def constants(*, group: int, head: int, value_head: int, tiles: Tiles, window: bool, softcap: bool,
+              sinks: bool) -> dict[str, Any]:
+    """The kernel's compile-time arguments."""
+    return {"GROUP": group, "HEAD": head, "VALUE_HEAD": value_head, "BLOCK_HEAD": block(head),
+            "BLOCK_VALUE": block(value_head), "BLOCK_ROWS": tiles.rows, "BLOCK_KEYS": tiles.keys,
+            "HAS_WINDOW": window, "HAS_SOFTCAP": softcap, "HAS_SINKS": sinks, "PRECISION": "ieee"}
+
+
+def prefill(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor, past_lengths: torch.Tensor,
+            new_lengths: torch.Tensor, sinks: torch.Tensor | None, output: torch.Tensor, *,
+            num_heads: int, scale: float, softcap: float, window: int, tiles: Tiles) -> None:
+    """Write output [B, S, H*E] from query [B, S, H*D] and caches that hold the new tokens already. One launch."""
+    batch, steps, _ = query.shape
+    kv_heads, capacity, head = past_key.shape[1:]
+    group = num_heads // kv_heads
+    prefill_kernel[(-(-steps * group // tiles.rows), kv_heads, batch)](
+        query, past_key, past_value, past_lengths, new_lengths, query if sinks is None else sinks, output, kv_heads,
+        steps, capacity, window, scale, softcap,
+        **constants(group=group, head=head, value_head=past_value.shape[3], tiles=tiles, window=window > 0,
+                    softcap=softcap > 0, sinks=sinks is not None),
+        num_warps=tiles.warps, num_stages=tiles.stages)

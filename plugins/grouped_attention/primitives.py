@@ -1,0 +1,153 @@
+"""Named Triton helpers that the attention kernels are made of. Never imports torch.
+
+Rows: the H/K query heads of a group and the S new tokens of a sequence share one tile; row r is token r // GROUP,
+head r % GROUP of the group. That is how each key and value is read once for the whole group, at any group size.
+
+A place for later: which keys a tile visits is decided by `key_range` alone (an interval of positions). Approximate
+attention over a long context would put a list of intervals there; nothing else would have to know.
+
+Source of the recurrence: Milakov and Gimelshein, 2018 (arXiv:1805.02867); Dao, 2023 (arXiv:2307.08691).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def narrow(x, TYPE: tl.constexpr):
+    """fp32 to TYPE, to nearest, ties to even. The interpreter truncates to bf16: there the rounding is done by hand."""
+    if INTERPRETED and TYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        odd = (bits >> 16) & 1
+        x = ((bits + 0x7FFF + odd) & -65536).to(tl.float32, bitcast=True)
+    return x.to(TYPE)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in fp32. Widened when interpreted: the interpreter multiplies the bit patterns of bf16."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent, relative error about 2e-7.
+
+    Near zero 1 - 2 / (exp(2x) + 1) cancels, and the soft cap would multiply what is left of it: a series there.
+    The first term left out, 1382/155925 x^11, is 1e-8 of x at 0.25.
+    """
+    size = tl.abs(x)
+    squared = x * x
+    series = x * (1 + squared * (-1 / 3 + squared * (2 / 15 + squared * (-17 / 315 + squared * (62 / 2835)))))
+    far = 1 - 2 / (tl.exp(2 * size) + 1)
+    return tl.where(size < 0.25, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def sequence_lengths(past_lengths_ptr, new_lengths_ptr, sequence, steps, capacity):
+    """(past, new, broken) of one sequence: new is cut to 0 .. steps; broken lengths give NaN rows, never a bad access."""
+    past = tl.load(past_lengths_ptr + sequence)
+    new = tl.load(new_lengths_ptr + sequence)
+    # capacity - new does not overflow where past + new could.
+    broken = (past < 0) | (new > steps) | (past > capacity - tl.maximum(new, 0))
+    return past, tl.minimum(tl.maximum(new, 0), steps), broken
+
+
+@triton.jit
+def key_range(past, new, broken, first_step, last_step, window, HAS_WINDOW: tl.constexpr):
+    """[low, high): every cache position that some valid row of steps first_step .. last_step sees. Maybe empty."""
+    low = first_step * 0
+    if HAS_WINDOW:
+        low = tl.maximum(past + first_step - window + 1, 0)
+    high = past + tl.minimum(last_step, new - 1) + 1
+    nothing = broken | (first_step >= new)
+    return tl.where(nothing, 0, low), tl.where(nothing, 0, high)
+
+
+@triton.jit
+def load_rows(base_ptr, offsets, valid, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """[rows, BLOCK_WIDTH] of query rows at 64-bit element offsets; zero where not valid and past WIDTH."""
+    columns = tl.arange(0, BLOCK_WIDTH)
+    mask = valid[:, None]
+    if WIDTH != BLOCK_WIDTH:
+        mask = mask & (columns < WIDTH)[None, :]
+    return tl.load(base_ptr + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_cache(base_ptr, positions, limit, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """[keys, BLOCK_WIDTH] of one head's cache. MASKED: positions at or past limit read as zero, so that a NaN in the
+    cache's tail cannot meet a zero weight (0 x NaN is NaN). base_ptr is 64 bits; positions * WIDTH fits 32."""
+    columns = tl.arange(0, BLOCK_WIDTH)
+    pointers = base_ptr + positions[:, None] * WIDTH + columns[None, :]
+    if MASKED:
+        mask = (positions < limit)[:, None]
+        if WIDTH != BLOCK_WIDTH:
+            mask = mask & (columns < WIDTH)[None, :]
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    elif WIDTH != BLOCK_WIDTH:
+        tile = tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def scores_base2(query, key, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+                 BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+    """[rows, keys] logits times log2(e), so that the softmax is in powers of two (one instruction each)."""
+    products = dot(query, tl.trans(key), tl.zeros([BLOCK_ROWS, BLOCK_KEYS], dtype=tl.float32), PRECISION)
+    if HAS_SOFTCAP:
+        scores = tanh(products * (scale / softcap)) * (softcap * LOG2E)
+    else:
+        scores = products * (scale * LOG2E)
+    return scores
+
+
+@triton.jit
+def online_softmax_update(scores, value, acc, top, total, PRECISION: tl.constexpr):
+    """Fold one tile of scores and values into (acc, top, total); a row that has seen nothing keeps top at -inf."""
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    reference = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
+    weights = tl.exp2(scores - reference[:, None])
+    shrink = tl.exp2(top - reference)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = dot(narrow(weights, value.dtype), value, acc * shrink[:, None], PRECISION)
+    return acc, new_top, total
+
+
+@triton.jit
+def attend(acc, top, total, query, key_ptr, value_ptr, row_positions, start, stop, limit, window, scale, softcap,
+           HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+           BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+           PRECISION: tl.constexpr, MASKED: tl.constexpr):
+    """Attend to cache positions start .. stop - 1, a tile at a time. Not MASKED: every valid row sees all of them."""
+    for tile_start in range(start, stop, BLOCK_KEYS):
+        positions = tile_start + tl.arange(0, BLOCK_KEYS)
+        key = load_cache(key_ptr, positions, limit, HEAD, BLOCK_HEAD, MASKED)
+        scores = scores_base2(query, key, scale, softcap, HAS_SOFTCAP, PRECISION, BLOCK_ROWS, BLOCK_KEYS)
+        if MASKED:
+            visible = (positions[None, :] <= row_positions[:, None]) & (positions < limit)[None, :]
+            if HAS_WINDOW:
+                visible = visible & (positions[None, :] > row_positions[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
+        value = load_cache(value_ptr, positions, limit, VALUE_HEAD, BLOCK_VALUE, MASKED)
+        acc, top, total = online_softmax_update(scores, value, acc, top, total, PRECISION)
+    return acc, top, total
+
+
+@triton.jit
+def store_rows(base_ptr, offsets, tile, valid, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Write fp32 [rows, BLOCK_WIDTH] as the pointer's type at 64-bit element offsets, where valid and below WIDTH."""
+    columns = tl.arange(0, BLOCK_WIDTH)
+    mask = valid[:, None] & (columns < WIDTH)[None, :]
+    narrowed = narrow(tile, base_ptr.dtype.element_ty)
+    tl.store(base_ptr + offsets[:, None] + columns[None, :], narrowed, mask=mask)
