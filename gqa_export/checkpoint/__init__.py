@@ -1,0 +1,8 @@
+"""A checkpoint on disk (Hugging Face folder, hub id or GGUF file) -> its facts and, on demand, its torch module."""
+
+from __future__ import annotations
+
+from .headers import StoredTensor, header_sha256, read_header
+from .source import Checkpoint, open_checkpoint
+
+__all__ = ["Checkpoint", "StoredTensor", "header_sha256", "open_checkpoint", "read_header"]

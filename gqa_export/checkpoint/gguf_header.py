@@ -1,0 +1,127 @@
+"""What a GGUF file says about itself: metadata, and the name, type, shape and place of each tensor. No weights.
+
+Lists in the metadata (the vocabulary) are skipped, which is why this takes milliseconds.
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import GqaExportError
+from .headers import DAMAGED
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+_PLAIN = {0: "float32", 1: "float16", 30: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """metadata: scalars and strings by full key. tensors: name -> (ggml type number, shape in torch order)."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, tuple[int, tuple[int, ...]]]
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the architecture."""
+        return str(self.metadata.get("general.architecture", ""))
+
+    def about_model(self, suffix: str) -> Any:
+        """Metadata `<architecture>.<suffix>`, None when it is not there."""
+        return self.metadata.get(f"{self.architecture}.{suffix}")
+
+    @property
+    def stored_dtype(self) -> str:
+        """The float type of the matrices; float32 for a quantized file, which is what it is dequantized to."""
+        kinds = {kind for kind, shape in self.tensors.values() if len(shape) > 1}
+        return _PLAIN.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Parse and check a GGUF file's header; GqaExportError if it is none, is damaged or shorter than it says."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise GqaExportError("not a GGUF file: it does not begin with the four letters GGUF", str(path),
+                                     "give a .gguf file, or the folder of a Hugging Face checkpoint")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _Reader(data).header()
+    except (ValueError, struct.error, OverflowError) as error:
+        raise GqaExportError(f"not a valid GGUF file: {error}", str(path), DAMAGED) from error
+    except OSError as error:
+        raise GqaExportError(f"cannot read the file: {error.strerror}", str(path), "check its permissions") from error
+
+
+class _Reader:
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 4
+
+    def take(self, form: str) -> Any:
+        values = struct.unpack_from(form, self.data, self.at)
+        self.at += struct.calcsize(form)
+        return values[0] if len(values) == 1 else values
+
+    def text(self) -> str:
+        length = self.take("<Q")
+        if self.at + length > len(self.data):
+            raise ValueError(f"a text of {length} bytes reaches beyond the end of the file")
+        self.at += length
+        return self.data[self.at - length : self.at].decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self.take(_SCALARS[kind])
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            raise ValueError(f"metadata of unknown type {kind}")
+        inner, count = self.take("<IQ")
+        if count > len(self.data):
+            raise ValueError(f"a list of {count} values cannot fit into the file")
+        if inner in _SCALARS:
+            self.at += struct.calcsize(_SCALARS[inner]) * count
+        elif inner == _STRING:
+            for _ in range(count):
+                self.at += 8 + struct.unpack_from("<Q", self.data, self.at)[0]
+        else:
+            raise ValueError(f"a list of metadata of type {inner}")
+        return None
+
+    def header(self) -> GgufHeader:
+        version, tensor_count, metadata_count = self.take("<IQQ")
+        if version not in (2, 3):
+            raise ValueError(f"version {version}, only 2 and 3 are known")
+        metadata = {}
+        for _ in range(metadata_count):
+            key = self.text()
+            metadata[key] = self.value(self.take("<I"))
+        tensors, places = {}, []
+        for _ in range(tensor_count):
+            name, dims = self.text(), self.take("<I")
+            if dims > 8:
+                raise ValueError(f"tensor {name!r} has {dims} dimensions")
+            shape = tuple(reversed(struct.unpack_from(f"<{dims}Q", self.data, self.at)))
+            self.at += 8 * dims
+            kind, offset = self.take("<IQ")
+            tensors[name] = (kind, shape)
+            places.append((offset, name, _bytes(kind, math.prod(shape))))
+        alignment = metadata.get("general.alignment") or 32
+        start = -(-self.at // alignment) * alignment
+        for offset, name, size in places:
+            if start + offset + size > len(self.data):
+                raise ValueError(f"tensor {name!r} ends at byte {start + offset + size}, the file has {len(self.data)}")
+        return GgufHeader(metadata, tensors)
+
+
+def _bytes(kind: int, count: int) -> int:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    elements, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    return count // elements * size

@@ -1,0 +1,90 @@
+"""What is no decoder with grouped attention, by what its configuration and module tree show. No list of models.
+
+The trace looks deeper (each layer's mask and arguments); what is refused here would not even reach it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..errors import GqaExportError
+
+if TYPE_CHECKING:
+    import torch
+
+FIX_DECODER = "gqa-export takes decoder-only models in which every layer is (grouped) softmax attention"
+STATE_PARAMETERS = ("A_log", "dt_bias", "time_decay")
+"""names that parameters of recurrent (state-space, delta-rule, RWKV) mixers share across families"""
+
+
+def refuse_raw_config(config: dict[str, Any], where: str) -> None:
+    """Refusals that config.json alone justifies: quantized, multimodal, encoder-decoder, latent attention."""
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            method = config[key].get("quant_method", key) if isinstance(config[key], dict) else key
+            raise GqaExportError(f"the checkpoint is quantized ({method})", where,
+                                 "export the original, unquantized checkpoint; quantize the exported model afterwards")
+    inner = config.get("text_config")
+    if isinstance(inner, dict):
+        others = sorted(key.removesuffix("_config") for key, value in config.items()
+                        if key.endswith("_config") and isinstance(value, dict) and key != "text_config")
+        raise GqaExportError(f"this is a multimodal wrapper (text and {', '.join(others) or 'more'}), not a plain "
+                             "language model", where, "extract its language model: load it with transformers, then "
+                             "save_pretrained the text model and its head as a causal language model")
+    if config.get("is_encoder_decoder"):
+        raise GqaExportError("this is an encoder-decoder: its cross-attention layers are not grouped "
+                             "self-attention", where, FIX_DECODER)
+    if config.get("kv_lora_rank"):
+        raise GqaExportError(f"layer 0 is multi-head latent attention (kv_lora_rank {config['kv_lora_rank']}), "
+                             "not grouped attention: its cache holds compressed latents", where, FIX_DECODER)
+
+
+def refuse_config(config: Any, where: str) -> None:
+    """Refusals from a transformers configuration, whose derived fields (`layer_types`) are filled in."""
+    refuse_raw_config(config.to_dict(), where)
+    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if "attention" not in kind or "linear" in kind or "hybrid" in kind:
+            raise GqaExportError(f"layer {layer} is not grouped attention: its type is {kind!r}", where, FIX_DECODER)
+    if getattr(config, "add_cross_attention", False):
+        raise GqaExportError("layer 0 has cross-attention to an encoder", where, FIX_DECODER)
+
+
+def refuse_modules(model: torch.nn.Module, where: str) -> None:
+    """Refusals from the module tree: state beside attention, and decoder layers without any attention."""
+    import torch
+
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)) and max(module.kernel_size) > 1:
+            _refuse_state(model, name, f"a convolution over {max(module.kernel_size)} tokens", where)
+        if getattr(module, "kv_lora_rank", None):
+            raise GqaExportError(f"{_place(name)} is multi-head latent attention, not grouped attention", where,
+                                 FIX_DECODER)
+    for name, _ in model.named_parameters():
+        if name.rpartition(".")[2] in STATE_PARAMETERS:
+            _refuse_state(model, name, "a recurrent state", where)
+    for name, layer in _decoder_layers(model):
+        kinds = [type(module).__name__ for module in layer.modules()]
+        if not any("attention" in kind.lower() for kind in kinds):
+            raise GqaExportError(f"{_place(name)} has no attention ({kinds[0]}: {', '.join(kinds[1:4])} ...)", where,
+                                 FIX_DECODER)
+
+
+def _refuse_state(model: torch.nn.Module, name: str, what: str, where: str) -> None:
+    owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+    raise GqaExportError(f"{_place(name)} is not grouped attention alone: {owner} carries {what}, which is a cache of "
+                         "its own", f"{where}, module {name}", FIX_DECODER)
+
+
+def _place(name: str) -> str:
+    number = next((part for part in name.split(".") if part.isdigit()), None)
+    return f"layer {number}" if number is not None else f"module {name}"
+
+
+def _decoder_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    import torch
+
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth > 0:
+            return [(f"{name}.{number}", layer) for number, layer in enumerate(module)]
+    return []
