@@ -29,10 +29,17 @@ class Step:
 class Session(Protocol):
     """A decoder with state. Not thread-safe."""
 
-    spec: ModelSpec
-    capacity: int
-    lengths: np.ndarray
-    """int64 [B]: tokens in the cache, per sequence"""
+    @property
+    def spec(self) -> ModelSpec:
+        """What the decoder is."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that one sequence may reach."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [B]: tokens in the cache, per sequence. A copy: changing it changes nothing."""
 
     def reset(self, batch: int) -> None:
         """Empty the cache for `batch` sequences."""
