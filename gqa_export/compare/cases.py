@@ -1,0 +1,141 @@
+"""What is run: prompts, lengths and steps, chosen so that a wrong mask, window, rotation or length shows.
+
+Every case is a sequence of feeds. Random prompts are seeded and hold no special tokens. Prompts are fed in one
+piece unless their logits would not fit in LOGIT_ELEMENTS; then in pieces (batch 1 only).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import GqaExportError
+from ..spec import ModelSpec
+
+LOGIT_ELEMENTS = 1 << 24
+"""elements of one step's logits: 128 MiB in fp64"""
+REACH = 2048
+"""longest prompt made only to pass a rotary scaling's original length; windows are always passed if they fit"""
+RAGGED_REACH = 1024
+"""longest row of the ragged case: three rows are run one by one through PyTorch, twice"""
+POISON = 1.0e4
+"""content of the cache's tail in the poisoned case: far outside any real key, and still finite in fp16"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """prompts: one id array per row. counts: new tokens per row [B] for each step after the prompt. free: each side
+    feeds its own best token. poison: what lies in the cache beyond the lengths (0: left as it is)."""
+
+    name: str
+    purpose: str
+    prompts: tuple[np.ndarray, ...]
+    counts: tuple[tuple[int, ...], ...]
+    chunk: int
+    free: bool = False
+    poison: float = 0.0
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return len(self.prompts)
+
+    @property
+    def feeds(self) -> int:
+        """Number of steps in all, prompt included."""
+        return -(-max(len(prompt) for prompt in self.prompts) // self.chunk) + len(self.counts)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cases, and in words what they could not reach."""
+
+    cases: tuple[Case, ...]
+    notes: tuple[str, ...]
+
+
+def plan_cases(spec: ModelSpec, capacity: int, *, steps: int = 32, original_positions: int = 0,
+               special: Iterable[int] = (), text_ids: np.ndarray | None = None, seed: int = 20) -> Plan:
+    """Choose cases for a decoder. `original_positions`: what a scaled rotary was trained for, 0 if not scaled.
+
+    Raises GqaExportError if the capacity is too small to hold a prompt and a step.
+    """
+    if capacity < 8:
+        raise GqaExportError(f"a cache of {capacity} tokens is too small to validate", "capacity",
+                             "export with a larger --capacity")
+    notes: list[str] = []
+    if steps > capacity // 2:
+        notes.append(f"{capacity // 2} decode steps instead of {steps}: the cache holds {capacity} tokens")
+        steps = capacity // 2
+    ids = _Ids(spec.vocabulary, special, seed)
+    room = capacity - steps
+    chunk = max(16, min(4096, LOGIT_ELEMENTS // max(spec.vocabulary, 1)))
+    windows = sorted({layer.window for layer in spec.layers if 0 < layer.window < capacity})
+
+    cases = [
+        _long(ids, room, steps, chunk, windows, original_positions, notes),
+        _free(ids, room, steps, chunk, windows, text_ids),
+        _ragged(ids, room, steps, chunk, windows, notes),
+        _poisoned(ids, capacity, chunk, windows),
+    ]
+    return Plan(tuple(cases), tuple(notes))
+
+
+def _long(ids: _Ids, room: int, steps: int, chunk: int, windows: list[int], original: int,
+          notes: list[str]) -> Case:
+    length = max([48, *(window + 9 for window in windows)])
+    if original and original + 9 <= min(room, REACH):
+        length = max(length, original + 9)
+    elif original and original + 9 <= room:
+        notes.append(f"no prompt passes the rotary scaling's original {original} positions (limit {REACH})")
+    length = min(length, room)
+    purpose = f"batch 1, {length} tokens" + (f", past the window of {windows[-1]}" if windows else "")
+    return Case("long", purpose + ", then PyTorch's greedy tokens", (ids(length),), ((1,),) * steps, chunk)
+
+
+def _free(ids: _Ids, room: int, steps: int, chunk: int, windows: list[int], text_ids: np.ndarray | None) -> Case:
+    # the decode steps walk across the smallest window: W - 1, W, W + 1 visible tokens
+    length = max(4, windows[0] - steps // 2) if windows else 24
+    length = min(length, room, chunk)
+    text = text_ids is not None and len(text_ids) >= 4 and not windows
+    prompt = text_ids[:room] if text and text_ids is not None else ids(length)
+    purpose = f"batch 1, {'text, ' if text else ''}{len(prompt)} tokens, each side feeds its own best token"
+    return Case("free", purpose, (prompt,), ((1,),) * steps, chunk, free=True)
+
+
+def _ragged(ids: _Ids, room: int, steps: int, chunk: int, windows: list[int], notes: list[str]) -> Case:
+    longest = max(windows[0] + 6, 14) if windows else 41
+    limit = min(RAGGED_REACH, chunk, room - 4)
+    if longest > limit:
+        if windows and limit < room - 4:
+            notes.append(f"ragged rows stop at {limit} tokens, short of the window of {windows[0]}; the long case "
+                         "passes it")
+        longest = max(2, limit)
+    prompts = (ids(longest), ids(1), ids(max(2, longest // 3)))
+    # two steps are uneven: rows that bring several tokens at once, and a row that brings none
+    uneven = {steps // 4: (1, 3, 2), steps // 2: (1, 1, 0)}
+    counts = tuple(uneven.get(step, (1, 1, 1)) if steps >= 8 else (1, 1, 1) for step in range(steps))
+    return Case("ragged", f"batch 3, right-padded rows of {', '.join(str(len(p)) for p in prompts)} tokens, each "
+                "compared with itself alone", prompts, counts, max(chunk, longest))
+
+
+def _poisoned(ids: _Ids, capacity: int, chunk: int, windows: list[int]) -> Case:
+    longest = min(capacity - 4, 11)
+    prompts = (ids(longest), ids(max(1, longest // 4)))
+    return Case("poisoned", f"batch 2, the cache beyond each row's length filled with +-{POISON:g}", prompts,
+                ((1, 1),) * min(4, capacity - longest), max(chunk, longest), poison=POISON)
+
+
+class _Ids:
+    """Seeded random token ids without the special ones."""
+
+    def __init__(self, vocabulary: int, special: Iterable[int], seed: int) -> None:
+        banned = {token for token in special if 0 <= token < vocabulary}
+        allowed = np.setdiff1d(np.arange(vocabulary), np.array(sorted(banned), dtype=np.int64))
+        self.allowed = allowed if len(allowed) else np.arange(vocabulary)
+        self.random = np.random.default_rng(seed)
+
+    def __call__(self, count: int) -> np.ndarray:
+        return self.random.choice(self.allowed, size=count).astype(np.int64)

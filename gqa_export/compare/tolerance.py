@@ -1,0 +1,46 @@
+"""How much difference is rounding: a bound derived from a yardstick, floored and capped by the number format.
+
+The yardstick of an output is the error that PyTorch itself makes in the bundle's number format: max |eager in that
+format - eager in fp64| over the same case. A right bundle is another draw of the same rounding errors, in another
+order of summation, so its error is a small multiple of the yardstick; a wrong mask, scale or rotation is not.
+
+FACTOR 8: measured over the tiny models of every family and SmolLM2-135M on `ort`, `onnx` and `portable`, the ratio
+of the bundle's error to the yardstick stays below 4 (see docs/validation.md); 8 leaves a factor of two for other
+machines' kernels. FLOOR_ULPS: where eager happens to be nearly exact (few rows, short sums) the ratio has no
+meaning; an fp32 sum of some hundred products, normalised twice per layer, may move by tens of units in the last
+place of the largest value. CAP_ULPS and CAP_PART bound what a yardstick can excuse: a checkpoint whose own low
+precision is that far off cannot be told from a broken bundle, and is reported as different rather than passed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+EPSILON = {"fp64": 2.0**-52, "fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
+FACTOR = 8.0
+FLOOR_ULPS = 32.0
+CAP_ULPS = 1024.0
+CAP_PART = 0.125
+ASSUMED_ULPS = 48.0
+"""stands in for the yardstick, in units in the last place of the largest value, where fp64 does not fit in memory"""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """`bound` is what |got - expected| may reach; `basis` says which of the three numbers decided it."""
+
+    bound: float
+    yardstick: float
+    basis: str
+
+
+def tolerance(yardstick: float | None, scale: float, dtype: str) -> Tolerance:
+    """The bound for one output whose largest true value is `scale`. `yardstick` None: it could not be measured."""
+    ulp = EPSILON[dtype] * scale
+    if yardstick is None:
+        yardstick = ASSUMED_ULPS * ulp
+    wanted, floor = FACTOR * yardstick, FLOOR_ULPS * ulp
+    cap = max(floor, min(CAP_ULPS * ulp, CAP_PART * scale))
+    if not wanted <= cap:
+        return Tolerance(cap, yardstick, "cap")
+    return Tolerance(max(wanted, floor), yardstick, "yardstick" if wanted > floor else "floor")

@@ -1,0 +1,222 @@
+"""From what was measured to a judgement: per case, per kind of output, and where it first went wrong.
+
+`Verdict.to_dict` is the schema of `--json`; `SCHEMA_VERSION` counts its incompatible changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..errors import EXIT_DIFFERENT, EXIT_PASSED
+from .drive import CaseLog, Choice, Measured, quantity
+from .tolerance import Tolerance, tolerance
+
+SCHEMA_VERSION = 1
+KINDS = ("keys", "values", "logits", "cache")
+
+
+@dataclass(frozen=True)
+class Location:
+    """One element by name. axes: batch, token (its place in the sequence), head, feature; or batch, token, id."""
+
+    case: str
+    step: int
+    phase: str
+    output: str
+    axes: dict[str, int]
+    expected: float
+    got: float
+    max_abs: float
+    bound: float
+    nonfinite: int = 0
+
+    def __str__(self) -> str:
+        place = ", ".join(f"{name} {value}" for name, value in self.axes.items())
+        if self.nonfinite:
+            wrong = f"got {self.got:g}, expected {self.expected:g} ({self.nonfinite} elements are NaN or infinite)"
+        else:
+            wrong = (f"got {self.got:.9g}, expected {self.expected:.9g} "
+                     f"(off by {self.max_abs:.3g}, allowed {self.bound:.3g})")
+        return f"case {self.case}, step {self.step} ({self.phase}), {self.output}, {place}: {wrong}"
+
+
+@dataclass(frozen=True)
+class KindVerdict:
+    """All outputs of one kind in one case; the numbers are those of the output nearest to (or farthest past) its
+    bound. first: where it first exceeded it."""
+
+    kind: str
+    output: str
+    max_abs: float
+    bound: float
+    yardstick: float
+    basis: str
+    first: Location | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output of this kind stayed within its bound, and finite."""
+        return self.first is None
+
+
+@dataclass(frozen=True)
+class CaseVerdict:
+    """One case. ties: best tokens that differ where the truth's own preference is below the bound of the logits."""
+
+    name: str
+    purpose: str
+    batch: int
+    prompt_lengths: tuple[int, ...]
+    steps: int
+    free: bool
+    kinds: tuple[KindVerdict, ...]
+    rows: int
+    top1_agreed: int
+    ties: tuple[Choice, ...]
+    parted: Choice | None
+    eager_logits: float | None
+    seconds: float
+
+    @property
+    def first(self) -> Location | None:
+        """The earliest step, and in it the earliest output in the order of computation, that left its bound."""
+        found = [kind.first for kind in self.kinds if kind.first is not None]
+        return min(found, key=lambda f: (f.step, f.phase == "cache", _order(f.output))) if found else None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output stayed within its bound and, in a free run, no token differed but by a tie."""
+        return all(kind.passed for kind in self.kinds) and self.parted is None
+
+    @property
+    def logits(self) -> KindVerdict:
+        """The verdict on the logits."""
+        return next(kind for kind in self.kinds if kind.kind == "logits")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The whole validation. dtype: the bundle's number format; checked_dtype: the one that was run (`--as`)."""
+
+    bundle: str
+    against: str
+    target: str
+    dtype: str
+    checked_dtype: str
+    truth_dtype: str
+    provider: str
+    cache: str
+    capacity: int
+    cases: tuple[CaseVerdict, ...]
+    notes: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether all cases passed. A verdict without cases has shown nothing and does not pass."""
+        return bool(self.cases) and all(case.passed for case in self.cases)
+
+    @property
+    def exit_code(self) -> int:
+        """0 passed, 1 outputs differ."""
+        return EXIT_PASSED if self.passed else EXIT_DIFFERENT
+
+    @property
+    def max_abs_logits(self) -> float:
+        """Largest |logit difference| to PyTorch (the truth) in all cases."""
+        return max((case.logits.max_abs for case in self.cases), default=float("nan"))
+
+    @property
+    def max_abs_logits_eager(self) -> float | None:
+        """Largest |logit difference| to PyTorch eager in the number format that was run."""
+        known = [case.eager_logits for case in self.cases if case.eager_logits is not None]
+        return max(known) if known else None
+
+    @property
+    def first(self) -> Location | None:
+        """Where the first failing case first diverged."""
+        return next((case.first for case in self.cases if case.first is not None), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON. Numbers that are not finite become strings ("inf", "nan")."""
+        cases = []
+        for case in self.cases:
+            row = asdict(case)
+            row["kinds"] = [asdict(kind) | {"passed": kind.passed} for kind in case.kinds]
+            cases.append(row | {"passed": case.passed, "first": asdict(case.first) if case.first else None})
+        data = asdict(self) | {
+            "schema_version": SCHEMA_VERSION, "passed": self.passed, "exit_code": self.exit_code,
+            "max_abs_logits": self.max_abs_logits, "max_abs_logits_eager": self.max_abs_logits_eager,
+            "first": asdict(self.first) if self.first else None, "cases": cases,
+        }
+        return _plain(data)
+
+
+def judge(log: CaseLog, dtype: str) -> CaseVerdict:
+    """Hold every measurement of a case against the bound of its output, in the number format `dtype`."""
+    scales: dict[str, float] = {}
+    for one in log.bundle:
+        scales[quantity(one.output)] = max(scales.get(quantity(one.output), 0.0), one.difference.scale)
+    bounds = {name: tolerance(None if log.yardstick is None else log.yardstick[name], scale, dtype)
+              for name, scale in scales.items()}
+    kinds = tuple(_judge_kind(kind, [one for one in log.bundle if _kind(one.output) == kind], bounds, log.case.name)
+                  for kind in KINDS)
+    limit = bounds["logits"].bound
+    ties = tuple(choice for choice in log.choices if choice.margin < limit)
+    real = [choice for choice in log.choices if not choice.margin < limit]
+    case = log.case
+    return CaseVerdict(case.name, case.purpose, case.batch, tuple(len(p) for p in case.prompts), len(case.counts),
+                       case.free, kinds, log.rows, log.agreed, ties, real[0] if case.free and real else None,
+                       log.eager_logits, log.seconds)
+
+
+def _judge_kind(kind: str, measured: list[Measured], bounds: dict[str, Tolerance], case: str) -> KindVerdict:
+    def excess(one: Measured) -> float:
+        bound = bounds[quantity(one.output)].bound
+        return one.difference.max_abs / bound if bound else float(one.difference.max_abs > 0)
+
+    worst = max(measured, key=excess)
+    limit = bounds[quantity(worst.output)]
+    found = (_locate(one, bounds[quantity(one.output)].bound, case) for one in measured)
+    where = next((location for location in found if location is not None), None)
+    return KindVerdict(kind, spoken(worst.output), worst.difference.max_abs, limit.bound, limit.yardstick,
+                       limit.basis, where)
+
+
+def _locate(one: Measured, bound: float, case: str) -> Location | None:
+    element = one.difference.first_over(bound)
+    if element is None:
+        return None
+    axes = element.axes | {"token": element.axes["token"] + one.tokens[element.axes["batch"]]}
+    return Location(case, one.step, one.phase, spoken(one.output), axes, element.expected, element.got, element.gap,
+                    bound, one.difference.nonfinite)
+
+
+def _kind(output: str) -> str:
+    if output == "logits":
+        return "logits"
+    return "cache" if output.startswith("cache.") else output.rsplit(".", 1)[1] + "s"
+
+
+def spoken(output: str) -> str:
+    """`layer.7.key` as "layer 7 key", `cache.7.key` as "whole cache of layer 7 key"."""
+    return output.replace("cache.", "whole cache of layer.", 1).replace(".", " ")
+
+
+def _order(spoken_output: str) -> tuple[int, str]:
+    digits = [word for word in spoken_output.split() if word.isdigit()]
+    return (int(digits[0]) if digits else 1 << 30, spoken_output)
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {str(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    if isinstance(data, np.generic):
+        data = data.item()
+    return str(data) if isinstance(data, float) and not np.isfinite(data) else data

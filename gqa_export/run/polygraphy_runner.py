@@ -1,0 +1,121 @@
+"""Polygraphy runners: any session of ours as a stateful `BaseRunner`, and ORT's calls through `OnnxrtRunner`.
+
+The Comparator copies every output of every step, so a runner keeps its cache inside and shows the logits and the
+rows that the step wrote; the whole cache only when asked, at the end. Outputs, in the order of computation:
+layer.{i}.key [B, K, S, D], layer.{i}.value [B, K, S, E], logits [B, S, V] (or [B, 1, V], the last valid token),
+fed int64 [B, S] (the tokens fed), and at the end cache.{i}.key|value [B, K, longest, D|E]. What belongs to no token
+is zero.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+
+from ..cache_io import ATTENTION_MASK, INPUT_IDS, past_names
+from ..spec import ModelSpec
+from .session import Session
+
+Infer = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+
+
+class SessionRunner(BaseRunner):
+    """Runs a session. free: obey the feed's `free` flag and feed the session's own best token. last_only: show only
+    the logits of each row's last valid token, as bundles exported with `--logits last` do."""
+
+    def __init__(self, session: Session, name: str, *, free: bool = True, last_only: bool = False) -> None:
+        super().__init__(name=name)
+        self._session, self._free, self._last_only = session, free, last_only
+        self._own = np.zeros(0, np.int64)
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        """Names, types and shapes of a feed."""
+        meta = TensorMetadata()
+        meta.add("input_ids", np.int64, (None, None))
+        meta.add("new_lengths", np.int64, (None,))
+        for flag in ("reset", "free", "finish"):
+            meta.add(flag, np.int64, (1,))
+        return meta
+
+    def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
+        """One step of the session."""
+        began = time.perf_counter()
+        ids, counts = feed_dict["input_ids"], feed_dict["new_lengths"]
+        if feed_dict["reset"][0]:
+            self._session.reset(len(ids))
+            self._own = np.zeros(len(ids), np.int64)
+        elif feed_dict["free"][0] and self._free:
+            ids = ids.copy()
+            ids[:, 0] = np.where(counts > 0, self._own, ids[:, 0])
+        step = self._session.step(ids, counts, want_cache=True)
+        outputs: OrderedDict[str, np.ndarray] = OrderedDict()
+        for layer, key, value in zip(self._session.spec.layers, step.keys or (), step.values or (), strict=True):
+            outputs[f"layer.{layer.layer}.key"] = _blank(key, counts, 2)
+            outputs[f"layer.{layer.layer}.value"] = _blank(value, counts, 2)
+        logits = _blank(step.logits, counts, 1)
+        last = logits[np.arange(len(ids)), np.maximum(counts - 1, 0)] if logits.shape[1] > 1 else logits[:, 0]
+        self._own = np.where(counts > 0, last.argmax(-1), self._own)
+        outputs["logits"] = last[:, None] if self._last_only else logits
+        outputs["fed"] = np.where(np.arange(ids.shape[1]) < counts[:, None], ids, 0)
+        if feed_dict["finish"][0]:
+            longest = int(self._session.lengths.max())
+            for layer, pair in zip(self._session.spec.layers, self._session.cache(), strict=True):
+                for kind, array in zip(("key", "value"), pair):
+                    outputs[f"cache.{layer.layer}.{kind}"] = _blank(array[:, :, :longest], self._session.lengths, 2)
+        self.inference_time = time.perf_counter() - began
+        return outputs
+
+
+def _blank(array: np.ndarray, counts_B: np.ndarray, axis: int) -> np.ndarray:
+    """Zero what lies at or past each row's count along `axis`; the array itself where there is nothing to zero."""
+    width = array.shape[axis]
+    if width == 1 and axis == 1:
+        keep = counts_B[:, None] > 0  # one row of logits belongs to the last valid token, whatever its number
+    else:
+        keep = np.arange(width) < counts_B[:, None]
+    if keep.all():
+        return array
+    keep = keep.reshape(len(array), *[1] * (axis - 1), width, *[1] * (array.ndim - axis - 1))
+    return np.where(keep, array, np.zeros((), array.dtype))
+
+
+@contextmanager
+def onnxrt_infer(model: Path, provider: str):
+    """Yield a callable feed -> outputs that runs `model` through Polygraphy's own ONNX Runtime loader and runner."""
+    from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+
+    with OnnxrtRunner(SessionFromOnnx(str(model), providers=PROVIDERS[provider]), name="onnxrt") as runner:
+        def infer(feed: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+            return runner.infer(OrderedDict(feed), check_inputs=False)
+
+        yield infer
+
+
+class PoisonedTail:
+    """Wraps an `infer`: while `value` is not 0, whatever the cache holds beyond the valid tokens becomes +-value."""
+
+    def __init__(self, infer: Infer, spec: ModelSpec) -> None:
+        self._infer, self._spec, self.value = infer, spec, 0.0
+
+    def __call__(self, feed: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        if not self.value:
+            return self._infer(feed)
+        feed = dict(feed)
+        new = feed[INPUT_IDS].shape[1]
+        lengths_B = feed[ATTENTION_MASK][:, : feed[ATTENTION_MASK].shape[1] - new].sum(1)
+        for layer in self._spec.layers:
+            for name in past_names(layer.layer):
+                past_BKPD = feed[name]
+                positions_P = np.arange(past_BKPD.shape[2])
+                poison_P = np.where(positions_P % 2, -self.value, self.value).astype(past_BKPD.dtype)
+                tail_BP = positions_P >= lengths_B[:, None]
+                feed[name] = np.where(tail_BP[:, None, :, None], poison_P[None, None, :, None], past_BKPD)
+        return self._infer(feed)
