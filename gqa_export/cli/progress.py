@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 
@@ -46,7 +47,7 @@ class RichBar:
 @contextmanager
 def progress(text: str, total: float | None = None) -> Iterator[Bar]:
     """Show `text` and, if `total` is known, a bar, until the block ends; the line disappears then."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or find_spec("rich") is None:  # `doctor` must work without rich
         yield SilentBar()
         return
     from rich.console import Console

@@ -1,0 +1,93 @@
+"""`gqa-export inspect`: the attention layers of a bundle or checkpoint and what its KV cache costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .tables import aligned, readable_bytes
+
+if TYPE_CHECKING:
+    from ..inspection import Inspection, LayerRun
+
+
+@click.command(short_help="Show the attention layers and the KV-cache cost of a bundle or checkpoint.")
+@click.argument("source", metavar="BUNDLE|CHECKPOINT")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def command(source: str, as_json: bool) -> None:
+    """Show each layer's attention and the bytes of the KV cache, against the same model as MHA and as MQA.
+
+    A checkpoint's facts come from what each layer passes to attention when the model is called, not from its name.
+    """
+    from ..pipeline import inspect
+    from .progress import progress
+
+    with progress(f"inspecting {Path(source).name}"):
+        found = inspect(source)
+    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(describe(found)))
+
+
+def describe(found: Inspection) -> list[str]:
+    """The whole answer as lines of text."""
+    spec = found.spec
+    lines = [
+        f"{found.kind} {found.source}",
+        f"  {spec.architecture} ({spec.model_type}), {len(spec.layers)} attention layers, hidden size "
+        f"{spec.hidden_size}, vocabulary {spec.vocabulary}",
+        f"  positions {spec.max_positions}, rotary {spec.rope or 'none'}",
+        f"  {found.parameters:,} parameters, {readable_bytes(found.weight_bytes)} of weights",
+        "",
+        "attention",
+        *attention_table(found.runs),
+        "",
+        f"KV cache of one sequence, {found.element_dtype}",
+        *cache_table(found),
+    ]
+    if found.manifest is not None:
+        lines += ["", *bundle_lines(found)]
+    return lines + [f"note: {note}" for note in found.notes]
+
+
+def attention_table(runs: tuple[LayerRun, ...]) -> list[str]:
+    """One row for each run of equal layers."""
+    from ..inspection import kind_of_attention
+
+    header = ("layers", "kind", "heads", "kv heads", "head size", "window", "softcap", "sinks", "scale")
+    rows = []
+    for run in runs:
+        a = run.attention
+        size = str(a.head_size) if a.head_size == a.value_head_size else f"{a.head_size}/{a.value_head_size}"
+        rows.append((str(run.first) if run.first == run.last else f"{run.first}-{run.last}", kind_of_attention(a),
+                     str(a.num_heads), str(a.kv_num_heads), size, str(a.window) if a.window else "all",
+                     f"{a.softcap:g}" if a.softcap else "none", "yes" if a.sinks else "no", f"{a.scale:.6g}"))
+    return aligned(header, rows, left=2)
+
+
+def cache_table(found: Inspection) -> list[str]:
+    """One row for each context length."""
+    rows = [(f"{cost.tokens:,}", readable_bytes(cost.bytes), readable_bytes(cost.mha_bytes),
+             readable_bytes(cost.mqa_bytes), f"{cost.mha_bytes / cost.bytes:.2f}x") for cost in found.costs]
+    return aligned(("tokens", "this model", "as MHA", "as MQA", "saved against MHA"), rows)
+
+
+def bundle_lines(found: Inspection) -> list[str]:
+    """Target, inputs and outputs, fallbacks, versions."""
+    manifest = found.manifest
+    assert manifest is not None
+    lines = [f"target {manifest.target}, dtype {manifest.dtype}, cache {manifest.cache}, capacity {manifest.capacity}, "
+             f"logits {manifest.logits}, weights {manifest.weights}"]
+    for title, facts in (("inputs", manifest.inputs), ("outputs", manifest.outputs)):
+        shown = facts if len(facts) <= 6 else facts[:4] + facts[-2:]
+        rows = [(fact.name, fact.dtype, "[" + ", ".join(map(str, fact.shape)) + "]") for fact in shown]
+        more = f" (first 4 and last 2 of {len(facts)})" if len(facts) > 6 else ""
+        lines += [f"{title}{more}", *aligned(("name", "dtype", "shape"), rows, left=3)]
+    for fallback in manifest.fallbacks:
+        who = "the model" if fallback.layer < 0 else f"layer {fallback.layer}"
+        lines.append(f"fallback: {who}: {fallback.used} instead of {fallback.wanted}: {fallback.reason}")
+    if not manifest.fallbacks:
+        lines.append("fallbacks: none")
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    return [*lines, f"made with {versions}"] if versions else lines
