@@ -1,0 +1,1 @@
+"""The graphsurgeon toolbox: passes that count their work, matching, editing, checking. No weight is ever read."""

@@ -1,38 +1,113 @@
-"""Every fact of every target, one frozen row each. Code asks `target.shares_buffer`, never for a target's name.
+"""Every fact about every target, one frozen row each. Code asks `target.softcap`, never for a target's name.
 
-Source of the facts: onnxruntime docs/ContribOperators.md and trials with ONNX Runtime 1.31.
+Sources: onnxruntime docs/ContribOperators.md, onnx docs/Operators.md (Attention-23/24), and runs of ONNX Runtime 1.31
+and TensorRT-RTX 1.7 (a refusal noted here was met, not read).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from ..errors import GqaExportError
+from ..spec import AttentionSpec
+
+FLOATS = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Target:
-    """runs_in_onnxruntime: `OrtSession` can run it. shares_buffer: with a static cache, past and present may be the
-    same memory. chunks_alone: several new tokens over a past only at batch 1. empty_alone: no sequence of a batch
-    may bring zero new tokens."""
+    """What a target's graph looks like and what its attention op can hold.
+
+    interface: "mask" (attention_mask) or "lengths" (past_lengths, new_lengths). attention: the op a layer becomes;
+    fallback: what a layer becomes that it cannot hold, "" if then the export is refused. dtypes: per execution
+    provider, what its kernels take; a provider that is not there cannot run this target.
+    """
 
     name: str
+    attention: str
+    fallback: str
+    opset: int
+    ir_version: int
+    caches: tuple[str, ...]
+    interface: str
+    window: bool = True
+    softcap: bool = True
+    sinks: bool = True
+    value_head_size_differs: bool = True
+    head_size_multiple: int = 1
+    shared_cache_layers: bool = False
+    """a layer may read another layer's present and write nothing"""
     runs_in_onnxruntime: bool = True
+    """plain ONNX Runtime can run the graph"""
     shares_buffer: bool = False
+    """with a static cache, past and present may be the same memory"""
     chunks_alone: bool = False
+    """several new tokens over a past only at batch 1"""
     empty_alone: bool = False
+    """no sequence of a batch may bring zero new tokens"""
+    nan_tail_safe: bool = True
+    """what lies beyond the lengths may be NaN"""
+    rotary_inside: bool = False
+    rotary_head_multiple: int = 1
+    """rotary inside the op only if D is a multiple of this"""
+    rotary_half_multiple: int = 1
+    """rotary inside the op only if R/2 is a multiple of this"""
+    packed_projections: bool = False
+    """query, key and value may be one matrix product"""
+    function: bool = False
+    """the model carries the op as a model-local function"""
+    dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def cannot_hold(self, layer: AttentionSpec) -> str:
+        """Why `attention` cannot hold a layer; "" if it can."""
+        if layer.window and not self.window:
+            return f"{self.attention} has no window and this layer sees {layer.window} tokens"
+        if layer.softcap and not self.softcap:
+            return f"{self.attention} has no softcap and this layer caps at {layer.softcap:g}"
+        if layer.sinks and not self.sinks:
+            return f"{self.attention} has no attention sinks"
+        if layer.value_head_size != layer.head_size and not self.value_head_size_differs:
+            return (f"{self.attention} wants one head size, this layer's keys have {layer.head_size} "
+                    f"and its values {layer.value_head_size}")
+        if layer.head_size % self.head_size_multiple:
+            return f"{self.attention} wants a head size divisible by {self.head_size_multiple}, not {layer.head_size}"
+        return ""
+
+    def rotates(self, head_size: int, rotary_size: int) -> bool:
+        """Whether the attention op itself can rotate heads of this size."""
+        return (self.rotary_inside and head_size % self.rotary_head_multiple == 0
+                and rotary_size % 2 == 0 and (rotary_size // 2) % self.rotary_half_multiple == 0)
 
 
-TARGETS: tuple[Target, ...] = (
-    Target("ort", shares_buffer=True, chunks_alone=True, empty_alone=True),
-    Target("onnx"),
-    Target("portable"),
+_ROWS = (
+    Target(name="ort", attention="com.microsoft::GroupQueryAttention", fallback="gqa::GroupedQueryAttention",
+           opset=23, ir_version=10, caches=("growing", "static"), interface="mask",
+           value_head_size_differs=False, head_size_multiple=8, shares_buffer=True, chunks_alone=True, empty_alone=True,
+           rotary_inside=True, rotary_head_multiple=16, rotary_half_multiple=8, packed_projections=True,
+           dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")})),
+    Target(name="onnx", attention="Attention", fallback="gqa::GroupedQueryAttention",
+           opset=23, ir_version=10, caches=("growing", "static"), interface="mask", sinks=False,
+           nan_tail_safe=False, dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
+    Target(name="portable", attention="gqa::GroupedQueryAttention", fallback="",
+           opset=23, ir_version=10, caches=("growing", "static"), interface="mask", function=True,
+           dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
+    Target(name="trt-plugin", attention="gqa::GroupedQueryAttention", fallback="",
+           opset=23, ir_version=10, caches=("static",), interface="lengths", rotary_inside=True,
+           runs_in_onnxruntime=False, shares_buffer=True,
+           dtypes=MappingProxyType({"tensorrt": FLOATS})),
+    Target(name="trt-native", attention="Attention", fallback="",
+           opset=24, ir_version=10, caches=("static",), interface="lengths", softcap=False, sinks=False,
+           value_head_size_differs=False, nan_tail_safe=False, shares_buffer=True,
+           dtypes=MappingProxyType({"tensorrt": ("float16", "bfloat16")})),
 )
+
+TARGETS: dict[str, Target] = {row.name: row for row in _ROWS}
 
 
 def get_target(name: str) -> Target:
     """The row of a target, or a GqaExportError that lists them."""
-    for target in TARGETS:
-        if target.name == name:
-            return target
-    raise GqaExportError(f"unknown target {name!r}", "--target", f"one of {', '.join(t.name for t in TARGETS)}")
+    if name not in TARGETS:
+        raise GqaExportError(f"unknown target {name!r}", "--target", f"one of {', '.join(TARGETS)}")
+    return TARGETS[name]
