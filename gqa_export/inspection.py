@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,10 @@ COMMON_CONTEXTS = (1024, 4096)
 
 
 @dataclass(frozen=True)
-class LayerRun:
-    """Neighbouring layers whose attention is the same: layers first .. last, described by the first."""
+class LayerGroup:
+    """Layers whose attention is the same, by number, described by the first."""
 
-    first: int
-    last: int
+    layers: tuple[int, ...]
     attention: AttentionSpec
 
 
@@ -49,7 +47,7 @@ class Inspection:
     kind: str
     spec: ModelSpec
     element_dtype: str
-    runs: tuple[LayerRun, ...]
+    groups: tuple[LayerGroup, ...]
     costs: tuple[CacheCost, ...]
     parameters: int
     weight_bytes: int
@@ -57,11 +55,13 @@ class Inspection:
     notes: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for `--json`."""
+        """Plain data, for `--json`: one entry of `layers` for every attention layer."""
         data = asdict(self)
-        data["layers"] = data.pop("runs")
+        del data["groups"]
         data["kv_cache"] = data.pop("costs")
-        data["spec"].pop("layers")
+        layers = data["spec"].pop("layers")
+        data["layers"] = [{"kind": kind_of_attention(layer), **facts}
+                          for layer, facts in zip(self.spec.layers, layers, strict=True)]
         manifest = data.pop("manifest")
         if manifest is not None:
             manifest.pop("spec")
@@ -69,13 +69,12 @@ class Inspection:
         return data
 
 
-def layer_runs(layers: Iterable[AttentionSpec]) -> tuple[LayerRun, ...]:
-    """Neighbouring equal layers, together."""
-    runs = []
-    for _, group in groupby(layers, key=lambda layer: replace(layer, layer=0)):
-        members = list(group)
-        runs.append(LayerRun(members[0].layer, members[-1].layer, members[0]))
-    return tuple(runs)
+def layer_groups(layers: Iterable[AttentionSpec]) -> tuple[LayerGroup, ...]:
+    """Equal layers, together, in the order in which each kind is first met."""
+    kinds: dict[AttentionSpec, list[AttentionSpec]] = {}
+    for layer in layers:
+        kinds.setdefault(replace(layer, layer=0), []).append(layer)
+    return tuple(LayerGroup(tuple(layer.layer for layer in members), members[0]) for members in kinds.values())
 
 
 def with_kv_heads(spec: ModelSpec, shared: bool) -> ModelSpec:
@@ -132,7 +131,7 @@ def inspect_bundle(folder: Path, manifest: Manifest) -> Inspection:
     spec = manifest.spec
     parameters, weight_bytes = stored_in_graph(folder)
     dtype, longest = SHORT_NAMES.get(manifest.dtype, manifest.dtype), manifest.capacity or spec.max_positions
-    return Inspection(str(folder), "bundle", spec, dtype, layer_runs(spec.layers), cache_costs(spec, dtype, longest),
+    return Inspection(str(folder), "bundle", spec, dtype, layer_groups(spec.layers), cache_costs(spec, dtype, longest),
                       parameters, weight_bytes, manifest)
 
 
@@ -141,5 +140,5 @@ def inspect_checkpoint(source: str, spec: ModelSpec, stored_dtype: str, paramete
     """The figures of a checkpoint; the cache is counted in the dtype of its weights, as an export would keep it."""
     dtype = SHORT_NAMES.get(stored_dtype, stored_dtype)
     dtype = dtype if dtype in ELEMENT_BYTES else "fp32"
-    return Inspection(source, "checkpoint", spec, dtype, layer_runs(spec.layers),
+    return Inspection(source, "checkpoint", spec, dtype, layer_groups(spec.layers),
                       cache_costs(spec, dtype, spec.max_positions), parameters, weight_bytes, notes=notes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,8 @@ import click
 from .tables import aligned, readable_bytes
 
 if TYPE_CHECKING:
-    from ..inspection import Inspection, LayerRun
+    from ..checkpoint import Checkpoint
+    from ..inspection import Inspection, LayerGroup
 
 
 @click.command(short_help="Show the attention layers and the KV-cache cost of a bundle or checkpoint.")
@@ -22,12 +25,37 @@ def command(source: str, as_json: bool) -> None:
 
     A checkpoint's facts come from what each layer passes to attention when the model is called, not from its name.
     """
-    from ..pipeline import inspect
     from .progress import progress
 
     with progress(f"inspecting {Path(source).name}"):
-        found = inspect(source)
+        found = examine(source)
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(describe(found)))
+
+
+def examine(source: str) -> Inspection:
+    """Inspect a bundle (a folder with a manifest) or a checkpoint (anything else)."""
+    from ..bundle import MANIFEST, read_manifest
+    from ..inspection import inspect_bundle, inspect_checkpoint
+
+    if (Path(source) / MANIFEST).is_file():
+        return inspect_bundle(Path(source), read_manifest(source))
+    from ..checkpoint import open_checkpoint
+    from ..trace.probe import probe
+
+    checkpoint = open_checkpoint(source)
+    spec = probe(checkpoint.load_config())
+    return inspect_checkpoint(source, spec, checkpoint.stored_dtype, *stored_in_checkpoint(checkpoint))
+
+
+def stored_in_checkpoint(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Elements and bytes of the stored tensors; of a GGUF file, its (quantized) size."""
+    if checkpoint.gguf_file is not None:
+        from ..checkpoint.gguf_header import read_gguf_header
+
+        header = read_gguf_header(checkpoint.gguf_file)
+        return sum(prod(shape) for _, shape in header.tensors.values()), checkpoint.gguf_file.stat().st_size
+    tensors = checkpoint.tensors.values()
+    return sum(prod(tensor.shape) for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
 
 
 def describe(found: Inspection) -> list[str]:
@@ -41,7 +69,7 @@ def describe(found: Inspection) -> list[str]:
         f"  {found.parameters:,} parameters, {readable_bytes(found.weight_bytes)} of weights",
         "",
         "attention",
-        *attention_table(found.runs),
+        *attention_table(found.groups),
         "",
         f"KV cache of one sequence, {found.element_dtype}",
         *cache_table(found),
@@ -51,19 +79,33 @@ def describe(found: Inspection) -> list[str]:
     return lines + [f"note: {note}" for note in found.notes]
 
 
-def attention_table(runs: tuple[LayerRun, ...]) -> list[str]:
-    """One row for each run of equal layers."""
+def attention_table(groups: tuple[LayerGroup, ...]) -> list[str]:
+    """One row for each group of equal layers."""
     from ..inspection import kind_of_attention
 
     header = ("layers", "kind", "heads", "kv heads", "head size", "window", "softcap", "sinks", "scale")
     rows = []
-    for run in runs:
-        a = run.attention
+    for group in groups:
+        a = group.attention
         size = str(a.head_size) if a.head_size == a.value_head_size else f"{a.head_size}/{a.value_head_size}"
-        rows.append((str(run.first) if run.first == run.last else f"{run.first}-{run.last}", kind_of_attention(a),
+        rows.append((numbers(group.layers), kind_of_attention(a),
                      str(a.num_heads), str(a.kv_num_heads), size, str(a.window) if a.window else "all",
                      f"{a.softcap:g}" if a.softcap else "none", "yes" if a.sinks else "no", f"{a.scale:.6g}"))
     return aligned(header, rows, left=2)
+
+
+def numbers(layers: tuple[int, ...]) -> str:
+    """(0, 1, 2, 4) -> "0-2, 4"; (0, 2, 4) -> "0-4 by 2"."""
+    steps = {after - before for before, after in pairwise(layers)}
+    if len(layers) > 2 and len(steps) == 1 and steps != {1}:
+        return f"{layers[0]}-{layers[-1]} by {steps.pop()}"
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def cache_table(found: Inspection) -> list[str]:
