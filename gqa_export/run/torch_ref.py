@@ -39,7 +39,8 @@ class TorchSession:
         wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
         if any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
             model = copy.deepcopy(model).to(wanted)
-        self.model: Any = model.eval()
+        model.eval()
+        self.model: Any = model
         self.dtype, self.capacity, self._spec = wanted, capacity, spec
         self.vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
         self._mode = _Widen(model) if wanted is torch.float64 else None

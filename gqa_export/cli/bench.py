@@ -1,0 +1,67 @@
+"""`gqa-export bench`: load time, tokens per second and memory of a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..run.measure import Speed
+
+
+@click.command(short_help="Measure load time, tokens per second and memory.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Medians of so many runs.")
+@click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--low-memory", is_flag=True, help="Leave the weights in their files.")
+@click.option("--threads", type=int, default=0, show_default=True, help="0 lets ONNX Runtime choose.")
+@click.option("--json", "json_file", metavar="FILE|-", help="Write the figures as JSON; - is standard output.")
+def command(bundle: Path, prompt_tokens: int, new_tokens: int, batch: int, repeat: int, provider: str,
+            low_memory: bool, threads: int, json_file: str | None) -> None:
+    """Measure BUNDLE on random prompts, end tokens not honoured."""
+    from rich.console import Console
+
+    from ..run.measure import measure
+    from .progress import progress
+
+    with progress(f"measuring {bundle.name}") as bar:
+        speed = measure(bundle, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repeat=repeat,
+                        provider=provider, low_memory=low_memory, threads=threads, report=bar.report)
+    figures = json.dumps(speed.to_dict(), indent=1)
+    if json_file == "-":
+        click.echo(figures)
+        return
+    Console().print(table(speed))
+    if json_file is not None:
+        Path(json_file).write_text(figures + "\n", encoding="utf-8")
+
+
+def table(speed: Speed) -> Table:
+    """The figures, one a row."""
+    from rich.table import Table
+
+    shown = Table(title=f"{Path(speed.bundle).name}: {speed.target}, {speed.dtype}, {speed.cache} cache")
+    shown.add_column("figure")
+    shown.add_column("value", justify="right")
+    shown.add_column("how")
+    runs = f"median of {len(speed.decode)}"
+    shown.add_row("load", f"{speed.load_s:.2f} s", "once")
+    shown.add_row("prefill", f"{speed.prefill_tokens_per_s:.1f} tokens/s",
+                  f"{runs}, batch {speed.batch}, {speed.prompt_tokens} tokens each")
+    shown.add_row("decode", f"{speed.decode_tokens_per_s:.1f} tokens/s",
+                  f"{runs}, batch {speed.batch}, {speed.new_tokens} tokens each")
+    shown.add_row("decode step", f"{speed.decode_step_ms:.2f} ms", runs)
+    for name, size, how in (
+        ("anonymous memory", speed.anonymous_mib, "resident after loading, backed by no file"),
+        ("peak memory", speed.peak_mib, "most ever resident, mapped weights included"),
+    ):
+        shown.add_row(name, "unknown here" if size is None else f"{size:.0f} MiB", how)
+    return shown

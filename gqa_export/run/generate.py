@@ -1,0 +1,171 @@
+"""The decode loop: prompts in, tokens out, over any session. Greedy unless told otherwise.
+
+Dimensions: B sequences, S new tokens, V vocabulary. A prompt is fed in pieces so that the logits of a long one
+never exist at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import GqaExportError
+from .session import Session
+
+PREFILL_PIECE = 512
+"""tokens fed at once: 512 rows of a 150k vocabulary are 0.3 GB of fp32 logits"""
+
+END, LIMIT, FULL = "end token", "token limit", "cache full"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, good, fix in (
+            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (all) or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
+        ):
+            if not good:
+                raise GqaExportError(f"{name} {getattr(self, name)} is out of range",
+                                     "--" + name.replace("_", "-"), fix)
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """tokens: new ones per sequence, end token included. finish: why each stopped (END, LIMIT or FULL).
+
+    prefill_s: until the first token was known; decode_s: the rest. decode_steps: calls of the graph after prefill.
+    """
+
+    tokens: list[list[int]]
+    finish: list[str]
+    prompt_tokens: int
+    prefill_s: float
+    decode_s: float
+    decode_steps: int
+
+    @property
+    def decoded(self) -> int:
+        """Tokens that came out of decode steps: all but each sequence's first, which the prefill gave."""
+        return sum(max(len(tokens) - 1, 0) for tokens in self.tokens)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoded tokens per second, all sequences together; 0 if nothing was decoded."""
+        return self.decoded / self.decode_s if self.decode_s > 0 else 0.0
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens per second, all sequences together."""
+        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
+
+
+def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+             eos_token_ids: Collection[int] = (), on_token: Callable[[int, int], None] | None = None, *,
+             sampling: Sampling | None = None, prefill_piece: int = PREFILL_PIECE) -> GenerationResult:
+    """Continue each prompt until an end token, the token limit or a full cache. The session is reset first.
+
+    prompts: token ids per sequence, of any lengths >= 1. on_token(sequence, token) is called as soon as a token is
+    known, end tokens included. A sequence that is done rides along with the others; its cache is of no use after.
+    Raises GqaExportError before running anything if a prompt is empty or does not fit the session's capacity.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+    _check(lengths, session.capacity, max_new_tokens)
+    choose = _Chooser(sampling or Sampling())
+    ends = frozenset(eos_token_ids)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    finish = [""] * len(prompts)
+
+    def take(logits: np.ndarray) -> None:
+        active = np.array([not f for f in finish])
+        if np.isnan(logits[active]).any():
+            raise GqaExportError("the logits are not numbers", f"after {len(max(tokens, key=len))} new tokens",
+                                 "compare the bundle with its checkpoint: gqa-export validate BUNDLE --against ...")
+        for row, token in enumerate(choose(logits).tolist()):
+            if finish[row]:
+                continue
+            tokens[row].append(token)
+            if on_token is not None:
+                on_token(row, token)
+            if token in ends:
+                finish[row] = END
+            elif len(tokens[row]) >= max_new_tokens:
+                finish[row] = LIMIT
+            elif session.lengths[row] >= session.capacity:
+                finish[row] = FULL
+
+    started = time.perf_counter()
+    take(_prefill(session, prompts, lengths, prefill_piece))
+    prefilled = time.perf_counter()
+    steps = 0
+    while not all(finish):
+        ids = np.array([[row[-1]] for row in tokens], dtype=np.int64)
+        # a finished sequence with a full cache can bring nothing more; others ride along: a batch whose rows all
+        # bring one token is what every backend does in one call
+        new = np.where(np.array([bool(f) for f in finish]) & (session.lengths >= session.capacity), 0, 1)
+        take(session.step(ids, new).logits[:, 0])
+        steps += 1
+    ended = time.perf_counter()
+    return GenerationResult(tokens, finish, int(lengths.sum()), prefilled - started, ended - prefilled, steps)
+
+
+def _check(lengths: np.ndarray, capacity: int, max_new_tokens: int) -> None:
+    if len(lengths) == 0 or lengths.min() == 0:
+        raise GqaExportError("a prompt has no tokens", "prompt", "give at least one token")
+    if max_new_tokens < 1:
+        raise GqaExportError(f"max_new_tokens is {max_new_tokens}", "--max-new-tokens", "ask for at least one")
+    if lengths.max() > capacity:
+        raise GqaExportError(f"the prompt has {int(lengths.max())} tokens, and the cache holds {capacity}", "prompt",
+                             f"shorten it, or export with --capacity {int(lengths.max()) + max_new_tokens} or more")
+
+
+def _prefill(session: Session, prompts: Sequence[Sequence[int]], lengths: np.ndarray, piece: int) -> np.ndarray:
+    """Feed all prompts; the logits [B, V] of each one's last token."""
+    session.reset(len(prompts))
+    last: list[np.ndarray] = [np.empty(0)] * len(prompts)
+    for start in range(0, int(lengths.max()), piece):
+        new = np.clip(lengths - start, 0, piece)
+        ids = np.zeros((len(prompts), int(new.max())), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : new[row]] = prompt[start: start + piece]
+        logits = session.step(ids, new).logits
+        for row, count in enumerate(new.tolist()):
+            if count:
+                # a bundle made with --logits last answers with one row only
+                last[row] = logits[row, count - 1 if logits.shape[1] > 1 else 0]
+    return np.stack(last)
+
+
+class _Chooser:
+    """Logits [B, V] to tokens [B]."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling, self._random = sampling, np.random.default_rng(sampling.seed)
+
+    def __call__(self, logits: np.ndarray) -> np.ndarray:
+        if self._sampling.temperature == 0:
+            return logits.argmax(axis=-1)
+        return np.array([self._sample(row) for row in logits], dtype=np.int64)
+
+    def _sample(self, logits: np.ndarray) -> int:
+        """Temperature, then the top_k most probable, then the smallest set whose probability reaches top_p."""
+        s = self._sampling
+        order = np.argsort(-logits, kind="stable")
+        order = order[: s.top_k] if s.top_k else order
+        scaled = logits[order].astype(np.float64) / s.temperature
+        p = np.exp(scaled - scaled[0])
+        p /= p.sum()
+        keep = np.cumsum(p) - p < s.top_p
+        p = p[keep] / p[keep].sum()
+        return int(self._random.choice(order[keep], p=p))
