@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import GqaExportError
 from .gguf_header import GgufHeader, read_gguf_header
@@ -114,22 +114,23 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
     name = checkpoint.stored_dtype if dtype == "auto" else DTYPES.get(dtype, dtype)
     config = load_config(checkpoint, **config_overrides)
     kwargs: dict[str, Any] = {"dtype": getattr(torch, name), "attn_implementation": attn_implementation,
-                              "experts_implementation": "batched_mm", "ignore_mismatched_sizes": True}
+                              "experts_implementation": "batched_mm", "ignore_mismatched_sizes": True,
+                              "output_loading_info": True}
     try:
         with quiet():
             if checkpoint.gguf_file is not None:
                 model_class, state = _gguf_state(*_identity(checkpoint.gguf_file))
-                model, info = model_class.from_pretrained(None, config=config, state_dict=dict(state),
-                                                          output_loading_info=True, **kwargs)
+                loaded = model_class.from_pretrained(None, config=config, state_dict=dict(state), **kwargs)
             else:
-                model, info = AutoModelForCausalLM.from_pretrained(
+                loaded = AutoModelForCausalLM.from_pretrained(
                     checkpoint.folder, config=config, local_files_only=True, trust_remote_code=False,
-                    use_safetensors=True, output_loading_info=True, **kwargs)
+                    use_safetensors=True, **kwargs)
     except GqaExportError:
         raise
     except Exception as error:  # transformers raises anything between OSError and AttributeError here
         raise GqaExportError(f"transformers cannot load the model: {_first_line(error)}", checkpoint.source,
                              "check that config.json and the weights belong together") from error
+    model, info = cast("tuple[Any, dict[str, Any]]", loaded)
     _refuse_incomplete(info, checkpoint.source)
     refuse_modules(model, checkpoint.source)
     return model.eval()
@@ -198,8 +199,9 @@ def _gguf_state(path: str, mtime_ns: int) -> tuple[Any, dict[str, torch.Tensor]]
     from transformers import AutoModelForCausalLM, GgufConfig
 
     dtype = getattr(torch, read_gguf_header(Path(path)).stored_dtype)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         Path(path).parent, gguf_file=Path(path).name, dtype=dtype, local_files_only=True, output_loading_info=True,
         quantization_config=GgufConfig(dequantize=True))
+    model, info = loaded
     _refuse_incomplete(info, path)
     return type(model), model.state_dict()

@@ -73,7 +73,7 @@ class Checkpoint:
         return add_tokenizer(self, writer)
 
     def token_ids(self) -> dict[str, Any]:
-        """{"eos": list of ids, "bos": id or None, "pad": id or None}; generation_config.json goes before config.json."""
+        """{"eos": list of ids, "bos": id or None, "pad": id or None}; generation_config.json goes first."""
         from .tokenizer import token_ids
 
         return token_ids(self)
@@ -127,7 +127,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise GqaExportError(f"{path.name} is not valid JSON: {error}", str(path), "download it again") from error
     except OSError as error:
-        raise GqaExportError(f"cannot read {path.name}: {error.strerror}", str(path), "check its permissions") from error
+        raise GqaExportError(f"cannot read the file: {error.strerror}", str(path), "check its permissions") from error
 
 
 def _read_tensors(source: str, folder: Path) -> dict[str, StoredTensor]:

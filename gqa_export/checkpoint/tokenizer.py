@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
               "spiece.model", "sentencepiece.bpe.model", "tekken.json")  # fmt: skip
-BESIDE = ("config.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json",
-          "chat_template.jinja", "chat_template.json")  # fmt: skip
+BESIDE = ("config.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+          "added_tokens.json", "chat_template.jinja", "chat_template.json")  # fmt: skip
 
 
 def tokenizer_files(checkpoint: Checkpoint) -> list[Path]:
