@@ -1,0 +1,72 @@
+"""Module -> canonical ONNX: the attention interface, the mask probe, export, stamping. No ORT, no TensorRT here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..spec import ModelSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The canonical model and how it came about.
+
+    traced_layers: how many decoder layers torch.export saw. whole_because: "" if the rest were stamped, else why
+    every layer was traced. rope_regime: "short" or "long" where `longrope` was fixed by the capacity.
+    """
+
+    model: onnx.ModelProto
+    spec: ModelSpec
+    traced_layers: int
+    whole_because: str
+    rope_regime: str
+
+
+def trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str = "all", interface: str = "mask",
+          stamping: bool = True) -> Traced:
+    """Trace a transformers config into the canonical ONNX model; weights appear by name only.
+
+    dtype: "float32", "float16", "bfloat16". cache: "growing" or "static". See `canonical` for the form.
+    """
+    import torch
+
+    from . import attention, canonical, export, kinds, rotary, simplify, skeleton, stamp, wrapper
+    from .probe import probe
+
+    name, torch_dtype = attention.register(), getattr(torch, dtype)
+    rotary.check_rope(config)
+    ghost = skeleton.build(config, torch_dtype, device="meta", attention=name)
+    spec = probe(config, ghost)
+    stack = kinds.stack_of(ghost, spec) if stamping else None
+    del ghost
+    whole_because = "" if stack else "no two layers to spare" if stamping else "asked for"
+    while True:
+        short = kinds.shorten(config, max(stack.traced) + 1) if stack else config
+        model = skeleton.build(short, torch_dtype, attention=name)
+        if stack:
+            kinds.keep_layers(model, stack)
+        regime = rotary.freeze_regime(model, capacity)
+        layers = [spec.layers[i] for i in stack.traced] if stack else list(spec.layers)
+        part = ModelSpec(**{**vars(spec), "layers": tuple(layers)})
+        decoder = wrapper.Decoder(model, part, cache=cache, logits=logits, interface=interface)
+        program = export.export_decoder(decoder, part, torch_dtype).model
+        names = {f"model.{key}" for key in model.state_dict(keep_vars=True)}
+        weights = simplify.detach_weights(program, names.__contains__)
+        simplify.simplify(program)
+        canonical.plain_reshapes(program)
+        if stack is None:
+            break
+        try:
+            stamp.stamp(program, stack, "model.")
+            weights = [value for value in program.graph.inputs if (value.name or "").startswith("model.")]
+            break
+        except stamp.NotIsomorphic as reason:
+            stack, whole_because = None, f"the layers differ: {reason}"
+    canonical.name_nodes(program)
+    simplify.merge_common(program)
+    proto = canonical.to_proto(program, weights, spec, cache=cache, logits=logits, prefix="model.")
+    return Traced(proto, spec, len(layers), whole_because, regime)

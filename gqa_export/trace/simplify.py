@@ -35,3 +35,12 @@ def simplify(model: ir.Model) -> None:
             lift_all_constants=True, size_limit=0), common.RemoveUnusedOpsetsPass(), common.OutputFixPass(),
             common.NameFixPass()):
         clean(model)
+
+
+def merge_common(model: ir.Model) -> None:
+    """Merge common subexpressions and drop what is unused; after stamping, and with the weights still detached."""
+    from onnx_ir.passes import common
+
+    common.DeduplicateInitializersPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
