@@ -69,7 +69,7 @@ def decode_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_p
     total = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
     # Masked throughout: a short tile's arithmetic hides behind its loads, and one loop has one prologue.
     acc, top, total = attend(acc, top, total, query, key_ptr + cache_head * HEAD, value_ptr + cache_head * VALUE_HEAD,
-                             past + step, start, stop, stop, window, scale, softcap, HEAD, VALUE_HEAD, BLOCK_HEAD,
+                             past + step, start, stop, stop, stop, window, scale, softcap, HEAD, VALUE_HEAD, BLOCK_HEAD,
                              BLOCK_VALUE, BLOCK_ROWS, BLOCK_KEYS, HAS_WINDOW, HAS_SOFTCAP, PRECISION, True)
 
     seen = top != float("-inf")

@@ -53,17 +53,19 @@ def choose_tiles(rows: int, head: int, value_head: int, dtype: str, capability: 
     size, width = DTYPE_BYTES[dtype], block(head) + block(value_head)
     tile_rows = row_block(rows)
     if size == 4:
-        tile_rows = min(tile_rows, 32)
-        return Tiles(tile_rows, 32 if width <= 256 else 16, 4, 2 if width <= 256 else 1)
-    if block(head) > 128 or block(value_head) > 128:
-        tile_rows = min(tile_rows, 64 if shared_bytes < 128 * 1024 else LONG_ROWS)
+        return Tiles(min(tile_rows, 32), 32 if width <= 256 else 16, 4, 2 if width <= 256 else 1)
+    wide = width > 256
+    if wide and shared_bytes < 128 * 1024:
+        tile_rows = min(tile_rows, 64)
     long = tile_rows == LONG_ROWS
-    blocks_per_sm = 1 if long else BLOCKS_PER_SM
-    budget = shared_bytes // blocks_per_sm - 1024 - tile_rows * block(head) * size
-    for keys, stages in ((128, 3), (128, 2), (64, 3), (64, 2), (32, 3), (32, 2), (16, 2)):
-        if keys == 128 and (long or width > 128):
-            continue  # scores of 128 x 128 in registers beside the accumulator spill
-        if keys * width * size * stages <= budget:
+    budget = shared_bytes // (1 if long else BLOCKS_PER_SM) - 2048 - tile_rows * block(head) * size
+    # Warpgroup and tensor-memory products read the tile from shared memory, so a pipeline of n stages holds n tiles;
+    # elsewhere it goes to registers first, and n - 1 are held. Seen in the compiled kernels' shared memory.
+    held = 0 if tile_rows >= 64 and 90 <= capability < 120 else 1
+    for keys, stages in ((128, 3), (64, 4), (64, 3), (32, 4), (32, 3), (32, 2), (16, 3), (16, 2)):
+        if (keys == 128 and (long or width > 128)) or (keys == 64 and long and wide):
+            continue  # the scores beside the accumulator would not fit in registers
+        if keys * width * size * (stages - held) <= budget:
             return Tiles(tile_rows, keys, 8 if long and width > 128 else 4, stages)
     return Tiles(tile_rows, 16, 4, 1)
 

@@ -36,7 +36,8 @@ def prefill_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_
                    GROUP: tl.constexpr, HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr,
                    BLOCK_VALUE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
                    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-                   PRECISION: tl.constexpr):
+                   SPLIT_BAND: tl.constexpr, PRECISION: tl.constexpr):
+    """SPLIT_BAND: a loop of its own, unmasked, for the inside of the band. Not for fp32, bound by its products."""
     sequence = tl.program_id(2).to(tl.int64)
     kv_head = tl.program_id(1)
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_ROWS
@@ -51,12 +52,14 @@ def prefill_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_
 
     first_step, last_step = first_row // GROUP, tl.minimum((first_row + BLOCK_ROWS - 1) // GROUP, new - 1)
     low, high = key_range(past, new, broken, first_step, last_step, window, HAS_WINDOW)
-    # low .. full_low - 1: some row's window has passed them. full_low .. full_high - 1: every row sees them.
-    full_low, full_high = low, tl.minimum(past + first_step + 1, high)
-    if HAS_WINDOW:
-        passed = tl.maximum(past + last_step - window + 1 - low, 0)
-        full_low = tl.minimum(low + tl.cdiv(passed, BLOCK_KEYS) * BLOCK_KEYS, high)
-    full_high = full_low + tl.maximum(full_high - full_low, 0) // BLOCK_KEYS * BLOCK_KEYS
+    # The band's inside, full_low .. full_high - 1: every valid row sees all of it, so nothing there is masked.
+    full_low, full_high = high, high
+    if SPLIT_BAND:
+        full_low, full_high = low, tl.minimum(past + first_step + 1, high)
+        if HAS_WINDOW:
+            passed = tl.maximum(past + last_step - window + 1 - low, 0)
+            full_low = tl.minimum(low + tl.cdiv(passed, BLOCK_KEYS) * BLOCK_KEYS, high)
+        full_high = full_low + tl.maximum(full_high - full_low, 0) // BLOCK_KEYS * BLOCK_KEYS
 
     acc = tl.zeros([BLOCK_ROWS, BLOCK_VALUE], dtype=tl.float32)
     if HAS_SINKS:
@@ -67,15 +70,12 @@ def prefill_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_
         total = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
     cache_head = (sequence * kv_heads + kv_head) * capacity
     key_base, value_base = key_ptr + cache_head * HEAD, value_ptr + cache_head * VALUE_HEAD
-    if HAS_WINDOW:
-        acc, top, total = attend(acc, top, total, query, key_base, value_base, row_positions, low, full_low, high,
-                                 window, scale, softcap, HEAD, VALUE_HEAD, BLOCK_HEAD, BLOCK_VALUE, BLOCK_ROWS,
-                                 BLOCK_KEYS, HAS_WINDOW, HAS_SOFTCAP, PRECISION, True)
-    acc, top, total = attend(acc, top, total, query, key_base, value_base, row_positions, full_low, full_high, high,
-                             window, scale, softcap, HEAD, VALUE_HEAD, BLOCK_HEAD, BLOCK_VALUE, BLOCK_ROWS,
-                             BLOCK_KEYS, HAS_WINDOW, HAS_SOFTCAP, PRECISION, False)
-    acc, top, total = attend(acc, top, total, query, key_base, value_base, row_positions, full_high, high, high,
-                             window, scale, softcap, HEAD, VALUE_HEAD, BLOCK_HEAD, BLOCK_VALUE, BLOCK_ROWS,
+    if SPLIT_BAND:
+        acc, top, total = attend(acc, top, total, query, key_base, value_base, row_positions, full_low, full_high,
+                                 full_high, full_high, window, scale, softcap, HEAD, VALUE_HEAD, BLOCK_HEAD,
+                                 BLOCK_VALUE, BLOCK_ROWS, BLOCK_KEYS, HAS_WINDOW, HAS_SOFTCAP, PRECISION, False)
+    acc, top, total = attend(acc, top, total, query, key_base, value_base, row_positions, low, high, full_low,
+                             full_high, window, scale, softcap, HEAD, VALUE_HEAD, BLOCK_HEAD, BLOCK_VALUE, BLOCK_ROWS,
                              BLOCK_KEYS, HAS_WINDOW, HAS_SOFTCAP, PRECISION, True)
 
     output = acc / tl.where(total == 0, 1.0, total)[:, None]
@@ -85,11 +85,12 @@ def prefill_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_
 
 
 def constants(*, group: int, head: int, value_head: int, tiles: Tiles, window: bool, softcap: bool,
-              sinks: bool) -> dict[str, Any]:
+              sinks: bool, split_band: bool) -> dict[str, Any]:
     """The kernel's compile-time arguments."""
     return {"GROUP": group, "HEAD": head, "VALUE_HEAD": value_head, "BLOCK_HEAD": block(head),
             "BLOCK_VALUE": block(value_head), "BLOCK_ROWS": tiles.rows, "BLOCK_KEYS": tiles.keys,
-            "HAS_WINDOW": window, "HAS_SOFTCAP": softcap, "HAS_SINKS": sinks, "PRECISION": "ieee"}
+            "HAS_WINDOW": window, "HAS_SOFTCAP": softcap, "HAS_SINKS": sinks, "SPLIT_BAND": split_band,
+            "PRECISION": "ieee"}
 
 
 def prefill(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor, past_lengths: torch.Tensor,
@@ -103,5 +104,5 @@ def prefill(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tenso
         query, past_key, past_value, past_lengths, new_lengths, query if sinks is None else sinks, output, kv_heads,
         steps, capacity, window, scale, softcap,
         **constants(group=group, head=head, value_head=past_value.shape[3], tiles=tiles, window=window > 0,
-                    softcap=softcap > 0, sinks=sinks is not None),
+                    softcap=softcap > 0, sinks=sinks is not None, split_band=query.element_size() < 4),
         num_warps=tiles.warps, num_stages=tiles.stages)

@@ -125,21 +125,28 @@ def online_softmax_update(scores, value, acc, top, total, PRECISION: tl.constexp
 
 
 @triton.jit
-def attend(acc, top, total, query, key_ptr, value_ptr, row_positions, start, stop, limit, window, scale, softcap,
-           HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+def attend(acc, top, total, query, key_ptr, value_ptr, row_positions, start, stop, skip_from, skip_to, window, scale,
+           softcap, HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_VALUE: tl.constexpr,
            BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
            PRECISION: tl.constexpr, MASKED: tl.constexpr):
-    """Attend to cache positions start .. stop - 1, a tile at a time. Not MASKED: every valid row sees all of them."""
-    for tile_start in range(start, stop, BLOCK_KEYS):
-        positions = tile_start + tl.arange(0, BLOCK_KEYS)
-        key = load_cache(key_ptr, positions, limit, HEAD, BLOCK_HEAD, MASKED)
+    """Attend to cache positions start .. stop - 1 without skip_from .. skip_to - 1, a tile at a time.
+
+    skip_from is a whole number of tiles past start, or stop. One loop on both sides of the gap: half the code.
+    Not MASKED: every valid row sees all of the positions, and all of them are valid.
+    """
+    before = tl.cdiv(skip_from - start, BLOCK_KEYS)
+    tiles = before + tl.cdiv(stop - skip_to, BLOCK_KEYS)
+    for tile in range(0, tiles):
+        gap = tl.where(tile < before, 0, skip_to - skip_from)
+        positions = start + gap + tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+        key = load_cache(key_ptr, positions, stop, HEAD, BLOCK_HEAD, MASKED)
         scores = scores_base2(query, key, scale, softcap, HAS_SOFTCAP, PRECISION, BLOCK_ROWS, BLOCK_KEYS)
         if MASKED:
-            visible = (positions[None, :] <= row_positions[:, None]) & (positions < limit)[None, :]
+            visible = (positions[None, :] <= row_positions[:, None]) & (positions < stop)[None, :]
             if HAS_WINDOW:
                 visible = visible & (positions[None, :] > row_positions[:, None] - window)
             scores = tl.where(visible, scores, float("-inf"))
-        value = load_cache(value_ptr, positions, limit, VALUE_HEAD, BLOCK_VALUE, MASKED)
+        value = load_cache(value_ptr, positions, stop, VALUE_HEAD, BLOCK_VALUE, MASKED)
         acc, top, total = online_softmax_update(scores, value, acc, top, total, PRECISION)
     return acc, top, total
 

@@ -1,0 +1,288 @@
+"""Ahead-of-time compilation: one small file per (kernel variant, compute capability), without a GPU.
+
+A file holds text lines, an empty line, and the cubin. The lines say everything a launcher needs:
+
+    gqa-cubin 1
+    kernel decode                      which of append, prefill, decode, combine
+    name decode_kernel                 the function's name in the module
+    capability 90                      runs on this capability; from 90 on, on this one only
+    shared_bytes 104448                dynamic shared memory (above 48 KiB: raise the function's limit first)
+    threads 128                        block size: (threads, 1, 1)
+    tile_rows 16                       with steps, splits, heads: the grid (docs/kernels.md)
+    argument query_ptr *bf16           one line per argument, in order; pointers aligned to 16 bytes
+    argument kv_heads i32
+    scratch_pointers 2                 that many null pointers follow the arguments (Triton's hidden parameters)
+    constant GROUP 4                   what was compiled in: a launcher compares these with its layer
+    code_sha256 ...
+    code_bytes 21336
+
+Line information is off: it would carry paths of the machine that compiled. Needs Triton; the interpreter must be off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from gqa_export.errors import GqaExportError
+from gqa_plugins.grouped_attention.plan import APPEND_STEPS, CAPABILITIES, DTYPE_BYTES, LONG_ROWS, SHARED_KIB
+from gqa_plugins.grouped_attention.plan import choose_tiles as _choose_tiles
+
+MAGIC = "gqa-cubin 1"
+SUFFIX = ".gqacubin"
+KERNELS = ("append", "prefill", "decode", "combine")
+SCRATCH_POINTERS = 2
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is compiled for. Fields that a kernel does not use are left at their defaults.
+
+    rows: S * (H / K) that decides the row tile: the group size for decode steps, anything >= 128 for prefill.
+    """
+
+    kernel: str
+    dtype: str
+    group: int
+    head: int
+    value_head: int
+    rows: int = 0
+    window: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    rotary_half: int = 0
+    interleaved: bool = False
+    has_new: bool = True
+
+    @property
+    def name(self) -> str:
+        """A name for people and files, unique among variants."""
+        flags = [word for word, on in (("window", self.window), ("softcap", self.softcap), ("sinks", self.sinks),
+                                       (f"rotary{2 * self.rotary_half}", self.rotary_half > 0),
+                                       ("interleaved", self.interleaved), ("readonly", not self.has_new)) if on]
+        rows = [f"r{self.rows}"] if self.rows else []
+        return "-".join([self.kernel, self.dtype, f"g{self.group}", f"d{self.head}", f"e{self.value_head}", *rows, *flags])
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """A compiled variant: the facts that its file's lines state, and the code."""
+
+    kernel: str
+    name: str
+    capability: int
+    shared_bytes: int
+    threads: int
+    tile_rows: int
+    arguments: tuple[tuple[str, str], ...]
+    constants: dict[str, str]
+    code: bytes = field(repr=False)
+    scratch_pointers: int = SCRATCH_POINTERS
+
+    def to_bytes(self) -> bytes:
+        lines = [MAGIC, f"kernel {self.kernel}", f"name {self.name}", f"capability {self.capability}",
+                 f"shared_bytes {self.shared_bytes}", f"threads {self.threads}", f"tile_rows {self.tile_rows}",
+                 *(f"argument {name} {kind}" for name, kind in self.arguments),
+                 f"scratch_pointers {self.scratch_pointers}",
+                 *(f"constant {name} {value}" for name, value in self.constants.items()),
+                 f"code_sha256 {hashlib.sha256(self.code).hexdigest()}", f"code_bytes {len(self.code)}"]
+        return ("\n".join(lines) + "\n\n").encode("ascii") + self.code
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str = "cubin") -> Cubin:
+        """Read `to_bytes` back. Raises GqaExportError for a file that is not one, is cut short, or was altered."""
+        head, separator, code = data.partition(b"\n\n")
+        lines = head.decode("ascii", errors="replace").split("\n")
+        fix = "compile it again: python -m gqa_plugins.grouped_attention.cubin --help"
+        if lines[0] != MAGIC or not separator:
+            raise GqaExportError(f"not a kernel file of this version: it does not begin with '{MAGIC}'", where, fix)
+        facts: dict[str, str] = {}
+        arguments, constants = [], {}
+        for line in lines[1:]:
+            key, _, rest = line.partition(" ")
+            if key == "argument":
+                name, _, kind = rest.partition(" ")
+                arguments.append((name, kind))
+            elif key == "constant":
+                name, _, value = rest.partition(" ")
+                constants[name] = value
+            else:
+                facts[key] = rest
+        try:
+            if len(code) != int(facts["code_bytes"]) or hashlib.sha256(code).hexdigest() != facts["code_sha256"]:
+                raise GqaExportError("the kernel file is cut short or altered: its code does not match its sha256",
+                                     where, fix)
+            return cls(facts["kernel"], facts["name"], int(facts["capability"]), int(facts["shared_bytes"]),
+                       int(facts["threads"]), int(facts["tile_rows"]), tuple(arguments), constants, code,
+                       int(facts["scratch_pointers"]))
+        except (KeyError, ValueError) as error:
+            raise GqaExportError(f"the kernel file's lines are incomplete: {error}", where, fix) from error
+
+
+def model_variants(*, heads: int, kv_heads: int, head: int, dtype: str, value_head: int | None = None,
+                   windows: Iterable[bool] = (False,), softcap: bool = False, sinks: bool = False,
+                   rotary_size: int = 0, interleaved: bool = False) -> list[Variant]:
+    """Every variant that a model's layers launch: append, decode and prefill (per kind of window), combine.
+
+    Decode is compiled for one new token per step, prefill for long prompts; both serve any number of new tokens.
+    """
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise GqaExportError(f"{heads} query heads cannot be grouped over {kv_heads} key/value heads", "--heads",
+                             "heads must be a multiple of kv-heads")
+    if dtype not in DTYPE_BYTES:
+        raise GqaExportError(f"dtype {dtype!r} is unknown", "--dtype", f"use one of {', '.join(DTYPE_BYTES)}")
+    value_size = head if value_head is None else value_head
+    for flag, size in (("--head-size", head), ("--value-head-size", value_size)):
+        if not 1 <= size <= 256:
+            raise GqaExportError(f"head size {size} is outside 1 .. 256", flag, "the kernels stop at 256")
+    if rotary_size % 2 or not 0 <= rotary_size <= head:
+        raise GqaExportError(f"rotary size {rotary_size} does not fit head size {head}", "--rotary-size",
+                             "it is even and at most the head size; 0: queries and keys come rotated")
+    group = heads // kv_heads
+    variants = [Variant("append", dtype, group, head, value_size, rotary_half=rotary_size // 2,
+                        interleaved=interleaved and rotary_size > 0)]
+    for window in sorted(set(windows)):
+        variants.append(Variant("decode", dtype, group, head, value_size, group, window, softcap))
+        variants.append(Variant("prefill", dtype, group, head, value_size, LONG_ROWS, window, softcap, sinks))
+    variants.append(Variant("combine", dtype, group, head, value_size, sinks=sinks))
+    return variants
+
+
+def _recipe(variant: Variant, capability: int) -> tuple[Any, Any, dict[str, Any], int, int, int]:
+    """(kernel, its arguments, compile-time values, warps, stages, tile rows)."""
+    from gqa_plugins.grouped_attention import append, decode, prefill
+
+    tiles = _choose_tiles(max(1, variant.rows), variant.head, variant.value_head, variant.dtype, capability)
+    shape = {"group": variant.group, "head": variant.head, "value_head": variant.value_head}
+    attention = {**shape, "tiles": tiles, "window": variant.window, "softcap": variant.softcap}
+    if variant.kernel == "append":
+        values = append.constants(**shape, rotary_half=variant.rotary_half, interleaved=variant.interleaved,
+                                  has_new=variant.has_new)
+        return append.append_kernel, append.ARGUMENTS, values, append.WARPS, append.STAGES, APPEND_STEPS
+    if variant.kernel == "prefill":
+        values = prefill.constants(**attention, sinks=variant.sinks, split_band=DTYPE_BYTES[variant.dtype] < 4)
+        return prefill.prefill_kernel, prefill.ARGUMENTS, values, tiles.warps, tiles.stages, tiles.rows
+    if variant.kernel == "decode":
+        return (decode.decode_kernel, decode.ARGUMENTS, decode.constants(**attention), tiles.warps, tiles.stages,
+                tiles.rows)
+    if variant.kernel == "combine":
+        values = decode.combine_constants(group=variant.group, value_head=variant.value_head, sinks=variant.sinks)
+        return decode.combine_kernel, decode.COMBINE_ARGUMENTS, values, decode.COMBINE_WARPS, decode.COMBINE_STAGES, 1
+    raise GqaExportError(f"kernel {variant.kernel!r} is unknown", "Variant.kernel", f"use one of {', '.join(KERNELS)}")
+
+
+def compile_variant(variant: Variant, capability: int) -> Cubin:
+    """Compile one variant for one capability (80, 86, ... 121). No GPU or driver is needed. Raises GqaExportError."""
+    if capability not in CAPABILITIES:
+        raise GqaExportError(f"compute capability {capability} is not supported", "--capability",
+                             f"use one of {', '.join(map(str, CAPABILITIES))}")
+    try:
+        import triton
+    except ImportError as error:
+        raise GqaExportError("Triton is not installed", "gqa_plugins.grouped_attention.cubin",
+                             "pip install 'gqa-export[plugins]'") from error
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if triton.knobs.runtime.interpret:
+        raise GqaExportError("kernels cannot be compiled in a process that interprets them",
+                             "environment variable TRITON_INTERPRET", "unset it and start again")
+    kernel, arguments, constants, warps, stages, tile_rows = _recipe(variant, capability)
+    kinds = {name: kind.replace("T", variant.dtype) for name, kind in arguments}
+    signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {(index,): [["tt.divisibility", 16]] for index, (_, kind) in enumerate(arguments) if kind[0] == "*"}
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True
+        compiled = triton.compile(ASTSource(kernel, signature, constants, aligned),
+                                  target=GPUTarget("cuda", capability, 32),
+                                  options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True})
+    facts = compiled.metadata
+    if facts.global_scratch_size or facts.profile_scratch_size or facts.shared > SHARED_KIB[capability] * 1024:
+        raise GqaExportError(
+            f"{variant.name} for {capability} needs {facts.shared} bytes of shared memory and "
+            f"{facts.global_scratch_size} of scratch; the launcher gives {SHARED_KIB[capability] * 1024} and none",
+            "gqa_plugins.grouped_attention.plan.choose_tiles", "report it: the tile table is wrong for this shape")
+    return Cubin(variant.kernel, facts.name, capability, facts.shared, warps * 32, tile_rows,
+                 tuple(kinds.items()), {name: str(int(value) if isinstance(value, bool) else value) for name, value in constants.items()}, compiled.asm["cubin"])
+
+
+def _compile_job(job: tuple[Variant, int]) -> bytes:
+    return compile_variant(*job).to_bytes()
+
+
+def build(variants: Sequence[Variant], capabilities: Sequence[int], jobs: int = 1) -> dict[tuple[Variant, int], bytes]:
+    """Compile every variant for every capability, `jobs` at a time, each in a process of its own if more than one."""
+    work = [(variant, capability) for variant in variants for capability in capabilities]
+    if jobs <= 1:
+        return {job: _compile_job(job) for job in work}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return dict(zip(work, pool.map(_compile_job, work), strict=True))
+
+
+def parse_capability(text: str) -> int:
+    """'8.9', '89' or 'sm_89' to 89. Raises GqaExportError for one that the kernels are not compiled for."""
+    digits = text.lower().removeprefix("sm_").replace(".", "")
+    if not digits.isdigit() or int(digits) not in CAPABILITIES:
+        raise GqaExportError(f"compute capability {text!r} is not supported", "--capability",
+                             f"use one of {', '.join(f'{c // 10}.{c % 10}' for c in CAPABILITIES)}")
+    return int(digits)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gqa_plugins.grouped_attention.cubin",
+        description="Compile a model's attention kernels ahead of time; no GPU is needed.",
+        epilog="example: --heads 32 --kv-heads 8 --head-size 128 --dtype bf16 --capability 8.9 --out kernels")
+    parser.add_argument("--heads", type=int, required=True, help="query heads of a layer")
+    parser.add_argument("--kv-heads", type=int, required=True, help="key/value heads of a layer")
+    parser.add_argument("--head-size", type=int, required=True, help="features of a query or key head")
+    parser.add_argument("--value-head-size", type=int, help="features of a value head (default: head size)")
+    parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), required=True)
+    parser.add_argument("--capability", action="append", metavar="X.Y",
+                        help="compute capability, repeatable (default: all of "
+                             + ", ".join(f"{c // 10}.{c % 10}" for c in CAPABILITIES) + ")")
+    parser.add_argument("--window", choices=("none", "all", "some"), default="none",
+                        help="layers with a sliding window")
+    parser.add_argument("--softcap", action="store_true", help="scores are soft-capped")
+    parser.add_argument("--sinks", action="store_true", help="heads have attention sinks")
+    parser.add_argument("--rotary-size", type=int, default=0,
+                        help="features that append rotates (default 0: queries and keys come rotated)")
+    parser.add_argument("--interleaved", action="store_true", help="rotary pairs are neighbours")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the files")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        variants = model_variants(
+            heads=options.heads, kv_heads=options.kv_heads, head=options.head_size, value_head=options.value_head_size,
+            dtype=options.dtype, windows={"none": (False,), "all": (True,), "some": (False, True)}[options.window],
+            softcap=options.softcap, sinks=options.sinks, rotary_size=options.rotary_size,
+            interleaved=options.interleaved)
+        capabilities = [parse_capability(text) for text in options.capability or map(str, CAPABILITIES)]
+        files = build(variants, capabilities, options.jobs)
+    except GqaExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    options.out.mkdir(parents=True, exist_ok=True)
+    for (variant, capability), data in files.items():
+        path = options.out / f"{variant.name}.sm_{capability}{SUFFIX}"
+        path.write_bytes(data)
+        facts = Cubin.from_bytes(data, str(path))
+        print(f"{path.name}  {len(data)} bytes, {facts.shared_bytes} shared, {facts.threads} threads")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
