@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -161,7 +161,7 @@ def _identity(path: Path) -> tuple[str, int]:
 
 
 @lru_cache(maxsize=1)
-def _gguf_whole(path: str, mtime_ns: int) -> tuple[dict[str, Any], GgufHeader]:
+def _gguf_facts(path: str, mtime_ns: int) -> tuple[transformers.PretrainedConfig, GgufHeader]:
     from transformers import AutoConfig
 
     header = read_gguf_header(Path(path))
@@ -171,12 +171,13 @@ def _gguf_whole(path: str, mtime_ns: int) -> tuple[dict[str, Any], GgufHeader]:
     except Exception as error:
         raise GqaExportError(f"transformers cannot read this GGUF architecture ({header.architecture}): "
                              f"{_first_line(error)}", path, "give the original Hugging Face checkpoint") from error
-    return config.to_dict(), header
+    return config, header
 
 
 def gguf_config(path: Path) -> dict[str, Any]:
     """The configuration in a GGUF file, refused where the file says more than transformers takes from it."""
-    config, header = _gguf_whole(*_identity(path))
+    parsed, header = _gguf_facts(*_identity(path))
+    config = parsed.to_dict()
     rope = (config.get("rope_parameters") or {}).get("rope_type", "default")
     said = header.about_model("rope.scaling.type")
     lost = []
@@ -189,7 +190,19 @@ def gguf_config(path: Path) -> dict[str, Any]:
     if lost:
         raise GqaExportError(f"transformers drops {' and '.join(lost)} when it reads this GGUF file", str(path),
                              "give the original Hugging Face checkpoint: the exported model would be wrong")
-    return dict(config)
+    return config
+
+
+@contextmanager
+def _no_gguf_bar() -> Iterator[None]:
+    from transformers import modeling_gguf_pytorch_utils as reader  # its bar obeys no setting of transformers
+
+    bar = getattr(reader, "tqdm", None)
+    reader.tqdm = partial(bar, disable=True) if bar else None
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
 
 
 @lru_cache(maxsize=1)
@@ -198,10 +211,11 @@ def _gguf_state(path: str, mtime_ns: int) -> tuple[Any, dict[str, torch.Tensor]]
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    dtype = getattr(torch, read_gguf_header(Path(path)).stored_dtype)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        Path(path).parent, gguf_file=Path(path).name, dtype=dtype, local_files_only=True, output_loading_info=True,
-        quantization_config=GgufConfig(dequantize=True))
+    config, header = _gguf_facts(path, mtime_ns)
+    with _no_gguf_bar():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            Path(path).parent, gguf_file=Path(path).name, config=config, dtype=getattr(torch, header.stored_dtype),
+            local_files_only=True, output_loading_info=True, quantization_config=GgufConfig(dequantize=True))
     model, info = loaded
     _refuse_incomplete(info, path)
     return type(model), model.state_dict()
