@@ -48,6 +48,7 @@ PACKAGES: tuple[Package, ...] = (
     Package("numpy", ("numpy",), "numpy>=2"),
     Package("torch", ("torch",), "torch>=2.9"),
     Package("transformers", ("transformers",), "transformers>=5.20,<6"),
+    Package("accelerate", ("accelerate",), "accelerate>=1"),
     Package("safetensors", ("safetensors",), "safetensors>=0.5"),
     Package("huggingface_hub", ("huggingface_hub",), "huggingface_hub>=1"),
     Package("gguf", ("gguf",), "gguf>=0.17"),
@@ -72,8 +73,8 @@ TWINS = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml
          "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings"),
          "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings")}
 
-EXPORT = ("click", "rich", "numpy", "torch", "transformers", "safetensors", "huggingface_hub", "onnx", "onnx-ir",
-          "onnxscript", "onnx-graphsurgeon")
+EXPORT = ("click", "rich", "numpy", "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "onnx",
+          "onnx-ir", "onnxscript", "onnx-graphsurgeon")
 ABILITIES: tuple[Ability, ...] = (
     Ability("export a checkpoint to ONNX", EXPORT),
     Ability("validate a bundle on the CPU", (*EXPORT, "polygraphy", "onnxruntime")),
