@@ -7,11 +7,11 @@ smallest first, or for all with `full`; what was left out is returned, so that i
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 
 from .bundle import MODEL, FileFact, Manifest
+from .checkpoint.headers import header_sha256
 from .errors import GqaExportError
 from .spec import ModelSpec
 
@@ -37,7 +37,7 @@ def check_files(folder: Path, manifest: Manifest, *, full: bool = False, hashes:
         size = path.stat().st_size
         if size != fact.size:
             raise GqaExportError(f"{name} has {size} bytes, its manifest says {fact.size}", str(path), FIX)
-        if fact.header_sha256 and header_sha256(path) != fact.header_sha256:
+        if fact.header_sha256 and _header(path) != fact.header_sha256:
             raise GqaExportError(f"the safetensors header of {name} is not the one that was exported", str(path),
                                  "the checkpoint was changed after the export: export it again")
     return _check_hashes(folder, manifest.files, full) if hashes else list(manifest.files)
@@ -56,6 +56,13 @@ def _check_hashes(folder: Path, files: dict[str, FileFact], full: bool) -> list[
     return skipped
 
 
+def _header(path: Path) -> str:
+    try:
+        return header_sha256(path)
+    except ValueError as error:
+        return f"unreadable: {error}"
+
+
 def file_sha256(path: Path) -> str:
     """sha256 of a file, read piece by piece."""
     digest = hashlib.sha256()
@@ -63,16 +70,6 @@ def file_sha256(path: Path) -> str:
         while block := file.read(READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def header_sha256(path: Path) -> str:
-    """sha256 of a safetensors file's length field and JSON header; GqaExportError if it has none."""
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        if not 0 < length <= min(100_000_000, path.stat().st_size - 8):
-            raise GqaExportError("not a safetensors file", str(path), FIX)
-        return hashlib.sha256(start + file.read(length)).hexdigest()
 
 
 def check_belongs(spec: ModelSpec, shown: Mapping[str, object], where: str) -> None:

@@ -20,14 +20,14 @@ REACH = 2048
 """longest prompt made only to pass a rotary scaling's original length; windows are always passed if they fit"""
 RAGGED_REACH = 1024
 """longest row of the ragged case: three rows are run one by one through PyTorch, twice"""
-POISON = 1.0e4
+POISON = (1.0e4, -1.0e4)
 """content of the cache's tail in the poisoned case: far outside any real key, and still finite in fp16"""
 
 
 @dataclass(frozen=True)
 class Case:
     """prompts: one id array per row. counts: new tokens per row [B] for each step after the prompt. free: each side
-    feeds its own best token. poison: what lies in the cache beyond the lengths (0: left as it is)."""
+    feeds its own best token. poison: what fills the cache beyond the lengths, in turn (none: left as it is)."""
 
     name: str
     purpose: str
@@ -35,7 +35,7 @@ class Case:
     counts: tuple[tuple[int, ...], ...]
     chunk: int
     free: bool = False
-    poison: float = 0.0
+    poison: tuple[float, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -57,8 +57,10 @@ class Plan:
 
 
 def plan_cases(spec: ModelSpec, capacity: int, *, steps: int = 32, original_positions: int = 0,
-               special: Iterable[int] = (), text_ids: np.ndarray | None = None, seed: int = 20) -> Plan:
-    """Choose cases for a decoder. `original_positions`: what a scaled rotary was trained for, 0 if not scaled.
+               special: Iterable[int] = (), text_ids: np.ndarray | None = None, nan_tail_safe: bool = False,
+               seed: int = 20) -> Plan:
+    """Choose cases for a decoder. original_positions: what a scaled rotary was trained for, 0 if not scaled.
+    nan_tail_safe: whether what lies in the cache beyond the lengths may be NaN.
 
     Raises GqaExportError if the capacity is too small to hold a prompt and a step.
     """
@@ -78,7 +80,7 @@ def plan_cases(spec: ModelSpec, capacity: int, *, steps: int = 32, original_posi
         _long(ids, room, steps, chunk, windows, original_positions, notes),
         _free(ids, room, steps, chunk, windows, text_ids),
         _ragged(ids, room, steps, chunk, windows, notes),
-        _poisoned(ids, capacity, chunk, windows),
+        _poisoned(ids, capacity, chunk, (*POISON, float("nan")) if nan_tail_safe else POISON),
     ]
     return Plan(tuple(cases), tuple(notes))
 
@@ -121,11 +123,11 @@ def _ragged(ids: _Ids, room: int, steps: int, chunk: int, windows: list[int], no
                 "compared with itself alone", prompts, counts, max(chunk, longest))
 
 
-def _poisoned(ids: _Ids, capacity: int, chunk: int, windows: list[int]) -> Case:
+def _poisoned(ids: _Ids, capacity: int, chunk: int, poison: tuple[float, ...]) -> Case:
     longest = min(capacity - 4, 11)
     prompts = (ids(longest), ids(max(1, longest // 4)))
-    return Case("poisoned", f"batch 2, the cache beyond each row's length filled with +-{POISON:g}", prompts,
-                ((1, 1),) * min(4, capacity - longest), max(chunk, longest), poison=POISON)
+    return Case("poisoned", f"batch 2, the cache beyond each row's length filled with {', '.join(map(str, poison))}",
+                prompts, ((1, 1),) * 4, max(chunk, longest), poison=poison)
 
 
 class _Ids:

@@ -1,4 +1,4 @@
-"""From what was measured to a judgement: per case, per kind of output, and where it first went wrong.
+"""The judgement as data: per case, per kind of output, and where it first went wrong.
 
 `Verdict.to_dict` is the schema of `--json`; `SCHEMA_VERSION` counts its incompatible changes.
 """
@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import EXIT_DIFFERENT, EXIT_PASSED
-from .drive import CaseLog, Choice, Measured, quantity
-from .tolerance import Tolerance, tolerance
+from .drive import Choice
 
 SCHEMA_VERSION = 1
-KINDS = ("keys", "values", "logits", "cache")
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,12 @@ class Location:
     max_abs: float
     bound: float
     nonfinite: int = 0
+
+    @property
+    def order(self) -> tuple[int, str]:
+        """Sorts outputs of one step as they are computed: layer by layer, logits last."""
+        digits = [word for word in self.output.split() if word.isdigit()]
+        return (int(digits[0]) if digits else 1 << 30, self.output)
 
     def __str__(self) -> str:
         place = ", ".join(f"{name} {value}" for name, value in self.axes.items())
@@ -84,7 +88,7 @@ class CaseVerdict:
     def first(self) -> Location | None:
         """The earliest step, and in it the earliest output in the order of computation, that left its bound."""
         found = [kind.first for kind in self.kinds if kind.first is not None]
-        return min(found, key=lambda f: (f.step, f.phase == "cache", _order(f.output))) if found else None
+        return min(found, key=lambda f: (f.step, f.phase == "cache", f.order)) if found else None
 
     @property
     def passed(self) -> bool:
@@ -154,62 +158,6 @@ class Verdict:
             "first": asdict(self.first) if self.first else None, "cases": cases,
         }
         return _plain(data)
-
-
-def judge(log: CaseLog, dtype: str) -> CaseVerdict:
-    """Hold every measurement of a case against the bound of its output, in the number format `dtype`."""
-    scales: dict[str, float] = {}
-    for one in log.bundle:
-        scales[quantity(one.output)] = max(scales.get(quantity(one.output), 0.0), one.difference.scale)
-    bounds = {name: tolerance(None if log.yardstick is None else log.yardstick[name], scale, dtype)
-              for name, scale in scales.items()}
-    kinds = tuple(_judge_kind(kind, [one for one in log.bundle if _kind(one.output) == kind], bounds, log.case.name)
-                  for kind in KINDS)
-    limit = bounds["logits"].bound
-    ties = tuple(choice for choice in log.choices if choice.margin < limit)
-    real = [choice for choice in log.choices if not choice.margin < limit]
-    case = log.case
-    return CaseVerdict(case.name, case.purpose, case.batch, tuple(len(p) for p in case.prompts), len(case.counts),
-                       case.free, kinds, log.rows, log.agreed, ties, real[0] if case.free and real else None,
-                       log.eager_logits, log.seconds)
-
-
-def _judge_kind(kind: str, measured: list[Measured], bounds: dict[str, Tolerance], case: str) -> KindVerdict:
-    def excess(one: Measured) -> float:
-        bound = bounds[quantity(one.output)].bound
-        return one.difference.max_abs / bound if bound else float(one.difference.max_abs > 0)
-
-    worst = max(measured, key=excess)
-    limit = bounds[quantity(worst.output)]
-    found = (_locate(one, bounds[quantity(one.output)].bound, case) for one in measured)
-    where = next((location for location in found if location is not None), None)
-    return KindVerdict(kind, spoken(worst.output), worst.difference.max_abs, limit.bound, limit.yardstick,
-                       limit.basis, where)
-
-
-def _locate(one: Measured, bound: float, case: str) -> Location | None:
-    element = one.difference.first_over(bound)
-    if element is None:
-        return None
-    axes = element.axes | {"token": element.axes["token"] + one.tokens[element.axes["batch"]]}
-    return Location(case, one.step, one.phase, spoken(one.output), axes, element.expected, element.got, element.gap,
-                    bound, one.difference.nonfinite)
-
-
-def _kind(output: str) -> str:
-    if output == "logits":
-        return "logits"
-    return "cache" if output.startswith("cache.") else output.rsplit(".", 1)[1] + "s"
-
-
-def spoken(output: str) -> str:
-    """`layer.7.key` as "layer 7 key", `cache.7.key` as "whole cache of layer 7 key"."""
-    return output.replace("cache.", "whole cache of layer.", 1).replace(".", " ")
-
-
-def _order(spoken_output: str) -> tuple[int, str]:
-    digits = [word for word in spoken_output.split() if word.isdigit()]
-    return (int(digits[0]) if digits else 1 << 30, spoken_output)
 
 
 def _plain(data: Any) -> Any:

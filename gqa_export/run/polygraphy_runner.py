@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,11 +20,11 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
 from ..cache_io import ATTENTION_MASK, INPUT_IDS, past_names
+from ..errors import GqaExportError, NotCheckedHere
 from ..spec import ModelSpec
+from .ort_backend import Infer
+from .ort_load import PROVIDERS
 from .session import Session
-
-Infer = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
-PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 
 
 class SessionRunner(BaseRunner):
@@ -88,25 +88,46 @@ def _blank(array: np.ndarray, counts_B: np.ndarray, axis: int) -> np.ndarray:
 
 
 @contextmanager
-def onnxrt_infer(model: Path, provider: str):
-    """Yield a callable feed -> outputs that runs `model` through Polygraphy's own ONNX Runtime loader and runner."""
-    from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+def onnxrt_infer(model: Path, provider: str) -> Iterator[Infer]:
+    """Yield a callable feed -> outputs that runs `model` through Polygraphy's own ONNX Runtime loader and runner.
 
-    with OnnxrtRunner(SessionFromOnnx(str(model), providers=PROVIDERS[provider]), name="onnxrt") as runner:
+    Raises GqaExportError for a graph that ONNX Runtime cannot open, NotCheckedHere for one it has no kernels for.
+    """
+    from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+    from polygraphy.logger import G_LOGGER
+
+    name = PROVIDERS[provider]
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        try:
+            session = SessionFromOnnx(str(model), providers=list(dict.fromkeys((name, PROVIDERS["cpu"]))))()
+        except Exception as error:  # onnxruntime's own exceptions share no public base class
+            cause = (str(error).strip().splitlines() or ["no message"])[0]
+            if "NOT_IMPLEMENTED" in cause:
+                raise NotCheckedHere(f"ONNX Runtime has no kernels for this graph on {provider}: {cause}", str(model),
+                                     "use another --provider, or check its fp32 twin with --as fp32") from error
+            raise GqaExportError(f"ONNX Runtime cannot open the graph: {cause}", str(model),
+                                 "export the bundle again") from error
+    if name not in session.get_providers():
+        raise NotCheckedHere(f"ONNX Runtime could not start {name}", str(model),
+                             "check the CUDA and cuDNN libraries with `gqa-export doctor`, or use --provider cpu")
+    with OnnxrtRunner(session, name="onnxrt") as runner:
         def infer(feed: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-            return runner.infer(OrderedDict(feed), check_inputs=False)
+            outputs: Mapping[str, np.ndarray] = runner.infer(OrderedDict(feed), check_inputs=False)
+            return outputs
 
         yield infer
 
 
 class PoisonedTail:
-    """Wraps an `infer`: while `value` is not 0, whatever the cache holds beyond the valid tokens becomes +-value."""
+    """Wraps an `infer`: whatever the cache holds beyond the valid tokens is replaced by `values`, in turn (() does
+    nothing)."""
 
     def __init__(self, infer: Infer, spec: ModelSpec) -> None:
-        self._infer, self._spec, self.value = infer, spec, 0.0
+        self._infer, self._spec = infer, spec
+        self.values: tuple[float, ...] = ()
 
     def __call__(self, feed: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        if not self.value:
+        if not self.values:
             return self._infer(feed)
         feed = dict(feed)
         new = feed[INPUT_IDS].shape[1]
@@ -115,7 +136,7 @@ class PoisonedTail:
             for name in past_names(layer.layer):
                 past_BKPD = feed[name]
                 positions_P = np.arange(past_BKPD.shape[2])
-                poison_P = np.where(positions_P % 2, -self.value, self.value).astype(past_BKPD.dtype)
+                poison_P = np.resize(np.array(self.values, past_BKPD.dtype), len(positions_P))
                 tail_BP = positions_P >= lengths_B[:, None]
                 feed[name] = np.where(tail_BP[:, None, :, None], poison_P[None, None, :, None], past_BKPD)
         return self._infer(feed)

@@ -1,0 +1,60 @@
+"""From what was measured to a judgement: every output of every step is held against the bound of its quantity."""
+
+from __future__ import annotations
+
+from .drive import CaseLog, Measured, quantity
+from .tolerance import Tolerance, tolerance
+from .verdict import CaseVerdict, KindVerdict, Location
+
+KINDS = ("keys", "values", "logits", "cache")
+
+
+def judge(log: CaseLog, dtype: str) -> CaseVerdict:
+    """Hold every measurement of a case against the bound of its output, in the number format `dtype`."""
+    scales: dict[str, float] = {}
+    for one in log.bundle:
+        scales[quantity(one.output)] = max(scales.get(quantity(one.output), 0.0), one.difference.scale)
+    bounds = {name: tolerance(None if log.yardstick is None else log.yardstick[name], scale, dtype)
+              for name, scale in scales.items()}
+    kinds = tuple(_judge_kind(kind, [one for one in log.bundle if _kind(one.output) == kind], bounds, log.case.name)
+                  for kind in KINDS)
+    limit = bounds["logits"].bound
+    ties = tuple(choice for choice in log.choices if choice.margin < limit)
+    real = [choice for choice in log.choices if not choice.margin < limit]
+    case = log.case
+    return CaseVerdict(case.name, case.purpose, case.batch, tuple(len(p) for p in case.prompts), len(case.counts),
+                       case.free, kinds, log.rows, log.agreed, ties, real[0] if case.free and real else None,
+                       log.eager_logits, log.seconds)
+
+
+def _judge_kind(kind: str, measured: list[Measured], bounds: dict[str, Tolerance], case: str) -> KindVerdict:
+    def excess(one: Measured) -> float:
+        bound = bounds[quantity(one.output)].bound
+        return one.difference.max_abs / bound if bound else float(one.difference.max_abs > 0)
+
+    worst = max(measured, key=excess)
+    limit = bounds[quantity(worst.output)]
+    found = (_locate(one, bounds[quantity(one.output)].bound, case) for one in measured)
+    where = next((location for location in found if location is not None), None)
+    return KindVerdict(kind, spoken(worst.output), worst.difference.max_abs, limit.bound, limit.yardstick,
+                       limit.basis, where)
+
+
+def _locate(one: Measured, bound: float, case: str) -> Location | None:
+    element = one.difference.first_over(bound)
+    if element is None:
+        return None
+    axes = element.axes | {"token": element.axes["token"] + one.tokens[element.axes["batch"]]}
+    return Location(case, one.step, one.phase, spoken(one.output), axes, element.expected, element.got, element.gap,
+                    bound, one.difference.nonfinite)
+
+
+def _kind(output: str) -> str:
+    if output == "logits":
+        return "logits"
+    return "cache" if output.startswith("cache.") else output.rsplit(".", 1)[1] + "s"
+
+
+def spoken(output: str) -> str:
+    """`layer.7.key` as "layer 7 key", `cache.7.key` as "whole cache of layer 7 key"."""
+    return output.replace("cache.", "whole cache of layer.", 1).replace(".", " ")

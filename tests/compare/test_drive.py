@@ -1,0 +1,214 @@
+"""How a case is walked: who feeds what, ties, NaN, padding, the whole cache. With a decoder whose numbers we choose."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gqa_export.compare.tolerance import CAP_ULPS, EPSILON
+
+from .conftest import Scripted, scripted_verdict
+
+FREE_PROMPT = 24  # without a window and without text
+
+
+def case(verdict, name):
+    return next(case for case in verdict.cases if case.name == name)
+
+
+def test_a_bundle_that_rounds_like_pytorch_passes():
+    verdict, _ = scripted_verdict(Scripted(noise=1e-6, seed=5))
+    assert verdict.passed and verdict.exit_code == 0 and verdict.first is None
+    assert 0 < verdict.max_abs_logits <= 1e-6
+    assert [c.name for c in verdict.cases] == ["long", "free", "ragged"]
+
+
+def test_padding_that_holds_nan_is_never_looked_at():
+    # Scripted leaves NaN in every padding row and in the cache beyond the lengths
+    assert scripted_verdict(Scripted(noise=1e-6))[0].passed
+
+
+def test_one_wrong_logit_at_one_step_is_named():
+    def edit(t, logits):
+        if t == 60:
+            logits[7] += 1e-3
+
+    verdict, _ = scripted_verdict(Scripted(edit))
+    first = case(verdict, "long").first
+    assert not verdict.passed and verdict.exit_code == 1
+    # the long prompt has 48 tokens: position 60 is decode step 13 of the case (the prompt is step 0)
+    assert (first.step, first.phase, first.output, first.axes) == (13, "decode", "logits",
+                                                                   {"batch": 0, "token": 60, "id": 7})
+    assert first.max_abs == pytest.approx(1e-3) and "token 60" in str(first)
+    assert all(kind.passed for kind in case(verdict, "long").kinds if kind.kind != "logits")
+
+
+def test_a_wrong_key_is_named_before_the_logits_it_spoils():
+    def edit_key(t, key):
+        if t >= 20:
+            key[1, 2] += 0.5
+
+    def edit(t, logits):
+        if t >= 20:
+            logits[0] += 0.5
+
+    verdict, _ = scripted_verdict(Scripted(edit, edit_key))
+    first = verdict.first
+    assert first.output == "layer 0 key" and first.axes == {"batch": 0, "token": 20, "head": 1, "feature": 2}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_or_infinity_in_a_valid_row_fails(bad):
+    def edit(t, logits):
+        if t == 50:
+            logits[3] = bad
+
+    verdict, _ = scripted_verdict(Scripted(edit))
+    first = case(verdict, "long").first
+    assert first.nonfinite == 1 and first.axes["id"] == 3 and "NaN or infinite" in str(first)
+
+
+def test_nan_in_pytorchs_low_precision_does_not_excuse_the_bundle():
+    def edit(t, logits):
+        logits[:] = np.nan
+
+    def wrong(t, logits):
+        logits[0] += 0.5
+
+    verdict, truth = scripted_verdict(Scripted(wrong), eager=Scripted(edit))
+    logits = case(verdict, "long").logits
+    assert not verdict.passed and logits.basis == "cap"
+    assert logits.bound <= CAP_ULPS * EPSILON["fp32"] * np.abs(truth.logit_table).max()
+
+
+def tie_at(position, by):
+    """Edit that makes the two best tokens of a position change places, the second winning by `by`."""
+    def edit(t, logits):
+        if t == position:
+            best, second = np.argsort(logits)[:-3:-1]
+            logits[second] = logits[best] + by
+    return edit
+
+
+def test_a_near_tie_is_reported_as_a_tie_and_the_walk_goes_on_with_the_truth():
+    position = FREE_PROMPT + 4
+    near = Scripted(noise=1e-6)
+    close = near.logit_table[position].argsort()[::-1][:2]
+    # the truth prefers its best token by 2e-6 only, the bundle the other one: below the tolerance of 8e-6
+    truth_row = Scripted().logit_table[position]
+
+    def edit_truth(t, logits):
+        if t == position:
+            logits[close[1]] = truth_row[close[0]] - 2e-6
+
+    def edit_bundle(t, logits):
+        if t == position:
+            logits[close[0]], logits[close[1]] = truth_row[close[0]] - 1e-6, truth_row[close[0]] + 1e-6
+
+    from gqa_export.compare.cases import plan_cases
+    from gqa_export.validation import Sides, run_cases
+
+    from .conftest import STEPS, verdict_of
+
+    truth, bundle = Scripted(edit_truth), Scripted(edit_bundle)
+    plan = plan_cases(truth.spec, 128, steps=STEPS)
+    verdict = verdict_of(run_cases(Sides(truth, Scripted(edit_truth, noise=1e-6), bundle), plan), plan)
+    free = case(verdict, "free")
+    assert free.passed and free.parted is None and free.top1_agreed == free.rows - 1
+    (tie,) = free.ties
+    assert (tie.expected, tie.got) == tuple(close) and tie.margin == pytest.approx(2e-6, rel=1e-3)
+    # both were fed the same tokens to the end: the truth's, once they parted
+    assert all(np.array_equal(a, b) for a, b in zip(truth.fed, bundle.fed))
+
+
+def test_another_best_token_that_is_no_tie_fails_the_free_run():
+    verdict, _ = scripted_verdict(Scripted(tie_at(FREE_PROMPT + 4, 0.01)))
+    free = case(verdict, "free")
+    assert not free.passed and free.parted is not None and free.parted.step == 5 and not free.ties
+    assert free.parted.margin > 0.001
+
+
+def test_in_the_free_run_each_side_feeds_its_own_best_token():
+    from gqa_export.run.polygraphy_runner import SessionRunner
+
+    session = Scripted()
+    feed = {"input_ids": np.array([[3, 4, 5]]), "new_lengths": np.array([3]), "reset": np.array([1]),
+            "free": np.array([0]), "finish": np.array([0])}
+    with SessionRunner(session, "x") as runner:
+        first = runner.infer(feed)
+        own = int(first["logits"][0, 2].argmax())
+        other = {"input_ids": np.array([[own + 1]]), "new_lengths": np.array([1]), "reset": np.array([0]),
+                 "free": np.array([1]), "finish": np.array([1])}
+        second = runner.infer(other)
+    assert second["fed"].tolist() == [[own]] and session.fed[1].tolist() == [[own]]
+    assert list(second) == ["layer.0.key", "layer.0.value", "logits", "fed", "cache.0.key", "cache.0.value"]
+    assert second["cache.0.key"].shape == (1, 2, 4, 3)
+
+
+def test_the_forced_cases_feed_pytorchs_own_greedy_tokens():
+    verdict, truth = scripted_verdict(bundle := Scripted(noise=1e-6))
+    assert all(np.array_equal(a, b) for a, b in zip(truth.fed, bundle.fed))
+    decode = [ids for ids in truth.fed if ids.shape == (1, 1)]
+    assert decode[0][0, 0] == truth.logit_table[47].argmax()  # after a prompt of 48
+
+
+def test_a_cache_that_was_overwritten_later_is_found_at_the_end():
+    class Forgetful(Scripted):
+        def cache(self):
+            (key, value), = super().cache()
+            key[0, 1, 2] = 0
+            return [(key, value)]
+
+    verdict, _ = scripted_verdict(Forgetful())
+    first = verdict.first
+    assert first.phase == "cache" and first.output == "whole cache of layer 0 key"
+    assert first.axes["token"] == 2 and first.axes["head"] == 1
+
+
+def test_a_bundle_that_gives_only_the_last_logits_is_compared_on_those():
+    from gqa_export.compare.cases import plan_cases
+    from gqa_export.run.session import Step
+    from gqa_export.validation import Sides, run_cases
+
+    from .conftest import verdict_of
+
+    class LastOnly(Scripted):
+        def step(self, input_ids, new_lengths=None, *, want_cache=False):
+            step = super().step(input_ids, new_lengths, want_cache=want_cache)
+            rows = step.logits[np.arange(len(input_ids)), np.maximum(new_lengths - 1, 0)]
+            return Step(rows[:, None], step.keys, step.values)
+
+    def wrong(t, logits):
+        if t == 47:  # the last token of the long prompt
+            logits[1] += 1e-3
+
+    for edit, passed in ((lambda t, x: None, True), (wrong, False)):
+        truth = Scripted()
+        plan = plan_cases(truth.spec, 128)
+        sides = Sides(truth, Scripted(noise=1e-6), LastOnly(edit))
+        verdict = verdict_of(run_cases(sides, plan, last_only=True), plan)
+        assert verdict.passed is passed
+
+
+def test_without_room_for_a_yardstick_rounding_passes_and_errors_do_not():
+    from gqa_export.compare.cases import plan_cases
+    from gqa_export.validation import Sides, run_cases
+
+    from .conftest import verdict_of
+
+    def wrong(t, logits):
+        logits[0] += 1e-3
+
+    for bundle, passed in ((Scripted(noise=1e-6), True), (Scripted(wrong), False)):
+        truth = Scripted()
+        plan = plan_cases(truth.spec, 128)
+        assert verdict_of(run_cases(Sides(truth, None, bundle), plan), plan).passed is passed
+
+
+def test_a_verdict_without_cases_does_not_pass():
+    from gqa_export.compare.cases import Plan
+
+    from .conftest import verdict_of
+
+    verdict = verdict_of([], Plan((), ()))
+    assert not verdict.passed and verdict.exit_code == 1

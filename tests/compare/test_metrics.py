@@ -1,0 +1,104 @@
+"""How differences are measured."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gqa_export.compare import metrics
+from gqa_export.compare.metrics import difference, last_rows, margin
+
+
+def random(*shape, dtype=np.float64, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def test_equal_arrays_differ_by_nothing():
+    a = random(2, 5, 7)
+    found = difference(a, a.copy())
+    assert found.max_abs == 0 and found.nonfinite == 0 and found.first_over(0.0) is None
+    assert found.scale == np.abs(a).max()
+
+
+def test_logits_are_located_by_batch_token_and_id():
+    a = random(2, 5, 7)
+    b = a.copy()
+    b[1, 3, 6] += 0.5
+    element = difference(a, b).first_over(0.1)
+    assert element.axes == {"batch": 1, "token": 3, "id": 6}
+    assert element.expected == a[1, 3, 6] and element.got == b[1, 3, 6] and element.gap == pytest.approx(0.5)
+
+
+def test_cache_rows_are_located_by_batch_token_head_and_feature():
+    a = random(3, 2, 4, 5)  # B K S D
+    b = a.copy()
+    b[2, 1, 3, 4] -= 0.25
+    assert difference(a, b).first_over(0.1).axes == {"batch": 2, "token": 3, "head": 1, "feature": 4}
+
+
+def test_the_first_token_over_the_bound_is_named_not_the_worst():
+    a = random(1, 2, 6, 3)
+    b = a.copy()
+    b[0, 0, 2, 1] += 0.2
+    b[0, 1, 5, 0] += 9.0
+    found = difference(a, b)
+    assert found.max_abs == pytest.approx(9.0)
+    assert found.first_over(0.1).axes["token"] == 2
+    assert found.first_over(1.0).axes == {"batch": 0, "token": 5, "head": 1, "feature": 0}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("side", ["expected", "got", "both"])
+def test_anything_not_finite_is_an_infinite_difference(bad, side):
+    a, b = random(1, 4, 3), random(1, 4, 3)
+    if side != "got":
+        a[0, 2, 1] = bad
+    if side != "expected":
+        b[0, 2, 1] = bad
+    found = difference(a, b)
+    assert found.nonfinite == 1 and found.max_abs == np.inf
+    assert found.first_over(1e30).axes == {"batch": 0, "token": 2, "id": 1}
+    assert np.isfinite(found.scale)
+
+
+def test_shapes_that_differ_are_refused():
+    with pytest.raises(ValueError, match="shapes differ"):
+        difference(random(1, 4, 3), random(1, 4, 2))
+
+
+def test_an_empty_output_differs_by_nothing():
+    assert difference(np.zeros((1, 2, 0, 4)), np.zeros((1, 2, 0, 4))).max_abs == 0
+
+
+def test_low_precision_is_compared_in_fp64():
+    a = random(1, 3, 8)
+    found = difference(a, a.astype(np.float16))
+    assert found.max_abs == np.abs(a - a.astype(np.float16).astype(np.float64)).max() > 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(batch=st.integers(1, 3), tokens=st.integers(1, 9), width=st.integers(1, 9), block=st.integers(1, 40),
+       seed=st.integers(0, 99))
+def test_blocks_change_nothing(batch, tokens, width, block, seed):
+    a, b = random(batch, tokens, width, seed=seed), random(batch, tokens, width, seed=seed + 100)
+    before = metrics.BLOCK
+    metrics.BLOCK = block
+    try:
+        found = difference(a, b)
+    finally:
+        metrics.BLOCK = before
+    assert np.array_equal(found.gap, np.abs(a - b).max(-1))
+    assert np.array_equal(found.place, np.abs(a - b).argmax(-1))
+
+
+def test_last_rows_follow_each_rows_length():
+    logits = random(3, 4, 2)
+    assert np.array_equal(last_rows(logits, np.array([4, 1, 2])), logits[[0, 1, 2], [3, 0, 1]])
+    assert np.array_equal(last_rows(logits[:, :1], np.array([4, 1, 2])), logits[:, 0])
+
+
+def test_margin_is_zero_for_the_best_token_itself():
+    row = np.array([0.5, 2.0, 1.75])
+    assert margin(row, 1) == 0 and margin(row, 2) == 0.25
