@@ -6,10 +6,11 @@ and TensorRT-RTX 1.7 (a refusal noted here was met, not read).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from ..bundle import Fallback
 from ..errors import GqaExportError
 from ..spec import AttentionSpec
 
@@ -54,6 +55,8 @@ class Target:
     """rotary inside the op only if D is a multiple of this"""
     rotary_half_multiple: int = 1
     """rotary inside the op only if R/2 is a multiple of this"""
+    genai: bool = False
+    """bundles carry a genai_config.json and load in onnxruntime-genai"""
     packed_projections: bool = False
     """query, key and value may be one matrix product"""
     function: bool = False
@@ -75,6 +78,11 @@ class Target:
             return f"{self.attention} wants a head size divisible by {self.head_size_multiple}, not {layer.head_size}"
         return ""
 
+    def writes_in_place(self, fallbacks: Iterable[Fallback]) -> bool:
+        """Whether past and present may be the same memory in a graph with these fallbacks: if every layer got the
+        target's own attention, which writes only the new tokens."""
+        return self.shares_buffer and not any(fallback.wanted == self.attention for fallback in fallbacks)
+
     def rotates(self, head_size: int, rotary_size: int) -> bool:
         """Whether the attention op itself can rotate heads of this size."""
         return (self.rotary_inside and head_size % self.rotary_head_multiple == 0
@@ -85,7 +93,7 @@ _ROWS = (
     Target(name="ort", attention="com.microsoft::GroupQueryAttention", fallback="gqa::GroupedQueryAttention",
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask",
            value_head_size_differs=False, head_size_multiple=8, shares_buffer=True, chunks_alone=True, empty_alone=True,
-           rotary_inside=True, rotary_head_multiple=16, rotary_half_multiple=8, packed_projections=True,
+           rotary_inside=True, rotary_head_multiple=16, rotary_half_multiple=8, packed_projections=True, genai=True,
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")})),
     Target(name="onnx", attention="Attention", fallback="gqa::GroupedQueryAttention",
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask", sinks=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,22 +25,27 @@ class Traced:
     traced_layers: int
     whole_because: str
     rope_regime: str
+    tied: tuple[tuple[str, ...], ...]
+    converts: bool
 
 
 def trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str = "all", interface: str = "mask",
-          stamping: bool = True) -> Traced:
+          stamping: bool = True, inspect: Callable[[Any], None] | None = None) -> Traced:
     """Trace a transformers config into the canonical ONNX model; weights appear by name only.
 
-    dtype: "float32", "float16", "bfloat16". cache: "growing" or "static". See `canonical` for the form.
+    dtype: "float32", "float16", "bfloat16". cache: "growing" or "static". inspect: called with the weightless module
+    first, to refuse it. See `canonical` for the form.
     """
     import torch
 
     from . import attention, canonical, export, kinds, rotary, simplify, skeleton, stamp, wrapper
-    from .probe import probe
+    from .probe import probe, refuse_mixing
 
     name, torch_dtype = attention.register(), getattr(torch, dtype)
     rotary.check_rope(config)
     ghost = skeleton.build(config, torch_dtype, device="meta", attention=name)
+    if inspect:
+        inspect(ghost)
     spec = probe(config, ghost)
     stack = kinds.stack_of(ghost, spec) if stamping else None
     del ghost
@@ -69,4 +75,5 @@ def trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str = "
     canonical.name_nodes(program)
     simplify.merge_common(program)
     proto = canonical.to_proto(program, weights, spec, cache=cache, logits=logits, prefix="model.")
-    return Traced(proto, spec, len(layers), whole_because, regime)
+    refuse_mixing(proto)
+    return Traced(proto, spec, len(layers), whole_because, regime, skeleton.tied(model), skeleton.converts(model))

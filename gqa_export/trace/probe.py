@@ -87,6 +87,18 @@ def listen(model: torch.nn.Module) -> dict[int, Call]:
     return listener.calls
 
 
+MIXING = frozenset({"Conv", "ConvTranspose", "CumSum", "Scan", "Loop", "LSTM", "GRU", "RNN"})
+"""Ops that look along the sequence: between cached steps they would need a state of their own."""
+
+
+def refuse_mixing(model: Any) -> None:
+    """Refuse a canonical model in which something beside attention mixes tokens (it would be wrong when cached)."""
+    for node in model.graph.node:
+        if node.op_type in MIXING:
+            raise GqaExportError(f"the model mixes tokens outside attention ({node.op_type})", node.name,
+                                 "such a layer has a state beside the key/value cache; it is not supported")
+
+
 def _layer_spec(call: Call, window: int) -> AttentionSpec:
     _, num_heads, _, head_size = call.query.shape
     _, kv_num_heads, _, value_head_size = call.value.shape

@@ -30,3 +30,18 @@ def build(config: Any, dtype: torch.dtype, *, device: str = "cpu", attention: st
 def has_experts(model: torch.nn.Module) -> bool:
     """Whether transformers' experts interface is in use (its default implementation cannot be traced)."""
     return bool(getattr(model, "_can_set_experts_implementation", lambda: False)())
+
+
+def tied(model: torch.nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Groups of parameter names that are one tensor, in the model's order."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return tuple(tuple(group) for group in names.values() if len(group) > 1)
+
+
+def converts(model: torch.nn.Module) -> bool:
+    """Whether transformers renames, merges or splits tensors of a checkpoint when it loads this model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return bool(get_model_conversion_mapping(model, add_legacy=False))  # type: ignore[arg-type]

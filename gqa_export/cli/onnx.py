@@ -1,0 +1,81 @@
+"""`gqa-export onnx`: a checkpoint becomes an ONNX bundle, compared with PyTorch before it is called done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import EXIT_DIFFERENT, NotCheckedHere
+
+if TYPE_CHECKING:
+    from ..pipeline import Export, ExportOptions
+
+
+@click.command(short_help="Export a checkpoint to an ONNX decoder with a KV cache.")
+@click.argument("checkpoint")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle folder to write.")
+@click.option("--target", type=click.Choice(["ort", "onnx", "portable"]), default="ort", show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True,
+              help="Number format of weights and cache; auto is the checkpoint's.")
+@click.option("--cache", type=click.Choice(["growing", "static"]), default="growing", show_default=True,
+              help="Present is past plus the new tokens, or a buffer of fixed capacity.")
+@click.option("--capacity", type=click.IntRange(1), default=None,
+              help="Longest sequence in tokens.  [default: the model's, at most 4096]")
+@click.option("--weights", type=click.Choice(["copy", "link", "inplace"]), default="copy", show_default=True,
+              help="One file of our own, hard links to the checkpoint's, or the graph beside them.")
+@click.option("--logits", type=click.Choice(["all", "last"]), default="all", show_default=True,
+              help="Logits of every new token, or of each row's last one.")
+@click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--validate/--no-validate", "check", default=True, show_default=True,
+              help="Compare the bundle with PyTorch afterwards.")
+@click.option("--hash", "hash_full", is_flag=True, help="sha256 of linked weight files too, however large.")
+@click.option("--force", is_flag=True, help="Replace an earlier bundle.")
+def command(checkpoint: str, output: Path, check: bool, capacity: int | None, **options: Any) -> None:
+    """Export CHECKPOINT (a folder, a hub id or a .gguf file) to an ONNX bundle.
+
+    Exit codes: 0 done (and passed), 1 the outputs differ from PyTorch's, 2 bad input.
+    """
+    from ..pipeline import ExportOptions, export_onnx
+    from .progress import progress
+
+    chosen: ExportOptions = ExportOptions(capacity=capacity or 0, **options)
+    with progress(f"exporting {checkpoint}") as bar:
+        export = export_onnx(checkpoint, output, chosen, bar.report)
+    describe(export)
+    if check:
+        raise SystemExit(_validate(export, checkpoint, chosen.provider))
+
+
+def describe(export: Export) -> None:
+    """Say what was written, and everything that is not as asked."""
+    manifest = export.manifest
+    click.echo(f"{export.folder}: {manifest.target}, {manifest.dtype}, {manifest.cache} cache, capacity "
+               f"{manifest.capacity}, {len(manifest.spec.layers)} layers, {export.nodes} nodes")
+    click.echo(f"  weights: {manifest.bytes_copied / 1e6:,.1f} MB written, {manifest.bytes_linked / 1e6:,.1f} MB used "
+               "where they are")
+    for fallback in manifest.fallbacks:
+        place = f"layer {fallback.layer}" if fallback.layer >= 0 else "model"
+        click.echo(f"  fallback: {place}: {fallback.used} instead of {fallback.wanted}: {fallback.reason}")
+    for note in export.notes:
+        click.echo(f"  note: {note}")
+
+
+def _validate(export: Export, checkpoint: str, provider: str) -> int:
+    from rich.console import Console
+
+    from ..compare.report import print_verdict
+    from ..validation import validate
+    from .progress import progress
+
+    try:
+        with progress("validating") as bar:
+            verdict = validate(export.folder, checkpoint, provider=provider, check_hashes=False, progress=bar.report)
+    except NotCheckedHere as reason:
+        click.echo(f"  not validated: {reason.what}" + (f" ({reason.fix})" if reason.fix else ""))
+        return 0
+    print_verdict(verdict, Console())
+    if verdict.exit_code == EXIT_DIFFERENT:
+        click.echo("error: the bundle's outputs differ from PyTorch's; do not use it", err=True)
+    return verdict.exit_code

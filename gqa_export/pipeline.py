@@ -1,0 +1,201 @@
+"""The stages in their order: checkpoint -> trace -> target -> weights -> bundle -> validation. No logic of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .bundle import MODEL, Manifest, check_output, writing_bundle
+from .errors import GqaExportError
+from .weights import Mode, WeightStore, place
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .trace import Traced
+
+Report = Callable[[str, float | None, float | None], None]
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DEFAULT_CAPACITY = 4096
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `gqa-export onnx` takes. dtype: "auto" is the checkpoint's. capacity 0: min(the model's, 4096)."""
+
+    target: str = "ort"
+    dtype: str = "auto"
+    cache: str = "growing"
+    capacity: int = 0
+    weights: Mode = "copy"
+    logits: str = "all"
+    provider: str = "auto"
+    force: bool = False
+    hash_full: bool = False
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export did."""
+
+    folder: Path
+    manifest: Manifest
+    nodes: int
+    traced_layers: int
+    whole_because: str
+    notes: tuple[str, ...]
+
+
+def export_onnx(source: str | Path, output: Path, options: ExportOptions | None = None,
+                report: Report | None = None) -> Export:
+    """Export a checkpoint into a new bundle folder. Raises GqaExportError; then nothing of it is left behind."""
+    options, say = options or ExportOptions(), report or (lambda text, done, total: None)
+    inplace = options.weights == "inplace"
+    if not inplace:
+        check_output(Path(os.path.abspath(output)), options.force)
+    from .checkpoint import open_checkpoint
+    from .targets import get_target
+
+    target = get_target(options.target)
+    if options.cache not in target.caches:
+        raise GqaExportError(f"target {target.name} has no {options.cache} cache", "--cache",
+                             f"use --cache {target.caches[0]}")
+    say("reading the checkpoint", None, None)
+    checkpoint = open_checkpoint(source)
+    if inplace and Path(output).resolve() != checkpoint.folder.resolve():
+        raise GqaExportError("--weights inplace writes the graph into the checkpoint folder, and -o is another one",
+                             str(output), f"use -o {checkpoint.folder}")
+    if options.weights != "copy" and checkpoint.kind == "gguf":
+        raise GqaExportError("a GGUF file's tensors are dequantized on the way, so they cannot be used where they are",
+                             checkpoint.source, "use --weights copy")
+    config = checkpoint.load_config()
+    dtype = checkpoint.stored_dtype if options.dtype == "auto" else DTYPES[options.dtype]
+    if dtype not in DTYPES.values():
+        raise GqaExportError(f"weights of type {dtype} have no ONNX decoder", checkpoint.source,
+                             "choose a type with --dtype fp32|fp16|bf16")
+    capacity = _capacity(options.capacity, config)
+    traced, lowered = _graph(checkpoint, config, options, dtype, capacity, target.interface, say)
+    with writing_bundle(Path(output), force=options.force, inplace=inplace) as writer:
+        say("placing weights", None, None)
+        store = weight_store(checkpoint, traced)
+        placement = place(lowered.model, store, writer, options.weights, checkpoint.folder,
+                          hash_full=options.hash_full,
+                          on_bytes=lambda done, total: say("writing weights", done, total))
+        writer.write(MODEL, lowered.model.SerializeToString())
+        has_tokenizer, notes = inplace, []
+        if not inplace:
+            has_tokenizer = checkpoint.add_tokenizer(writer)
+        if not has_tokenizer:
+            notes.append("the checkpoint has no tokenizer: the bundle takes and gives token ids only")
+        manifest = _manifest(checkpoint, traced, lowered, options, dtype, capacity, has_tokenizer)
+        if target.genai:
+            _add_genai(writer, manifest, options, notes)
+        manifest = writer.finish(_with_bytes(manifest, placement))
+    if traced.rope_regime:
+        notes.append(f"longrope: the {traced.rope_regime}-context frequencies are in the graph, as the capacity "
+                     f"{capacity} asks for")
+    return Export(Path(output), manifest, len(lowered.model.graph.node), traced.traced_layers, traced.whole_because,
+                  tuple(notes))
+
+
+def _graph(checkpoint: Checkpoint, config: Any, options: ExportOptions, dtype: str, capacity: int, interface: str,
+           say: Report) -> tuple[Traced, Any]:
+    from .checkpoint.refusals import refuse_modules
+    from .targets import LowerOptions, lower
+    from .trace import trace
+
+    say("tracing", None, None)
+    traced = trace(config, dtype=dtype, cache=options.cache, capacity=capacity, logits=options.logits,
+                   interface=interface, inspect=lambda module: refuse_modules(module, checkpoint.source))
+    lowering = LowerOptions(options.target, options.cache, capacity, options.logits, pick_provider(options.provider),
+                            packed=options.weights == "copy")
+    return traced, lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None))
+
+
+def _capacity(asked: int, config: Any) -> int:
+    longest = int(getattr(config, "max_position_embeddings", 0) or DEFAULT_CAPACITY)
+    if asked > longest:
+        raise GqaExportError(f"capacity {asked} is beyond the model's {longest} positions", "--capacity",
+                             f"use --capacity {longest} or less")
+    return asked or min(longest, DEFAULT_CAPACITY)
+
+
+def pick_provider(provider: str) -> str:
+    """"cpu" or "cuda"; "auto" is CUDA where onnxruntime has it and a device answers."""
+    if provider != "auto":
+        return provider
+    from importlib.util import find_spec
+
+    if find_spec("onnxruntime") is None:
+        return "cpu"
+    import onnxruntime
+
+    return "cuda" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
+
+
+def weight_store(checkpoint: Checkpoint, traced: Traced) -> WeightStore:
+    """Where every weight of a traced model is. The checkpoint is loaded only if names alone do not tell."""
+    from .weights import RECIPE, StoredSource, recipe_of
+
+    wanted = {recipe_of(tensor).removeprefix(RECIPE): tuple(tensor.dims)
+              for tensor in traced.model.graph.initializer if recipe_of(tensor)}
+    stored = checkpoint.tensors
+    aliases = {}
+    ambiguous = False
+    for group in traced.tied:
+        there = [name for name in group if name in stored]
+        ambiguous |= len(there) > 1
+        aliases.update({name: there[0] for name in group if there and name not in stored})
+    plain = not traced.converts and not ambiguous and all(
+        (real := aliases.get(name, name)) in stored and stored[real].shape == shape for name, shape in wanted.items())
+    if plain:
+        return WeightStore({name: StoredSource(tensor) for name, tensor in stored.items()}, aliases)
+    return WeightStore.from_module(checkpoint, checkpoint.load_model("auto"))
+
+
+def _manifest(checkpoint: Checkpoint, traced: Traced, lowered: Any, options: ExportOptions, dtype: str, capacity: int,
+              has_tokenizer: bool) -> Manifest:
+    from . import cache_io
+
+    return Manifest(
+        target=options.target, dtype=dtype, cache=options.cache, capacity=capacity, logits=options.logits,
+        weights=options.weights, spec=traced.spec,
+        inputs=cache_io.graph_inputs(traced.spec, dtype, options.cache),
+        outputs=cache_io.graph_outputs(traced.spec, dtype, options.cache, options.logits),
+        fallbacks=lowered.fallbacks,
+        source={"checkpoint": checkpoint.source, "kind": checkpoint.kind, "dtype": checkpoint.stored_dtype,
+                "rope_regime": traced.rope_regime, "traced_layers": traced.traced_layers},
+        tokens={**checkpoint.token_ids(), "tokenizer": has_tokenizer}, versions=_versions())
+
+
+def _with_bytes(manifest: Manifest, placement: Any) -> Manifest:
+    from dataclasses import replace
+
+    return replace(manifest, bytes_copied=placement.bytes_copied, bytes_linked=placement.bytes_linked)
+
+
+def _add_genai(writer: Any, manifest: Manifest, options: ExportOptions, notes: list[str]) -> None:
+    import json
+
+    from .targets import genai
+
+    reason = genai.misfit(manifest)
+    if reason:
+        notes.append(f"no {genai.FILE}: {reason}")
+        return
+    config = genai.genai_config(manifest, pick_provider(options.provider))
+    writer.write(genai.FILE, (json.dumps(config, indent=1) + "\n").encode())
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("gqa-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnx-graphsurgeon"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
