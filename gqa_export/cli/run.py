@@ -68,7 +68,7 @@ def prompt_ids(prompt: str | None, token_ids: str | None, chat: bool, system: st
     if (prompt is None) == (token_ids is None):
         raise GqaExportError("give either --prompt or --token-ids", "gqa-export run",
                              'for example --prompt "The sea is"')
-    if token_ids is not None and (chat or system is not None) or system is not None and not chat:
+    if (token_ids is not None and chat) or (system is not None and not chat):
         raise GqaExportError("--system belongs to --chat, and --chat to --prompt", "gqa-export run",
                              "give --chat and --prompt together")
     if token_ids is not None:

@@ -39,7 +39,7 @@ class OrtSession:
         self.manifest, self.spec, self.capacity = manifest, manifest.spec, capacity
         self._backend, self._target = backend, target
         self._static = manifest.cache == "static"
-        self._inplace = self._static and target.shares_buffer
+        self._inplace = self._static and target.writes_in_place(manifest.fallbacks)
         self._dtype = numpy_dtype(DTYPES.get(manifest.dtype, manifest.dtype))
         self.reset(1)
 
@@ -67,8 +67,9 @@ class OrtSession:
         dtype = DTYPES.get(manifest.dtype, manifest.dtype)
         backend: Backend
         if infer is None:
+            provider = choose_provider(provider, dtype, target.dtypes)
             session = open_session(folder, manifest, provider, low_memory=low_memory, threads=threads, config=config)
-            backend = BindingBackend(session, choose_provider(provider, dtype), dtype, pasts, presents)
+            backend = BindingBackend(session, provider, dtype, pasts, presents)
         else:
             check_files(Path(folder), manifest)
             check_graph(manifest, *graph_facts(Path(folder) / MODEL), str(Path(folder) / MODEL))

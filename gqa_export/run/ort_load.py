@@ -7,7 +7,7 @@ pages are shared with the page cache and can be dropped (about 12 % slower decod
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,39 +31,39 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def choose_provider(asked: str, dtype: str) -> str:
+def choose_provider(asked: str, dtype: str, dtypes: Mapping[str, Sequence[str]]) -> str:
     """"cpu" or "cuda" for asked "auto", "cpu" or "cuda"; NotCheckedHere if it is not here or cannot run `dtype`.
 
-    auto takes CUDA where it is there and the bundle is fp16 or bf16: ONNX Runtime's CUDA attention has no fp32.
+    dtypes: per provider, what the target's kernels take. auto takes CUDA where it is there and can.
     """
     if asked not in ("auto", *PROVIDERS):
         raise GqaExportError(f"unknown provider {asked!r}", "--provider", f"one of auto, {', '.join(PROVIDERS)}")
     available = import_onnxruntime().get_available_providers()
-    has_cuda = PROVIDERS["cuda"] in available
     dtype = DTYPES.get(dtype, dtype)
-    provider = asked
-    if asked == "auto":
-        provider = "cuda" if has_cuda and dtype in ("float16", "bfloat16") else "cpu"
-    if provider == "cuda" and not has_cuda:
-        raise NotCheckedHere("the CUDA provider of ONNX Runtime is not available here",
+    has_cuda = PROVIDERS["cuda"] in available
+    provider = asked if asked != "auto" else "cuda" if has_cuda and dtype in dtypes.get("cuda", ()) else "cpu"
+    if PROVIDERS[provider] not in available:
+        raise NotCheckedHere(f"the {provider} provider of ONNX Runtime is not available here",
                              f"providers: {', '.join(available)}",
                              "pip install 'gqa-export[gpu]' without onnxruntime beside it, or pass --provider cpu")
-    if provider == "cpu" and dtype == "bfloat16":
-        raise NotCheckedHere("ONNX Runtime has no bf16 kernels on the CPU", "dtype bf16, provider cpu",
-                             "export with --dtype fp32, or run where there is a GPU with --provider cuda")
+    if dtype not in dtypes.get(provider, ()):
+        fits = [name for name, good in DTYPES.items() if good in dtypes.get(provider, ())]
+        raise NotCheckedHere(f"ONNX Runtime has no {dtype} kernels for this target on the {provider}",
+                             f"dtype {dtype}, provider {provider}",
+                             f"export with --dtype {fits[0] if fits else 'fp32'}, or choose another --provider")
     return provider
 
 
-def open_session(folder: Path | str, manifest: Manifest, provider: str = "auto", *, low_memory: bool = False,
+def open_session(folder: Path | str, manifest: Manifest, provider: str, *, low_memory: bool = False,
                  threads: int = 0, config: dict[str, str] | None = None) -> Any:
     """An `onnxruntime.InferenceSession` on the bundle's graph, held against its manifest.
 
-    threads: intra-op threads, 0 lets ONNX Runtime choose. config: further session config entries.
+    provider: "cpu" or "cuda", as `choose_provider` gave it. threads: intra-op threads, 0 lets ONNX Runtime choose.
+    config: further session config entries.
     Raises GqaExportError for missing or changed files, an unreadable graph, or one that the manifest does not
     describe; NotCheckedHere for what this machine lacks.
     """
     folder = Path(os.path.abspath(folder))
-    provider = choose_provider(provider, manifest.dtype)
     check_files(folder, manifest)
     ort = import_onnxruntime()
     options = ort.SessionOptions()

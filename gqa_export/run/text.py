@@ -61,14 +61,17 @@ class BundleText:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        names = {name: _content(value) for name, value in self.config.items() if name.endswith("_token")}
+        names: dict[str, Any] = {name: _content(value) for name, value in self.config.items()
+                                 if name.endswith("_token")}
         try:
-            texts, _ = render_jinja_template([list(messages)], chat_template=template, add_generation_prompt=True,
-                                             **{name: text for name, text in names.items() if text is not None})
+            # one conversation in; out come its text and the spans of the answers, which nobody asked for
+            rendered: Any = render_jinja_template([list(messages)], chat_template=template,
+                                                  add_generation_prompt=True,
+                                                  **{name: text for name, text in names.items() if text is not None})
         except TemplateError as error:
             raise GqaExportError(f"the chat template refuses this conversation: {error}", str(self.folder),
                                  "try without --system") from error
-        return texts[0]
+        return str(rendered[0][0])
 
     def chat_template(self) -> str:
         """The template's source, from its own file or from tokenizer_config.json; "" if there is none."""
@@ -206,5 +209,6 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise GqaExportError(f"not valid JSON: {error}", str(path), "copy the file from the checkpoint again") from error
+        raise GqaExportError(f"not valid JSON: {error}", str(path),
+                             "copy the file from the checkpoint again") from error
     return data if isinstance(data, dict) else {}

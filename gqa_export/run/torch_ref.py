@@ -40,9 +40,10 @@ class TorchSession:
         if any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
             model = copy.deepcopy(model).to(wanted)
         model.eval()
-        self.model: Any = model
+        loose: Any = model  # its methods are transformers', not torch's
+        self.model = loose
         self.dtype, self.capacity, self._spec = wanted, capacity, spec
-        self.vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
+        self.vocabulary = int(loose.get_input_embeddings().weight.shape[0])
         self._mode = _Widen(model) if wanted is torch.float64 else None
         self.reset(1)
 
