@@ -35,11 +35,13 @@ class LowerOptions:
 
 @dataclass(frozen=True)
 class Lowered:
-    """The model in its dialect, weights still recipes; layers that fell back; the count of each pass."""
+    """The model in its dialect, weights still recipes; layers that fell back; the count of each pass; remarks, one
+    line each, on what is right but not as fast as it could be."""
 
     model: onnx.ModelProto
     fallbacks: tuple[Fallback, ...]
     counts: dict[str, int]
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Context:
     options: LowerOptions
     fallbacks: list[Fallback] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
 
     def layer(self, number: int) -> AttentionSpec:
@@ -93,7 +96,7 @@ def lower(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions,
     lowered.ir_version = target.ir_version
     inputs, outputs = interface(model, spec, target, options)
     check(lowered, inputs, outputs)
-    return Lowered(lowered, tuple(context.fallbacks), context.counts)
+    return Lowered(lowered, tuple(context.fallbacks), context.counts, tuple(context.remarks))
 
 
 def interface(model: onnx.ModelProto, spec: ModelSpec, target: Target, options: LowerOptions):

@@ -1,0 +1,78 @@
+"""RMS norms into ONNX Runtime's fused ones, by onnxscript's rules: x / rms(x) * w, and with the residual addition.
+
+Gemma's (1 + w) is a norm whose scale is computed; ONNX Runtime folds that addition when it loads. What no rule
+recognises stays as it is: slower, equally right. Passes over an onnx_ir Model whose weights are detached.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import cache_io, contract
+
+
+def infer_shapes(model: Any, context: Any) -> int:
+    """Give every value its type and shape, which the rules ask for; counts the attention outputs typed by contract."""
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    inputs = {value.name: value for value in model.graph.inputs}
+    count = 0
+    for layer in context.spec.layers:
+        past = inputs[cache_io.past_names(layer.layer)[0]]
+        for node in (use.node for use in past.uses() if use.node.op_type == contract.OP):
+            node.outputs[0].type = ir.TensorType(past.dtype)
+            node.outputs[0].shape = ir.Shape([cache_io.BATCH, cache_io.SEQUENCE,
+                                              layer.num_heads * layer.value_head_size])
+            count += 1
+    common.ShapeInferencePass()(model)
+    return count
+
+
+def fuse_norms(model: Any, context: Any) -> int:
+    """x / sqrt(mean(x^2) + e) * w -> SimplifiedLayerNormalization."""
+    from onnxscript.rewriter.ort_fusions.rms_normalization import rms_normalization_ruleset
+
+    return rms_normalization_ruleset.apply_to_model(model)
+
+
+def fuse_skip_norms(model: Any, context: Any) -> int:
+    """norm(x + skip), the sum still in use -> com.microsoft::SkipSimplifiedLayerNormalization."""
+    from onnxscript.rewriter.ort_fusions.skip_normalization import skip_rms_normalization_ruleset
+
+    count = skip_rms_normalization_ruleset.apply_to_model(model)
+    for node in model.graph:
+        if node.op_type == "SkipSimplifiedLayerNormalization":
+            for value in node.outputs[1:3]:
+                value.name = ""
+    return count
+
+
+def clean(model: Any, context: Any) -> int:
+    """Drop what the rules left behind and name the new nodes by the module whose weight they read."""
+    from onnx_ir.passes import common
+
+    common.RemoveUnusedNodesPass()(model)
+    taken = {node.name for node in model.graph if node.name}
+    count = 0
+    for node in model.graph:
+        if node.name and "/" in node.name:
+            continue
+        stem, number = f"{_module(node)}/{node.op_type}", 0
+        while f"{stem}_{number}" in taken:
+            number += 1
+        node.name = f"{stem}_{number}"
+        taken.add(node.name)
+        count += 1
+    return count
+
+
+def _module(node: Any) -> str:
+    for value in reversed(node.inputs):
+        maker = value.producer() if value is not None else None
+        if maker is not None and maker.op_type != "Constant" and "/" in (maker.name or ""):
+            if len(value.shape or ()) == 1:
+                return maker.name.rpartition("/")[0]
+        elif value is not None and maker is None and "." in (value.name or ""):
+            return value.name.rpartition(".")[0]
+    return "graph"
