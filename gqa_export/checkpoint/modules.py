@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -23,16 +24,26 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "flo
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars, load reports or warnings of transformers; its settings are restored afterwards."""
+def quiet() -> Iterator[list[str]]:
+    """No progress bars, load reports or warnings of transformers: they are collected in the list instead.
+
+    Its settings are restored afterwards.
+    """
     from transformers.utils import logging as hf
 
+    said: list[str] = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
-    hf.set_verbosity(logging.CRITICAL)
+    hf.set_verbosity(logging.WARNING)
+    hf.disable_default_handler()
+    hf.add_handler(listener)
     hf.disable_progress_bar()
     try:
-        yield
+        yield said
     finally:
+        hf.remove_handler(listener)
+        hf.enable_default_handler()
         hf.set_verbosity(level)
         if bars:
             hf.enable_progress_bar()
@@ -116,8 +127,9 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
     kwargs: dict[str, Any] = {"dtype": getattr(torch, name), "attn_implementation": attn_implementation,
                               "experts_implementation": "batched_mm", "ignore_mismatched_sizes": True,
                               "output_loading_info": True}
+    said: list[str] = []
     try:
-        with quiet():
+        with quiet() as said:
             if checkpoint.gguf_file is not None:
                 model_class, state = _gguf_state(*_identity(checkpoint.gguf_file))
                 loaded = model_class.from_pretrained(None, config=config, state_dict=dict(state), **kwargs)
@@ -128,6 +140,10 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
     except GqaExportError:
         raise
     except Exception as error:  # transformers raises anything between OSError and AttributeError here
+        unmerged = re.findall(r"destined for ([\w.]+\w)", "\n".join(said))
+        if unmerged:
+            raise GqaExportError(f"the checkpoint lacks parts of {_some(sorted(set(unmerged)))}", checkpoint.source,
+                                 "download the checkpoint again") from error
         raise GqaExportError(f"transformers cannot load the model: {_first_line(error)}", checkpoint.source,
                              "check that config.json and the weights belong together") from error
     model, info = cast("tuple[Any, dict[str, Any]]", loaded)

@@ -5,7 +5,7 @@ The trace looks deeper (each layer's mask and arguments); what is refused here w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import GqaExportError
 
@@ -22,8 +22,7 @@ def refuse_raw_config(config: dict[str, Any], where: str) -> None:
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             method = config[key].get("quant_method", key) if isinstance(config[key], dict) else key
-            raise GqaExportError(f"the checkpoint is quantized ({method})", where,
-                                 "export the original, unquantized checkpoint; quantize the exported model afterwards")
+            refuse_quantized(method, where)
     inner = config.get("text_config")
     if isinstance(inner, dict):
         others = sorted(key.removesuffix("_config") for key, value in config.items()
@@ -37,6 +36,12 @@ def refuse_raw_config(config: dict[str, Any], where: str) -> None:
     if config.get("kv_lora_rank"):
         raise GqaExportError(f"layer 0 is multi-head latent attention (kv_lora_rank {config['kv_lora_rank']}), "
                              "not grouped attention: its cache holds compressed latents", where, FIX_DECODER)
+
+
+def refuse_quantized(method: str, where: str) -> NoReturn:
+    """Always raises."""
+    raise GqaExportError(f"the checkpoint is quantized ({method})", where,
+                         "export the original, unquantized checkpoint; quantize the exported model afterwards")
 
 
 def refuse_config(config: Any, where: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import GqaExportError
 from .headers import StoredTensor, read_header
-from .refusals import refuse_raw_config
+from .refusals import refuse_quantized, refuse_raw_config
 
 if TYPE_CHECKING:
     import torch
@@ -115,6 +115,9 @@ def _open_folder(source: str, folder: Path) -> Checkpoint:
     config = _read_json(folder / "config.json")
     refuse_raw_config(config, source)
     tensors = _read_tensors(source, folder)
+    eighths = sorted(name for name, tensor in tensors.items() if tensor.dtype.startswith("float8"))
+    if eighths:
+        refuse_quantized(f"{tensors[eighths[0]].dtype}: {eighths[0]}", source)
     return Checkpoint(source, folder, "hf", None, config, _stored_dtype(config, tensors), tensors)
 
 
@@ -183,7 +186,8 @@ def _download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt",
                                                               "*.tiktoken"], ignore_patterns=["*/*"]))
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        reply = getattr(error, "response", None)
+        replies = [getattr(cause, "response", None) for cause in (error, error.__cause__)]
+        reply: Any = next((reply for reply in replies if reply is not None), None)
         if reply is None:
             raise GqaExportError("hub unreachable: there is no such folder here, no copy in the local cache, and the "
                                  "download failed", hub_id, "check the network (or unset HF_HUB_OFFLINE), or give the "

@@ -1,0 +1,209 @@
+"""Loading: weights arrive as stored, nothing is printed, and what is no whole attention decoder is refused."""
+
+from __future__ import annotations
+
+import json
+
+import gqa_models
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gqa_export.checkpoint import open_checkpoint
+from gqa_export.errors import GqaExportError
+
+DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt_oss", "granite", "cohere",
+            "stablelm", "mixtral", "smollm3", "gpt2", "phi3_longrope"]  # fmt: skip
+
+
+def tiny(tmp_path, name, **overrides):
+    return open_checkpoint(gqa_models.write_tiny(name, tmp_path / name, **overrides))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_loads_whole_and_gives_the_logits_that_transformers_gives(name, tmp_path, capfd):
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = tiny(tmp_path, name)
+    capfd.readouterr()
+    model = checkpoint.load_model()
+    skeleton = checkpoint.load_skeleton()
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+    assert not model.training
+    assert {key: value.shape for key, value in skeleton.state_dict().items()} == {
+        key: value.shape for key, value in model.state_dict().items()}
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    truth = AutoModelForCausalLM.from_pretrained(checkpoint.folder, attn_implementation="eager").eval()
+    ids = torch.randint(4, 300, (2, 40))
+    with torch.no_grad():
+        difference = (model(ids).logits - truth(ids).logits).abs().max().item()
+    assert difference < 1e-5  # fp32; only the order in which experts are summed may differ
+
+
+def test_fewer_layers_can_be_loaded_and_lists_of_one_value_a_layer_follow(tmp_path, capfd):
+    checkpoint = tiny(tmp_path, "gemma3")
+    capfd.readouterr()
+    model = checkpoint.load_model("fp64", num_hidden_layers=2)
+    assert capfd.readouterr() == ("", "")
+    assert len(model.model.layers) == 2
+    assert model.config.layer_types == ["sliding_attention"] * 2
+    assert model.dtype == torch.float64
+    with pytest.raises(KeyError, match="no_such_field"):
+        checkpoint.load_model(no_such_field=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("t5", "encoder-decoder"),
+        ("mamba", "layer 0 is not grouped attention: its type is 'linear_attention'"),
+        ("falcon_h1", "layer 0 is not grouped attention: its type is 'hybrid'"),
+        ("lfm2", "layer 0 is not grouped attention: its type is 'conv'"),
+        ("qwen3_next", "layer 0 is not grouped attention: its type is 'linear_attention'"),
+        ("deepseek_v3", "layer 0 is multi-head latent attention"),
+    ],
+)
+def test_what_is_no_grouped_attention_decoder_is_refused_by_its_config(name, says, tmp_path):
+    folder = gqa_models.write_tiny(name, tmp_path)
+    with pytest.raises(GqaExportError) as refusal:
+        open_checkpoint(folder).load_skeleton()
+    assert says in refusal.value.what
+    assert "decoder-only" in refusal.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("mamba", "layer 0 is not grouped attention alone: MambaMixer carries a"),
+        ("falcon_h1", "layer 0 is not grouped attention alone: FalconH1Mixer carries a convolution over 4 tokens"),
+        ("lfm2", "layer 0 is not grouped attention alone: Lfm2ShortConv carries a convolution over 3 tokens"),
+        ("qwen3_next", "layer 0 is not grouped attention alone: Qwen3NextGatedDeltaNet carries a convolution"),
+        ("deepseek_v3", "layer 0 is multi-head latent attention"),
+    ],
+)
+def test_the_same_is_seen_in_the_module_tree_alone(name, says, tmp_path):
+    """For families whose configuration does not say it: state is found in the modules themselves."""
+    from transformers import AutoModelForCausalLM
+
+    from gqa_export.checkpoint.refusals import refuse_modules
+
+    model = AutoModelForCausalLM.from_pretrained(gqa_models.write_tiny(name, tmp_path))
+    with pytest.raises(GqaExportError) as refusal:
+        refuse_modules(model, "here")
+    assert says in refusal.value.what
+    assert "here" in refusal.value.where
+
+
+def test_a_recurrent_parameter_and_a_layer_without_attention_are_seen(tmp_path):
+    from gqa_export.checkpoint.refusals import refuse_modules
+
+    model = tiny(tmp_path, "llama").load_model()
+    model.model.layers[1].mlp.A_log = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(GqaExportError, match="layer 1 is not grouped attention alone: LlamaMLP carries a recurrent"):
+        refuse_modules(model, "here")
+    del model.model.layers[1].mlp.A_log
+    model.model.layers[2].self_attn = torch.nn.Linear(4, 4)
+    with pytest.raises(GqaExportError, match="layer 2 has no attention"):
+        refuse_modules(model, "here")
+
+
+def edit(checkpoint, **values):
+    config = json.loads((checkpoint.folder / "config.json").read_text())
+    (checkpoint.folder / "config.json").write_text(json.dumps({**config, **values}))
+    return open_checkpoint(checkpoint.folder)
+
+
+def test_cross_attention_is_refused(tmp_path):
+    checkpoint = edit(tiny(tmp_path, "bert"), add_cross_attention=True)
+    with pytest.raises(GqaExportError, match="cross-attention"):
+        checkpoint.load_config()
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"model_type": "never_heard_of"}, "unknown architecture: transformers has no model_type 'never_heard_of'"),
+        ({"model_type": None}, "unknown architecture"),
+        ({"model_type": "own", "auto_map": {"AutoModel": "x.Y"}}, "code that comes with a checkpoint is not run"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not a causal"),
+        ({"model_type": "vit", "architectures": None}, "no causal language model of type 'vit'"),
+    ],
+)
+def test_an_unknown_architecture_or_one_without_a_language_head_is_refused(values, says, tmp_path):
+    checkpoint = edit(tiny(tmp_path, "llama"), **values)
+    with pytest.raises(GqaExportError) as refusal:
+        checkpoint.load_model()
+    assert says in refusal.value.what
+    assert refusal.value.fix
+
+
+def rewrite(checkpoint, change):
+    tensors = load_file(checkpoint.folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, checkpoint.folder / "model.safetensors", metadata={"format": "pt"})
+    return open_checkpoint(checkpoint.folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "gone", "named"),
+    [
+        ("llama", "model.layers.1.self_attn.k_proj.weight", "model.layers.1.self_attn.k_proj.weight"),
+        ("llama", "lm_head.weight", "lm_head.weight"),
+        ("gpt_oss", "model.layers.0.self_attn.sinks", "model.layers.0.self_attn.sinks"),
+        ("mixtral", "model.layers.0.self_attn.o_proj.weight", "model.layers.0.self_attn.o_proj.weight"),
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.2.w1.weight", "model.layers.1.mlp.experts.gate_up_proj"),
+    ],
+)
+def test_a_missing_tensor_is_refused_by_name(name, gone, named, tmp_path):
+    checkpoint = rewrite(tiny(tmp_path, name), lambda tensors: tensors.pop(gone))
+    with pytest.raises(GqaExportError) as refusal:
+        checkpoint.load_model()
+    assert named in refusal.value.what
+
+
+def test_a_wholly_missing_expert_is_refused(tmp_path):
+    def drop(tensors):
+        for name in [name for name in tensors if "layers.1.block_sparse_moe.experts.3." in name]:
+            del tensors[name]
+
+    with pytest.raises(GqaExportError, match=r"experts.down_proj \(3, 64, 128\) instead of \(4, 64, 128\)"):
+        rewrite(tiny(tmp_path, "mixtral"), drop).load_model()
+
+
+def test_a_tied_head_need_not_be_in_the_file(tmp_path):
+    checkpoint = tiny(tmp_path, "llama_tied")
+    assert "lm_head.weight" not in checkpoint.tensors
+    model = checkpoint.load_model()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_tensor_of_another_shape_is_refused_with_both_shapes(tmp_path):
+    def shrink(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][:32].clone()
+
+    with pytest.raises(GqaExportError, match=r"model.norm.weight \(32,\) instead of \(64,\)"):
+        rewrite(tiny(tmp_path, "llama"), shrink).load_model()
+
+
+def test_glassllm_as_a_checkpoint_is_the_model_of_its_package(tmp_path):
+    """The conversion of the test suite's real model, against the package's own forward pass in fp64."""
+    from glassllm.model import GlassLM
+    from glassllm.tokenizer import Tokenizer
+    from glassllm_checkpoint import glassllm_weights, write_glassllm
+    from transformers import AutoTokenizer
+
+    checkpoint = open_checkpoint(write_glassllm(tmp_path))
+    assert checkpoint.stored_dtype == "float16"
+    theirs = GlassLM.load(glassllm_weights(), dtype=np.float64)
+    ids = np.random.default_rng(0).integers(4, 1024, (2, 100))
+    with torch.no_grad():
+        ours = checkpoint.load_model("fp64")(torch.tensor(ids)).logits.numpy()
+    # transformers computes rotary angles in fp32: 100 positions * 6e-8 relative, amplified by logits of size 20
+    assert np.abs(ours - theirs(ids).data).max() < 5e-5
+    tokenizer, original = AutoTokenizer.from_pretrained(tmp_path), Tokenizer.load(
+        glassllm_weights().parent / "en.tokenizer.json")  # fmt: skip
+    for text in ("Alice was beginning to get very tired", "a  b\n\nc caf\u00e9 #", " x\n"):
+        assert tokenizer.encode(text) == original.encode(text)
+    assert tokenizer.decode(original.encode("Off with  her\nhead!")) == "Off with  her\nhead!"

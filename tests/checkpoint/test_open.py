@@ -1,0 +1,271 @@
+"""Opening: every form a checkpoint comes in, and a refusal with cause, place and fix for what it must not be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import gqa_models
+import pytest
+
+from gqa_export.checkpoint import open_checkpoint
+from gqa_export.errors import GqaExportError
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return gqa_models.write_tiny("llama", tmp_path_factory.mktemp("llama") / "ck")
+
+
+@pytest.fixture
+def copy(llama, tmp_path):
+    return shutil.copytree(llama, tmp_path / "ck")
+
+
+def edit_config(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+    return folder
+
+
+def shard(folder):
+    """Split model.safetensors of a folder into two shards with an index, as save_pretrained would."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def refused(source, says, fix):
+    with pytest.raises(GqaExportError) as refusal:
+        open_checkpoint(source)
+    assert says in refusal.value.what
+    assert refusal.value.where
+    assert fix in refusal.value.fix
+    assert refusal.value.exit_code == 2
+    return refusal.value
+
+
+def test_a_folder_opens_with_its_facts_and_without_importing_torch(llama):
+    code = ("import sys; from gqa_export.checkpoint import open_checkpoint; c = open_checkpoint(sys.argv[1]);"
+            "assert not {'torch', 'transformers', 'onnx', 'numpy'} & set(sys.modules);"
+            "print(c.kind, c.stored_dtype, len(c.tensors), c.config['model_type'])")
+    done = subprocess.run([sys.executable, "-c", code, str(llama)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["hf", "float32", "30", "llama"]
+
+
+def test_the_stored_dtype_is_that_of_the_tensors_even_when_the_config_says_otherwise(tmp_path):
+    folder = edit_config(gqa_models.write_tiny("llama", tmp_path, dtype="bfloat16"), dtype="float32")
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.stored_dtype == "bfloat16"
+    assert str(checkpoint.load_model().dtype) == "torch.bfloat16"
+
+
+def test_shards_are_read_as_one(copy):
+    import torch
+
+    whole = open_checkpoint(copy).load_model().state_dict()
+    checkpoint = open_checkpoint(shard(copy))
+    assert len({tensor.path for tensor in checkpoint.tensors.values()}) == 2
+    parts = checkpoint.load_model().state_dict()
+    assert set(parts) == set(whole)
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+def hub_cache(root, folder):
+    """The layout of the hub's cache: snapshots of symbolic links to blobs."""
+    repo = root / "models--some--model"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        shutil.copy(file, repo / "blobs" / f"{number:064}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:064}")
+    return snapshot
+
+
+def test_a_hub_snapshot_made_of_symbolic_links_opens(llama, tmp_path):
+    checkpoint = open_checkpoint(hub_cache(tmp_path, llama))
+    assert checkpoint.load_model().config.model_type == "llama"
+
+
+def test_a_hub_id_in_the_local_cache_opens_without_a_network(llama, tmp_path, monkeypatch):
+    hub_cache(tmp_path, llama)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    checkpoint = open_checkpoint("some/model")
+    assert (checkpoint.source, len(checkpoint.tensors)) == ("some/model", 30)
+    assert checkpoint.load_model().config.num_hidden_layers == 3
+
+
+def test_an_unknown_hub_id_offline_says_that_the_hub_is_unreachable(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    refusal = refused("some/model", "hub unreachable", "check the network")
+    assert refusal.where == "some/model"
+
+
+@pytest.mark.parametrize(("status", "says"), [(None, "hub unreachable"), (401, "HTTP 401"), (404, "HTTP 404")])
+def test_a_hub_that_does_not_answer_or_refuses_is_reported(tmp_path, status, says):
+    """A real request: to a closed port, or to a local server that gives this status."""
+    import http.server
+    import os
+    import threading
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            if status == 404:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Refusing)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    if status is None:
+        server.server_close()
+    else:
+        thread.start()
+    code = ("import sys; from gqa_export.checkpoint import open_checkpoint\n"
+            "try: open_checkpoint('some/model')\nexcept Exception as error: print(type(error).__name__, error)")
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HUB_OFFLINE": "0",
+                   "HF_HOME": str(tmp_path)}
+    try:
+        printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True,
+                                 timeout=120, check=True).stdout
+    finally:
+        if status is not None:
+            server.shutdown()
+            thread.join()
+            server.server_close()
+    assert printed.startswith("GqaExportError")
+    assert says in printed
+
+
+def test_the_refusal_of_a_place_that_is_none_names_it(tmp_path):
+    refusal = refused(tmp_path / "nothing", "no such file or folder", "hub id")
+    assert "nothing" in refusal.where
+    refused(str(tmp_path / "org" / "name"), "no such file or folder", "config.json")
+
+
+def test_a_folder_without_config_is_refused_and_a_gguf_in_it_pointed_out(tmp_path):
+    refused(tmp_path, "no config.json", "config.json")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    refused(tmp_path, "no config.json", str(tmp_path / "model.gguf"))
+
+
+def test_a_file_of_a_checkpoint_is_refused_with_its_folder_as_the_fix(copy):
+    for name in ("model.safetensors", "config.json"):
+        refused(copy / name, "one file of a checkpoint", str(copy))
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\x00", "[" * 100_000])
+def test_a_config_that_is_no_json_object_is_refused(copy, content):
+    (copy / "config.json").write_text(content)
+    refused(copy, "not valid JSON", "download")
+
+
+def test_a_config_with_nonsense_values_is_refused_without_a_traceback_of_transformers(copy):
+    edit_config(copy, hidden_size="many")
+    with pytest.raises(GqaExportError, match="cannot read config"):
+        open_checkpoint(copy).load_model()
+
+
+def test_a_peft_adapter_is_refused(copy):
+    (copy / "adapter_config.json").write_text("{}")
+    refused(copy, "PEFT adapter", "merge")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
+def test_pickled_weights_are_refused_unopened(copy, name):
+    (copy / "model.safetensors").rename(copy / name)
+    refused(copy, "pickle", "save_pretrained")
+
+
+def test_a_folder_without_weights_and_a_dangling_link_are_refused(copy):
+    (copy / "model.safetensors").unlink()
+    refused(copy, "neither model.safetensors nor", "config.json")
+    (copy / "model.safetensors").symlink_to(copy / "gone")
+    refused(copy, "symbolic link to a file that is not there", "download")
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "bitsandbytes", "compressed-tensors"])
+def test_a_quantized_checkpoint_is_refused_naming_the_method(copy, method):
+    refused(edit_config(copy, quantization_config={"quant_method": method}), f"quantized ({method})", "unquantized")
+
+
+def test_weights_in_eight_bits_without_a_word_in_the_config_are_refused(copy):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(copy / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, copy / "model.safetensors")
+    refused(copy, "quantized (float8_e4m3fn", "unquantized")
+
+
+def test_a_multimodal_wrapper_is_refused_naming_its_parts(copy):
+    edit_config(copy, text_config={"model_type": "llama"}, vision_config={"model_type": "siglip"})
+    refused(copy, "multimodal wrapper (text and vision)", "extract")
+
+
+@pytest.mark.parametrize(("cut", "says"), [(40, "ends at byte"), (610_000, "header claims"), (611_078, "bytes long")])
+def test_a_truncated_safetensors_is_refused(copy, cut, says):
+    content = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(content[:-cut])
+    assert "model.safetensors" in refused(copy, says, "truncated").where
+
+
+def test_a_missing_shard_an_incomplete_shard_and_a_bad_index_are_refused(copy):
+    shard(copy)
+    index = copy / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    first = copy / "model-00001-of-00002.safetensors"
+    for weight_map, says in (({**good["weight_map"], "more": first.name}, "'more' is missing from its shard"),
+                             ({"a": "../ck/" + first.name}, "no file of this folder"), ({"a": 3}, "no file of this"),
+                             ({}, "no weight_map")):  # fmt: skip
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        refused(copy, says, "again")
+    index.write_text(json.dumps(good))
+    first.unlink()
+    refused(copy, f"the shard {first.name} is missing", "again")
+
+
+def test_tokenizer_files_travel_and_a_checkpoint_without_tokenizer_says_so(copy, tmp_path):
+    from gqa_export.bundle import writing_bundle
+
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    with writing_bundle(tmp_path / "without") as writer:
+        assert open_checkpoint(copy).add_tokenizer(writer) is False
+    (copy / "tokenizer.json").write_text("{}")
+    (copy / "tokenizer_config.json").write_text("{}")
+    (copy / "unrelated.txt").write_text("x")
+    with writing_bundle(tmp_path / "with") as writer:
+        assert open_checkpoint(copy).add_tokenizer(writer) is True
+    assert {path.name for path in (tmp_path / "with").iterdir()} == {
+        "config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+
+
+def test_token_ids_come_from_the_generation_config_first_and_eos_is_always_a_list(copy):
+    assert open_checkpoint(copy).token_ids() == {"eos": [2], "bos": 1, "pad": 0}
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8], "pad_token_id": None}))
+    assert open_checkpoint(copy).token_ids() == {"eos": [7, 8], "bos": 1, "pad": 0}
+    (copy / "generation_config.json").unlink()
+    assert open_checkpoint(edit_config(copy, eos_token_id=None)).token_ids()["eos"] == []
