@@ -10,39 +10,25 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .bundle import MODEL, Manifest, read_manifest
+from .bundle import Manifest, read_manifest
 from .bundle_check import check_belongs, check_files
 from .compare.cases import Case, Plan, plan_cases
 from .compare.drive import BUNDLE, EAGER, TRUTH, CaseDriver, CaseLog
 from .compare.judge import judge
 from .compare.verdict import Verdict
-from .errors import GqaExportError, NotCheckedHere
-from .run.session import Session
+from .errors import GqaExportError
+from .run.sides import Sides, bundle_session, choose_bundle_provider, pytorch_sessions, what_it_shows
 
 Report = Callable[[str, float | None, float | None], None]
 """what is being done, how much is done, of how much"""
-Poison = Callable[[tuple[float, ...]], None]
-"""sets what lies in the cache's tail from now on"""
 
 TEXT = ("The water of a river that reaches the sea has travelled for weeks. Most of it fell as rain, some as snow, "
         "and a little of it has been here before.")
-
-
-@dataclass
-class Sides:
-    """The sessions that are compared. eager None: there was no room for it. poison None: the bundle's cache cannot
-    be reached, and no poisoned case is run."""
-
-    truth: Session
-    eager: Session | None
-    bundle: Session
-    poison: Poison | None = None
 
 
 def validate(bundle: Path | str, against: str | Path, *, steps: int = 32, provider: str = "auto",
@@ -57,23 +43,25 @@ def validate(bundle: Path | str, against: str | Path, *, steps: int = 32, provid
     from .checkpoint import open_checkpoint
     from .targets.table import get_target
 
+    if as_dtype not in (None, "fp32"):
+        raise GqaExportError(f"--as {as_dtype} is not offered", "--as", "use --as fp32")
     began, folder, report = time.perf_counter(), Path(bundle), progress or (lambda *_: None)
     report("checking the bundle's files", None, None)
     manifest = read_manifest(folder)
     unhashed = check_files(folder, manifest, full=full_hash, hashes=check_hashes)
-    provider = choose_provider(manifest, provider, as_dtype)
-    notes: list[str] = []
+    ran_dtype = "float32" if as_dtype else manifest.dtype
+    provider = choose_bundle_provider(manifest, provider, ran_dtype)
+    report("loading the checkpoint", None, None)
+    checkpoint, notes = open_checkpoint(against), list[str]()
     with ExitStack() as stack:
         ran, where = manifest, folder
-        report("loading the checkpoint", None, None)
-        checkpoint = open_checkpoint(against)
-        if as_dtype is not None and as_dtype != manifest.dtype:
-            report(f"widening to {as_dtype}", None, None)
+        if ran_dtype != manifest.dtype:
+            report("widening to fp32", None, None)
             ran, where = stack.enter_context(_twin(folder))
-        truth, eager, truth_dtype = _pytorch(checkpoint, manifest, ran, notes)
-        check_belongs(manifest.spec, _shown(truth), f"{folder} against {against}")
+        truth, eager, truth_dtype = pytorch_sessions(checkpoint, manifest, ran_dtype, notes)
+        check_belongs(manifest.spec, what_it_shows(truth, str(against)), f"{folder} against {against}")
         report("loading the bundle", None, None)
-        session, poison = stack.enter_context(_bundle_session(where, ran, provider, notes))
+        session, poison = stack.enter_context(bundle_session(where, ran, provider, notes))
         plan = plan_cases(manifest.spec, manifest.capacity, steps=steps, special=_special(manifest),
                           original_positions=_original_positions(truth), text_ids=_text_ids(folder),
                           nan_tail_safe=get_target(manifest.target).nan_tail_safe)
@@ -83,8 +71,8 @@ def validate(bundle: Path | str, against: str | Path, *, steps: int = 32, provid
         notes.append(f"sha256 not computed of {', '.join(unhashed)} (--hash computes all)")
     return Verdict(
         bundle=str(folder), against=str(against), target=manifest.target, dtype=manifest.dtype,
-        checked_dtype=ran.dtype, truth_dtype=truth_dtype, provider=provider, cache=manifest.cache,
-        capacity=manifest.capacity, cases=tuple(judge(log, ran.dtype) for log in logs),
+        checked_dtype=ran_dtype, truth_dtype=truth_dtype, provider=provider, cache=manifest.cache,
+        capacity=manifest.capacity, cases=tuple(judge(log, ran_dtype) for log in logs),
         notes=(*plan.notes, *notes), versions=_versions(), seconds=time.perf_counter() - began)
 
 
@@ -129,91 +117,12 @@ def run_case(sides: Sides, case: Case, last_only: bool, tick: Callable[[], None]
     return driver.log
 
 
-def choose_provider(manifest: Manifest, provider: str, as_dtype: str | None) -> str:
-    """"cpu" or "cuda"; NotCheckedHere where the bundle's target or number format cannot run on it."""
-    from .run.ort_load import choose_provider as choose
-    from .targets.table import get_target
-
-    if not get_target(manifest.target).runs_in_onnxruntime:
-        raise NotCheckedHere(f"a {manifest.target} bundle does not run in ONNX Runtime", "target",
-                             "validate the same checkpoint exported with --target ort")
-    try:
-        return choose(provider, as_dtype or manifest.dtype)
-    except NotCheckedHere as error:
-        if manifest.dtype == "bf16" and as_dtype is None:
-            error.fix = "export with --dtype fp32, or check the fp32 twin of this graph with `validate --as fp32`"
-        raise
-
-
 @contextmanager
 def _twin(folder: Path) -> Iterator[tuple[Manifest, Path]]:
     from .graph.twin import write_twin
 
     with tempfile.TemporaryDirectory(prefix="gqa-export-twin-") as place:
         yield write_twin(folder, Path(place)), Path(place)
-
-
-@contextmanager
-def _bundle_session(folder: Path, manifest: Manifest, provider: str,
-                    notes: list[str]) -> Iterator[tuple[Session, Poison | None]]:
-    """The bundle's session, its calls made by Polygraphy's OnnxrtRunner, and the handle that poisons its cache."""
-    from .run.ort import OrtSession
-    from .run.polygraphy_runner import PoisonedTail, onnxrt_infer
-
-    if manifest.dtype == "bf16":
-        notes.append("bf16 does not pass through numpy: ONNX Runtime was called directly, no cache was poisoned")
-        yield OrtSession.load(folder, provider), None
-        return
-    with onnxrt_infer(folder / MODEL, provider) as infer:
-        tail = PoisonedTail(infer, manifest.spec)
-        yield OrtSession.load(folder, provider, infer=tail), lambda values: setattr(tail, "values", values)
-
-
-def _pytorch(checkpoint: Any, manifest: Manifest, ran: Manifest, notes: list[str]) -> tuple[Any, Any, str]:
-    """PyTorch's sessions: the truth, the yardstick (None: no room) and the truth's number format.
-
-    A twin holds the bundle's rounded weights, so its truth is the checkpoint rounded to the bundle's format. Models
-    are loaded in each format, not cast to it: a cast would round the rotary frequencies too.
-    """
-    import psutil
-
-    from .run.torch_ref import TorchSession
-
-    model = checkpoint.load_model(manifest.dtype if ran.dtype != manifest.dtype else "fp32")
-    numbers = sum(parameter.numel() for parameter in model.parameters())
-    room = psutil.virtual_memory().available
-    if numbers * 8 > room:
-        raise NotCheckedHere(f"the comparison needs {numbers * 8 / 1e9:.0f} GB of memory, {room / 1e9:.0f} are free",
-                             checkpoint.source, "validate on a machine with more memory")
-    # fp64 beside fp32, and the bundle's own weights
-    truth_dtype = "fp64" if numbers * 16 <= room else "fp32"
-    truth = TorchSession(model, manifest.capacity, truth_dtype, spec=manifest.spec)
-    if truth_dtype == ran.dtype:
-        notes.append(f"no room for PyTorch in fp64 ({numbers * 16 / 1e9:.0f} GB): the truth is fp32, and the "
-                     "tolerance is assumed, not measured")
-        return truth, None, truth_dtype
-    if ran.dtype == "fp32":
-        eager = TorchSession(model, manifest.capacity, "fp32", spec=manifest.spec)
-    else:
-        eager = TorchSession(checkpoint.load_model(ran.dtype), manifest.capacity, ran.dtype, spec=manifest.spec)
-    return truth, eager, truth_dtype
-
-
-def _shown(truth: Any) -> dict[str, object]:
-    """What the checkpoint's model shows of itself in one step."""
-    truth.reset(1)
-    logits = truth.step(np.zeros((1, 1), np.int64)).logits
-    shown: dict[str, object] = {"model_type": truth.model.config.model_type, "vocabulary": logits.shape[-1]}
-    pairs = truth.cache()
-    shown["layers"] = len(pairs)
-    for number, (key, value) in enumerate(pairs):
-        shown[f"key {number}"] = (key.shape[1], key.shape[3])
-        shown[f"value {number}"] = (value.shape[1], value.shape[3])
-    if not np.isfinite(logits).all():
-        raise GqaExportError("the checkpoint itself gives NaN or infinite logits", "checkpoint",
-                             "check its weights; there is nothing to compare with")
-    truth.reset(1)
-    return shown
 
 
 def _special(manifest: Manifest) -> Iterable[int]:
@@ -249,5 +158,3 @@ def _versions() -> dict[str, str]:
             continue
     return found
 
-
-__all__ = ["Sides", "choose_provider", "run_case", "run_cases", "validate"]

@@ -14,7 +14,8 @@ import click
 @click.option("--junit", "junit_file", type=click.Path(path_type=Path, dir_okay=False),
               help="Write the verdict as JUnit XML.")
 @click.option("--as", "as_dtype", type=click.Choice(["fp32"]), help="Check the fp32 twin of a bf16 or fp16 bundle.")
-@click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+              help="Where ONNX Runtime runs the bundle.")
 @click.option("--steps", type=click.IntRange(1), default=32, show_default=True, help="Decode steps of each case.")
 @click.option("--hash", "full_hash", is_flag=True, help="Compute the sha256 of every file, however large.")
 def command(bundle: Path, against: str, json_file: Path | None, junit_file: Path | None, as_dtype: str | None,

@@ -16,7 +16,7 @@ import numpy as np
 from .cases import Case
 from .metrics import Difference, difference, last_rows, margin
 
-TRUTH, EAGER, BUNDLE = "pytorch fp64", "pytorch eager", "bundle"
+TRUTH, EAGER, BUNDLE = "truth", "eager", "bundle"
 """names of the runners: the truth, PyTorch in the bundle's number format (the yardstick), the bundle"""
 
 

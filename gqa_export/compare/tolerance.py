@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-EPSILON = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
+EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 FACTOR = 8.0
-FLOOR_ULPS = {"fp32": 32.0, "fp16": 4.0, "bf16": 4.0}
+FLOOR_ULPS = {"float32": 32.0, "float16": 4.0, "bfloat16": 4.0}
 CAP_ULPS = 1024.0
 CAP_PART = 0.125
 ASSUMED_ULPS = 48.0

@@ -22,7 +22,7 @@ from ..errors import GqaExportError, NotCheckedHere
 
 BLOCK_BYTES = 1 << 24
 ALIGNMENT = 64
-LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+LOW = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 TYPE_ATTRIBUTES = ("to", "dtype", "softmax_precision")
 """integer attributes of standard ops that name a tensor type"""
 
@@ -60,14 +60,14 @@ def write_twin(bundle: Path, folder: Path) -> Manifest:
         for node in nodes:
             _widen_attributes(node, low, bundle)
     onnx.save(model, str(folder / MODEL))
-    twin = replace(manifest, dtype="fp32", inputs=_wide(manifest.inputs), outputs=_wide(manifest.outputs),
+    twin = replace(manifest, dtype="float32", inputs=_wide(manifest.inputs), outputs=_wide(manifest.outputs),
                    files={DATA: fact})
     (folder / MANIFEST).write_text(twin.to_json(), encoding="utf-8")
     return twin
 
 
 def _wide(facts: tuple[TensorFact, ...]) -> tuple[TensorFact, ...]:
-    return tuple(replace(fact, dtype="float32") if fact.dtype in ("float16", "bfloat16", "fp16", "bf16") else fact
+    return tuple(replace(fact, dtype="float32") if fact.dtype in LOW else fact
                  for fact in facts)
 
 

@@ -119,15 +119,19 @@ def onnxrt_infer(model: Path, provider: str) -> Iterator[Infer]:
 
 
 class PoisonedTail:
-    """Wraps an `infer`: whatever the cache holds beyond the valid tokens is replaced by `values`, in turn (() does
-    nothing)."""
+    """Wraps an `infer`: whatever the cache holds beyond the valid tokens is replaced by the values of `fill`, in turn
+    (none: left as it is)."""
 
     def __init__(self, infer: Infer, spec: ModelSpec) -> None:
         self._infer, self._spec = infer, spec
-        self.values: tuple[float, ...] = ()
+        self._values: tuple[float, ...] = ()
+
+    def fill(self, values: tuple[float, ...]) -> None:
+        """From now on, fill with these."""
+        self._values = values
 
     def __call__(self, feed: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        if not self.values:
+        if not self._values:
             return self._infer(feed)
         feed = dict(feed)
         new = feed[INPUT_IDS].shape[1]
@@ -136,7 +140,7 @@ class PoisonedTail:
             for name in past_names(layer.layer):
                 past_BKPD = feed[name]
                 positions_P = np.arange(past_BKPD.shape[2])
-                poison_P = np.resize(np.array(self.values, past_BKPD.dtype), len(positions_P))
+                poison_P = np.resize(np.array(self._values, past_BKPD.dtype), len(positions_P))
                 tail_BP = positions_P >= lengths_B[:, None]
                 feed[name] = np.where(tail_BP[:, None, :, None], poison_P[None, None, :, None], past_BKPD)
         return self._infer(feed)

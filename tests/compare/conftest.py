@@ -13,8 +13,9 @@ from gqa_export.compare.cases import Plan, plan_cases
 from gqa_export.compare.judge import judge
 from gqa_export.compare.verdict import Verdict
 from gqa_export.run.session import Step
+from gqa_export.run.sides import Sides
 from gqa_export.spec import AttentionSpec, ModelSpec
-from gqa_export.validation import Sides, run_cases
+from gqa_export.validation import run_cases
 
 CAPACITY = 96
 STEPS = 32
@@ -23,14 +24,15 @@ STEPS = 32
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Callable:
     """name -> a tiny random model of transformers in fp32, loaded once per name."""
-    from gqa_export.checkpoint import open_checkpoint
     from gqa_models import write_tiny
+
+    from gqa_export.checkpoint import open_checkpoint
 
     loaded: dict[str, Any] = {}
 
     def load(name: str) -> Any:
         if name not in loaded:
-            loaded[name] = open_checkpoint(write_tiny(name, tmp_path_factory.mktemp(name))).load_model("fp32")
+            loaded[name] = open_checkpoint(write_tiny(name, tmp_path_factory.mktemp(name))).load_model("float32")
         return loaded[name]
 
     return load
@@ -50,20 +52,20 @@ def torch_spec(model) -> ModelSpec:
     return ModelSpec(config.model_type, "", session.vocabulary, config.hidden_size, CAPACITY, "", tuple(layers))
 
 
-def torch_verdict(model, other, *, dtype: str = "fp32", last_only: bool = False, steps: int = 8) -> Verdict:
+def torch_verdict(model, other, *, dtype: str = "float32", last_only: bool = False, steps: int = 8) -> Verdict:
     """Judge `other` as if it were a bundle of `model`."""
     from gqa_export.run.torch_ref import TorchSession
 
     spec = torch_spec(model)
     plan = plan_cases(spec, CAPACITY, steps=steps, special=(0, 1, 2))
-    sides = Sides(TorchSession(model, CAPACITY, "fp64", spec=spec), TorchSession(model, CAPACITY, dtype, spec=spec),
+    sides = Sides(TorchSession(model, CAPACITY, "float64", spec=spec), TorchSession(model, CAPACITY, dtype, spec=spec),
                   TorchSession(other, CAPACITY, dtype, spec=spec))
     return verdict_of(run_cases(sides, plan, last_only=last_only), plan, dtype)
 
 
-def verdict_of(logs, plan: Plan, dtype: str = "fp32") -> Verdict:
+def verdict_of(logs, plan: Plan, dtype: str = "float32") -> Verdict:
     """A verdict whose facts about the bundle are made up."""
-    return Verdict("bundle", "checkpoint", "ort", dtype, dtype, "fp64", "cpu", "growing", CAPACITY,
+    return Verdict("bundle", "checkpoint", "ort", dtype, dtype, "float64", "cpu", "growing", CAPACITY,
                    tuple(judge(log, dtype) for log in logs), plan.notes)
 
 

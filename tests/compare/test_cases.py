@@ -28,7 +28,8 @@ def test_no_case_ever_exceeds_the_capacity(capacity, steps, window, original, vo
     plan = plan_cases(spec(window, 0, vocabulary=vocabulary), capacity, steps=steps, original_positions=original)
     for case in plan.cases:
         for row, prompt in enumerate(case.prompts):
-            assert 1 <= len(prompt) and len(prompt) + sum(count[row] for count in case.counts) <= capacity
+            assert len(prompt) >= 1
+            assert len(prompt) + sum(count[row] for count in case.counts) <= capacity
         # right padding is written beside the valid tokens of a growing cache, so it needs room too
         assert case.batch == 1 or max(len(p) for p in case.prompts) <= case.chunk
         assert sum(1 for c in case.counts) >= 1
@@ -45,18 +46,24 @@ def test_the_long_prompt_passes_every_window():
 
 def test_the_free_run_walks_across_the_smallest_window():
     case = by_name(plan_cases(spec(40, 100), 512))["free"]
-    assert case.free and len(case.prompts[0]) < 40 - 1 and len(case.prompts[0]) + len(case.counts) > 40 + 1
+    assert case.free
+    assert len(case.prompts[0]) < 40 - 1
+    assert len(case.prompts[0]) + len(case.counts) > 40 + 1
 
 
 def test_the_ragged_rows_are_very_different_and_the_longest_passes_the_window():
     case = by_name(plan_cases(spec(40), 512))["ragged"]
     lengths = [len(prompt) for prompt in case.prompts]
-    assert case.batch == 3 and max(lengths) > 40 + 1 and min(lengths) == 1 and len(set(lengths)) == 3
+    assert case.batch == 3
+    assert max(lengths) > 40 + 1
+    assert min(lengths) == 1
+    assert len(set(lengths)) == 3
 
 
 def test_the_ragged_rows_bring_several_tokens_at_once_and_none():
     counts = by_name(plan_cases(spec(), 512))["ragged"].counts
-    assert any(max(c) > 1 and len(set(c)) == 3 for c in counts) and any(0 in c for c in counts)
+    assert any(max(c) > 1 and len(set(c)) == 3 for c in counts)
+    assert any(0 in c for c in counts)
 
 
 def test_the_prompt_passes_the_original_length_of_a_scaled_rotary():
@@ -91,14 +98,18 @@ def test_prompts_hold_no_special_tokens_and_are_the_same_every_time():
     plan, again = (plan_cases(spec(), 512, special=special) for _ in range(2))
     for case, twin in zip(plan.cases, again.cases):
         for prompt, same in zip(case.prompts, twin.prompts):
-            assert not special & set(prompt.tolist()) and np.array_equal(prompt, same)
+            assert not special & set(prompt.tolist())
+            assert np.array_equal(prompt, same)
 
 
 def test_a_huge_vocabulary_is_fed_in_pieces():
     case = by_name(plan_cases(spec(300, vocabulary=256_000), 512))["long"]
-    assert case.chunk * 256_000 <= 1 << 24 and case.feeds == -(-len(case.prompts[0]) // case.chunk) + 32
+    assert case.chunk * 256_000 <= 1 << 24
+    assert case.feeds == -(-len(case.prompts[0]) // case.chunk) + 32
 
 
 def test_the_tail_is_poisoned_with_nan_only_where_that_is_promised():
     safe, unsafe = (by_name(plan_cases(spec(), 512, nan_tail_safe=flag))["poisoned"].poison for flag in (True, False))
-    assert np.isnan(safe).any() and np.isfinite(unsafe).all() and max(unsafe) == 1e4
+    assert np.isnan(safe).any()
+    assert np.isfinite(unsafe).all()
+    assert max(unsafe) == 1e4

@@ -18,7 +18,9 @@ def case(verdict, name):
 
 def test_a_bundle_that_rounds_like_pytorch_passes():
     verdict, _ = scripted_verdict(Scripted(noise=1e-6, seed=5))
-    assert verdict.passed and verdict.exit_code == 0 and verdict.first is None
+    assert verdict.passed
+    assert verdict.exit_code == 0
+    assert verdict.first is None
     assert 0 < verdict.max_abs_logits <= 1e-6
     assert [c.name for c in verdict.cases] == ["long", "free", "ragged"]
 
@@ -35,11 +37,13 @@ def test_one_wrong_logit_at_one_step_is_named():
 
     verdict, _ = scripted_verdict(Scripted(edit))
     first = case(verdict, "long").first
-    assert not verdict.passed and verdict.exit_code == 1
+    assert not verdict.passed
+    assert verdict.exit_code == 1
     # the long prompt has 48 tokens: position 60 is decode step 13 of the case (the prompt is step 0)
     assert (first.step, first.phase, first.output, first.axes) == (13, "decode", "logits",
                                                                    {"batch": 0, "token": 60, "id": 7})
-    assert first.max_abs == pytest.approx(1e-3) and "token 60" in str(first)
+    assert first.max_abs == pytest.approx(1e-3)
+    assert "token 60" in str(first)
     assert all(kind.passed for kind in case(verdict, "long").kinds if kind.kind != "logits")
 
 
@@ -54,7 +58,8 @@ def test_a_wrong_key_is_named_before_the_logits_it_spoils():
 
     verdict, _ = scripted_verdict(Scripted(edit, edit_key))
     first = verdict.first
-    assert first.output == "layer 0 key" and first.axes == {"batch": 0, "token": 20, "head": 1, "feature": 2}
+    assert first.output == "layer 0 key"
+    assert first.axes == {"batch": 0, "token": 20, "head": 1, "feature": 2}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -65,7 +70,9 @@ def test_nan_or_infinity_in_a_valid_row_fails(bad):
 
     verdict, _ = scripted_verdict(Scripted(edit))
     first = case(verdict, "long").first
-    assert first.nonfinite == 1 and first.axes["id"] == 3 and "NaN or infinite" in str(first)
+    assert first.nonfinite == 1
+    assert first.axes["id"] == 3
+    assert "NaN or infinite" in str(first)
 
 
 def test_nan_in_pytorchs_low_precision_does_not_excuse_the_bundle():
@@ -77,8 +84,9 @@ def test_nan_in_pytorchs_low_precision_does_not_excuse_the_bundle():
 
     verdict, truth = scripted_verdict(Scripted(wrong), eager=Scripted(edit))
     logits = case(verdict, "long").logits
-    assert not verdict.passed and logits.basis == "cap"
-    assert logits.bound <= CAP_ULPS * EPSILON["fp32"] * np.abs(truth.logit_table).max()
+    assert not verdict.passed
+    assert logits.basis == "cap"
+    assert logits.bound <= CAP_ULPS * EPSILON["float32"] * np.abs(truth.logit_table).max()
 
 
 def tie_at(position, by):
@@ -106,7 +114,8 @@ def test_a_near_tie_is_reported_as_a_tie_and_the_walk_goes_on_with_the_truth():
             logits[close[0]], logits[close[1]] = truth_row[close[0]] - 1e-6, truth_row[close[0]] + 1e-6
 
     from gqa_export.compare.cases import plan_cases
-    from gqa_export.validation import Sides, run_cases
+    from gqa_export.run.sides import Sides
+    from gqa_export.validation import run_cases
 
     from .conftest import STEPS, verdict_of
 
@@ -114,9 +123,12 @@ def test_a_near_tie_is_reported_as_a_tie_and_the_walk_goes_on_with_the_truth():
     plan = plan_cases(truth.spec, 128, steps=STEPS)
     verdict = verdict_of(run_cases(Sides(truth, Scripted(edit_truth, noise=1e-6), bundle), plan), plan)
     free = case(verdict, "free")
-    assert free.passed and free.parted is None and free.top1_agreed == free.rows - 1
+    assert free.passed
+    assert free.parted is None
+    assert free.top1_agreed == free.rows - 1
     (tie,) = free.ties
-    assert (tie.expected, tie.got) == tuple(close) and tie.margin == pytest.approx(2e-6, rel=1e-3)
+    assert (tie.expected, tie.got) == tuple(close)
+    assert tie.margin == pytest.approx(2e-6, rel=1e-3)
     # both were fed the same tokens to the end: the truth's, once they parted
     assert all(np.array_equal(a, b) for a, b in zip(truth.fed, bundle.fed))
 
@@ -124,7 +136,10 @@ def test_a_near_tie_is_reported_as_a_tie_and_the_walk_goes_on_with_the_truth():
 def test_another_best_token_that_is_no_tie_fails_the_free_run():
     verdict, _ = scripted_verdict(Scripted(tie_at(FREE_PROMPT + 4, 0.01)))
     free = case(verdict, "free")
-    assert not free.passed and free.parted is not None and free.parted.step == 5 and not free.ties
+    assert not free.passed
+    assert free.parted is not None
+    assert free.parted.step == 5
+    assert not free.ties
     assert free.parted.margin > 0.001
 
 
@@ -140,13 +155,14 @@ def test_in_the_free_run_each_side_feeds_its_own_best_token():
         other = {"input_ids": np.array([[own + 1]]), "new_lengths": np.array([1]), "reset": np.array([0]),
                  "free": np.array([1]), "finish": np.array([1])}
         second = runner.infer(other)
-    assert second["fed"].tolist() == [[own]] and session.fed[1].tolist() == [[own]]
+    assert second["fed"].tolist() == [[own]]
+    assert session.fed[1].tolist() == [[own]]
     assert list(second) == ["layer.0.key", "layer.0.value", "logits", "fed", "cache.0.key", "cache.0.value"]
     assert second["cache.0.key"].shape == (1, 2, 4, 3)
 
 
 def test_the_forced_cases_feed_pytorchs_own_greedy_tokens():
-    verdict, truth = scripted_verdict(bundle := Scripted(noise=1e-6))
+    _, truth = scripted_verdict(bundle := Scripted(noise=1e-6))
     assert all(np.array_equal(a, b) for a, b in zip(truth.fed, bundle.fed))
     decode = [ids for ids in truth.fed if ids.shape == (1, 1)]
     assert decode[0][0, 0] == truth.logit_table[47].argmax()  # after a prompt of 48
@@ -161,14 +177,17 @@ def test_a_cache_that_was_overwritten_later_is_found_at_the_end():
 
     verdict, _ = scripted_verdict(Forgetful())
     first = verdict.first
-    assert first.phase == "cache" and first.output == "whole cache of layer 0 key"
-    assert first.axes["token"] == 2 and first.axes["head"] == 1
+    assert first.phase == "cache"
+    assert first.output == "whole cache of layer 0 key"
+    assert first.axes["token"] == 2
+    assert first.axes["head"] == 1
 
 
 def test_a_bundle_that_gives_only_the_last_logits_is_compared_on_those():
     from gqa_export.compare.cases import plan_cases
     from gqa_export.run.session import Step
-    from gqa_export.validation import Sides, run_cases
+    from gqa_export.run.sides import Sides
+    from gqa_export.validation import run_cases
 
     from .conftest import verdict_of
 
@@ -192,7 +211,8 @@ def test_a_bundle_that_gives_only_the_last_logits_is_compared_on_those():
 
 def test_without_room_for_a_yardstick_rounding_passes_and_errors_do_not():
     from gqa_export.compare.cases import plan_cases
-    from gqa_export.validation import Sides, run_cases
+    from gqa_export.run.sides import Sides
+    from gqa_export.validation import run_cases
 
     from .conftest import verdict_of
 
@@ -211,4 +231,5 @@ def test_a_verdict_without_cases_does_not_pass():
     from .conftest import verdict_of
 
     verdict = verdict_of([], Plan((), ()))
-    assert not verdict.passed and verdict.exit_code == 1
+    assert not verdict.passed
+    assert verdict.exit_code == 1

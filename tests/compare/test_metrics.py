@@ -18,7 +18,9 @@ def random(*shape, dtype=np.float64, seed=0):
 def test_equal_arrays_differ_by_nothing():
     a = random(2, 5, 7)
     found = difference(a, a.copy())
-    assert found.max_abs == 0 and found.nonfinite == 0 and found.first_over(0.0) is None
+    assert found.max_abs == 0
+    assert found.nonfinite == 0
+    assert found.first_over(0.0) is None
     assert found.scale == np.abs(a).max()
 
 
@@ -28,7 +30,9 @@ def test_logits_are_located_by_batch_token_and_id():
     b[1, 3, 6] += 0.5
     element = difference(a, b).first_over(0.1)
     assert element.axes == {"batch": 1, "token": 3, "id": 6}
-    assert element.expected == a[1, 3, 6] and element.got == b[1, 3, 6] and element.gap == pytest.approx(0.5)
+    assert element.expected == a[1, 3, 6]
+    assert element.got == b[1, 3, 6]
+    assert element.gap == pytest.approx(0.5)
 
 
 def test_cache_rows_are_located_by_batch_token_head_and_feature():
@@ -58,7 +62,8 @@ def test_anything_not_finite_is_an_infinite_difference(bad, side):
     if side != "expected":
         b[0, 2, 1] = bad
     found = difference(a, b)
-    assert found.nonfinite == 1 and found.max_abs == np.inf
+    assert found.nonfinite == 1
+    assert found.max_abs == np.inf
     assert found.first_over(1e30).axes == {"batch": 0, "token": 2, "id": 1}
     assert np.isfinite(found.scale)
 
@@ -101,4 +106,5 @@ def test_last_rows_follow_each_rows_length():
 
 def test_margin_is_zero_for_the_best_token_itself():
     row = np.array([0.5, 2.0, 1.75])
-    assert margin(row, 1) == 0 and margin(row, 2) == 0.25
+    assert margin(row, 1) == 0
+    assert margin(row, 2) == 0.25
