@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from ..bundle import MODEL, Manifest, read_manifest
+from ..bundle_check import check_files
 from ..cache_io import past_names, present_names
 from ..errors import GqaExportError
 from ..targets.table import Target, get_target
 from .feeds import attention_mask, check_feed, must_run_alone, written_rows
 from .ort_backend import ArrayBackend, Backend, BindingBackend, Infer, numpy_dtype
-from .ort_load import DTYPES, check_files, check_graph, choose_provider, graph_facts, open_session
+from .ort_load import DTYPES, check_graph, choose_provider, graph_facts, open_session
 from .session import Step
 
 
@@ -71,7 +72,7 @@ class OrtSession:
             session = open_session(folder, manifest, provider, low_memory=low_memory, threads=threads, config=config)
             backend = BindingBackend(session, provider, dtype, pasts, presents)
         else:
-            check_files(Path(folder), manifest)
+            check_files(Path(folder), manifest, hashes=False)
             check_graph(manifest, *graph_facts(Path(folder) / MODEL), str(Path(folder) / MODEL))
             backend = ArrayBackend(infer, pasts, presents)
         return cls(manifest, backend, target, capacity)
