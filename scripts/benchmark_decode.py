@@ -49,8 +49,8 @@ def markdown(result: dict) -> str:
     """The figures as a table with a sentence on how they came about."""
     lines = [f"# Decode speed: {result['model']}", "",
              f"{result['steps']} greedy decode steps after a prompt of {result['prompt_tokens']} tokens, fp32, "
-             f"batch 1, {result['threads'] or 'all'} threads of {result['machine']}; one step of each graph in turn, in one "
-             "process, past and present sharing a buffer. ONNX Runtime " + result["onnxruntime"] + ".", "",
+             f"batch 1, {result['threads'] or 'all'} threads of {result['machine']}; one step of each graph in turn, "
+             "in one process, past and present sharing a buffer. ONNX Runtime " + result["onnxruntime"] + ".", "",
              "| graph | nodes | load s | prefill ms | median step ms (quartiles) | best | tokens/s |",
              "|---|---|---|---|---|---|---|"]
     for r in result["graphs"]:
