@@ -6,12 +6,13 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import GqaExportError
 from .gguf_header import GgufHeader, read_gguf_header
+from .gguf_speed import quick_gguf
 from .refusals import FIX_DECODER, refuse_config, refuse_modules
 
 if TYPE_CHECKING:
@@ -182,7 +183,8 @@ def _gguf_facts(path: str, mtime_ns: int) -> tuple[transformers.PretrainedConfig
 
     header = read_gguf_header(Path(path))
     try:
-        with quiet():
+        # a file that does not say its vocabulary size has it in the list of tokens alone
+        with quiet(), quick_gguf(vocabulary=header.about_model("vocab_size") is None):
             config = AutoConfig.from_pretrained(Path(path).parent, gguf_file=Path(path).name, local_files_only=True)
     except Exception as error:
         raise GqaExportError(f"transformers cannot read this GGUF architecture ({header.architecture}): "
@@ -209,18 +211,6 @@ def gguf_config(path: Path) -> dict[str, Any]:
     return config
 
 
-@contextmanager
-def _no_gguf_bar() -> Iterator[None]:
-    from transformers import modeling_gguf_pytorch_utils as reader  # its bar obeys no setting of transformers
-
-    bar = getattr(reader, "tqdm", None)
-    reader.tqdm = partial(bar, disable=True) if bar else None
-    try:
-        yield
-    finally:
-        reader.tqdm = bar
-
-
 @lru_cache(maxsize=1)
 def _gguf_state(path: str, mtime_ns: int) -> tuple[Any, dict[str, torch.Tensor]]:
     """Model class and all weights, dequantized to float32 (or as stored). Once per process: it takes half a minute."""
@@ -228,7 +218,7 @@ def _gguf_state(path: str, mtime_ns: int) -> tuple[Any, dict[str, torch.Tensor]]
     from transformers import AutoModelForCausalLM, GgufConfig
 
     config, header = _gguf_facts(path, mtime_ns)
-    with _no_gguf_bar():
+    with quick_gguf(vocabulary=False):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             Path(path).parent, gguf_file=Path(path).name, config=config, dtype=getattr(torch, header.stored_dtype),
             local_files_only=True, output_loading_info=True, quantization_config=GgufConfig(dequantize=True))

@@ -41,10 +41,11 @@ def add_tokenizer(checkpoint: Checkpoint, writer: BundleWriter) -> bool:
 def _convert_gguf(checkpoint: Checkpoint, folder: Path) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
+    from .gguf_speed import quick_gguf
     from .modules import quiet
 
     assert checkpoint.gguf_file is not None
-    with quiet():
+    with quiet(), quick_gguf(vocabulary=True):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf_file.name)
         tokenizer.save_pretrained(folder)
         config = checkpoint.load_config()

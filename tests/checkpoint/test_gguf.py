@@ -30,7 +30,7 @@ def permuted(weight, heads):
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, *, dtype=np.float32, architecture="llama", metadata=(), extra=()):
+def write_gguf(path, *, dtype=np.float32, architecture="llama", metadata=(), extra=(), tokens=()):
     """The tiny Llama as a GGUF file, with more metadata and tensors on request; returns the safetensors original."""
     from safetensors.numpy import load_file
 
@@ -47,6 +47,8 @@ def write_gguf(path, *, dtype=np.float32, architecture="llama", metadata=(), ext
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(16)
     writer.add_layer_norm_rms_eps(1e-6)
+    if tokens:
+        writer.add_token_list(tokens)
     for key, value in metadata:
         (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"{architecture}.{key}", value)
     for name, value in tensors.items():
@@ -96,6 +98,26 @@ def test_a_second_load_shares_the_dequantized_tensors_and_may_have_fewer_layers(
     store = WeightStore.from_module(checkpoint, whole)
     assert all(isinstance(source, MemorySource) for source in store.sources.values())
     assert set(store.sources) == set(whole.state_dict())
+
+
+def test_the_quick_reader_reads_what_the_library_reads(tmp_path):
+    """With the vocabulary everything is equal; without it lists of strings are empty and everything else is equal."""
+    from gqa_export.checkpoint.gguf_speed import quick_gguf
+
+    write_gguf(tmp_path / "tiny.gguf", tokens=[f"token {number} \u2581" for number in range(320)])
+    plain_class, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    plain = gguf.GGUFReader(tmp_path / "tiny.gguf")
+    for vocabulary in (True, False):
+        with quick_gguf(vocabulary=vocabulary):
+            quick = gguf.GGUFReader(tmp_path / "tiny.gguf")
+        assert list(quick.fields) == list(plain.fields)
+        for name, field in plain.fields.items():
+            skipped = name == "tokenizer.ggml.tokens" and not vocabulary
+            assert quick.fields[name].contents() == ([] if skipped else field.contents())
+        for ours, theirs in zip(quick.tensors, plain.tensors, strict=True):
+            assert ours.name == theirs.name
+            np.testing.assert_array_equal(ours.data, theirs.data)
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (plain_class, names)
 
 
 def test_an_overwritten_file_is_read_again(tmp_path):
@@ -200,8 +222,11 @@ def smollm2():
 
 
 def test_the_header_of_the_real_file_is_that_of_the_gguf_library():
+    from gqa_export.checkpoint.gguf_speed import quick_gguf
+
     path = smollm2()
-    header, library = read_gguf_header(path), gguf.GGUFReader(path)
+    with quick_gguf(vocabulary=False):
+        header, library = read_gguf_header(path), gguf.GGUFReader(path)
     assert {name: shape for name, (_, shape) in header.tensors.items()} == {
         tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in library.tensors}
     assert header.about_model("attention.head_count_kv") == 3
@@ -210,11 +235,12 @@ def test_the_header_of_the_real_file_is_that_of_the_gguf_library():
 
 @pytest.mark.slow
 def test_the_real_file_loads_dequantized_and_speaks(tmp_path):
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from gqa_export.bundle import writing_bundle
 
     checkpoint = open_checkpoint(smollm2())
+    assert checkpoint.config == AutoConfig.from_pretrained(smollm2().parent, gguf_file=smollm2().name).to_dict()
     assert checkpoint.token_ids() == {"eos": [2], "bos": 1, "pad": 2}
     model = checkpoint.load_model()
     tensor = next(tensor for tensor in gguf.GGUFReader(smollm2()).tensors if tensor.name == "token_embd.weight")
