@@ -7,9 +7,9 @@ before the first import); anywhere, slowly, in plain PyTorch with backend="refer
 from __future__ import annotations
 
 import torch
+from gqa_plugins.grouped_attention import ops, validate
 
 from gqa_export.errors import GqaExportError
-from gqa_plugins.grouped_attention import ops, validate
 
 BACKENDS = ("triton", "reference")
 

@@ -32,9 +32,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from gqa_export.errors import GqaExportError
 from gqa_plugins.grouped_attention.plan import APPEND_STEPS, CAPABILITIES, DTYPE_BYTES, LONG_ROWS, SHARED_KIB
 from gqa_plugins.grouped_attention.plan import choose_tiles as _choose_tiles
+
+from gqa_export.errors import GqaExportError
 
 MAGIC = "gqa-cubin 1"
 SUFFIX = ".gqacubin"
@@ -69,7 +70,8 @@ class Variant:
                                        (f"rotary{2 * self.rotary_half}", self.rotary_half > 0),
                                        ("interleaved", self.interleaved), ("readonly", not self.has_new)) if on]
         rows = [f"r{self.rows}"] if self.rows else []
-        return "-".join([self.kernel, self.dtype, f"g{self.group}", f"d{self.head}", f"e{self.value_head}", *rows, *flags])
+        shape = [f"g{self.group}", f"d{self.head}", f"e{self.value_head}"]
+        return "-".join([self.kernel, self.dtype, *shape, *rows, *flags])
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,11 @@ def compile_variant(variant: Variant, capability: int) -> Cubin:
             f"{facts.global_scratch_size} of scratch; the launcher gives {SHARED_KIB[capability] * 1024} and none",
             "gqa_plugins.grouped_attention.plan.choose_tiles", "report it: the tile table is wrong for this shape")
     return Cubin(variant.kernel, facts.name, capability, facts.shared, warps * 32, tile_rows,
-                 tuple(kinds.items()), {name: str(int(value) if isinstance(value, bool) else value) for name, value in constants.items()}, compiled.asm["cubin"])
+                 tuple(kinds.items()), {name: _text(value) for name, value in constants.items()}, compiled.asm["cubin"])
+
+
+def _text(constant: Any) -> str:
+    return str(int(constant) if isinstance(constant, bool) else constant)
 
 
 def _compile_job(job: tuple[Variant, int]) -> bytes:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-
 from gqa_plugins.grouped_attention.plan import COMBINE_SPLITS, MAX_SPLITS, Tiles, block, workspace_elements
 from gqa_plugins.grouped_attention.primitives import (
     LOG2E,
@@ -90,7 +89,7 @@ def combine_kernel(partial_ptr, logsum_ptr, past_lengths_ptr, new_lengths_ptr, s
     heads = kv_heads * GROUP
     head, token = (head_row % heads).to(tl.int32), head_row // heads
     sequence, step = token // steps, (token % steps).to(tl.int32)
-    past, new, broken = sequence_lengths(past_lengths_ptr, new_lengths_ptr, sequence, steps, capacity)
+    _, new, broken = sequence_lengths(past_lengths_ptr, new_lengths_ptr, sequence, steps, capacity)
     written = tl.where((step >= new) | broken, 0, splits)
 
     slot = ((sequence * kv_heads + head // GROUP) * (steps * GROUP) + step * GROUP + head % GROUP) * splits

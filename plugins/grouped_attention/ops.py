@@ -9,10 +9,9 @@ past + new. Triton is imported on the first launch.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from gqa_plugins.grouped_attention import plan, reference
 from gqa_plugins.grouped_attention.validate import DTYPES
+from torch import Tensor
 
 INTERPRETED_SMS, INTERPRETED_CAPABILITY = 4, 80
 BACKWARD_SCORES = 2**26  # fp32 elements of one block of scores in the backward pass: 256 MiB
@@ -166,7 +165,9 @@ def _with_new_tokens(leaves: list[Tensor | None], past: Tensor, new: Tensor, cos
                      sizes: tuple[int, int, int, int, int, int], interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(rotated query [B, S, H, D], present_key, present_value) from the leaves, differentiable."""
     query, key, value, past_key, past_value, _ = leaves
-    assert query is not None and past_key is not None and past_value is not None
+    assert query is not None
+    assert past_key is not None
+    assert past_value is not None
     batch, steps, heads, kv_heads, size, value_size = sizes
     positions = past[:, None] + torch.arange(steps, device=past.device)
     rotated = query.reshape(batch, steps, heads, size)

@@ -73,7 +73,7 @@ def choose_tiles(rows: int, head: int, value_head: int, dtype: str, capability: 
 def choose_splits(sequences: int, kv_heads: int, row_tiles: int, keys: int, sm_count: int) -> int:
     """How many programs share one (sequence, key/value head, row tile).
 
-    keys: host-known bound on the positions a row tile visits. Enough to fill the SMs, as few as possible, since the last
+    keys: host-known bound on the positions a row tile visits. Enough to fill the SMs, as few as possible; a last
     wave counts as a full one: the least count whose filling is within 85 % of the best.
     """
     work = sequences * kv_heads * row_tiles

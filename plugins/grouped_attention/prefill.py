@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-
 from gqa_plugins.grouped_attention.plan import Tiles, block
 from gqa_plugins.grouped_attention.primitives import (
     LOG2E,

@@ -21,7 +21,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def narrow(x, TYPE: tl.constexpr):
     """fp32 to TYPE, to nearest, ties to even. The interpreter truncates to bf16: there the rounding is done by hand."""
-    if INTERPRETED and TYPE == tl.bfloat16:
+    if INTERPRETED and TYPE == tl.bfloat16:  # noqa: SIM300
         bits = x.to(tl.int32, bitcast=True)
         odd = (bits >> 16) & 1
         x = ((bits + 0x7FFF + odd) & -65536).to(tl.float32, bitcast=True)
@@ -53,7 +53,7 @@ def tanh(x):
 
 @triton.jit
 def sequence_lengths(past_lengths_ptr, new_lengths_ptr, sequence, steps, capacity):
-    """(past, new, broken) of one sequence: new is cut to 0 .. steps; broken lengths give NaN rows, never a bad access."""
+    """(past, new, broken) of one sequence: new is cut to 0 .. steps; broken lengths give NaN rows, no bad access."""
     past = tl.load(past_lengths_ptr + sequence)
     new = tl.load(new_lengths_ptr + sequence)
     # capacity - new does not overflow where past + new could.

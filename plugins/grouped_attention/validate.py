@@ -139,7 +139,8 @@ def check(query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | N
         _check_limits(B, K, C, D, E)
     if max_length is not None:
         if not 0 <= max_length <= C:
-            raise _refuse("max_length", f"{max_length} is outside 0 .. C = {C}, the capacity of past_key {_shape(past_key)}",
+            raise _refuse("max_length",
+                          f"{max_length} is outside 0 .. C = {C}, the capacity of past_key {_shape(past_key)}",
                           "allocate a larger cache, or stop generating: past + new must fit")
         check_table(cos, max_length)
     return Dimensions(B, S, C, H, K, D, E, half)
@@ -150,7 +151,7 @@ def _check_rotary(cos: torch.Tensor | None, sin: torch.Tensor | None, D: int) ->
         return 0
     _rank("cos", cos, 2, "[M, R/2]")
     _expect("sin", sin, tuple(cos.shape), "[M, R/2], as cos")
-    if not (cos.shape[0] >= 1 and 1 <= cos.shape[1] and 2 * cos.shape[1] <= D):
+    if not (cos.shape[0] >= 1 and cos.shape[1] >= 1 and 2 * cos.shape[1] <= D):
         raise _refuse("cos", f"shape {_shape(cos)} does not fit head size D = {D}",
                       f"a rotary table is [M, R/2] with M >= 1 and R <= D = {D}")
     return cos.shape[1]
@@ -164,8 +165,8 @@ def _check_limits(B: int, K: int, C: int, D: int, E: int) -> None:
             raise _refuse(name, f"capacity {C} times head size {size} exceeds {MAX_HEAD_ELEMENTS} elements",
                           f"use a capacity of at most {MAX_HEAD_ELEMENTS // size}")
     if B > MAX_GRID_YZ or K > MAX_GRID_YZ:
-        raise _refuse("query" if B > MAX_GRID_YZ else "kv_num_heads", f"B = {B}, K = {K}: CUDA grids end at {MAX_GRID_YZ}",
-                      "split the batch")
+        name = "query" if B > MAX_GRID_YZ else "kv_num_heads"
+        raise _refuse(name, f"B = {B}, K = {K}: CUDA grids end at {MAX_GRID_YZ}", "split the batch")
 
 
 def check_table(cos: torch.Tensor | None, longest: int) -> None:
@@ -187,7 +188,8 @@ def check_lengths(past_lengths: torch.Tensor, new_lengths: torch.Tensor | None, 
             raise _refuse("new_lengths", f"sequence {b} has {fresh}, outside 0 .. S = {sizes.S}",
                           "new_lengths counts the valid tokens of a right-padded row")
         if before + fresh > sizes.C:
-            raise _refuse("past_lengths", f"sequence {b}: past {before} + new {fresh} exceeds the capacity C = {sizes.C}",
+            raise _refuse("past_lengths",
+                          f"sequence {b}: past {before} + new {fresh} exceeds the capacity C = {sizes.C}",
                           "allocate a larger cache, or stop generating")
     if past:
         check_table(cos, max(before + fresh for before, fresh in zip(past, new, strict=True)))

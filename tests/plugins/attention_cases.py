@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-
 from gqa_plugins.grouped_attention import reference
 from gqa_plugins.grouped_attention.plan import Tiles
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from attention_cases import (
     SMALL,
     Case,

@@ -1,0 +1,165 @@
+"""Every kernel against fp64 on a CUDA GPU, over a matrix of shapes, and once through a captured graph.
+
+The yardstick is eager attention in the same precision (products in it, softmax in fp32): a kernel's error against fp64
+may be at most twice eager's, plus 1e-6. Inputs are fresh, cache tails and outputs begin as NaN.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gqa_plugins.grouped_attention import reference
+from gqa_plugins.grouped_attention.append import append
+from gqa_plugins.grouped_attention.decode import decode
+from gqa_plugins.grouped_attention.plan import choose_tiles
+from gqa_plugins.grouped_attention.prefill import prefill
+from gqa_plugins.grouped_attention.validate import DTYPES
+
+
+@dataclass(frozen=True)
+class Case:
+    heads: int
+    kv_heads: int
+    head: int
+    value_head: int
+    dtype: torch.dtype
+    lengths: tuple[tuple[int, int], ...]
+    steps: int
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    rotary: int = 0
+
+    def __str__(self) -> str:
+        extras = [f"{name}{value}" for name, value in (("w", self.window), ("cap", self.softcap), ("rot", self.rotary),
+                                                       ("sinks", int(self.sinks))) if value]
+        return " ".join([f"{self.heads}/{self.kv_heads}x{self.head}", DTYPES[self.dtype],
+                         f"S{self.steps}", f"past{[past for past, _ in self.lengths]}", *extras])
+
+
+def cases(quick: bool = False) -> Iterator[Case]:
+    """Model shapes, odd groups and head sizes; lengths around tile edges; each feature in every dtype."""
+    shapes = [(32, 8, 128, 128), (14, 2, 64, 64), (4, 1, 256, 256), (9, 3, 64, 64), (7, 1, 80, 80), (16, 1, 192, 128),
+              (5, 5, 96, 96), (6, 2, 40, 40), (64, 1, 128, 128), (8, 8, 8, 8)]
+    lengths = [(((2047, 1), (0, 0), (1024, 1)), 1), (((0, 513), (0, 0), (100, 300)), 513), (((255, 4), (4000, 2)), 4)]
+    features: list[dict[str, Any]] = [{}, {"window": 257}, {"softcap": 30.0, "sinks": True}, {"rotary": 2}]
+    if quick:
+        shapes, features = shapes[:4], features[:3]
+    for number, (shape, (pairs, steps), dtype) in enumerate(itertools.product(shapes, lengths, DTYPES)):
+        feature = dict(features[(number + number // len(features)) % len(features)])
+        if feature.get("rotary"):
+            feature["rotary"] = shape[2] // 2
+        yield Case(*shape, dtype=dtype, lengths=pairs, steps=steps, **feature)
+
+
+def _inputs(case: Case, device: torch.device) -> dict[str, torch.Tensor | None]:
+    batch, capacity = len(case.lengths), max(past + new for past, new in case.lengths) + 5
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device).to(case.dtype)
+
+    made: dict[str, torch.Tensor | None] = {
+        "query": normal(batch, case.steps, case.heads * case.head) * 2,
+        "key": normal(batch, case.steps, case.kv_heads * case.head),
+        "value": normal(batch, case.steps, case.kv_heads * case.value_head),
+        "past_key": normal(batch, case.kv_heads, capacity, case.head),
+        "past_value": normal(batch, case.kv_heads, capacity, case.value_head),
+        "past_lengths": torch.tensor([past for past, _ in case.lengths], dtype=torch.int32, device=device),
+        "new_lengths": torch.tensor([new for _, new in case.lengths], dtype=torch.int32, device=device),
+        "cos": None, "sin": None, "sinks": normal(case.heads) if case.sinks else None}
+    for b, (past, new) in enumerate(case.lengths):
+        for name in ("past_key", "past_value"):
+            made[name][b, :, past:] = torch.nan  # type: ignore[index]
+        for name in ("query", "key", "value"):
+            made[name][b, new:] = torch.nan  # type: ignore[index]
+    if case.rotary:
+        angles = torch.arange(capacity, device=device)[:, None] * 0.5 ** torch.arange(case.rotary // 2, device=device)
+        made["cos"], made["sin"] = angles.cos().to(case.dtype), angles.sin().to(case.dtype)
+    return made
+
+
+def _eager(case: Case, given: dict[str, torch.Tensor | None], key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention in the case's precision over fp64 caches that hold the new tokens, sequence by sequence."""
+    query_all = given["query"]
+    assert query_all is not None
+    output = torch.zeros(*query_all.shape[:2], case.heads * case.value_head, dtype=case.dtype, device=query_all.device)
+    for b, (past, new) in enumerate(case.lengths):
+        if not new:
+            continue
+        row = past + torch.arange(new, device=query_all.device)
+        query = query_all[b, :new].view(1, new, case.heads, case.head)
+        if given["cos"] is not None and given["sin"] is not None:
+            query = reference.rotate(query, given["cos"], given["sin"], row[None], False)
+        keys, values = (t[b, :, :past + new].to(case.dtype).repeat_interleave(case.heads // case.kv_heads, 0)
+                        for t in (key, value))
+        scores = query[0].transpose(0, 1) @ keys.transpose(1, 2) * case.head**-0.5
+        if case.softcap:
+            scores = torch.tanh(scores / case.softcap) * case.softcap
+        column = torch.arange(past + new, device=row.device)
+        hidden = column > row[:, None]
+        if case.window:
+            hidden |= column <= row[:, None] - case.window
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if given["sinks"] is not None:
+            scores = torch.cat((scores, given["sinks"][:, None, None].expand(-1, new, 1)), -1)
+        weights = torch.softmax(scores, -1, dtype=torch.float32).to(case.dtype)[..., :past + new]
+        output[b, :new] = (weights @ values).transpose(0, 1).reshape(new, -1)
+    return output
+
+
+def check(case: Case, device: torch.device, capability: int) -> list[dict[str, Any]]:
+    """Both attention kernels on one case: a row each with error, allowed error and whether it passed."""
+    given = _inputs(case, device)
+    attributes = {"num_heads": case.heads, "scale": case.head**-0.5, "softcap": case.softcap, "window": case.window}
+    wide = [t.double() if t is not None and t.is_floating_point() else t for t in given.values()]
+    expected, present_key, present_value = reference.grouped_query_attention(
+        *wide, kv_num_heads=case.kv_heads, rotary_interleaved=0, growing=0, **attributes)  # type: ignore[arg-type]
+    allowed = 2 * (_eager(case, given, present_key, present_value).double() - expected).abs().max().item() + 1e-6
+    rotated = append(*list(given.values())[:9], num_heads=case.heads, interleaved=False)  # type: ignore[arg-type]
+    tiles = choose_tiles(case.steps * case.heads // case.kv_heads, case.head, case.value_head, DTYPES[case.dtype],
+                         capability)
+    rows = []
+    for kernel in ("prefill", "decode"):
+        output = torch.full_like(expected, torch.nan, dtype=case.dtype)
+        arguments = (rotated, given["past_key"], given["past_value"], given["past_lengths"], given["new_lengths"],
+                     given["sinks"], output)
+        if kernel == "prefill":
+            prefill(*arguments, **attributes, tiles=tiles)  # type: ignore[arg-type]
+        else:
+            decode(*arguments, **attributes, tiles=tiles, splits=5)  # type: ignore[arg-type]
+        error = (output.double() - expected).abs().max().item()
+        padded = all(bool((output[b, new:] == 0).all()) for b, (_, new) in enumerate(case.lengths))
+        rows.append({"case": str(case), "kernel": kernel, "error": error, "allowed": allowed,
+                     "passed": error <= allowed and padded})  # NaN is never <=
+    return rows
+
+
+def check_graph(device: torch.device) -> dict[str, Any]:
+    """Capture one decode step, replay it at other lengths, compare with the call outside the graph."""
+    from gqa_plugins.grouped_attention import grouped_query_attention
+
+    batch, capacity, dtype = 3, 4096, torch.bfloat16
+    query, key, value = (torch.randn(batch, 1, heads * 128, device=device).to(dtype) for heads in (32, 8, 8))
+    past_key, past_value = (torch.randn(batch, 8, capacity, 128, device=device).to(dtype) for _ in range(2))
+    lengths = torch.tensor([5, 100, 4000], dtype=torch.int32, device=device)
+
+    def step() -> torch.Tensor:
+        return grouped_query_attention(query, key, value, past_key, past_value, lengths, num_heads=32, kv_num_heads=8,
+                                       scale=128**-0.5)[0]
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    worst = 0.0
+    for values in ([5, 100, 4000], [0, 4095, 17], [2048, 1, 3000]):
+        lengths.copy_(torch.tensor(values, dtype=torch.int32))
+        graph.replay()
+        replayed = captured.clone()
+        worst = max(worst, (replayed.double() - step().double()).abs().max().item())
+    return {"passed": worst == 0.0, "note": f"largest difference {worst:.3g} at three sets of lengths"}

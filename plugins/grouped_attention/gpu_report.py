@@ -1,0 +1,115 @@
+"""Results of `scripts/gpu_check.py` as JSON, Markdown and a short table. Standard library only, no GPU.
+
+A result is a plain dictionary: when, command, card, versions, ceilings, correctness, graph, decode, prefill,
+sanitizer. A peer that could not run has its reason in place of a time; nothing is left out in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+COPY_TARGET = 0.90  # of the measured copy bandwidth, decode at batch 16, 32 k tokens, H/K 32/8, D 128, bf16
+PREFILL_TARGET = 0.90  # of the fastest SDPA backend's speed, prefill at 8 k, causal, D 128, bf16
+SDPA = ("sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math")
+
+
+def fastest(peers: dict[str, Any], names: Iterable[str] | None = None) -> tuple[str, float] | None:
+    """(name, ms) of the fastest peer that ran, among `names`; None if none did."""
+    wanted = peers if names is None else names
+    ran = [(peers[name], name) for name in wanted if isinstance(peers.get(name), int | float)]
+    return (min(ran)[1], min(ran)[0]) if ran else None
+
+
+def verdicts(results: dict[str, Any]) -> list[tuple[str, bool | None, str]]:
+    """(what was to be shown, shown or not or None for not measured, the figures)."""
+    cases, failed = results["correctness"], [row for row in results["correctness"] if not row["passed"]]
+    lines: list[tuple[str, bool | None, str]] = [
+        ("every kernel within 2 x eager's error of fp64", not failed if cases else None,
+         f"{len(cases) - len(failed)} of {len(cases)} cases"),
+        ("a captured graph serves other lengths", results["graph"].get("passed"), results["graph"].get("note", "")),
+    ]
+    reading = [row for row in results["decode"] if (row["batch"], row["length"]) == (16, 32768)]
+    lines.append((f"decode at batch 16, 32 k reads at >= {COPY_TARGET:.0%} of copy bandwidth",
+                  all(row["of_copy"] >= COPY_TARGET for row in reading) if reading else None,
+                  ", ".join(f"{row['of_copy']:.0%}" for row in reading)))
+    slower = [row for row in results["decode"]
+              if (best := fastest(row["peers"], SDPA)) is not None and row["ours_ms"] > best[1]]
+    compared = [row for row in results["decode"] if fastest(row["peers"], SDPA) is not None]
+    lines.append(("decode never slower than the fastest SDPA backend", not slower if compared else None,
+                  f"faster in {len(compared) - len(slower)} of {len(compared)}"))
+    long = [(row, best) for row in results["prefill"]
+            if row["length"] == 8192 and (best := fastest(row["peers"], SDPA)) is not None]
+    lines.append((f"prefill at 8 k >= {PREFILL_TARGET} of the fastest SDPA backend",
+                  all(best[1] / row["ours_ms"] >= PREFILL_TARGET for row, best in long) if long else None,
+                  ", ".join(f"{best[1] / row['ours_ms']:.2f}" for row, best in long)))
+    lines.append(("compute-sanitizer finds nothing", results["sanitizer"].get("passed"),
+                  results["sanitizer"].get("note", "")))
+    return lines
+
+
+def _word(passed: bool | None) -> str:
+    return {True: "yes", False: "NO", None: "not measured"}[passed]
+
+
+def _grid(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The short table for the end of the terminal."""
+    rows = [["shown", "what", "figures"], *([_word(passed), what, note] for what, passed, note in verdicts(results))]
+    ceilings = results["ceilings"]
+    speeds = f"copy {ceilings['copy_gb_s']:.0f} GB/s, bf16 product {ceilings['matmul_tflop_s']:.0f} TFLOP/s"
+    return f"{results['card']}: {speeds}\n{_grid(rows)}"
+
+
+def _milliseconds(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else str(value)
+
+
+def _lines(rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0]),
+            *("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows[1:])]
+
+
+def _speeds(rows: list[dict[str, Any]], measure: str, unit: str) -> list[str]:
+    names = sorted({name for row in rows for name in row["peers"]})
+    header = ["shape", "batch", "length", "ours ms", "with append ms", unit, *(f"{name} ms" for name in names)]
+    return _lines([header, *([row["shape"], str(row["batch"]), str(row["length"]), _milliseconds(row["ours_ms"]),
+                              _milliseconds(row["step_ms"]), f"{row[measure]:.0f}",
+                              *(_milliseconds(row["peers"].get(name, "-")) for name in names)] for row in rows)])
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The full report."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    text = ["# Grouped-attention kernels on a GPU", "", f"- date: {results['when']}", f"- card: {results['card']}",
+            f"- versions: {versions}", f"- command: `{results['command']}`",
+            f"- ceilings measured in this run: copy {results['ceilings']['copy_gb_s']:.0f} GB/s (bytes read plus bytes "
+            f"written), bf16 product {results['ceilings']['matmul_tflop_s']:.0f} TFLOP/s", "",
+            "## What was to be shown", "",
+            *_lines([["shown", "what", "figures"], *([_word(ok), what, note] for what, ok, note in verdicts(results))])]
+    if results["decode"]:
+        text += ["", "## Decode: one new token, median of graph replays (GB/s: bytes of keys and values over time)", "",
+                 *_speeds(results["decode"], "gb_s", "GB/s")]
+    if results["prefill"]:
+        text += ["", "## Prefill: causal", "", *_speeds(results["prefill"], "tflop_s", "TFLOP/s")]
+    if results["correctness"]:
+        text += ["", "## Correctness: largest error against fp64", "",
+                 *_lines([["case", "kernel", "error", "allowed", "passed"],
+                          *([row["case"], row["kernel"], f"{row['error']:.3g}", f"{row['allowed']:.3g}",
+                             _word(row["passed"])] for row in results["correctness"])])]
+    return "\n".join(text) + "\n"
+
+
+def write(results: dict[str, Any], folder: Path) -> tuple[Path, Path]:
+    """Write gpu_check.json and gpu_check.md into the folder (made if needed); return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    as_json, as_markdown = folder / "gpu_check.json", folder / "gpu_check.md"
+    as_json.write_text(json.dumps(results, indent=2, allow_nan=True) + "\n", encoding="utf-8")
+    as_markdown.write_text(markdown(results), encoding="utf-8")
+    return as_json, as_markdown
