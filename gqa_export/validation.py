@@ -22,7 +22,7 @@ from .compare.drive import BUNDLE, EAGER, TRUTH, CaseDriver, CaseLog
 from .compare.judge import judge
 from .compare.verdict import Verdict
 from .errors import GqaExportError
-from .run.sides import Sides, bundle_session, choose_bundle_provider, pytorch_sessions, what_it_shows
+from .run.sides import Sides, bundle_session, choose_bundle_provider, pytorch_sessions, torch_threads, what_it_shows
 
 Report = Callable[[str, float | None, float | None], None]
 """what is being done, how much is done, of how much"""
@@ -54,6 +54,7 @@ def validate(bundle: Path | str, against: str | Path, *, steps: int = 32, provid
     report("loading the checkpoint", None, None)
     checkpoint, notes = open_checkpoint(against), list[str]()
     with ExitStack() as stack:
+        stack.enter_context(torch_threads(manifest))
         ran, where = manifest, folder
         if ran_dtype != manifest.dtype:
             report("widening to fp32", None, None)

@@ -19,11 +19,11 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
+from ..bundle import Manifest
 from ..cache_io import ATTENTION_MASK, INPUT_IDS, past_names
-from ..errors import GqaExportError, NotCheckedHere
 from ..spec import ModelSpec
 from .ort_backend import Infer
-from .ort_load import PROVIDERS
+from .ort_load import open_session
 from .session import Session
 
 
@@ -88,28 +88,16 @@ def _blank(array: np.ndarray, counts_B: np.ndarray, axis: int) -> np.ndarray:
 
 
 @contextmanager
-def onnxrt_infer(model: Path, provider: str) -> Iterator[Infer]:
-    """Yield a callable feed -> outputs that runs `model` through Polygraphy's own ONNX Runtime loader and runner.
+def onnxrt_infer(folder: Path, manifest: Manifest, provider: str, threads: int = 0) -> Iterator[Infer]:
+    """Yield a callable feed -> outputs that runs a bundle's graph through Polygraphy's own ONNX Runtime runner.
 
-    Raises GqaExportError for a graph that ONNX Runtime cannot open, NotCheckedHere for one it has no kernels for.
+    ONNX Runtime's threads do not spin between calls here: PyTorch wants the same cores in turn (a tiny model is
+    compared several times faster). Raises what `open_session` raises.
     """
-    from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
-    from polygraphy.logger import G_LOGGER
+    from polygraphy.backend.onnxrt import OnnxrtRunner
 
-    name = PROVIDERS[provider]
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        try:
-            session = SessionFromOnnx(str(model), providers=list(dict.fromkeys((name, PROVIDERS["cpu"]))))()
-        except Exception as error:  # onnxruntime's own exceptions share no public base class
-            cause = (str(error).strip().splitlines() or ["no message"])[0]
-            if "NOT_IMPLEMENTED" in cause:
-                raise NotCheckedHere(f"ONNX Runtime has no kernels for this graph on {provider}: {cause}", str(model),
-                                     "use another --provider, or check its fp32 twin with --as fp32") from error
-            raise GqaExportError(f"ONNX Runtime cannot open the graph: {cause}", str(model),
-                                 "export the bundle again") from error
-    if name not in session.get_providers():
-        raise NotCheckedHere(f"ONNX Runtime could not start {name}", str(model),
-                             "check the CUDA and cuDNN libraries with `gqa-export doctor`, or use --provider cpu")
+    session = open_session(folder, manifest, provider, threads=threads,
+                           config={"session.intra_op.allow_spinning": "0"})
     with OnnxrtRunner(session, name="onnxrt") as runner:
         def infer(feed: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
             outputs: Mapping[str, np.ndarray] = runner.infer(OrderedDict(feed), check_inputs=False)

@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import MODEL, Manifest
+from ..bundle import Manifest
 from ..errors import GqaExportError, NotCheckedHere
 from .session import Session
 
 Poison = Callable[[tuple[float, ...]], None]
 """sets what lies in the cache's tail from now on"""
+
+
+SMALL_BYTES = 1 << 25
+"""models below this run on one thread: several threads wait for one another longer than they work"""
 
 
 @dataclass
@@ -57,6 +61,25 @@ def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
     if ran_dtype != "float32":
         model = checkpoint.load_model(ran_dtype)
     return truth, TorchSession(model, manifest.capacity, ran_dtype, spec=manifest.spec), truth_dtype
+
+
+def weight_bytes(manifest: Manifest) -> int:
+    """Bytes of all files of a bundle: its weights, as good as."""
+    return sum(fact.size for fact in manifest.files.values())
+
+
+@contextmanager
+def torch_threads(manifest: Manifest) -> Iterator[None]:
+    """One PyTorch thread inside, if the model is small."""
+    import torch
+
+    before = torch.get_num_threads()
+    if weight_bytes(manifest) < SMALL_BYTES:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def what_it_shows(truth: Any, where: str) -> dict[str, object]:
@@ -105,6 +128,7 @@ def bundle_session(folder: Path, manifest: Manifest, provider: str,
         notes.append("bf16 does not pass through numpy: ONNX Runtime was called directly, no cache was poisoned")
         yield OrtSession.load(folder, provider), None
         return
-    with onnxrt_infer(folder / MODEL, provider) as infer:
+    threads = 1 if weight_bytes(manifest) < SMALL_BYTES else 0
+    with onnxrt_infer(folder, manifest, provider, threads) as infer:
         tail = PoisonedTail(infer, manifest.spec)
         yield OrtSession.load(folder, provider, infer=tail), tail.fill
