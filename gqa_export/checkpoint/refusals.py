@@ -76,6 +76,9 @@ def refuse_modules(model: torch.nn.Module, where: str) -> None:
 
 def _refuse_state(model: torch.nn.Module, name: str, what: str, where: str) -> None:
     owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+    if not any(name.startswith(f"{layer}.") for layer, _ in _decoder_layers(model)):
+        raise GqaExportError(f"{owner} holds {what} outside of the decoder layers, as encoders of images or sound do",
+                             f"{where}, module {name}", "extract the plain language model first")
     raise GqaExportError(f"{_place(name)} is not grouped attention alone: {owner} carries {what}, which is a cache of "
                          "its own", f"{where}, module {name}", FIX_DECODER)
 

@@ -109,6 +109,15 @@ def test_a_recurrent_parameter_and_a_layer_without_attention_are_seen(tmp_path):
         refuse_modules(model, "here")
 
 
+def test_an_encoder_beside_the_decoder_is_called_one(tmp_path):
+    from gqa_export.checkpoint.refusals import refuse_modules
+
+    model = tiny(tmp_path, "llama").load_model()
+    model.model.vision = torch.nn.Sequential(torch.nn.Conv2d(3, 8, kernel_size=14))
+    with pytest.raises(GqaExportError, match="Sequential holds a convolution over 14 tokens outside of the decoder"):
+        refuse_modules(model, "here")
+
+
 def edit(checkpoint, **values):
     config = json.loads((checkpoint.folder / "config.json").read_text())
     (checkpoint.folder / "config.json").write_text(json.dumps({**config, **values}))
