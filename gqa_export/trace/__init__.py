@@ -38,7 +38,7 @@ def trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str = "
     """
     import torch
 
-    from . import attention, canonical, export, kinds, rotary, simplify, skeleton, stamp, wrapper
+    from . import attention, canonical, export, kinds, remember, rotary, simplify, skeleton, stamp, wrapper
     from .probe import probe, refuse_mixing
 
     name, torch_dtype = attention.register(), getattr(torch, dtype)
@@ -46,6 +46,11 @@ def trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str = "
     ghost = skeleton.build(config, torch_dtype, device="meta", attention=name)
     if inspect:
         inspect(ghost)
+    place = remember.place_of(config, {"dtype": dtype, "cache": cache, "capacity": capacity, "logits": logits,
+                                       "interface": interface, "stamping": stamping})
+    kept = remember.load(place) if place else None
+    if kept:
+        return kept
     spec = probe(config, ghost)
     stack = kinds.stack_of(ghost, spec) if stamping else None
     del ghost
@@ -76,4 +81,7 @@ def trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str = "
     simplify.merge_common(program)
     proto = canonical.to_proto(program, weights, spec, cache=cache, logits=logits, prefix="model.")
     refuse_mixing(proto)
-    return Traced(proto, spec, len(layers), whole_because, regime, skeleton.tied(model), skeleton.converts(model))
+    traced = Traced(proto, spec, len(layers), whole_because, regime, skeleton.tied(model), skeleton.converts(model))
+    if place:
+        remember.keep(place, traced)
+    return traced

@@ -66,6 +66,10 @@ def quiet() -> Iterator[None]:
     """No warnings from the tracing machinery: they speak of its internals, not of the user's model."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch")]
     levels = [logger.level for logger in loggers]
+    # torch writes a structured log of every symbolic step for whoever listens, and any root handler counts as
+    # listening: a trace is then ten times slower (measured under pytest, which installs one).
+    structured = logging.getLogger("torch.__trace")
+    handlers, structured.handlers = structured.handlers, []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:
@@ -73,5 +77,6 @@ def quiet() -> Iterator[None]:
         try:
             yield
         finally:
+            structured.handlers = handlers
             for logger, level in zip(loggers, levels):
                 logger.setLevel(level)

@@ -1,0 +1,88 @@
+"""Are attention's arguments understood or refused, never dropped? Is the wrapper the model, with its cache outside?"""
+
+from __future__ import annotations
+
+import gqa_models
+import pytest
+import torch
+
+from gqa_export.checkpoint import open_checkpoint
+from gqa_export.errors import GqaExportError
+from gqa_export.trace import attention, wrapper
+from gqa_export.trace.masks import window_of
+from gqa_export.trace.probe import probe
+
+
+def causal(batch, head, query, key):
+    return key <= query
+
+
+def tag(function):
+    return attention.MaskTag(function, False, None)
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 16, 99])
+def test_a_window_is_read_from_the_mask_alone(width):
+    assert window_of(tag(lambda b, h, q, k: (k <= q) & (k > q - width)), 0, 200, 4) == width
+
+
+def test_a_causal_mask_has_no_window():
+    assert window_of(tag(causal), 0, 200, 4) == 0
+
+
+@pytest.mark.parametrize("function", [
+    lambda b, h, q, k: k < q, lambda b, h, q, k: k >= 0, lambda b, h, q, k: (k <= q) & (k // 8 == q // 8),
+    lambda b, h, q, k: (k <= q) | (k < 5), lambda b, h, q, k: (k <= q) & ((h == 0) | (k > q - 4)),
+], ids=["strictly causal", "bidirectional", "chunked", "prefix", "heads differ"])
+def test_any_other_mask_is_refused(function):
+    with pytest.raises(GqaExportError, match="not causal with a window"):
+        window_of(tag(function), 3, 64, 4)
+
+
+def test_a_layer_whose_mask_was_not_made_by_transformers_is_refused():
+    with pytest.raises(GqaExportError, match="not made by transformers"):
+        window_of(None, 2, 64, 4)
+
+
+def test_an_unknown_attention_argument_is_refused_by_name():
+    module = torch.nn.Module()
+    module.layer_idx = 1
+    query = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(GqaExportError, match="`position_bias`"):
+        attention.attention(module, query, query, query, None, position_bias=torch.zeros(1))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_the_wrapped_decoder_with_its_cache_outside_equals_the_model(tmp_path, name):
+    checkpoint = open_checkpoint(gqa_models.write_tiny(name, tmp_path / name))
+    truth = checkpoint.load_model("float64")
+    model = checkpoint.load_model("float64", attn_implementation=attention.register())
+    spec = probe(model.config)
+    decoder = wrapper.Decoder(model, spec, cache="growing", logits="all", interface="mask")
+    generator = torch.Generator().manual_seed(11)
+    tokens = torch.randint(3, spec.vocabulary, (2, 40), generator=generator)
+    lengths, rows = torch.tensor([40, 23]), torch.arange(40)
+    with torch.no_grad():
+        first = [torch.zeros(2, layer.kv_num_heads, 0, size, dtype=torch.float64) for layer in spec.layers
+                 for size in (layer.head_size, layer.value_head_size)]
+        logits, *present = decoder(tokens, (rows < lengths[:, None]).long(), *first)
+        step = torch.tensor([[7], [8]])
+        mask = torch.cat([(rows < lengths[:, None]).long(), torch.ones(2, 1, dtype=torch.long)], 1)
+        decoded, *_ = decoder(step, mask, *present)
+        for b, length in enumerate(lengths.tolist()):
+            whole = truth(input_ids=torch.cat([tokens[b, :length], step[b]])[None]).logits[0]
+            # fp64 on both sides; attention's softmax inside eager models is fp32 by their own code.
+            torch.testing.assert_close(logits[b, :length], whole[:-1], atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(decoded[b, 0], whole[-1], atol=2e-5, rtol=1e-5)
+
+
+def test_left_padding_gives_nan_logits_for_that_row_alone(tmp_path):
+    checkpoint = open_checkpoint(gqa_models.write_tiny("llama", tmp_path / "m"))
+    model = checkpoint.load_model(attn_implementation=attention.register())
+    spec = probe(model.config)
+    decoder = wrapper.Decoder(model, spec, cache="growing", logits="all", interface="mask")
+    empty = [torch.zeros(2, 2, 0, 16) for _ in range(2 * len(spec.layers))]
+    with torch.no_grad():
+        logits, *_ = decoder(torch.full((2, 3), 5), torch.tensor([[0, 1, 1], [1, 1, 0]]), *empty)
+    assert logits[0].isnan().all()
+    assert logits[1].isfinite().all()

@@ -1,0 +1,62 @@
+"""Does the probe read what layers really do, and refuse by name what grouped attention cannot hold?"""
+
+from __future__ import annotations
+
+import gqa_models
+import pytest
+
+from gqa_export.errors import GqaExportError
+from gqa_export.trace.probe import probe
+
+
+@pytest.fixture
+def config_of(tmp_path):
+    """The transformers config of a tiny model."""
+    def load(name, **overrides):
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(gqa_models.write_tiny(name, tmp_path / name, **overrides))
+
+    return load
+
+
+@pytest.mark.parametrize(("name", "windows", "softcap", "sinks"), [
+    ("llama", {0}, 0.0, False), ("mistral", {16}, 0.0, False), ("gemma2", {0, 16}, 4.0, False),
+    ("gemma3", {0, 16}, 0.0, False), ("gpt_oss", {0, 16}, 0.0, True)])
+def test_layer_facts_are_those_that_attention_is_called_with(config_of, name, windows, softcap, sinks):
+    spec = probe(config_of(name))
+    assert {layer.window for layer in spec.layers} == windows
+    assert {layer.softcap for layer in spec.layers} == {softcap}
+    assert {layer.sinks for layer in spec.layers} == {sinks}
+
+
+def test_heads_that_are_not_hidden_size_over_heads_are_read_from_the_call(config_of):
+    config = config_of("qwen3")
+    layer = probe(config).layers[0]
+    assert layer.head_size == config.head_dim != config.hidden_size // config.num_attention_heads
+
+
+def test_a_window_that_is_only_in_the_mask_is_honoured(config_of):
+    config = config_of("phimoe")
+    assert {layer.window for layer in probe(config).layers} == {config.sliding_window}
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("llama4", "chunked_overlay"), ("gemma3_bidirectional", "_bidirectional_window_overlay"),
+    ("llama_dynamic", "rotary type `dynamic`"), ("mamba", "calls transformers' attention interface")])
+def test_what_grouped_attention_cannot_hold_is_refused_by_name(config_of, name, words):
+    with pytest.raises(GqaExportError, match=words):
+        probe(config_of(name))
+
+
+def test_bert_is_exportable_as_a_decoder_and_refused_as_an_encoder(config_of):
+    assert {layer.window for layer in probe(config_of("bert")).layers} == {0}
+    with pytest.raises(GqaExportError, match="bidirectional_mask_function"):
+        probe(config_of("bert", is_decoder=False))
+
+
+def test_a_rotary_type_nobody_knows_is_refused(config_of):
+    config = config_of("llama")
+    config.rope_parameters = {"rope_type": "spiral", "rope_theta": 1e4}
+    with pytest.raises(GqaExportError, match="`spiral` is unknown"):
+        probe(config)
