@@ -180,6 +180,18 @@ def test_a_config_that_is_no_json_object_is_refused(copy, content):
     refused(copy, "not valid JSON", "download")
 
 
+def test_a_config_that_cannot_be_read_is_refused(copy):
+    (copy / "config.json").unlink()
+    (copy / "config.json").symlink_to("/proc/self/mem")  # a regular file whose first page cannot be read, even by root
+    refused(copy, "cannot read the file: Input/output error", "permissions")
+
+
+def test_a_config_that_transformers_reads_and_cannot_build_is_refused(copy):
+    edit_config(copy, hidden_act="no_such_activation")
+    with pytest.raises(GqaExportError, match="transformers cannot load the model: KeyError"):
+        open_checkpoint(copy).load_model()
+
+
 def test_a_config_with_nonsense_values_is_refused_without_a_traceback_of_transformers(copy):
     edit_config(copy, hidden_size="many")
     with pytest.raises(GqaExportError, match="cannot read config"):
