@@ -1,0 +1,86 @@
+"""The main job, end to end: every feature of attention, exported to every target that can hold it, passes `validate`."""
+
+from __future__ import annotations
+
+import gqa_models
+import pytest
+
+from gqa_export.errors import EXIT_PASSED
+from gqa_export.pipeline import ExportOptions, export_onnx
+from gqa_export.validation import validate
+
+EVERY_TARGET = ("ort", "onnx", "portable")
+# What each name is for: window, QKV bias, QK-norm, softcap with alternating windows, two rotary tables, packed QKV,
+# sinks and experts, multipliers, interleaved and partial rotary, the two ends of grouping, tied heads, NoPE layers,
+# absolute positions, merged experts, a window that is only in the mask, and every rotary scaling.
+FAMILIES = ("llama", "llama_mha", "llama_mqa", "llama_tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3",
+            "gpt_oss", "granite", "cohere", "stablelm", "smollm3", "gpt2", "mixtral", "phimoe", "llama_linear",
+            "llama_llama3", "llama_yarn")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory):
+    """A tiny checkpoint by name, written once."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def get(name):
+        folder = root / name
+        return folder if folder.exists() else gqa_models.write_tiny(name, folder)
+
+    return get
+
+
+def passes(checkpoint, folder, steps=32, **options):
+    """Export, validate, and say what fell back."""
+    export = export_onnx(checkpoint, folder, ExportOptions(**options))
+    verdict = validate(folder, checkpoint, steps=steps, check_hashes=False)
+    assert verdict.exit_code == EXIT_PASSED, verdict
+    return export.manifest
+
+
+@pytest.mark.parametrize("target", EVERY_TARGET)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_growing_export_passes_validation(checkpoint_of, tmp_path, name, target):
+    manifest = passes(checkpoint_of(name), tmp_path / "bundle", target=target)
+    wanted = {layer.layer for layer in manifest.spec.layers if layer.sinks} if target == "onnx" else set()
+    assert {fallback.layer for fallback in manifest.fallbacks} == wanted
+
+
+@pytest.mark.parametrize("target", EVERY_TARGET)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_a_static_export_passes_validation(checkpoint_of, tmp_path, name, target):
+    manifest = passes(checkpoint_of(name), tmp_path / "bundle", target=target, cache="static", capacity=160)
+    assert manifest.inputs[2].shape[2] == "capacity"
+
+
+@pytest.mark.parametrize("weights", ["link", "inplace"])
+def test_weights_used_where_they_are_give_the_same_answers(checkpoint_of, tmp_path, weights):
+    checkpoint = gqa_models.write_tiny("llama_tied", tmp_path / "checkpoint")
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    folder = checkpoint if weights == "inplace" else tmp_path / "bundle"
+    manifest = passes(checkpoint, folder, weights=weights, steps=8)
+    assert manifest.bytes_copied == 0 < manifest.bytes_linked
+    assert {name: (checkpoint / name).read_bytes() for name in before} == before
+
+
+def test_merged_experts_cannot_be_linked_and_are_written(checkpoint_of, tmp_path):
+    manifest = passes(checkpoint_of("mixtral"), tmp_path / "bundle", weights="link", steps=4)
+    assert manifest.bytes_copied > 0 < manifest.bytes_linked
+
+
+def test_last_logits_are_the_last_of_all_logits(checkpoint_of, tmp_path):
+    manifest = passes(checkpoint_of("llama"), tmp_path / "bundle", logits="last", steps=8)
+    assert manifest.outputs[0].shape[1] == 1
+
+
+def test_half_precision_bundles_pass_within_their_own_yardstick(checkpoint_of, tmp_path):
+    checkpoint = gqa_models.write_tiny("llama", tmp_path / "checkpoint", dtype="float16")
+    assert passes(checkpoint, tmp_path / "bundle", steps=8).dtype == "float16"
+    assert passes(checkpoint, tmp_path / "wide", steps=8, dtype="fp32").dtype == "float32"
+
+
+def test_the_fp32_twin_of_a_bf16_bundle_can_be_checked_on_a_cpu(tmp_path):
+    checkpoint = gqa_models.write_tiny("qwen2", tmp_path / "checkpoint", dtype="bfloat16")
+    export_onnx(checkpoint, tmp_path / "bundle", ExportOptions())
+    verdict = validate(tmp_path / "bundle", checkpoint, steps=8, as_dtype="fp32")
+    assert verdict.exit_code == EXIT_PASSED, verdict
