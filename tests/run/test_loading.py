@@ -1,0 +1,110 @@
+"""Opening a bundle: providers, damaged folders, graphs that are not what the manifest says."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from gqa_export.bundle import read_manifest
+from gqa_export.errors import GqaExportError, NotCheckedHere
+from gqa_export.run.ort import OrtSession
+from gqa_export.run.ort_load import choose_provider
+
+ALL = {"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")}
+
+
+def test_bf16_on_the_cpu_cannot_be_checked_here_and_says_how(edit_manifest) -> None:
+    folder = edit_manifest(dtype="bfloat16")
+    with pytest.raises(NotCheckedHere, match="no bfloat16 kernels") as refused:
+        OrtSession.load(folder, "cpu")
+    assert refused.value.exit_code == 3
+    assert "--dtype fp32" in refused.value.fix
+
+
+@pytest.mark.parametrize(("asked", "dtype", "here", "chosen"), [
+    ("auto", "float32", ["CUDAExecutionProvider", "CPUExecutionProvider"], "cpu"),
+    ("auto", "float16", ["CUDAExecutionProvider", "CPUExecutionProvider"], "cuda"),
+    ("auto", "float16", ["CPUExecutionProvider"], "cpu"),
+    ("cuda", "fp16", ["CUDAExecutionProvider", "CPUExecutionProvider"], "cuda"),
+    ("cpu", "fp32", ["CUDAExecutionProvider", "CPUExecutionProvider"], "cpu"),
+])
+def test_auto_takes_cuda_where_it_is_there_and_has_kernels_for_the_dtype(monkeypatch, asked, dtype, here, chosen) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: here)
+    assert choose_provider(asked, dtype, ALL) == chosen
+
+
+def test_cuda_without_its_provider_cannot_be_checked_here(monkeypatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(NotCheckedHere, match="cuda provider of ONNX Runtime is not available") as refused:
+        choose_provider("cuda", "float16", ALL)
+    assert "gqa-export[gpu]" in refused.value.fix
+
+
+def test_an_unknown_provider_is_bad_input() -> None:
+    with pytest.raises(GqaExportError, match="unknown provider 'tpu'") as refused:
+        choose_provider("tpu", "float32", ALL)
+    assert refused.value.exit_code == 2
+
+
+def test_without_onnxruntime_the_extra_is_named(monkeypatch, bundle) -> None:
+    folder = bundle()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(NotCheckedHere, match="onnxruntime is not installed") as refused:
+        OrtSession.load(folder)
+    assert "gqa-export[ort]" in refused.value.fix
+
+
+def test_weights_that_are_gone_or_cut_short_are_refused(copied) -> None:
+    data = copied / "model.onnx.data"
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-16])
+    with pytest.raises(GqaExportError, match="bytes"):
+        OrtSession.load(copied)
+    data.unlink()
+    with pytest.raises(GqaExportError, match=r"model\.onnx\.data is missing"):
+        OrtSession.load(copied)
+
+
+def test_a_graph_that_onnxruntime_cannot_read_is_refused(copied) -> None:
+    graph = copied / "model.onnx"
+    graph.write_bytes(b"\xff" * graph.stat().st_size)
+    with pytest.raises(GqaExportError, match="cannot open the graph") as refused:
+        OrtSession.load(copied)
+    assert "model.onnx" in refused.value.where
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda facts: facts[:-1], "is not in the manifest"),
+    (lambda facts: [*facts, {"name": "more", "dtype": "float32", "shape": [1]}], "more is missing"),
+    (lambda facts: [{**facts[0], "dtype": "int32"}, *facts[1:]], "input_ids is int64, stated int32"),
+    (lambda facts: [*facts[:-1], {**facts[-1], "shape": ["batch", 2, "past_sequence", 8]}], "stated"),
+    (lambda facts: [{**facts[0], "shape": ["batch", 4]}, *facts[1:]], "stated"),
+    (lambda facts: [{**facts[0], "shape": ["batch"]}, *facts[1:]], "stated"),
+])
+@pytest.mark.parametrize("injected", [False, True])
+def test_a_graph_that_is_not_the_manifests_is_refused(copied, edit_manifest, change, message, injected) -> None:
+    from dataclasses import asdict
+
+    facts = [asdict(fact) for fact in read_manifest(copied).inputs]
+    edit_manifest(inputs=change(facts))
+    with pytest.raises(GqaExportError, match=message) as refused:
+        OrtSession.load(copied, infer=(lambda feed: {}) if injected else None)
+    assert "not the manifest's" in str(refused.value)
+
+
+def test_a_bundle_for_tensorrt_does_not_run_in_onnxruntime(edit_manifest) -> None:
+    with pytest.raises(GqaExportError, match="target trt-plugin does not run in ONNX Runtime") as refused:
+        OrtSession.load(edit_manifest(target="trt-plugin"))
+    assert "--target ort" in refused.value.fix
+
+
+def test_a_folder_without_a_manifest_is_no_bundle(tmp_path) -> None:
+    with pytest.raises(GqaExportError, match="not a bundle"):
+        OrtSession.load(tmp_path)
+    with pytest.raises(GqaExportError, match="no such bundle folder"):
+        OrtSession.load(tmp_path / "nowhere")

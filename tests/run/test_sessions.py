@@ -1,0 +1,189 @@
+"""Bundles in ONNX Runtime against PyTorch: chunks, ragged batches, both caches, and all that is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gqa_export.errors import GqaExportError
+from gqa_export.run.feeds import attention_mask, check_mask, must_run_alone
+from gqa_export.run.ort import OrtSession
+from gqa_export.run.torch_ref import TorchSession
+
+from .conftest import ALONE, CAPACITY, RAGGED, VOCABULARY, drive, largest_difference
+
+BUNDLES = [("ort", "growing"), ("ort", "static"), ("onnx", "static"), ("portable", "growing")]
+
+
+@pytest.fixture(scope="module")
+def truth(model):
+    session = TorchSession(model, CAPACITY, "fp64")
+    return {steps: drive(session, steps) for steps in (ALONE, RAGGED)}
+
+
+@pytest.fixture(scope="module")
+def rounding(model, truth) -> float:
+    """What fp32 itself costs: the largest error of PyTorch eager in fp32 on the same steps."""
+    session = TorchSession(model, CAPACITY, "fp32")
+    return max(largest_difference(drive(session, steps), truth[steps]) for steps in truth)
+
+
+@pytest.mark.parametrize(("target", "cache"), BUNDLES)
+@pytest.mark.parametrize("steps", [ALONE, RAGGED], ids=["alone", "ragged"])
+def test_a_bundle_follows_pytorch_through_chunks_and_ragged_rows(bundle, truth, rounding, target, cache, steps) -> None:
+    got = drive(OrtSession.load(bundle(target, cache), "cpu"), steps)
+    # the same sums in another order: a small multiple of what eager loses itself
+    assert largest_difference(got, truth[steps]) < 8 * rounding
+
+
+@pytest.mark.parametrize(("target", "cache"), BUNDLES)
+def test_an_injected_callable_gives_what_bound_memory_gives(bundle, target, cache) -> None:
+    import onnxruntime
+
+    folder = bundle(target, cache)
+    inner = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    names = [port.name for port in inner.get_outputs()]
+    session = OrtSession.load(folder, infer=lambda feed: dict(zip(names, inner.run(names, dict(feed)))))
+    # the same kernels on the same numbers
+    assert largest_difference(drive(session, RAGGED), drive(OrtSession.load(folder, "cpu"), RAGGED)) == 0
+
+
+def test_growing_and_static_caches_hold_the_same(bundle, rounding) -> None:
+    growing, static = (drive(OrtSession.load(bundle("ort", cache), "cpu"), RAGGED) for cache in ("growing", "static"))
+    assert largest_difference(growing, static) < 8 * rounding
+
+
+def test_a_growing_cache_keeps_no_columns_that_belong_to_nobody(bundle) -> None:
+    session = OrtSession.load(bundle(), "cpu")
+    session.reset(2)
+    for width, new in ((6, (6, 2)), (1, (0, 1)), (3, (1, 3)), (1, (1, 1))):
+        session.step(np.full((2, width), 7), np.array(new))
+        assert session.cache()[0][0].shape[2] == session.lengths.max()
+
+
+@pytest.mark.parametrize("target", ["ort", "onnx"])
+def test_padding_at_the_end_of_a_static_cache_is_not_written_past_it(bundle, model, rounding, target) -> None:
+    full = CAPACITY - 1
+    steps = ((full, (full, 3)), (4, (1, 4)))
+    got = drive(OrtSession.load(bundle(target, "static"), "cpu"), steps)
+    assert largest_difference(got, drive(TorchSession(model, CAPACITY, "fp64"), steps)) < 8 * rounding
+
+
+def test_a_step_without_new_tokens_changes_nothing(bundle) -> None:
+    session = OrtSession.load(bundle(), "cpu")
+    session.reset(2)
+    session.step(np.full((2, 3), 9))
+    before = session.cache()
+    step = session.step(np.zeros((2, 2), np.int64), np.zeros(2, np.int64), want_cache=True)
+    assert session.lengths.tolist() == [3, 3]
+    assert not step.logits.any()
+    for (key, value), (old_key, old_value) in zip(session.cache(), before):
+        assert np.array_equal(key, old_key)
+        assert np.array_equal(value, old_value)
+
+
+def test_logits_last_gives_the_last_valid_row(bundle, model, rounding) -> None:
+    session, truth = OrtSession.load(bundle("ort", "growing", "last"), "cpu"), TorchSession(model, CAPACITY, "fp64")
+    ids, new = np.arange(12).reshape(2, 6) + 3, np.array([6, 2])
+    session.reset(2)
+    truth.reset(2)
+    got, expected = session.step(ids, new).logits, truth.step(ids, new).logits
+    assert got.shape == (2, 1, VOCABULARY)
+    assert np.abs(got[:, 0] - expected[[0, 1], [5, 1]]).max() < 8 * rounding
+
+
+def test_low_memory_and_another_working_folder_change_no_logits(bundle, tmp_path, monkeypatch) -> None:
+    folder, ids = bundle(), np.arange(8)[None] + 3
+    plain = OrtSession.load(folder, "cpu").step(ids).logits
+    monkeypatch.chdir(tmp_path)
+    # prepacked weights are summed in another order
+    assert np.abs(OrtSession.load(folder, "cpu", low_memory=True).step(ids).logits - plain).max() < 1e-4
+
+
+def test_a_smaller_capacity_may_be_asked_for_and_a_larger_one_not(bundle) -> None:
+    session = OrtSession.load(bundle("ort", "static"), "cpu", capacity=8)
+    assert session.cache()[0][0].shape[2] == 8
+    with pytest.raises(GqaExportError, match="cache holds 8 tokens"):
+        session.step(np.zeros((1, 9), np.int64))
+    with pytest.raises(GqaExportError, match=f"not within 1..{CAPACITY}"):
+        OrtSession.load(bundle("ort", "static"), "cpu", capacity=CAPACITY + 1)
+
+
+@pytest.mark.parametrize("kind", ["torch", "growing", "static"])
+def test_what_does_not_fit_is_refused_before_anything_runs(bundle, model, kind) -> None:
+    session = TorchSession(model, CAPACITY) if kind == "torch" else OrtSession.load(bundle("ort", kind), "cpu")
+    session.reset(2)
+    session.step(np.full((2, CAPACITY - 1), 5))
+    with pytest.raises(GqaExportError, match=f"holds {CAPACITY} tokens, and sequence 1") as refused:
+        session.step(np.full((2, 2), 5), np.array([1, 2]))
+    assert f"--capacity {CAPACITY + 1}" in refused.value.fix
+    assert session.lengths.tolist() == [CAPACITY - 1] * 2
+    session.step(np.full((2, 1), 5))
+    assert session.lengths.tolist() == [CAPACITY] * 2
+
+
+@pytest.mark.parametrize(("ids", "new", "message"), [
+    (np.zeros((3, 1), np.int64), None, "shape"),
+    (np.zeros(2, np.int64), None, "shape"),
+    (np.zeros((2, 0), np.int64), None, "shape"),
+    (np.zeros((2, 1)), None, "whole numbers"),
+    (np.array([[0], [VOCABULARY]]), None, f"id {VOCABULARY} is outside the vocabulary"),
+    (np.array([[0], [-1]]), None, "id -1 is outside"),
+    (np.zeros((2, 3), np.int64), np.array([1, 4]), r"not within 0\.\.3"),
+    (np.zeros((2, 3), np.int64), np.array([1, -1]), r"not within 0\.\.3"),
+    (np.zeros((2, 3), np.int64), np.array([1]), "new_lengths"),
+    (np.zeros((2, 3), np.int64), np.array([1.0, 1.0]), "new_lengths"),
+])
+def test_a_feed_of_the_wrong_kind_is_refused(bundle, ids, new, message) -> None:
+    session = OrtSession.load(bundle(), "cpu")
+    session.reset(2)
+    with pytest.raises(GqaExportError, match=message):
+        session.step(ids, new)
+
+
+def test_ids_in_the_padding_may_be_anything(bundle) -> None:
+    session = OrtSession.load(bundle(), "cpu")
+    shown = []
+    for filler in (0, -100):
+        session.reset(2)
+        shown.append(session.step(np.array([[5, 6], [7, filler]]), np.array([2, 1])).logits)
+    assert np.array_equal(shown[0][0], shown[1][0])
+    assert np.array_equal(shown[0][1, 0], shown[1][1, 0])
+
+
+def test_an_empty_batch_is_refused(bundle) -> None:
+    with pytest.raises(GqaExportError, match="a batch of 0"):
+        OrtSession.load(bundle(), "cpu").reset(0)
+
+
+def test_a_mask_padded_on_the_right_gives_lengths_and_one_on_the_left_is_refused() -> None:
+    assert check_mask(np.array([[1, 1, 0], [1, 1, 1], [0, 0, 0]])).tolist() == [2, 3, 0]
+    with pytest.raises(GqaExportError, match="padded on the left") as refused:
+        check_mask(np.array([[1, 1, 1], [0, 1, 1]]))
+    assert 'padding_side="right"' in refused.value.fix
+    assert "row 1" in refused.value.where
+    with pytest.raises(GqaExportError, match="other than 0 and 1"):
+        check_mask(np.array([[1, 2, 0]]))
+
+
+def test_the_mask_counts_past_in_its_first_columns_and_new_in_its_last() -> None:
+    mask = attention_mask(np.array([3, 1]), np.array([1, 2]), 3, 2)
+    assert mask.tolist() == [[1, 1, 1, 1, 0], [1, 0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize(("lengths", "new", "width", "alone"), [
+    ([0, 0], [5, 3], 5, False),  # first prompt
+    ([4, 2], [1, 1], 1, False),  # decode
+    ([4, 0], [2, 2], 2, True),  # several tokens over a past
+    ([4], [2], 2, False),  # the same with one row
+    ([4, 2], [1, 0], 1, True),  # a row without tokens
+    ([9, 2], [1, 2], 2, True),  # padding would end past the tenth place
+])
+def test_rows_run_alone_where_the_attention_cannot_take_them_together(lengths, new, width, alone) -> None:
+    assert must_run_alone(np.array(lengths), np.array(new), width, capacity=10, chunks_alone=True,
+                          empty_alone=True) is alone
+
+
+def test_a_target_without_those_limits_runs_them_together() -> None:
+    lengths, new = np.array([4, 0]), np.array([2, 0])
+    assert not must_run_alone(lengths, new, 2, capacity=None, chunks_alone=False, empty_alone=False)

@@ -1,0 +1,90 @@
+"""The truth itself: fp64 throughout, rows that do not meet, the caller's model left alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gqa_export.errors import GqaExportError
+from gqa_export.run.torch_ref import TorchSession, _Widen
+
+from .conftest import CAPACITY
+
+
+def test_rows_of_a_batch_equal_the_same_rows_alone(model) -> None:
+    session = TorchSession(model, CAPACITY, "fp64")
+    ids, new = np.random.default_rng(3).integers(0, 320, (3, 20)), np.array([20, 3, 11])
+    session.reset(3)
+    together = session.step(ids, new, want_cache=True)
+    for b, count in enumerate(new):
+        session.reset(1)
+        alone = session.step(ids[b: b + 1, :count], want_cache=True)
+        assert np.array_equal(together.logits[b, :count], alone.logits[0])
+        for rows, own in zip((*together.keys, *together.values), (*alone.keys, *alone.values)):
+            assert np.array_equal(rows[b, :, :count], own[0])
+            assert not rows[b, :, count:].any()
+
+
+def test_the_whole_cache_is_kept_beyond_a_window(model) -> None:
+    session = TorchSession(model, CAPACITY)
+    session.step(np.full((1, 30), 5))  # the window is 16
+    assert [key.shape for key, _ in session.cache()] == [(1, 2, 30, 16)] * 2
+
+
+def test_decode_steps_equal_the_rows_of_one_prefill(model) -> None:
+    ids = np.random.default_rng(4).integers(0, 320, (1, 24))
+    session = TorchSession(model, CAPACITY, "fp64")
+    whole = session.step(ids).logits
+    session.reset(1)
+    steps = np.concatenate([session.step(ids[:, i: i + 1]).logits for i in range(24)], axis=1)
+    # fp64 sums of the same terms; only the rotary angles are fp32, and those are the same
+    assert np.abs(whole - steps).max() < 1e-11
+
+
+def test_an_fp64_session_computes_norms_and_softmax_in_fp64(model) -> None:
+    """transformers casts both to fp32 by name; a model that is merely doubled keeps fp32's error."""
+    import copy
+
+    doubled = copy.deepcopy(model).double()
+    ids = np.arange(20)[None] + 3
+    with torch.no_grad():
+        plain = doubled(torch.from_numpy(ids)).logits.numpy()
+    widened = TorchSession(model, CAPACITY, "fp64").step(ids).logits
+    gap = np.abs(plain - widened).max() / np.abs(widened).max()
+    assert 1e-10 < gap < 1e-5
+
+
+def test_widening_spares_what_happens_inside_a_rotary_module() -> None:
+    class Rotary(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("inv_freq", torch.ones(2, dtype=torch.float64))
+
+        def forward(self) -> torch.Tensor:
+            return self.inv_freq.float()
+
+    module = Rotary()
+    with _Widen(module):
+        assert module().dtype == torch.float32
+        assert module.inv_freq.float().dtype == torch.float64
+        assert module.inv_freq.to(torch.float32).dtype == torch.float64
+        assert torch.softmax(module.inv_freq, -1, dtype=torch.float32).dtype == torch.float64
+
+
+def test_the_callers_model_keeps_its_dtype_and_attention(model) -> None:
+    before = model.config._attn_implementation
+    TorchSession(model, CAPACITY, "fp64").step(np.full((1, 3), 5))
+    TorchSession(model, CAPACITY, "bf16").step(np.full((1, 3), 5))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.config._attn_implementation == before
+
+
+def test_low_precision_logits_come_out_as_fp32(model) -> None:
+    assert TorchSession(model, CAPACITY, "bf16").step(np.full((1, 3), 5)).logits.dtype == np.float32
+    assert TorchSession(model, CAPACITY, "fp64").step(np.full((1, 3), 5)).logits.dtype == np.float64
+
+
+def test_a_session_without_a_spec_says_so(model) -> None:
+    with pytest.raises(GqaExportError, match="without a spec"):
+        _ = TorchSession(model, CAPACITY).spec
