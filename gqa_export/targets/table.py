@@ -68,7 +68,7 @@ class Target:
         if layer.window and not self.window:
             return f"{self.attention} has no window and this layer sees {layer.window} tokens"
         if layer.softcap and not self.softcap:
-            return f"{self.attention} has no softcap and this layer caps at {layer.softcap:g}"
+            return f"{self.attention} cannot be relied on to cap scores, and this layer caps them at {layer.softcap:g}"
         if layer.sinks and not self.sinks:
             return f"{self.attention} has no attention sinks"
         if layer.value_head_size != layer.head_size and not self.value_head_size_differs:
@@ -96,8 +96,11 @@ _ROWS = (
            rotary_inside=True, rotary_head_multiple=16, rotary_half_multiple=8, packed_projections=True, genai=True,
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")})),
     Target(name="onnx", attention="Attention", fallback="gqa::GroupedQueryAttention",
-           opset=23, ir_version=10, caches=("growing", "static"), interface="mask", sinks=False,
-           nan_tail_safe=False, dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
+           opset=23, ir_version=10, caches=("growing", "static"), interface="mask", softcap=False, sinks=False,
+           # softcap: until 2026 the standard capped after the mask, which leaks masked tokens (onnx/onnx#7865, mended
+           # in place by #7867); what a runtime does depends on its age
+           nan_tail_safe=False, shares_buffer=True,
+           dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="portable", attention="gqa::GroupedQueryAttention", fallback="",
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask", function=True,
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),

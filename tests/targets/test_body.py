@@ -9,12 +9,13 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_op import Attributes, assert_same, fresh_inputs, op_model, session, truth
 from onnx import TensorProto
 
 from gqa_export import contract
 from gqa_export.errors import GqaExportError
 from gqa_export.targets import body
+
+from .one_op import Attributes, assert_same, fresh_inputs, op_model, session, truth
 
 FP32_ATOL = 2e-6
 """A row is a mean of values below 5 with scores of some 30 terms: about 16 roundings of 2^-24 * 5 at worst."""
