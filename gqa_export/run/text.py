@@ -35,7 +35,7 @@ class BundleText:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.config = _read(self.folder / CONFIG)
-        self._codec = _open(self.folder, self.config)
+        self._codec = _open(self.folder)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a plain prompt, with the begin token if this tokenizer adds one."""
@@ -121,9 +121,10 @@ class TextStream:
 
 
 class _Fast:
-    """`tokenizers` on tokenizer.json, with the begin and end tokens that tokenizer_config.json insists on."""
+    """`tokenizers` on tokenizer.json. Which special tokens frame a text is that file's word alone, as transformers 5
+    has it: `add_bos_token` and `add_eos_token` of tokenizer_config.json are left over from other formats."""
 
-    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+    def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer
 
         try:
@@ -133,27 +134,10 @@ class _Fast:
                                  "copy it from the checkpoint again, or use --token-ids") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._begin = self._edge(config, "bos")
-        self._end = self._edge(config, "eos")
-
-    def _edge(self, config: dict[str, Any], name: str) -> tuple[int | None, bool | None]:
-        """Id of a special token, and whether it is to be added: True, False, or as tokenizer.json has it (None)."""
-        text, wanted = _content(config.get(f"{name}_token")), config.get(f"add_{name}_token")
-        token = self._tokenizer.token_to_id(text) if text is not None else None
-        return token, wanted if isinstance(wanted, bool) and token is not None else None
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Text to ids."""
-        ids = list(self._tokenizer.encode(text, add_special_tokens=special).ids)
-        if not special:
-            return ids
-        (begin, add_begin), (end, add_end) = self._begin, self._end
-        has_begin, has_end = ids[:1] == [begin], ids[-1:] == [end] and len(ids) > 1
-        if add_begin is not None and begin is not None and add_begin != has_begin:
-            ids = [begin, *ids] if add_begin else ids[1:]
-        if add_end is not None and end is not None and add_end != has_end:
-            ids = [*ids, end] if add_end else ids[:-1]
-        return ids
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text."""
@@ -187,9 +171,9 @@ def has_tokenizer(folder: Path | str) -> bool:
         Path(folder).glob("*.tiktoken"))
 
 
-def _open(folder: Path, config: dict[str, Any]) -> _Codec:
+def _open(folder: Path) -> _Codec:
     if (folder / JSON).is_file():
-        return _Fast(folder / JSON, config)
+        return _Fast(folder / JSON)
     if not has_tokenizer(folder):
         raise GqaExportError("this bundle has no tokenizer: its checkpoint had none", str(folder),
                              "pass the prompt as --token-ids 1,2,3")

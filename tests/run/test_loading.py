@@ -29,7 +29,7 @@ def test_bf16_on_the_cpu_cannot_be_checked_here_and_says_how(edit_manifest) -> N
     ("cuda", "fp16", ["CUDAExecutionProvider", "CPUExecutionProvider"], "cuda"),
     ("cpu", "fp32", ["CUDAExecutionProvider", "CPUExecutionProvider"], "cpu"),
 ])
-def test_auto_takes_cuda_where_it_is_there_and_has_kernels_for_the_dtype(monkeypatch, asked, dtype, here, chosen) -> None:
+def test_auto_takes_cuda_where_it_is_there_and_has_kernels(monkeypatch, asked, dtype, here, chosen) -> None:
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: here)
