@@ -49,7 +49,8 @@ def checkpoint(tmp_path_factory) -> Path:
     """A tiny Llama with a byte-level tokenizer and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    folder = gqa_models.write_tiny("llama", tmp_path_factory.mktemp("docs") / "tiny-llama")
+    folder = gqa_models.write_tiny("llama", tmp_path_factory.mktemp("docs") / "tiny-llama",
+                                   max_position_embeddings=128, num_hidden_layers=2)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Measure load time, tokens per second and memory.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of the prompt.")
+@click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens decoded after it.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Medians of so many runs.")
-@click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+              help="Where it runs; auto is CUDA if it is there.")
 @click.option("--low-memory", is_flag=True, help="Leave the weights in their files.")
 @click.option("--threads", type=int, default=0, show_default=True, help="0 lets ONNX Runtime choose.")
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the figures as JSON; - is standard output.")

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 @click.command(short_help="Export a checkpoint to an ONNX decoder with a KV cache.")
 @click.argument("checkpoint")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle folder to write.")
-@click.option("--target", type=click.Choice(["ort", "onnx", "portable"]), default="ort", show_default=True)
+@click.option("--target", type=click.Choice(["ort", "onnx", "portable"]), default="ort", show_default=True,
+              help="What attention becomes; see the README.")
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True,
               help="Number format of weights and cache; auto is the checkpoint's.")
 @click.option("--cache", type=click.Choice(["growing", "static"]), default="growing", show_default=True,
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
               help="One file of our own, hard links to the checkpoint's, or the graph beside them.")
 @click.option("--logits", type=click.Choice(["all", "last"]), default="all", show_default=True,
               help="Logits of every new token, or of each row's last one.")
-@click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+              help="Where it is to run; auto is CUDA if it is there.")
 @click.option("--validate/--no-validate", "check", default=True, show_default=True,
               help="Compare the bundle with PyTorch afterwards.")
 @click.option("--hash", "hash_full", is_flag=True, help="sha256 of linked weight files too, however large.")
