@@ -9,12 +9,11 @@ past + new. Triton is imported on the first launch.
 from __future__ import annotations
 
 import torch
-from gqa_plugins.grouped_attention import plan, reference
+from gqa_plugins.grouped_attention import backward, plan, reference
 from gqa_plugins.grouped_attention.validate import DTYPES
 from torch import Tensor
 
 INTERPRETED_SMS, INTERPRETED_CAPABILITY = 4, 80
-BACKWARD_SCORES = 2**26  # fp32 elements of one block of scores in the backward pass: 256 MiB
 
 
 def device_facts(tensor: Tensor) -> tuple[int, int]:
@@ -122,64 +121,12 @@ def attend_backward(grad_output: Tensor, grad_key: Tensor, grad_value: Tensor, q
                     new_lengths: Tensor | None, cos: Tensor | None, sin: Tensor | None, sinks: Tensor | None,
                     num_heads: int, kv_num_heads: int, scale: float, softcap: float, window: int,
                     rotary_interleaved: bool) -> list[Tensor]:
-    """Gradients of query, key, value, past_key, past_value, sinks, in that order; an empty tensor for an absent one.
-
-    Recomputes attention with the reference in fp32, a block of rows at a time (`BACKWARD_SCORES`), so that memory grows
-    with B * H * C, not with S * C. One block's scores are all that is held besides the gradients.
-    """
-    past, new = past_lengths.long(), _new_lengths(query, new_lengths).long()
-    batch, steps, _ = query.shape
-    size, value_size, capacity = past_key.shape[3], past_value.shape[3], past_key.shape[2]
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    with torch.enable_grad():
-        leaves = [None if t is None else t.detach().to(wide).requires_grad_()
-                  for t in (query, key, value, past_key, past_value, sinks)]
-        rotated, present_key, present_value = _with_new_tokens(
-            leaves, past, new, None if cos is None else cos.to(wide), None if sin is None else sin.to(wide),
-            (batch, steps, num_heads, kv_num_heads, size, value_size), rotary_interleaved)
-        caches = [t.detach().requires_grad_() for t in (present_key, present_value)]
-        grad_caches = [grad_key.to(wide), grad_value.to(wide)]
-        grad_sinks = None if leaves[5] is None else torch.zeros_like(leaves[5])
-        grad_rotated = torch.zeros_like(rotated)
-        block = max(1, BACKWARD_SCORES // max(1, batch * num_heads * capacity))
-        broken_B = (past + new > capacity) | (past < 0) | (new > steps)
-        for first in range(0, steps, block):
-            rows = rotated[:, first: first + block].detach().requires_grad_()
-            output = reference.attend_rows(rows, *caches, past, new, leaves[5], scale=scale, softcap=softcap,
-                                           window=window, first_step=first)
-            wanted = [rows, *caches] + ([] if leaves[5] is None else [leaves[5]])
-            grad_rows = grad_output[:, first: first + block].to(wide).masked_fill(broken_B[:, None, None], 0)
-            grads = torch.autograd.grad(output, wanted, grad_rows)
-            grad_rotated[:, first: first + block] = grads[0]
-            grad_caches = [total + grad for total, grad in zip(grad_caches, grads[1:3], strict=True)]
-            if grad_sinks is not None:
-                grad_sinks = grad_sinks + grads[3]
-        inputs = [leaf for leaf in leaves[:5] if leaf is not None]
-        through = iter(torch.autograd.grad([rotated, present_key, present_value], inputs,
-                                           [grad_rotated, *grad_caches]))
-    gradients = [None if leaf is None else next(through) for leaf in leaves[:5]] + [grad_sinks]
-    return [query.new_empty(0) if grad is None else grad.to(query.dtype) for grad in gradients]
-
-
-def _with_new_tokens(leaves: list[Tensor | None], past: Tensor, new: Tensor, cos: Tensor | None, sin: Tensor | None,
-                     sizes: tuple[int, int, int, int, int, int], interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(rotated query [B, S, H, D], present_key, present_value) from the leaves, differentiable."""
-    query, key, value, past_key, past_value, _ = leaves
-    assert query is not None
-    assert past_key is not None
-    assert past_value is not None
-    batch, steps, heads, kv_heads, size, value_size = sizes
-    positions = past[:, None] + torch.arange(steps, device=past.device)
-    rotated = query.reshape(batch, steps, heads, size)
-    if cos is not None and sin is not None:
-        rotated = reference.rotate(rotated, cos, sin, positions, interleaved)
-    if key is None or value is None:
-        return rotated * 1, past_key * 1, past_value * 1
-    keys = key.reshape(batch, steps, kv_heads, size)
-    if cos is not None and sin is not None:
-        keys = reference.rotate(keys, cos, sin, positions, interleaved)
-    return (rotated * 1, reference.write_cache(past_key, keys, past, new, False),
-            reference.write_cache(past_value, value.reshape(batch, steps, kv_heads, value_size), past, new, False))
+    """Gradients of query, key, value, past_key, past_value, sinks, in that order; an empty tensor for an absent one."""
+    gradients = backward.gradients(
+        grad_output, grad_key, grad_value, query, key, value, past_key, past_value, past_lengths,
+        _new_lengths(query, new_lengths), cos, sin, sinks, num_heads=num_heads, kv_num_heads=kv_num_heads,
+        scale=scale, softcap=softcap, window=window, interleaved=rotary_interleaved)
+    return [query.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
 @attend_backward.register_fake

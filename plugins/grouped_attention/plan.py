@@ -74,13 +74,13 @@ def choose_splits(sequences: int, kv_heads: int, row_tiles: int, keys: int, sm_c
     """How many programs share one (sequence, key/value head, row tile).
 
     keys: host-known bound on the positions a row tile visits. Enough to fill the SMs, as few as possible; a last
-    wave counts as a full one: the least count whose filling is within 85 % of the best.
+    wave counts as a full one: the least count whose filling is within 95 % of the best.
     """
     work = sequences * kv_heads * row_tiles
     slots = max(1, sm_count * BLOCKS_PER_SM)
     most = min(MAX_SPLITS, max(1, keys // MIN_KEYS_PER_SPLIT), -(-slots // max(1, work)))
     filling = [work * n / slots / -(-work * n // slots) for n in range(1, most + 1)]
-    return next(n for n, share in enumerate(filling, 1) if share >= 0.85 * max(filling))
+    return next(n for n, share in enumerate(filling, 1) if share >= 0.95 * max(filling))
 
 
 @dataclass(frozen=True)

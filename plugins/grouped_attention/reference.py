@@ -7,6 +7,8 @@ grouped-query attention is Ainslie et al., 2023 (arXiv:2305.13245).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 
@@ -40,16 +42,28 @@ def write_cache(past_BKPD: torch.Tensor, new_BSKD: torch.Tensor, past_lengths_B:
     return present
 
 
-def attend_rows(query_BSHD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTE: torch.Tensor,
-                past_lengths_B: torch.Tensor, new_lengths_B: torch.Tensor, sinks_H: torch.Tensor | None, *,
-                scale: float, softcap: float, window: int, first_step: int = 0) -> torch.Tensor:
-    """Attention of steps first_step .. first_step + S - 1 over caches that hold the new tokens: [B, S, H*E] in fp32.
+@dataclass(frozen=True)
+class RowWeights:
+    """Softmax weights of a block of rows and what they came from, all in the wide type; zero where nothing is seen."""
 
-    fp64 if the inputs are. A row that sees nothing is zero; what lies past the valid tokens, in the cache or in the
-    query, reaches neither the output nor a gradient. Differentiable in query, key, value and sinks.
+    queries_BSKGD: torch.Tensor
+    keys_BKTD: torch.Tensor
+    values_BKTE: torch.Tensor
+    capped_BKGST: torch.Tensor  # scores after the soft cap, before the mask
+    weights_BKGST: torch.Tensor
+    sink_weights_BKGS: torch.Tensor
+
+
+def row_weights(query_BSHD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTE: torch.Tensor,
+                past_lengths_B: torch.Tensor, new_lengths_B: torch.Tensor, sinks_H: torch.Tensor | None, *,
+                scale: float, softcap: float, window: int, first_step: int = 0) -> RowWeights:
+    """Weights of steps first_step .. first_step + S - 1 over caches that hold the new tokens.
+
+    In fp32, or fp64 if the inputs are. What lies past the valid tokens, in the cache or in the query, is set to zero
+    before it can meet a zero weight.
     """
     batch, new, heads, size = query_BSHD.shape
-    kv_heads, capacity, value_size = key_BKTD.shape[1], key_BKTD.shape[2], value_BKTE.shape[3]
+    kv_heads, capacity = key_BKTD.shape[1:3]
     group = heads // kv_heads
     steps_S = first_step + torch.arange(new, device=query_BSHD.device)
     positions_BS = past_lengths_B[:, None] + steps_S
@@ -60,23 +74,23 @@ def attend_rows(query_BSHD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTE: to
     keys = key_BKTD.to(acc).masked_fill(~valid_BT[:, None, :, None], 0)
     values = value_BKTE.to(acc).masked_fill(~valid_BT[:, None, :, None], 0)
     queries = query_BSHD.to(acc).masked_fill(~row_BS[..., None, None], 0).reshape(batch, new, kv_heads, group, size)
-    scores_BKGST = torch.einsum("bskgd,bktd->bkgst", queries, keys) * scale
+    capped = torch.einsum("bskgd,bktd->bkgst", queries, keys) * scale
     if softcap:
-        scores_BKGST = softcap * torch.tanh(scores_BKGST / softcap)
+        capped = softcap * torch.tanh(capped / softcap)
     visible_BST = (cache_T <= positions_BS[..., None]) & valid_BT[:, None]
     if window:
         visible_BST &= cache_T > positions_BS[..., None] - window
     visible_BST &= row_BS[..., None]
-    scores_BKGST = scores_BKGST.masked_fill(~visible_BST[:, None, None], float("-inf"))
+    scores = capped.masked_fill(~visible_BST[:, None, None], float("-inf"))
     sink_KG = (torch.full((heads,), float("-inf"), dtype=acc, device=query_BSHD.device) if sinks_H is None
                else sinks_H.to(acc)).reshape(kv_heads, group)
-    sink = sink_KG[None, :, :, None, None].expand(*scores_BKGST.shape[:4], 1)
-    top = torch.maximum(scores_BKGST.amax(-1, keepdim=True) if capacity else sink, sink).detach()
+    sink = sink_KG[None, :, :, None, None].expand(*scores.shape[:4], 1)
+    top = torch.maximum(scores.amax(-1, keepdim=True) if capacity else sink, sink)
     top = torch.where(torch.isinf(top), torch.zeros_like(top), top)
-    weights = torch.exp(scores_BKGST - top)
-    total = weights.sum(-1, keepdim=True) + torch.exp(sink - top)
-    weights = weights / torch.where(total == 0, torch.ones_like(total), total)
-    return torch.einsum("bkgst,bkte->bskge", weights, values).reshape(batch, new, heads * value_size)
+    weights, sink_weights = torch.exp(scores - top), torch.exp(sink - top)
+    total = weights.sum(-1, keepdim=True) + sink_weights
+    total = torch.where(total == 0, torch.ones_like(total), total)
+    return RowWeights(queries, keys, values, capped, weights / total, (sink_weights / total).squeeze(-1))
 
 
 def grouped_query_attention(
@@ -109,8 +123,9 @@ def grouped_query_attention(
         present_value = write_cache(past_value, value_BSKE, past_lengths, new_lengths, bool(growing))
     else:
         present_key, present_value = past_key.clone(), past_value.clone()
-    output = attend_rows(query_BSHD, present_key, present_value, past_lengths, new_lengths, sinks, scale=scale,
-                         softcap=softcap, window=window)
+    rows = row_weights(query_BSHD, present_key, present_value, past_lengths, new_lengths, sinks, scale=scale,
+                       softcap=softcap, window=window)
+    output = torch.einsum("bkgst,bkte->bskge", rows.weights_BKGST, rows.values_BKTE).reshape(batch, new, -1)
     broken_B = (past_lengths + new_lengths > present_key.shape[2]) | (past_lengths < 0) | (new_lengths > new)
     broken_BS = broken_B[:, None] & (steps_S < new_lengths[:, None])
     output = torch.where(broken_BS[..., None], output.new_full((), float("nan")), output)

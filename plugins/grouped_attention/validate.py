@@ -90,7 +90,10 @@ def _check_caches(past_key: torch.Tensor, past_value: torch.Tensor) -> None:
         if not cache.is_contiguous():
             raise _refuse(name, f"shape {_shape(cache)} with strides {tuple(cache.stride())} is not contiguous",
                           "allocate the cache as [B, K, C, head size] and pass it whole: it is written in place")
-    if past_key.numel() and past_key.data_ptr() == past_value.data_ptr():
+    # While a call is compiled, tensors have no address yet.
+    if torch.compiler.is_compiling() or past_key.is_meta or not past_key.numel():
+        return
+    if past_key.data_ptr() == past_value.data_ptr():
         raise _refuse("past_value", "shares its memory with past_key", "allocate two caches")
 
 

@@ -1,0 +1,131 @@
+"""`scripts/gpu_check.py` where there is no GPU: it says so and exits with 3; its reports, from made-up results."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gqa_plugins.grouped_attention import gpu_report
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check.py"
+
+
+def decode_row(batch: int, length: int, ours: float, of_copy: float, **peers) -> dict:
+    return {"kind": "decode", "shape": "32/8 D128 bfloat16", "batch": batch, "length": length, "ours_ms": ours,
+            "step_ms": ours * 1.1, "gb_s": 4000 * of_copy, "of_copy": of_copy, "tflop_s": 0.0, "peers": peers}
+
+
+@pytest.fixture
+def results() -> dict:
+    """Invented figures, to exercise the writers: they measure nothing."""
+    return copy.deepcopy({
+        "when": "2000-01-01T00:00:00+00:00", "command": "python scripts/gpu_check.py --out x", "card": "Invented GPU",
+        "versions": {"torch": "0.0", "triton": "0.0"}, "ceilings": {"copy_gb_s": 4000.0, "matmul_tflop_s": 700.0},
+        "correctness": [{"case": "32/8x128 bf16", "kernel": "decode", "error": 1e-3, "allowed": 4e-3, "passed": True}],
+        "graph": {"passed": True, "note": "largest difference 0"},
+        "decode": [decode_row(1, 1024, 0.01, 0.1, **{"sdpa-flash": 0.02, "sdpa-cudnn": "did not run: no | kernel"}),
+                   decode_row(16, 32768, 0.5, 0.93, **{"sdpa-flash": 0.6})],
+        "prefill": [{**decode_row(1, 8192, 1.0, 0.0, **{"sdpa-flash": 0.95}), "kind": "prefill", "tflop_s": 500.0}],
+        "sanitizer": {"passed": None, "note": "compute-sanitizer is not on the PATH"}})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: the check would really run")
+def test_without_a_gpu_the_script_says_so_and_exits_with_3(tmp_path) -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), "--out", str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 3
+    assert done.stderr.startswith("not checked: ")
+    assert "CUDA" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_names_the_exit_codes_and_options() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True)
+    for text in ("--out", "--quick", "--only", "Exit: 0 correct, 1 a kernel is wrong, 3 nothing to run on"):
+        assert text in done.stdout
+
+
+def test_everything_shown_is_a_yes_in_the_table(results) -> None:
+    text = gpu_report.table(results)
+    assert text.startswith("Invented GPU: copy 4000 GB/s, bf16 product 700 TFLOP/s\n")
+    assert [line.split()[0] for line in text.splitlines()[2:]] == ["yes"] * 5 + ["not"]
+    assert max(map(len, text.splitlines())) < 140
+
+
+@pytest.mark.parametrize(("change", "line"), [
+    (lambda r: r["correctness"][0].update(passed=False), 0),
+    (lambda r: r["graph"].update(passed=False), 1),
+    (lambda r: r["decode"][1].update(of_copy=0.89), 2),
+    (lambda r: r["decode"][0].update(ours_ms=0.021), 3),
+    (lambda r: r["prefill"][0].update(ours_ms=1.1), 4),
+    (lambda r: r["sanitizer"].update(passed=False), 5),
+])
+def test_each_miss_is_a_no_in_its_own_line_only(results, change, line) -> None:
+    change(results)
+    shown = [passed for _, passed, _ in gpu_report.verdicts(results)]
+    assert [n for n, passed in enumerate(shown) if passed is False] == [line]
+
+
+def test_nothing_measured_is_never_a_yes(results) -> None:
+    results.update(correctness=[], graph={}, decode=[], prefill=[], sanitizer={})
+    assert [passed for _, passed, _ in gpu_report.verdicts(results)] == [None] * 6
+    assert "not measured" in gpu_report.markdown(results)
+
+
+def test_peer_that_did_not_run_is_never_the_fastest(results) -> None:
+    assert gpu_report.fastest(results["decode"][0]["peers"], gpu_report.SDPA) == ("sdpa-flash", 0.02)
+    assert gpu_report.fastest({"sdpa-math": "did not run"}) is None
+
+
+def test_json_and_markdown_are_written_whole(results, tmp_path) -> None:
+    as_json, as_markdown = gpu_report.write(results, tmp_path / "deep" / "out")
+    assert json.loads(as_json.read_text()) == results
+    text = as_markdown.read_text()
+    for part in ("2000-01-01", "Invented GPU", "torch 0.0", "python scripts/gpu_check.py --out x", "4000 GB/s",
+                 "93%", "## Decode", "## Prefill", "## Correctness", "did not run: no / kernel", "0.5000"):
+        assert part in text
+    decode = text.split("## Decode")[1].split("##")[0]
+    widths = {line.count("|") for line in decode.splitlines() if line.startswith("|")}
+    assert len(widths) == 1
+
+
+@pytest.mark.kernels
+def test_correctness_part_passes_here_through_the_interpreter_and_catches_a_wrong_kernel(monkeypatch) -> None:
+    """The code that judges a GPU is run on the CPU, once right and once with a kernel made wrong."""
+    from gqa_plugins.grouped_attention import gpu_correctness
+
+    case = gpu_correctness.Case(4, 2, 16, 8, torch.float32, ((20, 2), (0, 1)), 2, window=9, softcap=4.0, sinks=True,
+                                rotary=8)
+    rows = gpu_correctness.check(case, torch.device("cpu"), 80)
+    assert [(row["kernel"], row["passed"]) for row in rows] == [("prefill", True), ("decode", True)]
+    original = gpu_correctness.prefill
+    monkeypatch.setattr(gpu_correctness, "prefill", lambda *a, **k: original(*a, **{**k, "window": k["window"] + 1}))
+    assert [row["passed"] for row in gpu_correctness.check(case, torch.device("cpu"), 80)] == [False, True]
+
+
+def test_matrix_of_gpu_cases_holds_every_dtype_group_and_feature() -> None:
+    from gqa_plugins.grouped_attention import gpu_correctness
+
+    cases = list(gpu_correctness.cases())
+    for dtype in gpu_correctness.DTYPES:
+        some = [case for case in cases if case.dtype == dtype]
+        assert any(case.window for case in some)
+        assert any(case.softcap and case.sinks for case in some)
+        assert any(case.rotary for case in some)
+        assert {case.heads // case.kv_heads for case in some} >= {1, 3, 4, 7, 16, 64}
+    assert len(cases) > len(list(gpu_correctness.cases(quick=True)))
+
+
+def test_script_knows_why_it_cannot_run(monkeypatch) -> None:
+    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "TRITON_INTERPRET" in script.why_not()
+    assert script.sanitize(True)["passed"] is None
+    assert {"python", "torch", "triton"} <= set(script.versions())
