@@ -84,9 +84,8 @@ def export_onnx(source: str | Path, output: Path, options: ExportOptions | None 
                           hash_full=options.hash_full,
                           on_bytes=lambda done, total: say("writing weights", done, total))
         writer.write(MODEL, lowered.model.SerializeToString())
-        has_tokenizer, notes = inplace, []
-        if not inplace:
-            has_tokenizer = checkpoint.add_tokenizer(writer)
+        has_tokenizer = checkpoint.has_tokenizer() if inplace else checkpoint.add_tokenizer(writer)
+        notes: list[str] = []
         if not has_tokenizer:
             notes.append("the checkpoint has no tokenizer: the bundle takes and gives token ids only")
         manifest = _manifest(checkpoint, traced, lowered, options, dtype, capacity, has_tokenizer)

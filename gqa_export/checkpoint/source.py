@@ -66,8 +66,14 @@ class Checkpoint:
 
         return tokenizer_files(self)
 
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer among those files (GGUF: in its metadata)."""
+        from .tokenizer import has_tokenizer
+
+        return has_tokenizer(self)
+
     def add_tokenizer(self, writer: BundleWriter) -> bool:
-        """Put those files into a bundle (GGUF: made from its metadata). False: there is no tokenizer."""
+        """Put those files into a bundle (GGUF: made from its metadata). False: there is none that can be."""
         from .tokenizer import add_tokenizer
 
         return add_tokenizer(self, writer)

@@ -24,21 +24,29 @@ def tokenizer_files(checkpoint: Checkpoint) -> list[Path]:
     return [path for path in named if path.is_file()] + sorted(checkpoint.folder.glob("*.tiktoken"))
 
 
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """See `Checkpoint.has_tokenizer`."""
+    if checkpoint.gguf_file is not None:
+        from .gguf_header import read_gguf_header
+
+        return "tokenizer.ggml.model" in read_gguf_header(checkpoint.gguf_file).metadata
+    return any(path.name in TOKENIZERS or path.suffix == ".tiktoken" for path in tokenizer_files(checkpoint))
+
+
 def add_tokenizer(checkpoint: Checkpoint, writer: BundleWriter) -> bool:
     """See `Checkpoint.add_tokenizer`."""
-    if checkpoint.kind == "gguf":
-        with tempfile.TemporaryDirectory() as folder:
-            _convert_gguf(checkpoint, Path(folder))
-            for path in sorted(Path(folder).iterdir()):
-                writer.copy(path, path.name)
-            return True
-    files = tokenizer_files(checkpoint)
-    for path in files:
-        writer.copy(path, path.name)
-    return any(path.name in TOKENIZERS or path.suffix == ".tiktoken" for path in files)
+    if checkpoint.kind == "hf":
+        for path in tokenizer_files(checkpoint):
+            writer.copy(path, path.name)
+        return has_tokenizer(checkpoint)
+    with tempfile.TemporaryDirectory() as folder:
+        converted = _convert_gguf(checkpoint, Path(folder))
+        for path in sorted(Path(folder).iterdir()):
+            writer.copy(path, path.name)
+    return converted
 
 
-def _convert_gguf(checkpoint: Checkpoint, folder: Path) -> None:
+def _convert_gguf(checkpoint: Checkpoint, folder: Path) -> bool:
     from transformers import AutoTokenizer, GenerationConfig
 
     from .gguf_speed import quick_gguf
@@ -46,11 +54,17 @@ def _convert_gguf(checkpoint: Checkpoint, folder: Path) -> None:
 
     assert checkpoint.gguf_file is not None
     with quiet(), quick_gguf(vocabulary=True):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf_file.name)
-        tokenizer.save_pretrained(folder)
         config = checkpoint.load_config()
         config.save_pretrained(folder)
         GenerationConfig.from_model_config(config).save_pretrained(folder)
+        if not has_tokenizer(checkpoint):
+            return False
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf_file.name)
+        except (ValueError, KeyError, NotImplementedError):  # a kind of tokenizer that transformers cannot convert
+            return False
+        tokenizer.save_pretrained(folder)
+        return True
 
 
 def token_ids(checkpoint: Checkpoint) -> dict[str, Any]:

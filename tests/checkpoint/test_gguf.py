@@ -30,7 +30,7 @@ def permuted(weight, heads):
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, *, dtype=np.float32, architecture="llama", metadata=(), extra=(), tokens=()):
+def write_gguf(path, *, dtype=np.float32, architecture="llama", metadata=(), extra=(), tokens=(), tokenizer=None):
     """The tiny Llama as a GGUF file, with more metadata and tensors on request; returns the safetensors original."""
     from safetensors.numpy import load_file
 
@@ -47,6 +47,8 @@ def write_gguf(path, *, dtype=np.float32, architecture="llama", metadata=(), ext
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(16)
     writer.add_layer_norm_rms_eps(1e-6)
+    if tokenizer:
+        writer.add_tokenizer_model(tokenizer)
     if tokens:
         writer.add_token_list(tokens)
     for key, value in metadata:
@@ -118,6 +120,18 @@ def test_the_quick_reader_reads_what_the_library_reads(tmp_path):
             assert ours.name == theirs.name
             np.testing.assert_array_equal(ours.data, theirs.data)
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (plain_class, names)
+
+
+@pytest.mark.parametrize("kind", [None, "rwkv"])
+def test_a_gguf_without_a_tokenizer_that_can_be_converted_gives_its_configuration_alone(tmp_path, kind):
+    from gqa_export.bundle import writing_bundle
+
+    write_gguf(tmp_path / "tiny.gguf", tokenizer=kind, tokens=["a"] * 320 if kind else ())
+    checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
+    assert checkpoint.has_tokenizer() is (kind is not None)
+    with writing_bundle(tmp_path / "bundle") as writer:
+        assert checkpoint.add_tokenizer(writer) is False
+    assert {path.name for path in (tmp_path / "bundle").iterdir()} == {"config.json", "generation_config.json"}
 
 
 def test_an_overwritten_file_is_read_again(tmp_path):

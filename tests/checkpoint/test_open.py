@@ -263,11 +263,13 @@ def test_tokenizer_files_travel_and_a_checkpoint_without_tokenizer_says_so(copy,
     from gqa_export.bundle import writing_bundle
 
     (copy / "chat_template.jinja").write_text("{{ messages }}")
+    assert open_checkpoint(copy).has_tokenizer() is False
     with writing_bundle(tmp_path / "without") as writer:
         assert open_checkpoint(copy).add_tokenizer(writer) is False
     (copy / "tokenizer.json").write_text("{}")
     (copy / "tokenizer_config.json").write_text("{}")
     (copy / "unrelated.txt").write_text("x")
+    assert open_checkpoint(copy).has_tokenizer() is True
     with writing_bundle(tmp_path / "with") as writer:
         assert open_checkpoint(copy).add_tokenizer(writer) is True
     assert {path.name for path in (tmp_path / "with").iterdir()} == {
