@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 TINY = Path(__file__).parent / "tiny.toml"
+SHAPES = Path(__file__).parent / "shapes.toml"
 
 
 @cache
@@ -26,6 +27,11 @@ def tiny_config(name: str) -> dict[str, Any]:
     table = dict(_tables()[name])
     base = table.pop("base", None)
     return {**tiny_config(base), **table} if base else table
+
+
+def shape(name: str) -> dict[str, Any]:
+    """The configuration values of a published model (`shapes.toml`), `model_type` included; KeyError if unknown."""
+    return tomllib.loads(SHAPES.read_text(encoding="utf-8"))[name]
 
 
 def write_tiny(name: str, folder: str | os.PathLike[str], *, seed: int = 0, dtype: str = "float32",

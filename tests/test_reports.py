@@ -1,0 +1,49 @@
+"""Committed results must be of the graphs that this code makes, and hold what they were made to show."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+REPORT = ROOT / "docs" / "benchmarks" / "smollm2.json"
+
+
+@pytest.fixture(scope="module")
+def report():
+    """The committed report on the real model."""
+    return json.loads(REPORT.read_text())
+
+
+@pytest.fixture(scope="module")
+def structures():
+    """The graphs that this code makes of that model's shape."""
+    spec = importlib.util.spec_from_file_location("smollm2_report", ROOT / "scripts" / "smollm2_report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.structures()
+
+
+def test_the_report_on_the_real_model_is_of_the_graphs_that_this_code_makes(report, structures):
+    assert report["structures"] == structures, "run scripts/smollm2_report.py again and commit its result"
+
+
+def test_the_graph_is_as_lean_as_the_best_peers(structures):
+    for cache in ("growing", "static"):
+        assert structures[f"ort {cache}"]["nodes"] <= 345
+        assert structures[f"ort {cache} zero-copy"]["nodes"] <= 400
+        assert structures[f"ort {cache}"]["functions"] == structures[f"onnx {cache}"]["functions"] == 0
+
+
+def test_every_target_and_cache_of_the_real_model_passed_and_spoke_the_same_tokens(report):
+    rows = report["bundles"]
+    assert {(row["target"], row["cache"]) for row in rows} == {
+        (target, cache) for target in ("ort", "onnx", "portable") for cache in ("growing", "static")}
+    for row in rows:
+        assert row["passed"]
+        assert row["max_logit_difference"] <= 1e-3
+        assert row["same_tokens"] == 128
+    assert next(row for row in rows if "same_tokens_through_genai" in row)["same_tokens_through_genai"] == 128
