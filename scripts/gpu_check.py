@@ -102,6 +102,8 @@ def collect(options: argparse.Namespace, command: str) -> dict[str, Any]:
                 if not row["passed"]:
                     print(f"WRONG  {row['kernel']}  {row['case']}  error {row['error']:.3g} > {row['allowed']:.3g}",
                           flush=True)
+        if not options.quick:
+            results["correctness"].append(gpu_correctness.check_far(device))
         results["graph"] = gpu_correctness.check_graph(device)
         results["sanitizer"] = sanitize(options.no_sanitizer)
     if options.only in (None, "bench"):
@@ -142,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(gpu_report.table(results))
     if options.out is not None:
         print("written: " + ", ".join(map(str, gpu_report.write(results, options.out))))
-    wrong = any(not row["passed"] for row in results["correctness"]) or results["graph"].get("passed") is False
+    wrong = any(row["passed"] is False for row in results["correctness"]) or results["graph"].get("passed") is False
     return 1 if wrong else 0
 
 

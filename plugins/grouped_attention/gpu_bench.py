@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _sdpa(name: str, sets: list[tuple[torch.Tensor, ...]], causal: bool) -> floa
     if backend is None:
         return "not in this PyTorch"
     with sdpa_kernel(backend):
-        return _attempt([lambda q=q, k=k, v=v: scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        return _attempt([partial(scaled_dot_product_attention, q, k, v, is_causal=causal, enable_gqa=True)
                          for q, k, v in sets])
 
 
@@ -93,8 +94,8 @@ def _others(sets: list[tuple[torch.Tensor, ...]], causal: bool) -> dict[str, flo
         if module == "flashinfer" and sets[0][0].shape[0] > 1:
             found[name] = "single-sequence interface only"
             continue
-        turned = [tuple(t.transpose(1, 2).contiguous() for t in one) for one in sets]
-        found[name] = _attempt([calls(package, *one, causal) for one in turned])
+        turned = [[t.transpose(1, 2).contiguous() for t in one] for one in sets]
+        found[name] = _attempt([calls(package, q, k, v, causal) for q, k, v in turned])
     return found
 
 
@@ -134,9 +135,8 @@ def measure(kind: str, batch: int, length: int, heads: int, kv_heads: int, head:
         cache = [torch.randn(batch, kv_heads, length, head, device=device, dtype=torch.float16).to(dtype)
                  for _ in range(2)]
         sets.append((query.view(batch, steps, heads, head).transpose(1, 2).contiguous(), *cache))
-        ours.append(lambda q=query, c=cache: grouped_query_attention(q, None, None, *c, past, **attributes))
-        steps_of_ours.append(lambda q=query, k=key, v=value, c=cache: grouped_query_attention(
-            q, k, v, *c, past, **attributes))
+        ours.append(partial(grouped_query_attention, query, None, None, *cache, past, **attributes))
+        steps_of_ours.append(partial(grouped_query_attention, query, key, value, *cache, past, **attributes))
     step_ms, ours_ms = time_ms(steps_of_ours), time_ms(ours)
     peers = {name: _sdpa(name, sets, kind == "prefill") for name in BACKENDS if not (
         name == "sdpa-math" and batch * heads * steps * length * 4 > 0.2 * properties.total_memory)}

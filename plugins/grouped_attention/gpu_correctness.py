@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gqa_plugins.grouped_attention import reference
+from gqa_plugins.grouped_attention import grouped_query_attention, reference
 from gqa_plugins.grouped_attention.append import append
 from gqa_plugins.grouped_attention.decode import decode
 from gqa_plugins.grouped_attention.plan import choose_tiles
@@ -117,9 +117,9 @@ def check(case: Case, device: torch.device, capability: int) -> list[dict[str, A
     attributes = {"num_heads": case.heads, "scale": case.head**-0.5, "softcap": case.softcap, "window": case.window}
     wide = [t.double() if t is not None and t.is_floating_point() else t for t in given.values()]
     expected, present_key, present_value = reference.grouped_query_attention(
-        *wide, kv_num_heads=case.kv_heads, rotary_interleaved=0, growing=0, **attributes)  # type: ignore[arg-type]
+        *wide, kv_num_heads=case.kv_heads, rotary_interleaved=0, growing=0, **attributes)
     allowed = 2 * (_eager(case, given, present_key, present_value).double() - expected).abs().max().item() + 1e-6
-    rotated = append(*list(given.values())[:9], num_heads=case.heads, interleaved=False)  # type: ignore[arg-type]
+    rotated = append(*list(given.values())[:9], num_heads=case.heads, interleaved=False)
     tiles = choose_tiles(case.steps * case.heads // case.kv_heads, case.head, case.value_head, DTYPES[case.dtype],
                          capability)
     rows = []
@@ -128,9 +128,9 @@ def check(case: Case, device: torch.device, capability: int) -> list[dict[str, A
         arguments = (rotated, given["past_key"], given["past_value"], given["past_lengths"], given["new_lengths"],
                      given["sinks"], output)
         if kernel == "prefill":
-            prefill(*arguments, **attributes, tiles=tiles)  # type: ignore[arg-type]
+            prefill(*arguments, **attributes, tiles=tiles)
         else:
-            decode(*arguments, **attributes, tiles=tiles, splits=5)  # type: ignore[arg-type]
+            decode(*arguments, **attributes, tiles=tiles, splits=5)
         error = (output.double() - expected).abs().max().item()
         padded = all(bool((output[b, new:] == 0).all()) for b, (_, new) in enumerate(case.lengths))
         rows.append({"case": str(case), "kernel": kernel, "error": error, "allowed": allowed,
@@ -140,8 +140,6 @@ def check(case: Case, device: torch.device, capability: int) -> list[dict[str, A
 
 def check_graph(device: torch.device) -> dict[str, Any]:
     """Capture one decode step, replay it at other lengths, compare with the call outside the graph."""
-    from gqa_plugins.grouped_attention import grouped_query_attention
-
     batch, capacity, dtype = 3, 4096, torch.bfloat16
     query, key, value = (torch.randn(batch, 1, heads * 128, device=device).to(dtype) for heads in (32, 8, 8))
     past_key, past_value = (torch.randn(batch, 8, capacity, 128, device=device).to(dtype) for _ in range(2))
@@ -161,5 +159,33 @@ def check_graph(device: torch.device) -> dict[str, Any]:
         lengths.copy_(torch.tensor(values, dtype=torch.int32))
         graph.replay()
         replayed = captured.clone()
-        worst = max(worst, (replayed.double() - step().double()).abs().max().item())
+        difference = (replayed.double() - step().double()).abs().max().item()
+        worst = max(worst, difference if replayed.isfinite().all() else float("inf"))
     return {"passed": worst == 0.0, "note": f"largest difference {worst:.3g} at three sets of lengths"}
+
+
+def check_far(device: torch.device, capacity: int = 2**20, kv_heads: int = 8, head: int = 128) -> dict[str, Any]:
+    """One decode step at the end of a full cache whose tensors pass 2^31 elements: are addresses 64 bits wide?
+
+    Two sequences of `capacity` tokens, bf16; the last key/value head of the last sequence is judged, against fp64.
+    """
+    shape, group, scale = (2, kv_heads, capacity, head), 4, head**-0.5
+    elements = 2 * kv_heads * capacity * head
+    case = f"{group * kv_heads}/{kv_heads}x{head} bf16 S1 past{[capacity - 1] * 2}, {elements} elements a cache"
+    needed = 2 * 2 * elements
+    if device.type == "cuda" and needed > 0.5 * torch.cuda.get_device_properties(device).total_memory:
+        return {"case": case, "kernel": "entry", "error": 0.0, "allowed": 0.0, "passed": None}
+    past_key, past_value = (torch.empty(shape, dtype=torch.bfloat16, device=device).normal_() for _ in range(2))
+    query, key, value = (torch.randn(2, 1, heads * head, device=device).to(torch.bfloat16)
+                         for heads in (group * kv_heads, kv_heads, kv_heads))
+    lengths = torch.full((2,), capacity - 1, dtype=torch.int32, device=device)
+    output, _, _ = grouped_query_attention(query, key, value, past_key, past_value, lengths,
+                                           num_heads=group * kv_heads, kv_num_heads=kv_heads, scale=scale)
+    written = torch.equal(past_key[1, -1, -1], key[1, 0, -head:]) and torch.equal(past_value[1, -1, -1],
+                                                                                  value[1, 0, -head:])
+    rows, keys, values = query[1].view(-1, head)[-group:], past_key[1, -1], past_value[1, -1]
+    expected = torch.softmax(rows.double() @ keys.double().T * scale, -1) @ values.double()
+    eager = torch.softmax(rows @ keys.T * scale, -1, dtype=torch.float32).to(rows.dtype) @ values
+    allowed = 2 * (eager.double() - expected).abs().max().item() + 1e-6
+    error = (output[1].view(-1, head)[-group:].double() - expected).abs().max().item()
+    return {"case": case, "kernel": "entry", "error": error, "allowed": allowed, "passed": written and error <= allowed}

@@ -108,6 +108,24 @@ def test_correctness_part_passes_here_through_the_interpreter_and_catches_a_wron
     assert [row["passed"] for row in gpu_correctness.check(case, torch.device("cpu"), 80)] == [False, True]
 
 
+@pytest.mark.kernels
+def test_far_end_of_a_cache_is_judged_by_its_last_head(monkeypatch) -> None:
+    """The check of 64-bit addressing, at a size the CPU can hold; and its verdict when the last head is wrong."""
+    from gqa_plugins.grouped_attention import gpu_correctness
+
+    row = gpu_correctness.check_far(torch.device("cpu"), capacity=50, kv_heads=2, head=16)
+    assert row["passed"], row
+    original = gpu_correctness.grouped_query_attention
+
+    def wrong(*arguments, **attributes):
+        output, key, value = original(*arguments, **attributes)
+        output[1, 0, -1] += 0.5
+        return output, key, value
+
+    monkeypatch.setattr(gpu_correctness, "grouped_query_attention", wrong)
+    assert not gpu_correctness.check_far(torch.device("cpu"), capacity=50, kv_heads=2, head=16)["passed"]
+
+
 def test_matrix_of_gpu_cases_holds_every_dtype_group_and_feature() -> None:
     from gqa_plugins.grouped_attention import gpu_correctness
 
