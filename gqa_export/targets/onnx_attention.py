@@ -59,6 +59,8 @@ class Lengths:
         self.present_axis = node("present_axis", "Add", self.axis, self.steps) if self.growing else self.axis
         self.step_S = self._range("step", self.steps)
         self.cache_T = self._range("place", self.present_axis)
+        position_BS = self.node("position/row", "Add", self.past_B1, self.step_S)
+        self.position_BS1 = self.node("position", "Unsqueeze", position_BS, [2])
         self._rows()
         self._made: dict[tuple, Any] = {}
         if self.growing:
@@ -138,14 +140,10 @@ class Lengths:
         key = ("mask", window)
         if key not in self._made:
             node, label = self.node, f"mask_{window}"
-            if "positions" not in self._made:
-                sums = node("position/row", "Add", self.past_B1, self.step_S)
-                self._made["positions"] = node("position", "Unsqueeze", sums, [2])
-            position_BS1 = self._made["positions"]
-            seen = node(f"{label}/causal", "LessOrEqual", self.cache_T, position_BS1)
+            seen = node(f"{label}/causal", "LessOrEqual", self.cache_T, self.position_BS1)
             if window:
                 near = node(f"{label}/near", "Greater", self.cache_T,
-                            node(f"{label}/before", "Sub", position_BS1, window))
+                            node(f"{label}/before", "Sub", self.position_BS1, window))
                 seen = node(f"{label}/window", "And", seen, near)
             seen = node(f"{label}/rows", "And", seen, self.row_BS1)
             self._made[key] = node(label, "Unsqueeze", seen, [1])

@@ -29,13 +29,13 @@ def _fuse_norm(graph: gs.Graph, normalise: gs.Node) -> bool:
             continue
         after, x_stored = match.sole_consumer(graph, normalise.outputs[0]), x
         widened = match.produced_by(x, "Cast")
-        if match.is_op(after, "Cast") and widened is not None:
+        if after is not None and match.is_op(after, "Cast") and widened is not None:
             # x is widened to fp32, narrowed before the weight: exactly what stash_type 1 means
             x_stored, normalised = widened.inputs[0], after.outputs[0]
             after = match.sole_consumer(graph, normalised)
         else:
             normalised = normalise.outputs[0]
-        if not match.is_op(after, "Mul"):
+        if after is None or not match.is_op(after, "Mul"):
             return False
         weight = after.inputs[1] if after.inputs[0] is normalised else after.inputs[0]
         if not _is_vector(weight):
@@ -76,6 +76,8 @@ def _is_vector(tensor: gs.Tensor) -> bool:
     if isinstance(tensor, gs.Constant):
         return len(tensor.shape) == 1
     node = match.producer(tensor)
+    if node is None:
+        return False
     if match.is_op(node, "Cast"):
         return _is_vector(node.inputs[0])
     if match.is_op(node, "Add"):
