@@ -81,22 +81,30 @@ def sanitize(quiet: bool) -> dict[str, Any]:
     return {"passed": done.returncode == 0, "note": last.strip("= ")}
 
 
+def the_gpu() -> tuple[Any, str, int]:
+    """(device, its name, its compute capability as 90 for 9.0)."""
+    import torch
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    major, minor = torch.cuda.get_device_capability(device)
+    return device, torch.cuda.get_device_name(device), major * 10 + minor
+
+
 def collect(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """Run everything that was asked for."""
     import torch
     from gqa_plugins.grouped_attention import gpu_bench, gpu_correctness
 
-    device = torch.device("cuda", torch.cuda.current_device())
-    major, minor = torch.cuda.get_device_capability(device)
+    device, card, capability = the_gpu()
     torch.manual_seed(options.seed)
     results: dict[str, Any] = {
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "command": command,
-        "card": torch.cuda.get_device_name(device), "versions": versions(),
+        "card": card, "versions": versions(),
         "ceilings": gpu_bench.ceilings(device), "correctness": [], "graph": {}, "decode": [], "prefill": [],
         "sanitizer": {}}
     if options.only in (None, "correctness"):
         for case in gpu_correctness.cases(options.quick):
-            rows = gpu_correctness.check(case, device, major * 10 + minor)
+            rows = gpu_correctness.check(case, device, capability)
             results["correctness"] += rows
             for row in rows:
                 if not row["passed"]:

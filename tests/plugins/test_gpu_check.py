@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,10 +140,61 @@ def test_matrix_of_gpu_cases_holds_every_dtype_group_and_feature() -> None:
     assert len(cases) > len(list(gpu_correctness.cases(quick=True)))
 
 
-def test_script_knows_why_it_cannot_run(monkeypatch) -> None:
+@pytest.fixture
+def script():
     spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("wrong", [False, True], ids=["right kernels", "wrong kernel"])
+def test_whole_run_on_a_pretended_gpu_writes_its_files(script, monkeypatch, tmp_path, capsys, wrong: bool) -> None:
+    """Every line of the run but the clock and the graph, with the CPU in the GPU's place. Its times mean nothing."""
+    from gqa_plugins.grouped_attention import gpu_bench, gpu_correctness
+
+    def clock(calls) -> float:
+        for call in calls:
+            result = call()
+            assert (result[0] if isinstance(result, tuple) else result).isfinite().all()
+        return 0.5
+
+    case = gpu_correctness.Case(4, 2, 16, 16, torch.float32, ((20, 1), (0, 0)), 1)
+    monkeypatch.setattr(script, "why_not", lambda: None)
+    monkeypatch.setattr(script, "the_gpu", lambda: (torch.device("cpu"), "Pretended GPU", 90))
+    monkeypatch.setattr(gpu_bench, "time_ms", clock)
+    monkeypatch.setattr(gpu_bench, "ceilings", lambda device: {"copy_gb_s": 10.0, "matmul_tflop_s": 1.0})
+    monkeypatch.setattr(gpu_bench, "points", lambda kind, quick: [(2, 40)] if kind == "decode" else [(1, 24)])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(
+        total_memory=2**30, L2_cache_size=1))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu_correctness, "cases", lambda quick: [case])
+    monkeypatch.setattr(gpu_correctness, "check_graph", lambda device: {"passed": True, "note": "not run"})
+    if wrong:
+        monkeypatch.setattr(gpu_correctness, "decode", lambda *arguments, **attributes: None)
+    code = script.main(["--quick", "--no-sanitizer", "--heads", "4", "--kv-heads", "2", "--head-size", "16", "--out",
+                        str(tmp_path)])
+    assert code == int(wrong)
+    told = capsys.readouterr().out
+    assert ("WRONG  decode" in told) == wrong
+    assert "Pretended GPU: copy 10 GB/s" in told
+    written = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert [len(written[part]) for part in ("correctness", "decode", "prefill")] == [2, 1, 1]
+    assert written["decode"][0]["peers"]["sdpa-math"] == 0.5
+    assert set(written["prefill"][0]["peers"]) >= set(gpu_report.SDPA)
+    assert written["command"].startswith("python scripts/gpu_check.py --quick")
+
+
+def test_script_runs_from_a_checkout_that_is_not_installed() -> None:
+    program = (f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); sys.modules['gqa_plugins'] = None\n"
+               "import gpu_check; gpu_check._alias_plugins()\n"
+               "from gqa_plugins.grouped_attention.plan import CAPABILITIES; print(CAPABILITIES)\n")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "121" in done.stdout
+
+
+def test_script_knows_why_it_cannot_run(script, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "TRITON_INTERPRET" in script.why_not()
     assert script.sanitize(True)["passed"] is None
