@@ -1,0 +1,238 @@
+"""Real bundles of tiny models: good ones pass, damaged ones are caught, and the exit code says which is which."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from gqa_models import write_tiny
+
+from gqa_export.bundle import DATA, MANIFEST, MODEL, FileFact, read_manifest
+from gqa_export.bundle_check import file_sha256
+from gqa_export.errors import GqaExportError, NotCheckedHere
+from gqa_export.pipeline import ExportOptions, export_onnx
+from gqa_export.validation import validate
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """name -> the folder of a tiny checkpoint, written once."""
+    made: dict[tuple, Path] = {}
+
+    def get(name: str, dtype: str = "float32") -> Path:
+        if (name, dtype) not in made:
+            made[name, dtype] = write_tiny(name, tmp_path_factory.mktemp("ck"), dtype=dtype)
+        return made[name, dtype]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def bundles(checkpoints, tmp_path_factory):
+    """(name, options) -> the folder of a bundle, exported once. Copy it before changing it."""
+    made: dict[tuple, Path] = {}
+
+    def get(name: str, stored: str = "float32", **options) -> Path:
+        key = (name, stored, *sorted(options.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("b") / "bundle"
+            export_onnx(checkpoints(name, stored), made[key], ExportOptions(**{"capacity": 128, **options}))
+        return made[key]
+
+    return get
+
+
+def broken(bundle: Path, folder: Path, change) -> Path:
+    """A copy of a bundle whose graph was changed by someone who also wrote the manifest."""
+    shutil.copytree(bundle, folder)
+    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    change(model)
+    onnx.save(model, str(folder / MODEL))
+    sign(folder)
+    return folder
+
+
+def sign(folder: Path) -> None:
+    """Make the manifest's hashes and sizes true again."""
+    manifest = read_manifest(folder)
+    files = {name: FileFact((folder / name).stat().st_size, file_sha256(folder / name)) for name in manifest.files}
+    (folder / MANIFEST).write_text(replace(manifest, files=files).to_json())
+
+
+def attention(model, layer: int):
+    nodes = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    return {attribute.name: attribute for attribute in nodes[layer].attribute}, nodes[layer]
+
+
+def scale_of_layer_1(model):
+    attention(model, 1)[0]["scale"].f *= 1.01
+
+
+def window_one_longer(model):
+    attention(model, 0)[0]["local_window_size"].i += 1
+
+
+def window_dropped(model):
+    for layer in range(3):
+        attention(model, layer)[0]["local_window_size"].i = -1
+
+
+def softcap_dropped(model):
+    for layer in range(3):
+        attention(model, layer)[0]["softcap"].f = 0
+
+
+def rotary_interleaved(model):
+    attention(model, 0)[0]["rotary_interleaved"].i = 1
+
+
+def swapped_presents(model):
+    """Layer 1's key cache is written where layer 2's belongs."""
+    names = {"present.1.key": "present.2.key", "present.2.key": "present.1.key"}
+    for node in model.graph.node:
+        for i, name in enumerate(node.output):
+            node.output[i] = names.get(name, name)
+
+
+def one_weight(folder: Path) -> None:
+    """Change a stored number a little, and make the manifest agree."""
+    data = bytearray((folder / DATA).read_bytes())
+    values = np.frombuffer(data, np.float32).copy()
+    values[np.abs(values).argmax()] *= 1.05
+    (folder / DATA).write_bytes(values.tobytes())
+    sign(folder)
+
+
+@pytest.mark.parametrize("cache", ["growing", "static"])
+@pytest.mark.parametrize(("name", "target"), [("llama", "ort"), ("llama", "portable"), ("mistral", "onnx"),
+                                              ("gemma2", "ort"), ("stablelm", "portable")])
+def test_an_exported_bundle_passes(bundles, checkpoints, name, target, cache):
+    verdict = validate(bundles(name, target=target, cache=cache), checkpoints(name), steps=STEPS)
+    assert verdict.passed, str(verdict.first)
+    assert [case.name for case in verdict.cases] == ["long", "free", "ragged", "poisoned"]
+    # far below: the bound is a few times PyTorch's own rounding
+    assert verdict.max_abs_logits < 1e-4
+
+
+def test_a_bundle_with_only_the_last_logits_passes(bundles, checkpoints):
+    verdict = validate(bundles("llama", logits="last"), checkpoints("llama"), steps=STEPS)
+    assert verdict.passed, str(verdict.first)
+
+
+@pytest.mark.parametrize(("change", "name", "place"), [
+    (scale_of_layer_1, "llama", "layer 2 key"), (window_one_longer, "mistral", "layer 1 key"),
+    (window_dropped, "mistral", "layer 1 key"), (softcap_dropped, "gemma2", "layer 1 key"),
+    (rotary_interleaved, "llama", "layer 0 key"), (swapped_presents, "llama", "layer 1 key"),
+], ids=lambda value: getattr(value, "__name__", ""))
+def test_a_wrong_graph_is_caught_and_the_place_named(bundles, checkpoints, tmp_path, change, name, place):
+    folder = broken(bundles(name, target="ort"), tmp_path / "b", change)
+    verdict = validate(folder, checkpoints(name), steps=STEPS)
+    assert not verdict.passed
+    assert verdict.first.output == place, str(verdict.first)
+
+
+def test_one_changed_weight_is_caught(bundles, checkpoints, tmp_path):
+    shutil.copytree(bundles("llama", target="ort"), tmp_path / "b")
+    one_weight(tmp_path / "b")
+    assert not validate(tmp_path / "b", checkpoints("llama"), steps=STEPS).passed
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_low_precision_bundle_is_checked_as_its_fp32_twin(bundles, checkpoints, dtype):
+    folder = bundles("llama", target="portable", dtype=dtype)
+    verdict = validate(folder, checkpoints("llama"), as_dtype="fp32", steps=STEPS)
+    assert verdict.passed, str(verdict.first)
+    assert verdict.checked_dtype == "float32"
+    assert verdict.dtype != "float32"
+    assert verdict.max_abs_logits < 1e-4  # the truth has the same rounded weights
+
+
+def test_the_twin_of_a_wrong_graph_is_wrong_too(bundles, checkpoints, tmp_path):
+    folder = broken(bundles("llama", target="ort", dtype="bf16", provider="cpu"), tmp_path / "b", scale_of_layer_1)
+    assert not validate(folder, checkpoints("llama"), as_dtype="fp32", steps=STEPS).passed
+
+
+def test_bf16_on_a_cpu_is_not_checked_and_never_a_pass(bundles, checkpoints):
+    with pytest.raises(NotCheckedHere) as caught:
+        validate(bundles("llama", target="portable", dtype="bf16"), checkpoints("llama"), provider="cpu")
+    assert caught.value.exit_code == 3
+    assert "--dtype fp32" in caught.value.fix
+    assert "--as fp32" in caught.value.fix
+
+
+@pytest.mark.parametrize(("other", "named"), [("qwen3", "model type"), ("llama_mha", "cached key 0")])
+def test_a_bundle_of_another_checkpoint_is_refused_by_name(bundles, checkpoints, other, named):
+    with pytest.raises(GqaExportError, match=named) as caught:
+        validate(bundles("llama", target="ort"), checkpoints(other))
+    assert caught.value.exit_code == 2
+
+
+def test_a_changed_file_is_refused_by_name(bundles, checkpoints, tmp_path):
+    shutil.copytree(bundles("llama", target="ort"), tmp_path / "b")
+    data = bytearray((tmp_path / "b" / DATA).read_bytes())
+    data[1000] ^= 1
+    (tmp_path / "b" / DATA).write_bytes(data)
+    with pytest.raises(GqaExportError, match=rf"content of {DATA} is not what its manifest says"):
+        validate(tmp_path / "b", checkpoints("llama"))
+    (tmp_path / "b" / DATA).write_bytes(data[:-4])
+    with pytest.raises(GqaExportError, match=rf"{DATA} has \d+ bytes, its manifest says"):
+        validate(tmp_path / "b", checkpoints("llama"))
+    (tmp_path / "b" / DATA).unlink()
+    with pytest.raises(GqaExportError, match=f"{DATA} is missing"):
+        validate(tmp_path / "b", checkpoints("llama"))
+
+
+def test_a_manifest_that_names_files_outside_is_refused(bundles, checkpoints, tmp_path):
+    shutil.copytree(bundles("llama", target="ort"), tmp_path / "b")
+    manifest = read_manifest(tmp_path / "b")
+    (tmp_path / "secret").write_bytes(b"1")
+    text = replace(manifest, files={**manifest.files, "../secret": FileFact(1)}).to_json()
+    (tmp_path / "b" / MANIFEST).write_text(text)
+    with pytest.raises(GqaExportError, match="outside the bundle"):
+        validate(tmp_path / "b", checkpoints("llama"))
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "gqa_export", "validate", *map(str, arguments)],
+                          capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_exit_code_0_when_it_passed_and_json_and_junit_say_so(bundles, checkpoints, tmp_path):
+    done = command(bundles("llama", target="ort"), "--against", checkpoints("llama"), "--steps", STEPS,
+                   "--json", tmp_path / "v.json", "--junit", tmp_path / "v.xml")
+    assert done.returncode == 0, done.stderr
+    assert "PASSED: max |logit difference|" in done.stdout
+    assert done.stderr == ""  # no progress where there is no terminal
+    assert json.loads((tmp_path / "v.json").read_text())["passed"] is True
+    assert 'failures="0"' in (tmp_path / "v.xml").read_text()
+
+
+def test_exit_code_1_when_outputs_differ(bundles, checkpoints, tmp_path):
+    folder = broken(bundles("llama", target="ort"), tmp_path / "b", scale_of_layer_1)
+    done = command(folder, "--against", checkpoints("llama"), "--steps", STEPS)
+    assert done.returncode == 1, done.stderr
+    assert "first divergence: case long, step 0 (prefill), layer 2 key, batch 0, token 1" in done.stdout
+
+
+def test_exit_code_2_for_bad_input(bundles, tmp_path):
+    done = command(bundles("llama", target="ort"), "--against", tmp_path / "nowhere")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "fix:" in done.stderr
+
+
+def test_exit_code_3_for_what_cannot_be_checked_here(bundles, checkpoints):
+    done = command(bundles("llama", target="portable", dtype="bf16"), "--against", checkpoints("llama"),
+                   "--provider", "cpu")
+    assert done.returncode == 3
+    assert "PASSED" not in done.stdout
+    assert "--as fp32" in done.stderr
