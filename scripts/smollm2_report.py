@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+import gqa_models
 import numpy as np
 
-import gqa_models
 from gqa_export.pipeline import ExportOptions, export_onnx
 
 PROMPT = "Explain in a few sentences why the sky is blue."

@@ -1,4 +1,4 @@
-"""The main job, end to end: every feature of attention, exported to every target that can hold it, passes `validate`."""
+"""The main job, end to end: every feature of attention, exported to every target, passes `validate`."""
 
 from __future__ import annotations
 

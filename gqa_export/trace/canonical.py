@@ -10,8 +10,7 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 
-from .. import cache_io
-from .. import contract
+from .. import cache_io, contract
 from ..spec import ModelSpec
 
 IR_VERSION = 10
@@ -41,8 +40,6 @@ def plain_reshapes(model: ir.Model) -> int:
                 target.append(-1)
         if target.count(-1) > 1:
             continue
-        if target.count(-1) == 0 and target[-1] > 0 and len(after) != len(before):
-            pass
         name = "shape/" + "_".join(str(size) for size in target)
         if name not in model.graph.initializers:
             value = ir.Value(name=name, const_value=ir.tensor(target, dtype=ir.DataType.INT64, name=name),

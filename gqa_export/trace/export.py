@@ -22,7 +22,6 @@ def export_decoder(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype):
     """Trace a wrapped decoder; returns the onnxscript ONNXProgram (its `.model` is an onnx_ir Model)."""
     from torch.export import Dim
 
-    cache = "growing" if decoder.growing else "static"
     batch, sequence = Dim(cache_io.BATCH, max=4096), Dim(cache_io.SEQUENCE, max=1 << 20)
     total, past = Dim(cache_io.TOTAL, max=1 << 21), Dim(cache_io.PAST if decoder.growing else cache_io.CAPACITY)
     rows, new, old = 2, 3, 5  # sizes that no constant of a model is mistaken for

@@ -7,9 +7,8 @@ ONNX exists. Signature, order and attributes are those of `gqa_export.contract`.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from gqa_plugins.grouped_attention import reference
+from torch import Tensor
 
 from .. import contract
 

@@ -53,10 +53,11 @@ def freeze_regime(model: torch.nn.Module, capacity: int) -> str:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     regime = ""
-    for module in model.modules():
+    for any_module in model.modules():
+        module: Any = any_module
         if getattr(module, "rope_type", None) != "longrope" or not hasattr(module, "inv_freq"):
             continue
-        config: Any = module.config
+        config = module.config
         short: int = config.rope_parameters.get("original_max_position_embeddings",
                                                 getattr(config, "original_max_position_embeddings", 0) or capacity)
         regime = "long" if capacity > short else "short"
@@ -65,5 +66,5 @@ def freeze_regime(model: torch.nn.Module, capacity: int) -> str:
             config, torch.device("cpu"), seq_len=short + 1 if regime == "long" else short)
         module.inv_freq = torch.nn.Buffer(frequencies.to(device), persistent=False)
         module.attention_scaling = scaling
-        module.rope_type = "default"  # type: ignore[assignment] its update hook looks at this
+        module.rope_type = "default"  # its update hook looks at this
     return regime

@@ -15,7 +15,7 @@ def detach_weights(model: ir.Model, is_weight: Callable[[str], bool]) -> list[ir
     """Turn the initializers that are weights into graph inputs, in place; returns them."""
     weights = [value for name, value in model.graph.initializers.items() if is_weight(name)]
     for value in weights:
-        del model.graph.initializers[value.name]
+        model.graph.initializers.pop(value.name or "")
         value.const_value = None
         model.graph.inputs.append(value)
     return weights

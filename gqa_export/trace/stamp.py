@@ -8,6 +8,7 @@ left over is the carried value (the residual stream). Anything else is `NotIsomo
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -102,7 +103,7 @@ def _find_carried(graph: ir.Graph, layers: dict[int, _Layer]) -> None:
         if len(leaving) != 1:
             raise NotIsomorphic(f"layer {index} hands on {len(leaving)} values, not one")
         layers[index].out = leaving[0]
-    for before, after in zip(order, order[1:]):
+    for before, after in itertools.pairwise(order):
         layers[after].carried = layers[before].out
 
 
@@ -183,7 +184,8 @@ def _redirect(node: ir.Node, old: ir.Value | None, new: ir.Value | None) -> None
 def _clone(graph: ir.Graph, template: _Layer, index: int, stack: Stack, prefix: str, carried: ir.Value | None,
            inputs: dict[str | None, ir.Value], presents: dict[str | None, ir.Value]) -> ir.Value:
     """Append a copy of a layer and return what it hands on. New weights and cache inputs are added to `inputs`."""
-    assert carried is not None and template.carried is not None
+    assert carried is not None
+    assert template.carried is not None
     copies: dict[int, ir.Value] = {id(template.carried): carried}
     old_scope, new_scope = f"{stack.path}.{template.index}", f"{stack.path}.{index}"
     edge = re.compile(re.escape(old_scope) + r"(?!\d)")
