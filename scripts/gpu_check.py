@@ -40,11 +40,10 @@ def why_not() -> str | None:
         except ImportError as error:
             return f"{name} cannot be imported ({error}); install PyTorch with CUDA, and Triton"
     import torch
-    import triton
 
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA GPU here; run it on a machine that has one"
-    if triton.knobs.runtime.interpret:
+    if os.environ.get("TRITON_INTERPRET"):
         return "TRITON_INTERPRET is set: that runs the kernels on the CPU; unset it"
     if torch.cuda.get_device_capability() < (8, 0):
         return f"compute capability {torch.cuda.get_device_capability()} is below 8.0"

@@ -7,20 +7,11 @@ before the first import); anywhere, slowly, in plain PyTorch with backend="refer
 from __future__ import annotations
 
 import torch
-from gqa_plugins.grouped_attention import ops, validate
+from gqa_plugins.grouped_attention import ops, plan, validate
 
 from gqa_export.errors import GqaExportError
 
 BACKENDS = ("triton", "reference")
-
-
-def interpreted() -> bool:
-    """Whether Triton runs through its interpreter in this process (which is when it takes CPU tensors)."""
-    try:
-        import triton
-    except ImportError:
-        return False
-    return bool(triton.knobs.runtime.interpret)
 
 
 def choose_backend(device: torch.device, backend: str | None) -> str:
@@ -28,7 +19,7 @@ def choose_backend(device: torch.device, backend: str | None) -> str:
     if backend is not None and backend not in BACKENDS:
         raise GqaExportError(f"backend {backend!r} is unknown", where="grouped_query_attention, argument backend",
                              fix=f"use one of {', '.join(map(repr, BACKENDS))}, or None")
-    if backend != "reference" and device.type != "cuda" and not interpreted():
+    if backend != "reference" and device.type != "cuda" and not plan.interpreting():
         raise GqaExportError(f"query is on {device}, where the Triton kernels do not run",
                              where="grouped_query_attention, argument query",
                              fix='move it to CUDA, pass backend="reference", or set TRITON_INTERPRET=1 (slow)')

@@ -32,8 +32,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from gqa_plugins.grouped_attention.plan import APPEND_STEPS, CAPABILITIES, DTYPE_BYTES, LONG_ROWS, SHARED_KIB
-from gqa_plugins.grouped_attention.plan import choose_tiles as _choose_tiles
+from gqa_plugins.grouped_attention import plan
 
 from gqa_export.errors import GqaExportError
 
@@ -139,8 +138,8 @@ def model_variants(*, heads: int, kv_heads: int, head: int, dtype: str, value_he
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise GqaExportError(f"{heads} query heads cannot be grouped over {kv_heads} key/value heads", "--heads",
                              "heads must be a multiple of kv-heads")
-    if dtype not in DTYPE_BYTES:
-        raise GqaExportError(f"dtype {dtype!r} is unknown", "--dtype", f"use one of {', '.join(DTYPE_BYTES)}")
+    if dtype not in plan.DTYPE_BYTES:
+        raise GqaExportError(f"dtype {dtype!r} is unknown", "--dtype", f"use one of {', '.join(plan.DTYPE_BYTES)}")
     value_size = head if value_head is None else value_head
     for flag, size in (("--head-size", head), ("--value-head-size", value_size)):
         if not 1 <= size <= 256:
@@ -153,7 +152,7 @@ def model_variants(*, heads: int, kv_heads: int, head: int, dtype: str, value_he
                         interleaved=interleaved and rotary_size > 0)]
     for window in sorted(set(windows)):
         variants.append(Variant("decode", dtype, group, head, value_size, group, window, softcap))
-        variants.append(Variant("prefill", dtype, group, head, value_size, LONG_ROWS, window, softcap, sinks))
+        variants.append(Variant("prefill", dtype, group, head, value_size, plan.LONG_ROWS, window, softcap, sinks))
     variants.append(Variant("combine", dtype, group, head, value_size, sinks=sinks))
     return variants
 
@@ -162,15 +161,15 @@ def _recipe(variant: Variant, capability: int) -> tuple[Any, Any, dict[str, Any]
     """(kernel, its arguments, compile-time values, warps, stages, tile rows)."""
     from gqa_plugins.grouped_attention import append, decode, prefill
 
-    tiles = _choose_tiles(max(1, variant.rows), variant.head, variant.value_head, variant.dtype, capability)
+    tiles = plan.choose_tiles(max(1, variant.rows), variant.head, variant.value_head, variant.dtype, capability)
     shape = {"group": variant.group, "head": variant.head, "value_head": variant.value_head}
     attention = {**shape, "tiles": tiles, "window": variant.window, "softcap": variant.softcap}
     if variant.kernel == "append":
         values = append.constants(**shape, rotary_half=variant.rotary_half, interleaved=variant.interleaved,
                                   has_new=variant.has_new)
-        return append.append_kernel, append.ARGUMENTS, values, append.WARPS, append.STAGES, APPEND_STEPS
+        return append.append_kernel, append.ARGUMENTS, values, append.WARPS, append.STAGES, plan.APPEND_STEPS
     if variant.kernel == "prefill":
-        values = prefill.constants(**attention, sinks=variant.sinks, split_band=DTYPE_BYTES[variant.dtype] < 4)
+        values = prefill.constants(**attention, sinks=variant.sinks, split_band=plan.DTYPE_BYTES[variant.dtype] < 4)
         return prefill.prefill_kernel, prefill.ARGUMENTS, values, tiles.warps, tiles.stages, tiles.rows
     if variant.kernel == "decode":
         return (decode.decode_kernel, decode.ARGUMENTS, decode.constants(**attention), tiles.warps, tiles.stages,
@@ -183,9 +182,9 @@ def _recipe(variant: Variant, capability: int) -> tuple[Any, Any, dict[str, Any]
 
 def compile_variant(variant: Variant, capability: int) -> Cubin:
     """Compile one variant for one capability (80, 86, ... 121). No GPU or driver is needed. Raises GqaExportError."""
-    if capability not in CAPABILITIES:
+    if capability not in plan.CAPABILITIES:
         raise GqaExportError(f"compute capability {capability} is not supported", "--capability",
-                             f"use one of {', '.join(map(str, CAPABILITIES))}")
+                             f"use one of {', '.join(map(str, plan.CAPABILITIES))}")
     try:
         import triton
     except ImportError as error:
@@ -194,7 +193,7 @@ def compile_variant(variant: Variant, capability: int) -> Cubin:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if triton.knobs.runtime.interpret:
+    if plan.interpreting():
         raise GqaExportError("kernels cannot be compiled in a process that interprets them",
                              "environment variable TRITON_INTERPRET", "unset it and start again")
     kernel, arguments, constants, warps, stages, tile_rows = _recipe(variant, capability)
@@ -207,10 +206,10 @@ def compile_variant(variant: Variant, capability: int) -> Cubin:
                                   target=GPUTarget("cuda", capability, 32),
                                   options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True})
     facts = compiled.metadata
-    if facts.global_scratch_size or facts.profile_scratch_size or facts.shared > SHARED_KIB[capability] * 1024:
+    if facts.global_scratch_size or facts.profile_scratch_size or facts.shared > plan.SHARED_KIB[capability] * 1024:
         raise GqaExportError(
             f"{variant.name} for {capability} needs {facts.shared} bytes of shared memory and "
-            f"{facts.global_scratch_size} of scratch; the launcher gives {SHARED_KIB[capability] * 1024} and none",
+            f"{facts.global_scratch_size} of scratch; the launcher gives {plan.SHARED_KIB[capability] * 1024} and none",
             "gqa_plugins.grouped_attention.plan.choose_tiles", "report it: the tile table is wrong for this shape")
     return Cubin(variant.kernel, facts.name, capability, facts.shared, warps * 32, tile_rows,
                  tuple(kinds.items()), {name: _text(value) for name, value in constants.items()}, compiled.asm["cubin"])
@@ -236,9 +235,9 @@ def build(variants: Sequence[Variant], capabilities: Sequence[int], jobs: int = 
 def parse_capability(text: str) -> int:
     """'8.9', '89' or 'sm_89' to 89. Raises GqaExportError for one that the kernels are not compiled for."""
     digits = text.lower().removeprefix("sm_").replace(".", "")
-    if not digits.isdigit() or int(digits) not in CAPABILITIES:
+    if not digits.isdigit() or int(digits) not in plan.CAPABILITIES:
         raise GqaExportError(f"compute capability {text!r} is not supported", "--capability",
-                             f"use one of {', '.join(f'{c // 10}.{c % 10}' for c in CAPABILITIES)}")
+                             f"use one of {', '.join(f'{c // 10}.{c % 10}' for c in plan.CAPABILITIES)}")
     return int(digits)
 
 
@@ -251,10 +250,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv-heads", type=int, required=True, help="key/value heads of a layer")
     parser.add_argument("--head-size", type=int, required=True, help="features of a query or key head")
     parser.add_argument("--value-head-size", type=int, help="features of a value head (default: head size)")
-    parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), required=True)
+    parser.add_argument("--dtype", choices=tuple(plan.DTYPE_BYTES), required=True)
     parser.add_argument("--capability", action="append", metavar="X.Y",
                         help="compute capability, repeatable (default: all of "
-                             + ", ".join(f"{c // 10}.{c % 10}" for c in CAPABILITIES) + ")")
+                             + ", ".join(f"{c // 10}.{c % 10}" for c in plan.CAPABILITIES) + ")")
     parser.add_argument("--window", choices=("none", "all", "some"), default="none",
                         help="layers with a sliding window")
     parser.add_argument("--softcap", action="store_true", help="scores are soft-capped")
@@ -276,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dtype=options.dtype, windows={"none": (False,), "all": (True,), "some": (False, True)}[options.window],
             softcap=options.softcap, sinks=options.sinks, rotary_size=options.rotary_size,
             interleaved=options.interleaved)
-        capabilities = [parse_capability(text) for text in options.capability or map(str, CAPABILITIES)]
+        capabilities = [parse_capability(text) for text in options.capability or map(str, plan.CAPABILITIES)]
         files = build(variants, capabilities, options.jobs)
     except GqaExportError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ were chosen by counting bytes, not by measurement.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +32,11 @@ class Tiles:
     keys: int
     warps: int
     stages: int
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels in this process, by its variable: its Python switch moved between versions."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def block(size: int) -> int:
@@ -65,7 +71,8 @@ def choose_tiles(rows: int, head: int, value_head: int, dtype: str, capability: 
     for keys, stages in ((128, 3), (64, 4), (64, 3), (32, 4), (32, 3), (32, 2), (16, 3), (16, 2)):
         if (keys == 128 and (long or width > 128)) or (keys == 64 and long and wide):
             continue  # the scores beside the accumulator would not fit in registers
-        if keys * width * size * (stages - held) <= budget:
+        weights_bytes = tile_rows * keys * size if wide else 0  # they change registers through shared memory there
+        if keys * width * size * (stages - held) + weights_bytes <= budget:
             return Tiles(tile_rows, keys, 8 if long and width > 128 else 4, stages)
     return Tiles(tile_rows, 16, 4, 1)
 

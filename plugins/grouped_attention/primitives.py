@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from gqa_plugins.grouped_attention.plan import interpreting
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRETED = tl.constexpr(interpreting())
 LOG2E = tl.constexpr(1.4426950408889634)
 
 

@@ -75,7 +75,7 @@ def test_model_compiles_into_files_that_say_how_to_launch(tmp_path, model: str, 
 def test_decode_compiles_for_every_capability(tmp_path) -> None:
     program = ("import sys\nfrom gqa_plugins.grouped_attention import cubin\n"
                "variant = cubin.Variant('decode', 'bf16', 7, 64, 64, 7)\n"
-               "for capability in cubin.CAPABILITIES:\n"
+               "for capability in plan.CAPABILITIES:\n"
                "    made = cubin.compile_variant(variant, capability)\n"
                "    print(capability, made.shared_bytes, len(made.code))\n")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
