@@ -14,6 +14,7 @@ from .weights import Mode, WeightStore, place
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
+    from .targets import Target
     from .trace import Traced
 
 Report = Callable[[str, float | None, float | None], None]
@@ -76,7 +77,7 @@ def export_onnx(source: str | Path, output: Path, options: ExportOptions | None 
         raise GqaExportError(f"weights of type {dtype} have no ONNX decoder", checkpoint.source,
                              "choose a type with --dtype fp32|fp16|bf16")
     capacity = _capacity(options.capacity, config)
-    traced, lowered = _graph(checkpoint, config, options, dtype, capacity, target.interface, say)
+    traced, lowered = _graph(checkpoint, config, options, dtype, capacity, target, say)
     with writing_bundle(Path(output), force=options.force, inplace=inplace) as writer:
         say("placing weights", None, None)
         store = weight_store(checkpoint, traced)
@@ -90,7 +91,7 @@ def export_onnx(source: str | Path, output: Path, options: ExportOptions | None 
             notes.append("the checkpoint has no tokenizer: the bundle takes and gives token ids only")
         manifest = _manifest(checkpoint, traced, lowered, options, dtype, capacity, has_tokenizer)
         if target.genai:
-            _add_genai(writer, manifest, options, notes)
+            _add_genai(writer, manifest, pick_provider(options.provider, dtype, target), notes)
         manifest = writer.finish(_with_bytes(manifest, placement))
     if traced.rope_regime:
         notes.append(f"longrope: the {traced.rope_regime}-context frequencies are in the graph, as the capacity "
@@ -99,7 +100,7 @@ def export_onnx(source: str | Path, output: Path, options: ExportOptions | None 
                   tuple(notes))
 
 
-def _graph(checkpoint: Checkpoint, config: Any, options: ExportOptions, dtype: str, capacity: int, interface: str,
+def _graph(checkpoint: Checkpoint, config: Any, options: ExportOptions, dtype: str, capacity: int, target: Target,
            say: Report) -> tuple[Traced, Any]:
     from .checkpoint.refusals import refuse_modules
     from .targets import LowerOptions, lower
@@ -107,8 +108,9 @@ def _graph(checkpoint: Checkpoint, config: Any, options: ExportOptions, dtype: s
 
     say("tracing", None, None)
     traced = trace(config, dtype=dtype, cache=options.cache, capacity=capacity, logits=options.logits,
-                   interface=interface, inspect=lambda module: refuse_modules(module, checkpoint.source))
-    lowering = LowerOptions(options.target, options.cache, capacity, options.logits, pick_provider(options.provider),
+                   interface=target.interface, inspect=lambda module: refuse_modules(module, checkpoint.source))
+    provider = pick_provider(options.provider, dtype, target)
+    lowering = LowerOptions(options.target, options.cache, capacity, options.logits, provider,
                             packed=options.weights == "copy")
     return traced, lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None))
 
@@ -121,13 +123,13 @@ def _capacity(asked: int, config: Any) -> int:
     return asked or min(longest, DEFAULT_CAPACITY)
 
 
-def pick_provider(provider: str) -> str:
-    """"cpu" or "cuda"; "auto" is CUDA where onnxruntime has it and a device answers."""
+def pick_provider(provider: str, dtype: str, target: Target) -> str:
+    """"cpu" or "cuda"; "auto" is CUDA where onnxruntime has it and the target's kernels there take this dtype."""
     if provider != "auto":
         return provider
     from importlib.util import find_spec
 
-    if find_spec("onnxruntime") is None:
+    if dtype not in target.dtypes.get("cuda", ()) or find_spec("onnxruntime") is None:
         return "cpu"
     import onnxruntime
 
@@ -175,7 +177,7 @@ def _with_bytes(manifest: Manifest, placement: Any) -> Manifest:
     return replace(manifest, bytes_copied=placement.bytes_copied, bytes_linked=placement.bytes_linked)
 
 
-def _add_genai(writer: Any, manifest: Manifest, options: ExportOptions, notes: list[str]) -> None:
+def _add_genai(writer: Any, manifest: Manifest, provider: str, notes: list[str]) -> None:
     import json
 
     from .targets import genai
@@ -184,7 +186,7 @@ def _add_genai(writer: Any, manifest: Manifest, options: ExportOptions, notes: l
     if reason:
         notes.append(f"no {genai.FILE}: {reason}")
         return
-    config = genai.genai_config(manifest, pick_provider(options.provider))
+    config = genai.genai_config(manifest, provider)
     writer.write(genai.FILE, (json.dumps(config, indent=1) + "\n").encode())
 
 

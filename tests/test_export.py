@@ -42,7 +42,9 @@ def passes(checkpoint, folder, steps=32, **options):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_growing_export_passes_validation(checkpoint_of, tmp_path, name, target):
     manifest = passes(checkpoint_of(name), tmp_path / "bundle", target=target)
-    wanted = {layer.layer for layer in manifest.spec.layers if layer.sinks} if target == "onnx" else set()
+    # ai.onnx Attention has no sinks, and its softcap meant two things over time.
+    cannot = {layer.layer for layer in manifest.spec.layers if layer.sinks or layer.softcap}
+    wanted = cannot if target == "onnx" else set()
     assert {fallback.layer for fallback in manifest.fallbacks} == wanted
 
 
