@@ -92,6 +92,14 @@ def test_every_command_of_a_page_runs(page: Path, checkpoint: Path, tmp_path: Pa
         shell(block.replace("CHECKPOINT", str(checkpoint)), tmp_path)
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text(encoding="utf-8")], ids=name_of)
+def test_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+    script = tmp_path / "page.py"
+    script.write_text("".join(re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)))
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def commands_not_run() -> list[str]:
     return [line for page in PAGES for block in blocks(page) if not is_run(block)
             for line in block.splitlines() if not line.startswith("#")]
