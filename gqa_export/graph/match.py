@@ -7,6 +7,7 @@ directory; everything here goes through `const_value`, which never reads one tha
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeGuard
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ from ..errors import GqaExportError
 RECIPE = "weights:"
 
 
-def is_op(node: gs.Node | None, op: str, domain: str = "") -> bool:
+def is_op(node: gs.Node | None, op: str, domain: str = "") -> TypeGuard[gs.Node]:
     """Whether `node` is there and is `domain`::`op`."""
     return node is not None and node.op == op and (node.domain or "") == domain
 

@@ -62,7 +62,7 @@ def fold_rotary(graph: gs.Graph, context: Any) -> int:
         if why:
             outside += 1
             context.remarks.append(f"layer {layer.layer}: rotary stays outside attention: {why}")
-        elif query is not None and key is not None:
+        elif isinstance(query, tuple) and isinstance(key, tuple):
             rotations[layer.layer] = query[1]
             for place, (region, rotation), heads in ((QUERY, query, layer.num_heads), (KEY, key, layer.kv_num_heads)):
                 node.inputs[place] = ort_layout.flat(graph, region.source, rotation.layout, heads * layer.head_size,
@@ -83,8 +83,9 @@ def _why_outside(query: Any, key: Any, layer: Any, context: Any) -> str:
     if not turned.same_table(other):
         return "queries and keys are rotated differently"
     if not context.target.rotates(layer.head_size, turned.size):
-        return (f"{context.target.attention} rotates heads divisible by {context.target.rotary_head_multiple} and "
-                f"R/2 divisible by {context.target.rotary_half_multiple}, here D = {layer.head_size}, R = {turned.size}")
+        target = context.target
+        return (f"{target.attention} rotates heads divisible by {target.rotary_head_multiple} with R/2 divisible by "
+                f"{target.rotary_half_multiple}, here D = {layer.head_size}, R = {turned.size}")
     return ""
 
 

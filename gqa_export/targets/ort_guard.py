@@ -13,23 +13,23 @@ import onnx_graphsurgeon as gs
 
 from .. import cache_io
 from ..graph import edit
-from ..graph.match import const_value, is_op, only_input, produced_by
+from ..graph.match import is_op, only_input, produced_by, scalar
 
 
 def lean_guard(graph: gs.Graph, context: Any) -> int:
     """Replace hidden + Unsqueeze(Where(bad, NaN, 0)) by a test of the mask's last columns and one Where."""
     count = 0
     for node in list(graph.nodes):
-        found = _guarded(node)
-        if found is None:
+        hidden = _guarded(node)
+        if hidden is None:
             continue
-        hidden, bias = found
         place, element = node.name.rpartition("/")[0], context.notes["element"]
         good_B11 = _ones_first(graph)
         output = node.outputs[0]
         edit.remove(node)
         if element == onnx.TensorProto.BFLOAT16:  # ONNX Runtime has no Where for it
-            zero, nan = (edit.constant(f"guard/{n}", np.array(v, np.float32)) for n, v in (("zero", 0), ("nan", np.nan)))
+            zero = edit.constant("guard/zero", np.array(0, np.float32))
+            nan = edit.constant("guard/nan", np.array(np.nan, np.float32))
             wide = edit.add_node(graph, "Where", [good_B11, zero, nan], name=f"{place}/guard/Where")
             narrow = edit.add_node(graph, "Cast", wide, name=f"{place}/guard/Cast", attrs={"to": element})
             edit.add_node(graph, "Add", [hidden, *narrow], name=f"{place}/guard/Add", outputs=[output])
@@ -41,17 +41,17 @@ def lean_guard(graph: gs.Graph, context: Any) -> int:
     return count
 
 
-def _guarded(node: gs.Node) -> tuple[gs.Tensor, gs.Tensor] | None:
-    """(hidden, bias) if a node is the addition of NaN or zero per row."""
+def _guarded(node: gs.Node) -> gs.Tensor | None:
+    """What a node adds NaN or zero per row to; None if it does no such thing."""
     if not is_op(node, "Add"):
         return None
     for hidden, bias in (node.inputs, reversed(node.inputs)):
         wide = produced_by(bias, "Unsqueeze")
         where = produced_by(wide.inputs[0], "Where") if wide is not None else None
         if where is not None:
-            values = [const_value(tensor) for tensor in where.inputs[1:]]
-            if all(value is not None and value.size == 1 for value in values) and np.isnan(values).any():
-                return hidden, bias
+            values = [scalar(tensor) for tensor in where.inputs[1:]]
+            if None not in values and np.isnan(np.array(values, np.float64)).any():
+                return hidden
     return None
 
 

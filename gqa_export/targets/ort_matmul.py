@@ -11,8 +11,8 @@ import onnx_graphsurgeon as gs
 
 from ..graph import edit
 from ..graph.match import (
-    consumers,
     const_value,
+    consumers,
     is_op,
     is_weight,
     produced_by,

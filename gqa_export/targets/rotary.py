@@ -24,9 +24,9 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from .. import cache_io
 from ..graph.match import const_value, is_weight, producer, upstream
 
-LINEAR = frozenset("Add Sub Mul Neg Concat Slice Split Transpose Reshape Unsqueeze Squeeze Cast Expand Gather".split())
-MOVING = frozenset("Neg Concat Slice Split Transpose Reshape Unsqueeze Squeeze Cast".split())
+MOVING = frozenset(("Neg", "Concat", "Slice", "Split", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Cast"))
 """ops between x and the multiplication by cos and sin"""
+LINEAR = MOVING | {"Add", "Sub", "Mul", "Expand", "Gather"}
 LAYOUTS = ("flat", "BSHD", "BHSD")
 CHUNK = 2048
 """positions evaluated at a time"""
@@ -127,18 +127,16 @@ class Finder:
                 or const_value(tensor) is not None)
 
     def _prove(self, region: Region, heads: int, head_size: int) -> Rotation | str:
-        why = "its subgraph cannot be run on probes"
+        reasons = []
         for layout in LAYOUTS:
-            probe = _Probe(region, self._positions, layout, heads, head_size)
             try:
-                found = _prove(probe, self._rows)
-            except Exception as error:  # a wrong guess of the layout fails in any op of the region
-                why = f"{why}; as {layout}: {type(error).__name__}"
+                found = _prove(_Probe(region, self._positions, layout, heads, head_size), self._rows)
+            except Exception:  # a wrong guess of the layout fails in whatever op of the region comes first
                 continue
             if not isinstance(found, str):
                 return found
-            why = found
-        return why
+            reasons.append(found)
+        return reasons[0] if reasons else "its subgraph cannot be run on probes"
 
 
 class _Probe:
@@ -158,7 +156,7 @@ class _Probe:
         x = x.reshape(b, s, h * d) if self.layout == "flat" else x.transpose(0, 2, 1, 3) if self.layout == "BHSD" else x
         feeds = {self._names[0]: x, self._names[1]: positions_BS.astype(np.int64),
                  cache_io.INPUT_IDS: np.zeros((b, s), np.int64)}
-        output = self._run(None, feeds)[0]
+        output = np.asarray(self._run(None, feeds)[0])  # type: ignore[index]
         if output.shape != (b, s, h * d):
             raise ValueError(f"shape {output.shape}")
         return output.reshape(x_BSHD.shape)
@@ -245,9 +243,8 @@ def _table_tensors(graph: gs.Graph, positions: gs.Tensor | None) -> tuple[set[in
     inputs = {id(tensor) for tensor in graph.inputs if tensor.name == cache_io.INPUT_IDS}
     for node in graph.nodes:
         moving = [tensor for tensor in node.inputs if not isinstance(tensor, gs.Constant) and tensor.name]
-        if node.op == "Shape" and id(moving[0]) in inputs | tables:
-            shapes |= {id(tensor) for tensor in node.outputs}
-        elif moving and all(id(tensor) in shapes for tensor in moving):
+        of_shape = node.op == "Shape" and id(moving[0]) in inputs | tables
+        if of_shape or (moving and all(id(tensor) in shapes for tensor in moving)):
             shapes |= {id(tensor) for tensor in node.outputs}
         elif moving and not node.domain and all(id(tensor) in shapes | tables for tensor in moving):
             tables |= {id(tensor) for tensor in node.outputs}

@@ -1,0 +1,193 @@
+"""Target `ort` beside transformers: prefill, decode, chunks and ragged batches, every tiny model, both cache modes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from gqa_export import cache_io, contract
+from gqa_export.bundle import Fallback
+
+from .whole_model import Decoder, canonical, eager, lowered, truth, with_weights
+
+NAMES = ["llama", "llama_tied", "llama_mha", "llama_mqa", "llama_llama3", "llama_yarn", "llama_linear", "mistral",
+         "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt_oss", "granite", "cohere", "stablelm", "mixtral", "smollm3",
+         "gpt2"]
+STATIC = ["llama", "qwen2", "gemma3", "phi3", "gpt_oss"]
+"""static and growing differ in shapes only: a plain one, biases, windows, packed before, sinks"""
+TOLERANCE = 1e-4
+"""on logits of magnitude 1 to 20: fp32 against fp64 differs by 1e-6 to 2e-5 here, a wrong position or mask by 0.1"""
+PARTIAL = (("hidden_size", 128), ("num_attention_heads", 2), ("num_key_value_heads", 2))
+WIDE = (("head_dim", 12),)
+
+
+def tokens(*lengths: int) -> list[list[int]]:
+    """Fresh rows of token ids."""
+    random = np.random.default_rng(sum(lengths))
+    return [random.integers(3, 300, length).tolist() for length in lengths]
+
+
+def decoder(name: str, mode: str = "growing", batch: int = 1, packed: bool = True, overrides=(), dtype="float32",
+            logits="all") -> Decoder:
+    found = lowered(name, "ort", mode, packed, overrides, dtype, logits)
+    _, spec = canonical(name, mode, overrides, dtype, logits)
+    return Decoder(with_weights(found.model, eager(name, overrides)), spec, mode, batch)
+
+
+def assert_cache(run: Decoder, name: str, rows: list[list[int]], overrides=()) -> None:
+    """Every layer's whole cache, up to each row's length, is what transformers has."""
+    for b, row in enumerate(rows):
+        _, layers = truth(eager(name, overrides), row)
+        for layer, (key, value) in zip(run.spec.layers, layers):
+            for cached, wanted in zip(cache_io.past_names(layer.layer), (key, value)):
+                np.testing.assert_allclose(run.past[cached][b, :, :len(row)], wanted, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prefill_then_decode_over_a_window_equals_transformers(name: str) -> None:
+    rows = tokens(40)
+    run, wanted = decoder(name), truth(eager(name), rows[0])[0]
+    got = [run.step([rows[0][:15]])[0]]
+    got += [run.step([[token]])[0] for token in rows[0][15:19]]
+    got.append(run.step([rows[0][19:30]])[0])
+    got += [run.step([[token]])[0] for token in rows[0][30:]]
+    np.testing.assert_allclose(np.concatenate(got), wanted, atol=TOLERANCE, rtol=0)
+    assert_cache(run, name, rows)
+
+
+FORMS = [(name, "growing", True) for name in NAMES] + [(name, "static", False) for name in STATIC]
+
+
+@pytest.mark.parametrize(("name", "mode", "packed"), FORMS)
+def test_ragged_batch_equals_each_row_alone(name: str, mode: str, packed: bool) -> None:
+    rows = tokens(22, 13)
+    run = decoder(name, mode, 2, packed)
+    wanted = [truth(eager(name), row)[0] for row in rows]
+    first = run.step([rows[0][:16], rows[1][:7]])
+    np.testing.assert_allclose(first[0], wanted[0][:16], atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(first[1, :7], wanted[1][:7], atol=TOLERANCE, rtol=0)
+    for step in range(6):
+        logits = run.step([[rows[0][16 + step]], [rows[1][7 + step]]])
+        for b, start in enumerate((16, 7)):
+            np.testing.assert_allclose(logits[b, 0], wanted[b][start + step], atol=TOLERANCE, rtol=0)
+    assert_cache(run, name, rows)
+
+
+@pytest.mark.parametrize("length", [15, 16, 17])
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "gpt_oss"])
+def test_prompts_around_the_window_equal_transformers(name: str, length: int) -> None:
+    assert {layer.window for layer in canonical(name)[1].layers} & {8, 16}
+    row = tokens(length + 1)[0]
+    run, wanted = decoder(name), truth(eager(name), row)[0]
+    np.testing.assert_allclose(run.step([row[:-1]])[0], wanted[:-1], atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(run.step([row[-1:]])[0], wanted[-1:], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "size", "overrides"), [("stablelm", 16, PARTIAL), ("cohere", 16, ()),
+                                                         ("qwen3", 32, ()), ("gemma3", 32, ()), ("gpt_oss", 16, ())])
+def test_partial_interleaved_and_normed_rotary_goes_inside(name: str, size: int, overrides) -> None:
+    found = lowered(name, "ort", overrides=overrides)
+    layers = len(canonical(name, overrides=overrides)[1].layers)
+    assert found.counts["rotary_inside"] == layers
+    assert not found.remarks
+    nodes = [node for node in found.model.graph.node if node.op_type == "GroupQueryAttention"]
+    attributes = [{a.name: a.i for a in node.attribute if a.type == onnx.AttributeProto.INT} for node in nodes]
+    assert all(each["do_rotary"] for each in attributes)
+    assert {each["rotary_interleaved"] for each in attributes} == {int(name == "cohere")}
+    tables = {t.name: tuple(t.dims) for t in found.model.graph.initializer if t.name.startswith("rotary/")}
+    assert set(tables.values()) == {(64, size // 2)}
+    row = tokens(21)[0]
+    run = decoder(name, overrides=overrides)
+    got = np.concatenate([run.step([row[:17]])[0], *[run.step([[token]])[0] for token in row[17:]]])
+    np.testing.assert_allclose(got, truth(eager(name, overrides), row)[0], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "stablelm"])
+def test_a_head_the_op_cannot_rotate_is_rotated_outside_and_said_so(name: str) -> None:
+    found = lowered(name, "ort")
+    layers = len(canonical(name)[1].layers)
+    assert found.counts["rotary_outside"] == layers == len(found.remarks)
+    assert "rotary stays outside attention" in found.remarks[0]
+    assert not found.fallbacks
+
+
+def test_a_layer_without_rotary_gets_none() -> None:
+    found = lowered("smollm3", "ort")
+    rotates = [{a.name: a.i for a in node.attribute}["do_rotary"] for node in found.model.graph.node
+               if node.op_type == "GroupQueryAttention"]
+    assert rotates.count(0) == 1
+    assert not found.remarks
+
+
+@pytest.mark.parametrize("mode", ["growing", "static"])
+def test_a_head_size_the_op_refuses_falls_back_to_the_function(mode: str) -> None:
+    found = lowered("llama", "ort", mode, overrides=WIDE)
+    reason = "com.microsoft::GroupQueryAttention wants a head size divisible by 8, not 12"
+    assert found.fallbacks[0] == Fallback(0, "com.microsoft::GroupQueryAttention", "gqa::GroupedQueryAttention", reason)
+    assert len(found.fallbacks) == 3
+    assert [function.name for function in found.model.functions] == [contract.OP]
+    rows = tokens(20, 11)
+    run, wanted = decoder("llama", mode, 2, overrides=WIDE), [truth(eager("llama", WIDE), row)[0] for row in rows]
+    first = run.step([rows[0][:15], rows[1][:6]])
+    np.testing.assert_allclose(first[1, :6], wanted[1][:6], atol=TOLERANCE, rtol=0)
+    second = run.step([rows[0][15:], rows[1][6:]])
+    for b, start in enumerate((15, 6)):
+        np.testing.assert_allclose(second[b], wanted[b][start:], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("gpt2",)])
+def test_no_function_is_left_where_every_layer_is_held(name: str) -> None:
+    found = lowered(name, "ort")
+    assert not found.model.functions
+    assert not found.fallbacks
+    assert {opset.domain for opset in found.model.opset_import} == {"", "com.microsoft"}
+    assert found.counts["lower_attention"] == len(canonical(name)[1].layers)
+
+
+@pytest.mark.parametrize("mask", [[0, 0, 1, 1, 1], [1, 1, 0, 1, 1], [0, 1, 0, 0, 0]])
+def test_left_padding_gives_nan_for_that_row_and_leaves_the_other_alone(mask: list[int]) -> None:
+    rows = tokens(5, 5)
+    run = decoder("llama", batch=2)
+    logits = run.step(rows, np.array([[1] * 5, mask]))
+    assert np.isnan(logits[1]).all()
+    np.testing.assert_allclose(logits[0], truth(eager("llama"), rows[0])[0], atol=TOLERANCE, rtol=0)
+
+
+def test_logits_of_the_last_token_are_those_of_each_row() -> None:
+    rows = tokens(9, 4)
+    run = decoder("llama", batch=2, logits="last")
+    got = run.step(rows)
+    assert got.shape == (2, 1, 320)
+    for b, row in enumerate(rows):
+        np.testing.assert_allclose(got[b, 0], truth(eager("llama"), row)[0][-1], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss", "qwen2"])
+def test_fp16_graph_runs_and_stays_within_fp16(name: str) -> None:
+    row = tokens(18)[0]
+    run, wanted = decoder(name, dtype="float16"), truth(eager(name), row)[0]
+    got = np.concatenate([run.step([row[:12]])[0], *[run.step([[token]])[0] for token in row[12:]]])
+    assert got.dtype == np.float16
+    # 2^-11 a rounding, some hundred of them along the residual, on logits up to 20; measured 0.01 to 0.05
+    np.testing.assert_allclose(got.astype(np.float64), wanted, atol=0.15, rtol=0)
+
+
+def test_tied_weights_are_one_initializer_for_embedding_and_head() -> None:
+    found = lowered("llama_tied", "ort")
+    gather = next(node for node in found.model.graph.node if node.op_type == "Gather")
+    head = next(node for node in found.model.graph.node if cache_io.LOGITS in node.output)
+    assert gather.input[0] == head.input[1]
+    assert head.op_type == "FusedMatMul"
+
+
+def test_packed_projections_join_rows_and_as_stored_ones_join_nothing() -> None:
+    def recipes(packed: bool) -> list[str]:
+        tensors = lowered("qwen2", "ort", packed=packed).model.graph.initializer
+        locations = [entry.value for tensor in tensors for entry in tensor.external_data]
+        return [location for location in locations if "layers.0.self_attn" in location]
+
+    stem = "model.layers.0.self_attn"
+    joined = [f"weights:{stem}.q_proj.{kind}+{stem}.k_proj.{kind}+{stem}.v_proj.{kind}" for kind in ("weight", "bias")]
+    assert set(joined) < set(recipes(True))
+    assert not [recipe for recipe in recipes(False) if "+" in recipe]
