@@ -18,7 +18,8 @@ from ..errors import GqaExportError
 from ..graph import edit
 from ..graph.match import const_value, is_op, only_input
 from . import ort_layout
-from .rotary import Finder, Rotation, position_ids
+from .rotary import Finder, position_ids
+from .rotary_probe import Rotation
 
 DOMAIN = "com.microsoft"
 OP = "GroupQueryAttention"

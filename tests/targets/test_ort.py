@@ -191,3 +191,14 @@ def test_packed_projections_join_rows_and_as_stored_ones_join_nothing() -> None:
     joined = [f"weights:{stem}.q_proj.{kind}+{stem}.k_proj.{kind}+{stem}.v_proj.{kind}" for kind in ("weight", "bias")]
     assert set(joined) < set(recipes(True))
     assert not [recipe for recipe in recipes(False) if "+" in recipe]
+
+
+@pytest.mark.parametrize(("packed", "most"), [(True, 345), (False, 400)])
+def test_thirty_tied_layers_take_fewer_nodes_than_the_budget(packed: bool, most: int) -> None:
+    found = lowered("llama_tied", "ort", packed=packed, overrides=(("num_hidden_layers", 30),))
+    assert len(found.model.graph.node) <= most
+    assert found.counts["rotary_inside"] == 30
+    assert found.counts["fuse_norms"] == 61
+    assert found.counts["fuse_skip_norms"] == 60
+    assert not found.model.functions
+    assert sum(len(tensor.raw_data) for tensor in found.model.graph.initializer) < 100_000, "no weight is inside"
