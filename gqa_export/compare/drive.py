@@ -68,8 +68,8 @@ def quantity(output: str) -> str:
 
 
 class CaseDriver:
-    """State of one case while it runs. Feeds: input_ids int64 [B, S], new_lengths int64 [B], and three int64 [1]:
-    reset (1: a new batch), free (1: feed your own best token instead), finish (1: show the whole cache too)."""
+    """State of one case while it runs. Feeds, all int64: input_ids [B, S], new_lengths [B], flags [3]: 1 for a
+    new batch, 1 to feed your own best token instead, 1 to show the whole cache too."""
 
     def __init__(self, case: Case, filler: np.ndarray, tick: Callable[[], None] = lambda: None) -> None:
         self.case, self.log, self.filler, self.tick = case, CaseLog(case), filler, tick
@@ -93,8 +93,7 @@ class CaseDriver:
             self.step = step
             yield {
                 "input_ids": block, "new_lengths": self.new_lengths,
-                "reset": np.array([step == 0], np.int64), "free": np.array([self.free], np.int64),
-                "finish": np.array([step == len(schedule) - 1], np.int64),
+                "flags": np.array([step == 0, self.free, step == len(schedule) - 1], np.int64),
             }
             self.lengths = self.lengths + self.new_lengths
             self.tick()

@@ -5,7 +5,7 @@ format - eager in fp64| over the same case. A right bundle is another draw of th
 order of summation, so its error is a small multiple of the yardstick; a wrong mask, scale or rotation is not.
 
 FACTOR 8: measured over the tiny models of every family and SmolLM2-135M on `ort`, `onnx` and `portable`, the ratio
-of the bundle's error to the yardstick stays below 4 (see docs/validation.md); 8 leaves a factor of two for other
+of the bundle's error to the yardstick stays below 4 (see docs/validate.md); 8 leaves a factor of two for other
 machines' kernels. FLOOR_ULPS: where eager happens to be nearly exact (few rows, short sums) the ratio has no
 meaning; an fp32 sum of some hundred products, normalised twice per layer, may move by tens of units in the last
 place of the largest value; fp16 and bf16 kernels sum in fp32 and round what they store. CAP_ULPS and CAP_PART bound

@@ -28,7 +28,7 @@ from .session import Session
 
 
 class SessionRunner(BaseRunner):
-    """Runs a session. free: obey the feed's `free` flag and feed the session's own best token. last_only: show only
+    """Runs a session. free: obey the feed's second flag and feed the session's own best token. last_only: show only
     the logits of each row's last valid token, as bundles exported with `--logits last` do."""
 
     def __init__(self, session: Session, name: str, *, free: bool = True, last_only: bool = False) -> None:
@@ -41,18 +41,18 @@ class SessionRunner(BaseRunner):
         meta = TensorMetadata()
         meta.add("input_ids", np.int64, (None, None))
         meta.add("new_lengths", np.int64, (None,))
-        for flag in ("reset", "free", "finish"):
-            meta.add(flag, np.int64, (1,))
+        meta.add("flags", np.int64, (3,))
         return meta
 
     def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
         """One step of the session."""
         began = time.perf_counter()
         ids, counts = feed_dict["input_ids"], feed_dict["new_lengths"]
-        if feed_dict["reset"][0]:
+        reset, free, finish = feed_dict["flags"].tolist()
+        if reset:
             self._session.reset(len(ids))
             self._own = np.zeros(len(ids), np.int64)
-        elif feed_dict["free"][0] and self._free:
+        elif free and self._free:
             ids = ids.copy()
             ids[:, 0] = np.where(counts > 0, self._own, ids[:, 0])
         step = self._session.step(ids, counts, want_cache=True)
@@ -65,7 +65,7 @@ class SessionRunner(BaseRunner):
         self._own = np.where(counts > 0, last.argmax(-1), self._own)
         outputs["logits"] = last[:, None] if self._last_only else logits
         outputs["fed"] = np.where(np.arange(ids.shape[1]) < counts[:, None], ids, 0)
-        if feed_dict["finish"][0]:
+        if finish:
             longest = int(self._session.lengths.max())
             for layer, pair in zip(self._session.spec.layers, self._session.cache(), strict=True):
                 for kind, array in zip(("key", "value"), pair):

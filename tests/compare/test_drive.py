@@ -147,13 +147,11 @@ def test_in_the_free_run_each_side_feeds_its_own_best_token():
     from gqa_export.run.polygraphy_runner import SessionRunner
 
     session = Scripted()
-    feed = {"input_ids": np.array([[3, 4, 5]]), "new_lengths": np.array([3]), "reset": np.array([1]),
-            "free": np.array([0]), "finish": np.array([0])}
+    feed = {"input_ids": np.array([[3, 4, 5]]), "new_lengths": np.array([3]), "flags": np.array([1, 0, 0])}
     with SessionRunner(session, "x") as runner:
         first = runner.infer(feed)
         own = int(first["logits"][0, 2].argmax())
-        other = {"input_ids": np.array([[own + 1]]), "new_lengths": np.array([1]), "reset": np.array([0]),
-                 "free": np.array([1]), "finish": np.array([1])}
+        other = {"input_ids": np.array([[own + 1]]), "new_lengths": np.array([1]), "flags": np.array([0, 1, 1])}
         second = runner.infer(other)
     assert second["fed"].tolist() == [[own]]
     assert session.fed[1].tolist() == [[own]]
