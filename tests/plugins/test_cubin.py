@@ -44,8 +44,8 @@ def shape(model: str) -> list[str]:
     return ["--heads", str(sizes["heads"]), "--kv-heads", str(sizes["kv_heads"]), "--head-size", str(sizes["head"])]
 
 
-SLICE = [("Llama-3-8B", 90, "bf16"), ("Qwen2.5-0.5B", 121, "fp16"), ("SmolLM2", 86, "fp32"),
-         ("Gemma-3-270M", 103, "bf16")]
+SLICE = [("Llama-3-8B", 90, "bf16"), ("Qwen2.5-0.5B", 103, "fp16"), ("SmolLM2", 86, "fp32"),
+         ("Gemma-3-270M", 80, "bf16")]
 
 
 @pytest.mark.slow
@@ -72,8 +72,8 @@ def test_model_compiles_into_files_that_say_how_to_launch(tmp_path, model: str, 
 
 
 @pytest.mark.slow
-def test_decode_compiles_for_every_capability(tmp_path) -> None:
-    program = ("import sys\nfrom gqa_plugins.grouped_attention import cubin\n"
+def test_decode_compiles_for_every_capability() -> None:
+    program = ("from gqa_plugins.grouped_attention import cubin, plan\n"
                "variant = cubin.Variant('decode', 'bf16', 7, 64, 64, 7)\n"
                "for capability in plan.CAPABILITIES:\n"
                "    made = cubin.compile_variant(variant, capability)\n"
