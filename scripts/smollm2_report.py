@@ -15,6 +15,7 @@ import json
 import platform
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -56,10 +57,20 @@ def structures() -> dict[str, Any]:
     return found
 
 
-def truth_tokens(checkpoint: Path) -> tuple[list[int], list[int]]:
-    """The prompt's token ids and transformers' greedy continuation."""
+@dataclass(frozen=True)
+class Truth:
+    """The prompt's ids and transformers' greedy continuations: end tokens like any other, and end tokens forbidden
+    (which is how onnxruntime-genai goes on past them)."""
+
+    prompt: list[int]
+    greedy: list[int]
+    endless: list[int]
+
+
+def truth_tokens(checkpoint: Path) -> Truth:
+    """What transformers' `generate` says."""
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
     from gqa_export.checkpoint import open_checkpoint
 
@@ -67,10 +78,18 @@ def truth_tokens(checkpoint: Path) -> tuple[list[int], list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(opened.folder, gguf_file=opened.gguf_file and opened.gguf_file.name)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True,
                                            return_dict=False)
-    with torch.no_grad():
-        out = opened.load_model("float32").generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False,
-                                                    min_new_tokens=NEW_TOKENS)
-    return list(prompt), out[0, len(prompt):].tolist()
+    model: Any = opened.load_model("float32")
+    end = model.config.eos_token_id
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    found = []
+    for options in ({"eos_token_id": None}, {"eos_token_id": end, "min_new_tokens": NEW_TOKENS}):
+        config = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=end, **options)
+        with torch.no_grad():
+            # A mask of ones: generate would hide the prompt's own end tokens where they are the padding token too.
+            ids = torch.tensor([prompt])
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        found.append(out[0, len(prompt):].tolist())
+    return Truth(list(prompt), *found)
 
 
 def our_tokens(bundle: Path, prompt: list[int]) -> tuple[list[int], float]:
@@ -96,26 +115,25 @@ def genai_tokens(bundle: Path, prompt: list[int]) -> list[int]:
     return list(map(int, generator.get_sequence(0)[len(prompt):]))
 
 
-def measure(checkpoint: Path, folder: Path, target: str, cache: str, truth: tuple[list[int], list[int]]) -> dict:
+def measure(checkpoint: Path, folder: Path, target: str, cache: str, truth: Truth) -> dict:
     """Export, validate and let one bundle speak."""
     from gqa_export.validation import validate
 
-    prompt, expected = truth
     began = time.perf_counter()
     export = export_onnx(checkpoint, folder, ExportOptions(target=target, cache=cache, dtype="fp32",
                                                            capacity=CAPACITY))
     exported = time.perf_counter()
     verdict = validate(folder, checkpoint, steps=STEPS, check_hashes=False)
-    tokens, speed = our_tokens(folder, prompt)
+    tokens, speed = our_tokens(folder, truth.prompt)
     logits = [kind for case in verdict.cases for kind in case.kinds if kind.kind == "logits"]
     row = {"target": target, "cache": cache, "nodes": export.nodes, "export_s": round(exported - began, 1),
            "validate_s": round(time.perf_counter() - exported, 1), "passed": verdict.exit_code == 0,
            "max_logit_difference": max(kind.max_abs for kind in logits),
            "cases": {case.name: max(kind.max_abs for kind in case.kinds if kind.kind == "logits")
                      for case in verdict.cases},
-           "same_tokens": _same(tokens, expected), "tokens_per_s": round(speed, 1)}
+           "same_tokens": _same(tokens, truth.greedy), "tokens_per_s": round(speed, 1)}
     if target == "ort" and cache == "growing":
-        row["same_tokens_through_genai"] = _same(genai_tokens(folder, prompt), expected)
+        row["same_tokens_through_genai"] = _same(genai_tokens(folder, truth.prompt), truth.endless)
     return row
 
 
