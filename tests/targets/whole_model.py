@@ -73,7 +73,8 @@ def _lowered(name: str, target: str, mode: str, packed: bool, overrides: Overrid
 @cache
 def _eager(name: str, overrides: Overrides) -> torch.nn.Module:
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint(name, overrides), dtype=torch.float64,
-                                                              attn_implementation="eager")
+                                                              attn_implementation="eager",
+                                                              experts_implementation="eager")
     return model.eval()
 
 
