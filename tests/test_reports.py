@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def report():
 def structures():
     """The graphs that this code makes of that model's shape."""
     spec = importlib.util.spec_from_file_location("smollm2_report", ROOT / "scripts" / "smollm2_report.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module.structures()
 
