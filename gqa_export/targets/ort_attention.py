@@ -115,7 +115,6 @@ def lower_attention(graph: gs.Graph, context: Any) -> int:
         edit.add_node(graph, OP, [*inputs[QUERY:PAST_VALUE + 1], *lengths, cos, sin, None, None, head_sink],
                       name=f"{node.name.rpartition('/')[0]}/{OP}_0", domain=DOMAIN, outputs=outputs, attrs=attrs)
         count += 1
-    edit.tidy(graph)
     return count
 
 

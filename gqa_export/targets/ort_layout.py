@@ -36,7 +36,6 @@ def unreshape(graph: gs.Graph, context: Any) -> int:
             count += _untranspose(graph, node)
         elif is_op(node, "Reshape"):
             count += _unreshape(graph, node)
-    edit.tidy(graph)
     return count
 
 
