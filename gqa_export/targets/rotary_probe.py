@@ -76,6 +76,10 @@ class Probe:
 
 
 def prove(probe: Probe, rows: int) -> Rotation | str:
+    """The rotation that a region of the graph computes, found by feeding it unit vectors, or why it is none.
+
+    rows: positions to tabulate. The result is checked against the region itself; a formula is never recognised.
+    """
     heads, size = probe.heads, probe.head_size
     unit = np.zeros((size + 1, 2, heads, size), np.float32)
     unit[np.arange(size), :, :, np.arange(size)] = 1
