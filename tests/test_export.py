@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gqa_models
 import pytest
+from glassllm_checkpoint import write_glassllm
 
 from gqa_export.errors import EXIT_PASSED
 from gqa_export.pipeline import ExportOptions, export_onnx
@@ -63,6 +64,12 @@ def test_weights_used_where_they_are_give_the_same_answers(checkpoint_of, tmp_pa
     manifest = passes(checkpoint, folder, weights=weights, steps=8)
     assert manifest.bytes_copied == 0 < manifest.bytes_linked
     assert {name: (checkpoint / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("target", EVERY_TARGET)
+def test_a_real_small_model_passes_validation(tmp_path, target):
+    checkpoint = write_glassllm(tmp_path / "glassllm")
+    assert len(passes(checkpoint, tmp_path / "bundle", target=target, dtype="fp32").spec.layers) == 4
 
 
 def test_merged_experts_cannot_be_linked_and_are_written(checkpoint_of, tmp_path):
