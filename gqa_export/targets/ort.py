@@ -18,6 +18,7 @@ from . import body, ort_attention, ort_guard, ort_layout, ort_matmul, ort_norms
 PREPARE = [
     Pass("infer_shapes", ort_norms.infer_shapes, expect=lambda context: len(context.spec.layers)),
     Pass("fuse_norms", ort_norms.fuse_norms),
+    Pass("settle_types", ort_norms.settle_types),
     Pass("fuse_skip_norms", ort_norms.fuse_skip_norms),
     Pass("name_fused", ort_norms.clean),
 ]
