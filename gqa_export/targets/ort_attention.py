@@ -103,7 +103,7 @@ def lower_attention(graph: gs.Graph, context: Any) -> int:
             continue
         lengths = lengths or _lengths(graph)
         rotation = context.notes.get("rotation", {}).get(layer.layer)
-        cos, sin = _tables(rotation, node.inputs[PAST_KEY].dtype, tables) if rotation else (None, None)
+        cos, sin = _tables(graph, rotation, context.notes["element"], tables) if rotation else (None, None)
         sinks = const_value(node.inputs[SINKS])
         head_sink = None if sinks is not None and np.isneginf(sinks).all() else node.inputs[SINKS]
         attrs = {"num_heads": layer.num_heads, "kv_num_heads": layer.kv_num_heads, "scale": float(node.attrs["scale"]),
@@ -130,13 +130,18 @@ def _lengths(graph: gs.Graph) -> list[gs.Tensor]:
     return seqlens_B + edit.add_node(graph, "Cast", width, name="lengths/Cast_1", attrs=to_int32)
 
 
-def _tables(rotation: Rotation, dtype: Any, known: dict[bytes, tuple[gs.Tensor, gs.Tensor]]):
-    """The tables of a rotation as constants of the model's type, each stored once."""
+def _tables(graph: gs.Graph, rotation: Rotation, element: int, known: dict[bytes, tuple[gs.Tensor, gs.Tensor]]):
+    """The tables of a rotation in the model's type, each stored once.
+
+    Stored in fp32 and cast in the graph (runtimes fold it), so that the fp32 twin of a bf16 model is not rounded here.
+    """
     key = rotation.cos.tobytes() + rotation.sin.tobytes()
     if key not in known:
         number = len(known)
-        known[key] = (edit.constant(f"rotary/cos_{number}", rotation.cos, dtype),
-                      edit.constant(f"rotary/sin_{number}", rotation.sin, dtype))
+        tables = [edit.constant(f"rotary/{name}_{number}", np.asarray(value, np.float32))
+                  for name, value in (("cos", rotation.cos), ("sin", rotation.sin))]
+        if element != onnx.TensorProto.FLOAT:
+            tables = [edit.add_node(graph, "Cast", [table], name=f"{table.name}/Cast", attrs={"to": element})[0]
+                      for table in tables]
+        known[key] = (tables[0], tables[1])
     return known[key]
-
-
