@@ -1,0 +1,165 @@
+"""The plugin's identity and serialized fields, one definition for Python and C++. Standard library only.
+
+Identity: op `GroupedQueryAttention`, version "1", namespace "gqa". An ONNX node carries them as domain "gqa" (or the
+string attributes `plugin_version` and `plugin_namespace`).
+
+**Node.** Inputs are those of `gqa_export.contract.INPUTS`, in that order, only the present ones (TensorRT refuses
+holes): `key` and `value` if has_new, `cos` and `sin` if has_rotary, `sinks` if has_sinks. Outputs: `output`, and, if
+has_new, `present_key` and `present_value`, which are the memory of `past_key` and `past_value`.
+
+**Creation fields** (ONNX attributes, all of length 1, all required): `CREATION` below.
+
+**Serialized fields**: the creation fields, then `SERIALIZED_ONLY`, in this order:
+
+    contract_version  int32   1; any other value is refused
+    keys              char    the kernels this layer launches, ASCII, one line each:  KERNEL CAPABILITY SHA256\\n
+                              KERNEL append | prefill | decode | combine; CAPABILITY 89 is 8.9; SHA256 (64 lower-case
+                              hexadecimal digits) of the whole .gqacubin file (`gqa_plugins.grouped_attention.cubin`)
+    cubins            char    a container (below); absent on every layer but the one that carries them
+
+Readers find fields by name and ignore none: an unknown name is refused, so is a missing one (but `cubins`).
+
+**Container**: a text header, an empty line, then the files one after another, in the header's order:
+
+    gqa-cubins 1\\n
+    SHA256 BYTES\\n            one line per file, sorted by SHA256; BYTES decimal
+    \\n
+    file file file ...        exactly as long as the header says; nothing follows
+
+TensorRT stores a layer's fields once per optimization profile and restores layers in an order of its own, so one layer
+carries every cubin of the engine and the others only name theirs: whoever restores a layer puts its container into a
+store of the process, and kernels are looked up there when the first one is launched, after all layers were restored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from gqa_export.contract import ATTRIBUTES, DOMAIN, INPUTS, OP, OUTPUT_NAMES, VERSION
+from gqa_export.errors import GqaExportError
+
+NAME = OP
+PLUGIN_VERSION = "1"
+NAMESPACE = DOMAIN
+CONTRACT_VERSION = VERSION
+MAGIC = b"gqa-cubins 1"
+KERNELS = ("append", "prefill", "decode", "combine")
+KEY_LINE = re.compile(rf"({'|'.join(KERNELS)}) ([0-9]+) ([0-9a-f]{{64}})")
+REBUILD = "build the engine again with `gqa-export trt`"
+
+FLAGS = ("has_rotary", "has_sinks", "has_new")
+# (name, "int32" | "float32" | "char"), in order.
+CREATION: tuple[tuple[str, str], ...] = (
+    *((attribute.name, "int32" if attribute.type == "int" else "float32") for attribute in ATTRIBUTES),
+    *((flag, "int32") for flag in FLAGS),
+)
+SERIALIZED_ONLY: tuple[tuple[str, str], ...] = (("contract_version", "int32"), ("keys", "char"), ("cubins", "char"))
+SERIALIZED = CREATION + SERIALIZED_ONLY
+OPTIONAL = ("cubins",)
+FLAG_OF_INPUT = {"key": "has_new", "value": "has_new", "cos": "has_rotary", "sin": "has_rotary", "sinks": "has_sinks"}
+
+
+def node_inputs(flags: Mapping[str, int | float]) -> tuple[str, ...]:
+    """Names of a node's inputs, in order, given its `has_*` attributes."""
+    return tuple(port.name for port in INPUTS if port.name not in FLAG_OF_INPUT or flags[FLAG_OF_INPUT[port.name]])
+
+
+def node_outputs(flags: Mapping[str, int | float]) -> tuple[str, ...]:
+    """Names of a node's outputs, in order."""
+    return OUTPUT_NAMES if flags["has_new"] else OUTPUT_NAMES[:1]
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """One kernel that a layer launches: which of `KERNELS`, the capability (89), the sha256 of its .gqacubin file."""
+
+    kernel: str
+    capability: int
+    sha256: str
+
+
+def keys_text(keys: Iterable[Key]) -> bytes:
+    """The `keys` field, sorted by kernel and capability."""
+    return "".join(f"{key.kernel} {key.capability} {key.sha256}\n" for key in sorted(keys)).encode("ascii")
+
+
+def parse_keys(data: bytes, where: str = "plugin field keys") -> tuple[Key, ...]:
+    """Read `keys_text` back. Raises GqaExportError for anything else."""
+    found = []
+    lines = data.decode("ascii", errors="replace").split("\n")
+    for line in lines[:-1]:
+        match = KEY_LINE.fullmatch(line)
+        if match is None:
+            raise GqaExportError(f"the engine names a kernel in a way that is not understood: {line[:80]!r}", where,
+                                 REBUILD)
+        found.append(Key(match[1], int(match[2]), match[3]))
+    if lines[-1]:
+        raise GqaExportError("the engine's list of kernels is cut short", where, REBUILD)
+    return tuple(found)
+
+
+def check_contract_version(version: int, where: str = "plugin field contract_version") -> None:
+    """Refuse a layer that was serialized for another version of the op."""
+    if version != CONTRACT_VERSION:
+        raise GqaExportError(f"the engine's attention layers follow version {version} of the op, this plugin follows "
+                             f"{CONTRACT_VERSION}", where,
+                             f"{REBUILD} of this version, or load it with the plugin it was built with")
+
+
+def pack(files: Iterable[bytes]) -> bytes:
+    """A container of .gqacubin files; equal files are carried once."""
+    named = dict(sorted((hashlib.sha256(data).hexdigest(), data) for data in files))
+    header = b"".join(f"{name} {len(data)}\n".encode("ascii") for name, data in named.items())
+    return MAGIC + b"\n" + header + b"\n" + b"".join(named.values())
+
+
+def unpack(container: bytes, where: str = "plugin field cubins") -> dict[str, bytes]:
+    """sha256 -> file. Raises GqaExportError unless the container is whole and every file has its sha256."""
+    header, separator, rest = container.partition(b"\n\n")
+    lines = header.split(b"\n")
+    if lines[0] != MAGIC or not separator:
+        raise GqaExportError(f"the engine's kernels are not in a container of this version: it does not begin with "
+                             f"'{MAGIC.decode()}'", where, REBUILD)
+    files, start = {}, 0
+    for line in lines[1:]:
+        match = re.fullmatch(rb"([0-9a-f]{64}) ([0-9]+)", line)
+        if match is None:
+            raise GqaExportError("the header of the engine's kernels is damaged", where, REBUILD)
+        name, size = match[1].decode(), int(match[2])
+        data = rest[start:start + size]
+        if hashlib.sha256(data).hexdigest() != name:
+            raise GqaExportError(f"the engine's kernel {name[:12]} is cut short or altered", where, REBUILD)
+        files[name], start = data, start + size
+    if start != len(rest):
+        raise GqaExportError(f"{len(rest) - start} bytes follow the engine's kernels", where, REBUILD)
+    return files
+
+
+class CubinStore:
+    """The kernels that this process has seen, by sha256. Filled layer by layer, asked at the first launch."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def add(self, container: bytes) -> None:
+        """Put every file of a container in. Raises GqaExportError for a damaged one; then nothing of it is kept."""
+        files = unpack(container)
+        with self._lock:
+            self._files.update(files)
+
+    def get(self, sha256: str) -> bytes:
+        """The file, or a GqaExportError that says why it is not there."""
+        with self._lock:
+            data = self._files.get(sha256)
+        if data is None:
+            raise GqaExportError(f"kernel {sha256[:12]} is in no layer that was loaded: the engine's carrying layer is "
+                                 "missing or was not restored", "plugin field cubins", REBUILD)
+        return data
+
+
+STORE = CubinStore()
