@@ -1,0 +1,252 @@
+"""What one plugin layer launches, as numbers: kernels, grids, arguments, workspace. No GPU, torch, Triton or TensorRT.
+
+Python's plugin and the C++ one follow this file. Dimensions as in `gqa_export.contract`; `group` is H / K.
+
+Order of launches: append (if has_new or has_rotary), then either decode and combine, or prefill (`choose`):
+
+    rows = S * group
+    prefill   if S > 1 and rows > 128
+    decode    otherwise, with splits = plan.choose_splits(B, K, ceil(rows / decode.tile_rows), keys, min(SMs, 256))
+              where keys = min(C, window + S - 1) if window else C
+
+The bound on the cache is its capacity, never a length: a captured CUDA graph serves every length. Grids are those of
+docs/kernels.md. Workspace, each part aligned to 256 bytes, in this order: rotated queries [B, S, H*D] T (has_rotary),
+partial outputs [B, K, rows, splits, E] fp32, their log-sum-exp [B, K, rows, splits] fp32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gqa_plugins.grouped_attention import plan
+from gqa_plugins.grouped_attention.cubin import Cubin, Variant
+from gqa_plugins.grouped_attention.fields import CREATION, REBUILD, Key
+
+from gqa_export.errors import GqaExportError
+
+SM_BOUND = 256  # more SMs than this are not filled by splits: the workspace is sized before the GPU is known
+ALIGNMENT = 256
+ARCHITECTURE_ONLY = 90  # from this capability on, a cubin runs on its own capability alone
+KINDS = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The creation fields of one plugin layer."""
+
+    num_heads: int
+    kv_num_heads: int
+    scale: float
+    softcap: float
+    window: int
+    rotary_interleaved: int
+    growing: int
+    has_rotary: int
+    has_sinks: int
+    has_new: int
+
+    @classmethod
+    def from_fields(cls, values: Mapping[str, Any], where: str = "plugin fields") -> Layer:
+        """From name -> number. Raises GqaExportError for a field that is missing, unknown or out of range."""
+        names = [name for name, _ in CREATION]
+        odd = sorted(set(values).symmetric_difference(names))
+        if odd:
+            raise GqaExportError(f"the attention layer lacks or does not know: {', '.join(odd)}", where,
+                                 "export the bundle again with this version: `gqa-export onnx --target trt-plugin`")
+        layer = cls(**{name: (float if kind == "float32" else int)(values[name]) for name, kind in CREATION})
+        wrong = ""
+        if layer.kv_num_heads < 1 or layer.num_heads < 1 or layer.num_heads % layer.kv_num_heads:
+            wrong = f"{layer.num_heads} query heads cannot be grouped over {layer.kv_num_heads} key/value heads"
+        elif layer.growing:
+            wrong = "the plugin writes into a static cache, and growing is 1"
+        elif layer.window < 0 or layer.softcap < 0:
+            wrong = "window and softcap are 0 or more"
+        if wrong:
+            raise GqaExportError(wrong, where, "export the bundle again: `gqa-export onnx --target trt-plugin`")
+        return layer
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_heads // self.kv_num_heads
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The shapes of one call: B, S, C, D, E, R/2 (0: no rotation), M (rows of the rotary table), and T."""
+
+    batch: int
+    steps: int
+    capacity: int
+    head: int
+    value_head: int
+    dtype: str
+    rotary_half: int = 0
+    max_position: int = 1
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]], dtype: str) -> Sizes:
+        """From the shapes of a node's inputs, by the contract's names."""
+        batch, _, capacity, head = shapes["past_key"]
+        table = shapes.get("cos", (1, 0))
+        return cls(batch, shapes["query"][1], capacity, head, shapes["past_value"][3], dtype, table[1], table[0])
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch. arguments: (type, value) in order, without the null scratch pointers that follow."""
+
+    cubin: Cubin
+    grid: tuple[int, int, int]
+    arguments: tuple[tuple[str, int | float], ...]
+
+    def parameters(self) -> tuple[tuple[int | float, ...], tuple[Any, ...]]:
+        """(values, ctypes types) as `cuda.bindings.driver.cuLaunchKernel` takes them, scratch pointers included."""
+        padded = (*self.arguments, *(("*", 0) for _ in range(self.cubin.scratch_pointers)))
+        return (tuple(value for _, value in padded), tuple(KINDS.get(kind, ctypes.c_void_p) for kind, _ in padded))
+
+
+def variants(layer: Layer, sizes: Sizes) -> dict[str, Variant]:
+    """The kernels that a layer can need, by name: what is compiled into the engine."""
+    shape = (sizes.dtype, layer.group, sizes.head, sizes.value_head)
+    window, softcap, sinks = layer.window > 0, layer.softcap > 0, bool(layer.has_sinks)
+    wanted = {
+        "prefill": Variant("prefill", *shape, plan.LONG_ROWS, window, softcap, sinks),
+        "decode": Variant("decode", *shape, layer.group, window, softcap),
+        "combine": Variant("combine", *shape, sinks=sinks),
+    }
+    if layer.has_new or layer.has_rotary:
+        wanted["append"] = Variant("append", *shape, rotary_half=sizes.rotary_half,
+                                   interleaved=bool(layer.rotary_interleaved and layer.has_rotary),
+                                   has_new=bool(layer.has_new))
+    return wanted
+
+
+def pick(keys: Iterable[Key], capability: int) -> dict[str, Key]:
+    """kernel -> the key whose cubin runs on a GPU of this capability.
+
+    The same capability, or, below 9.0, the nearest lower one of the same generation that asks for no more shared
+    memory than this one has. Raises GqaExportError that names what the engine carries.
+    """
+    keys = tuple(keys)
+    chosen: dict[str, Key] = {}
+    for key in sorted(keys, key=lambda key: key.capability):
+        near = (key.capability // 10 == capability // 10 and key.capability <= capability < ARCHITECTURE_ONLY
+                and plan.SHARED_KIB.get(key.capability, 0) <= plan.SHARED_KIB.get(capability, 0))
+        if key.capability == capability or near:
+            chosen[key.kernel] = key
+    if not chosen or {key.kernel for key in keys} != set(chosen):
+        there = ", ".join(sorted({f"{key.capability // 10}.{key.capability % 10}" for key in keys})) or "none"
+        dotted = f"{capability // 10}.{capability % 10}"
+        raise GqaExportError(f"this GPU has compute capability {dotted}, the engine carries kernels for {there}",
+                             "the engine's attention layers",
+                             f"build it with `gqa-export trt BUNDLE -o DIR --compute-capability {dotted}`")
+    return chosen
+
+
+def check_cubin(cubin: Cubin, layer: Layer, sizes: Sizes) -> None:
+    """Refuse a kernel that was compiled for another layer."""
+    expected = {"GROUP": layer.group, "HEAD": sizes.head, "VALUE_HEAD": sizes.value_head, "HALF": sizes.rotary_half,
+                "HAS_WINDOW": int(layer.window > 0), "HAS_SOFTCAP": int(layer.softcap > 0),
+                "HAS_SINKS": layer.has_sinks, "HAS_NEW": layer.has_new,
+                "INTERLEAVED": int(bool(layer.rotary_interleaved and layer.has_rotary))}
+    for name, value in expected.items():
+        if name in cubin.constants and int(cubin.constants[name]) != value:
+            raise GqaExportError(f"kernel {cubin.kernel} was compiled for {name} = {cubin.constants[name]}, "
+                                 f"the layer has {value}", "the engine's attention layers", REBUILD)
+    kinds = dict(cubin.arguments)
+    for name in ("query_ptr", "output_ptr"):
+        if kinds.get(name, f"*{sizes.dtype}") != f"*{sizes.dtype}":
+            raise GqaExportError(f"kernel {cubin.kernel} was compiled for {kinds[name][1:]}, the layer has "
+                                 f"{sizes.dtype}", "the engine's attention layers", REBUILD)
+
+
+def _visible(layer: Layer, sizes: Sizes, steps: int) -> int:
+    return min(sizes.capacity, layer.window + steps - 1) if layer.window else sizes.capacity
+
+
+def choose(layer: Layer, sizes: Sizes, decode_rows: int, sm_count: int) -> tuple[str, int]:
+    """("decode", splits) or ("prefill", 1). decode_rows: the decode kernel's tile_rows."""
+    rows = sizes.steps * layer.group
+    if sizes.steps > 1 and rows > plan.LONG_ROWS:
+        return "prefill", 1
+    splits = plan.choose_splits(sizes.batch, layer.kv_num_heads, -(-rows // decode_rows),
+                                _visible(layer, sizes, sizes.steps), min(sm_count, SM_BOUND))
+    return "decode", splits
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _rotated_bytes(layer: Layer, sizes: Sizes) -> int:
+    if not layer.has_rotary:
+        return 0
+    return _aligned(sizes.batch * sizes.steps * layer.num_heads * sizes.head * plan.DTYPE_BYTES[sizes.dtype])
+
+
+def workspace_bytes(layer: Layer, largest: Sizes) -> int:
+    """Enough for every batch up to B and every S up to S of `largest`, on every GPU."""
+    most = 0
+    for steps in range(1, largest.steps + 1):
+        rows = steps * layer.group
+        if steps > 1 and rows > plan.LONG_ROWS:
+            break
+        tiles = -(-rows // plan.row_block(layer.group))  # no tile is longer than this, so there are no fewer
+        by_length = min(plan.MAX_SPLITS, max(1, _visible(layer, largest, steps) // plan.MIN_KEYS_PER_SPLIT))
+        by_work = SM_BOUND * plan.BLOCKS_PER_SM // (layer.kv_num_heads * tiles) + largest.batch
+        sequences = min(largest.batch * by_length, by_work)  # bounds batch * splits
+        sizes = plan.workspace_elements(sequences, steps, layer.num_heads, largest.value_head, 1)
+        most = max(most, sum(_aligned(4 * size) for size in sizes))
+    return _rotated_bytes(layer, largest) + most
+
+
+def launches(layer: Layer, sizes: Sizes, cubins: Mapping[str, Cubin], pointers: Mapping[str, int], workspace: int,
+             sm_count: int) -> list[Launch]:
+    """What to launch, in order, on one stream.
+
+    cubins: kernel -> compiled for this GPU. pointers: device addresses of the node's inputs and `output`, by the
+    contract's names. workspace: device address of `workspace_bytes`.
+    """
+    decode_rows = cubins["decode"].tile_rows
+    kind, splits = choose(layer, sizes, decode_rows, sm_count)
+    elements = plan.workspace_elements(sizes.batch, sizes.steps, layer.num_heads, sizes.value_head, splits)
+    partial = workspace + _rotated_bytes(layer, sizes)
+    absent = pointers["query"]  # a valid address that the kernel never reads
+    rotated = workspace if layer.has_rotary else pointers["query"]
+    common: dict[str, int | float] = {
+        "past_lengths_ptr": pointers["past_lengths"], "new_lengths_ptr": pointers["new_lengths"],
+        "output_ptr": pointers["output"],
+        "partial_ptr": partial, "logsum_ptr": partial + _aligned(4 * elements[0]),
+        "kv_heads": layer.kv_num_heads, "steps": sizes.steps, "capacity": sizes.capacity, "splits": splits,
+        "window": layer.window, "scale": layer.scale, "softcap": layer.softcap,
+    }
+    rows = sizes.steps * layer.group
+    grids = {
+        "append": (-(-sizes.steps // plan.APPEND_STEPS),
+                   layer.kv_num_heads * layer.has_new + layer.num_heads * layer.has_rotary, sizes.batch),
+        "prefill": (-(-rows // cubins["prefill"].tile_rows), layer.kv_num_heads, sizes.batch),
+        "decode": (-(-rows // decode_rows) * splits, layer.kv_num_heads, sizes.batch),
+        "combine": (sizes.batch * sizes.steps * layer.num_heads, 1, 1),
+    }
+    appending = {**common, "query_ptr": pointers["query"], "key_ptr": pointers.get("key", absent),
+                 "value_ptr": pointers.get("value", absent), "past_key_ptr": pointers["past_key"],
+                 "past_value_ptr": pointers["past_value"], "cos_ptr": pointers.get("cos", absent),
+                 "sin_ptr": pointers.get("sin", absent), "rotated_ptr": rotated, "max_position": sizes.max_position}
+    attending = {**common, "query_ptr": rotated, "sinks_ptr": pointers.get("sinks", rotated),
+                 "key_ptr": pointers["past_key"], "value_ptr": pointers["past_value"]}
+    wanted = ["append"] if layer.has_new or layer.has_rotary else []
+    wanted += ["decode", "combine"] if kind == "decode" else ["prefill"]
+    return [_launch(cubins[name], grids[name], appending if name == "append" else attending) for name in wanted]
+
+
+def _launch(cubin: Cubin, grid: tuple[int, int, int], values: Mapping[str, int | float]) -> Launch:
+    unknown = [name for name, _ in cubin.arguments if name not in values]
+    if unknown:
+        raise GqaExportError(f"kernel {cubin.kernel} takes arguments that this plugin does not know: "
+                             f"{', '.join(unknown)}", "the engine's attention layers", REBUILD)
+    return Launch(cubin, grid, tuple((kind, values[name]) for name, kind in cubin.arguments))
+
