@@ -2,7 +2,8 @@
 
 `ort`, `onnx`, `portable` take `input_ids` [batch, sequence] and `attention_mask` [batch, past + sequence] (1 is a
 real token); `trt-*` take `input_ids`, `past_lengths` and `new_lengths`. Then the cache, layer by layer, key before
-value. K, D and E are literal in every shape, the other axes are named. Cache layout is BNSH: [B, K, T, D].
+value. K, D and E are literal in every shape, for `trt-*` the capacity too; the other axes are named. Cache layout is
+BNSH: [B, K, T, D].
 """
 
 from __future__ import annotations
@@ -43,19 +44,20 @@ def present_names(layer: int) -> tuple[str, str]:
     return f"present.{layer}.key", f"present.{layer}.value"
 
 
-def cache_inputs(spec: ModelSpec, dtype: str, cache: str) -> tuple[TensorFact, ...]:
-    """Cache inputs of all layers, in graph order. `cache`: "growing" or "static"."""
-    axis = PAST if cache == "growing" else CAPACITY
+def cache_inputs(spec: ModelSpec, dtype: str, cache: str, capacity: int | str = CAPACITY) -> tuple[TensorFact, ...]:
+    """Cache inputs of all layers, in graph order. `cache`: "growing" or "static"; `capacity`: of a static one, where
+    it is literal."""
+    axis = PAST if cache == "growing" else capacity
     return _cache_facts(spec, dtype, axis, past_names)
 
 
-def cache_outputs(spec: ModelSpec, dtype: str, cache: str) -> tuple[TensorFact, ...]:
-    """Cache outputs of all layers, in graph order. `cache`: "growing" or "static"."""
-    axis = TOTAL if cache == "growing" else CAPACITY
+def cache_outputs(spec: ModelSpec, dtype: str, cache: str, capacity: int | str = CAPACITY) -> tuple[TensorFact, ...]:
+    """Cache outputs of all layers, in graph order. Arguments as of `cache_inputs`."""
+    axis = TOTAL if cache == "growing" else capacity
     return _cache_facts(spec, dtype, axis, present_names)
 
 
-def _cache_facts(spec: ModelSpec, dtype: str, axis: str, names) -> tuple[TensorFact, ...]:
+def _cache_facts(spec: ModelSpec, dtype: str, axis: int | str, names) -> tuple[TensorFact, ...]:
     facts = []
     for layer in spec.layers:
         key, value = names(layer.layer)
@@ -64,16 +66,20 @@ def _cache_facts(spec: ModelSpec, dtype: str, axis: str, names) -> tuple[TensorF
     return tuple(facts)
 
 
-def graph_inputs(spec: ModelSpec, dtype: str, cache: str) -> tuple[TensorFact, ...]:
-    """All inputs of an `ort`, `onnx` or `portable` graph, in order."""
-    return (
-        TensorFact(INPUT_IDS, "int64", (BATCH, SEQUENCE)),
-        TensorFact(ATTENTION_MASK, "int64", (BATCH, TOTAL)),
-        *cache_inputs(spec, dtype, cache),
-    )
+def graph_inputs(spec: ModelSpec, dtype: str, cache: str, interface: str = "mask",
+                 capacity: int | str = CAPACITY) -> tuple[TensorFact, ...]:
+    """All inputs, in order. `interface`: "mask" (`ort`, `onnx`, `portable`) or "lengths" (`trt-*`, all int32).
+    `capacity`: that of a static cache where it is literal (`trt-*`)."""
+    if interface == "mask":
+        head = [TensorFact(INPUT_IDS, "int64", (BATCH, SEQUENCE)), TensorFact(ATTENTION_MASK, "int64", (BATCH, TOTAL))]
+    else:
+        head = [TensorFact(INPUT_IDS, "int32", (BATCH, SEQUENCE)),
+                *(TensorFact(name, "int32", (BATCH,)) for name in (PAST_LENGTHS, NEW_LENGTHS))]
+    return (*head, *cache_inputs(spec, dtype, cache, capacity))
 
 
-def graph_outputs(spec: ModelSpec, dtype: str, cache: str, logits: str) -> tuple[TensorFact, ...]:
+def graph_outputs(spec: ModelSpec, dtype: str, cache: str, logits: str,
+                  capacity: int | str = CAPACITY) -> tuple[TensorFact, ...]:
     """All outputs, in order. `logits`: "all" gives [batch, sequence, vocabulary], "last" [batch, 1, vocabulary]."""
     rows: int | str = SEQUENCE if logits == "all" else 1
-    return (TensorFact(LOGITS, dtype, (BATCH, rows, spec.vocabulary)), *cache_outputs(spec, dtype, cache))
+    return (TensorFact(LOGITS, dtype, (BATCH, rows, spec.vocabulary)), *cache_outputs(spec, dtype, cache, capacity))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +24,15 @@ DEFAULT_CAPACITY = 4096
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What `gqa-export onnx` takes. dtype: "auto" is the checkpoint's. capacity 0: min(the model's, 4096)."""
+    """What `gqa-export onnx` takes. dtype: "auto" is the checkpoint's. capacity 0: min(the model's, 4096).
+    cache and logits "": the target's own."""
 
     target: str = "ort"
     dtype: str = "auto"
-    cache: str = "growing"
+    cache: str = ""
     capacity: int = 0
     weights: Mode = "copy"
-    logits: str = "all"
+    logits: str = ""
     provider: str = "auto"
     force: bool = False
     hash_full: bool = False
@@ -60,9 +61,13 @@ def export_onnx(source: str | Path, output: Path, options: ExportOptions | None 
     from .targets import get_target
 
     target = get_target(options.target)
+    options = replace(options, cache=options.cache or target.caches[0], logits=options.logits or target.logits[0])
     if options.cache not in target.caches:
         raise GqaExportError(f"target {target.name} has no {options.cache} cache", "--cache",
                              f"use --cache {target.caches[0]}")
+    if options.logits not in target.logits:
+        raise GqaExportError(f"target {target.name} does not give {options.logits} logits", "--logits",
+                             f"use --logits {target.logits[0]}")
     say("reading the checkpoint", None, None)
     checkpoint = open_checkpoint(source)
     if inplace and Path(output).resolve() != checkpoint.folder.resolve():
@@ -159,12 +164,15 @@ def weight_store(checkpoint: Checkpoint, traced: Traced) -> WeightStore:
 def _manifest(checkpoint: Checkpoint, traced: Traced, lowered: Any, options: ExportOptions, dtype: str, capacity: int,
               has_tokenizer: bool) -> Manifest:
     from . import cache_io
+    from .targets import get_target
 
+    target = get_target(options.target)
+    axis = capacity if target.literal_capacity else cache_io.CAPACITY
     return Manifest(
         target=options.target, dtype=dtype, cache=options.cache, capacity=capacity, logits=options.logits,
         weights=options.weights, spec=traced.spec,
-        inputs=cache_io.graph_inputs(traced.spec, dtype, options.cache),
-        outputs=cache_io.graph_outputs(traced.spec, dtype, options.cache, options.logits),
+        inputs=cache_io.graph_inputs(traced.spec, dtype, options.cache, target.interface, axis),
+        outputs=cache_io.graph_outputs(traced.spec, dtype, options.cache, options.logits, axis),
         fallbacks=lowered.fallbacks,
         source={"checkpoint": checkpoint.source, "kind": checkpoint.kind, "dtype": checkpoint.stored_dtype,
                 "rope_regime": traced.rope_regime, "traced_layers": traced.traced_layers},
@@ -172,8 +180,6 @@ def _manifest(checkpoint: Checkpoint, traced: Traced, lowered: Any, options: Exp
 
 
 def _with_bytes(manifest: Manifest, placement: Any) -> Manifest:
-    from dataclasses import replace
-
     return replace(manifest, bytes_copied=placement.bytes_copied, bytes_linked=placement.bytes_linked)
 
 

@@ -16,25 +16,28 @@ if TYPE_CHECKING:
 @click.command(short_help="Export a checkpoint to an ONNX decoder with a KV cache.")
 @click.argument("checkpoint")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle folder to write.")
-@click.option("--target", type=click.Choice(["ort", "onnx", "portable"]), default="ort", show_default=True,
-              help="What attention becomes; see the README.")
+@click.option("--target", type=click.Choice(["ort", "onnx", "portable", "trt-plugin", "trt-native"]), default="ort",
+              show_default=True, help="What attention becomes; see the README.")
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True,
               help="Number format of weights and cache; auto is the checkpoint's.")
-@click.option("--cache", type=click.Choice(["growing", "static"]), default="growing", show_default=True,
-              help="Present is past plus the new tokens, or a buffer of fixed capacity.")
+@click.option("--cache", type=click.Choice(["growing", "static"]), default=None,
+              help="Present is past plus the new tokens, or a buffer of fixed capacity.  [default: the target's; "
+                   "static for trt-*, else growing]")
 @click.option("--capacity", type=click.IntRange(1), default=None,
               help="Longest sequence in tokens.  [default: the model's, at most 4096]")
 @click.option("--weights", type=click.Choice(["copy", "link", "inplace"]), default="copy", show_default=True,
               help="One file of our own, hard links to the checkpoint's, or the graph beside them.")
-@click.option("--logits", type=click.Choice(["all", "last"]), default="all", show_default=True,
-              help="Logits of every new token, or of each row's last one.")
+@click.option("--logits", type=click.Choice(["all", "last"]), default=None,
+              help="Logits of every new token, or of each row's last one.  [default: the target's; last for trt-*, "
+                   "else all]")
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="Where it is to run; auto is CUDA if it is there.")
 @click.option("--validate/--no-validate", "check", default=True, show_default=True,
               help="Compare the bundle with PyTorch afterwards.")
 @click.option("--hash", "hash_full", is_flag=True, help="sha256 of linked weight files too, however large.")
 @click.option("--force", is_flag=True, help="Replace an earlier bundle.")
-def command(checkpoint: str, output: Path, check: bool, capacity: int | None, **options: Any) -> None:
+def command(checkpoint: str, output: Path, check: bool, capacity: int | None, cache: str | None, logits: str | None,
+            **options: Any) -> None:
     """Export CHECKPOINT (a folder, a hub id or a .gguf file) to an ONNX bundle.
 
     Exit codes: 0 done (and passed), 1 the outputs differ from PyTorch's, 2 bad input.
@@ -42,7 +45,8 @@ def command(checkpoint: str, output: Path, check: bool, capacity: int | None, **
     from ..pipeline import ExportOptions, export_onnx
     from .progress import progress
 
-    chosen: ExportOptions = ExportOptions(capacity=capacity or 0, **options)
+    chosen: ExportOptions = ExportOptions(capacity=capacity or 0, cache=cache or "", logits=logits or "",
+                                          **options)
     with progress(f"exporting {checkpoint}") as bar:
         export = export_onnx(checkpoint, output, chosen, bar.report)
     describe(export)

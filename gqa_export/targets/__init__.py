@@ -107,5 +107,6 @@ def interface(model: onnx.ModelProto, spec: ModelSpec, target: Target, options: 
 
     element = next(value.type.tensor_type.elem_type for value in model.graph.output if value.name == cache_io.LOGITS)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(element).name
-    return (cache_io.graph_inputs(spec, dtype, options.cache),
-            cache_io.graph_outputs(spec, dtype, options.cache, options.logits))
+    capacity = options.capacity if target.literal_capacity else cache_io.CAPACITY
+    return (cache_io.graph_inputs(spec, dtype, options.cache, target.interface, capacity),
+            cache_io.graph_outputs(spec, dtype, options.cache, options.logits, capacity))

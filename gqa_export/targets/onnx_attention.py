@@ -174,11 +174,11 @@ def _lower_call(graph: gs.Graph, call: gs.Node, layer: AttentionSpec, lengths: L
     heads, kv_heads = layer.num_heads, layer.kv_num_heads
     inputs, (flat_output, *present_outputs) = list(call.inputs), list(call.outputs)
     edit.remove(call)
-    query = _heads_first(node, "query", inputs[0], heads, layer.head_size)
+    query = heads_first(node, "query", inputs[0], heads, layer.head_size)
     present = []
     for place, size in ((1, layer.head_size), (2, layer.value_head_size)):
         label = contract.INPUT_NAMES[place]
-        new = _heads_first(node, label, inputs[place], kv_heads, size)
+        new = heads_first(node, label, inputs[place], kv_heads, size)
         past = inputs[contract.input_index(f"past_{label}")]
         written = (_grow if lengths.growing else _scatter)(node, label, past, new, kv_heads, size, lengths)
         edit.replace_uses(graph, old := present_outputs[place - 1], written)
@@ -210,7 +210,7 @@ def _scatter(node: Nodes, label: str, past: gs.Tensor, new: gs.Tensor, kv_heads:
     return node(f"present_{label}", "TensorScatter", past, update, lengths.start_B, axis=2)
 
 
-def _heads_first(node: Nodes, label: str, flat_BSX: gs.Tensor, heads: int, size: int) -> gs.Tensor:
+def heads_first(node: Nodes, label: str, flat_BSX: gs.Tensor, heads: int, size: int) -> gs.Tensor:
     """[B, S, heads * size] as [B, heads, S, size]; where the graph made the former from the latter, the latter."""
     reshape = match.produced_by(flat_BSX, "Reshape")
     if reshape is not None:

@@ -13,7 +13,7 @@ import onnx
 
 from .. import cache_io
 from ..graph.passes import Pass
-from . import body, ort_attention, ort_guard, ort_layout, ort_matmul, ort_norms
+from . import body, ort_attention, ort_guard, ort_layout, ort_matmul, ort_norms, rotary_fold
 
 PREPARE = [
     Pass("infer_shapes", ort_norms.infer_shapes, expect=lambda context: len(context.spec.layers)),
@@ -36,7 +36,7 @@ PASSES = [
     Pass("note_element", note_element, expect=lambda context: 1),
     Pass("silu", ort_matmul.silu),
     Pass("norms_before_transposes", ort_layout.norms_before_transposes),
-    Pass("rotary_inside", ort_attention.fold_rotary),
+    Pass("rotary_inside", rotary_fold.fold_rotary),
     Pass("unreshape", ort_layout.unreshape),
     Pass("lower_attention", ort_attention.lower_attention, expect=ort_attention.holdable),
     Pass("transposed_products", ort_matmul.transposed_products),

@@ -33,15 +33,20 @@ class Target:
     ir_version: int
     caches: tuple[str, ...]
     interface: str
+    logits: tuple[str, ...] = ("all", "last")
     window: bool = True
     softcap: bool = True
     sinks: bool = True
     value_head_size_differs: bool = True
     head_size_multiple: int = 1
+    head_size_most: int = 0
+    """0 is no limit"""
     shared_cache_layers: bool = False
     """a layer may read another layer's present and write nothing"""
     runs_in_onnxruntime: bool = True
     """plain ONNX Runtime can run the graph"""
+    literal_capacity: bool = False
+    """the capacity of a static cache is a number in the graph's shapes (TensorRT's cache update asks for that)"""
     shares_buffer: bool = False
     """with a static cache, past and present may be the same memory"""
     chunks_alone: bool = False
@@ -76,6 +81,9 @@ class Target:
                     f"and its values {layer.value_head_size}")
         if layer.head_size % self.head_size_multiple:
             return f"{self.attention} wants a head size divisible by {self.head_size_multiple}, not {layer.head_size}"
+        if self.head_size_most and max(layer.head_size, layer.value_head_size) > self.head_size_most:
+            return (f"{self.attention} takes head sizes up to {self.head_size_most}, not "
+                    f"{max(layer.head_size, layer.value_head_size)}")
         return ""
 
     def writes_in_place(self, fallbacks: Iterable[Fallback]) -> bool:
@@ -105,13 +113,13 @@ _ROWS = (
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask", function=True,
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="trt-plugin", attention="gqa::GroupedQueryAttention", fallback="",
-           opset=23, ir_version=10, caches=("static",), interface="lengths", rotary_inside=True,
-           runs_in_onnxruntime=False, shares_buffer=True,
+           opset=23, ir_version=10, caches=("static",), interface="lengths", logits=("last",), rotary_inside=True,
+           head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
     Target(name="trt-native", attention="Attention", fallback="",
-           opset=24, ir_version=10, caches=("static",), interface="lengths", softcap=False, sinks=False,
-           value_head_size_differs=False, nan_tail_safe=False, shares_buffer=True,
-           dtypes=MappingProxyType({"tensorrt": ("float16", "bfloat16")})),
+           opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), softcap=False,
+           sinks=False, value_head_size_differs=False, nan_tail_safe=False, shares_buffer=True, literal_capacity=True,
+           dtypes=MappingProxyType({"tensorrt": FLOATS})),
 )
 
 TARGETS: dict[str, Target] = {row.name: row for row in _ROWS}

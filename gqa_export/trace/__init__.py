@@ -79,7 +79,8 @@ def trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str = "
             stack, whole_because = None, f"the layers differ: {reason}"
     canonical.name_nodes(program)
     simplify.merge_common(program)
-    proto = canonical.to_proto(program, weights, spec, cache=cache, logits=logits, prefix="model.")
+    proto = canonical.to_proto(program, weights, spec, cache=cache, logits=logits, interface=interface,
+                               prefix="model.")
     refuse_mixing(proto)
     traced = Traced(proto, spec, len(layers), whole_because, regime, skeleton.tied(model), skeleton.converts(model))
     if place:

@@ -73,7 +73,7 @@ def name_nodes(model: ir.Model) -> None:
         node.metadata_props.clear()
 
 
-def to_proto(model: ir.Model, weights: list[ir.Value], spec: ModelSpec, *, cache: str, logits: str,
+def to_proto(model: ir.Model, weights: list[ir.Value], spec: ModelSpec, *, cache: str, logits: str, interface: str,
              prefix: str) -> onnx.ModelProto:
     """Serialise: weights become initializers with a recipe instead of bytes; inputs and outputs get their facts."""
     from onnx_ir import serde
@@ -95,7 +95,7 @@ def to_proto(model: ir.Model, weights: list[ir.Value], spec: ModelSpec, *, cache
         tensor.data_location = onnx.TensorProto.EXTERNAL
         entry = tensor.external_data.add()
         entry.key, entry.value = "location", RECIPE + tensor.name
-    _set_interface(proto, spec, cache, logits)
+    _set_interface(proto, spec, cache, logits, interface)
     proto.graph.name = spec.model_type
     del proto.graph.value_info[:]
     if not any(opset.domain == contract.DOMAIN for opset in proto.opset_import):
@@ -103,10 +103,11 @@ def to_proto(model: ir.Model, weights: list[ir.Value], spec: ModelSpec, *, cache
     return proto
 
 
-def _set_interface(proto: onnx.ModelProto, spec: ModelSpec, cache: str, logits: str) -> None:
+def _set_interface(proto: onnx.ModelProto, spec: ModelSpec, cache: str, logits: str, interface: str) -> None:
     dtype_of = {value.name: value.type.tensor_type.elem_type for value in [*proto.graph.input, *proto.graph.output]}
     dtype = onnx.helper.tensor_dtype_to_np_dtype(dtype_of[cache_io.LOGITS]).name
-    facts = [*cache_io.graph_inputs(spec, dtype, cache), *cache_io.graph_outputs(spec, dtype, cache, logits)]
+    facts = [*cache_io.graph_inputs(spec, dtype, cache, interface),
+             *cache_io.graph_outputs(spec, dtype, cache, logits)]
     shapes = {fact.name: fact.shape for fact in facts}
     for values in (proto.graph.input, proto.graph.output):
         for value in values:

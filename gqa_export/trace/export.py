@@ -25,7 +25,8 @@ def export_decoder(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype):
     batch, sequence = Dim(cache_io.BATCH, max=4096), Dim(cache_io.SEQUENCE, max=1 << 20)
     total, past = Dim(cache_io.TOTAL, max=1 << 21), Dim(cache_io.PAST if decoder.growing else cache_io.CAPACITY)
     rows, new, old = 2, 3, 5  # sizes that no constant of a model is mistaken for
-    inputs: list[torch.Tensor] = [torch.zeros(rows, new, dtype=torch.int64)]
+    ids = torch.int64 if decoder.interface == "mask" else torch.int32
+    inputs: list[torch.Tensor] = [torch.zeros(rows, new, dtype=ids)]
     shapes: list[dict] = [{0: batch, 1: sequence}]
     names = [cache_io.INPUT_IDS]
     if decoder.interface == "mask":
