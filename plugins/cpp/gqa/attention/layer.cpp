@@ -1,0 +1,60 @@
+#include "gqa/attention/layer.h"
+
+#include "gqa/core/error.h"
+
+namespace gqa {
+
+std::array<CreationField, 10> const kCreation{{
+    {"num_heads", &Layer::num_heads, nullptr},
+    {"kv_num_heads", &Layer::kv_num_heads, nullptr},
+    {"scale", nullptr, &Layer::scale},
+    {"softcap", nullptr, &Layer::softcap},
+    {"window", &Layer::window, nullptr},
+    {"rotary_interleaved", &Layer::rotary_interleaved, nullptr},
+    {"growing", &Layer::growing, nullptr},
+    {"has_rotary", &Layer::has_rotary, nullptr},
+    {"has_sinks", &Layer::has_sinks, nullptr},
+    {"has_new", &Layer::has_new, nullptr},
+}};
+
+void check_layer(Layer const& layer) {
+    std::string wrong;
+    if (layer.kv_num_heads < 1 || layer.num_heads < 1 || layer.num_heads % layer.kv_num_heads) {
+        wrong = std::to_string(layer.num_heads) + " query heads cannot be grouped over " +
+                std::to_string(layer.kv_num_heads) + " key/value heads";
+    } else if (layer.growing) {
+        wrong = "the plugin writes into a static cache, and growing is 1";
+    } else if (layer.window < 0 || layer.softcap < 0) {
+        wrong = "window and softcap are 0 or more";
+    }
+    if (!wrong.empty()) {
+        throw Error(wrong, "plugin fields", "export the bundle again: `gqa-export onnx --target trt-plugin`");
+    }
+}
+
+void check_contract_version(std::int32_t version) {
+    if (version == kContractVersion) return;
+    throw Error("the engine's attention layers follow version " + std::to_string(version) +
+                    " of the op, this plugin follows " + std::to_string(kContractVersion),
+                "plugin field contract_version",
+                "build the engine again with `gqa-export trt` of this version, or load it with the plugin it was "
+                "built with");
+}
+
+char const* name_of(Input input) {
+    static constexpr std::array<char const*, kInputCount> names{"query",      "key",          "value",       "past_key",
+                                                                "past_value", "past_lengths", "new_lengths", "cos",
+                                                                "sin",        "sinks"};
+    return names[static_cast<std::size_t>(input)];
+}
+
+std::vector<Input> node_inputs(Layer const& layer) {
+    std::vector<Input> inputs{Input::query};
+    if (layer.has_new) inputs.insert(inputs.end(), {Input::key, Input::value});
+    inputs.insert(inputs.end(), {Input::past_key, Input::past_value, Input::past_lengths, Input::new_lengths});
+    if (layer.has_rotary) inputs.insert(inputs.end(), {Input::cos, Input::sin});
+    if (layer.has_sinks) inputs.push_back(Input::sinks);
+    return inputs;
+}
+
+}  // namespace gqa

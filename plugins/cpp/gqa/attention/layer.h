@@ -1,0 +1,60 @@
+// One attention layer as its plugin node describes it: identity, fields, inputs, outputs, shapes.
+//
+// The same definitions as plugins/grouped_attention/fields.py and gqa_export/contract.py; a test compares them.
+// Dimensions: B batch, S new tokens, C capacity, H query heads, K key/value heads, D and E head sizes, R rotary size.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "gqa/attention/plan.h"
+
+namespace gqa {
+
+constexpr char kPluginName[] = "GroupedQueryAttention";
+constexpr char kPluginVersion[] = "1";
+constexpr char kPluginNamespace[] = "gqa";
+constexpr std::int32_t kContractVersion = 1;
+
+struct Layer {
+    std::int32_t num_heads = 0, kv_num_heads = 0;
+    float scale = 0, softcap = 0;
+    std::int32_t window = 0, rotary_interleaved = 0, growing = 0, has_rotary = 0, has_sinks = 0, has_new = 0;
+
+    std::int64_t group() const { return num_heads / kv_num_heads; }
+    bool appends() const { return has_new || has_rotary; }
+    bool interleaved() const { return rotary_interleaved && has_rotary; }
+};
+
+void check_layer(Layer const& layer);  // throws Error for what no kernel does
+void check_contract_version(std::int32_t version);
+
+// A creation field: an integer or a float member of Layer.
+struct CreationField {
+    char const* name;
+    std::int32_t Layer::*integer;
+    float Layer::*real;
+};
+extern std::array<CreationField, 10> const kCreation;
+// The fields that only a serialized layer has; the last is absent on all layers but one.
+constexpr char kContractVersionField[] = "contract_version", kKeysField[] = "keys", kCubinsField[] = "cubins";
+
+// The op's inputs, in order. A node has those that its flags say.
+enum class Input { query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin, sinks };
+constexpr std::size_t kInputCount = 10;
+char const* name_of(Input input);
+std::vector<Input> node_inputs(Layer const& layer);
+// Outputs: output; and, if has_new, present_key and present_value, which are the memory of past_key and past_value.
+inline int node_outputs(Layer const& layer) { return layer.has_new ? 3 : 1; }
+
+// The shapes of one call. rotary_half is R/2, 0 without rotation; max_position the rows of the rotary table.
+struct Sizes {
+    std::int64_t batch = 0, steps = 0, capacity = 0, head = 0, value_head = 0;
+    Kind kind = Kind::fp16;
+    std::int64_t rotary_half = 0, max_position = 1;
+};
+
+}  // namespace gqa

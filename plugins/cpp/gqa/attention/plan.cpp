@@ -1,0 +1,101 @@
+#include "gqa/attention/plan.h"
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "gqa/core/error.h"
+
+namespace gqa {
+namespace {
+
+struct Shape {
+    std::int64_t keys;
+    int stages;
+};
+constexpr std::array<Shape, 8> kShapes{{{128, 3}, {64, 4}, {64, 3}, {32, 4}, {32, 3}, {32, 2}, {16, 3}, {16, 2}}};
+
+}  // namespace
+
+std::int64_t shared_kib_or_zero(int capability) {
+    switch (capability) {
+        case 80: case 87: return 163;
+        case 86: case 89: case 120: case 121: return 99;
+        case 90: case 100: case 103: return 227;
+        default: return 0;
+    }
+}
+
+std::int64_t bytes_of(Kind kind) { return kind == Kind::fp32 ? 4 : 2; }
+
+char const* name_of(Kind kind) { return kind == Kind::fp16 ? "fp16" : kind == Kind::bf16 ? "bf16" : "fp32"; }
+
+Kind kind_from(std::string const& name) {
+    for (Kind kind : {Kind::fp16, Kind::bf16, Kind::fp32}) {
+        if (name == name_of(kind)) return kind;
+    }
+    throw Error("dtype '" + name + "' is unknown", "dtype", "use one of fp16, bf16, fp32");
+}
+
+std::int64_t block(std::int64_t size) {
+    std::int64_t power = 16;
+    while (power < size) power *= 2;
+    return power;
+}
+
+Tiles choose_tiles(std::int64_t rows, std::int64_t head, std::int64_t value_head, Kind kind, int capability) {
+    std::int64_t const known_kib = shared_kib_or_zero(capability);
+    std::int64_t const shared_bytes = (known_kib ? known_kib : 99) * 1024;
+    std::int64_t const size = bytes_of(kind), width = block(head) + block(value_head);
+    std::int64_t tile_rows = std::min(kLongRows, block(rows));
+    if (size == 4) {
+        bool const narrow = width <= 256;
+        return {std::min<std::int64_t>(tile_rows, 32), narrow ? 32 : 16, 4, narrow ? 2 : 1};
+    }
+    bool const wide = width > 256;
+    if (wide && shared_bytes < 128 * 1024) tile_rows = std::min<std::int64_t>(tile_rows, 64);
+    bool const longest = tile_rows == kLongRows;
+    std::int64_t const budget = shared_bytes / (longest ? 1 : kBlocksPerSm) - 2048 - tile_rows * block(head) * size;
+    std::int64_t const held = tile_rows >= 64 && 90 <= capability && capability < 120 ? 0 : 1;
+    for (auto [keys, stages] : kShapes) {
+        if ((keys == 128 && (longest || width > 128)) || (keys == 64 && longest && wide)) continue;
+        std::int64_t const weights_bytes = wide ? tile_rows * keys * size : 0;
+        if (keys * width * size * (stages - held) + weights_bytes <= budget) {
+            return {tile_rows, keys, longest && width > 128 ? 8 : 4, stages};
+        }
+    }
+    return {tile_rows, 16, 4, 1};
+}
+
+std::int64_t choose_splits(std::int64_t sequences, std::int64_t kv_heads, std::int64_t row_tiles, std::int64_t keys,
+                           std::int64_t sm_count) {
+    std::int64_t const work = sequences * kv_heads * row_tiles;
+    std::int64_t const slots = std::max<std::int64_t>(1, sm_count * kBlocksPerSm);
+    std::int64_t const most = std::min({kMaxSplits, std::max<std::int64_t>(1, keys / kMinKeysPerSplit),
+                                        ceil_div(slots, std::max<std::int64_t>(1, work))});
+    std::vector<double> filling;
+    for (std::int64_t n = 1; n <= most; ++n) {
+        filling.push_back(static_cast<double>(work * n) / static_cast<double>(slots) /
+                          static_cast<double>(ceil_div(work * n, slots)));
+    }
+    double const enough = 0.95 * *std::max_element(filling.begin(), filling.end());
+    auto const first = std::find_if(filling.begin(), filling.end(), [enough](double share) { return share >= enough; });
+    return first - filling.begin() + 1;
+}
+
+Plan plan(PlanRequest const& r) {
+    std::int64_t const rows = r.steps * (r.heads / r.kv_heads);
+    Tiles const tiles = choose_tiles(rows, r.head, r.value_head, r.kind, r.capability);
+    std::int64_t const keys = r.window ? std::min(r.bound, r.window + r.steps - 1) : r.bound;
+    std::int64_t const splits =
+        choose_splits(r.sequences, r.kv_heads, ceil_div(rows, tiles.rows), keys, r.sm_count);
+    return {splits > 1, tiles, splits};
+}
+
+WorkspaceElements workspace_elements(std::int64_t sequences, std::int64_t steps, std::int64_t heads,
+                                     std::int64_t value_head, std::int64_t splits) {
+    std::int64_t const rows = sequences * steps * heads * splits;
+    return {rows * value_head, rows};
+}
+
+}  // namespace gqa

@@ -1,0 +1,92 @@
+#include "gqa/plugin/build_kernels.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <set>
+
+#include "gqa/attention/launch.h"
+#include "gqa/core/error.h"
+#include "gqa/core/sha256.h"
+
+namespace gqa::plugin {
+namespace {
+
+constexpr char kCompile[] = "compile them: python -m gqa_plugins.grouped_attention.cubin --help";
+
+std::string read_file(std::filesystem::path const& path) {
+    std::ifstream file(path, std::ios::binary);
+    std::string data{std::istreambuf_iterator<char>(file), {}};
+    if (!file) throw Error("cannot read the kernel", path.string(), kCompile);
+    return data;
+}
+
+bool belongs_to(Cubin const& cubin, Layer const& layer, Sizes const& sizes) {
+    try {
+        check_cubin(cubin, layer, sizes);
+    } catch (Error const&) {
+        return false;
+    }
+    // Decode is compiled for one new token: its tile has the group's rows. Others say nothing about rows here.
+    if (cubin.kernel != "decode") return true;
+    return cubin.tile_rows <= choose_tiles(layer.group(), sizes.head, sizes.value_head, sizes.kind, cubin.capability).rows;
+}
+
+}  // namespace
+
+BuildKernels::BuildKernels(std::string const& folder) : folder_(folder) {
+    namespace fs = std::filesystem;
+    if (!fs::is_directory(folder)) throw Error("GQA_KERNELS names no folder", folder, kCompile);
+    std::map<std::string, std::string> files;
+    for (fs::directory_entry const& entry : fs::directory_iterator(folder)) {
+        if (entry.path().extension() != ".gqacubin") continue;
+        std::string data = read_file(entry.path());
+        std::string const sha256 = sha256_hex(data);
+        cubins_[sha256] = parse_cubin(data, entry.path().string());
+        files[sha256] = std::move(data);
+    }
+    std::string header = "gqa-cubins 1\n", bodies;
+    for (auto const& [sha256, data] : files) {
+        header += sha256 + " " + std::to_string(data.size()) + "\n";
+        bodies += data;
+    }
+    container_ = header + "\n" + bodies;
+}
+
+std::vector<Key> BuildKernels::keys_of(Layer const& layer, Sizes const& sizes) const {
+    std::vector<std::string> wanted{"combine", "decode", "prefill"};
+    if (layer.appends()) wanted.insert(wanted.begin(), "append");
+    std::vector<Key> keys;
+    std::set<std::string> found;
+    for (auto const& [sha256, cubin] : cubins_) {
+        bool const asked = std::find(wanted.begin(), wanted.end(), cubin.kernel) != wanted.end();
+        if (!asked || !belongs_to(cubin, layer, sizes)) continue;
+        keys.push_back({cubin.kernel, cubin.capability, sha256});
+        found.insert(cubin.kernel);
+    }
+    for (std::string const& kernel : wanted) {
+        if (found.count(kernel)) continue;
+        throw Error("the folder has no " + kernel + " kernel for " + std::to_string(layer.num_heads) + " heads, " +
+                        std::to_string(layer.kv_num_heads) + " key/value heads, head size " +
+                        std::to_string(sizes.head) + ", " + name_of(sizes.kind), folder_, kCompile);
+    }
+    std::sort(keys.begin(), keys.end(), [](Key const& a, Key const& b) {
+        return std::tie(a.kernel, a.capability, a.sha256) < std::tie(b.kernel, b.capability, b.sha256);
+    });
+    return keys;
+}
+
+std::shared_ptr<BuildKernels const> BuildKernels::from_environment() {
+    char const* const folder = std::getenv("GQA_KERNELS");
+    return folder ? std::make_shared<BuildKernels const>(folder) : nullptr;
+}
+
+bool CarrierSeries::begins_with(std::string const& layer) {
+    if (std::find(names_.begin(), names_.end(), layer) != names_.end()) names_.clear();
+    names_.push_back(layer);
+    return names_.size() == 1;
+}
+
+}  // namespace gqa::plugin

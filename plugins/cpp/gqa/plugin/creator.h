@@ -1,0 +1,31 @@
+// Makes attention plugins: from an ONNX node's attributes while an engine is built, from its fields when it is loaded.
+#pragma once
+
+#include <NvInferRuntime.h>
+
+#include <vector>
+
+#include "gqa/attention/layer.h"
+#include "gqa/plugin/build_kernels.h"
+
+namespace gqa::plugin {
+
+class AttentionCreator final : public nvinfer1::IPluginCreatorV3One {
+public:
+    AttentionCreator();
+
+    nvinfer1::IPluginV3* createPlugin(char const* name, nvinfer1::PluginFieldCollection const* fields,
+                                      nvinfer1::TensorRTPhase phase) noexcept override;
+    nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override { return &names_; }
+    char const* getPluginName() const noexcept override { return kPluginName; }
+    char const* getPluginVersion() const noexcept override { return kPluginVersion; }
+    char const* getPluginNamespace() const noexcept override { return kPluginNamespace; }
+
+private:
+    std::vector<nvinfer1::PluginField> fields_;
+    nvinfer1::PluginFieldCollection names_;
+    CarrierSeries series_;
+    std::shared_ptr<BuildKernels const> kernels_;
+};
+
+}  // namespace gqa::plugin
