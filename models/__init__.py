@@ -42,7 +42,6 @@ def write_tiny(name: str, folder: str | os.PathLike[str], *, seed: int = 0, dtyp
     sinks neither all one nor all zero, so that a dropped or exchanged one shows. `config_overrides` go to the
     configuration (`num_hidden_layers=5`). dtype: a torch dtype name. No tokenizer is written.
     """
-    import torch
     import transformers
 
     values = {**tiny_config(name), **config_overrides}
@@ -53,6 +52,15 @@ def write_tiny(name: str, folder: str | os.PathLike[str], *, seed: int = 0, dtyp
         depth = values["num_hidden_layers"]
         values["layer_types"] = (values["layer_types"] * depth)[:depth]
     config = transformers.AutoConfig.for_model(model_type, **{**common, **values})
+    return save_random(config, folder, seed=seed, dtype=dtype, model_class=model_class)
+
+
+def save_random(config: Any, folder: str | os.PathLike[str], *, seed: int = 0, dtype: str = "float32",
+                model_class: str | None = None) -> Path:
+    """Save a model of this transformers config, every parameter random and seeded; see `write_tiny`."""
+    import torch
+    import transformers
+
     random = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -61,7 +69,8 @@ def write_tiny(name: str, folder: str | os.PathLike[str], *, seed: int = 0, dtyp
         else:
             model = transformers.AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
-            parameter.copy_(_random_like(parameter, random))
+            if parameter.is_floating_point():
+                parameter.copy_(_random_like(parameter, random))
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return Path(folder)
 

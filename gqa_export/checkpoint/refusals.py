@@ -18,7 +18,7 @@ STATE_PARAMETERS = ("A_log", "dt_bias", "time_decay")
 
 
 def refuse_raw_config(config: dict[str, Any], where: str) -> None:
-    """Refusals that config.json alone justifies: quantized, multimodal, encoder-decoder, latent attention."""
+    """Refusals that config.json alone justifies: quantized, multimodal, encoder-decoder."""
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             method = config[key].get("quant_method", key) if isinstance(config[key], dict) else key
@@ -33,9 +33,6 @@ def refuse_raw_config(config: dict[str, Any], where: str) -> None:
     if config.get("is_encoder_decoder"):
         raise GqaExportError("this is an encoder-decoder: its cross-attention layers are not grouped "
                              "self-attention", where, FIX_DECODER)
-    if config.get("kv_lora_rank"):
-        raise GqaExportError(f"layer 0 is multi-head latent attention (kv_lora_rank {config['kv_lora_rank']}), "
-                             "not grouped attention: its cache holds compressed latents", where, FIX_DECODER)
 
 
 def refuse_quantized(method: str, where: str) -> NoReturn:
@@ -61,9 +58,6 @@ def refuse_modules(model: torch.nn.Module, where: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)) and max(module.kernel_size) > 1:
             _refuse_state(model, name, f"a convolution over {max(module.kernel_size)} tokens", where)
-        if getattr(module, "kv_lora_rank", None):
-            raise GqaExportError(f"{_place(name)} is multi-head latent attention, not grouped attention", where,
-                                 FIX_DECODER)
     for name, _ in model.named_parameters():
         if name.rpartition(".")[2] in STATE_PARAMETERS:
             _refuse_state(model, name, "a recurrent state", where)

@@ -36,6 +36,15 @@ def trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str = "
     dtype: "float32", "float16", "bfloat16". cache: "growing" or "static". inspect: called with the weightless module
     first, to refuse it. See `canonical` for the form.
     """
+    from . import patches
+
+    with patches.applied(config):
+        return _trace(config, dtype=dtype, cache=cache, capacity=capacity, logits=logits, interface=interface,
+                      stamping=stamping, inspect=inspect)
+
+
+def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, interface: str, stamping: bool,
+           inspect: Callable[[Any], None] | None) -> Traced:
     import torch
 
     from . import attention, canonical, export, kinds, remember, rotary, simplify, skeleton, stamp, wrapper

@@ -59,24 +59,38 @@ class Recorder(Protocol):
         """Return the attention output [B, S, H, E]."""
 
 
-_recorders: list[Recorder] = []
+_recorders: list[tuple[Recorder, torch.Tensor | None]] = []
 
 
 @contextmanager
-def recording(recorder: Recorder) -> Iterator[None]:
-    """Let `recorder` answer the attention calls made inside the block."""
-    _recorders.append(recorder)
+def recording(recorder: Recorder, position_ids: torch.Tensor | None = None) -> Iterator[None]:
+    """Let `recorder` answer the attention calls made inside the block, on tokens at `position_ids` [B, S] (only patched
+    models ask for them)."""
+    _recorders.append((recorder, position_ids))
     try:
         yield
     finally:
         _recorders.pop()
 
 
+def positions() -> torch.Tensor:
+    """The position [B, S] of each new token in its sequence, for functions patched into a model."""
+    found = _recorders[-1][1]
+    if found is None:
+        raise GqaExportError("a patched model asks for positions, and whoever runs it gives none", "recording",
+                             "pass position_ids to recording(); this is a bug in gqa-export")
+    return found
+
+
 def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
               attention_mask: torch.Tensor | None, scaling: float | None = None, softcap: float | None = None,
-              s_aux: torch.Tensor | None = None, **others: Any) -> tuple[torch.Tensor, None]:
-    """transformers' attention signature. An argument that is not understood is a refusal, never ignored."""
-    layer = getattr(module, "layer_idx", None)
+              s_aux: torch.Tensor | None = None, *, layer: int | None = None,
+              **others: Any) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature. An argument that is not understood is a refusal, never ignored.
+
+    layer: the layer's number where the module has no `layer_idx` (patched models).
+    """
+    layer = getattr(module, "layer_idx", None) if layer is None else layer
     for name, value_given in others.items():
         if name in WITHOUT_EFFECT or value_given is None or value_given is False:
             continue
@@ -89,7 +103,7 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
                              type(module).__name__, "this model is not a decoder of the kind gqa-export knows")
     scale = float(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
     call = Call(module, int(layer), query, key, value, attention_mask, scale, float(softcap or 0.0), s_aux)
-    return _recorders[-1].attend(call), None
+    return _recorders[-1][0].attend(call), None
 
 
 def mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: Any = 0,
@@ -99,6 +113,21 @@ def mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_o
     tagged = torch.zeros(1, 1, 1, 1, device=device)
     tagged.gqa_mask = MaskTag(mask_function, use_vmap, attention_mask)  # type: ignore[attr-defined, arg-type]
     return tagged
+
+
+def windowed(tagged: torch.Tensor | None, window: int) -> torch.Tensor | None:
+    """The tagged mask narrowed to `window` tokens, the current one included (0: as it is), for patched models whose
+    code narrows it beside the mask. A mask that is not tagged stays so, and is refused later."""
+    tag = getattr(tagged, "gqa_mask", None)
+    if tag is None or not window:
+        return tagged
+
+    def narrowed(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return tag.function(batch, head, query, key) & (key > query - window)
+
+    narrow = torch.zeros(1, 1, 1, 1, device=tagged.device)  # type: ignore[union-attr]
+    narrow.gqa_mask = MaskTag(narrowed, tag.use_vmap, tag.padding)  # type: ignore[attr-defined]
+    return narrow
 
 
 def register() -> str:

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import GqaExportError
 from ..spec import AttentionSpec, ModelSpec
-from . import attention, masks, rotary, skeleton
+from . import attention, masks, patches, rotary, skeleton
 from .attention import Call
 
 TOKENS = 8
@@ -40,9 +40,10 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
     and rotary types that no fixed graph can hold.
     """
     rotary.check_rope(config)
-    if model is None:
-        model = skeleton.build(config, torch.float32, device="meta", attention=attention.register())
-    calls = listen(model)
+    with patches.applied(config):
+        if model is None:
+            model = skeleton.build(config, torch.float32, device="meta", attention=attention.register())
+        calls = listen(model)
     if not calls:
         raise GqaExportError("no layer of this model calls transformers' attention interface", type(model).__name__,
                              "its attention is written in the model's own code (or it has none), which gqa-export "
@@ -73,10 +74,10 @@ def listen(model: torch.nn.Module) -> dict[int, Call]:
     listener = _Listener()
     device = next(model.parameters()).device
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
-    with attention.recording(listener), torch.no_grad():
+    positions = torch.arange(TOKENS, device=device)[None]
+    with attention.recording(listener, positions), torch.no_grad():
         try:
-            model(input_ids=ids, attention_mask=torch.ones_like(ids),
-                  position_ids=torch.arange(TOKENS, device=device)[None], use_cache=False)
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False)
         except GqaExportError:
             raise
         except Exception as error:

@@ -27,7 +27,7 @@ def place_of(config: Any, options: dict[str, Any]) -> Path | None:
     if not folder:
         return None
     code = hashlib.sha256()
-    for path in sorted([*Path(__file__).parent.glob("*.py"), *Path(__file__).parent.parent.glob("*.py")]):
+    for path in sorted([*Path(__file__).parent.rglob("*.py"), *Path(__file__).parent.parent.glob("*.py")]):
         code.update(path.read_bytes())
     key = json.dumps([config.to_dict(), type(config).__name__, options, code.hexdigest(),
                       [version(name) for name in TRACERS]], sort_keys=True, default=str)

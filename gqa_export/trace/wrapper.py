@@ -58,7 +58,7 @@ class Decoder(torch.nn.Module):
         position_ids = past_lengths[:, None].to(torch.int64) + steps
         self._state = {"past": past, "past_lengths": past_lengths, "new_lengths": new_lengths, "present": {},
                        "left_padded": left_padded_B}
-        with recording(self):
+        with recording(self, position_ids):
             logits = self.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids),
                                 position_ids=position_ids, use_cache=False).logits
         if not self._hooked:

@@ -62,7 +62,6 @@ def test_fewer_layers_can_be_loaded_and_lists_of_one_value_a_layer_follow(tmp_pa
         ("falcon_h1", "layer 0 is not grouped attention: its type is 'hybrid'"),
         ("lfm2", "layer 0 is not grouped attention: its type is 'conv'"),
         ("qwen3_next", "layer 0 is not grouped attention: its type is 'linear_attention'"),
-        ("deepseek_v3", "layer 0 is multi-head latent attention"),
     ],
 )
 def test_what_is_no_grouped_attention_decoder_is_refused_by_its_config(name, says, tmp_path):
@@ -80,7 +79,6 @@ def test_what_is_no_grouped_attention_decoder_is_refused_by_its_config(name, say
         ("falcon_h1", "layer 0 is not grouped attention alone: FalconH1Mixer carries a convolution over 4 tokens"),
         ("lfm2", "layer 0 is not grouped attention alone: Lfm2ShortConv carries a convolution over 3 tokens"),
         ("qwen3_next", "layer 0 is not grouped attention alone: Qwen3NextGatedDeltaNet carries a convolution"),
-        ("deepseek_v3", "layer 0 is multi-head latent attention"),
     ],
 )
 def test_the_same_is_seen_in_the_module_tree_alone(name, says, tmp_path):

@@ -1,0 +1,27 @@
+"""The source that each patch was written for: place -> start of its sha256. Written by `scripts/patch_digests.py`,
+after every patched function was read."""
+
+SEEN = {
+    "bart.modeling_bart:BartLearnedPositionalEmbedding.forward": "57c3406c61fa",
+    "bigbird_pegasus.modeling_bigbird_pegasus:BigBirdPegasusLearnedPositionalEmbedding.forward": "45558614c134",
+    "blenderbot.modeling_blenderbot:BlenderbotLearnedPositionalEmbedding.forward": "41fdd387f5d8",
+    "blenderbot_small.modeling_blenderbot_small:BlenderbotSmallLearnedPositionalEmbedding.forward": "41fdd387f5d8",
+    "camembert.modeling_camembert:CamembertEmbeddings.forward": "192bcf96e9bb",
+    "codegen.modeling_codegen:CodeGenAttention._attn": "b340aeafc331",
+    "data2vec.modeling_data2vec_text:Data2VecTextEmbeddings.forward": "192bcf96e9bb",
+    "gpt_neo.modeling_gpt_neo:GPTNeoSelfAttention._attn": "c40796a749af",
+    "gpt_neox_japanese.modeling_gpt_neox_japanese:GPTNeoXJapaneseAttention._attn": "454d79e6355d",
+    "gptj.modeling_gptj:GPTJAttention._attn": "94b498d6828f",
+    "marian.modeling_marian:MarianSinusoidalPositionalEmbedding.forward": "fb59f370f872",
+    "mbart.modeling_mbart:MBartLearnedPositionalEmbedding.forward": "57c3406c61fa",
+    "mvp.modeling_mvp:MvpLearnedPositionalEmbedding.forward": "57c3406c61fa",
+    "pegasus.modeling_pegasus:PegasusSinusoidalPositionalEmbedding.forward": "fb59f370f872",
+    "plbart.modeling_plbart:PLBartLearnedPositionalEmbedding.forward": "57c3406c61fa",
+    "roberta.modeling_roberta:RobertaEmbeddings.forward": "192bcf96e9bb",
+    "roberta_prelayernorm.modeling_roberta_prelayernorm:RobertaPreLayerNormEmbeddings.forward": "192bcf96e9bb",
+    "trocr.modeling_trocr:TrOCRLearnedPositionalEmbedding.forward": "57c3406c61fa",
+    "whisper.modeling_whisper:WhisperPositionalEmbedding.forward": "5df53f3ab349",
+    "xlm_roberta.modeling_xlm_roberta:XLMRobertaEmbeddings.forward": "192bcf96e9bb",
+    "xlm_roberta_xl.modeling_xlm_roberta_xl:XLMRobertaXLEmbeddings.forward": "b1d6d2d4dfb6",
+    "xmod.modeling_xmod:XmodEmbeddings.forward": "192bcf96e9bb",
+}

@@ -1,0 +1,128 @@
+"""Every causal-LM architecture that the installed transformers knows: exported, validated, written down.
+
+    python scripts/matrix.py --resume            # all that are missing, then models/matrix.json and docs/models.md
+    python scripts/matrix.py --only llama,gemma3_text --work DIR
+
+One process imports everything once; each architecture then runs in a fork of it with a time limit, so that whatever
+happens there (a crash too) is a row. Rows are written as they come, so a killed run is resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "models" / "matrix.json"
+
+
+def main() -> None:
+    """Parse, run, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="names, separated by commas")
+    parser.add_argument("--resume", action="store_true", help="only names without a row for these versions")
+    parser.add_argument("--failed", action="store_true", help="only names whose row is `wrong` or `failed`")
+    parser.add_argument("--data", type=Path, default=DATA, help="the JSON file to write into")
+    parser.add_argument("--keep", type=Path, default=None, help="keep the small checkpoints here")
+    parser.add_argument("--limit", type=int, default=300, help="seconds for one architecture")
+    parser.add_argument("--no-depth", action="store_true", help="do not prove depth")
+    parser.add_argument("--caches", default="growing,static", help="caches to check, separated by commas")
+    parser.add_argument("--part", default="", help="k/n: every n-th name from k, to share the work")
+    arguments = parser.parse_args()
+    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
+                      TRANSFORMERS_VERBOSITY="error")
+    warm()
+    from gqa_export.models import known_names, versions
+
+    table = json.loads(arguments.data.read_text()) if arguments.data.exists() else {"rows": {}}
+    names = list(known_names())
+    if arguments.only:
+        names = [name for name in arguments.only.split(",")]
+    if arguments.resume:
+        names = [name for name in names if name not in table["rows"]]
+    if arguments.failed:
+        names = [name for name in names if table["rows"].get(name, {}).get("verdict") in ("wrong", "failed")]
+    if arguments.part:
+        part, parts = map(int, arguments.part.split("/"))
+        names = names[part::parts]
+    began = time.perf_counter()
+    for number, name in enumerate(names, 1):
+        row = in_a_fork(name, known_names()[name], arguments)
+        table = json.loads(arguments.data.read_text()) if arguments.data.exists() else {"rows": {}}
+        table["rows"][name] = row
+        table["rows"] = dict(sorted(table["rows"].items()))
+        table["versions"], table["date"] = versions(), datetime.date.today().isoformat()
+        temporary = arguments.data.with_suffix(".part")
+        temporary.write_text(json.dumps(table, indent=1) + "\n")
+        temporary.replace(arguments.data)
+        print(f"{number}/{len(names)} {time.perf_counter() - began:.0f}s {name}: {row['verdict']} "
+              f"{row.get('reason', '')[:230]} ({row.get('seconds', 0)}s)", flush=True)
+
+
+def warm() -> None:
+    """Export and validate one model, so that a fork finds everything imported, and the tracer's own caches filled."""
+    import warnings
+
+    import torch
+    import transformers
+
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="gqa-matrix-") as folder:
+        row = row_of("llama", "LlamaForCausalLM", ("growing",), Path(folder), depth=False)
+    if row["verdict"] != "supported":
+        sys.exit(f"the plainest architecture does not pass: {row}")
+
+
+def in_a_fork(name: str, architecture: str, arguments: argparse.Namespace) -> dict:
+    """The row of one architecture, made in a child that may die or hang."""
+    read, write = os.pipe()
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        os.setsid()
+        folder = arguments.keep or Path(tempfile.mkdtemp(prefix="gqa-matrix-"))
+        caches = tuple(arguments.caches.split(","))
+        with os.fdopen(write, "w") as out:
+            json.dump(row_of(name, architecture, caches, folder, depth=not arguments.no_depth), out)
+        os._exit(0)
+    os.close(write)
+    signal.signal(signal.SIGALRM, lambda *_: os.killpg(child, signal.SIGKILL))
+    signal.alarm(arguments.limit)
+    with os.fdopen(read) as answers:
+        text = answers.read()
+    signal.alarm(0)
+    _, status = os.waitpid(child, 0)
+    if text:
+        return json.loads(text)
+    how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit code {os.WEXITSTATUS(status)}"
+    return {"name": name, "architecture": architecture, "verdict": "failed",
+            "reason": f"the process ended without an answer ({how}, limit {arguments.limit} s)"}
+
+
+def row_of(name: str, architecture: str, caches: tuple[str, ...], folder: Path, *, depth: bool) -> dict:
+    """Write a small checkpoint into a subfolder of `folder` and check it."""
+    from gqa_models.shrink import write_small
+
+    from gqa_export.matrix import check
+
+    try:
+        checkpoint = write_small(name, folder / name)
+    except Exception as error:
+        what = (str(error).strip().splitlines() or [""])[0][:300]
+        return {"name": name, "architecture": architecture, "verdict": "failed",
+                "reason": f"no small model: {type(error).__name__}: {what}"}
+    return check(name, architecture, checkpoint, caches=caches, depth=depth).to_dict()
+
+
+if __name__ == "__main__":
+    main()
