@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .cache_io import TensorFact
+from .engine_facts import EngineFacts
 from .errors import GqaExportError
 from .spec import ModelSpec
 
@@ -71,6 +72,8 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     bytes_copied: int = 0
     bytes_linked: int = 0
+    engine: EngineFacts | None = None
+    """of an engine bundle: its engine; None where the bundle holds a graph"""
     format: int = FORMAT
 
     def to_json(self) -> str:
@@ -90,6 +93,8 @@ class Manifest:
                 data[name] = tuple(TensorFact(f["name"], f["dtype"], tuple(f["shape"])) for f in data[name])
             data["fallbacks"] = tuple(Fallback(**f) for f in data["fallbacks"])
             data["files"] = {name: FileFact(**fact) for name, fact in data["files"].items()}
+            if data.get("engine") is not None:
+                data["engine"] = EngineFacts.from_dict(data["engine"])
             return cls(**data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise GqaExportError(f"not a valid bundle manifest: {type(error).__name__}: {error}", where, fix) from error

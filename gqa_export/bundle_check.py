@@ -25,8 +25,9 @@ def check_files(folder: Path, manifest: Manifest, *, full: bool = False, hashes:
 
     Raises GqaExportError naming the first file that is missing, has another size or other bytes, or lies outside.
     """
-    if not (folder / MODEL).is_file():
-        raise GqaExportError(f"the bundle has no {MODEL}", str(folder), FIX)
+    main = manifest.engine.file if manifest.engine else MODEL
+    if not (folder / main).is_file():
+        raise GqaExportError(f"the bundle has no {main}", str(folder), FIX)
     for name, fact in manifest.files.items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:

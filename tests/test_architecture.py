@@ -19,7 +19,7 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *PLUGINS.rglob("*.py"), *(ROOT / "mode
 STAGES = {"checkpoint", "trace", "graph", "targets", "engine", "run", "compare"}
 # Stages may import the targets' table (facts, no code) and, below graph, nothing of another stage.
 LENDS = {("graph", "targets.table"), ("run", "targets.table"), ("trace", "targets.table"), ("targets", "graph")}
-FOUNDATIONS = {"errors", "contract", "spec", "cache_io", "bundle"}
+FOUNDATIONS = {"errors", "contract", "spec", "cache_io", "engine_facts", "bundle"}
 NEVER = {
     "checkpoint": {"onnx", "onnxruntime", "tensorrt", "onnx_ir", "onnxscript"},
     "trace": {"onnxruntime", "tensorrt"},
