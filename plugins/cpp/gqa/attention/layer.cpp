@@ -49,11 +49,18 @@ char const* name_of(Input input) {
 }
 
 std::vector<Input> node_inputs(Layer const& layer) {
-    std::vector<Input> inputs{Input::query};
-    if (layer.has_new) inputs.insert(inputs.end(), {Input::key, Input::value});
-    inputs.insert(inputs.end(), {Input::past_key, Input::past_value, Input::past_lengths, Input::new_lengths});
-    if (layer.has_rotary) inputs.insert(inputs.end(), {Input::cos, Input::sin});
-    if (layer.has_sinks) inputs.push_back(Input::sinks);
+    auto present = [&layer](Input input) {
+        switch (input) {
+            case Input::key: case Input::value: return layer.has_new != 0;
+            case Input::cos: case Input::sin: return layer.has_rotary != 0;
+            case Input::sinks: return layer.has_sinks != 0;
+            default: return true;
+        }
+    };
+    std::vector<Input> inputs;
+    for (std::size_t i = 0; i < kInputCount; ++i) {
+        if (present(static_cast<Input>(i))) inputs.push_back(static_cast<Input>(i));
+    }
     return inputs;
 }
 
