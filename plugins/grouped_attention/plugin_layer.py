@@ -1,0 +1,92 @@
+"""One layer of the TensorRT plugin without TensorRT: its fields, its kernels' keys, the shapes it takes.
+
+Dimensions as in `gqa_export.contract`; fields as in `fields`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from gqa_plugins.grouped_attention import fields, launch
+from gqa_plugins.grouped_attention.fields import Key
+from gqa_plugins.grouped_attention.launch import Layer, Sizes
+
+from gqa_export.errors import GqaExportError
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What was compiled for an engine: a variant's name -> capability -> sha256, and the container of the files."""
+
+    keys: Mapping[str, Mapping[int, str]]
+    container: bytes = field(repr=False)
+
+    def of(self, layer: Layer, sizes: Sizes) -> tuple[Key, ...]:
+        """The keys of a layer. Raises GqaExportError if a kernel that it needs was not compiled."""
+        found = []
+        for kernel, variant in launch.variants(layer, sizes).items():
+            if variant.name not in self.keys:
+                raise GqaExportError(f"kernel {variant.name} was not compiled for this engine", "Kernels.keys",
+                                     "report it: the attention layers of the graph and of its manifest differ")
+            found += [Key(kernel, capability, sha) for capability, sha in self.keys[variant.name].items()]
+        return tuple(sorted(found))
+
+
+@dataclass(frozen=True)
+class State:
+    """One layer. keys: empty until the sizes are known (building). container: the kernels it carries, b"" if none."""
+
+    layer: Layer
+    building: bool
+    keys: tuple[Key, ...] = ()
+    container: bytes = field(default=b"", repr=False)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the node's inputs, in order."""
+        return fields.node_inputs(asdict(self.layer))
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the node's outputs, in order."""
+        return fields.node_outputs(asdict(self.layer))
+
+    def sizes(self, dims: Sequence[Sequence[int]], dtype: str) -> Sizes:
+        """From the shapes of the inputs, in order."""
+        return Sizes.from_shapes({name: tuple(shape) for name, shape in zip(self.inputs, dims, strict=True)}, dtype)
+
+    def to_fields(self) -> list[tuple[str, str, Any]]:
+        """(name, kind, value) of every serialized field, in order; `cubins` only if this layer carries them."""
+        values = {**asdict(self.layer), "contract_version": fields.CONTRACT_VERSION,
+                  "keys": fields.keys_text(self.keys), "cubins": self.container}
+        return [(name, kind, values[name]) for name, kind in fields.SERIALIZED if name != "cubins" or self.container]
+
+    @classmethod
+    def from_fields(cls, values: Mapping[str, Any], where: str) -> State:
+        """A restored layer; its container goes into the process's store."""
+        left = dict(values)
+        missing = [name for name, _ in fields.SERIALIZED_ONLY if name not in left and name not in fields.OPTIONAL]
+        if missing:
+            raise GqaExportError(f"the attention layer lacks {', '.join(missing)}", where, fields.REBUILD)
+        fields.check_contract_version(int(left.pop("contract_version")), where)
+        keys = fields.parse_keys(left.pop("keys"), where)
+        fields.STORE.add(left.pop("cubins", fields.pack(())))
+        return cls(Layer.from_fields(left, where), building=False, keys=keys)
+
+
+def check_shapes(state: State, dims: Sequence[Sequence[int]]) -> None:
+    """Refuse a node whose inputs do not belong together. dims: their shapes, in order."""
+    shapes = dict(zip(state.inputs, dims, strict=True))
+    heads, kv_heads = state.layer.num_heads, state.layer.kv_num_heads
+    _, found_heads, _, head = shapes["past_key"]
+    value_head = shapes["past_value"][3]
+    wanted = {"query": heads * head, "key": kv_heads * head, "value": kv_heads * value_head}
+    wrong = [f"{name} has {shapes[name][2]} features, expected {size}" for name, size in wanted.items()
+             if name in shapes and shapes[name][2] != size]
+    if found_heads != kv_heads:
+        wrong.append(f"past_key has {found_heads} heads, expected {kv_heads}")
+    if wrong:
+        raise GqaExportError("; ".join(wrong), "attention layer",
+                             "export the bundle again: `gqa-export onnx --target trt-plugin`")

@@ -1,0 +1,228 @@
+"""The TensorRT plugin `gqa::GroupedQueryAttention`, version 1, for TensorRT and TensorRT-RTX; registered from Python.
+
+    register(trt, kernels)     once per process, before an ONNX file with the node is parsed
+    register(trt)              once per process, before an engine is deserialized
+
+Inputs, outputs, attributes and serialized fields as `fields` says; dimensions as in `gqa_export.contract`. The present
+tensors are the memory of the past ones (aliased outputs). fp16, bf16 or fp32 for everything but the lengths (int32),
+linear layout. Building needs no GPU: the kernels are compiled before (`Kernels`); running launches them through the
+CUDA driver. Raises nothing silently: TensorRT swallows what a callback raises, so the first error is kept in `failure`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+from gqa_plugins.grouped_attention import driver, fields, launch
+from gqa_plugins.grouped_attention.launch import Layer, Sizes
+from gqa_plugins.grouped_attention.plugin_layer import Kernels, State, check_shapes
+
+from gqa_export.errors import GqaExportError
+
+LENGTHS = ("past_lengths", "new_lengths")
+ALIAS = {"present_key": "past_key", "present_value": "past_value"}
+MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
+failures: list[GqaExportError] = []
+"""What callbacks refused, oldest first: TensorRT itself only says that something failed."""
+
+
+def discover() -> ModuleType:
+    """The first of TensorRT and TensorRT-RTX that can be imported."""
+    from importlib import import_module
+
+    for name in MODULES:
+        try:
+            return import_module(name)
+        except (ImportError, OSError):
+            continue
+    raise GqaExportError("neither TensorRT nor TensorRT-RTX can be imported", "gqa_plugins.grouped_attention.tensorrt",
+                         "pip install 'gqa-export[trt]' or 'gqa-export[rtx]'")
+
+
+def register(trt: ModuleType | None = None, kernels: Kernels | None = None) -> Any:
+    """Make the plugin known to a process's TensorRT; returns its creator. kernels: to build engines with."""
+    trt = trt or discover()
+    creator = _creator(trt)
+    creator.kernels, creator.carrier = kernels, None
+    if kernels is not None:
+        fields.STORE.add(kernels.container)
+    registry = trt.get_plugin_registry()
+    if not creator.registered:
+        registry.register_creator(creator, fields.NAMESPACE)
+        creator.registered = True
+    return creator
+
+
+def noted(method: Callable) -> Callable:
+    """Keep what a callback raises: TensorRT's own message does not say it."""
+    @functools.wraps(method)
+    def call(*arguments: Any) -> Any:
+        try:
+            return method(*arguments)
+        except GqaExportError as error:
+            failures.append(error)
+            raise
+        except Exception as error:
+            failures.append(GqaExportError(f"{type(error).__name__}: {error}", f"plugin callback {method.__name__}",
+                                           "report it with the command that led here"))
+            raise
+    return call
+
+
+@functools.cache
+def _creator(trt: ModuleType) -> Any:
+    """The creator for one module; there is one per process."""
+    kinds = {"int32": trt.PluginFieldType.INT32, "float32": trt.PluginFieldType.FLOAT32,
+             "char": trt.PluginFieldType.CHAR}
+    plugin = _plugin_class(trt, kinds)
+
+    class Creator(trt.IPluginCreatorV3One):
+        """Makes plugins from ONNX attributes (build phase) and from serialized fields (run-time phase)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.name, self.plugin_version = fields.NAME, fields.PLUGIN_VERSION
+            self.plugin_namespace = fields.NAMESPACE
+            self.field_names = trt.PluginFieldCollection(
+                [trt.PluginField(name, b"", kinds[kind]) for name, kind in fields.CREATION])
+            self.kernels: Kernels | None = None
+            self.carrier: Any = None
+            self.registered = False
+
+        @noted
+        def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
+            values = {one.name: _value(one.data, dict(fields.SERIALIZED).get(one.name, "char")) for one in collection}
+            where = f"attention layer {name!r}"
+            if phase != trt.TensorRTPhase.BUILD:
+                return plugin(State.from_fields(values, where), self)
+            for identity in ("plugin_version", "plugin_namespace"):
+                values.pop(identity, None)
+            return plugin(State(Layer.from_fields(values, where), building=True), self)
+
+    return Creator()
+
+
+def _value(data: Any, kind: str) -> Any:
+    if kind == "char":
+        return bytes(data.tobytes()) if hasattr(data, "tobytes") else bytes(data)
+    return data.item() if getattr(data, "size", 1) == 1 and hasattr(data, "item") else data[0]
+
+
+def _plugin_class(trt: ModuleType, kinds: Mapping[str, Any]) -> type:
+    import numpy as np
+
+    dtypes = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16", trt.DataType.FLOAT: "fp32"}
+    numbers = {"int32": np.int32, "float32": np.float32}
+
+    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
+        """One attention layer."""
+
+        def __init__(self, state: State, creator: Any) -> None:
+            for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
+                base.__init__(self)
+            self.state, self.creator = state, creator
+            self.plugin_name, self.plugin_version = fields.NAME, fields.PLUGIN_VERSION
+            self.plugin_namespace = fields.NAMESPACE
+            self.num_outputs = len(state.outputs)
+            self.loaded: driver.Kernels | None = None
+            self.checked: set[Sizes] = set()
+
+        def get_capability_interface(self, _type: Any) -> Any:
+            return self
+
+        def clone(self) -> Any:
+            return type(self)(self.state, self.creator)
+
+        def attach_to_context(self, _context: Any) -> Any:
+            return self.clone()
+
+        def set_tactic(self, _tactic: int) -> None:
+            """There is one tactic."""
+
+        def get_aliased_input(self, output: int) -> int:
+            name = ALIAS.get(self.state.outputs[output])
+            return -1 if name is None else self.state.inputs.index(name)
+
+        def get_output_data_types(self, types: Sequence[Any]) -> list[Any]:
+            return [types[0]] * self.num_outputs
+
+        @noted
+        def get_output_shapes(self, inputs: Sequence[Any], _shapes: Any, build: Any) -> list[Any]:
+            by_name = dict(zip(self.state.inputs, inputs, strict=True))
+            query, past_key, past_value = by_name["query"], by_name["past_key"], by_name["past_value"]
+            features = build.operation(trt.DimensionOperation.PROD, past_value[3],
+                                       build.constant(self.state.layer.num_heads))
+            shapes = [trt.DimsExprs([query[0], query[1], features]), trt.DimsExprs(past_key), trt.DimsExprs(past_value)]
+            return shapes[: self.num_outputs]
+
+        @noted
+        def supports_format_combination(self, position: int, tensors: Sequence[Any], inputs: int) -> bool:
+            tensor = tensors[position].desc
+            if tensor.format != trt.TensorFormat.LINEAR:
+                return False
+            names = (*self.state.inputs, *self.state.outputs)
+            if names[position] in LENGTHS:
+                return tensor.type == trt.DataType.INT32
+            return tensor.type in dtypes and tensor.type == tensors[0].desc.type
+
+        @noted
+        def configure_plugin(self, inputs: Sequence[Any], _outputs: Sequence[Any]) -> None:
+            check_shapes(self.state, [one.max for one in inputs])
+            largest = self.state.sizes([one.max for one in inputs], dtypes[inputs[0].desc.type])
+            if self.creator.kernels is not None:
+                self.state = replace(self.state, keys=self.creator.kernels.of(self.state.layer, largest))
+
+        @noted
+        def get_workspace_size(self, inputs: Sequence[Any], _outputs: Sequence[Any]) -> int:
+            largest = self.state.sizes([one.max for one in inputs], dtypes[inputs[0].desc.type])
+            return launch.workspace_bytes(self.state.layer, largest)
+
+        @noted
+        def get_fields_to_serialize(self) -> Any:
+            state = self.state
+            if state.building and self.creator.kernels is not None:
+                # TensorRT asks every layer of every profile twice, for the size and for the content.
+                self.creator.carrier = self.creator.carrier or self
+                if self.creator.carrier is self:
+                    state = replace(state, container=self.creator.kernels.container)
+            made = [trt.PluginField(name, np.frombuffer(value, np.int8) if kind == "char"
+                                    else np.array([value], numbers[kind]), kinds[kind])
+                    for name, kind, value in state.to_fields()]
+            self.kept = made  # TensorRT reads the memory after this returns
+            return trt.PluginFieldCollection(made)
+
+        @noted
+        def on_shape_change(self, inputs: Sequence[Any], _outputs: Sequence[Any]) -> None:
+            if not self.state.building:
+                self._load(self.state.sizes([one.dims for one in inputs], dtypes[inputs[0].type]))
+
+        def _load(self, sizes: Sizes) -> driver.Kernels:
+            if self.loaded is None or self.loaded.device.context != driver.current_device().context:
+                self.loaded = driver.load(self.state.keys)
+            if sizes not in self.checked:
+                for cubin in self.loaded.cubins.values():
+                    launch.check_cubin(cubin, self.state.layer, sizes)
+                self.checked.add(sizes)
+            return self.loaded
+
+        @noted
+        def enqueue(self, input_desc: Sequence[Any], _output_desc: Any, inputs: Sequence[int], outputs: Sequence[int],
+                    workspace: int, stream: int) -> None:
+            sizes = self.state.sizes([one.dims for one in input_desc], dtypes[input_desc[0].type])
+            loaded = self._load(sizes)
+            pointers = dict(zip(self.state.inputs, inputs, strict=True))
+            results = dict(zip(self.state.outputs, outputs, strict=True))
+            for present, past in ALIAS.items():
+                if present in results and results[present] != pointers[past]:
+                    raise GqaExportError(f"TensorRT gave {present} other memory than {past}: the cache would not be "
+                                         "written in place", "attention layer", "report it with the engine's manifest")
+            pointers["output"] = results["output"]
+            for one in launch.launches(self.state.layer, sizes, loaded.cubins, pointers, workspace,
+                                       loaded.device.sm_count):
+                driver.launch(one, loaded.functions[one.cubin.kernel], stream)
+
+    return Plugin
