@@ -1,0 +1,180 @@
+"""A TensorRT dialect bundle -> an engine bundle: choose, compile kernels, build in a child, check, write.
+
+Every refusal comes before the long work where it can be known. What cannot be opened without a GPU is checked by what
+TensorRT said while it built: inputs and outputs, plugin layers per profile, aliases, copies of the cache.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .. import contract
+from ..bundle import MODEL, FileFact, Manifest, check_output, read_manifest, writing_bundle
+from ..bundle_check import check_files, file_sha256
+from ..engine_facts import ENGINE, EngineFacts, PluginFacts, ProfileFacts
+from ..errors import GqaExportError
+from ..targets.table import TARGETS
+from ..trt_libraries import CANONICAL, Library
+from . import inspect_build
+from .choose import Choice, choose
+from .job import Built, Job, KernelFiles
+from .kernels import Compiled, compile_kernels, wanted_variants
+from .log import lacks_kernel, read_log
+from .process import run_job
+from .profiles import make_profiles
+
+Report = Callable[[str, float | None, float | None], None]
+WEIGHT_FILES = (".onnx", ".data", ".safetensors")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What `gqa-export trt` takes. capabilities: as given ("8.9"), () is the flavour's own choice. max_prompt 0: the
+    capacity, at most 4096. workspace_mb 0: TensorRT's choice."""
+
+    attention: str = ""
+    dtype: str = "auto"
+    capacity: int = 0
+    flavor: str = "auto"
+    capabilities: tuple[str, ...] = ()
+    max_batch: int = 1
+    max_prompt: int = 0
+    timing_cache: Path | None = None
+    strip_weights: bool = False
+    workspace_mb: int = 0
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class EngineBuild:
+    """What a build did. notes: everything that is not as a user would expect it."""
+
+    folder: Path
+    manifest: Manifest
+    facts: EngineFacts
+    notes: tuple[str, ...]
+
+
+def attention_of(manifest: Manifest) -> str:
+    """"plugin" or "native"; "" for a target that is not made for TensorRT."""
+    target = TARGETS.get(manifest.target)
+    if target is None or not target.engine:
+        return ""
+    return "plugin" if target.attention == f"{contract.DOMAIN}::{contract.OP}" else "native"
+
+
+def check_bundle(bundle: Path, manifest: Manifest, options: EngineOptions) -> str:
+    """The bundle's kind of attention. Raises GqaExportError for a bundle that cannot become what is asked for."""
+    kind, source = attention_of(manifest), manifest.source.get("checkpoint", "CHECKPOINT")
+    again = f"gqa-export onnx {source} -o DIR --target trt-{options.attention or kind or 'plugin'}"
+    if manifest.engine is not None:
+        raise GqaExportError("this bundle holds an engine already", str(bundle),
+                             "pass the bundle or the checkpoint that it was built from")
+    if not kind:
+        raise GqaExportError(f"a bundle of target {manifest.target} cannot become an engine: its cache is not made for "
+                             "TensorRT", str(bundle), f"export it again: `{again}`, or pass the checkpoint")
+    if options.attention and options.attention != kind:
+        raise GqaExportError(f"the bundle has {kind} attention, and --attention is {options.attention}", str(bundle),
+                             f"leave --attention out, or export it again: `{again}`")
+    if options.capacity and options.capacity != manifest.capacity:
+        raise GqaExportError(f"the bundle's cache has a capacity of {manifest.capacity}, and --capacity is "
+                             f"{options.capacity}", str(bundle),
+                             f"leave --capacity out, or export it again: `{again} --capacity {options.capacity}`")
+    wanted = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(options.dtype, manifest.dtype)
+    if wanted != manifest.dtype:
+        raise GqaExportError(f"the bundle is {manifest.dtype}, and --dtype is {options.dtype}", str(bundle),
+                             f"leave --dtype out, or export it again: `{again} --dtype {options.dtype}`")
+    return kind
+
+
+def build_engine(bundle: Path, output: Path, options: EngineOptions | None = None,
+                 report: Report | None = None) -> EngineBuild:
+    """Build an engine bundle at `output`. Raises GqaExportError (NotCheckedHere where a GPU is needed and there is
+    none); then nothing of it is left behind."""
+    options, say = options or EngineOptions(), report or (lambda text, done, total: None)
+    check_output(output.absolute(), options.force)
+    manifest = read_manifest(bundle)
+    kind = check_bundle(bundle, manifest, options)
+    choice = choose(options.flavor, options.capabilities, plugin=kind == "plugin")
+    profiles = make_profiles(manifest, options.max_batch, options.max_prompt)
+    say("checking the bundle", None, None)
+    check_files(bundle, manifest)
+    with tempfile.TemporaryDirectory(prefix="gqa-engine-") as scratch:
+        compiled = _kernels(bundle, manifest, choice, say) if kind == "plugin" else None
+        with writing_bundle(output, force=options.force) as writer:
+            job = _job(bundle, writer.staging / ENGINE, choice, profiles, options, compiled, Path(scratch))
+            built, job, log = _build(job, choice.library, Path(scratch, "build.log"), say)
+            say("checking the engine", None, None)
+            facts, notes = _facts(manifest, kind, choice, profiles, compiled, built, job, log)
+            engine = writer.staging / ENGINE
+            writer.record(ENGINE, FileFact(engine.stat().st_size, file_sha256(engine)))
+            for name in manifest.files:
+                if not name.endswith(WEIGHT_FILES):
+                    writer.copy(bundle / name, name)
+            versions = {**manifest.versions, CANONICAL[choice.library.flavor]: built.version}
+            manifest = writer.finish(replace(manifest, engine=facts, versions=versions, bytes_linked=0,
+                                             bytes_copied=engine.stat().st_size))
+    return EngineBuild(output, manifest, facts, (*choice.notes, *notes))
+
+
+def _kernels(bundle: Path, manifest: Manifest, choice: Choice, say: Report) -> Compiled:
+    import onnx
+
+    model = onnx.load(str(bundle / MODEL), load_external_data=False)
+    variants = wanted_variants(model, manifest.capacity, manifest.dtype)
+    if not variants:
+        raise GqaExportError("the bundle's graph has no attention layer of the plugin", str(bundle / MODEL),
+                             "export the bundle again: `gqa-export onnx --target trt-plugin`")
+    return compile_kernels(variants, choice.kernel_capabilities, say)
+
+
+def _job(bundle: Path, engine: Path, choice: Choice, profiles: tuple[ProfileFacts, ...], options: EngineOptions,
+         compiled: Compiled | None, scratch: Path) -> Job:
+    kernels = None
+    if compiled is not None:
+        container = scratch / "kernels"
+        container.write_bytes(compiled.container)
+        keys = {name: {str(capability): sha for capability, sha in by.items()} for name, by in compiled.keys.items()}
+        kernels = KernelFiles(keys, str(container))
+    return Job(choice.library.flavor, choice.library.module, CANONICAL[choice.library.flavor],
+               str((bundle / MODEL).absolute()), str(engine), choice.engine_capabilities,
+               tuple((profile.name, profile.shapes) for profile in profiles), kernels,
+               str(options.timing_cache.absolute()) if options.timing_cache else "", options.strip_weights,
+               options.workspace_mb << 20)
+
+
+def _build(job: Job, library: Library, log: Path, say: Report) -> tuple[Built, Job, str]:
+    """Build; once more, with attention that may be taken apart, where TensorRT has no kernel of its own for it."""
+    try:
+        built = run_job(job, library, log, say)
+    except GqaExportError:
+        if job.kernels is not None or not lacks_kernel(log.read_text(encoding="utf-8", errors="replace")):
+            raise
+        say("TensorRT has no attention kernel for this shape: building it from smaller layers", None, None)
+        job = replace(job, decomposable=True)
+        built = run_job(job, library, log, say)
+    return built, job, log.read_text(encoding="utf-8", errors="replace")
+
+
+def _facts(manifest: Manifest, kind: str, choice: Choice, profiles: tuple[ProfileFacts, ...],
+           compiled: Compiled | None, built: Built, job: Job, log: str) -> tuple[EngineFacts, list[str]]:
+    listed = read_log(log)
+    inspect_build.check(manifest, built, listed, len(profiles), plugin=compiled is not None)
+    notes = []
+    if job.decomposable:
+        notes.append("TensorRT has no attention kernel for this type and shape: attention is built from smaller layers "
+                     "(slower; --attention plugin has no such limit)")
+    if not listed.layers:
+        notes.append("the build log lists no layers: copies of the cache could not be looked for")
+    plugin = None
+    if compiled is not None:
+        plugin = PluginFacts(contract.OP, str(contract.VERSION), contract.DOMAIN, contract.VERSION, compiled.sha256)
+    build = {"seconds": round(built.seconds, 1), "log_read": bool(listed.layers),
+             "layers": {profile.name: listed.kinds(number) for number, profile in enumerate(profiles)},
+             "kernel_bytes": len(compiled.container) if compiled else 0, "workspace_mb": job.workspace_bytes >> 20,
+             "attention_layers": built.attention_layers}
+    return EngineFacts(choice.library.flavor, built.version, choice.capabilities, kind, profiles,
+                       inspect_build.expected_aliases(manifest), plugin, built.plugin_layers, job.decomposable, job.strip_weights, ENGINE, build), notes

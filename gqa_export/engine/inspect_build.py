@@ -1,0 +1,56 @@
+"""Whether what TensorRT built is what was asked for: inputs, outputs, attention layers, aliases, no copy of the cache.
+
+The network's own answers and the build log are all there is on a machine that cannot open the engine.
+"""
+
+from __future__ import annotations
+
+from ..bundle import Manifest
+from ..cache_io import TensorFact, past_names, present_names
+from ..errors import GqaExportError
+from .job import Built, Tensor
+from .log import Log
+
+TYPES = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32", "INT32": "int32", "INT64": "int64"}
+FIX = "report it with the bundle's gqa_export.json: the engine was not kept"
+
+
+def expected_aliases(manifest: Manifest) -> dict[str, str]:
+    """present -> past, of every layer."""
+    pairs = [zip(present_names(layer.layer), past_names(layer.layer), strict=True) for layer in manifest.spec.layers]
+    return {present: past for pair in pairs for present, past in pair}
+
+
+def check(manifest: Manifest, built: Built, log: Log, profiles: int, *, plugin: bool) -> None:
+    """Raises GqaExportError naming the first thing that is not as it must be."""
+    for what, facts, tensors in (("input", manifest.inputs, built.inputs), ("output", manifest.outputs, built.outputs)):
+        wrong = [f"{what} {fact.name}" for fact, tensor in zip(facts, tensors) if not _same(fact, tensor)]
+        if wrong or len(facts) != len(tensors):
+            names = ", ".join(wrong[:3]) or f"number of {what}s ({len(tensors)}, expected {len(facts)})"
+            raise GqaExportError(f"TensorRT's network has another {names} than the bundle", "the engine", FIX)
+    aliases = expected_aliases(manifest)
+    if built.aliases != aliases:
+        odd = sorted(set(built.aliases.items()) ^ set(aliases.items()))[0]
+        raise GqaExportError(f"the cache would not be written in place: {odd[0]}", "the engine's aliases", FIX)
+    layers = len(manifest.spec.layers)
+    if plugin and built.plugin_layers != layers:
+        raise GqaExportError(f"the network has {built.plugin_layers} plugin layers, expected {layers}", "the engine",
+                             FIX)
+    if plugin and built.containers != 1:
+        raise GqaExportError(f"the engine carries its kernels {built.containers} times, expected once", "the engine",
+                             FIX)
+    if not log.layers:
+        return
+    for number in range(profiles):
+        if plugin and log.plugins(number) != layers:
+            raise GqaExportError(f"profile {number} has {log.plugins(number)} plugin layers, expected {layers}",
+                                 "the build log", FIX)
+    copies = log.copies({*aliases, *aliases.values()})
+    if copies:
+        raise GqaExportError(f"TensorRT copies the cache: {copies[0]} ({len(copies)} such layers)", "the build log",
+                             FIX)
+
+
+def _same(fact: TensorFact, tensor: Tensor) -> bool:
+    sizes = tuple(-1 if isinstance(axis, str) else axis for axis in fact.shape)
+    return fact.name == tensor.name and TYPES.get(tensor.type) == fact.dtype and sizes == tensor.shape

@@ -1,0 +1,86 @@
+"""What the parent tells the building process, and what that says back: plain data as JSON.
+
+Messages of the child, one JSON object a line on its standard output: {"progress": [text, done, total]}, and at the
+end either {"built": {...}} or {"refused": [what, where, fix]}.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class KernelFiles:
+    """The plugin's kernels: variant's name -> capability (as text, for JSON) -> sha256; the container's file."""
+
+    keys: dict[str, dict[str, str]]
+    container: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One build. module: what is imported as TensorRT, known to others as `canonical`. capabilities: 89 is 8.9; empty
+    is the GPU at hand. profiles: (name, shapes). workspace_bytes 0: TensorRT's default. decomposable: native attention
+    may be taken apart."""
+
+    flavor: str
+    module: str
+    canonical: str
+    model: str
+    engine: str
+    capabilities: tuple[int, ...]
+    profiles: tuple[tuple[str, Shapes], ...]
+    kernels: KernelFiles | None = None
+    timing_cache: str = ""
+    strip_weights: bool = False
+    workspace_bytes: int = 0
+    decomposable: bool = False
+
+    def to_json(self) -> str:
+        """As text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """The inverse."""
+        data = json.loads(text)
+        kernels = data.pop("kernels")
+        data["profiles"] = tuple((name, shapes) for name, shapes in data["profiles"])
+        return cls(**{**data, "capabilities": tuple(data["capabilities"])},
+                   kernels=KernelFiles(**kernels) if kernels else None)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output of the network: TensorRT's name of its type; -1 in the shape is dynamic."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What the child saw. aliases: output -> input whose memory it is, asked from the plugin (or, for TensorRT's own
+    cache update, from the network). capability: of the GPU it was built on, 0 without."""
+
+    version: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    aliases: dict[str, str]
+    plugin_layers: int
+    attention_layers: int
+    containers: int
+    seconds: float
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Built:
+        """From the child's message."""
+        for name in ("inputs", "outputs"):
+            data[name] = tuple(Tensor(one["name"], one["type"], tuple(one["shape"])) for one in data[name])
+        return cls(**data)

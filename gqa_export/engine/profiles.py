@@ -1,0 +1,37 @@
+"""The two optimization profiles of an engine: decode (one new token) and prefill (up to the longest prompt).
+
+One profile over both serves neither well: TensorRT tunes for its middle. The capacity is literal in the graph.
+"""
+
+from __future__ import annotations
+
+from ..bundle import Manifest
+from ..cache_io import BATCH, SEQUENCE
+from ..engine_facts import DECODE, PREFILL, ProfileFacts
+from ..errors import GqaExportError
+
+MOST_PROMPT = 4096
+USUAL_PROMPT = 512
+
+
+def make_profiles(manifest: Manifest, max_batch: int, max_prompt: int) -> tuple[ProfileFacts, ...]:
+    """decode: S = 1; prefill: S = 1 .. max_prompt (0: the capacity, at most 4096); both for 1 .. max_batch."""
+    longest = max_prompt or min(manifest.capacity, MOST_PROMPT)
+    if longest > manifest.capacity:
+        raise GqaExportError(f"prompts of {longest} tokens do not fit the cache's capacity of {manifest.capacity}",
+                             "--max-prompt", f"use --max-prompt {manifest.capacity} or less, or export the bundle with "
+                             f"a larger --capacity")
+    usual = min(longest, USUAL_PROMPT)
+    return (_profile(manifest, DECODE, max_batch, (1, 1, 1)),
+            _profile(manifest, PREFILL, max_batch, (1, usual, longest)))
+
+
+def _profile(manifest: Manifest, name: str, max_batch: int, steps: tuple[int, int, int]) -> ProfileFacts:
+    shapes = {}
+    for tensor in manifest.inputs:
+        sizes = []
+        for batch, sequence in zip((1, 1, max_batch), steps, strict=True):
+            known = {BATCH: batch, SEQUENCE: sequence}
+            sizes.append(tuple(known[axis] if isinstance(axis, str) else axis for axis in tensor.shape))
+        shapes[tensor.name] = (sizes[0], sizes[1], sizes[2])
+    return ProfileFacts(name, shapes)
