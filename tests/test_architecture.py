@@ -16,16 +16,23 @@ ROOT = Path(gqa_export.__file__).parent.parent
 PACKAGE = ROOT / "gqa_export"
 PLUGINS = ROOT / "plugins"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *PLUGINS.rglob("*.py"), *(ROOT / "models").rglob("*.py")])
-STAGES = {"checkpoint", "trace", "graph", "targets", "engine", "run", "compare"}
+STAGES = {"checkpoint", "trace", "graph", "targets", "engine", "run", "compare", "convert", "uptrain"}
 # Stages may import the targets' table (facts, no code) and, below graph, nothing of another stage.
-LENDS = {("graph", "targets.table"), ("run", "targets.table"), ("trace", "targets.table"), ("targets", "graph")}
+LENDS = {("graph", "targets.table"), ("run", "targets.table"), ("trace", "targets.table"), ("engine", "targets.table"),
+         ("targets", "graph"),
+         # a conversion asks the model's own attention where its heads are
+         ("convert", "checkpoint"), ("convert", "trace.attention"), ("convert", "trace.skeleton"),
+         ("convert", "trace.probe"), ("uptrain", "checkpoint")}
 FOUNDATIONS = {"errors", "contract", "spec", "cache_io", "engine_facts", "bundle"}
 NEVER = {
     "checkpoint": {"onnx", "onnxruntime", "tensorrt", "onnx_ir", "onnxscript"},
     "trace": {"onnxruntime", "tensorrt"},
     "graph": {"torch"},
     "targets": {"torch"},
+    "engine": {"torch", "onnxruntime"},
     "compare": {"torch", "onnxruntime", "tensorrt"},
+    "convert": {"onnx", "onnxruntime", "tensorrt", "onnx_ir", "onnxscript"},
+    "uptrain": {"onnx", "onnxruntime", "tensorrt", "onnx_ir", "onnxscript"},
 }
 LONGEST_MODULE = 300
 

@@ -28,6 +28,7 @@ VERBS: dict[str, str] = {
     "validate": "Compare a bundle with PyTorch, step by step.",
     "run": "Let a bundle answer a prompt.",
     "bench": "Measure load time, tokens per second and memory.",
+    "convert": "Give a checkpoint fewer key/value heads: MHA to GQA to MQA.",
     "inspect": "Show the attention layers and the KV-cache cost of a bundle or checkpoint.",
     "doctor": "Show what is installed, what can run here and what is missing.",
 }

@@ -1,0 +1,208 @@
+"""Checkpoint -> checkpoint with fewer key/value heads: choose K, pool each layer, write, report.
+
+Source of the method: Ainslie et al., 2023 (arXiv:2305.13245). Only one layer is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..output_folder import check_folder, writing_folder
+from .assemble import assemble, changed
+from .choice import ConvertOptions, asked, candidates, check_options, fewest, worst
+from .grouping import similar
+from .heads import LayerHeads
+from .measure import LayerError, knee, weight_errors
+from .pooling import Pooled, contiguous, mappable, pool
+from .stored import Stored, write_checkpoint
+from .target import Structure, structure_of, with_kv_heads
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+
+REPORT = "gqa_convert.json"
+Report = Callable[[str, float | None, float | None], None]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did. cache_bytes_*: of one token, in the stored type. errors_by_kv_heads: the largest error of
+    a layer's attention output for every number of heads that was looked at, from weights alone."""
+
+    folder: str
+    method: str
+    grouping: str
+    kv_heads_before: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    cache_bytes_before: int
+    cache_bytes: int
+    layers: tuple[LayerError, ...]
+    errors_by_kv_heads: dict[int, float]
+    suggested_kv_heads: int | None
+    groups: tuple[tuple[tuple[int, ...], ...], ...]
+    notes: tuple[str, ...] = ()
+    source: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The report, as written beside the weights."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def convert(checkpoint: Checkpoint, output: Path, options: ConvertOptions, report: Report | None = None) -> Conversion:
+    """Write the converted checkpoint and say what it cost. Raises GqaExportError; then nothing is left behind."""
+    say = report or (lambda text, done, total: None)
+    check_folder(Path(output), force=options.force, marker=REPORT)
+    check_options(checkpoint, options)
+    say("asking the model where its heads are", None, None)
+    source = structure_of(checkpoint.load_config())
+    stored = Stored(checkpoint, source)
+    counts = candidates(source)
+    chosen = asked(options, source)
+    if options.method == "calibrated":
+        return _convert_calibrated(checkpoint, Path(output), options, source, stored, chosen, say)
+    errors = _all_errors(source, stored, options, counts, say)
+    kv_heads = chosen or fewest(errors, options, counts)
+    target, fields = with_kv_heads(source, kv_heads)
+    layers = [errors[count][layer] if count in errors else _pooled_errors(stored, source, options, layer, count)
+              for layer, count in enumerate(kv_heads)]
+
+    @lru_cache(maxsize=2)  # a layer may lie in two files
+    def layer_tensors(layer: int) -> dict[str, torch.Tensor]:
+        heads = LayerHeads(source.layers[layer], stored.read)
+        return assemble(heads, target.layers[layer], pool_layer(heads, options, source, kv_heads[layer]))
+
+    groups = tuple(groups_of(LayerHeads(layer, stored.read), options, kv_heads[index])
+                   for index, layer in enumerate(source.layers))
+    in_place = options.grouping == "contiguous" and options.method != "svd"
+    owner = {name: index for index, layer in enumerate(source.layers) for name in changed(layer, in_place)}
+
+    def make(name: str) -> torch.Tensor:
+        made = layer_tensors(owner[name])
+        return made[name] if name in made else stored.read(name)
+
+    result = summary(checkpoint, Path(output), options, source, target, tuple(layers), errors, groups)
+    with writing_folder(Path(output), force=options.force, marker=REPORT) as folder:
+        write_checkpoint(folder, stored, {name: target.shapes[name] for name in owner}, make, fields, say)
+        (folder / REPORT).write_text(result.to_json(), encoding="utf-8")
+    return result
+
+
+def _convert_calibrated(checkpoint: Checkpoint, output: Path, options: ConvertOptions, source: Structure,
+                        stored: Stored, chosen: tuple[int, ...] | None, say: Report) -> Conversion:
+    from .calibration import Calibration, calibration_rows, write_calibrated
+
+    assert options.text is not None
+    if chosen:
+        with_kv_heads(source, chosen)  # refused now, not after minutes
+    rows = calibration_rows(checkpoint, source.config, options.text, options.tokens)
+    calibration = Calibration(checkpoint, stored, source, rows, options.grouping, say)
+    if chosen is None:
+        measured = {}
+        for count in reversed(candidates(source)):
+            measured[count], _ = calibration.run([count] * len(source.layers), lambda layer, tensors: None)
+            if worst(measured[count]) <= (options.max_error or 0):
+                break
+        chosen = fewest(measured, options, sorted(measured, reverse=True))
+    curve = _all_errors(source, stored, options, candidates(source), say)
+    target, _ = with_kv_heads(source, chosen)
+    results = []
+
+    def finish(folder: Path, errors: list[LayerError], pooled: list[Pooled]) -> None:
+        groups = tuple(layer.groups for layer in pooled)
+        results.append(summary(checkpoint, output, options, source, target, tuple(errors), curve, groups))
+        (folder / REPORT).write_text(results[0].to_json(), encoding="utf-8")
+
+    write_calibrated(calibration, output, chosen, options.force, REPORT, finish)
+    return results[0]
+
+
+def summary(checkpoint: Checkpoint, output: Path, options: ConvertOptions, source: Structure, target: Structure,
+            layers: tuple[LayerError, ...], errors: dict[int, list[LayerError]],
+            groups: tuple[tuple[tuple[int, ...], ...], ...]) -> Conversion:
+    """The report of a conversion."""
+    curve = {count: worst(rows) for count, rows in sorted(errors.items())}
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    return Conversion(
+        str(output), options.method, options.grouping, source.kv_heads, target.kv_heads,
+        cache_bytes(source, checkpoint.stored_dtype), cache_bytes(target, checkpoint.stored_dtype), layers, curve,
+        knee({**curve, max(source.kv_heads): 0.0}), groups, _notes(source, options), checkpoint.source, settings)
+
+
+def _notes(source: Structure, options: ConvertOptions) -> tuple[str, ...]:
+    notes = []
+    if any("key" not in layer.linear for layer in source.layers):
+        notes.append("a norm follows the key projection: keys are pooled before it, and are not turned or scaled")
+    if options.method in ("svd", "calibrated") and any(not mappable(layer)[1] for layer in source.layers):
+        notes.append("something lies between attention and its output projection: values are averaged, not fitted")
+    return tuple(notes)
+
+
+def cache_bytes(structure: Structure, dtype: str) -> int:
+    """Bytes of keys and values of one token over all layers."""
+    from ..casting import itemsize
+
+    return sum(len(layer.key.starts) * (layer.key.size + layer.value.size) for layer in structure.layers) * \
+        itemsize(dtype)
+
+
+def groups_of(heads: LayerHeads, options: ConvertOptions, kv_heads: int) -> tuple[tuple[int, ...], ...]:
+    """Which heads of a layer are pooled together."""
+    if options.grouping == "similarity":
+        return similar(heads, kv_heads)
+    return contiguous(len(heads.layout.key.starts), kv_heads)
+
+
+def pool_layer(heads: LayerHeads, options: ConvertOptions, source: Structure, kv_heads: int) -> Pooled:
+    """One layer by the method and grouping asked for, from weights alone."""
+    method = "svd" if options.method == "calibrated" else options.method
+    spread = float(getattr(source.config, "initializer_range", None) or 0.02)
+    return pool(heads, groups_of(heads, options, kv_heads), method, align=options.grouping == "similarity",
+                seed=options.seed, spread=spread)
+
+
+def _pooled_errors(stored: Stored, source: Structure, options: ConvertOptions, layer: int, kv_heads: int) -> LayerError:
+    heads = LayerHeads(source.layers[layer], stored.read)
+    return weight_errors(heads, pool_layer(heads, options, source, kv_heads))
+
+
+def _all_errors(source: Structure, stored: Stored, options: ConvertOptions, counts: Sequence[int],
+                say: Report) -> dict[int, list[LayerError]]:
+    """By number of heads: the error of every layer."""
+    found: dict[int, list[LayerError]] = {count: [] for count in counts}
+    for index, layer in enumerate(source.layers):
+        say(f"measuring layer {index}", index, len(source.layers))
+        heads = LayerHeads(layer, stored.read)
+        for count in counts:
+            found[count].append(weight_errors(heads, pool_layer(heads, options, source, count)))
+    return found
+
+
+def expand(checkpoint: Checkpoint, output: Path, kv_heads: int, order: Sequence[int] | None = None) -> None:
+    """The inverse, exact: every key/value head repeated until there are `kv_heads`. The model computes the same.
+
+    order: a permutation of the new heads, queries and output columns moved along (a test of grouping). Raises
+    GqaExportError where the architecture cannot have so many heads.
+    """
+    source = structure_of(checkpoint.load_config())
+    stored = Stored(checkpoint, source)
+    target, fields = with_kv_heads(source, [kv_heads] * len(source.layers))
+    order = list(order if order is not None else range(kv_heads))
+    owner = {name: index for index, layer in enumerate(source.layers) for name in changed(layer, False)}
+
+    @lru_cache(maxsize=2)
+    def layer_tensors(layer: int) -> dict[str, torch.Tensor]:
+        from .assemble import repeat
+
+        return repeat(LayerHeads(source.layers[layer], stored.read), target.layers[layer], order)
+
+    with writing_folder(Path(output), marker=REPORT) as folder:
+        write_checkpoint(folder, stored, {name: target.shapes[name] for name in owner},
+                         lambda name: layer_tensors(owner[name])[name], fields, lambda text, done, total: None)

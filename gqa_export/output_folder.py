@@ -1,0 +1,77 @@
+"""A folder that appears complete or not at all: staged beside its place, renamed at the end. Standard library only."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import GqaExportError
+
+
+def check_folder(output: Path, *, force: bool, marker: str) -> None:
+    """Refuse, before any work, an output that must not be replaced: `force` replaces folders that hold `marker`."""
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise GqaExportError("the output exists and is not a folder", str(output), "choose another path with -o")
+    if output.is_dir() and any(output.iterdir()):
+        if not force:
+            raise GqaExportError("the output folder is not empty", str(output),
+                                 "choose another one, or pass --force to replace an earlier result")
+        if not (output / marker).is_file():
+            raise GqaExportError(f"the output folder holds something else (it has no {marker})", str(output),
+                                 "choose another one: --force replaces results of the same command only")
+
+
+@contextmanager
+def writing_folder(output: Path, *, force: bool = False, marker: str) -> Iterator[Path]:
+    """Give a staging folder; when the block ends well it becomes `output`, else nothing of it stays.
+
+    Raises GqaExportError for an output that must not be replaced, an unwritable place, a full disk.
+    """
+    output = Path(os.path.abspath(output))
+    check_folder(output, force=force, marker=marker)
+    staging = None
+    with disk_errors(output):
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+            staging.chmod(0o755)
+            yield staging
+            _replace(staging, output)
+        finally:
+            if staging is not None:
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(output: Path) -> Iterator[None]:
+    """A full disk or an unwritable place inside the block is a GqaExportError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise GqaExportError("the disk is full", str(output), "free some space, or choose another disk with -o; "
+                                 "nothing half-written was left at the output") from error
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            raise GqaExportError(f"cannot write there: {error.strerror}", str(output),
+                                 "choose another output folder with -o") from error
+        raise
+
+
+def _replace(staging: Path, output: Path) -> None:
+    if not output.exists():
+        staging.rename(output)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent)) / "old"
+    output.rename(old)
+    try:
+        staging.rename(output)
+    except BaseException:
+        old.rename(output)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)

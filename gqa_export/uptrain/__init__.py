@@ -1,0 +1,1 @@
+"""Continued pre-training of a converted checkpoint, by Hugging Face's Trainer."""

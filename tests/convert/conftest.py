@@ -1,0 +1,68 @@
+"""Small checkpoints for the tests of `convert`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gqa_models
+import pytest
+
+SENTENCES = ("The king rode out at dawn; nobody saw him return. ", "Bread, salt and a little light were all they had. ",
+             "Why would a river ask the sea for water? ", "Seven ships left, and three of them came home. ")
+
+
+def byte_tokenizer(folder: Path) -> None:
+    """A tokenizer whose tokens are bytes, into a checkpoint folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """Some thousand characters, not periodic."""
+    import random
+
+    chooser = random.Random(5)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(chooser.choice(SENTENCES) for _ in range(200)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny(name, **overrides) -> a checkpoint folder with a byte tokenizer, made once."""
+    made: dict = {}
+
+    def make(name: str, dtype: str = "float32", **overrides) -> Path:
+        key = (name, dtype, *sorted(overrides.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("tiny") / name
+            gqa_models.write_tiny(name, folder, dtype=dtype, **overrides)
+            byte_tokenizer(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def logits():
+    """logits(folder) -> [2, 40, vocabulary] fp32 of seeded tokens."""
+    import torch
+
+    from gqa_export.checkpoint import open_checkpoint
+
+    def run(folder: Path) -> torch.Tensor:
+        model = open_checkpoint(folder).load_model("fp32")
+        ids = torch.randint(4, 250, (2, 40), generator=torch.Generator().manual_seed(7))
+        with torch.no_grad():
+            return model(ids).logits  # type: ignore[operator]
+
+    return run
