@@ -12,12 +12,7 @@
 
 namespace gqa {
 
-enum class Number { int32, int64, fp16, bf16, fp32 };
-std::size_t bytes_of(Number number);
-Number number_from(std::string const& name, std::string const& where);  // "int32", "fp16", ...; throws Error
-
 using Shape = std::vector<std::int64_t>;
-std::int64_t elements(Shape const& shape);
 
 // Runs one optimization profile. Shapes and addresses stay until they are set again.
 class EngineContext {

@@ -1,0 +1,134 @@
+#include "gqa/runtime/manifest.h"
+
+#include <algorithm>
+#include <fstream>
+#include <iterator>
+
+#include "gqa/core/error.h"
+#include "gqa/runtime/json.h"
+
+namespace gqa {
+namespace {
+
+constexpr std::int64_t kFormat = 1;
+constexpr char kRebuild[] = "build the engine again with `gqa-export trt`";
+
+// [batch, ...]: the batch is a named axis, all others are literal, but for the new tokens' axis of input_ids.
+TensorFact read_tensor(Json const& fact) {
+    TensorFact tensor{fact.at("name").string(), Number::int32, {}};
+    tensor.number = number_from(fact.at("dtype").string(), "gqa_export.json: " + tensor.name);
+    Json::Array const& shape = fact.at("shape").array();
+    for (std::size_t axis = 1; axis < shape.size(); ++axis) {
+        bool const tokens = tensor.name == "input_ids" && axis == 1;
+        tensor.row.push_back(tokens ? 0 : shape[axis].integer());
+    }
+    return tensor;
+}
+
+std::vector<TensorFact> read_tensors(Json const& facts) {
+    std::vector<TensorFact> tensors;
+    for (Json const& fact : facts.array()) tensors.push_back(read_tensor(fact));
+    return tensors;
+}
+
+void read_profiles(Json const& profiles, Manifest& manifest, std::string const& where) {
+    int found = 0;
+    for (std::size_t i = 0; i < profiles.array().size(); ++i) {
+        Json const& profile = profiles.array()[i];
+        Json const& most = profile.at("shapes").at("input_ids").array().at(2);
+        std::int64_t const batch = most.array().at(0).integer(), steps = most.array().at(1).integer();
+        manifest.max_batch = i == 0 ? batch : std::min(manifest.max_batch, batch);
+        if (profile.at("name").string() == "decode") {
+            manifest.decode_profile = static_cast<int>(i), found |= 1;
+        } else if (profile.at("name").string() == "prefill") {
+            manifest.prefill_profile = static_cast<int>(i), manifest.max_prompt = steps, found |= 2;
+        }
+    }
+    if (found != 3) throw Error("the engine lacks a decode or a prefill profile", where, kRebuild);
+}
+
+void read_engine(Json const& engine, Manifest& manifest, std::string const& where) {
+    manifest.flavor = engine.at("flavor").string();
+    manifest.version = engine.at("version").string();
+    manifest.engine_file = engine.at("file").string();
+    manifest.stripped = engine.at("stripped").boolean();
+    for (Json const& one : engine.at("compute_capabilities").array()) {
+        manifest.capabilities.push_back(static_cast<int>(one.integer()));
+    }
+    for (auto const& [present, past] : engine.at("aliases").object()) manifest.aliases[present] = past.string();
+    read_profiles(engine.at("profiles"), manifest, where);
+    Json const& plugin = engine.at("plugin");
+    if (plugin.is_null()) return;
+    manifest.plugin = PluginFact{plugin.at("name").string(), plugin.at("version").string(),
+                                 plugin.at("namespace").string(), plugin.at("contract_version").integer()};
+}
+
+TensorFact const* find(std::vector<TensorFact> const& tensors, std::string const& name) {
+    auto const found = std::find_if(tensors.begin(), tensors.end(), [&](auto const& one) { return one.name == name; });
+    return found == tensors.end() ? nullptr : &*found;
+}
+
+// What the runtime relies on: named tensors, and every cache output in the memory of a cache input.
+void check_tensors(Manifest& manifest, std::string const& where) {
+    for (char const* name : {"input_ids", "past_lengths", "new_lengths"}) {
+        if (!find(manifest.inputs, name)) throw Error(std::string("the engine has no input ") + name, where, kRebuild);
+    }
+    TensorFact const* const logits = find(manifest.outputs, "logits");
+    if (!logits || logits->row.size() != 2) throw Error("the engine has no output logits [batch, 1, V]", where, kRebuild);
+    manifest.vocabulary = logits->row[1];
+    for (TensorFact const& output : manifest.outputs) {
+        if (output.name == "logits") continue;
+        auto const alias = manifest.aliases.find(output.name);
+        if (alias == manifest.aliases.end() || !find(manifest.inputs, alias->second)) {
+            throw Error("the engine's output " + output.name + " is not in the memory of an input", where, kRebuild);
+        }
+    }
+}
+
+bool leaves_folder(std::string const& file) {
+    return file.empty() || file.find('/') != std::string::npos || file.find('\\') != std::string::npos || file == "..";
+}
+
+}  // namespace
+
+Manifest parse_manifest(std::string const& text, std::string const& where) {
+    Json const root = Json::parse(text, where);
+    if (!root.has("format") || !root.has("target")) {
+        throw Error("not the manifest of a bundle", where, "give a folder that `gqa-export trt BUNDLE -o DIR` wrote");
+    }
+    if (root.at("format").integer() != kFormat) {
+        throw Error("manifest format " + std::to_string(root.at("format").integer()) + " is not " +
+                        std::to_string(kFormat), where, "build the engine with the version of gqa-export that this "
+                                                        "program was built from");
+    }
+    if (!root.has("engine") || root.at("engine").is_null()) {
+        throw Error("the bundle holds a graph for '" + root.at("target").string() + "', not an engine", where,
+                    "make one of it: `gqa-export trt BUNDLE -o DIR`");
+    }
+    Manifest manifest;
+    manifest.capacity = root.at("capacity").integer();
+    manifest.inputs = read_tensors(root.at("inputs"));
+    manifest.outputs = read_tensors(root.at("outputs"));
+    read_engine(root.at("engine"), manifest, where);
+    check_tensors(manifest, where);
+    if (leaves_folder(manifest.engine_file)) throw Error("the engine's file lies outside the bundle", where, kRebuild);
+    manifest.engine_sha256 = root.at("files").at(manifest.engine_file).at("sha256").string();
+    if (root.at("tokens").has("eos")) {
+        for (Json const& token : root.at("tokens").at("eos").array()) {
+            manifest.end_tokens.push_back(static_cast<std::int32_t>(token.integer()));
+        }
+    }
+    return manifest;
+}
+
+Manifest read_manifest(std::string const& folder) {
+    std::string const path = folder + "/gqa_export.json";
+    std::ifstream file(path, std::ios::binary);
+    if (!file) {
+        throw Error("the folder has no gqa_export.json, so it is not a bundle", folder,
+                    "make one with `gqa-export trt BUNDLE -o DIR`");
+    }
+    return parse_manifest({std::istreambuf_iterator<char>(file), {}}, path);
+}
+
+}  // namespace gqa

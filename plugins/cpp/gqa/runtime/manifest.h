@@ -1,0 +1,55 @@
+// An engine bundle's manifest, gqa_export.json, and whether this machine can run what it describes.
+//
+// Written by `gqa-export trt`; its entries are those of gqa_export/bundle.py and gqa_export/engine_facts.py.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "gqa/runtime/numbers.h"
+
+namespace gqa {
+
+struct TensorFact {
+    std::string name;
+    Number number;
+    std::vector<std::int64_t> row;  // the axes after the batch; 0 for the new tokens' axis of input_ids
+};
+
+struct PluginFact {
+    std::string name, version, space;
+    std::int64_t contract_version;
+};
+
+struct Manifest {
+    std::string flavor;             // "tensorrt" or "rtx"
+    std::string version;            // of the library that built the engine: "11.1.0.106"
+    std::vector<int> capabilities;  // 89 is 8.9; empty: only those of the GPU it was built on
+    std::string engine_file, engine_sha256;
+    bool stripped = false;  // the weights are not inside
+    std::int64_t capacity = 0, max_batch = 0, max_prompt = 0, vocabulary = 0;
+    int decode_profile = 0, prefill_profile = 0;
+    std::vector<TensorFact> inputs, outputs;
+    std::map<std::string, std::string> aliases;  // present tensor -> the past tensor whose memory it is
+    std::optional<PluginFact> plugin;            // none: the engine needs no library of ours
+    std::vector<std::int32_t> end_tokens;
+};
+
+// Reads and understands folder/gqa_export.json. Throws Error, with the fix, for anything else than an engine bundle.
+Manifest read_manifest(std::string const& folder);
+Manifest parse_manifest(std::string const& text, std::string const& where);
+
+// What can be wrong between an engine bundle and the machine it is loaded on; each throws Error with the fix.
+// flavor, version: of the library that is loaded.
+void check_flavor_and_version(Manifest const& manifest, std::string const& flavor, std::string const& version,
+                              std::string const& folder);
+void check_capability(Manifest const& manifest, int capability, std::string const& folder);
+void check_plugin(Manifest const& manifest, std::string const& library, std::string const& folder);
+
+// Throws Error unless the engine's file is there and has the manifest's sha256.
+void check_engine_file(Manifest const& manifest, std::string const& folder);
+
+}  // namespace gqa

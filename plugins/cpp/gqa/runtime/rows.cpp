@@ -1,0 +1,103 @@
+#include "gqa/runtime/rows.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <utility>
+
+namespace gqa {
+namespace {
+
+std::string row_name(std::size_t row) { return "row " + std::to_string(row); }
+
+}  // namespace
+
+std::function<void(std::string const&)> log_of(Options const& options) {
+    if (options.log) return options.log;
+    return [](std::string const& text) { std::fprintf(stderr, "note: %s\n", text.c_str()); };
+}
+
+Session::Rows::Rows(Manifest manifest, std::unique_ptr<cuda::DeviceContext> device, std::unique_ptr<Engine> engine,
+                    Options const& options)
+    : manifest_(std::move(manifest)),
+      device_(std::move(device)),
+      runner_(manifest_, std::move(engine), options.cuda_graph, log_of(options)) {}
+
+void Session::Rows::check_batch(std::size_t rows) const {
+    if (rows >= 1 && rows <= static_cast<std::size_t>(manifest_.max_batch)) return;
+    throw Error("the batch has " + std::to_string(rows) + " rows, the engine takes 1 to " +
+                    std::to_string(manifest_.max_batch), "Session::prefill",
+                "split the batch, or build the engine with a larger --max-batch");
+}
+
+void Session::Rows::check_token(std::size_t row, Token token) const {
+    if (token >= 0 && token < manifest_.vocabulary) return;
+    throw Error(row_name(row) + " has token " + std::to_string(token) + ", outside the vocabulary of " +
+                    std::to_string(manifest_.vocabulary), "Session",
+                "pass ids of the model's own tokenizer, which lies in the engine bundle");
+}
+
+void Session::Rows::check_fits(std::vector<std::int64_t> const& before, std::vector<Tokens> const& more,
+                               std::int64_t reserve) const {
+    if (more.size() != before.size()) {
+        throw Error(std::to_string(more.size()) + " rows of tokens for a batch of " + std::to_string(before.size()),
+                    "Session", "pass one row of tokens per prompt; begin a new batch with prefill");
+    }
+    for (std::size_t row = 0; row < more.size(); ++row) {
+        for (Token token : more[row]) check_token(row, token);
+        auto const wanted = static_cast<std::int64_t>(more[row].size()) + reserve;
+        if (before[row] + wanted <= manifest_.capacity) continue;
+        throw Error(row_name(row) + " holds " + std::to_string(before[row]) + " tokens and would get " +
+                        std::to_string(wanted) + ": more than the cache's capacity of " +
+                        std::to_string(manifest_.capacity), "Session",
+                    "ask for fewer tokens, or export the bundle with a larger --capacity");
+    }
+}
+
+void Session::Rows::forget(std::size_t rows) {
+    if (device_) device_->make_current();
+    lengths_.assign(rows, 0);
+    // TensorRT's own attention multiplies what lies beyond the lengths by 0, and 0 times NaN is NaN.
+    if (!manifest_.plugin) runner_.zero_cache();
+}
+
+Logits Session::Rows::extend(std::vector<Tokens> const& more) {
+    if (device_) device_->make_current();
+    Logits logits(more.size(), static_cast<std::size_t>(manifest_.vocabulary));
+    std::vector<std::int64_t> lengths = lengths_;
+    std::size_t longest = 0;
+    for (Tokens const& tokens : more) longest = std::max(longest, tokens.size());
+    auto const part = static_cast<std::size_t>(manifest_.max_prompt);
+    for (std::size_t begin = 0; begin < longest; begin += part) {
+        Feed const feed = cut_out(more, begin, std::min(part, longest - begin), lengths);
+        void const* const raw = runner_.run(feed);
+        for (std::size_t row = 0; row < more.size(); ++row) {
+            lengths[row] += feed.new_lengths[row];
+            bool const ended_here = more[row].size() > begin && more[row].size() <= begin + part;
+            if (ended_here) copy_logits(raw, row, logits);
+        }
+    }
+    lengths_ = std::move(lengths);  // only now: had a run failed, the rows would be as they were
+    return logits;
+}
+
+Feed Session::Rows::cut_out(std::vector<Tokens> const& more, std::size_t begin, std::size_t steps,
+                            std::vector<std::int64_t> const& lengths) const {
+    Feed feed{static_cast<std::int64_t>(more.size()), static_cast<std::int64_t>(steps), {}, {}, {}};
+    feed.ids.assign(more.size() * steps, 0);
+    for (std::size_t row = 0; row < more.size(); ++row) {
+        Tokens const& tokens = more[row];
+        std::size_t const first = std::min(begin, tokens.size()), last = std::min(begin + steps, tokens.size());
+        std::copy(tokens.data() + first, tokens.data() + last, feed.ids.data() + row * steps);
+        feed.past_lengths.push_back(static_cast<std::int32_t>(lengths[row]));
+        feed.new_lengths.push_back(static_cast<std::int32_t>(last - first));
+    }
+    return feed;
+}
+
+void Session::Rows::copy_logits(void const* raw, std::size_t row, Logits& logits) const {
+    Number const number = runner_.logits_number();
+    auto const* const bytes = static_cast<char const*>(raw) + row * logits.vocabulary() * bytes_of(number);
+    to_fp32(number, bytes, logits.vocabulary(), logits.row(row));
+}
+
+}  // namespace gqa
