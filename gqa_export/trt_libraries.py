@@ -1,5 +1,5 @@
 """Where TensorRT and TensorRT for RTX are: the Python module and the folder of shared libraries of each, from whatever
-packages brought them. Standard library only; nothing is imported or loaded here.
+packages brought them. Standard library only.
 
 TensorRT's parser opens `libtensorrt_rtx.so` by its bare name when it meets a plugin, and ends the process if that
 fails; the dynamic loader reads LD_LIBRARY_PATH only when a process starts. So whoever parses a graph starts a process
@@ -8,6 +8,7 @@ of its own in the environment of `visible`, which names a folder of links.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
@@ -21,6 +22,8 @@ from pathlib import Path
 from .errors import GqaExportError
 from .machine import installed_version
 
+# In the order in which they can be loaded; the packages hold more, some of which needs a GPU's driver.
+WANTED = ("libcudart", "libtensorrt_rtx", "libtensorrt_onnxparser_rtx", "libnvinfer", "libnvonnxparser")
 SEARCH_PATH = "PATH" if sys.platform == "win32" else "LD_LIBRARY_PATH"
 
 
@@ -77,7 +80,7 @@ def _shared_libraries(packages: tuple[str, ...]) -> tuple[Path, ...]:
     for name in packages:
         spec = find_spec(name)
         folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
-        files = [file for folder in folders for file in sorted(folder.glob("lib*.so*"))]
+        files = [file for wanted in WANTED for folder in folders for file in sorted(folder.glob(f"{wanted}*.so*"))]
         if files:
             return tuple(files)
     return ()
@@ -88,6 +91,22 @@ def bare_names(file: str) -> list[str]:
     stem, _, numbers = file.partition(".so")
     parts = [part for part in numbers.split(".") if re.fullmatch(r"[0-9]+", part)]
     return [f"{stem}.so" + "".join(f".{part}" for part in parts[:count]) for count in range(len(parts) + 1)]
+
+
+def preload(library: Library) -> None:
+    """Load the shared libraries into this process, so that the Python module can be imported without any search path.
+
+    Enough to run engines; parsing a graph with a plugin needs `visible`. Raises GqaExportError.
+    """
+    for file in library.files:
+        if "builder_resource" in file.name:  # gigabytes that only a build opens, by itself
+            continue
+        try:
+            ctypes.CDLL(str(file), ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise GqaExportError(f"{file.name} cannot be loaded: {error}", str(file.parent),
+                                 f"pip install --force-reinstall 'gqa-export[{SOURCES[library.flavor].extra}]'"
+                                 ) from error
 
 
 @contextmanager

@@ -90,15 +90,26 @@ def check_bundle(bundle: Path, manifest: Manifest, options: EngineOptions) -> st
     return kind
 
 
+def check_request(output: Path, options: EngineOptions, kind: str) -> Choice:
+    """What can be refused before any work: the output folder, the flavour, the capabilities, the prompt's length."""
+    check_output(output.absolute(), options.force)
+    if options.capacity and options.max_prompt > options.capacity:
+        raise GqaExportError(f"prompts of {options.max_prompt} tokens do not fit a cache of {options.capacity}",
+                             "--max-prompt", "make --capacity larger or --max-prompt smaller")
+    if options.timing_cache is not None and not options.timing_cache.absolute().parent.is_dir():
+        raise GqaExportError("the timing cache's folder does not exist", str(options.timing_cache),
+                             "make it, or name another file with --timing-cache")
+    return choose(options.flavor, options.capabilities, plugin=kind == "plugin")
+
+
 def build_engine(bundle: Path, output: Path, options: EngineOptions | None = None,
                  report: Report | None = None) -> EngineBuild:
     """Build an engine bundle at `output`. Raises GqaExportError (NotCheckedHere where a GPU is needed and there is
     none); then nothing of it is left behind."""
     options, say = options or EngineOptions(), report or (lambda text, done, total: None)
-    check_output(output.absolute(), options.force)
     manifest = read_manifest(bundle)
     kind = check_bundle(bundle, manifest, options)
-    choice = choose(options.flavor, options.capabilities, plugin=kind == "plugin")
+    choice = check_request(output, options, kind)
     profiles = make_profiles(manifest, options.max_batch, options.max_prompt)
     say("checking the bundle", None, None)
     check_files(bundle, manifest)
@@ -177,4 +188,5 @@ def _facts(manifest: Manifest, kind: str, choice: Choice, profiles: tuple[Profil
              "kernel_bytes": len(compiled.container) if compiled else 0, "workspace_mb": job.workspace_bytes >> 20,
              "attention_layers": built.attention_layers}
     return EngineFacts(choice.library.flavor, built.version, choice.capabilities, kind, profiles,
-                       inspect_build.expected_aliases(manifest), plugin, built.plugin_layers, job.decomposable, job.strip_weights, ENGINE, build), notes
+                       inspect_build.expected_aliases(manifest), plugin, built.plugin_layers, job.decomposable,
+                       job.strip_weights, ENGINE, build), notes

@@ -72,7 +72,8 @@ def _crash(code: int, log: Path) -> GqaExportError:
                               "gqa-export trt", "use a machine with more memory: an engine's weights are held twice")
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
     return GqaExportError(f"the building process ended with {how}; its last lines:\n{_indented(said)}",
-                          "gqa-export trt", "run `gqa-export doctor`; if it finds nothing, report this with the lines above")
+                          "gqa-export trt",
+                          "run `gqa-export doctor`; if it finds nothing, report this with the lines above")
 
 
 def _indented(text: str) -> str:

@@ -59,9 +59,14 @@ class State:
 
     def to_fields(self) -> list[tuple[str, str, Any]]:
         """(name, kind, value) of every serialized field, in order; `cubins` only if this layer carries them."""
-        values = {**asdict(self.layer), "contract_version": fields.CONTRACT_VERSION,
-                  "keys": fields.keys_text(self.keys), "cubins": self.container}
-        return [(name, kind, values[name]) for name, kind in fields.SERIALIZED if name != "cubins" or self.container]
+        values = self.to_fields_by_name()
+        return [(name, kind, values[name]) for name, kind in fields.SERIALIZED if name in values]
+
+    def to_fields_by_name(self) -> dict[str, Any]:
+        """name -> value of the same."""
+        carried = {"cubins": self.container} if self.container else {}
+        return {**asdict(self.layer), "contract_version": fields.CONTRACT_VERSION,
+                "keys": fields.keys_text(self.keys), **carried}
 
     @classmethod
     def from_fields(cls, values: Mapping[str, Any], where: str) -> State:
