@@ -47,6 +47,7 @@ class Export:
     nodes: int
     traced_layers: int
     whole_because: str
+    trace_kept: bool
     notes: tuple[str, ...]
 
 
@@ -58,7 +59,7 @@ def export_onnx(source: str | Path, output: Path, options: ExportOptions | None 
     if not inplace:
         check_output(Path(os.path.abspath(output)), options.force)
     from .checkpoint import open_checkpoint
-    from .targets import get_target
+    from .targets import LowerOptions, get_target, lower
 
     target = get_target(options.target)
     options = replace(options, cache=options.cache or target.caches[0], logits=options.logits or target.logits[0])
@@ -76,13 +77,15 @@ def export_onnx(source: str | Path, output: Path, options: ExportOptions | None 
     if options.weights != "copy" and checkpoint.kind == "gguf":
         raise GqaExportError("a GGUF file's tensors are dequantized on the way, so they cannot be used where they are",
                              checkpoint.source, "use --weights copy")
-    config = checkpoint.load_config()
     dtype = checkpoint.stored_dtype if options.dtype == "auto" else DTYPES[options.dtype]
     if dtype not in DTYPES.values():
         raise GqaExportError(f"weights of type {dtype} have no ONNX decoder", checkpoint.source,
                              "choose a type with --dtype fp32|fp16|bf16")
-    capacity = _capacity(options.capacity, config)
-    traced, lowered = _graph(checkpoint, config, options, dtype, capacity, target, say)
+    traced, kept = traced_model(checkpoint, options, dtype, target, say)
+    capacity = traced.capacity
+    lowering = LowerOptions(options.target, options.cache, capacity, options.logits,
+                            pick_provider(options.provider, dtype, target), packed=options.weights == "copy")
+    lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None))
     with writing_bundle(Path(output), force=options.force, inplace=inplace) as writer:
         say("placing weights", None, None)
         store = weight_store(checkpoint, traced)
@@ -102,22 +105,32 @@ def export_onnx(source: str | Path, output: Path, options: ExportOptions | None 
         notes.append(f"longrope: the {traced.rope_regime}-context frequencies are in the graph, as the capacity "
                      f"{capacity} asks for")
     return Export(Path(output), manifest, len(lowered.model.graph.node), traced.traced_layers, traced.whole_because,
-                  tuple(notes))
+                  kept, tuple(notes))
 
 
-def _graph(checkpoint: Checkpoint, config: Any, options: ExportOptions, dtype: str, capacity: int, target: Target,
-           say: Report) -> tuple[Traced, Any]:
+def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, target: Target,
+                 say: Report) -> tuple[Traced, bool]:
+    """The canonical model of a checkpoint, and whether it was kept from an earlier export (then PyTorch is not
+    even imported: whatever its configuration could be refused for, it was not refused then)."""
+    from .trace import remember
+
+    asked = {"dtype": dtype, "cache": options.cache, "capacity": options.capacity, "logits": options.logits,
+             "interface": target.interface}
+    place = remember.place_of({"kind": checkpoint.kind, **checkpoint.config}, asked)
+    known = remember.load(place) if place else None
+    if known:
+        return known, True
     from .checkpoint.refusals import refuse_modules
-    from .targets import LowerOptions, lower
     from .trace import trace
 
     say("tracing", None, None)
-    traced = trace(config, dtype=dtype, cache=options.cache, capacity=capacity, logits=options.logits,
-                   interface=target.interface, inspect=lambda module: refuse_modules(module, checkpoint.source))
-    provider = pick_provider(options.provider, dtype, target)
-    lowering = LowerOptions(options.target, options.cache, capacity, options.logits, provider,
-                            packed=options.weights == "copy")
-    return traced, lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None))
+    config = checkpoint.load_config()
+    traced = trace(config, dtype=dtype, cache=options.cache, capacity=_capacity(options.capacity, config),
+                   logits=options.logits, interface=target.interface,
+                   inspect=lambda module: refuse_modules(module, checkpoint.source))
+    if place:
+        remember.keep(place, traced)
+    return traced, False
 
 
 def _capacity(asked: int, config: Any) -> int:
@@ -164,7 +177,7 @@ def weight_store(checkpoint: Checkpoint, traced: Traced) -> WeightStore:
 def _manifest(checkpoint: Checkpoint, traced: Traced, lowered: Any, options: ExportOptions, dtype: str, capacity: int,
               has_tokenizer: bool) -> Manifest:
     from . import cache_io
-    from .targets import get_target
+    from .targets import LowerOptions, get_target, lower
 
     target = get_target(options.target)
     axis = capacity if target.literal_capacity else cache_io.CAPACITY

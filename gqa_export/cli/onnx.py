@@ -61,6 +61,10 @@ def describe(export: Export) -> None:
                f"{manifest.capacity}, {len(manifest.spec.layers)} layers, {export.nodes} nodes")
     click.echo(f"  weights: {manifest.bytes_copied / 1e6:,.1f} MB written, {manifest.bytes_linked / 1e6:,.1f} MB used "
                "where they are")
+    click.echo("  trace: kept from an earlier export of this configuration" if export.trace_kept else
+               f"  trace: {export.traced_layers} of {len(manifest.spec.layers)} layers traced, the others are copies"
+               if export.traced_layers < len(manifest.spec.layers) else "  trace: every layer traced" +
+               (f" ({export.whole_because})" if export.whole_because else ""))
     for fallback in manifest.fallbacks:
         place = f"layer {fallback.layer}" if fallback.layer >= 0 else "model"
         click.echo(f"  fallback: {place}: {fallback.used} instead of {fallback.wanted}: {fallback.reason}")

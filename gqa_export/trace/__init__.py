@@ -17,7 +17,8 @@ class Traced:
     """The canonical model and how it came about.
 
     traced_layers: how many decoder layers torch.export saw. whole_because: "" if the rest were stamped, else why
-    every layer was traced. rope_regime: "short" or "long" where `longrope` was fixed by the capacity.
+    every layer was traced. rope_regime: "short" or "long" where `longrope` was fixed by the capacity. tied: groups of
+    names of one tensor. converts: transformers renames or merges tensors on load. capacity: what it was traced for.
     """
 
     model: onnx.ModelProto
@@ -27,6 +28,7 @@ class Traced:
     rope_regime: str
     tied: tuple[tuple[str, ...], ...]
     converts: bool
+    capacity: int
 
 
 def trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str = "all", interface: str = "mask",
@@ -47,7 +49,7 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
            inspect: Callable[[Any], None] | None) -> Traced:
     import torch
 
-    from . import attention, canonical, export, kinds, remember, rotary, simplify, skeleton, stamp, wrapper
+    from . import attention, canonical, export, kinds, rotary, simplify, skeleton, stamp, wrapper
     from .probe import probe, refuse_mixing
 
     name, torch_dtype = attention.register(), getattr(torch, dtype)
@@ -55,11 +57,6 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
     ghost = skeleton.build(config, torch_dtype, device="meta", attention=name)
     if inspect:
         inspect(ghost)
-    place = remember.place_of(config, {"dtype": dtype, "cache": cache, "capacity": capacity, "logits": logits,
-                                       "interface": interface, "stamping": stamping})
-    kept = remember.load(place) if place else None
-    if kept:
-        return kept
     spec = probe(config, ghost)
     stack = kinds.stack_of(ghost, spec) if stamping else None
     del ghost
@@ -73,7 +70,7 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
         layers = [spec.layers[i] for i in stack.traced] if stack else list(spec.layers)
         part = ModelSpec(**{**vars(spec), "layers": tuple(layers)})
         decoder = wrapper.Decoder(model, part, cache=cache, logits=logits, interface=interface)
-        program = export.export_decoder(decoder, part, torch_dtype).model
+        program = export.export_decoder(decoder, part, torch_dtype, capacity)
         names = {f"model.{key}" for key in model.state_dict(keep_vars=True)}
         weights = simplify.detach_weights(program, names.__contains__)
         simplify.simplify(program)
@@ -91,7 +88,5 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
     proto = canonical.to_proto(program, weights, spec, cache=cache, logits=logits, interface=interface,
                                prefix="model.")
     refuse_mixing(proto)
-    traced = Traced(proto, spec, len(layers), whole_because, regime, skeleton.tied(model), skeleton.converts(model))
-    if place:
-        remember.keep(place, traced)
-    return traced
+    return Traced(proto, spec, len(layers), whole_because, regime, skeleton.tied(model), skeleton.converts(model),
+                  capacity)

@@ -1,4 +1,4 @@
-"""torch.export and the translation to ONNX, at opset 23. No weight is read: the traced module's are never touched."""
+"""A wrapped decoder into onnx_ir, at opset 23: by the light capture or by torch.export. No weight is read: the traced module's are never touched."""
 
 from __future__ import annotations
 
@@ -7,50 +7,39 @@ import logging
 import warnings
 from collections.abc import Iterator
 
+import onnx_ir as ir
 import torch
 
 from .. import cache_io
 from ..errors import GqaExportError
 from ..spec import ModelSpec
-from . import op
+from . import capture, op
+from .capture import Input
 from .wrapper import Decoder
 
 OPSET = 23
+logger = logging.getLogger(__name__)
 
 
-def export_decoder(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype):
-    """Trace a wrapped decoder; returns the onnxscript ONNXProgram (its `.model` is an onnx_ir Model)."""
-    from torch.export import Dim
+def export_decoder(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype, capacity: int = 0) -> ir.Model:
+    """Trace a wrapped decoder into an onnx_ir Model whose initializers carry the names of weights and buffers.
 
-    batch, sequence = Dim(cache_io.BATCH, max=4096), Dim(cache_io.SEQUENCE, max=1 << 20)
-    total, past = Dim(cache_io.TOTAL, max=1 << 21), Dim(cache_io.PAST if decoder.growing else cache_io.CAPACITY)
-    rows, new, old = 2, 3, 5  # sizes that no constant of a model is mistaken for
-    ids = torch.int64 if decoder.interface == "mask" else torch.int32
-    inputs: list[torch.Tensor] = [torch.zeros(rows, new, dtype=ids)]
-    shapes: list[dict] = [{0: batch, 1: sequence}]
-    names = [cache_io.INPUT_IDS]
-    if decoder.interface == "mask":
-        inputs.append(torch.ones(rows, old + new, dtype=torch.int64))
-        shapes.append({0: batch, 1: total})
-        names.append(cache_io.ATTENTION_MASK)
-    else:
-        inputs += [torch.full((rows,), old, dtype=torch.int32), torch.full((rows,), new, dtype=torch.int32)]
-        shapes += [{0: batch}, {0: batch}]
-        names += [cache_io.PAST_LENGTHS, cache_io.NEW_LENGTHS]
-    outputs = [cache_io.LOGITS]
-    for layer in spec.layers:
-        for size, name in zip((layer.head_size, layer.value_head_size), cache_io.past_names(layer.layer)):
-            inputs.append(torch.zeros(rows, layer.kv_num_heads, old, size, dtype=dtype))
-            shapes.append({0: batch, 2: past})
-            names.append(name)
-        outputs += cache_io.present_names(layer.layer)
+    By the light capture where it applies (`capture`), else by torch.export and torch.onnx: the same graph, three
+    times slower. capacity: tokens of the cache, one of the lengths at which the capture is held to its assumptions.
+    """
+    inputs = _inputs(decoder, spec, dtype)
+    outputs = [cache_io.LOGITS, *[name for layer in spec.layers for name in cache_io.present_names(layer.layer)]]
     with quiet(), torch.no_grad():
         try:
-            program = torch.export.export(decoder, tuple(inputs), dynamic_shapes=(shapes[0], tuple(shapes[1:])),
-                                          strict=False)
-            return torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-                                     input_names=names, output_names=outputs,
-                                     custom_translation_table=op.translation_table())
+            return _light(decoder, spec, inputs, outputs, capacity)
+        except GqaExportError:
+            raise
+        except Exception as reason:
+            # The light way uses parts of PyTorch that are not its public interface, and covers less: whatever stops
+            # it, the public way decides whether this model can be traced.
+            logger.debug("the light capture does not apply: %s: %s", type(reason).__name__, reason)
+        try:
+            return _stock(decoder, inputs, outputs)
         except GqaExportError:
             raise
         except Exception as error:
@@ -59,6 +48,49 @@ def export_decoder(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype):
                                  type(decoder.model).__name__,
                                  "this architecture does something torch.export cannot record; rerun with --debug "
                                  "for the whole story") from error
+
+
+def _inputs(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype) -> list[Input]:
+    rows, new, old = 2, 3, 5  # sizes that no constant of a model is mistaken for
+    ids = torch.int64 if decoder.interface == "mask" else torch.int32
+    found = [Input(cache_io.INPUT_IDS, torch.zeros(rows, new, dtype=ids), {0: "batch", 1: "new"})]
+    if decoder.interface == "mask":
+        found.append(Input(cache_io.ATTENTION_MASK, torch.ones(rows, old + new, dtype=torch.int64),
+                           {0: "batch", 1: "total"}))
+    else:
+        found += [Input(cache_io.PAST_LENGTHS, torch.full((rows,), old, dtype=torch.int32), {0: "batch"}),
+                  Input(cache_io.NEW_LENGTHS, torch.full((rows,), new, dtype=torch.int32), {0: "batch"})]
+    for layer in spec.layers:
+        for size, name in zip((layer.head_size, layer.value_head_size), cache_io.past_names(layer.layer)):
+            found.append(Input(name, torch.zeros(rows, layer.kv_num_heads, old, size, dtype=dtype),
+                               {0: "batch", 2: "past"}))
+    return found
+
+
+def _light(decoder: Decoder, spec: ModelSpec, inputs: list[Input], outputs: list[str], capacity: int) -> ir.Model:
+    from . import translate
+
+    _, table, kept = translate.library(OPSET)
+    edges = {layer.window for layer in spec.layers} | {capacity} - {0}
+    graph, names = capture.capture(decoder, inputs, table, kept, capture.sizes(bool(decoder.growing), sorted(edges)))
+    tensors = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
+    return translate.translate(graph, names, [given.name for given in inputs], outputs, tensors, OPSET)
+
+
+def _stock(decoder: Decoder, inputs: list[Input], outputs: list[str]) -> ir.Model:
+    from torch.export import Dim
+
+    dims = {"batch": Dim(cache_io.BATCH, max=4096), "new": Dim(cache_io.SEQUENCE, max=1 << 20),
+            "total": Dim(cache_io.TOTAL, max=1 << 21),
+            "past": Dim(cache_io.PAST if decoder.growing else cache_io.CAPACITY)}
+    shapes = [{place: dims[role] for place, role in given.dims.items()} for given in inputs]
+    program = torch.export.export(decoder, tuple(given.example for given in inputs),
+                                  dynamic_shapes=(shapes[0], tuple(shapes[1:])), strict=False)
+    done = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
+                             input_names=[given.name for given in inputs], output_names=outputs,
+                             custom_translation_table=op.translation_table())
+    assert done is not None
+    return done.model
 
 
 @contextlib.contextmanager

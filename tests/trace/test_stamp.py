@@ -55,17 +55,3 @@ def test_a_trace_reads_no_weight(tmp_path):
     recipes = [tensor for tensor in model.graph.initializer if tensor.external_data]
     assert len(recipes) == 3 * 9 + 3
     assert all(not tensor.raw_data for tensor in recipes)
-
-
-def test_a_kept_trace_is_the_trace_and_a_damaged_one_is_traced_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("GQA_EXPORT_TRACE_CACHE", str(tmp_path / "traces"))
-    config = AutoConfig.from_pretrained(gqa_models.write_tiny("llama", tmp_path / "llama"))
-    options = {"dtype": "float32", "cache": "growing", "capacity": 64}
-    first = trace(config, **options)
-    (kept,) = (tmp_path / "traces").iterdir()
-    second = trace(config, **options)
-    assert second == first
-    kept.write_bytes(kept.read_bytes()[:-10])
-    assert trace(config, **options).model == first.model
-    config.rms_norm_eps *= 2
-    assert trace(config, **options).model != first.model

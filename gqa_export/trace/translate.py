@@ -1,0 +1,62 @@
+"""A captured fx graph into an onnx_ir Model, with the op library of torch.onnx and nothing else of its exporter."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from .capture import NotCaptured
+
+
+@functools.cache
+def library(opset: int) -> tuple[Any, dict[Any, Any], tuple[Any, ...]]:
+    """(the registry of translations, decompositions for what it lacks, composite ops that it takes whole)."""
+    from torch._export.utils import _is_preservable_cia_op
+    from torch.onnx._internal.exporter import _decomp, _registration
+
+    from . import op
+
+    registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
+    for target, function in op.translation_table().items():
+        registry.register_op(target, function, is_complex=False)
+    known = set(_decomp.get_onnx_implemented_overloads(registry))
+    table = _decomp.create_onnx_friendly_decomposition_table(known)
+    kept = tuple(target for target in known if isinstance(target, torch._ops.OpOverload)
+                 and _is_preservable_cia_op(target))
+    return registry, table, kept
+
+
+def translate(graph: torch.fx.GraphModule, names: dict[str, str], inputs: list[str], outputs: list[str],
+              tensors: dict[str, torch.Tensor], opset: int) -> ir.Model:
+    """The onnx_ir Model of a captured graph. names: of placeholders; inputs, outputs: in order; tensors: weights and
+    buffers by name, which become initializers."""
+    from torch.onnx._internal.exporter import _constants, _core, _fx_passes, _ir_passes
+
+    registry, *_ = library(opset)
+    _fx_passes.insert_type_promotion_nodes(graph)
+    graph = _fx_passes.remove_assertion_nodes(graph)
+    model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=_constants.ONNX_IR_VERSION)
+    if len(list(graph.named_modules())) > 1:
+        raise NotCaptured("the graph has graphs inside it")
+    values = _core._translate_fx_graph(graph.graph, model, graph_like=model.graph, owned_graphs={},
+                                       lower="at_conversion", registry=registry)
+    results = list(model.graph.outputs)
+    model.graph.inputs.clear()
+    named: dict[str, ir.Value] = {}
+    for placeholder, name in names.items():
+        value = values[placeholder]
+        assert isinstance(value, ir.Value)
+        value.name, named[name] = name, value
+        if name in tensors:
+            value.const_value = _core.TorchTensor(tensors[name], name=name)
+            model.graph.initializers[name] = value
+    model.graph.inputs.extend(named[name] for name in inputs)
+    if len(results) != len(outputs):
+        raise NotCaptured(f"{len(results)} outputs, expected {len(outputs)}")
+    for value, name in zip(results, outputs):
+        value.name = name
+    _ir_passes.add_opset_imports(model)
+    return model
