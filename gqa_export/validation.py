@@ -6,16 +6,19 @@ Three runners walk in step: PyTorch in fp64 (the truth), PyTorch in the bundle's
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .bundle import Manifest, read_manifest
+from .bundle import MANIFEST, MODEL, Manifest, read_manifest
 from .bundle_check import check_belongs, check_files
 from .compare.cases import Case, Plan, plan_cases
 from .compare.drive import BUNDLE, EAGER, TRUTH, CaseDriver, CaseLog
@@ -36,12 +39,13 @@ def validate(bundle: Path | str, against: str | Path, *, steps: int = 32, provid
              progress: Report | None = None) -> Verdict:
     """Compare a bundle with the checkpoint it was made from.
 
-    as_dtype "fp32": check the fp32 twin of a bf16 or fp16 bundle. full_hash: sha256 of every file whatever its
-    size; check_hashes False: only sizes (right after an export). Raises GqaExportError for a bundle that is damaged
-    or belongs to another checkpoint, NotCheckedHere where this machine cannot run it.
+    as_dtype "fp32": check the fp32 twin of a bf16 or fp16 bundle (of an engine's ONNX that is done always, plugin
+    nodes interpreted). full_hash: sha256 of every file whatever its size; check_hashes False: only sizes (right
+    after an export). Raises GqaExportError for a bundle that is damaged or belongs to another checkpoint,
+    NotCheckedHere where this machine cannot run it.
     """
     from .checkpoint import open_checkpoint
-    from .targets.table import get_target
+    from .targets.table import get_target, on_cpu
 
     if as_dtype not in (None, "fp32"):
         raise GqaExportError(f"--as {as_dtype} is not offered", "--as", "use --as fp32")
@@ -49,7 +53,8 @@ def validate(bundle: Path | str, against: str | Path, *, steps: int = 32, provid
     report("checking the bundle's files", None, None)
     manifest = read_manifest(folder)
     unhashed = check_files(folder, manifest, full=full_hash, hashes=check_hashes)
-    ran_dtype = "float32" if as_dtype else manifest.dtype
+    target = get_target(manifest.target)
+    ran_dtype = "float32" if as_dtype or target.engine else manifest.dtype
     provider = choose_bundle_provider(manifest, provider, ran_dtype)
     report("loading the checkpoint", None, None)
     checkpoint, notes = open_checkpoint(against), list[str]()
@@ -59,13 +64,16 @@ def validate(bundle: Path | str, against: str | Path, *, steps: int = 32, provid
         if ran_dtype != manifest.dtype:
             report("widening to fp32", None, None)
             ran, where = stack.enter_context(_twin(folder))
+        if target.engine:
+            ran, where = stack.enter_context(_interpreted(where, ran, notes))
+            target = on_cpu(target)
         truth, eager, truth_dtype = pytorch_sessions(checkpoint, manifest, ran_dtype, notes)
         check_belongs(manifest.spec, what_it_shows(truth, str(against)), f"{folder} against {against}")
         report("loading the bundle", None, None)
-        session, poison = stack.enter_context(bundle_session(where, ran, provider, notes))
+        session, poison = stack.enter_context(bundle_session(where, ran, provider, notes, target))
         plan = plan_cases(manifest.spec, manifest.capacity, steps=steps, special=_special(manifest),
                           original_positions=_original_positions(truth), text_ids=_text_ids(folder),
-                          nan_tail_safe=get_target(manifest.target).nan_tail_safe)
+                          nan_tail_safe=target.nan_tail_safe)
         logs = run_cases(Sides(truth, eager, session, poison), plan, last_only=manifest.logits == "last",
                          report=report)
     if check_hashes and unhashed:
@@ -124,6 +132,31 @@ def _twin(folder: Path) -> Iterator[tuple[Manifest, Path]]:
 
     with tempfile.TemporaryDirectory(prefix="gqa-export-twin-") as place:
         yield write_twin(folder, Path(place)), Path(place)
+
+
+@contextmanager
+def _interpreted(folder: Path, manifest: Manifest, notes: list[str]) -> Iterator[tuple[Manifest, Path]]:
+    """A folder with the bundle's graph as ONNX Runtime can run it, its weights linked (copied where that fails)."""
+    import onnx
+
+    from .targets.trt_interpret import interpret
+
+    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    count = interpret(model)
+    how = f"{count} plugin nodes interpreted by the op's function body" if count else "as it is"
+    notes.append(f"the ONNX graph was run in fp32 by ONNX Runtime, {how}: no TensorRT engine was built or run")
+    with tempfile.TemporaryDirectory(prefix="gqa-export-interpreted-") as place:
+        for name in set(manifest.files) - {MODEL}:
+            source, copy = (folder / name).resolve(), Path(place) / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, copy)
+            except OSError:
+                shutil.copyfile(source, copy)
+        onnx.save(model, str(Path(place) / MODEL))
+        stand_in = replace(manifest, files={name: fact for name, fact in manifest.files.items() if name != MODEL})
+        (Path(place) / MANIFEST).write_text(stand_in.to_json(), encoding="utf-8")
+        yield stand_in, Path(place)
 
 
 def _special(manifest: Manifest) -> Iterable[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..cache_io import ATTENTION_MASK, INPUT_IDS, NEW_LENGTHS, PAST_LENGTHS
 from ..errors import GqaExportError
 
 
@@ -64,6 +65,16 @@ def attention_mask(lengths: np.ndarray, new: np.ndarray, past: int, sequence: in
     """int64 [B, past + sequence]: lengths[b] ones in the first `past` columns, new[b] ones in the last `sequence`."""
     columns = np.arange(past)[None] < lengths[:, None]
     return np.concatenate([columns, np.arange(sequence)[None] < new[:, None]], axis=1).astype(np.int64)
+
+
+def step_feed(interface: str, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray,
+              past: int) -> dict[str, np.ndarray]:
+    """All inputs of a step but the cache, by name. interface: "mask" or "lengths", as in `cache_io.graph_inputs`.
+    past: length of the past axis as far as the mask is to reach."""
+    if interface == "lengths":
+        return {INPUT_IDS: ids.astype(np.int32), PAST_LENGTHS: lengths.astype(np.int32),
+                NEW_LENGTHS: new.astype(np.int32)}
+    return {INPUT_IDS: ids, ATTENTION_MASK: attention_mask(lengths, new, past, ids.shape[1])}
 
 
 def must_run_alone(lengths: np.ndarray, new: np.ndarray, sequence: int, *, capacity: int | None,

@@ -19,7 +19,7 @@ from ..bundle_check import check_files
 from ..cache_io import past_names, present_names
 from ..errors import GqaExportError
 from ..targets.table import Target, get_target
-from .feeds import attention_mask, check_feed, must_run_alone, written_rows
+from .feeds import check_feed, must_run_alone, step_feed, written_rows
 from .ort_backend import ArrayBackend, Backend, BindingBackend, Infer, numpy_dtype
 from .ort_load import DTYPES, check_graph, choose_provider, graph_facts, open_session
 from .session import Step
@@ -47,15 +47,16 @@ class OrtSession:
     @classmethod
     def load(cls, folder: Path | str, provider: str = "auto", *, infer: Infer | None = None,
              capacity: int | None = None, low_memory: bool = False, threads: int = 0,
-             config: dict[str, str] | None = None) -> OrtSession:
+             config: dict[str, str] | None = None, target: Target | None = None) -> OrtSession:
         """Open a bundle.
 
         provider: "auto", "cpu" or "cuda". infer: run the graph with this callable (dict of arrays in, dict of
         arrays out) instead of a session of ONNX Runtime. capacity: tokens per sequence, at most the bundle's
-        (default). low_memory, threads, config: see `ort_load.open_session`. Raises GqaExportError, NotCheckedHere.
+        (default). low_memory, threads, config: see `ort_load.open_session`. target: another row than the manifest's
+        (`table.on_cpu`). Raises GqaExportError, NotCheckedHere.
         """
         manifest = read_manifest(folder)
-        target = get_target(manifest.target)
+        target = target or get_target(manifest.target)
         if not target.runs_in_onnxruntime:
             raise GqaExportError(f"a bundle of target {manifest.target} does not run in ONNX Runtime", str(folder),
                                  "export it with --target ort, onnx or portable to run it here")
@@ -97,7 +98,8 @@ class OrtSession:
         """See `Session.step`."""
         ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.spec.vocabulary)
         before, sequence = self._lengths, ids.shape[1]
-        alone = must_run_alone(before, new, sequence, capacity=self.capacity if self._static else None,
+        padded = self._static and self._target.writes_padding
+        alone = must_run_alone(before, new, sequence, capacity=self.capacity if padded else None,
                                chunks_alone=self._target.chunks_alone, empty_alone=self._target.empty_alone)
         logits = self._each_row(ids, new) if alone else self._whole(ids, new)
         self._lengths = before + new
@@ -124,8 +126,8 @@ class OrtSession:
         return ran.logits
 
     def _call(self, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray, past: int, tensors: Sequence[Any]) -> _Ran:
-        mask = attention_mask(lengths, new, past, ids.shape[1])
-        return _Ran(*self._backend.run(ids, mask, tensors, self._inplace))
+        feed = step_feed(self._target.interface, ids, lengths, new, past)
+        return _Ran(*self._backend.run(feed, tensors, self._inplace))
 
     def _each_row(self, ids: np.ndarray, new: np.ndarray) -> np.ndarray:
         """One call per row that brings something, unpadded; the results put together as if it had been one."""

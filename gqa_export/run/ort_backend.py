@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..cache_io import ATTENTION_MASK, INPUT_IDS, LOGITS
+from ..cache_io import LOGITS
 from .ort_load import import_onnxruntime
 
 Infer = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
@@ -31,8 +31,9 @@ class Backend(Protocol):
     def row(self, tensor: Any, b: int) -> Any:
         """Row b as a tensor [1, ...] over the same memory."""
 
-    def run(self, ids: np.ndarray, mask: np.ndarray, past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list]:
-        """Logits on the host and the present tensors. inplace: presents are written into the memory of the pasts."""
+    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list]:
+        """Logits on the host and the present tensors. feed: the inputs that are not the cache (`feeds.step_feed`).
+        inplace: presents are written into the memory of the pasts."""
 
 
 class ArrayBackend:
@@ -53,10 +54,9 @@ class ArrayBackend:
         """A view."""
         return tensor[b: b + 1]
 
-    def run(self, ids: np.ndarray, mask: np.ndarray, past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list]:
+    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list]:
         """See `Backend.run`."""
-        feed = {INPUT_IDS: ids, ATTENTION_MASK: mask, **dict(zip(self._past, past))}
-        outputs = self._infer(feed)
+        outputs = self._infer({**feed, **dict(zip(self._past, past))})
         present = [outputs[name] for name in self._present]
         if inplace:
             for tensor, content in zip(past, present):
@@ -121,11 +121,11 @@ class BindingBackend:
         owner = tensor.owner[b: b + 1] if isinstance(tensor.owner, np.ndarray) else tensor.owner
         return DeviceTensor(owner, tensor.pointer + b * step, (1, *tensor.shape[1:]))
 
-    def run(self, ids: np.ndarray, mask: np.ndarray, past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list]:
+    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list]:
         """See `Backend.run`."""
         binding = self._bound(past, inplace)
-        binding.bind_cpu_input(INPUT_IDS, np.ascontiguousarray(ids))
-        binding.bind_cpu_input(ATTENTION_MASK, np.ascontiguousarray(mask))
+        for name, array in feed.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
         binding.bind_output(LOGITS, "cpu")  # bound after the cache, and so the last of the outputs
         self._session.run_with_iobinding(binding)
         if inplace:

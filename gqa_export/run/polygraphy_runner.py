@@ -20,7 +20,7 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
 from ..bundle import Manifest
-from ..cache_io import ATTENTION_MASK, INPUT_IDS, past_names
+from ..cache_io import ATTENTION_MASK, INPUT_IDS, PAST_LENGTHS, past_names
 from ..spec import ModelSpec
 from .ort_backend import Infer
 from .ort_load import open_session
@@ -122,8 +122,11 @@ class PoisonedTail:
         if not self._values:
             return self._infer(feed)
         feed = dict(feed)
-        new = feed[INPUT_IDS].shape[1]
-        lengths_B = feed[ATTENTION_MASK][:, : feed[ATTENTION_MASK].shape[1] - new].sum(1)
+        if PAST_LENGTHS in feed:
+            lengths_B = feed[PAST_LENGTHS]
+        else:
+            past = feed[ATTENTION_MASK].shape[1] - feed[INPUT_IDS].shape[1]
+            lengths_B = feed[ATTENTION_MASK][:, :past].sum(1)
         for layer in self._spec.layers:
             for name in past_names(layer.layer):
                 past_BKPD = feed[name]

@@ -101,13 +101,12 @@ def what_it_shows(truth: Any, where: str) -> dict[str, object]:
 
 def choose_bundle_provider(manifest: Manifest, asked: str, ran_dtype: str) -> str:
     """"cpu" or "cuda" for asked "auto", "cpu" or "cuda"; NotCheckedHere where the bundle cannot run on it."""
-    from ..targets.table import get_target
+    from ..targets.table import get_target, on_cpu
     from .ort_load import choose_provider
 
     target = get_target(manifest.target)
-    if not target.runs_in_onnxruntime:
-        raise NotCheckedHere(f"a {manifest.target} bundle does not run in ONNX Runtime", "target",
-                             "validate the same checkpoint exported with --target ort")
+    if target.engine:
+        return choose_provider(asked, ran_dtype, on_cpu(target).dtypes)
     try:
         return choose_provider(asked, ran_dtype, target.dtypes)
     except NotCheckedHere as error:
@@ -118,9 +117,10 @@ def choose_bundle_provider(manifest: Manifest, asked: str, ran_dtype: str) -> st
 
 
 @contextmanager
-def bundle_session(folder: Path, manifest: Manifest, provider: str,
-                   notes: list[str]) -> Iterator[tuple[Session, Poison | None]]:
-    """The bundle's session, its calls made by Polygraphy's OnnxrtRunner, and the handle that poisons its cache."""
+def bundle_session(folder: Path, manifest: Manifest, provider: str, notes: list[str],
+                   target: Any = None) -> Iterator[tuple[Session, Poison | None]]:
+    """The bundle's session, its calls made by Polygraphy's OnnxrtRunner, and the handle that poisons its cache.
+    target: another row of the table than the manifest's, see `OrtSession.load`."""
     from .ort import OrtSession
     from .polygraphy_runner import PoisonedTail, onnxrt_infer
 
@@ -131,4 +131,4 @@ def bundle_session(folder: Path, manifest: Manifest, provider: str,
     threads = 1 if weight_bytes(manifest) < SMALL_BYTES else 0
     with onnxrt_infer(folder, manifest, provider, threads) as infer:
         tail = PoisonedTail(infer, manifest.spec)
-        yield OrtSession.load(folder, provider, infer=tail), tail.fill
+        yield OrtSession.load(folder, provider, infer=tail, target=target), tail.fill

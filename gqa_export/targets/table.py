@@ -7,7 +7,7 @@ and TensorRT-RTX 1.7 (a refusal noted here was met, not read).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from ..bundle import Fallback
@@ -45,10 +45,14 @@ class Target:
     """a layer may read another layer's present and write nothing"""
     runs_in_onnxruntime: bool = True
     """plain ONNX Runtime can run the graph"""
+    engine: bool = False
+    """its graphs are made into TensorRT engines; on a CPU the graph alone can be checked, by `on_cpu`"""
     literal_capacity: bool = False
     """the capacity of a static cache is a number in the graph's shapes (TensorRT's cache update asks for that)"""
     shares_buffer: bool = False
     """with a static cache, past and present may be the same memory"""
+    writes_padding: bool = True
+    """padded tokens are written into a static cache too, so they must not reach past its end"""
     chunks_alone: bool = False
     """several new tokens over a past only at batch 1"""
     empty_alone: bool = False
@@ -113,16 +117,24 @@ _ROWS = (
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask", function=True,
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="trt-plugin", attention="gqa::GroupedQueryAttention", fallback="",
-           opset=23, ir_version=10, caches=("static",), interface="lengths", logits=("last",), rotary_inside=True,
-           head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
-           dtypes=MappingProxyType({"tensorrt": FLOATS})),
+           opset=23, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
+           rotary_inside=True, head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
+           writes_padding=False, dtypes=MappingProxyType({"tensorrt": FLOATS})),
     Target(name="trt-native", attention="Attention", fallback="",
-           opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), softcap=False,
-           sinks=False, value_head_size_differs=False, nan_tail_safe=False, shares_buffer=True, literal_capacity=True,
+           opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
+           softcap=False, sinks=False, value_head_size_differs=False, nan_tail_safe=False, shares_buffer=True,
+           literal_capacity=True,
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
 )
 
+CPU = MappingProxyType({"cpu": ("float32",)})
+
 TARGETS: dict[str, Target] = {row.name: row for row in _ROWS}
+
+
+def on_cpu(target: Target) -> Target:
+    """The row by which the graph of an engine target is run in ONNX Runtime: in fp32, plugin nodes interpreted."""
+    return replace(target, runs_in_onnxruntime=True, shares_buffer=False, dtypes=CPU)
 
 
 def get_target(name: str) -> Target:
