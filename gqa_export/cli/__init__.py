@@ -25,10 +25,12 @@ DEBUG = "gqa_export.debug"
 
 VERBS: dict[str, str] = {
     "onnx": "Export a checkpoint to an ONNX decoder with a KV cache.",
+    "trt": "Build a TensorRT engine, with the attention plugin or without.",
     "validate": "Compare a bundle with PyTorch, step by step.",
     "run": "Let a bundle answer a prompt.",
     "bench": "Measure load time, tokens per second and memory.",
     "convert": "Give a checkpoint fewer key/value heads: MHA to GQA to MQA.",
+    "uptrain": "Continue pre-training after a conversion.",
     "inspect": "Show the attention layers and the KV-cache cost of a bundle or checkpoint.",
     "doctor": "Show what is installed, what can run here and what is missing.",
 }
@@ -36,6 +38,7 @@ VERBS: dict[str, str] = {
 # Packages that an installation may lack, and the extra of gqa-export that brings each.
 EXTRA_OF: dict[str, str] = {
     "onnxruntime": "ort",
+    "datasets": "uptrain",
     "onnxruntime_genai": "test",
     "tensorrt": "trt",
     "tensorrt_rtx": "rtx",

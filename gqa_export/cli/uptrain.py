@@ -1,0 +1,79 @@
+"""`gqa-export uptrain`: continued pre-training of a converted checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command(short_help="Continue pre-training after a conversion.")
+@click.argument("checkpoint")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
+@click.option("--text", required=True, metavar="FILE|hub:NAME[:CONFIG[:SPLIT]]",
+              help="UTF-8 text, or a data set of the hub with a column text.")
+@click.option("--eval-text", default="", metavar="FILE|hub:...",
+              help="Text for evaluation.  [default: the end of --text]")
+@click.option("--held-out", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.1, show_default=True,
+              help="That part of --text, its end, is for evaluation only.")
+@click.option("--steps", type=click.IntRange(1), default=None,
+              help="Optimizer steps.  [default: once through the text]")
+@click.option("--fraction", type=click.FloatRange(0, min_open=True), default=None,
+              help="Instead of --steps: this part of --pretraining-steps (alpha; the paper uses 0.05).")
+@click.option("--pretraining-steps", type=click.IntRange(1), default=None,
+              help="Steps of the original pre-training, for --fraction.")
+@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens in a packed row.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Rows per device at once.")
+@click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True,
+              help="Batches whose gradients make one step.")
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=2e-4, show_default=True,
+              help="Its peak; it follows a cosine.")
+@click.option("--warmup", type=click.FloatRange(0, 1), default=0.05, show_default=True,
+              help="Part of the steps in which the learning rate rises.")
+@click.option("--weight-decay", type=click.FloatRange(0), default=0.1, show_default=True, help="AdamW's.")
+@click.option("--teacher", default="", metavar="CHECKPOINT",
+              help="Learn from this model's distribution too: the one that was converted.")
+@click.option("--distill-weight", type=click.FloatRange(0, 1), default=0.5, show_default=True,
+              help="Part of the teacher in the loss.")
+@click.option("--temperature", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
+              help="Of both distributions.")
+@click.option("--bf16", is_flag=True, help="Mixed precision; weights and optimizer stay fp32.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third more time.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Order of the rows.")
+@click.option("--eval-steps", type=click.IntRange(1), default=None,
+              help="Evaluate every so many steps.  [default: ten times in all]")
+@click.option("--eval-rows", type=click.IntRange(1), default=64, show_default=True,
+              help="At most so many rows, spread over the held-out text.")
+@click.option("--log-steps", type=click.IntRange(1), default=1, show_default=True,
+              help="Steps behind each point of the training curve.")
+@click.option("--save-steps", type=click.IntRange(1), default=None,
+              help="Keep a checkpoint to go on from every so many steps.  [default: as --eval-steps]")
+@click.option("--restart", is_flag=True, help="Throw an unfinished run away instead of going on with it.")
+@click.option("--json", "json_file", metavar="FILE|-", help="Write the curve as JSON; - is standard output.")
+@click.option("--force", is_flag=True, help="Replace an earlier result.")
+def command(checkpoint: str, output: Path, restart: bool, json_file: str | None, **options: Any) -> None:
+    """Train CHECKPOINT, a folder that `gqa-export convert` wrote, on a text. Killed, it goes on when run again.
+
+    Several GPUs or machines: `accelerate launch -m gqa_export uptrain ...`.
+    """
+    from ..checkpoint import open_checkpoint
+    from ..uptrain import UptrainOptions, uptrain
+    from .progress import progress
+
+    given = {name: value for name, value in options.items() if value is not None}
+    with progress(f"uptraining {checkpoint}") as bar:
+        result = uptrain(open_checkpoint(checkpoint), output, UptrainOptions(**given), bar.report, restart)
+    text = json.dumps(asdict(result), indent=1)
+    if json_file == "-":
+        click.echo(text)
+        return
+    click.echo(f"{result.folder}: {result.steps} steps, {result.tokens:,} tokens; held-out perplexity "
+               f"{result.perplexity_before:.2f} -> {result.perplexity_after:.2f}")
+    click.echo(f"  the curve: {result.folder}/gqa_uptrain.json and gqa_uptrain.svg")
+    if result.resumed_at is not None:
+        click.echo(f"  went on from step {result.resumed_at}")
+    if json_file is not None:
+        Path(json_file).write_text(text + "\n", encoding="utf-8")

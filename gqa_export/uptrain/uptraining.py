@@ -1,0 +1,167 @@
+"""Checkpoint folder -> uptrained checkpoint folder, with its curve. Survives being killed: run again, it goes on.
+
+While it runs, everything is in `.NAME.uptrain` beside the output; the output appears complete, at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import GqaExportError
+from ..output_folder import check_folder, disk_errors, writing_folder
+from .curve import Point, picture, split_log
+from .options import UptrainOptions, steps_of
+from .rows import EVAL, TRAIN, Rows, prepare
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+
+REPORT, PICTURE, SETTINGS = "gqa_uptrain.json", "gqa_uptrain.svg", "settings.json"
+Report = Callable[[str, float | None, float | None], None]
+
+
+@dataclass(frozen=True)
+class Uptraining:
+    """What a run did. Perplexities are e to the mean loss on the held-out rows; tokens: of all steps together."""
+
+    folder: str
+    source: str
+    steps: int
+    tokens: int
+    perplexity_before: float
+    perplexity_after: float
+    train: tuple[Point, ...]
+    held_out: tuple[Point, ...]
+    settings: dict[str, Any]
+    resumed_at: int | None
+    date: str
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The report, as written beside the weights."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def work_folder(output: Path) -> Path:
+    """Where a run keeps its rows and checkpoints until it is done."""
+    return output.resolve().parent / f".{output.name}.uptrain"
+
+
+def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, report: Report | None = None,
+            restart: bool = False) -> Uptraining:
+    """Train and write the result. Raises GqaExportError; the output is then not there, what was trained is kept for
+    the next start (`restart` throws it away)."""
+    import torch
+
+    say = report or (lambda text, done, total: None)
+    output = Path(output)
+    check_folder(output, force=options.force, marker=REPORT)
+    if checkpoint.kind == "gguf":
+        raise GqaExportError("a GGUF file cannot be trained", checkpoint.source,
+                             "give the original Hugging Face checkpoint folder")
+    work = work_folder(output)
+    from ..checkpoint.modules import quiet
+
+    with disk_errors(work), quiet():
+        _open_work(work, checkpoint, options, restart)
+        config = checkpoint.load_config()
+        longest = int(getattr(config, "max_position_embeddings", 0) or options.length)
+        if options.length > longest:
+            raise GqaExportError(f"rows of {options.length} tokens are longer than the model's {longest} positions",
+                                 "--length", f"use --length {longest} or less")
+        from .trainer import DistillingTrainer, Watch, arguments, last_checkpoint
+
+        found = last_checkpoint(work)
+        settings = arguments(options, work, 1, resuming=found is not None)
+        with settings.main_process_first(desc="tokenizing"):
+            say("tokenizing the text", None, None)
+            prepare(checkpoint.folder, work, options, config.vocab_size)
+        train, held = Rows(work / TRAIN), Rows(work / EVAL, options.eval_rows)
+        steps = steps_of(options, len(train), settings.world_size)
+        settings = arguments(options, work, steps, resuming=found is not None)
+        say("loading the model", None, None)
+        model = checkpoint.load_model("fp32", attn_implementation="sdpa")
+        model.config.use_cache = False  # type: ignore[union-attr]
+        trainer = DistillingTrainer(
+            model, settings, train_dataset=train, eval_dataset=held, callbacks=[Watch(say)],
+            teacher=_teacher(options, config, bf16=options.bf16), weight=options.distill_weight,
+            temperature=options.temperature)
+        _quiet(trainer)
+        trainer.train(resume_from_checkpoint=str(found) if found else None)
+        if not any(entry.get("step") == steps and "eval_loss" in entry for entry in trainer.state.log_history):
+            trainer.evaluate()
+        result = _result(checkpoint, output, options, steps, settings.world_size, trainer.state.log_history, found)
+        state = trainer.accelerator.get_state_dict(trainer.model)
+        if trainer.is_world_process_zero():
+            dtype = getattr(torch, checkpoint.stored_dtype)
+            _write(checkpoint, trainer.accelerator.unwrap_model(trainer.model), state, dtype, output, options, result)
+            shutil.rmtree(work)
+        trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def _open_work(work: Path, checkpoint: Checkpoint, options: UptrainOptions, restart: bool) -> None:
+    """Make the work folder, or go on in that of the same run."""
+    settings = json.dumps({"checkpoint": str(checkpoint.folder.resolve()), **json.loads(options.settings())}, indent=1)
+    if restart and work.exists():
+        shutil.rmtree(work)
+    if (work / SETTINGS).is_file() and (work / SETTINGS).read_text(encoding="utf-8") != settings:
+        before = json.loads((work / SETTINGS).read_text(encoding="utf-8"))
+        other = sorted(name for name, value in json.loads(settings).items() if before.get(name) != value)
+        raise GqaExportError(f"an unfinished run with other settings is there (different: {', '.join(other)})",
+                             str(work), "repeat its settings to go on, or pass --restart to throw it away")
+    work.mkdir(parents=True, exist_ok=True)
+    (work / SETTINGS).write_text(settings, encoding="utf-8")
+
+
+def _teacher(options: UptrainOptions, config: Any, *, bf16: bool) -> Any:
+    if not options.teacher:
+        return None
+    from ..checkpoint import open_checkpoint
+
+    teacher = open_checkpoint(options.teacher)
+    size = teacher.load_config().vocab_size
+    if size != config.vocab_size:
+        raise GqaExportError(f"the teacher's vocabulary of {size} is not the student's of {config.vocab_size}",
+                             options.teacher, "use the checkpoint that was converted as the teacher")
+    return teacher.load_model("bf16" if bf16 else "fp32", attn_implementation="sdpa")
+
+
+def _quiet(trainer: Any) -> None:
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+
+
+def _result(checkpoint: Checkpoint, output: Path, options: UptrainOptions, steps: int, processes: int,
+            history: list[dict[str, Any]], found: Path | None) -> Uptraining:
+    from importlib.metadata import version
+
+    train, held = split_log(history)
+    tokens = steps * options.batch * options.accumulate * options.length * processes
+    return Uptraining(str(output), checkpoint.source, steps, tokens, held[0].perplexity, held[-1].perplexity,
+                      tuple(train), tuple(held), json.loads(options.settings()),
+                      int(found.name.rpartition("-")[2]) if found else None, date.today().isoformat(),
+                      {name: version(name) for name in ("torch", "transformers", "accelerate")})
+
+
+def _write(checkpoint: Checkpoint, model: Any, state: dict[str, Any], dtype: Any, output: Path,
+           options: UptrainOptions, result: Uptraining) -> None:
+    with writing_folder(output, force=options.force, marker=REPORT) as folder:
+        model.config.use_cache = checkpoint.config.get("use_cache", True)
+        model.to(dtype)
+        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+        model.save_pretrained(folder, state_dict=state)
+        for file in [*checkpoint.tokenizer_files(), checkpoint.folder / "gqa_convert.json"]:
+            if file.name != "config.json" and file.is_file():
+                shutil.copyfile(file, folder / file.name)
+        (folder / REPORT).write_text(result.to_json(), encoding="utf-8")
+        curves = {"training": result.train, "held out": result.held_out}
+        (folder / PICTURE).write_text(picture(f"Uptraining {Path(checkpoint.source).name}", curves), encoding="utf-8")
