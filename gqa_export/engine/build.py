@@ -15,7 +15,8 @@ from .. import contract
 from ..bundle import MODEL, FileFact, Manifest, check_output, read_manifest, writing_bundle
 from ..bundle_check import check_files, file_sha256
 from ..engine_facts import ENGINE, EngineFacts, PluginFacts, ProfileFacts
-from ..errors import GqaExportError
+from ..errors import GqaExportError, NotCheckedHere
+from ..machine import nvidia
 from ..targets.table import TARGETS
 from ..trt_libraries import CANONICAL, Library
 from . import inspect_build
@@ -99,7 +100,12 @@ def check_request(output: Path, options: EngineOptions, kind: str) -> Choice:
     if options.timing_cache is not None and not options.timing_cache.absolute().parent.is_dir():
         raise GqaExportError("the timing cache's folder does not exist", str(options.timing_cache),
                              "make it, or name another file with --timing-cache")
-    return choose(options.flavor, options.capabilities, plugin=kind == "plugin")
+    choice = choose(options.flavor, options.capabilities, plugin=kind == "plugin")
+    if options.strip_weights and not nvidia()[1]:
+        raise NotCheckedHere("TensorRT compiles for the GPU at hand when weights are left out, and there is none here",
+                             "--strip-weights",
+                             "run this on a machine with an NVIDIA GPU, or leave --strip-weights out")
+    return choice
 
 
 def build_engine(bundle: Path, output: Path, options: EngineOptions | None = None,

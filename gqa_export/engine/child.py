@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -50,6 +51,8 @@ def run(job: Job, report: Any) -> Built:
                              "its shared libraries are missing: pip install 'gqa-export["
                              f"{'rtx' if job.flavor == 'rtx' else 'trt'}]'") from error
     sys.modules[job.canonical] = trt
+    if find_spec("tensorrt") is None:  # Polygraphy 0.53 asks for it in places, whichever flavour is used
+        sys.modules["tensorrt"] = trt
     from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath, PostprocessNetwork
     from polygraphy.exception import PolygraphyException
     from polygraphy.logger import G_LOGGER

@@ -1,0 +1,76 @@
+"""`gqa-export trt`: a TensorRT bundle or a checkpoint becomes an engine bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from ..engine import EngineBuild
+
+
+@click.command(short_help="Build a TensorRT engine, with the attention plugin or without.")
+@click.argument("source", metavar="BUNDLE|CHECKPOINT")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Engine bundle folder to write.")
+@click.option("--attention", type=click.Choice(["plugin", "native"]), default=None,
+              help="The grouped-attention plugin, or TensorRT's own attention.  [default: the bundle's; plugin for a "
+                   "checkpoint]")
+@click.option("--dtype", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True,
+              help="Number format of weights and cache; auto is the bundle's or checkpoint's.")
+@click.option("--flavor", type=click.Choice(["auto", "tensorrt", "rtx"]), default="auto", show_default=True,
+              help="TensorRT builds on the target GPU, TensorRT for RTX on any machine.")
+@click.option("--compute-capability", "capabilities", multiple=True, metavar="X.Y",
+              help="GPUs the engine is for, repeatable; `current` is the one here.  [default: 8.0, 8.9, 12.0 for rtx, "
+                   "the one here for tensorrt]")
+@click.option("--max-batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
+@click.option("--max-prompt", type=click.IntRange(1), default=None,
+              help="New tokens at once.  [default: the capacity, at most 4096]")
+@click.option("--capacity", type=click.IntRange(1), default=None,
+              help="Longest sequence in tokens; a bundle's is fixed.  [default: the model's, at most 4096]")
+@click.option("--timing-cache", type=click.Path(path_type=Path, dir_okay=False),
+              help="File that TensorRT's timings are read from and added to.")
+@click.option("--strip-weights", is_flag=True, help="Leave the weights out: the engine must be refitted before use.")
+@click.option("--workspace", "workspace_mb", type=click.IntRange(1), default=None, metavar="MB",
+              help="Most scratch memory of a layer.  [default: TensorRT's]")
+@click.option("--triton-repository", type=click.Path(path_type=Path, file_okay=False), default=None,
+              help="Also write a Triton Inference Server model repository there.")
+@click.option("--force", is_flag=True, help="Replace an earlier bundle.")
+def command(source: str, output: Path, attention: str | None, dtype: str, flavor: str, capabilities: tuple[str, ...],
+            max_batch: int, max_prompt: int | None, capacity: int | None, timing_cache: Path | None,
+            strip_weights: bool, workspace_mb: int | None, triton_repository: Path | None, force: bool) -> None:
+    """Build an engine from BUNDLE (of target trt-plugin or trt-native) or CHECKPOINT (exported on the way).
+
+    Exit codes: 0 done, 2 bad input, 3 this needs a GPU and there is none.
+    """
+    from ..engine import EngineOptions
+    from ..engine.triton_repository import check_repository, write_repository
+    from ..engines import make_engine
+    from .progress import progress
+
+    options = EngineOptions(attention or "", dtype, capacity or 0, flavor, capabilities, max_batch, max_prompt or 0,
+                            timing_cache, strip_weights, workspace_mb or 0, force)
+    if triton_repository is not None:
+        check_repository(triton_repository, output.name)
+    with progress(f"building an engine of {source}") as bar:
+        build = make_engine(source, output, options, bar.report)
+    describe(build)
+    if triton_repository is not None:
+        click.echo(f"  Triton model repository: {write_repository(triton_repository, output)}")
+
+
+def describe(build: EngineBuild) -> None:
+    """Say what was built, and everything that is not as asked."""
+    manifest, facts = build.manifest, build.facts
+    made_for = ", ".join(f"{number // 10}.{number % 10}" for number in facts.compute_capabilities)
+    click.echo(f"{build.folder}: {facts.flavor} {facts.version} engine for {made_for}, {manifest.dtype}, "
+               f"{facts.attention} attention, capacity {manifest.capacity}, {len(manifest.spec.layers)} layers, "
+               f"{manifest.bytes_copied / 1e6:,.1f} MB")
+    click.echo(f"  decode: up to {facts.max_batch} sequences; prefill: up to {facts.max_prompt} new tokens each")
+    if facts.plugin is not None:
+        click.echo(f"  plugin: {facts.plugin.namespace}::{facts.plugin.name} version {facts.plugin.version}, "
+                   f"{facts.plugin_layers} layers, {facts.build['kernel_bytes'] / 1e6:,.1f} MB of kernels inside")
+    click.echo(f"  built in {facts.build['seconds']:g} s; nothing has run it yet: `gqa-export validate` does, on a GPU")
+    for note in build.notes:
+        click.echo(f"  note: {note}")

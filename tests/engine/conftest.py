@@ -1,0 +1,46 @@
+"""Compiled kernels are kept for the whole run, shared by its workers; a user's own folder is not touched."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from gqa_export import trt_libraries
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernel_cache(tmp_path_factory) -> None:
+    workers = tmp_path_factory.getbasetemp()
+    shared = workers.parent if "PYTEST_XDIST_WORKER" in os.environ else workers
+    os.environ.setdefault("GQA_EXPORT_KERNEL_CACHE", str(shared / "kernels"))
+
+
+@pytest.fixture
+def rtx() -> trt_libraries.Library:
+    """TensorRT for RTX, or a visible skip."""
+    if not trt_libraries.is_there("rtx"):
+        pytest.skip("TensorRT for RTX is not installed: pip install 'gqa-export[rtx]'")
+    return trt_libraries.find("rtx")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory):
+    """(name, attention, dtype) -> a bundle of that tiny model, capacity 64, for TensorRT; not to be changed."""
+    from gqa_models import write_tiny
+
+    from gqa_export.pipeline import ExportOptions, export_onnx
+
+    made: dict[tuple[str, str, str], Path] = {}
+
+    def bundle(name: str, attention: str = "plugin", dtype: str = "fp16") -> Path:
+        key = (name, attention, dtype)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(name)
+            checkpoint = write_tiny(name, folder / "checkpoint")
+            made[key] = folder / "bundle"
+            export_onnx(checkpoint, made[key], ExportOptions(target=f"trt-{attention}", dtype=dtype, capacity=64))
+        return made[key]
+
+    return bundle

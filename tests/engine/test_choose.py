@@ -1,0 +1,87 @@
+"""Which library builds for which GPUs; what cannot be is refused with what can."""
+
+from __future__ import annotations
+
+import pytest
+
+from gqa_export import trt_libraries
+from gqa_export.engine import choose as module
+from gqa_export.engine.choose import choose
+from gqa_export.errors import GqaExportError, NotCheckedHere
+from gqa_export.machine import Gpu
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """(capability of the GPU here or "", flavours installed here) -> this machine."""
+    def put(capability: str = "", installed: tuple[str, ...] = ("tensorrt", "rtx")) -> None:
+        gpus = (Gpu("Invented", capability, 1 << 30),) if capability else ()
+        monkeypatch.setattr(module, "nvidia", lambda: ("13.0", gpus))
+        monkeypatch.setattr(module, "is_there", lambda flavor: flavor in installed)
+
+        def find(flavor: str) -> trt_libraries.Library:
+            if flavor not in installed:
+                raise GqaExportError("not installed", flavor, "pip install")
+            return trt_libraries.Library(flavor, flavor, "1", ())
+
+        monkeypatch.setattr(module, "find", find)
+
+    return put
+
+
+@pytest.mark.parametrize(("gpu", "installed", "flavor"), [
+    ("", ("tensorrt", "rtx"), "rtx"), ("8.9", ("tensorrt", "rtx"), "tensorrt"), ("8.9", ("rtx",), "rtx"),
+    ("", ("rtx",), "rtx")])
+def test_auto_is_tensorrt_on_a_gpu_and_rtx_elsewhere(here, gpu, installed, flavor) -> None:
+    here(gpu, installed)
+    assert choose("auto", (), plugin=True).library.flavor == flavor
+
+
+def test_rtx_builds_for_three_generations_unless_told_otherwise(here) -> None:
+    here()
+    assert choose("rtx", (), plugin=True).capabilities == (80, 89, 120)
+    told = choose("rtx", ("12.0", "8.6", "8.6"), plugin=True)
+    assert told.capabilities == told.engine_capabilities == told.kernel_capabilities == (86, 120)
+    assert choose("rtx", ("7.5",), plugin=False).capabilities == (75,)
+
+
+def test_current_is_the_gpu_at_hand_even_one_that_is_on_no_list(here) -> None:
+    here("9.0")
+    chosen = choose("rtx", ("current",), plugin=True)
+    assert chosen.capabilities == (90,)
+    assert chosen.engine_capabilities == (), "TensorRT is told to take the GPU at hand"
+    here("8.9")
+    assert choose("rtx", ("current",), plugin=True).engine_capabilities == (89,)
+
+
+def test_tensorrt_builds_for_the_gpu_at_hand(here) -> None:
+    here("9.0")
+    for asked in ((), ("9.0",), ("current",)):
+        chosen = choose("tensorrt", asked, plugin=True)
+        assert chosen.capabilities == (90,)
+        assert chosen.engine_capabilities == ()
+
+
+def test_tensorrt_without_a_gpu_is_not_bad_input_but_cannot_be_done_here(here) -> None:
+    here("")
+    with pytest.raises(NotCheckedHere) as caught:
+        choose("tensorrt", (), plugin=True)
+    assert "--flavor rtx" in caught.value.fix
+    with pytest.raises(NotCheckedHere, match="current"):
+        choose("rtx", ("current",), plugin=True)
+
+
+@pytest.mark.parametrize(("gpu", "flavor", "asked", "plugin", "message", "fix"), [
+    ("", "rtx", ("9.0",), True, "does not build for 9.0", "12.1"),
+    ("", "rtx", ("7.5",), True, "no kernels for 7.5", "--attention native"),
+    ("8.9", "tensorrt", ("9.0",), True, "GPU at hand, which has 8.9", "--flavor rtx"),
+    ("", "rtx", ("ada",), True, "'ada' is not a compute capability", "8.9"),
+    ("", "rtx", ("8.",), True, "'8.' is not a compute capability", "8.9"),
+    ("", "rtx", ("8",), True, "'8' is not a compute capability", "8.9"),
+])
+def test_what_cannot_be_built_is_refused_with_what_can(here, gpu, flavor, asked, plugin, message, fix) -> None:
+    here(gpu)
+    with pytest.raises(GqaExportError, match=message) as caught:
+        choose(flavor, asked, plugin=plugin)
+    assert fix in caught.value.fix
+    assert caught.value.exit_code == 2

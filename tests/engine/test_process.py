@@ -1,0 +1,112 @@
+"""The building process: whatever becomes of it is a result or one clear error, and it never outlives its parent."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from gqa_export.engine.job import Built, Job, KernelFiles, Tensor
+from gqa_export.engine.process import run_job
+from gqa_export.errors import GqaExportError
+from gqa_export.trt_libraries import Library
+
+LIBRARY = Library("rtx", "tensorrt_rtx", "1.7", ())
+JOB = Job("rtx", "tensorrt_rtx_bindings", "tensorrt_rtx", "model.onnx", "model.engine", (80, 89),
+          (("decode", {"input_ids": ((1, 1), (1, 1), (2, 1))}),), KernelFiles({"append": {"80": "a" * 64}}, "kernels"),
+          workspace_bytes=5)
+BUILT = {"version": "1.7", "inputs": [{"name": "input_ids", "type": "INT32", "shape": [-1, -1]}], "outputs": [],
+         "aliases": {"present.0.key": "past_key_values.0.key"}, "plugin_layers": 1, "attention_layers": 0,
+         "containers": 1, "seconds": 2.5}
+
+
+@pytest.fixture
+def child(tmp_path, monkeypatch):
+    """(source of a child) -> what run_job makes of it, and the progress it reported."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def run(source: str):
+        (tmp_path / "made_up_child.py").write_text("import json, os, signal, sys\n" + textwrap.dedent(source))
+        seen: list[tuple] = []
+        built = run_job(JOB, LIBRARY, tmp_path / "build.log", lambda *what: seen.append(what), "made_up_child")
+        return built, seen
+
+    return run
+
+
+def test_a_job_survives_its_way_as_text() -> None:
+    there = Job.from_json(JOB.to_json())
+    assert there.kernels == JOB.kernels
+    assert there.capabilities == (80, 89)
+    assert json.loads(there.to_json()) == json.loads(JOB.to_json())
+    assert Job.from_json(Job("rtx", "m", "c", "o", "e", (), ()).to_json()).kernels is None
+
+
+def test_progress_is_passed_on_and_the_result_read(child) -> None:
+    built, seen = child(f"""
+        job = json.loads(sys.stdin.read())
+        print(json.dumps({{"progress": ["Building", 1, 4]}}))
+        print(json.dumps({{"built": {BUILT!r}}}))
+        print("chatter", file=sys.stderr)
+    """)
+    assert seen == [("Building", 1, 4)]
+    assert isinstance(built, Built)
+    assert built.inputs == (Tensor("input_ids", "INT32", (-1, -1)),)
+    assert built.aliases == BUILT["aliases"]
+
+
+def test_a_refusal_keeps_its_three_parts(child) -> None:
+    with pytest.raises(GqaExportError, match="no such kernel") as caught:
+        child("""print(json.dumps({"refused": ["no such kernel", "layer 3", "compile it"]})); sys.exit(2)""")
+    assert (caught.value.where, caught.value.fix) == ("layer 3", "compile it")
+
+
+def test_a_refusal_by_tensorrt_brings_its_own_words(child) -> None:
+    with pytest.raises(GqaExportError, match=r"(?s)could not build.*\[E\] no implementation for node") as caught:
+        child("""
+            print("[V] fine", "[E] no implementation for node", sep="\\n", file=sys.stderr)
+            print(json.dumps({"refused": ["could not build", "model.onnx", ""]}))
+            sys.exit(2)
+        """)
+    assert caught.value.fix
+
+
+def test_an_abort_inside_is_an_error_with_the_last_lines(child) -> None:
+    with pytest.raises(GqaExportError, match=r"(?s)ended with signal SIGABRT.*terminate called") as caught:
+        child("""
+            print("terminate called without an active exception", file=sys.stderr, flush=True)
+            os.abort()
+        """)
+    assert "gqa-export doctor" in caught.value.fix
+
+
+def test_an_end_without_a_word_is_an_error(child) -> None:
+    with pytest.raises(GqaExportError, match=r"(?s)ended with code 0.*it said nothing"):
+        child("pass")
+    with pytest.raises(GqaExportError, match="ended with code 7"):
+        child("sys.exit(7)")
+
+
+def test_a_kill_from_outside_speaks_of_memory(child) -> None:
+    with pytest.raises(GqaExportError, match="ran out of memory"):
+        child("os.kill(os.getpid(), signal.SIGKILL)")
+
+
+def test_an_interrupted_build_leaves_no_process(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "made_up_child.py").write_text(textwrap.dedent("""
+        import json, os, time
+        print(json.dumps({"progress": [str(os.getpid()), None, None]}), flush=True)
+        time.sleep(300)
+    """))
+    pids: list[int] = []
+
+    def interrupt(text: str, *_: object) -> None:
+        pids.append(int(text))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(JOB, LIBRARY, tmp_path / "build.log", interrupt, "made_up_child")
+    assert not Path(f"/proc/{pids[0]}").exists()

@@ -1,0 +1,138 @@
+"""The model repository for Triton Inference Server, and the model in it, run beside a stand-in for the server."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+from gqa_export import serving
+from gqa_export.bundle import Manifest, writing_bundle
+from gqa_export.engine.triton_repository import check_repository, write_repository
+from gqa_export.engine_facts import EngineFacts
+from gqa_export.errors import GqaExportError
+from gqa_export.spec import ModelSpec
+
+SPEC = ModelSpec("llama", "LlamaForCausalLM", 16, 8, 64, "default", ())
+MANIFEST = Manifest("trt-plugin", "float16", "static", 64, "last", "copy", SPEC, (), (), tokens={"eos": [7]})
+FACTS = EngineFacts("rtx", "1.7", (89,), "plugin", (), {})
+
+
+class CountingSession:
+    """Says t + 1 after t."""
+
+    spec, capacity = SPEC, 12
+
+    def reset(self, batch: int) -> None:
+        self._lengths = np.zeros(batch, np.int64)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self._lengths.copy()
+
+    def step(self, ids, new=None, *, want_cache=False):
+        self._lengths += new
+        return SimpleNamespace(logits=np.eye(16)[[(row[count - 1] + 1) % 16 for row, count in zip(ids, new)]][:, None])
+
+
+class Sender:
+    """Keeps what is sent, and whether it was the last."""
+
+    def __init__(self) -> None:
+        self.sent: list = []
+
+    def send(self, response=None, flags: int = 0) -> None:
+        self.sent.append((response, flags))
+
+
+@pytest.fixture
+def triton(monkeypatch) -> ModuleType:
+    made = ModuleType("triton_python_backend_utils")
+    made.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
+    made.Tensor = lambda name, array: SimpleNamespace(name=name, as_numpy=lambda: array)
+    made.TritonError = lambda text: SimpleNamespace(text=text)
+    made.InferenceResponse = lambda output_tensors=(), error=None: SimpleNamespace(tensors=output_tensors, error=error)
+    made.get_input_tensor_by_name = lambda request, name: request.tensors.get(name)
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    return made
+
+
+@pytest.fixture
+def bundle(tmp_path) -> Path:
+    with writing_bundle(tmp_path / "small-llama") as writer:
+        writer.write("model.engine", b"not an engine")
+        writer.finish(replace(MANIFEST, engine=FACTS))
+    return tmp_path / "small-llama"
+
+
+@pytest.fixture
+def model(bundle, triton, tmp_path, monkeypatch):
+    """The TritonPythonModel that the server finds in model.py."""
+    loaded: list[Path] = []
+    monkeypatch.setattr(serving, "load_session", lambda folder: loaded.append(folder) or CountingSession())
+    folder = write_repository(tmp_path / "repository", bundle)
+    spec = importlib.util.spec_from_file_location("served_model", folder / "1" / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    served = module.TritonPythonModel()
+    served.initialize({"model_repository": str(folder), "model_version": "1"})
+    assert loaded == [folder / "1" / "engine"]
+    return served
+
+
+def ask(model, triton, **tensors) -> list:
+    sender = Sender()
+    given = {name: triton.Tensor(name, np.array(value)) for name, value in tensors.items()}
+    model.execute([SimpleNamespace(tensors=given, get_response_sender=lambda: sender)])
+    assert [flags for _, flags in sender.sent] == [0] * (len(sender.sent) - 1) + [1]
+    return [response for response, _ in sender.sent]
+
+
+def tokens(responses: list) -> list[int]:
+    return [int(one.tensors[0].as_numpy()[0]) for one in responses if one is not None]
+
+
+def test_the_repository_is_laid_out_as_the_server_expects(bundle, tmp_path) -> None:
+    folder = write_repository(tmp_path / "repository", bundle)
+    assert folder == tmp_path / "repository" / "small-llama"
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
+        "config.pbtxt", "1/model.py", "1/engine/model.engine", "1/engine/gqa_export.json"}
+    config = (folder / "config.pbtxt").read_text()
+    assert config.count("{") == config.count("}")
+    assert config.count("[") == config.count("]")
+    for text in ('name: "small-llama"', 'backend: "python"', "decoupled: true", 'name: "input_ids"', 'name: "token"'):
+        assert text in config
+    assert (folder / "1" / "engine" / "model.engine").samefile(bundle / "model.engine"), "no second copy of the weights"
+    assert write_repository(tmp_path / "repository", bundle) == folder, "its own it may replace"
+
+
+def test_tokens_are_streamed_until_an_end_token(model, triton) -> None:
+    assert tokens(ask(model, triton, input_ids=[2, 3])) == [4, 5, 6, 7]
+    assert tokens(ask(model, triton, input_ids=[[9]], max_new_tokens=[2])) == [10, 11]
+
+
+def test_a_bad_request_is_answered_with_the_error_and_the_next_is_served(model, triton) -> None:
+    for wrong in ({"input_ids": []}, {}, {"input_ids": [1] * 13}, {"input_ids": [1], "temperature": [-1.0]}):
+        (answer,) = ask(model, triton, **wrong)
+        assert "fix:" in answer.error.text
+    assert tokens(ask(model, triton, input_ids=[5])) == [6, 7]
+
+
+def test_a_place_that_is_taken_and_a_name_that_cannot_be_are_refused(bundle, tmp_path) -> None:
+    (tmp_path / "repository" / "small-llama").mkdir(parents=True)
+    with pytest.raises(GqaExportError, match="another model of that name"):
+        check_repository(tmp_path / "repository", "small-llama")
+    with pytest.raises(GqaExportError, match="cannot name a model"):
+        check_repository(tmp_path, "small llama")
+
+
+def test_only_an_engine_can_be_served(tmp_path) -> None:
+    with writing_bundle(tmp_path / "graph") as writer:
+        writer.finish(MANIFEST)
+    with pytest.raises(GqaExportError, match="only an engine bundle"):
+        write_repository(tmp_path / "repository", tmp_path / "graph")
