@@ -105,7 +105,6 @@ Launches::Launches(Layer const& layer, Sizes const& sizes, Kernels const& kernel
     Arguments common;
     common.set(Slot::past_lengths_ptr, input(Input::past_lengths));
     common.set(Slot::new_lengths_ptr, input(Input::new_lengths));
-    common.set(Slot::sinks_ptr, input(Input::sinks));
     common.set(Slot::output_ptr, output);
     common.set(Slot::partial_ptr, partial);
     common.set(Slot::logsum_ptr, partial + static_cast<std::uint64_t>(aligned(4 * elements.partial)));
@@ -128,6 +127,7 @@ Launches::Launches(Layer const& layer, Sizes const& sizes, Kernels const& kernel
     appending_.set(Slot::rotated_ptr, rotated);
     appending_.set(Slot::max_position, static_cast<std::int32_t>(sizes.max_position));
     attending_.set(Slot::query_ptr, rotated);
+    attending_.set(Slot::sinks_ptr, layer.has_sinks ? input(Input::sinks) : rotated);
     attending_.set(Slot::key_ptr, input(Input::past_key));
     attending_.set(Slot::value_ptr, input(Input::past_value));
 

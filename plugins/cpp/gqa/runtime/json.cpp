@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <locale>
+#include <sstream>
 #include <utility>
 
 #include "gqa/core/error.h"
@@ -190,7 +192,11 @@ private:
         if (whole && text.size() <= 18) {
             value.value_ = static_cast<std::int64_t>(std::strtoll(text.c_str(), nullptr, 10));
         } else {
-            value.value_ = std::strtod(text.c_str(), nullptr);
+            std::istringstream stream(text);
+            stream.imbue(std::locale::classic());  // a point is a point, whatever the program's locale
+            double real = 0;
+            stream >> real;
+            value.value_ = real;
         }
     }
 
@@ -212,6 +218,11 @@ Json const& Json::at(std::string_view key) const {
     auto const found = object().find(key);
     if (found == object().end()) refuse("a key \"" + std::string(key) + "\"");
     return found->second;
+}
+
+Json const& Json::item(std::size_t index) const {
+    if (index >= array().size()) refuse("an item " + std::to_string(index));
+    return array()[index];
 }
 
 bool Json::boolean() const {

@@ -23,6 +23,7 @@ public:
 
     // Each throws Error, naming the path, for a value of another kind or a key that is not there.
     Json const& at(std::string_view key) const;
+    Json const& item(std::size_t index) const;
     bool boolean() const;
     std::int64_t integer() const;
     double real() const;

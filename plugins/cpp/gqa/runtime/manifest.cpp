@@ -34,9 +34,9 @@ std::vector<TensorFact> read_tensors(Json const& facts) {
 void read_profiles(Json const& profiles, Manifest& manifest, std::string const& where) {
     int found = 0;
     for (std::size_t i = 0; i < profiles.array().size(); ++i) {
-        Json const& profile = profiles.array()[i];
-        Json const& most = profile.at("shapes").at("input_ids").array().at(2);
-        std::int64_t const batch = most.array().at(0).integer(), steps = most.array().at(1).integer();
+        Json const& profile = profiles.item(i);
+        Json const& most = profile.at("shapes").at("input_ids").item(2);
+        std::int64_t const batch = most.item(0).integer(), steps = most.item(1).integer();
         manifest.max_batch = i == 0 ? batch : std::min(manifest.max_batch, batch);
         if (profile.at("name").string() == "decode") {
             manifest.decode_profile = static_cast<int>(i), found |= 1;

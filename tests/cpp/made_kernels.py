@@ -1,0 +1,91 @@
+"""Kernel files with invented code, for the stand-in for CUDA: it reads the code as text, "NAME KIND KIND ...\\0"."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+from gqa_plugins.grouped_attention import fields
+from gqa_plugins.grouped_attention.cubin import Cubin, Variant
+from gqa_plugins.grouped_attention.fields import Key
+from gqa_plugins.grouped_attention.launch import Layer, Sizes, variants
+
+ATTENTION = ("query_ptr", "key_ptr", "value_ptr", "past_lengths_ptr", "new_lengths_ptr", "kv_heads", "steps",
+             "capacity", "window", "scale", "softcap")
+ARGUMENTS = {
+    "append": ("query_ptr", "key_ptr", "value_ptr", "past_key_ptr", "past_value_ptr", "past_lengths_ptr",
+               "new_lengths_ptr", "cos_ptr", "sin_ptr", "rotated_ptr", "kv_heads", "steps", "capacity", "max_position"),
+    "prefill": (*ATTENTION, "sinks_ptr", "output_ptr"),
+    "decode": (*ATTENTION, "partial_ptr", "logsum_ptr", "splits"),
+    "combine": ("partial_ptr", "logsum_ptr", "past_lengths_ptr", "new_lengths_ptr", "sinks_ptr", "output_ptr",
+                "kv_heads", "steps", "capacity", "splits"),
+}
+
+
+def kind_of(name: str, dtype: str) -> str:
+    if name in ("partial_ptr", "logsum_ptr"):
+        return "*fp32"
+    if name.endswith("lengths_ptr"):
+        return "*i32"
+    if name.endswith("_ptr"):
+        return f"*{dtype}"
+    return "fp32" if name in ("scale", "softcap") else "i32"
+
+
+def make_cubin(variant: Variant, capability: int, chance: random.Random) -> Cubin:
+    """A kernel of this variant that takes its arguments in an order of its own."""
+    names = chance.sample(ARGUMENTS[variant.kernel], len(ARGUMENTS[variant.kernel]))
+    arguments = tuple((name, kind_of(name, variant.dtype)) for name in names)
+    name = f"{variant.kernel}_{capability}_{chance.randrange(10**6)}"
+    code = " ".join([name, *(kind for _, kind in arguments)]).encode() + b"\0"
+    constants = {"GROUP": variant.group, "HEAD": variant.head, "VALUE_HEAD": variant.value_head}
+    if variant.kernel == "append":
+        constants |= {"HALF": variant.rotary_half, "INTERLEAVED": int(variant.interleaved),
+                      "HAS_NEW": int(variant.has_new)}
+    if variant.kernel in ("prefill", "decode"):
+        constants |= {"HAS_WINDOW": int(variant.window), "HAS_SOFTCAP": int(variant.softcap)}
+    if variant.kernel in ("prefill", "combine"):
+        constants |= {"HAS_SINKS": int(variant.sinks)}
+    return Cubin(variant.kernel, name, capability, chance.choice((0, 1024, 70000)), chance.choice((128, 256)),
+                 chance.choice((16, 32, 64, 128)), arguments, {key: str(value) for key, value in constants.items()},
+                 code, scratch_pointers=chance.randrange(3))
+
+
+def make_kernels(layer: Layer, sizes: Sizes, capabilities: tuple[int, ...],
+                 chance: random.Random) -> tuple[tuple[Key, ...], dict[str, Cubin], bytes]:
+    """(keys, sha256 -> cubin, container) of every kernel that a layer needs, for each capability."""
+    keys, cubins, files = [], {}, []
+    for kernel, variant in variants(layer, sizes).items():
+        for capability in capabilities:
+            cubin = make_cubin(variant, capability, chance)
+            data = cubin.to_bytes()
+            (sha256,) = fields.unpack(fields.pack([data]))
+            keys.append(Key(kernel, capability, sha256))
+            cubins[sha256] = cubin
+            files.append(data)
+    return tuple(keys), cubins, fields.pack(files)
+
+
+def random_layer(chance: random.Random) -> tuple[Layer, Sizes]:
+    """A layer and the shapes of a call, over everything that the kernels take."""
+    kv_heads = chance.choice((1, 2, 3, 8))
+    group = chance.choice((1, 2, 3, 4, 7, 8))
+    has_rotary = chance.randrange(2)
+    layer = Layer(num_heads=kv_heads * group, kv_num_heads=kv_heads, scale=chance.choice((0.125, 0.25, 1.0)),
+                  softcap=chance.choice((0.0, 30.0)), window=chance.choice((0, 0, 128, 4096)),
+                  rotary_interleaved=chance.randrange(2), growing=0, has_rotary=has_rotary,
+                  has_sinks=chance.randrange(2), has_new=chance.choice((1, 1, 1, 0)))
+    head = chance.choice((32, 64, 80, 128, 256))
+    sizes = Sizes(batch=chance.choice((1, 1, 2, 5, 16)), steps=chance.choice((1, 1, 1, 2, 17, 64, 129, 1000)),
+                  capacity=chance.choice((16, 256, 1000, 4096, 131072)), head=head,
+                  value_head=chance.choice((head, 64)), dtype=chance.choice(("fp16", "bf16", "fp32")))
+    if has_rotary:
+        sizes = replace(sizes, rotary_half=chance.choice((8, head // 2)), max_position=chance.choice((64, 4096)))
+    return layer, sizes
+
+
+def write(folder: Path, name: str, data: bytes) -> Path:
+    path = folder / name
+    path.write_bytes(data)
+    return path

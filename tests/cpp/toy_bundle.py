@@ -1,0 +1,77 @@
+"""An engine bundle of the toy model (toy_model.h), written by the project's own classes, and what the toy answers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from gqa_export.bundle import MANIFEST, FileFact, Manifest
+from gqa_export.cache_io import TensorFact
+from gqa_export.engine_facts import ENGINE, EngineFacts, PluginFacts, ProfileFacts
+from gqa_export.spec import ModelSpec
+
+LAYERS, CAPACITY, VOCABULARY, BATCH, PROMPT, HEAD = 2, 16, 50, 3, 4, 2
+CACHE = [f".{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")]
+
+
+def tensors(dtype: str) -> tuple[tuple[TensorFact, ...], tuple[TensorFact, ...]]:
+    """(inputs, outputs), as `cache_io` names them."""
+    row = ("batch", 1, CAPACITY, HEAD)
+    inputs = (TensorFact("input_ids", "int32", ("batch", "sequence")), TensorFact("past_lengths", "int32", ("batch",)),
+              TensorFact("new_lengths", "int32", ("batch",)),
+              *(TensorFact(f"past_key_values{tail}", dtype, row) for tail in CACHE))
+    outputs = (TensorFact("logits", dtype, ("batch", 1, VOCABULARY)),
+               *(TensorFact(f"present{tail}", dtype, row) for tail in CACHE))
+    return inputs, outputs
+
+
+def profile(name: str, steps: int) -> ProfileFacts:
+    def shapes(batch: int, length: int) -> dict[str, tuple[int, ...]]:
+        known = {"batch": batch, "sequence": length}
+        return {fact.name: tuple(known.get(axis, axis) for axis in fact.shape) for fact in tensors("float16")[0]}
+
+    low, high = shapes(1, 1), shapes(BATCH, steps)
+    return ProfileFacts(name, {each: (low[each], low[each], high[each]) for each in low})
+
+
+def engine_facts(plugin: bool = False) -> EngineFacts:
+    fact = PluginFacts("GroupedQueryAttention", "1", "gqa", 1, "0" * 64) if plugin else None
+    return EngineFacts("tensorrt", "11.1.0.106", (80, 89), "plugin" if plugin else "native",
+                       (profile("decode", 1), profile("prefill", PROMPT)),
+                       {f"present{tail}": f"past_key_values{tail}" for tail in CACHE}, fact, LAYERS if plugin else 0)
+
+
+def manifest(facts: EngineFacts, dtype: str = "float16", engine: bytes = b"") -> Manifest:
+    inputs, outputs = tensors(dtype)
+    return Manifest(target="trt-plugin", dtype=dtype, cache="static", capacity=CAPACITY, logits="last", weights="copy",
+                    spec=ModelSpec("toy", "Toy", VOCABULARY, 8, CAPACITY, "", ()), inputs=inputs, outputs=outputs,
+                    files={ENGINE: FileFact(len(engine), hashlib.sha256(engine).hexdigest())},
+                    tokens={"eos": [2, 7], "bos": 1, "pad": None}, engine=facts)
+
+
+def write_bundle(folder: Path, *, plugin: bool = False, dtype: str = "float16",
+                 facts: EngineFacts | None = None) -> Path:
+    """A folder with an engine that the stand-in for TensorRT opens, and its manifest."""
+    folder.mkdir(parents=True)
+    engine = f"toy {CAPACITY} {VOCABULARY} {BATCH} {PROMPT} {dtype}".encode()
+    (folder / ENGINE).write_bytes(engine)
+    made = manifest(facts or engine_facts(plugin), dtype, engine)
+    (folder / MANIFEST).write_text(made.to_json(), encoding="utf-8")
+    return folder
+
+
+def answer(tokens: Sequence[int]) -> int:
+    """What the toy says after these tokens: every layer's sum over the cache, and the length."""
+    return (LAYERS * sum(tokens) * 7 + len(tokens)) % VOCABULARY
+
+
+def continued(prompt: Sequence[int], most: int, ends: Sequence[int] = (2, 7)) -> list[int]:
+    """What `generate` returns for a prompt."""
+    read, written = list(prompt), []
+    while len(written) < most:
+        written.append(answer(read))
+        if written[-1] in ends:
+            break
+        read.append(written[-1])
+    return written
