@@ -48,7 +48,7 @@ class Plan:
     bench_batch: int = 8
 
 
-QUICK = Plan(hidden=64, layers=2, heads=4, steps=120, length=64, batch=8, eval_rows=32, prompt=32, new_tokens=8,
+QUICK = Plan(hidden=64, layers=2, heads=4, steps=80, length=64, batch=8, eval_rows=32, prompt=32, new_tokens=8,
              bench_batch=1)
 
 
@@ -133,17 +133,18 @@ def markdown(report: dict[str, Any]) -> str:
         "# Uptraining a small model, from scratch to ONNX", "",
         f"{report['date']}, {report['machine']}; " + ", ".join(f"{n} {v}" for n, v in report["versions"].items()) + ".",
         "", f"Made by `scripts/uptraining_small.py`: a decoder of Llama's kind ({plan['layers']} layers, hidden size "
-        f"{plan['hidden']}, {plan['heads']} heads, byte tokens) is trained from scratch as MHA for {plan['steps']} steps "
-        f"({report['tokens']:,} tokens), pooled with `mean`, and uptrained for alpha = {report['alpha']:g} of those "
-        "steps. Perplexity per byte on the held-out tenth of the text. MHA trained for as many steps more comes to "
-        f"{first['perplexity_with_as_many_more_steps']:.3f}. Decode: the exported `ort` bundle, static cache, one "
-        f"thread, batch {plan['bench_batch']}, after {plan['prompt']} tokens; other programs shared the machine.", "",
+        f"{plan['hidden']}, {plan['heads']} heads, byte tokens) is trained from scratch as MHA for {plan['steps']} "
+        f"steps ({report['tokens']:,} tokens), pooled with `mean`, and uptrained for alpha = {report['alpha']:g} of "
+        "those steps. Perplexity per byte on the held-out tenth of the text. MHA trained for as many steps "
+        f"more comes to {first['perplexity_with_as_many_more_steps']:.3f}. Decode: the exported `ort` bundle, "
+        f"static cache, one thread, batch {plan['bench_batch']}, after {plan['prompt']} tokens; other programs shared "
+        "the machine.", "",
         "| key/value heads | perplexity pooled | perplexity uptrained | against MHA | cache bytes per token | decode "
         "tokens/s | validated |", "|---|---|---|---|---|---|---|"]
     for row in report["rows"]:
-        pooled = row.get("perplexity_pooled")
+        pooled, against = row.get("perplexity_pooled"), 100 * (row["perplexity"] / first["perplexity"] - 1)
         lines.append(f"| {row['kv_heads']} | {'' if pooled is None else f'{pooled:.3f}'} | {row['perplexity']:.3f} | "
-                     f"{100 * (row['perplexity'] / first['perplexity'] - 1):+.1f} % | {row['cache_bytes_per_token']:,} | "
+                     f"{against:+.1f} % | {row['cache_bytes_per_token']:,} | "
                      f"{row['decode_tokens_per_s']:,.0f} | {'yes' if row['validated'] else 'NO'} |")
     return "\n".join([*lines, "", f"![perplexity during uptraining]({NAME}.svg)", ""])
 

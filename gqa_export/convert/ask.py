@@ -122,12 +122,12 @@ class _Asked:
 
     def __init__(self, layer: int, path: str, module: torch.nn.Module, given: tuple, named: dict[str, Any]) -> None:
         self.layer, self.path, self.place = layer, path, f"layer {layer}, {type(module).__name__}"
+        from transformers.pytorch_utils import Conv1D
+
         self.module = copy.deepcopy(module)
         self.probes: list[_Probe] = []
         for name, child in list(self.module.named_modules()):
-            weight = getattr(child, "weight", None)
-            if isinstance(weight, torch.nn.Parameter) and weight.ndim == 2 and not isinstance(
-                    child, torch.nn.Embedding):
+            if isinstance(child, torch.nn.Linear | Conv1D):
                 probe = _Probe(child, name)
                 self.module.set_submodule(name, probe)
                 self.probes.append(probe)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import GqaExportError
 from ..output_folder import check_folder, writing_folder
 from .assemble import assemble, changed
 from .choice import ConvertOptions, asked, candidates, check_options, fewest, worst
@@ -192,6 +193,9 @@ def expand(checkpoint: Checkpoint, output: Path, kv_heads: int, order: Sequence[
     GqaExportError where the architecture cannot have so many heads.
     """
     source = structure_of(checkpoint.load_config())
+    if any(kv_heads % now for now in source.kv_heads):
+        raise GqaExportError(f"{kv_heads} key/value heads are no multiple of the model's {source.kv_heads[0]}",
+                             checkpoint.source, "repeat every head the same number of times")
     stored = Stored(checkpoint, source)
     target, fields = with_kv_heads(source, [kv_heads] * len(source.layers))
     order = list(order if order is not None else range(kv_heads))

@@ -72,7 +72,8 @@ def picture(title: str, curves: dict[str, Sequence[Point]], level: tuple[str, fl
             x, y = place(point.step, point.loss).split(",")
             parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>')
         line_y = TOP + 14 + 18 * number
-        parts.append(f'<text x="{WIDTH - RIGHT - 8}" y="{line_y}" text-anchor="end" fill="{color}">{escape(name)}</text>')
+        parts.append(f'<text x="{WIDTH - RIGHT - 8}" y="{line_y}" text-anchor="end" fill="{color}">'
+                     f"{escape(name)}</text>")
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

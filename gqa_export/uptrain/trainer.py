@@ -65,7 +65,7 @@ class Watch(TrainerCallback):
                 continue
             if not math.isfinite(float(value)):
                 raise GqaExportError(f"training diverged: the {text} after {state.global_step} steps is {value}",
-                                     "--learning-rate", "start again with a smaller --learning-rate, or without --bf16")
+                                     "--learning-rate", "pass --restart with a smaller --learning-rate, or without --bf16")
             self.last = f"{text} {float(value):.3f}"
         self.report(f"step {state.global_step} of {state.max_steps}: {self.last}", state.global_step, state.max_steps)
 
