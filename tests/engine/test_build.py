@@ -1,0 +1,159 @@
+"""What is refused before anything is built, and what a build is checked for; TensorRT itself is in test_rtx.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gqa_export.bundle import Manifest, writing_bundle
+from gqa_export.cache_io import graph_inputs, graph_outputs
+from gqa_export.engine import EngineOptions, build, build_engine
+from gqa_export.engine.choose import Choice
+from gqa_export.engine.inspect_build import TYPES, check, expected_aliases
+from gqa_export.engine.job import Built, Tensor
+from gqa_export.engine.log import Layer, Log
+from gqa_export.engine.profiles import make_profiles
+from gqa_export.engine_facts import EngineFacts
+from gqa_export.errors import GqaExportError, NotCheckedHere
+from gqa_export.spec import AttentionSpec, ModelSpec
+from gqa_export.trt_libraries import Library
+
+LAYERS = tuple(AttentionSpec(number, 4, 2, 32, 48, 0.125) for number in range(2))
+SPEC = ModelSpec("llama", "LlamaForCausalLM", 100, 64, 512, "default", LAYERS)
+MANIFEST = Manifest("trt-plugin", "float16", "static", 128, "last", "copy", SPEC,
+                    graph_inputs(SPEC, "float16", "static", "lengths", 128),
+                    graph_outputs(SPEC, "float16", "static", "last", 128), source={"checkpoint": "CK"})
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """(changes to the manifest) -> a bundle folder with a graph that is none."""
+    def make(**changes) -> Path:
+        folder = tmp_path / "bundle"
+        with writing_bundle(folder) as writer:
+            writer.write("model.onnx", b"not a graph")
+            writer.finish(replace(MANIFEST, **changes))
+        return folder
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _machine(monkeypatch) -> None:
+    """TensorRT for RTX is here, no GPU is."""
+    choice = Choice(Library("rtx", "tensorrt_rtx", "1.7", ()), (80,), (80,))
+    monkeypatch.setattr(build, "choose", lambda flavor, asked, plugin: choice)
+    monkeypatch.setattr(build, "nvidia", lambda: ("", ()))
+
+
+@pytest.mark.parametrize(("changes", "options", "message", "fix"), [
+    ({"target": "ort"}, {}, "target ort cannot become an engine", "gqa-export onnx CK -o DIR --target trt-plugin"),
+    ({"target": "portable"}, {"attention": "native"}, "cannot become an engine", "--target trt-native"),
+    ({"target": "unheard-of"}, {}, "cannot become an engine", "--target trt-plugin"),
+    ({}, {"attention": "native"}, "has plugin attention, and --attention is native", "--target trt-native"),
+    ({"target": "trt-native"}, {"attention": "plugin"}, "has native attention", "--target trt-plugin"),
+    ({}, {"capacity": 256}, "capacity of 128, and --capacity is 256", "--capacity 256"),
+    ({}, {"dtype": "bf16"}, "is float16, and --dtype is bf16", "--dtype bf16"),
+    ({}, {"max_prompt": 129}, "129 tokens do not fit", "--max-prompt 128"),
+    ({"engine": EngineFacts("rtx", "1", (89,), "plugin", (), {})}, {}, "holds an engine already", "built from"),
+])
+def test_a_bundle_that_cannot_become_what_is_asked_for_is_refused(bundle, tmp_path, changes, options, message,
+                                                                  fix) -> None:
+    folder = bundle(**changes)
+    with pytest.raises(GqaExportError, match=message) as caught:
+        build_engine(folder, tmp_path / "engine", EngineOptions(**options))
+    assert fix in caught.value.fix
+    assert caught.value.exit_code == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
+
+
+@pytest.mark.parametrize("options", [{"capacity": 128}, {"dtype": "fp16"}, {"attention": "plugin"}, {}])
+def test_what_the_bundle_fixes_may_be_said_again(bundle, tmp_path, options) -> None:
+    assert build.check_bundle(bundle(), MANIFEST, EngineOptions(**options)) == "plugin"
+
+
+def test_a_damaged_bundle_is_refused_before_the_build(bundle, tmp_path) -> None:
+    folder = bundle()
+    (folder / "model.onnx").write_bytes(b"not a gr-ph")
+    with pytest.raises(GqaExportError, match="sha256"):
+        build_engine(folder, tmp_path / "engine")
+
+
+def test_an_output_that_is_taken_is_refused_first(bundle, tmp_path) -> None:
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "thesis.tex").write_text("mine")
+    for force in (False, True):
+        with pytest.raises(GqaExportError):
+            build_engine(bundle() if not (tmp_path / "bundle").exists() else tmp_path / "bundle", tmp_path / "engine",
+                         EngineOptions(force=force))
+    assert (tmp_path / "engine" / "thesis.tex").read_text() == "mine"
+
+
+def test_stripped_weights_need_a_gpu(bundle, tmp_path) -> None:
+    with pytest.raises(NotCheckedHere, match="compiles for the GPU at hand"):
+        build_engine(bundle(), tmp_path / "engine", EngineOptions(strip_weights=True))
+
+
+def test_a_timing_cache_nowhere_and_a_prompt_beyond_the_cache_are_refused_before_an_export(tmp_path) -> None:
+    with pytest.raises(GqaExportError, match="folder does not exist"):
+        build.check_request(tmp_path / "e", EngineOptions(timing_cache=tmp_path / "no" / "file"), "plugin")
+    with pytest.raises(GqaExportError, match="do not fit a cache of 64"):
+        build.check_request(tmp_path / "e", EngineOptions(capacity=64, max_prompt=65), "plugin")
+
+
+def test_profiles_are_decode_and_prefill_with_the_capacity_literal() -> None:
+    decode, prefill = make_profiles(MANIFEST, max_batch=4, max_prompt=0)
+    assert (decode.name, prefill.name) == ("decode", "prefill")
+    assert decode.shapes["input_ids"] == ((1, 1), (1, 1), (4, 1))
+    assert prefill.shapes["input_ids"] == ((1, 1), (1, 128), (4, 128))
+    for profile in (decode, prefill):
+        assert profile.shapes["past_key_values.1.value"] == ((1, 2, 128, 48), (1, 2, 128, 48), (4, 2, 128, 48))
+        assert profile.shapes["past_lengths"] == ((1,), (1,), (4,))
+        assert set(profile.shapes) == {tensor.name for tensor in MANIFEST.inputs}
+    large = replace(MANIFEST, capacity=100_000)
+    assert make_profiles(large, 1, 0)[1].shapes["input_ids"] == ((1, 1), (1, 512), (1, 4096))
+    assert make_profiles(large, 1, 50_000)[1].most("input_ids", 1) == 50_000
+
+
+NAMES = {dtype: name for name, dtype in TYPES.items()}
+
+
+def good() -> tuple[Built, Log]:
+    """What a sound build says."""
+    tensors = [tuple(Tensor(fact.name, NAMES[fact.dtype], tuple(-1 if isinstance(axis, str) else axis
+                                                                for axis in fact.shape)) for fact in facts)
+               for facts in (MANIFEST.inputs, MANIFEST.outputs)]
+    layers = tuple(Layer(f"layer{number}", "PluginV3", profile, ("past_key_values.0.key",), ("present.0.key",))
+                   for profile in (0, 1) for number in (0, 1))
+    return Built("1.7", *tensors, expected_aliases(MANIFEST), 2, 0, 1, 1.0), Log(layers, {})
+
+
+def test_a_sound_build_passes() -> None:
+    check(MANIFEST, *good(), 2, plugin=True)
+
+
+COPY = Layer("Reformatting CopyNode", "Reformat", 1, ("past_key_values.0.key",), ("x",))
+
+
+@pytest.mark.parametrize(("built", "log", "message"), [
+    (lambda b: replace(b, inputs=b.inputs[:-1]), None, "another number of inputs"),
+    (lambda b: replace(b, outputs=(replace(b.outputs[0], type="FLOAT"), *b.outputs[1:])), None, "output logits"),
+    (lambda b: replace(b, inputs=(*b.inputs[:-1], replace(b.inputs[-1], shape=(-1, 2, 64, 48)))), None, "value"),
+    (lambda b: replace(b, aliases={}), None, "would not be written in place: present.0.key"),
+    (lambda b: replace(b, aliases={**b.aliases, "present.0.key": "past_key_values.1.key"}), None, "in place"),
+    (lambda b: replace(b, plugin_layers=1), None, "1 plugin layers, expected 2"),
+    (lambda b: replace(b, containers=2), None, "carries its kernels 2 times"),
+    (lambda b: replace(b, containers=0), None, "carries its kernels 0 times"),
+    (None, lambda g: replace(g, layers=g.layers[:-1]), "profile 1 has 1 plugin layers, expected 2"),
+    (None, lambda g: replace(g, layers=(*g.layers, COPY)), "copies the cache: Reformatting CopyNode"),
+])
+def test_anything_that_is_not_as_asked_for_is_an_error(built, log, message) -> None:
+    made, listed = good()
+    with pytest.raises(GqaExportError, match=message):
+        check(MANIFEST, built(made) if built else made, log(listed) if log else listed, 2, plugin=True)
+
+
+def test_a_log_that_lists_nothing_is_not_held_against_the_engine() -> None:
+    check(MANIFEST, good()[0], Log((), {}), 2, plugin=True)
