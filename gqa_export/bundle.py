@@ -1,7 +1,8 @@
 """The bundle: a folder with `model.onnx`, its weights, `gqa_export.json` and the tokenizer's files.
 
 Written into a temporary sibling folder and renamed when complete, so that whatever stops an export leaves either
-the old bundle or the new one. sha256 of every file we write is taken while writing.
+the old bundle or the new one. sha256 of every file we write is taken while writing. What a killed process left
+half-written is taken up by the next export of the same (`leftovers`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 from .cache_io import TensorFact
 from .engine_facts import EngineFacts
 from .errors import GqaExportError
+from .leftovers import JOURNAL, LOCK, Journal, abandoned, lock, remove, take_over
 from .spec import ModelSpec
 
 MANIFEST = "gqa_export.json"
@@ -112,11 +114,27 @@ def read_manifest(folder: Path | str) -> Manifest:
 
 
 class HashingFile:
-    """A file being written whose sha256 is known when it is closed. `tell()` is the number of bytes written."""
+    """A file being written whose sha256 is known when it is closed. `tell()` is the number of bytes written.
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.size = path, 0
-        self._hash, self._file = hashlib.sha256(), open(path, "xb")  # noqa: SIM115 closed by close()
+    key: what decides its bytes. With one, a journal is kept, and what a killed process left of the same file (in one
+    of `leftovers`) is taken over: `tell()` is then not 0 at the start, but at an offset that was passed to `mark`.
+    """
+
+    def __init__(self, path: Path, key: str = "", leftovers: Iterable[Any] = ()) -> None:
+        self.path, self.size, self._hash = path, 0, hashlib.sha256()
+        self._journal = None
+        if key:
+            self.size, self._hash = take_over(leftovers, path.name, key, path)
+            self._journal = Journal(path.with_name(path.name + JOURNAL), key)
+            self.mark()
+        self._file = open(path, "ab" if self.size else "xb")  # noqa: SIM115 closed by close()
+
+    def mark(self) -> None:
+        """A place where writing could be taken up again."""
+        if self._journal is not None:
+            if hasattr(self, "_file"):
+                self._file.flush()
+            self._journal.note(self.size, self._hash)
 
     def write(self, data: bytes | memoryview) -> int:
         """Append bytes."""
@@ -132,20 +150,22 @@ class HashingFile:
     def close(self) -> FileFact:
         """Close and say what was written."""
         self._file.close()
+        if self._journal is not None:
+            self._journal.close()
         return FileFact(self.size, self._hash.hexdigest())
 
 
 class BundleWriter:
     """Collects the files of one bundle in a staging folder. Use through `writing_bundle`."""
 
-    def __init__(self, staging: Path) -> None:
-        self.staging = staging
+    def __init__(self, staging: Path, leftovers: Iterable[Any] = ()) -> None:
+        self.staging, self.leftovers = staging, tuple(leftovers)
         self.files: dict[str, FileFact] = {}
 
     @contextmanager
-    def open(self, name: str) -> Iterator[HashingFile]:
-        """Write one file, hashed on the way."""
-        file = HashingFile(self.staging / name)
+    def open(self, name: str, key: str = "") -> Iterator[HashingFile]:
+        """Write one file, hashed on the way. key: see `HashingFile`."""
+        file = HashingFile(self.staging / name, key, self.leftovers)
         try:
             yield file
         finally:
@@ -184,12 +204,16 @@ def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) 
     if not inplace:
         check_output(output, force)
     parent = output if inplace else output.parent
-    staging = None
+    staging, claim = None, None
+    leftovers: list[Any] = []
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        leftovers = abandoned(parent / output.name)
         staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=parent))
         staging.chmod(0o755)
-        yield BundleWriter(staging)
+        claim = lock(staging)
+        yield BundleWriter(staging, leftovers)
+        (staging / LOCK).unlink(missing_ok=True)
         if inplace:
             _move_into(staging, output, force)
         else:
@@ -205,6 +229,9 @@ def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) 
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+        if claim is not None:
+            claim.close()
+        remove(leftovers)
 
 
 def check_output(output: Path, force: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bundle import MODEL, Manifest, check_output, writing_bundle
+from .casting import itemsize
 from .errors import GqaExportError
-from .weights import Mode, WeightStore, place
+from .memory import Budget
+from .placement import Mode, place
+from .weights import WeightStore
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
-    from .targets import Target
+    from .targets import Lowered, Target
     from .trace import Traced
 
 Report = Callable[[str, float | None, float | None], None]
@@ -25,7 +29,7 @@ DEFAULT_CAPACITY = 4096
 @dataclass(frozen=True)
 class ExportOptions:
     """What `gqa-export onnx` takes. dtype: "auto" is the checkpoint's. capacity 0: min(the model's, 4096).
-    cache and logits "": the target's own."""
+    cache and logits "": the target's own. max_ram: bytes this process may occupy, 0 is no limit."""
 
     target: str = "ort"
     dtype: str = "auto"
@@ -36,6 +40,7 @@ class ExportOptions:
     provider: str = "auto"
     force: bool = False
     hash_full: bool = False
+    max_ram: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,59 @@ class Export:
     notes: tuple[str, ...]
 
 
-def export_onnx(source: str | Path, output: Path, options: ExportOptions | None = None,
+@dataclass(frozen=True)
+class Prepared:
+    """Everything about an export that is known before a byte is written. Options are resolved."""
+
+    checkpoint: Checkpoint
+    options: ExportOptions
+    dtype: str
+    target: Target
+    traced: Traced
+    trace_kept: bool
+    lowered: Lowered
+    store: WeightStore
+
+
+def export_onnx(source: str | Path, output: str | Path, options: ExportOptions | None = None,
                 report: Report | None = None) -> Export:
     """Export a checkpoint into a new bundle folder. Raises GqaExportError; then nothing of it is left behind."""
     options, say = options or ExportOptions(), report or (lambda text, done, total: None)
     inplace = options.weights == "inplace"
     if not inplace:
         check_output(Path(os.path.abspath(output)), options.force)
+    budget = Budget(options.max_ram)
+    ready = prepare(source, options, say, budget, Path(output))
+    checkpoint, traced, lowered, options = ready.checkpoint, ready.traced, ready.lowered, ready.options
+    with writing_bundle(Path(output), force=options.force, inplace=inplace) as writer:
+        say("placing weights", None, None)
+
+        def written(done: int, total: int) -> None:
+            budget.check("writing weights")
+            say("writing weights", done, total)
+
+        placement = place(lowered.model, ready.store, writer, options.weights, checkpoint.folder,
+                          hash_full=options.hash_full, on_bytes=written)
+        writer.write(MODEL, lowered.model.SerializeToString())
+        has_tokenizer = checkpoint.has_tokenizer() if inplace else checkpoint.add_tokenizer(writer)
+        notes: list[str] = []
+        if not has_tokenizer:
+            notes.append("the checkpoint has no tokenizer: the bundle takes and gives token ids only")
+        manifest = _manifest(checkpoint, traced, lowered, options, ready.dtype, traced.capacity, has_tokenizer)
+        if ready.target.genai:
+            _add_genai(writer, manifest, pick_provider(options.provider, ready.dtype, ready.target), notes)
+        manifest = writer.finish(_with_bytes(manifest, placement))
+    if traced.rope_regime:
+        notes.append(f"longrope: the {traced.rope_regime}-context frequencies are in the graph, as the capacity "
+                     f"{traced.capacity} asks for")
+    budget.check("exporting")
+    return Export(Path(output), manifest, len(lowered.model.graph.node), traced.traced_layers, traced.whole_because,
+                  ready.trace_kept, tuple(notes))
+
+
+def prepare(source: str | Path, options: ExportOptions, say: Report, budget: Budget,
+            output: Path | None = None) -> Prepared:
+    """Open, trace and lower a checkpoint. output: None where nothing will be written."""
     from .checkpoint import open_checkpoint
     from .targets import LowerOptions, get_target, lower
 
@@ -71,7 +122,7 @@ def export_onnx(source: str | Path, output: Path, options: ExportOptions | None 
                              f"use --logits {target.logits[0]}")
     say("reading the checkpoint", None, None)
     checkpoint = open_checkpoint(source)
-    if inplace and Path(output).resolve() != checkpoint.folder.resolve():
+    if options.weights == "inplace" and output is not None and output.resolve() != checkpoint.folder.resolve():
         raise GqaExportError("--weights inplace writes the graph into the checkpoint folder, and -o is another one",
                              str(output), f"use -o {checkpoint.folder}")
     if options.weights != "copy" and checkpoint.kind == "gguf":
@@ -82,30 +133,12 @@ def export_onnx(source: str | Path, output: Path, options: ExportOptions | None 
         raise GqaExportError(f"weights of type {dtype} have no ONNX decoder", checkpoint.source,
                              "choose a type with --dtype fp32|fp16|bf16")
     traced, kept = traced_model(checkpoint, options, dtype, target, say)
-    capacity = traced.capacity
-    lowering = LowerOptions(options.target, options.cache, capacity, options.logits,
+    budget.check("tracing")
+    lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits,
                             pick_provider(options.provider, dtype, target), packed=options.weights == "copy")
     lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None))
-    with writing_bundle(Path(output), force=options.force, inplace=inplace) as writer:
-        say("placing weights", None, None)
-        store = weight_store(checkpoint, traced)
-        placement = place(lowered.model, store, writer, options.weights, checkpoint.folder,
-                          hash_full=options.hash_full,
-                          on_bytes=lambda done, total: say("writing weights", done, total))
-        writer.write(MODEL, lowered.model.SerializeToString())
-        has_tokenizer = checkpoint.has_tokenizer() if inplace else checkpoint.add_tokenizer(writer)
-        notes: list[str] = []
-        if not has_tokenizer:
-            notes.append("the checkpoint has no tokenizer: the bundle takes and gives token ids only")
-        manifest = _manifest(checkpoint, traced, lowered, options, dtype, capacity, has_tokenizer)
-        if target.genai:
-            _add_genai(writer, manifest, pick_provider(options.provider, dtype, target), notes)
-        manifest = writer.finish(_with_bytes(manifest, placement))
-    if traced.rope_regime:
-        notes.append(f"longrope: the {traced.rope_regime}-context frequencies are in the graph, as the capacity "
-                     f"{capacity} asks for")
-    return Export(Path(output), manifest, len(lowered.model.graph.node), traced.traced_layers, traced.whole_because,
-                  kept, tuple(notes))
+    budget.check("lowering")
+    return Prepared(checkpoint, options, dtype, target, traced, kept, lowered, weight_store(checkpoint, traced, budget))
 
 
 def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, target: Target,
@@ -154,8 +187,9 @@ def pick_provider(provider: str, dtype: str, target: Target) -> str:
     return "cuda" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
 
 
-def weight_store(checkpoint: Checkpoint, traced: Traced) -> WeightStore:
-    """Where every weight of a traced model is. The checkpoint is loaded only if names alone do not tell."""
+def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> WeightStore:
+    """Where every weight of a traced model is. The checkpoint is loaded only if names alone do not tell; then all
+    that is not used as it is stored is held in memory, for which `budget` must have room."""
     from .weights import RECIPE, StoredSource, recipe_of
 
     wanted = {recipe_of(tensor).removeprefix(RECIPE): tuple(tensor.dims)
@@ -171,13 +205,16 @@ def weight_store(checkpoint: Checkpoint, traced: Traced) -> WeightStore:
         (real := aliases.get(name, name)) in stored and stored[real].shape == shape for name, shape in wanted.items())
     if plain:
         return WeightStore({name: StoredSource(tensor) for name, tensor in stored.items()}, aliases)
+    elements = sum(math.prod(shape) for shape in wanted.values())
+    budget.need(elements * itemsize(checkpoint.stored_dtype), "loading the model (its tensors are merged or "
+                "dequantized, so they cannot be streamed)")
     return WeightStore.from_module(checkpoint, checkpoint.load_model("auto"))
 
 
 def _manifest(checkpoint: Checkpoint, traced: Traced, lowered: Any, options: ExportOptions, dtype: str, capacity: int,
               has_tokenizer: bool) -> Manifest:
     from . import cache_io
-    from .targets import LowerOptions, get_target, lower
+    from .targets import get_target
 
     target = get_target(options.target)
     axis = capacity if target.literal_capacity else cache_io.CAPACITY

@@ -1,25 +1,18 @@
-"""Weights by name: where their bytes are, and putting them where a bundle's graph can find them.
+"""Weights by name: where their bytes are.
 
 Graph stages hold no weights. An initializer says EXTERNAL with the location `weights:NAME`, or `weights:A+B+C` for
 rows concatenated along axis 0. `WeightStore` knows where each name's bytes are: in a checkpoint's file
 (`StoredSource`) or made by a function, one tensor at a time (`MemorySource`: merged, dequantized, computed).
-`place` streams them into `model.onnx.data` or points the graph into the checkpoint's own files.
+`placement` streams them into `model.onnx.data` or points the graph into the checkpoint's own files.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from .bundle import DATA, BundleWriter, FileFact
-from .casting import cast, itemsize
-from .checkpoint.headers import StoredTensor, header_sha256
+from .checkpoint.headers import StoredTensor
 from .errors import GqaExportError
 
 if TYPE_CHECKING:
@@ -29,10 +22,8 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 RECIPE = "weights:"
-ALIGNMENT = 64
 CHUNK_BYTES = 4 << 20
 SAMPLE_BYTES = 4096
-Mode = Literal["copy", "link", "inplace"]
 
 
 @dataclass(frozen=True)
@@ -163,136 +154,7 @@ def _is_stored(stored: StoredTensor, tensor: torch.Tensor) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class Placement:
-    """bytes_copied are in `model.onnx.data`, bytes_linked in the checkpoint's own files; `files` names all of them."""
-
-    bytes_copied: int
-    bytes_linked: int
-    files: tuple[str, ...]
-
-
 def recipe_of(tensor: onnx.TensorProto) -> str:
     """The recipe of an initializer, "" if it has none (its bytes are inline)."""
     location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
     return location if location.startswith(RECIPE) else ""
-
-
-def place(model: onnx.ModelProto, store: WeightStore, writer: BundleWriter, mode: Mode,
-          checkpoint_folder: Path | None = None, *, hash_full: bool = False,
-          on_bytes: Callable[[int, int], None] | None = None) -> Placement:
-    """Point every initializer with a recipe at real bytes, editing `model`; constant memory for any size.
-
-    copy: all into `model.onnx.data`, equal recipes once, converted where the initializer's type asks for it.
-    link: hard links of the checkpoint's files in the bundle. inplace: the checkpoint's files where they are.
-    What neither can hold (converted, in memory, rows not adjacent) is streamed and counted as copied.
-    hash_full: sha256 of linked and in-place files too. on_bytes(done, total) counts streamed bytes.
-    Raises GqaExportError: a value that overflows its new type, another file system, a file outside the folder.
-    """
-    from onnx import helper
-
-    linked_files: dict[str, Path] = {}
-    linked_ranges: set[tuple[str, int, int]] = set()
-    streams: dict[Any, tuple[str, tuple[Source, ...], str, list[onnx.TensorProto]]] = {}
-    for tensor in model.graph.initializer:
-        recipe = recipe_of(tensor)
-        if not recipe:
-            continue
-        sources = store.sources_of(recipe)
-        _check_shape(tensor, sources)
-        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type).name
-        span = _span(sources, dtype) if mode != "copy" else None
-        if span is None:
-            key = (sources, dtype)
-            streams.setdefault(key, (recipe, sources, dtype, []))[3].append(tensor)
-            continue
-        path, offset, nbytes = span
-        if linked_files.setdefault(path.name, path) != path:
-            raise GqaExportError(f"two files of the checkpoint have the name {path.name}", str(path),
-                                 "use --weights copy")
-        _point(tensor, path.name, offset, nbytes)
-        linked_ranges.add((path.name, offset, nbytes))
-    for name, path in linked_files.items():
-        if mode == "link":
-            _link(path, writer.staging / name)
-        else:
-            _check_inside(path, checkpoint_folder or path.parent)
-        writer.record(name, _file_fact(path, hash_full))
-    copied = _stream(list(streams.values()), writer, on_bytes) if streams else 0
-    files = tuple(linked_files) + ((DATA,) if streams else ())
-    return Placement(copied, sum(nbytes for _, _, nbytes in linked_ranges), files)
-
-
-def _check_shape(tensor: onnx.TensorProto, sources: tuple[Source, ...]) -> None:
-    first, rows = sources[0].shape, sum(source.shape[0] if source.shape else 1 for source in sources)
-    shape = first if len(sources) == 1 else (rows, *first[1:])
-    if tuple(tensor.dims) != shape or any(source.shape[1:] != first[1:] for source in sources):
-        raise GqaExportError(f"the graph has {recipe_of(tensor)} as {tuple(tensor.dims)}, the checkpoint as "
-                             f"{[source.shape for source in sources]}", tensor.name,
-                             "check that config.json and the weights belong together")
-
-
-def _span(sources: tuple[Source, ...], dtype: str) -> tuple[Path, int, int] | None:
-    """File, offset and length if these sources lie there one after the other in this very type, aligned to it."""
-    tensors = [source.tensor for source in sources if isinstance(source, StoredSource)]
-    if len(tensors) != len(sources) or any(tensor.dtype != dtype for tensor in tensors):
-        return None
-    for before, after in itertools.pairwise(tensors):
-        if after.path != before.path or after.offset != before.offset + before.nbytes:
-            return None
-    nbytes = sum(tensor.nbytes for tensor in tensors)
-    count = sum(math.prod(tensor.shape) for tensor in tensors)
-    if not nbytes or tensors[0].offset % (nbytes // count):
-        return None
-    return tensors[0].path, tensors[0].offset, nbytes
-
-
-def _point(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
-    del tensor.external_data[:]
-    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
-        entry = tensor.external_data.add()
-        entry.key, entry.value = key, value
-
-
-def _stream(streams: list[tuple[str, tuple[Source, ...], str, list[onnx.TensorProto]]], writer: BundleWriter,
-            on_bytes: Callable[[int, int], None] | None) -> int:
-    total = sum(sum(math.prod(s.shape) for s in sources) * itemsize(dtype) for _, sources, dtype, _ in streams)
-    done = 0
-    with writer.open(DATA) as file:
-        for recipe, sources, dtype, tensors in streams:
-            file.write(bytes(-file.tell() % ALIGNMENT))
-            offset = file.tell()
-            for source in sources:
-                for chunk in source.chunks():
-                    out = cast(chunk, source.dtype, dtype, recipe.removeprefix(RECIPE))
-                    file.write(out)
-                    done += out.nbytes
-                    if on_bytes:
-                        on_bytes(done, total)
-            for tensor in tensors:
-                _point(tensor, DATA, offset, file.tell() - offset)
-    return done
-
-
-def _link(path: Path, place: Path) -> None:
-    try:
-        os.link(path.resolve(strict=True), place)
-    except OSError as error:
-        raise GqaExportError(f"cannot hard-link the checkpoint's file into the bundle: {error.strerror}",
-                             f"{path} -> {place.parent.parent}", "use --weights copy, or an output folder on the "
-                             "checkpoint's own file system") from error
-
-
-def _check_inside(path: Path, folder: Path) -> None:
-    if path.resolve().parent != folder.resolve():
-        raise GqaExportError("the weights are a symbolic link that leaves the checkpoint folder, and runtimes do not "
-                             "follow such links", str(path), "use --weights link or --weights copy")
-
-
-def _file_fact(path: Path, hash_full: bool) -> FileFact:
-    stat = path.stat()
-    whole = ""
-    if hash_full:
-        with open(path, "rb") as file:
-            whole = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileFact(stat.st_size, whole, stat.st_mtime_ns, header_sha256(path))

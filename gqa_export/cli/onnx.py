@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Export a checkpoint to an ONNX decoder with a KV cache.")
 @click.argument("checkpoint")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle folder to write.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle folder to write.")
 @click.option("--target", type=click.Choice(["ort", "onnx", "portable", "trt-plugin", "trt-native"]), default="ort",
               show_default=True, help="What attention becomes; see the README.")
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True,
@@ -38,22 +38,39 @@ if TYPE_CHECKING:
               help="Compare the bundle with PyTorch afterwards.")
 @click.option("--hash", "hash_full", is_flag=True, help="sha256 of linked weight files too, however large.")
 @click.option("--force", is_flag=True, help="Replace an earlier bundle.")
-def command(checkpoint: str, output: Path, check: bool, capacity: int | None, cache: str | None, logits: str | None,
-            **options: Any) -> None:
+@click.option("--max-ram", default=None, metavar="SIZE", help="Stop rather than occupy more memory than this (1GB).")
+@click.option("--dry-run", is_flag=True, help="Say what would be written, its size, time and memory; write nothing.")
+def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, max_ram: str | None,
+            capacity: int | None, cache: str | None, logits: str | None, **options: Any) -> None:
     """Export CHECKPOINT (a folder, a hub id or a .gguf file) to an ONNX bundle.
 
     Exit codes: 0 done (and passed), 1 the outputs differ from PyTorch's, 2 bad input.
     """
+    from ..memory import parse_size
     from ..pipeline import ExportOptions, export_onnx
     from .progress import progress
 
     chosen: ExportOptions = ExportOptions(capacity=capacity or 0, cache=cache or "", logits=logits or "",
-                                          **options)
+                                          max_ram=parse_size(max_ram) if max_ram else 0, **options)
+    if dry_run:
+        raise SystemExit(_dry_run(checkpoint, chosen, output))
+    if output is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
     with progress(f"exporting {checkpoint}") as bar, no_collection():
         export = export_onnx(checkpoint, output, chosen, bar.report)
     describe(export)
     if check:
         raise SystemExit(_validate(export, checkpoint, chosen.provider))
+
+
+def _dry_run(checkpoint: str, chosen: ExportOptions, output: Path | None) -> int:
+    from ..dry_run import dry_run
+    from .progress import progress
+
+    with progress(f"looking at {checkpoint}") as bar, no_collection():
+        plan = dry_run(checkpoint, chosen, output, bar.report)
+    click.echo("\n".join(plan.lines()))
+    return 0
 
 
 @contextmanager

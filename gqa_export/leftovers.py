@@ -1,0 +1,127 @@
+"""What a killed export leaves behind, and taking it up again.
+
+A staging folder `.NAME.partial-*` is locked by the process that fills it; one that is there unlocked belongs to
+nobody any more. Beside a large file that is being written lies its journal: what the file will be (a key over all
+that decides its bytes) and, every `EVERY_BYTES`, an offset with the sha256 of everything before it. The next export
+with the same key takes the file over up to the last offset whose hash still holds, and goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows: nothing is taken over there, and nothing is removed
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+JOURNAL = ".journal"
+EVERY_BYTES = 64 << 20
+CHUNK_BYTES = 4 << 20
+
+
+def lock(staging: Path) -> IO[str] | None:
+    """Claim a staging folder for this process, until the returned file is closed; None if another has it."""
+    if fcntl is None:
+        return None
+    file = open(staging / LOCK, "a")  # noqa: SIM115 the lock lives as long as the file is open
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def abandoned(output: Path) -> list[tuple[Path, IO[str]]]:
+    """Staging folders of `output` that no living process fills, each claimed for this one."""
+    found = []
+    for folder in sorted(output.parent.glob(f".{output.name}.partial-*")):
+        if (folder / LOCK).is_file() and not folder.is_symlink():
+            claim = lock(folder)
+            if claim is not None:
+                found.append((folder, claim))
+    return found
+
+
+def remove(folders: Iterable[tuple[Path, IO[str]]]) -> None:
+    """Remove claimed folders."""
+    for folder, claim in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        claim.close()
+
+
+class Journal:
+    """Notes how far a file is, for the case that this process is killed."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self._file = open(path, "w", encoding="ascii")  # noqa: SIM115 closed by close()
+        self._noted = 0
+        self._line({"key": key})
+
+    def note(self, offset: int, digest: Any) -> None:
+        """`offset` bytes are written, with this hashlib state; kept if enough happened since the last note."""
+        if offset - self._noted >= EVERY_BYTES:
+            self._line({"offset": offset, "sha256": digest.hexdigest()})
+            self._noted = offset
+
+    def _line(self, what: dict[str, Any]) -> None:
+        self._file.write(json.dumps(what) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Done: the journal is no longer needed."""
+        self._file.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._file.name)
+
+
+def take_over(folders: Iterable[tuple[Path, IO[str]]], name: str, key: str, place: Path) -> tuple[int, Any]:
+    """Move the longest sound beginning of file `name` with this key to `place`: (its bytes, its sha256 so far).
+
+    (0, empty sha256) and no file, if there is none. The beginning is read once, to be sure of it.
+    """
+    best: tuple[int, Any, Path] | None = None
+    for folder, _ in folders:
+        size, digest = _sound(folder / name, folder / f"{name}{JOURNAL}", key)
+        if size and (best is None or size > best[0]):
+            best = (size, digest, folder / name)
+    if best is None:
+        return 0, hashlib.sha256()
+    size, digest, path = best
+    os.replace(path, place)
+    os.truncate(place, size)
+    return size, digest
+
+
+def _sound(path: Path, journal: Path, key: str) -> tuple[int, Any]:
+    """How many bytes of an interrupted file are as its journal says, and their sha256."""
+    nothing = (0, hashlib.sha256())
+    try:
+        first, *notes = [json.loads(line) for line in journal.read_text(encoding="ascii").splitlines() if line]
+        if first["key"] != key:
+            return nothing
+        known = {int(note["offset"]): note["sha256"] for note in notes}
+        best, digest, done = nothing, hashlib.sha256(), 0
+        with open(path, "rb") as file:
+            for offset in sorted(known):
+                while done < offset:
+                    chunk = file.read(min(CHUNK_BYTES, offset - done))
+                    if not chunk:
+                        return best
+                    digest.update(chunk)
+                    done += len(chunk)
+                if digest.hexdigest() != known[offset]:
+                    return best
+                best = (offset, digest.copy())
+        return best
+    except (OSError, ValueError, KeyError, TypeError):  # a last line cut short, a file that is not there
+        return nothing

@@ -1,0 +1,100 @@
+"""Is what a killed export left taken up again, and only if it is exactly what would be written?"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import gqa_models
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from gqa_export import bundle, leftovers
+from gqa_export.pipeline import ExportOptions, export_onnx
+
+KILLED = """
+import sys, time
+from gqa_export import leftovers
+from gqa_export.pipeline import ExportOptions, export_onnx
+leftovers.EVERY_BYTES = 4096
+def report(text, done, total):
+    if text == "writing weights" and done > total * 0.7:
+        print("far enough", flush=True)
+        time.sleep(60)
+export_onnx(sys.argv[1], sys.argv[2], ExportOptions(dtype="fp16"), report)
+"""
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """A checkpoint, and the place of an export of it that was killed when most weights were written."""
+    folder = gqa_models.write_tiny("llama", tmp_path / "model")
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(folder), str(tmp_path / "out")], stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"far enough\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    return folder, tmp_path / "out"
+
+
+def partials(out):
+    return sorted(path.name for path in out.parent.glob(f".{out.name}.partial-*"))
+
+
+def reads_of(monkeypatch):
+    """How many bytes of weights are read from now on."""
+    from gqa_export.weights import StoredSource
+
+    read = []
+    chunks = StoredSource.chunks
+    monkeypatch.setattr(StoredSource, "chunks", lambda self: (read.append(self.tensor.nbytes), chunks(self))[1])
+    return read
+
+
+def test_a_killed_export_is_taken_up_where_it_was_and_gives_the_same_bundle(tmp_path, killed, monkeypatch):
+    folder, out = killed
+    assert not out.exists()
+    assert len(partials(out)) == 1
+    whole = export_onnx(folder, tmp_path / "whole", ExportOptions(dtype="fp16"))
+    read = reads_of(monkeypatch)
+    done = export_onnx(folder, out, ExportOptions(dtype="fp16"))
+    assert 0 < sum(read) < whole.manifest.bytes_copied  # fp32 is read for fp16: twice the bytes, of the last part only
+    assert (out / bundle.DATA).read_bytes() == (tmp_path / "whole" / bundle.DATA).read_bytes()
+    assert done.manifest.files[bundle.DATA] == whole.manifest.files[bundle.DATA]
+    assert partials(out) == []
+    assert not list(out.glob("*journal*")) + list(out.glob(".lock"))
+
+
+def test_a_checkpoint_that_changed_meanwhile_is_exported_from_the_start(tmp_path, killed):
+    folder, out = killed
+    file = folder / "model.safetensors"
+    tensors = {name: tensor * 2 for name, tensor in load_file(file).items()}
+    time.sleep(0.01)
+    save_file(tensors, file, metadata={"format": "pt"})
+    export_onnx(folder, out, ExportOptions(dtype="fp16"))
+    export_onnx(folder, tmp_path / "whole", ExportOptions(dtype="fp16"))
+    assert (out / bundle.DATA).read_bytes() == (tmp_path / "whole" / bundle.DATA).read_bytes()
+    assert partials(out) == []
+
+
+def test_a_beginning_that_was_damaged_is_not_taken_over(tmp_path, killed):
+    folder, out = killed
+    (partial,) = out.parent.glob(f".{out.name}.partial-*")
+    data = bytearray((partial / bundle.DATA).read_bytes())
+    data[10] ^= 1
+    (partial / bundle.DATA).write_bytes(data)
+    export_onnx(folder, out, ExportOptions(dtype="fp16"))
+    export_onnx(folder, tmp_path / "whole", ExportOptions(dtype="fp16"))
+    assert (out / bundle.DATA).read_bytes() == (tmp_path / "whole" / bundle.DATA).read_bytes()
+
+
+def test_the_folder_of_a_living_export_is_left_alone(tmp_path):
+    out = tmp_path / "out"
+    with bundle.writing_bundle(out) as writer:
+        assert leftovers.abandoned(out) == []
+        with bundle.writing_bundle(out):
+            pass
+        assert writer.staging.is_dir()
+        os.rmdir(out)
