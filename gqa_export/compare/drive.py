@@ -15,6 +15,7 @@ import numpy as np
 
 from .cases import Case
 from .metrics import Difference, difference, last_rows, margin
+from .trail import Surroundings, surroundings
 
 TRUTH, EAGER, BUNDLE = "truth", "eager", "bundle"
 """names of the runners: the truth, PyTorch in the bundle's number format (the yardstick), the bundle"""
@@ -49,10 +50,11 @@ class Choice:
 class CaseLog:
     """What a case gave. bundle: every output of every step in the order of computation. yardstick: per output, the
     largest error of PyTorch in the bundle's format; None where it was not run. eager_logits: largest difference of
-    the bundle's logits to PyTorch in the bundle's format."""
+    the bundle's logits to PyTorch in the bundle's format. worst: per output, the surroundings of its largest gap."""
 
     case: Case
     bundle: list[Measured] = field(default_factory=list)
+    worst: dict[str, Surroundings] = field(default_factory=dict)
     yardstick: dict[str, float] | None = None
     eager_logits: float | None = None
     rows: int = 0
@@ -77,6 +79,7 @@ class CaseDriver:
         self.new_lengths = np.zeros(case.batch, np.int64)
         self.lengths = np.zeros(case.batch, np.int64)
         self.next_tokens = np.zeros(case.batch, np.int64)
+        self._most: dict[str, float] = {}
 
     def feeds(self) -> Iterator[dict[str, np.ndarray]]:
         """All feeds of the case, each made when the one before was compared."""
@@ -143,8 +146,11 @@ class CaseDriver:
             phase = "cache" if name.startswith("cache.") else self.phase
             tokens = tuple(int(n) for n in (self.lengths if phase != "cache" else np.zeros_like(self.lengths)))
             # a name of our own: Polygraphy takes statistics of whole arrays for names it knows
-            results[f"difference of {name}"] = Measured(self.step, phase, name, difference(truth[name], other[name]),
-                                                       tokens)
+            one = Measured(self.step, phase, name, difference(truth[name], other[name]), tokens)
+            results[f"difference of {name}"] = one
+            if one.difference.max_abs > self._most.get(name, 0.0):
+                self._most[name] = one.difference.max_abs
+                self.log.worst[name] = surroundings(name, truth[name], other[name], one.difference, tokens)
         self.log.bundle.extend(results.values())
         return results
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .drive import CaseLog, Measured, quantity
 from .tolerance import Tolerance, tolerance
+from .trail import output_errors, step_errors
 from .verdict import CaseVerdict, KindVerdict, Location
 
 KINDS = ("keys", "values", "logits", "cache")
@@ -16,28 +17,33 @@ def judge(log: CaseLog, dtype: str) -> CaseVerdict:
         scales[quantity(one.output)] = max(scales.get(quantity(one.output), 0.0), one.difference.scale)
     bounds = {name: tolerance(None if log.yardstick is None else log.yardstick[name], scale, dtype)
               for name, scale in scales.items()}
-    kinds = tuple(_judge_kind(kind, [one for one in log.bundle if _kind(one.output) == kind], bounds, log.case.name)
+    kinds = tuple(_judge_kind(kind, [one for one in log.bundle if _kind(one.output) == kind], bounds, log)
                   for kind in KINDS)
+    limits = {name: limit.bound for name, limit in bounds.items()}
+    outputs = output_errors(((spoken(one.output), quantity(one.output), one.step, one.difference.max_abs)
+                             for one in log.bundle), limits)
+    trail = step_errors((one.step, one.phase, _kind(one.output), one.difference.max_abs,
+                         limits[quantity(one.output)]) for one in log.bundle)
     limit = bounds["logits"].bound
     ties = tuple(choice for choice in log.choices if choice.margin < limit)
     real = [choice for choice in log.choices if not choice.margin < limit]
     case = log.case
     return CaseVerdict(case.name, case.purpose, case.batch, tuple(len(p) for p in case.prompts), len(case.counts),
                        case.free, kinds, log.rows, log.agreed, ties, real[0] if case.free and real else None,
-                       log.eager_logits, log.seconds)
+                       log.eager_logits, log.seconds, outputs, trail)
 
 
-def _judge_kind(kind: str, measured: list[Measured], bounds: dict[str, Tolerance], case: str) -> KindVerdict:
+def _judge_kind(kind: str, measured: list[Measured], bounds: dict[str, Tolerance], log: CaseLog) -> KindVerdict:
     def excess(one: Measured) -> float:
         bound = bounds[quantity(one.output)].bound
         return one.difference.max_abs / bound if bound else float(one.difference.max_abs > 0)
 
     worst = max(measured, key=excess)
     limit = bounds[quantity(worst.output)]
-    found = (_locate(one, bounds[quantity(one.output)].bound, case) for one in measured)
+    found = (_locate(one, bounds[quantity(one.output)].bound, log.case.name) for one in measured)
     where = next((location for location in found if location is not None), None)
     return KindVerdict(kind, spoken(worst.output), worst.difference.max_abs, limit.bound, limit.yardstick,
-                       limit.basis, where)
+                       limit.basis, where, log.worst.get(worst.output))
 
 
 def _locate(one: Measured, bound: float, case: str) -> Location | None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import EXIT_DIFFERENT, EXIT_PASSED
 from .drive import Choice
+from .trail import OutputError, StepError, Surroundings
 
 SCHEMA_VERSION = 1
 
@@ -50,7 +51,7 @@ class Location:
 @dataclass(frozen=True)
 class KindVerdict:
     """All outputs of one kind in one case; the numbers are those of the output nearest to (or farthest past) its
-    bound. first: where it first exceeded it."""
+    bound. first: where it first exceeded it. around: both sides around its largest error (none where there is none)."""
 
     kind: str
     output: str
@@ -59,6 +60,7 @@ class KindVerdict:
     yardstick: float
     basis: str
     first: Location | None
+    around: Surroundings | None = None
 
     @property
     def passed(self) -> bool:
@@ -68,7 +70,8 @@ class KindVerdict:
 
 @dataclass(frozen=True)
 class CaseVerdict:
-    """One case. ties: best tokens that differ where the truth's own preference is below the bound of the logits."""
+    """One case. ties: best tokens that differ where the truth's own preference is below the bound of the logits.
+    outputs, trail: the errors of every output and of every step."""
 
     name: str
     purpose: str
@@ -83,6 +86,8 @@ class CaseVerdict:
     parted: Choice | None
     eager_logits: float | None
     seconds: float
+    outputs: tuple[OutputError, ...] = ()
+    trail: tuple[StepError, ...] = ()
 
     @property
     def first(self) -> Location | None:

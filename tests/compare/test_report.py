@@ -34,8 +34,8 @@ KEYS = {"schema_version", "passed", "exit_code", "bundle", "against", "target", 
         "provider", "cache", "capacity", "cases", "notes", "versions", "seconds", "max_abs_logits",
         "max_abs_logits_eager", "first"}
 CASE_KEYS = {"name", "purpose", "batch", "prompt_lengths", "steps", "free", "kinds", "rows", "top1_agreed", "ties",
-             "parted", "eager_logits", "seconds", "passed", "first"}
-KIND_KEYS = {"kind", "output", "max_abs", "bound", "yardstick", "basis", "first", "passed"}
+             "parted", "eager_logits", "seconds", "passed", "first", "outputs", "trail"}
+KIND_KEYS = {"kind", "output", "max_abs", "bound", "yardstick", "basis", "first", "passed", "around"}
 
 
 def test_the_json_has_the_keys_that_others_rely_on(good, tmp_path):
