@@ -1,4 +1,4 @@
-// A stand-in for TensorRT's library, under its name: opens toy engines ("toy CAPACITY VOCABULARY BATCH PROMPT DTYPE")
+// A stand-in for TensorRT 11's library, under its name: opens toy engines ("toy CAPACITY VOCABULARY BATCH PROMPT DTYPE")
 // and runs toy_model.h, through TensorRT's own classes. Only what a runtime calls does anything; the rest says nothing.
 //
 // Environment: GQA_STUB_TENSORRT_VERSION (by default the headers'), GQA_STUB_REFUSE (deserialize | context | enqueue).
@@ -146,7 +146,7 @@ public:
     int32_t getTensorVectorizedDim(char const*) const noexcept override { return -1; }
     Dims getProfileShape(char const*, int32_t, OptProfileSelector) const noexcept override { return {}; }
     HardwareCompatibilityLevel getHardwareCompatibilityLevel() const noexcept override {
-        return HardwareCompatibilityLevel::kNONE;
+        return {};
     }
     int32_t getNbAuxStreams() const noexcept override { return 0; }
     int32_t getTensorBytesPerComponentV2(char const*, int32_t) const noexcept override { return 0; }
@@ -189,7 +189,16 @@ public:
     void setErrorRecorder(IErrorRecorder* const) noexcept override {}
     bool isParentSearchEnabled() const override { return true; }
     void setParentSearchEnabled(bool const) override {}
-GQA_REGISTRY_REST
+    bool registerCreator(IPluginCreatorInterface&, AsciiChar const* const) noexcept override { return false; }
+    IPluginCreatorInterface* const* getAllCreators(int32_t* const) const noexcept override { return nullptr; }
+    IPluginCreatorInterface* getCreator(AsciiChar const* const, AsciiChar const* const,
+                                        AsciiChar const* const) noexcept override {
+        return nullptr;
+    }
+    bool deregisterCreator(IPluginCreatorInterface const&) noexcept override { return false; }
+    IPluginResource* acquirePluginResource(AsciiChar const*, IPluginResource*) noexcept override { return nullptr; }
+    int32_t releasePluginResource(AsciiChar const*) noexcept override { return 0; }
+    IPluginCreatorInterface* const* getAllCreatorsRecursive(int32_t* const) noexcept override { return nullptr; }
 };
 
 class StubRuntime final : public IRuntime, public apiv::VRuntime {

@@ -1,0 +1,228 @@
+"""libgqa_plugin.so driven as TensorRT drives it (probe_plugin.cpp), held to Python's plugin. Needs TensorRT's headers."""
+
+from __future__ import annotations
+
+import random
+import struct
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gqa_plugins.grouped_attention import fields, launch
+from gqa_plugins.grouped_attention.fields import Key
+from gqa_plugins.grouped_attention.launch import Layer, Sizes
+from gqa_plugins.grouped_attention.tensorrt import State
+
+from .conftest import Programs
+from .made_kernels import make_kernels, random_layer
+from .test_attention import expected_launch, logged_launch
+
+LAYER = Layer(8, 2, 0.125, 0.0, 0, 0, 0, 0, 0, 1)
+SIZES = Sizes(1, 1, 256, 64, 64, "fp16")
+CAPABILITY, SM_COUNT = 89, 128
+
+
+@pytest.fixture
+def chance() -> random.Random:
+    return random.Random(20260101)
+
+
+class Driven:
+    """One process of probe_plugin over a script, its answers and its log."""
+
+    def __init__(self, programs: Programs, folder: Path, lines: Iterable[str], **environment: str | Path) -> None:
+        log = folder / "log"
+        log.write_text("")
+        output = programs.run("probe_plugin", programs.plugin_library, stdin="\n".join(lines) + "\n", GQA_STUB_LOG=log,
+                              GQA_STUB_CAPABILITY=str(CAPABILITY), GQA_STUB_SMS=str(SM_COUNT), **environment)
+        self.said = output.splitlines()
+        self.launches = [logged_launch(line) for line in log.read_text().splitlines() if line.startswith("launch")]
+
+
+def packed(kind: str, value: Any) -> bytes:
+    return {"int32": lambda: struct.pack("i", value), "int64": lambda: struct.pack("q", value),
+            "float32": lambda: struct.pack("f", value), "char": lambda: bytes(value)}[kind]()
+
+
+def field_lines(made: Iterable[tuple[str, str, Any]]) -> list[str]:
+    return [f"field {name} {kind} {packed(kind, value).hex()}" for name, kind, value in made]
+
+
+def attributes(layer: Layer) -> list[tuple[str, str, Any]]:
+    """As the ONNX parser hands them over: the node's identity too."""
+    return [*((name, kind, getattr(layer, name)) for name, kind in fields.CREATION),
+            ("plugin_version", "char", b"1"), ("plugin_namespace", "char", b"gqa")]
+
+
+def serialized(layer: Layer, keys: tuple[Key, ...], container: bytes = b"") -> list[tuple[str, str, Any]]:
+    """What Python's plugin writes into an engine."""
+    return State(layer, building=False, keys=tuple(sorted(keys)), container=container).to_fields()
+
+
+def shapes(layer: Layer, sizes: Sizes) -> dict[str, Sequence[int]]:
+    every = {"query": (sizes.batch, sizes.steps, layer.num_heads * sizes.head),
+             "key": (sizes.batch, sizes.steps, layer.kv_num_heads * sizes.head),
+             "value": (sizes.batch, sizes.steps, layer.kv_num_heads * sizes.value_head),
+             "past_key": (sizes.batch, layer.kv_num_heads, sizes.capacity, sizes.head),
+             "past_value": (sizes.batch, layer.kv_num_heads, sizes.capacity, sizes.value_head),
+             "past_lengths": (sizes.batch,), "new_lengths": (sizes.batch,),
+             "cos": (sizes.max_position, sizes.rotary_half), "sin": (sizes.max_position, sizes.rotary_half),
+             "sinks": (layer.num_heads,)}
+    return {name: every[name] for name in fields.node_inputs(asdict(layer))}
+
+
+def dims_text(layer: Layer, sizes: Sizes) -> str:
+    return ";".join(",".join(map(str, shape)) for shape in shapes(layer, sizes).values())
+
+
+def test_library_exports_two_functions_and_needs_no_driver(tensorrt_programs: Programs) -> None:
+    names = subprocess.run(["nm", "-D", "--defined-only", str(tensorrt_programs.plugin_library)], capture_output=True,
+                           text=True, check=True).stdout
+    exported = {line.split()[2] for line in names.splitlines() if line.split()[1] == "T"}
+    assert exported == {"getCreators", "setLoggerFinder"}
+    needed = subprocess.run(["ldd", str(tensorrt_programs.plugin_library)], capture_output=True, text=True,
+                            check=True).stdout
+    assert not [name for name in ("cuda", "nvinfer", "tensorrt", "not found") if name in needed]
+
+
+def test_creator_and_node_are_those_of_python(tensorrt_programs: Programs, tmp_path: Path) -> None:
+    no_new = Layer(**{**asdict(LAYER), "has_new": 0})
+    said = Driven(tensorrt_programs, tmp_path, [
+        "creator", *field_lines(attributes(LAYER)), "create build", "outputs", "formats",
+        *field_lines(attributes(no_new)), "create build", "outputs"]).said
+    creation = " ".join(f"{name}:{kind}" for name, kind in fields.CREATION)
+    inputs = fields.node_inputs(asdict(LAYER))
+    half, lengths = "1000", "0001"
+    # Query alone may be of any type; all others are of the query's, the lengths int32; linear layout only.
+    formats = ["1110", *(lengths if name.endswith("lengths") else half for name in inputs[1:]), half, half, half, "0"]
+    assert said == [f"{fields.NAME} {fields.PLUGIN_VERSION} {fields.NAMESPACE} {creation}", "made",
+                    f"3 -1 {inputs.index('past_key')} {inputs.index('past_value')}", " ".join(formats), "made", "1 -1"]
+
+
+def test_layers_that_python_serialized_launch_what_python_launches(tensorrt_programs: Programs, tmp_path: Path,
+                                                                   chance: random.Random) -> None:
+    """Fields of the one, enqueue of the other: 40 random layers, the kernels carried by a layer restored last."""
+    lines, launched = [], []
+    for _ in range(40):
+        layer, sizes = random_layer(chance)
+        keys, cubins, container = make_kernels(layer, sizes, (CAPABILITY,), chance)
+        carrier = serialized(LAYER, (), container)
+        lines += [*field_lines(serialized(layer, keys)), "create runtime"]
+        if chance.random() < 0.5:
+            lines += [*field_lines(carrier), "create runtime", *field_lines(serialized(layer, keys)), "create runtime"]
+        else:
+            lines[-1:] = ["create runtime", *field_lines(carrier), "create runtime",
+                          *field_lines(serialized(layer, keys)), "create runtime"]
+        lines.append(f"run {sizes.dtype} {dims_text(layer, sizes)}")
+        inputs = fields.node_inputs(asdict(layer))
+        pointers = {name: 4096 * (index + 1) for index, name in enumerate(inputs)} | {"output": 1 << 20}
+        picked = {key.kernel: cubins[key.sha256] for key in keys}
+        launched += [expected_launch(one)
+                     for one in launch.launches(layer, sizes, picked, pointers, 1 << 24, SM_COUNT)]
+    driven = Driven(tensorrt_programs, tmp_path, lines)
+    assert set(driven.said) == {"made", "0 0"}
+    assert driven.said.count("0 0") == 40
+    assert driven.launches == launched
+
+
+def test_fields_serialize_as_python_serializes_them(tensorrt_programs: Programs, tmp_path: Path,
+                                                    chance: random.Random) -> None:
+    for number in range(5):
+        layer, sizes = random_layer(chance)
+        keys, _, _ = make_kernels(layer, sizes, (80, 89), chance)
+        made = serialized(layer, keys)
+        said = Driven(tensorrt_programs, tmp_path, [*field_lines(made), "create runtime", "serialize"]).said
+        assert said == ["made", *(f"{name} {kind} {packed(kind, value).hex()}" for name, kind, value in made), "--"], number
+
+
+def changed(made: list[tuple[str, str, Any]], **values: Any) -> list[tuple[str, str, Any]]:
+    return [(name, kind, values.get(name, value)) for name, kind, value in made]
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda made: changed(made, contract_version=2), "the engine's attention layers follow version 2 of the op"),
+    (lambda made: made[1:], "lacks or does not know: num_heads"),
+    (lambda made: [*made, ("rope_base", "int32", 1)], "lacks or does not know: rope_base"),
+    (lambda made: [one for one in made if one[0] != "keys"], "lacks or does not know: keys"),
+    (lambda made: changed(made, num_heads=7), "7 query heads cannot be grouped over 2 key/value heads"),
+    (lambda made: changed(made, growing=1), "the plugin writes into a static cache, and growing is 1"),
+    (lambda made: changed(made, window=-1), "window and softcap are 0 or more"),
+    (lambda made: changed(made, keys=b"append 89"), "the engine's list of kernels is cut short"),
+    (lambda made: [*made, ("cubins", "char", b"rubbish")], "not in a container of this version"),
+    (lambda made: [("num_heads", "float32", 8.0), *made[1:]], "plugin field num_heads is not one number of its type"),
+])
+def test_layer_that_cannot_be_restored_is_refused_and_logged(tensorrt_programs: Programs, tmp_path: Path, change,
+                                                             words: str) -> None:
+    said = Driven(tensorrt_programs, tmp_path, [*field_lines(change(serialized(LAYER, ()))), "create runtime layer7"]).said
+    assert said[-1] == "refused"
+    assert said[0].startswith("gqa::GroupedQueryAttention, layer layer7: ")
+    assert words in said[0]
+    assert "|  fix: " in said[0]
+
+
+def test_failures_at_run_time_are_results_and_logged_never_exceptions(tensorrt_programs: Programs, tmp_path: Path,
+                                                                      chance: random.Random) -> None:
+    keys, _, container = make_kernels(LAYER, SIZES, (CAPABILITY,), chance)
+    restored = [*field_lines(serialized(LAYER, keys, container)), "create runtime"]
+    run = f"run fp16 {dims_text(LAYER, SIZES)}"
+    orphan = Driven(tensorrt_programs, tmp_path, [*field_lines(serialized(LAYER, keys)), "create runtime", run]).said
+    assert orphan[-1] == "1 1"
+    assert "is in no layer that was loaded" in orphan[1]
+    apart = Driven(tensorrt_programs, tmp_path, [*restored, f"{run} apart"]).said
+    assert apart[-1] == "0 1"
+    assert "the cache would not be written in place" in apart[1]
+    failing = Driven(tensorrt_programs, tmp_path, [*restored, run], GQA_STUB_FAIL="cuModuleLoadData").said
+    assert failing[-1] == "1 1"
+    assert "loading kernel append failed" in failing[1]
+
+
+def test_engine_is_built_with_the_kernels_of_a_folder_and_runs(tensorrt_programs: Programs, tmp_path: Path,
+                                                               chance: random.Random) -> None:
+    """GQA_KERNELS: two layers of one network; the first carries the kernels of all, both launch their own."""
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    windowed = Layer(**{**asdict(LAYER), "window": 64})
+    cubins: dict[str, Any] = {}
+    keys: dict[Layer, tuple[Key, ...]] = {}
+    for layer in (LAYER, windowed):
+        keys[layer], made, container = make_kernels(layer, SIZES, (80, CAPABILITY), chance)
+        cubins |= made
+        for sha, data in fields.unpack(container).items():
+            (folder / f"{sha}.gqacubin").write_bytes(data)
+    (folder / "notes.txt").write_text("not a kernel")
+    build = [line for number, layer in enumerate((LAYER, windowed))
+             for line in (*field_lines(attributes(layer)), f"create build layer{number}",
+                          f"configure fp16 {dims_text(layer, SIZES)}", "serialize")]
+    said = Driven(tensorrt_programs, tmp_path, build, GQA_KERNELS=folder).said
+    ends = [number for number, line in enumerate(said) if line == "--"]
+    layers = [said[:ends[0]], said[ends[0] + 1:ends[1]]]
+    written = []
+    for (layer, lines), _ in zip(zip((LAYER, windowed), layers, strict=True), ends, strict=True):
+        assert lines[:2] == ["made", f"0 {launch.workspace_bytes(layer, SIZES)}"]
+        written.append({line.split()[0]: line.split()[1:] for line in lines[2:]})
+    assert [list(one) for one in written] == [[name for name, _ in fields.SERIALIZED],
+                                              [name for name, _ in fields.SERIALIZED if name != "cubins"]]
+    carried = fields.unpack(bytes.fromhex(written[0]["cubins"][1]))
+    assert set(carried) == set(cubins)
+    for layer, one in zip((LAYER, windowed), written, strict=True):
+        named = fields.parse_keys(bytes.fromhex(one["keys"][1]))
+        attention = [key for key in keys[layer] if key.kernel in ("prefill", "decode")]
+        assert {key for key in named if key.kernel in ("prefill", "decode")} == set(attention)
+        assert {key.kernel for key in named} == set(fields.KERNELS)
+
+
+def test_building_without_kernels_or_with_wrong_shapes_is_refused(tensorrt_programs: Programs, tmp_path: Path) -> None:
+    made = [*field_lines(attributes(LAYER)), "create build layer0"]
+    none = Driven(tensorrt_programs, tmp_path, [*made, f"configure fp16 {dims_text(LAYER, SIZES)}"]).said
+    assert "there are no kernels to build the engine with" in none[1]
+    assert none[-1].startswith("1 ")
+    (tmp_path / "empty").mkdir()
+    empty = Driven(tensorrt_programs, tmp_path, [*made, f"configure fp16 {dims_text(LAYER, SIZES)}"],
+                   GQA_KERNELS=tmp_path / "empty").said
+    assert "the folder has no append kernel for 8 heads, 2 key/value heads, head size 64, fp16" in empty[1]
+    wrong = dims_text(LAYER, SIZES).replace("1,1,512", "1,1,511", 1)
+    refused = Driven(tensorrt_programs, tmp_path, [*made, f"configure fp16 {wrong}"]).said
+    assert "query has 511 features, expected 512" in refused[1]
