@@ -75,6 +75,7 @@ TWINS = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml
 
 EXPORT = ("click", "rich", "numpy", "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "onnx",
           "onnx-ir", "onnxscript", "onnx-graphsurgeon")
+ENGINES = ("onnx", "polygraphy", "triton")
 ABILITIES: tuple[Ability, ...] = (
     Ability("export a checkpoint to ONNX", EXPORT),
     Ability("validate a bundle on the CPU", (*EXPORT, "polygraphy", "onnxruntime")),
@@ -85,8 +86,9 @@ ABILITIES: tuple[Ability, ...] = (
     Ability("load `ort` bundles in onnxruntime-genai", ("onnxruntime-genai",)),
     Ability("Triton kernels, interpreted on the CPU", ("torch", "triton")),
     Ability("Triton kernels on a GPU", ("torch", "triton"), True),
-    Ability("TensorRT from Python", ("tensorrt",)),
-    Ability("TensorRT-RTX from Python", ("tensorrt-rtx",)),
+    Ability("build TensorRT for RTX engines, on any machine", (*ENGINES, "tensorrt-rtx")),
+    Ability("run TensorRT for RTX engines", ("cuda-bindings", "tensorrt-rtx", "torch"), True),
+    Ability("build and run TensorRT engines", (*ENGINES, "cuda-bindings", "tensorrt", "torch"), True),
 )
 BASIC = ABILITIES[:2]
 

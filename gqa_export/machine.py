@@ -176,10 +176,14 @@ def try_imports(modules: Iterable[tuple[str, ...]]) -> dict[str, Imported]:
 
 
 def _probe(modules: list[tuple[str, ...]]) -> tuple[list[dict], str]:
+    from .trt_libraries import all_visible
+
     command = [sys.executable, "-c", PROBE, json.dumps(modules)]
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, check=False,
-                               stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+        with all_visible() as environment:
+            child = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, check=False,
+                                   stdin=subprocess.DEVNULL,
+                                   env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)})
         output, died = child.stdout, f"ended the process with code {child.returncode}"
     except subprocess.TimeoutExpired as error:
         output = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,10 +61,17 @@ class Library:
     files: tuple[Path, ...]
 
 
+def _spec(name: str) -> ModuleSpec | None:
+    try:
+        return find_spec(name)
+    except (ImportError, ValueError):  # something on the import path refuses: as good as not there
+        return None
+
+
 def find(flavor: str) -> Library:
     """The library of a flavour ("tensorrt" or "rtx"), or a GqaExportError with the command that installs it."""
     source = SOURCES[flavor]
-    module = next((name for name in source.modules if find_spec(name) is not None), "")
+    module = next((name for name in source.modules if _spec(name) is not None), "")
     if not module:
         raise GqaExportError(f"{source.modules[0]} is not installed", f"--flavor {flavor}",
                              f"pip install 'gqa-export[{source.extra}]'")
@@ -73,12 +81,12 @@ def find(flavor: str) -> Library:
 
 def is_there(flavor: str) -> bool:
     """Whether a flavour is installed."""
-    return any(find_spec(name) is not None for name in SOURCES[flavor].modules)
+    return any(_spec(name) is not None for name in SOURCES[flavor].modules)
 
 
 def _shared_libraries(packages: tuple[str, ...]) -> tuple[Path, ...]:
     for name in packages:
-        spec = find_spec(name)
+        spec = _spec(name)
         folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
         files = [file for wanted in WANTED for folder in folders for file in sorted(folder.glob(f"{wanted}*.so*"))]
         if files:
@@ -112,12 +120,25 @@ def preload(library: Library) -> None:
 @contextmanager
 def visible(library: Library) -> Iterator[dict[str, str]]:
     """The environment for a process in which the library's files are found by their bare names."""
+    with _linked(library.files) as environment:
+        yield environment
+
+
+@contextmanager
+def all_visible() -> Iterator[dict[str, str]]:
+    """The same for every flavour that is installed here."""
+    with _linked(tuple(file for flavor in SOURCES if is_there(flavor) for file in find(flavor).files)) as environment:
+        yield environment
+
+
+@contextmanager
+def _linked(files: tuple[Path, ...]) -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="gqa-libraries-") as folder:
-        for file in library.files:
+        for file in files:
             for name in bare_names(file.name):
                 link = Path(folder, name)
                 if not link.exists():
                     link.symlink_to(file.resolve())
         before = os.environ.get(SEARCH_PATH, "")
-        folders = [folder] if library.files else []
+        folders = [folder] if files else []
         yield {**os.environ, SEARCH_PATH: os.pathsep.join([*folders, *([before] if before else [])])}

@@ -5,7 +5,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
-setup_environment ort,plugins,test,dev
+setup_environment ort,plugins,rtx,test,dev
 
 failed=""
 step() {
