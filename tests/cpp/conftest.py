@@ -1,13 +1,15 @@
 """Builds plugins/cpp and the test programs once per run; skips, with the reason, where there is no compiler or CMake.
 
-With TensorRT's headers (environment variable TensorRT_ROOT: a TensorRT folder, or a checkout of NVIDIA/TensorRT) the
-plugin library and the TensorRT side of the runtime are built and tested too.
+With TensorRT's headers (environment variable TENSORRT_ROOT or TensorRT_ROOT: a TensorRT folder, or a checkout of
+NVIDIA/TensorRT) the plugin library and the TensorRT side of the runtime are built and tested too. GQA_EXPORT_CPP_BUILD
+names a folder to build in and keep, for those who run these tests often.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -17,11 +19,12 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+PAGE = HERE.parent.parent / "docs" / "embed-cpp.md"
 COMPILERS = ("c++", "g++", "clang++")
 
 
 def tensorrt_root() -> str:
-    return os.environ.get("TensorRT_ROOT") or os.environ.get("TENSORRT_ROOT") or ""
+    return os.environ.get("TENSORRT_ROOT") or os.environ.get("TensorRT_ROOT") or ""  # noqa: SIM112 CMake's spelling
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,19 @@ def call(command: Sequence[str | Path]) -> None:
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
 
 
+def page_block(language: str) -> str:
+    """The one block of that language in docs/embed-cpp.md."""
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    return block
+
+
+def write_example(path: Path) -> None:
+    """The program of the documentation, left alone if it is there already: it is compiled with the tests' programs."""
+    if not path.exists() or path.read_text() != page_block("cpp"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(page_block("cpp"))
+
+
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
     """Compiled with warnings as errors: a warning fails every test here."""
@@ -80,6 +96,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     with open(build / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        write_example(build / "docs" / "chat.cpp")
         call(["cmake", "-S", HERE, "-B", build, *generator, "-DGQA_WARNINGS_ARE_ERRORS=ON", *build_options()])
         call(["cmake", "--build", build, "--parallel", "2"])
     return Programs(build, bool(tensorrt_root()))
@@ -89,6 +106,6 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
 def tensorrt_programs(programs: Programs) -> Programs:
     """The same, where TensorRT's headers were at hand."""
     if not programs.with_tensorrt:
-        pytest.skip("no TensorRT headers: set TensorRT_ROOT to a TensorRT folder, or to a checkout of "
+        pytest.skip("no TensorRT headers: set TENSORRT_ROOT to a TensorRT folder, or to a checkout of "
                     "https://github.com/NVIDIA/TensorRT (its include/ is enough)")
     return programs

@@ -3,6 +3,7 @@
 //   probe_plugin LIBRARY
 //   field NAME KIND HEX          one more field for the next `create`; KIND int32 | int64 | float32 | char
 //   create build|runtime [NAME]  -> made | refused
+//   previous                     the plugin made before the last one is the one asked from here on
 //   creator                      -> the creator's identity and fields
 //   outputs                      -> their number and, for each, the input whose memory it is
 //   formats                      -> for every position, the types it takes beside an fp16 query
@@ -110,6 +111,7 @@ public:
         words >> command >> first >> second >> third;
         if (command == "field") held_.push_back({first, from_hex(third), field_type(second)});
         if (command == "create") create(first, second);
+        if (command == "previous") plugin_.swap(before_);
         if (command == "creator") print_creator();
         if (command == "outputs") print_outputs();
         if (command == "formats") print_formats();
@@ -126,6 +128,7 @@ private:
                                 static_cast<int32_t>(held.data.size() / width(held.type)));
         }
         PluginFieldCollection const collection{static_cast<int32_t>(fields.size()), fields.data()};
+        before_ = std::move(plugin_);
         plugin_.reset(creator_.createPlugin(name.c_str(), &collection,
                                             phase == "build" ? TensorRTPhase::kBUILD : TensorRTPhase::kRUNTIME));
         held_.clear();
@@ -221,7 +224,7 @@ private:
 
     IPluginCreatorV3One& creator_;
     std::vector<HeldField> held_;
-    std::unique_ptr<IPluginV3> plugin_;
+    std::unique_ptr<IPluginV3> plugin_, before_;
 };
 
 }  // namespace

@@ -123,6 +123,11 @@ def test_launches_equal_pythons_on_random_layers(programs: Programs, chance: ran
     assert len(loaded) == sum(line.startswith("module unloaded") for line in lines)
 
 
+def check_all(cubins: Iterable[Cubin], layer: launch.Layer, sizes: launch.Sizes) -> None:
+    for cubin in cubins:
+        launch.check_cubin(cubin, layer, sizes)
+
+
 @pytest.mark.parametrize("change", ["group", "head", "dtype", "window", "sinks", "rotary"])
 def test_kernel_of_another_layer_is_refused_in_the_same_words(programs: Programs, chance: random.Random,
                                                               tmp_path: Path, change: str) -> None:
@@ -133,9 +138,10 @@ def test_kernel_of_another_layer_is_refused_in_the_same_words(programs: Programs
     other = launch.Sizes(1, 1, 256, 32 if change == "head" else 64, 64, "bf16" if change == "dtype" else "fp16",
                          16 if change == "rotary" else 32, 256)
     keys, cubins, container = make_kernels(other_layer, other, (89,), chance)
+    by_kernel = {key.kernel: cubins[key.sha256] for key in keys}
+    in_order = [by_kernel[kernel] for kernel in ("append", "prefill", "decode", "combine")]  # as C++ loads them
     with pytest.raises(GqaExportError) as caught:
-        for kernel in ("append", "prefill", "decode", "combine"):  # the order in which C++ loads them
-            launch.check_cubin(cubins[next(key.sha256 for key in keys if key.kernel == kernel)], layer, sizes)
+        check_all(in_order, layer, sizes)
     request = request_of(tmp_path, "other", keys, container, layer, sizes)
     assert programs.run("probe_attention", "enqueue", stdin=request) == f"{caught.value.what}\n"
 

@@ -1,4 +1,5 @@
-"""libgqa_plugin.so driven as TensorRT drives it (probe_plugin.cpp), held to Python's plugin. Needs TensorRT's headers."""
+"""libgqa_plugin.so driven as TensorRT drives it (probe_plugin.cpp), held to Python's plugin. Needs TensorRT's
+headers."""
 
 from __future__ import annotations
 
@@ -104,18 +105,15 @@ def test_creator_and_node_are_those_of_python(tensorrt_programs: Programs, tmp_p
 
 def test_layers_that_python_serialized_launch_what_python_launches(tensorrt_programs: Programs, tmp_path: Path,
                                                                    chance: random.Random) -> None:
-    """Fields of the one, enqueue of the other: 40 random layers, the kernels carried by a layer restored last."""
+    """Fields of the one, enqueue of the other: 40 random layers, their kernels carried by another
+    layer, which is restored before them or after."""
     lines, launched = [], []
     for _ in range(40):
         layer, sizes = random_layer(chance)
         keys, cubins, container = make_kernels(layer, sizes, (CAPABILITY,), chance)
-        carrier = serialized(LAYER, (), container)
-        lines += [*field_lines(serialized(layer, keys)), "create runtime"]
-        if chance.random() < 0.5:
-            lines += [*field_lines(carrier), "create runtime", *field_lines(serialized(layer, keys)), "create runtime"]
-        else:
-            lines[-1:] = ["create runtime", *field_lines(carrier), "create runtime",
-                          *field_lines(serialized(layer, keys)), "create runtime"]
+        carrier = [*field_lines(serialized(LAYER, (), container)), "create runtime"]
+        restored = [*field_lines(serialized(layer, keys)), "create runtime"]
+        lines += chance.choice(([*carrier, *restored], [*restored, *carrier, "previous"]))
         lines.append(f"run {sizes.dtype} {dims_text(layer, sizes)}")
         inputs = fields.node_inputs(asdict(layer))
         pointers = {name: 4096 * (index + 1) for index, name in enumerate(inputs)} | {"output": 1 << 20}
@@ -130,12 +128,13 @@ def test_layers_that_python_serialized_launch_what_python_launches(tensorrt_prog
 
 def test_fields_serialize_as_python_serializes_them(tensorrt_programs: Programs, tmp_path: Path,
                                                     chance: random.Random) -> None:
-    for number in range(5):
+    for _ in range(5):
         layer, sizes = random_layer(chance)
         keys, _, _ = make_kernels(layer, sizes, (80, 89), chance)
         made = serialized(layer, keys)
         said = Driven(tensorrt_programs, tmp_path, [*field_lines(made), "create runtime", "serialize"]).said
-        assert said == ["made", *(f"{name} {kind} {packed(kind, value).hex()}" for name, kind, value in made), "--"], number
+        expected = [f"{name} {kind} {packed(kind, value).hex()}" for name, kind, value in made]
+        assert said == ["made", *expected, "--"]
 
 
 def changed(made: list[tuple[str, str, Any]], **values: Any) -> list[tuple[str, str, Any]]:
@@ -156,7 +155,8 @@ def changed(made: list[tuple[str, str, Any]], **values: Any) -> list[tuple[str, 
 ])
 def test_layer_that_cannot_be_restored_is_refused_and_logged(tensorrt_programs: Programs, tmp_path: Path, change,
                                                              words: str) -> None:
-    said = Driven(tensorrt_programs, tmp_path, [*field_lines(change(serialized(LAYER, ()))), "create runtime layer7"]).said
+    lines = [*field_lines(change(serialized(LAYER, ()))), "create runtime layer7"]
+    said = Driven(tensorrt_programs, tmp_path, lines).said
     assert said[-1] == "refused"
     assert said[0].startswith("gqa::GroupedQueryAttention, layer layer7: ")
     assert words in said[0]
@@ -179,9 +179,9 @@ def test_failures_at_run_time_are_results_and_logged_never_exceptions(tensorrt_p
     assert "loading kernel append failed" in failing[1]
 
 
-def test_engine_is_built_with_the_kernels_of_a_folder_and_runs(tensorrt_programs: Programs, tmp_path: Path,
+def test_engine_is_built_with_the_kernels_of_a_folder(tensorrt_programs: Programs, tmp_path: Path,
                                                                chance: random.Random) -> None:
-    """GQA_KERNELS: two layers of one network; the first carries the kernels of all, both launch their own."""
+    """GQA_KERNELS: two layers of one network; the first carries the kernels of all, both name their own."""
     folder = tmp_path / "kernels"
     folder.mkdir()
     windowed = Layer(**{**asdict(LAYER), "window": 64})
@@ -200,7 +200,7 @@ def test_engine_is_built_with_the_kernels_of_a_folder_and_runs(tensorrt_programs
     ends = [number for number, line in enumerate(said) if line == "--"]
     layers = [said[:ends[0]], said[ends[0] + 1:ends[1]]]
     written = []
-    for (layer, lines), _ in zip(zip((LAYER, windowed), layers, strict=True), ends, strict=True):
+    for layer, lines in zip((LAYER, windowed), layers, strict=True):
         assert lines[:2] == ["made", f"0 {launch.workspace_bytes(layer, SIZES)}"]
         written.append({line.split()[0]: line.split()[1:] for line in lines[2:]})
     assert [list(one) for one in written] == [[name for name, _ in fields.SERIALIZED],

@@ -28,7 +28,8 @@ def rtx() -> trt_libraries.Library:
     return trt_libraries.find("rtx")
 
 
-def build(library: trt_libraries.Library, plugin: Path, engine: Path, **environment: str) -> subprocess.CompletedProcess:
+def build(library: trt_libraries.Library, plugin: Path, engine: Path,
+          **environment: str) -> subprocess.CompletedProcess:
     with trt_libraries.visible(library) as base:
         return subprocess.run([sys.executable, rtx_child.__file__, library.module, str(plugin), str(engine)], text=True,
                               capture_output=True, timeout=300, env={**base, **environment})

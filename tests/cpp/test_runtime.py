@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-import struct
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,9 +97,6 @@ def test_json_cut_short_or_altered_never_crashes_the_reader(programs: Programs, 
     ("bf16", lambda bits: (bits.astype(np.uint32) << 16).view(np.float32)),
 ])
 def test_every_16_bit_number_widens_exactly(programs: Programs, name: str, widen) -> None:
-    import os
-    import subprocess
-
     done = subprocess.run([str(programs.folder / "bin" / "probe_runtime"), name], capture_output=True, check=True,
                           env=os.environ)
     found = np.frombuffer(done.stdout, np.uint32)
@@ -202,4 +200,3 @@ def test_manifest_that_is_not_whole_is_refused(programs: Programs, tmp_path: Pat
 
 def test_folder_without_a_manifest_is_refused(programs: Programs, tmp_path: Path) -> None:
     assert read_manifest(programs, tmp_path).startswith("error|the folder has no gqa_export.json")
-    assert struct.calcsize("f") == 4

@@ -3,6 +3,9 @@ program gqa_generate. Skipped without the headers."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,8 +87,6 @@ def test_tensorrt_that_is_not_installed_is_said_with_the_fix(tensorrt: Programs,
 
 
 def test_engine_with_other_tensors_than_its_manifest_is_refused(tensorrt: Programs, tmp_path: Path) -> None:
-    import json
-
     folder = write_bundle(tmp_path / "bundle")
     path = folder / "gqa_export.json"
     data = json.loads(path.read_text())
@@ -96,9 +97,6 @@ def test_engine_with_other_tensors_than_its_manifest_is_refused(tensorrt: Progra
 
 
 def generate(programs: Programs, *arguments: str | Path, expect: int = 0) -> str:
-    import os
-    import subprocess
-
     done = subprocess.run([str(programs.folder / "bin" / "gqa_generate"), *map(str, arguments)], text=True,
                           capture_output=True, env={**os.environ, "LD_LIBRARY_PATH": str(programs.libraries),
                                                     "GQA_STUB_TENSORRT_VERSION": "11.1.0"})
