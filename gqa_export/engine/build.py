@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import contract
 from ..bundle import MODEL, FileFact, Manifest, check_output, read_manifest, writing_bundle
@@ -22,10 +23,13 @@ from ..trt_libraries import CANONICAL, Library
 from . import inspect_build
 from .choose import Choice, choose
 from .job import Built, Job, KernelFiles
-from .kernels import Compiled, compile_kernels, wanted_variants
+from .kernels import Compiled, compile_kernels, wanted_variants, weight_bytes_read
 from .log import lacks_kernel, read_log
 from .process import run_job
 from .profiles import make_profiles
+
+if TYPE_CHECKING:
+    import onnx
 
 Report = Callable[[str, float | None, float | None], None]
 WEIGHT_FILES = (".onnx", ".data", ".safetensors")
@@ -119,13 +123,17 @@ def build_engine(bundle: Path, output: Path, options: EngineOptions | None = Non
     profiles = make_profiles(manifest, options.max_batch, options.max_prompt)
     say("checking the bundle", None, None)
     check_files(bundle, manifest)
+    import onnx
+
     with tempfile.TemporaryDirectory(prefix="gqa-engine-") as scratch:
-        compiled = _kernels(bundle, manifest, choice, say) if kind == "plugin" else None
+        model = onnx.load(str(bundle / MODEL), load_external_data=False)
+        compiled = _kernels(model, bundle, manifest, choice, say) if kind == "plugin" else None
         with writing_bundle(output, force=options.force) as writer:
             job = _job(bundle, writer.staging / ENGINE, choice, profiles, options, compiled, Path(scratch))
             built, job, log = _build(job, choice.library, Path(scratch, "build.log"), say)
             say("checking the engine", None, None)
             facts, notes = _facts(manifest, kind, choice, profiles, compiled, built, job, log)
+            facts = replace(facts, build={**facts.build, "weight_bytes_read": weight_bytes_read(model)})
             engine = writer.staging / ENGINE
             writer.record(ENGINE, FileFact(engine.stat().st_size, file_sha256(engine)))
             for name in manifest.files:
@@ -137,10 +145,7 @@ def build_engine(bundle: Path, output: Path, options: EngineOptions | None = Non
     return EngineBuild(output, manifest, facts, (*choice.notes, *notes))
 
 
-def _kernels(bundle: Path, manifest: Manifest, choice: Choice, say: Report) -> Compiled:
-    import onnx
-
-    model = onnx.load(str(bundle / MODEL), load_external_data=False)
+def _kernels(model: onnx.ModelProto, bundle: Path, manifest: Manifest, choice: Choice, say: Report) -> Compiled:
     variants = wanted_variants(model, manifest.capacity, manifest.dtype)
     if not variants:
         raise GqaExportError("the bundle's graph has no attention layer of the plugin", str(bundle / MODEL),

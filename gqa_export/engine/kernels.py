@@ -81,6 +81,25 @@ def _table(name: str, tables: dict[str, list[int]], producers: dict[str, onnx.No
     return int(tables[name][0]), int(tables[name][1])
 
 
+def weight_bytes_read(model: onnx.ModelProto) -> int:
+    """Bytes of weights that one decode step reads: all but the tables of which only a row is gathered.
+
+    Every expert of a mixture counts, so there this is an upper bound.
+    """
+    import math
+
+    from onnx import TensorProto
+    from onnx.helper import tensor_dtype_to_np_dtype
+
+    used: dict[str, set[str]] = {}
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            used.setdefault(name, set()).add("row" if node.op_type == "Gather" and place == 0 else "whole")
+    return sum(math.prod(tensor.dims) * (2 if tensor.data_type == TensorProto.BFLOAT16 else
+                                         tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+               for tensor in model.graph.initializer if used.get(tensor.name, set()) - {"row"})
+
+
 def cache_folder() -> Path:
     """Where compiled kernels are kept: $GQA_EXPORT_KERNEL_CACHE, or `gqa-export/kernels` in the user's cache folder."""
     if os.environ.get(CACHE):

@@ -1,7 +1,7 @@
 """Results of `scripts/gpu_check.py` as JSON, Markdown and a short table. Standard library only, no GPU.
 
 A result is a plain dictionary: when, command, card, versions, ceilings, correctness, graph, decode, prefill,
-sanitizer. A peer that could not run has its reason in place of a time; nothing is left out in silence.
+sanitizer, engines. A peer that could not run has its reason in place of a time; nothing is left out in silence.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ def verdicts(results: dict[str, Any]) -> list[tuple[str, bool | None, str]]:
                   ", ".join(f"{best[1] / row['ours_ms']:.2f}" for row, best in long)))
     lines.append(("compute-sanitizer finds nothing", results["sanitizer"].get("passed"),
                   results["sanitizer"].get("note", "")))
+    for row in results["engines"]:
+        speed = "" if row["tokens_s"] is None else f"{row['tokens_s']:.0f} tokens/s, {row['of_copy']:.0%} of copy; "
+        lines.append((f"engine of {row['flavor']} {row['version']}, {row['attention']} attention, equals PyTorch",
+                      row["passed"], speed + row["note"][:60]))
     return lines
 
 
@@ -99,12 +103,25 @@ def markdown(results: dict[str, Any]) -> str:
                  *_speeds(results["decode"], "gb_s", "GB/s")]
     if results["prefill"]:
         text += ["", "## Prefill: causal", "", *_speeds(results["prefill"], "tflop_s", "TFLOP/s")]
+    if results["engines"]:
+        text += ["", "## Engines: batch 1, tokens on the device (of copy: weights and cache that a step reads, over "
+                 "its time, as a share of copy bandwidth)", "",
+                 *_lines([["library", "attention", "type", "passed", "built in s", "length", "step ms", "tokens/s",
+                           "of copy", "note"], *(_engine(row) for row in results["engines"])])]
     if results["correctness"]:
         text += ["", "## Correctness: largest error against fp64", "",
                  *_lines([["case", "kernel", "error", "allowed", "passed"],
                           *([row["case"], row["kernel"], f"{row['error']:.3g}", f"{row['allowed']:.3g}",
                              _word(row["passed"])] for row in results["correctness"])])]
     return "\n".join(text) + "\n"
+
+
+def _engine(row: dict[str, Any]) -> list[str]:
+    measured = row["step_ms"] is not None
+    return [f"{row['flavor']} {row['version']}", row["attention"], row["dtype"], _word(row["passed"]),
+            "-" if row["build_s"] is None else f"{row['build_s']:.1f}", str(row["length"]),
+            _milliseconds(row["step_ms"]) if measured else "-", f"{row['tokens_s']:.0f}" if measured else "-",
+            f"{row['of_copy']:.0%}" if measured else "-", row["note"]]
 
 
 def write(results: dict[str, Any], folder: Path) -> tuple[Path, Path]:

@@ -17,6 +17,12 @@ from gqa_plugins.grouped_attention import gpu_report
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check.py"
 
 
+ENGINE = {"flavor": "rtx", "version": "1.7", "attention": "plugin", "dtype": "fp16", "passed": True,
+          "note": "largest difference of logits 0.01", "build_s": 9.4, "step_ms": 0.5, "tokens_s": 2000.0,
+          "of_copy": 0.81, "length": 1976}
+"""Invented, as all figures here."""
+
+
 def decode_row(batch: int, length: int, ours: float, of_copy: float, **peers) -> dict:
     return {"kind": "decode", "shape": "32/8 D128 bfloat16", "batch": batch, "length": length, "ours_ms": ours,
             "step_ms": ours * 1.1, "gb_s": 4000 * of_copy, "of_copy": of_copy, "tflop_s": 0.0, "peers": peers}
@@ -33,7 +39,7 @@ def results() -> dict:
         "decode": [decode_row(1, 1024, 0.01, 0.1, **{"sdpa-flash": 0.02, "sdpa-cudnn": "did not run: no | kernel"}),
                    decode_row(16, 32768, 0.5, 0.93, **{"sdpa-flash": 0.6})],
         "prefill": [{**decode_row(1, 8192, 1.0, 0.0, **{"sdpa-flash": 0.95}), "kind": "prefill", "tflop_s": 500.0}],
-        "sanitizer": {"passed": None, "note": "compute-sanitizer is not on the PATH"}})
+        "sanitizer": {"passed": None, "note": "compute-sanitizer is not on the PATH"}, "engines": []})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: the check would really run")
@@ -70,6 +76,21 @@ def test_each_miss_is_a_no_in_its_own_line_only(results, change, line) -> None:
     change(results)
     shown = [passed for _, passed, _ in gpu_report.verdicts(results)]
     assert [n for n, passed in enumerate(shown) if passed is False] == [line]
+
+
+def test_an_engine_that_passed_failed_or_did_not_run_is_said_to_have(results) -> None:
+    refused = {**ENGINE, "attention": "native", "passed": None, "note": "TensorRT for RTX does not build for 9.0",
+               "build_s": None, "step_ms": None, "tokens_s": None, "of_copy": None}
+    results["engines"] = [ENGINE, {**ENGINE, "flavor": "tensorrt", "passed": False}, refused]
+    shown = gpu_report.verdicts(results)[-3:]
+    assert [passed for _, passed, _ in shown] == [True, False, None]
+    assert "2000 tokens/s, 81% of copy" in shown[0][2]
+    text = gpu_report.markdown(results)
+    rows = [line for line in text.split("## Engines")[1].split("##")[0].splitlines() if line.startswith("|")]
+    assert len(rows) == 5
+    assert len({line.count("|") for line in rows}) == 1
+    assert "not measured" in rows[-1]
+    assert "does not build for 9.0" in rows[-1]
 
 
 def test_nothing_measured_is_never_a_yes(results) -> None:
@@ -171,16 +192,19 @@ def test_whole_run_on_a_pretended_gpu_writes_its_files(script, monkeypatch, tmp_
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(gpu_correctness, "cases", lambda quick: [case])
     monkeypatch.setattr(gpu_correctness, "check_graph", lambda device: {"passed": True, "note": "not run"})
+    monkeypatch.setattr(script, "engines", lambda options, copy_gb_s: [dict(ENGINE)])
     if wrong:
         monkeypatch.setattr(gpu_correctness, "decode", lambda *arguments, **attributes: None)
     code = script.main(["--quick", "--no-sanitizer", "--heads", "4", "--kv-heads", "2", "--head-size", "16", "--out",
                         str(tmp_path)])
     assert code == int(wrong)
+    monkeypatch.setattr(script, "engines", lambda options, copy_gb_s: [{**ENGINE, "passed": False}])
+    assert script.main(["--only", "engines"]) == 1, "an engine that is wrong is a failure too"
     told = capsys.readouterr().out
     assert ("WRONG  decode" in told) == wrong
     assert "Pretended GPU: copy 10 GB/s" in told
     written = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert [len(written[part]) for part in ("correctness", "decode", "prefill")] == [2, 1, 1]
+    assert [len(written[part]) for part in ("correctness", "decode", "prefill", "engines")] == [2, 1, 1, 1]
     assert written["decode"][0]["peers"]["sdpa-math"] == 0.5
     assert set(written["prefill"][0]["peers"]) >= set(gpu_report.SDPA)
     assert written["command"].startswith("python scripts/gpu_check.py --quick")
