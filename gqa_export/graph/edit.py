@@ -9,8 +9,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from .match import RECIPE, is_output
+
+# It warns of types that NumPy lacks (bfloat16), which it keeps as they are; a user can do nothing about it.
+G_LOGGER.severity = G_LOGGER.ERROR
 
 
 def load(model: onnx.ModelProto) -> gs.Graph:
