@@ -5,8 +5,8 @@
 Correctness of every kernel against fp64 over a matrix of shapes, a captured graph, then times beside PyTorch's SDPA
 (and flash-attn, FlashInfer where importable), against two ceilings measured in the same run. Where TensorRT or
 TensorRT for RTX is installed: engines with the plugin and without, built, compared with PyTorch and timed. A short
-table at the end; everything in DIR/gpu_check.json and DIR/gpu_check.md. Exit: 0 correct, 1 a kernel is wrong, 3
-nothing to run on.
+table at the end; everything in DIR/gpu_check.json and DIR/gpu_check.md.
+Exit: 0 correct, 1 a kernel or an engine is wrong, 3 nothing to run on.
 """
 
 from __future__ import annotations
