@@ -53,7 +53,8 @@ def test_without_a_gpu_the_script_says_so_and_exits_with_3(tmp_path) -> None:
 
 def test_help_names_the_exit_codes_and_options() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True)
-    for text in ("--out", "--quick", "--only", "Exit: 0 correct, 1 a kernel or an engine is wrong, 3 nothing to run on"):
+    for text in ("--out", "--quick", "--only", "--checkpoint",
+                 "Exit: 0 correct, 1 a kernel or an engine is wrong, 3 nothing to run on"):
         assert text in done.stdout
 
 
