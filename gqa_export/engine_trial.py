@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .engine import EngineOptions
-from .engines import make_engine
+from .engines import EngineOptions, make_engine
 from .errors import GqaExportError
 from .trt_libraries import SOURCES, is_there
 

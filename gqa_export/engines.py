@@ -10,6 +10,8 @@ from .bundle import MANIFEST
 from .engine import EngineBuild, EngineOptions, build_engine
 from .engine.build import check_request
 
+__all__ = ["EngineBuild", "EngineOptions", "build_engine", "make_engine"]
+
 Report = Callable[[str, float | None, float | None], None]
 DEFAULT_ATTENTION = "plugin"
 
