@@ -16,10 +16,12 @@ ROOT = Path(gqa_export.__file__).parent.parent
 PACKAGE = ROOT / "gqa_export"
 PLUGINS = ROOT / "plugins"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *PLUGINS.rglob("*.py"), *(ROOT / "models").rglob("*.py")])
-STAGES = {"checkpoint", "trace", "graph", "targets", "engine", "run", "compare", "convert", "uptrain"}
+STAGES = {"checkpoint", "trace", "graph", "targets", "engine", "run", "compare", "report", "convert", "uptrain"}
 # Stages may import the targets' table (facts, no code) and, below graph, nothing of another stage.
 LENDS = {("graph", "targets.table"), ("run", "targets.table"), ("trace", "targets.table"), ("engine", "targets.table"),
          ("targets", "graph"),
+         # a report tells of verdicts
+         ("report", "compare.verdict"), ("report", "compare.trail"),
          # a conversion asks the model's own attention where its heads are
          ("convert", "checkpoint"), ("convert", "trace.attention"), ("convert", "trace.skeleton"),
          ("convert", "trace.probe"), ("uptrain", "checkpoint")}
@@ -31,6 +33,7 @@ NEVER = {
     "targets": {"torch"},
     "engine": {"torch", "onnxruntime"},
     "compare": {"torch", "onnxruntime", "tensorrt"},
+    "report": {"torch", "onnx", "onnxruntime", "tensorrt", "polygraphy"},
     "convert": {"onnx", "onnxruntime", "tensorrt", "onnx_ir", "onnxscript"},
     "uptrain": {"onnx", "onnxruntime", "tensorrt", "onnx_ir", "onnxscript"},
 }

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from .report_options import report_options
+
+if TYPE_CHECKING:
+    from ..report import Reports
 
 
 @click.command(short_help="Compare a bundle with PyTorch, step by step.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--against", required=True, metavar="CHECKPOINT", help="Folder, hub id or GGUF file it was made from.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the verdict as JSON.")
-@click.option("--junit", "junit_file", type=click.Path(path_type=Path, dir_okay=False),
-              help="Write the verdict as JUnit XML.")
 @click.option("--as", "as_dtype", type=click.Choice(["fp32"]), help="Check the fp32 twin of a bf16 or fp16 bundle.")
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="Where ONNX Runtime runs the bundle.")
 @click.option("--steps", type=click.IntRange(1), default=32, show_default=True, help="Decode steps of each case.")
 @click.option("--hash", "full_hash", is_flag=True, help="Compute the sha256 of every file, however large.")
-def command(bundle: Path, against: str, json_file: Path | None, junit_file: Path | None, as_dtype: str | None,
-            provider: str, steps: int, full_hash: bool) -> None:
+@report_options
+def command(bundle: Path, against: str, as_dtype: str | None, provider: str, steps: int, full_hash: bool,
+            reports: Reports) -> None:
     """Compare BUNDLE with the checkpoint it was made from: logits, every new key and value, the whole cache.
 
-    Exit codes: 0 passed, 1 outputs differ, 2 bad input, 3 could not be checked here.
+    Exit codes: 0 passed, 1 outputs differ (or drifted from the baseline), 2 bad input, 3 could not be checked here.
     """
     from rich.console import Console
 
-    from ..compare.report import print_verdict, write_json, write_junit
+    from ..compare.report import print_verdict
     from ..validation import validate
     from .progress import progress
 
@@ -34,8 +38,7 @@ def command(bundle: Path, against: str, json_file: Path | None, junit_file: Path
         verdict = validate(bundle, against, steps=steps, provider=provider, as_dtype=as_dtype, full_hash=full_hash,
                            progress=bar.report)
     print_verdict(verdict, Console())
-    if json_file is not None:
-        write_json(verdict, json_file)
-    if junit_file is not None:
-        write_junit(verdict, junit_file)
-    raise SystemExit(verdict.exit_code)
+    outcome = reports.finish([str(bundle)], against, [verdict])
+    for line in (*(f"drift: {drift}" for drift in outcome.drifts), *outcome.notes):
+        click.echo(line)
+    raise SystemExit(outcome.exit_code)

@@ -1,10 +1,8 @@
-"""A verdict for people and machines: a table on the terminal, JSON, JUnit XML."""
+"""A verdict on the terminal: a table, what went wrong and where. Files are written by `gqa_export.report`."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from xml.etree import ElementTree
 
 from rich.console import Console
 from rich.table import Table
@@ -56,28 +54,3 @@ def details(verdict: Verdict) -> list[str]:
                  f"{verdict.truth_dtype} {verdict.max_abs_logits:.2e}{beside}; {len(verdict.cases)} cases, "
                  f"{verdict.seconds:.1f} s")
     return lines
-
-
-def write_json(verdict: Verdict, path: Path) -> None:
-    """The verdict as JSON, schema `gqa_export.compare.verdict.SCHEMA_VERSION`."""
-    path.write_text(json.dumps(verdict.to_dict(), indent=1) + "\n", encoding="utf-8")
-
-
-def write_junit(verdict: Verdict, path: Path) -> None:
-    """The verdict as JUnit XML: one test per case and kind of output."""
-    rows = [(case, kind) for case in verdict.cases for kind in case.kinds]
-    failed = 0
-    suite = ElementTree.Element("testsuite", name=f"gqa-export validate {Path(verdict.bundle).name}")
-    for case, kind in rows:
-        test = ElementTree.SubElement(suite, "testcase", classname=f"gqa_export.validate.{case.name}", name=kind.kind,
-                                      time=f"{case.seconds / len(case.kinds):.3f}")
-        wrong = str(kind.first) if kind.first is not None else ""
-        if kind.kind == "logits" and case.parted is not None:
-            wrong = wrong or f"best token {case.parted.got}, expected {case.parted.expected}"
-        if wrong:
-            failed += 1
-            ElementTree.SubElement(test, "failure", message=wrong).text = case.purpose
-    suite.set("tests", str(len(rows)))
-    suite.set("failures", str(failed))
-    suite.set("time", f"{verdict.seconds:.3f}")
-    ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)

@@ -1,16 +1,12 @@
-"""What a verdict looks like on paper: stable JSON, JUnit, a table."""
+"""What a verdict looks like on the terminal. Files: tests/report."""
 
 from __future__ import annotations
-
-import json
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from gqa_export.compare.report import details, print_verdict, write_json, write_junit
-from gqa_export.compare.verdict import SCHEMA_VERSION
+from gqa_export.compare.report import details, print_verdict
 
 from .conftest import Scripted, scripted_verdict
 
@@ -28,53 +24,6 @@ def good():
 @pytest.fixture(scope="module")
 def bad():
     return scripted_verdict(Scripted(wrong))[0]
-
-
-KEYS = {"schema_version", "passed", "exit_code", "bundle", "against", "target", "dtype", "checked_dtype", "truth_dtype",
-        "provider", "cache", "capacity", "cases", "notes", "versions", "seconds", "max_abs_logits",
-        "max_abs_logits_eager", "first"}
-CASE_KEYS = {"name", "purpose", "batch", "prompt_lengths", "steps", "free", "kinds", "rows", "top1_agreed", "ties",
-             "parted", "eager_logits", "seconds", "passed", "first", "outputs", "trail"}
-KIND_KEYS = {"kind", "output", "max_abs", "bound", "yardstick", "basis", "first", "passed", "around"}
-
-
-def test_the_json_has_the_keys_that_others_rely_on(good, tmp_path):
-    """A key that goes missing or changes its meaning is a new SCHEMA_VERSION."""
-    write_json(good, tmp_path / "v.json")
-    data = json.loads((tmp_path / "v.json").read_text())
-    assert SCHEMA_VERSION == data["schema_version"] == 1
-    assert set(data) == KEYS
-    assert all(set(case) == CASE_KEYS for case in data["cases"])
-    assert all(set(kind) == KIND_KEYS for case in data["cases"] for kind in case["kinds"])
-    assert data["passed"] is True
-    assert data["exit_code"] == 0
-    assert data["first"] is None
-    assert data["max_abs_logits"] == good.max_abs_logits
-
-
-def test_json_stays_valid_where_numbers_are_not_finite(bad, tmp_path):
-    write_json(bad, tmp_path / "v.json")
-
-    def refuse(text):
-        raise AssertionError(f"{text} is not JSON")
-
-    data = json.loads((tmp_path / "v.json").read_text(), parse_constant=refuse)
-    assert data["passed"] is False
-    assert data["exit_code"] == 1
-    assert data["first"]["max_abs"] == "inf"
-    assert data["first"]["got"] == "nan"
-    assert data["first"]["axes"] == {"batch": 0, "token": 60, "id": 7}
-
-
-def test_junit_has_one_test_per_case_and_kind_and_its_failures(bad, tmp_path):
-    write_junit(bad, tmp_path / "v.xml")
-    suite = ElementTree.parse(tmp_path / "v.xml").getroot()
-    failures = [test for test in suite if test.find("failure") is not None]
-    assert int(suite.get("tests")) == len(suite) == 4 * len(bad.cases)
-    assert int(suite.get("failures")) == len(failures) == 2  # rows of the long and the ragged case reach token 60
-    assert [test.get("classname").rsplit(".", 1)[1] for test in failures] == ["long", "ragged"]
-    assert {test.get("name") for test in failures} == {"logits"}
-    assert "token 60, id 7" in failures[0].find("failure").get("message")
 
 
 @pytest.mark.parametrize("width", [50, 120])

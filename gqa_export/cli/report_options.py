@@ -1,0 +1,47 @@
+"""The options of `validate` that name what it leaves on paper. Imports the standard library and click only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import GqaExportError
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+OPTIONS = {
+    "json": click.option("--json", "json", type=FILE, help="Write the verdict as JSON."),
+    "junit": click.option("--junit", "junit", type=FILE, help="Write the verdict as JUnit XML."),
+    "html": click.option("--html", "html", type=FILE, help="Write the verdict as a page that needs nothing else."),
+    "github": click.option("--github-summary", "github", is_flag=True,
+                           help="Append the verdict to the summary of this step of GitHub Actions."),
+    "baseline": click.option("--baseline", "baseline", type=FILE,
+                             help="Fail too where the errors are clearly above those in this file."),
+    "update_baseline": click.option("--update-baseline", "update_baseline", is_flag=True,
+                                    help="Put the errors of this run into --baseline FILE."),
+}
+
+
+def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command these options; it takes them as one argument `reports`, a `report.Reports`. What they ask for is
+    checked before the command begins, and written too if it ends in a refusal."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **given: Any) -> Any:
+        from ..report import Reports
+
+        reports = Reports(**{name: given.pop(name) for name in OPTIONS})
+        reports.check()
+        try:
+            return command(*args, reports=reports, **given)
+        except GqaExportError as problem:
+            bundles = given.get("bundles") or (given.get("bundle"),)
+            reports.failed([str(bundle) for bundle in bundles], str(given.get("against")), problem)
+            raise
+
+    for option in reversed(OPTIONS.values()):
+        option(wrapped)
+    return wrapped

@@ -1,0 +1,130 @@
+"""The errors of a good run, kept in a file under version control: a later run that is clearly worse fails, although
+it may still be within the tolerance.
+
+How much worse: rounding differs from machine to machine and from kernel to kernel, so a drift is an error that is
+more than FACTOR times the one that was kept, and more than FLOOR of what the tolerance allows (below that it is
+noise of a few units in the last place). Fewer agreeing best tokens, or a case that no longer runs, are drifts too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..compare.verdict import CaseVerdict, Verdict
+from ..errors import GqaExportError
+
+FORMAT = 1
+FACTOR = 2.0
+FLOOR = 0.02
+REMAKE = "make it with --baseline FILE --update-baseline"
+
+
+@dataclass(frozen=True)
+class Drift:
+    """One thing that left the baseline. case "": the whole bundle."""
+
+    bundle: str
+    case: str
+    what: str
+
+    def __str__(self) -> str:
+        place = f"case {self.case}, " if self.case else ""
+        return f"{self.bundle}: {place}{self.what}"
+
+
+def key_of(verdict: Verdict) -> str:
+    """What a bundle is called in a baseline: its folder's name and everything that changes its rounding."""
+    facts = (verdict.target, verdict.checked_dtype, verdict.cache, verdict.provider)
+    return f"{Path(verdict.bundle).name} ({', '.join(facts)})"
+
+
+class Baseline:
+    """A baseline file: {"format", "bundles": {key: {"cases": {case: {"best_tokens", "max_abs": {kind: number}}}}}}."""
+
+    def __init__(self, bundles: dict[str, Any], where: str) -> None:
+        self.bundles, self.where = bundles, where
+
+    @classmethod
+    def read(cls, path: Path) -> Baseline:
+        """Read and check a file; GqaExportError for one that is none."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise GqaExportError("there is no such baseline", str(path), REMAKE) from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise GqaExportError(f"the baseline cannot be read: {error}", str(path), REMAKE) from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT or not _sound(data.get("bundles")):
+            raise GqaExportError("this is not a baseline of this version", str(path), REMAKE)
+        return cls(data["bundles"], str(path))
+
+    @classmethod
+    def update(cls, path: Path, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
+        """Put passed verdicts into a file, beside those of other bundles; notes on what was (not) kept."""
+        from .outcome import write_text
+
+        bundles = cls.read(path).bundles if path.exists() else {}
+        wrong = [verdict for verdict in verdicts if not verdict.passed]
+        if wrong:
+            return (f"the baseline was left as it was: {Path(wrong[0].bundle).name} did not pass",)
+        for verdict in verdicts:
+            bundles[key_of(verdict)] = {"cases": {case.name: _kept(case) for case in verdict.cases}}
+        write_text(path, json.dumps({"format": FORMAT, "bundles": dict(sorted(bundles.items()))}, indent=1) + "\n")
+        return (f"baseline written: {path} ({', '.join(key_of(verdict) for verdict in verdicts)})",)
+
+    def judge(self, verdicts: Sequence[Verdict]) -> tuple[tuple[Drift, ...], tuple[str, ...]]:
+        """What left the baseline, and notes on what it does not know. GqaExportError for a bundle not in it."""
+        drifts: list[Drift] = []
+        notes: list[str] = []
+        for verdict in verdicts:
+            key = key_of(verdict)
+            if key not in self.bundles:
+                raise GqaExportError(f"the baseline does not know {key}", f"{self.where}: {', '.join(self.bundles)}",
+                                     REMAKE)
+            kept = self.bundles[key]["cases"]
+            found = {case.name: case for case in verdict.cases}
+            drifts += [Drift(key, name, "it is in the baseline and was not run") for name in kept if name not in found]
+            notes += [f"the baseline does not know case {name} of {key}" for name in found if name not in kept]
+            for name in found.keys() & kept.keys():
+                drifts += [Drift(key, name, what) for what in _drifted(found[name], kept[name])]
+        return tuple(drifts), tuple(notes)
+
+
+def _kept(case: CaseVerdict) -> dict[str, Any]:
+    kinds = {kind.kind for kind in case.kinds}
+    return {"best_tokens": f"{case.top1_agreed}/{case.rows}",
+            "max_abs": {name: max(kind.max_abs for kind in case.kinds if kind.kind == name) for name in sorted(kinds)}}
+
+
+def _drifted(case: CaseVerdict, kept: dict[str, Any]) -> list[str]:
+    found = []
+    agreed, rows = (int(number) for number in kept["best_tokens"].split("/"))
+    if case.rows == rows and case.top1_agreed < agreed:
+        found.append(f"{case.top1_agreed} of {rows} best tokens agree, {agreed} in the baseline")
+    for kind in case.kinds:
+        before = kept["max_abs"].get(kind.kind)
+        if before is None:
+            continue
+        allowed = max(FACTOR * before, FLOOR * kind.bound)
+        if not kind.max_abs <= allowed:
+            found.append(f"{kind.kind} are off by {kind.max_abs:.3g}, {before:.3g} in the baseline (a drift from "
+                         f"{allowed:.3g} on)")
+    return found
+
+
+def _sound(bundles: Any) -> bool:
+    """Whether a file's bundles have the form that `judge` relies on."""
+    try:
+        for entry in bundles.values():
+            for case in entry["cases"].values():
+                agreed, rows = (int(number) for number in case["best_tokens"].split("/"))
+                numbers = list(case["max_abs"].values())
+                if not 0 <= agreed <= rows or not all(isinstance(x, float | int) and math.isfinite(x) for x in numbers):
+                    return False
+        return True
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
