@@ -125,12 +125,7 @@ class LayerFit:
         """[N, E, E], see `Metric`; None where the output projection is not known."""
         if not mappable(self.layout)[1]:
             return None
-        roots = []
-        for head in range(len(self.layout.key.starts)):
-            gram = sum(self.heads.output(query).T @ self.heads.output(query) for query in self.heads.queries_of(head))
-            assert isinstance(gram, torch.Tensor)
-            roots.append(root(gram).T)
-        return torch.stack(roots)
+        return torch.stack([root(self.heads.output_gram(head)).T for head in range(len(self.layout.key.starts))])
 
     def pooled(self, metric: Metric, kv_heads: int, grouping: str) -> Pooled:
         """Keys and values of the new heads."""

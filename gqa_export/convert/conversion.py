@@ -21,7 +21,7 @@ from .choice import ConvertOptions, asked, candidates, check_options, fewest, wo
 from .grouping import similar
 from .heads import LayerHeads
 from .measure import LayerError, knee, weight_errors
-from .pooling import Pooled, contiguous, mappable, pool
+from .pooling import Groups, Pooled, contiguous, mappable, pool
 from .stored import Stored, write_checkpoint
 from .target import Structure, structure_of, with_kv_heads
 
@@ -29,13 +29,15 @@ if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
 
 REPORT = "gqa_convert.json"
+SAMPLED = 8
 Report = Callable[[str, float | None, float | None], None]
 
 
 @dataclass(frozen=True)
 class Conversion:
     """What a conversion did. cache_bytes_*: of one token, in the stored type. errors_by_kv_heads: the largest error of
-    a layer's attention output for every number of heads that was looked at, from weights alone."""
+    a layer's attention output for every number of heads that was looked at, from weights alone (over all layers for
+    "auto", else over SAMPLED of them)."""
 
     folder: str
     method: str
@@ -69,19 +71,18 @@ def convert(checkpoint: Checkpoint, output: Path, options: ConvertOptions, repor
     chosen = asked(options, source)
     if options.method == "calibrated":
         return _convert_calibrated(checkpoint, Path(output), options, source, stored, chosen, say)
-    errors = _all_errors(source, stored, options, counts, say)
+    if chosen:
+        with_kv_heads(source, chosen)  # refused now, not after measuring
+    errors = _curve(source, stored, options, counts, chosen, say)
     kv_heads = chosen or fewest(errors, options, counts)
     target, fields = with_kv_heads(source, kv_heads)
-    layers = [errors[count][layer] if count in errors else _pooled_errors(stored, source, options, layer, count)
-              for layer, count in enumerate(kv_heads)]
+    layers, groups = _errors(source, stored, options, kv_heads, say)
 
     @lru_cache(maxsize=2)  # a layer may lie in two files
     def layer_tensors(layer: int) -> dict[str, torch.Tensor]:
         heads = LayerHeads(source.layers[layer], stored.read)
-        return assemble(heads, target.layers[layer], pool_layer(heads, options, source, kv_heads[layer]))
+        return assemble(heads, target.layers[layer], pool_layer(heads, options, source, groups[layer]))
 
-    groups = tuple(groups_of(LayerHeads(layer, stored.read), options, kv_heads[index])
-                   for index, layer in enumerate(source.layers))
     in_place = options.grouping == "contiguous" and options.method != "svd"
     owner = {name: index for index, layer in enumerate(source.layers) for name in changed(layer, in_place)}
 
@@ -89,7 +90,8 @@ def convert(checkpoint: Checkpoint, output: Path, options: ConvertOptions, repor
         made = layer_tensors(owner[name])
         return made[name] if name in made else stored.read(name)
 
-    result = summary(checkpoint, Path(output), options, source, target, tuple(layers), errors, groups)
+    result = summary(checkpoint, Path(output), options, source, target, tuple(layers), errors,
+                     tuple(groups))
     with writing_folder(Path(output), force=options.force, marker=REPORT) as folder:
         write_checkpoint(folder, stored, {name: target.shapes[name] for name in owner}, make, fields, say)
         (folder / REPORT).write_text(result.to_json(), encoding="utf-8")
@@ -112,7 +114,7 @@ def _convert_calibrated(checkpoint: Checkpoint, output: Path, options: ConvertOp
             if worst(measured[count]) <= (options.max_error or 0):
                 break
         chosen = fewest(measured, options, sorted(measured, reverse=True))
-    curve = _all_errors(source, stored, options, candidates(source), say)
+    curve = _curve(source, stored, options, candidates(source), chosen, say)
     target, _ = with_kv_heads(source, chosen)
     results = []
 
@@ -154,35 +156,45 @@ def cache_bytes(structure: Structure, dtype: str) -> int:
         itemsize(dtype)
 
 
-def groups_of(heads: LayerHeads, options: ConvertOptions, kv_heads: int) -> tuple[tuple[int, ...], ...]:
+def groups_of(heads: LayerHeads, options: ConvertOptions, kv_heads: int) -> Groups:
     """Which heads of a layer are pooled together."""
     if options.grouping == "similarity":
         return similar(heads, kv_heads)
     return contiguous(len(heads.layout.key.starts), kv_heads)
 
 
-def pool_layer(heads: LayerHeads, options: ConvertOptions, source: Structure, kv_heads: int) -> Pooled:
-    """One layer by the method and grouping asked for, from weights alone."""
+def pool_layer(heads: LayerHeads, options: ConvertOptions, source: Structure, groups: Groups) -> Pooled:
+    """One layer by the method asked for, from weights alone."""
     method = "svd" if options.method == "calibrated" else options.method
     spread = float(getattr(source.config, "initializer_range", None) or 0.02)
-    return pool(heads, groups_of(heads, options, kv_heads), method, align=options.grouping == "similarity",
-                seed=options.seed, spread=spread)
+    return pool(heads, groups, method, align=options.grouping == "similarity", seed=options.seed, spread=spread)
 
 
-def _pooled_errors(stored: Stored, source: Structure, options: ConvertOptions, layer: int, kv_heads: int) -> LayerError:
-    heads = LayerHeads(source.layers[layer], stored.read)
-    return weight_errors(heads, pool_layer(heads, options, source, kv_heads))
-
-
-def _all_errors(source: Structure, stored: Stored, options: ConvertOptions, counts: Sequence[int],
-                say: Report) -> dict[int, list[LayerError]]:
-    """By number of heads: the error of every layer."""
-    found: dict[int, list[LayerError]] = {count: [] for count in counts}
+def _errors(source: Structure, stored: Stored, options: ConvertOptions, kv_heads: Sequence[int],
+            say: Report) -> tuple[list[LayerError], list[Groups]]:
+    """The error of every layer with so many heads, and which of its heads are pooled together."""
+    errors, groups = [], []
     for index, layer in enumerate(source.layers):
         say(f"measuring layer {index}", index, len(source.layers))
         heads = LayerHeads(layer, stored.read)
+        groups.append(groups_of(heads, options, kv_heads[index]))
+        errors.append(weight_errors(heads, pool_layer(heads, options, source, groups[index])))
+    return errors, groups
+
+
+def _curve(source: Structure, stored: Stored, options: ConvertOptions, counts: Sequence[int],
+           chosen: Sequence[int] | None, say: Report) -> dict[int, list[LayerError]]:
+    """By number of heads: the errors of all layers if they decide, else of some spread over the model."""
+    found: dict[int, list[LayerError]] = {count: [] for count in counts}
+    depth = len(source.layers)
+    looked_at = range(depth) if chosen is None or depth <= SAMPLED else \
+        sorted({round(i * (depth - 1) / (SAMPLED - 1)) for i in range(SAMPLED)})
+    for index in looked_at if counts else ():
+        say(f"looking at layer {index}", index, depth)
+        heads = LayerHeads(source.layers[index], stored.read)
         for count in counts:
-            found[count].append(weight_errors(heads, pool_layer(heads, options, source, count)))
+            pooled = pool_layer(heads, options, source, groups_of(heads, options, count))
+            found[count].append(weight_errors(heads, pooled))
     return found
 
 

@@ -34,6 +34,7 @@ class LayerHeads:
     def __init__(self, layout: LayerLayout, read: Callable[[str], torch.Tensor]) -> None:
         self.layout, self._read = layout, read
         self._tensors: dict[str, torch.Tensor] = {}
+        self._made: dict[tuple[str, int], torch.Tensor] = {}
 
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter as stored."""
@@ -44,6 +45,12 @@ class LayerHeads:
     def forget(self) -> None:
         """Free the tensors; they are read again when asked for."""
         self._tensors.clear()
+        self._made.clear()
+
+    def _once(self, what: str, head: int, make: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        if (what, head) not in self._made:
+            self._made[what, head] = make(head)
+        return self._made[what, head]
 
     def rows(self, heads: Heads, head: int) -> torch.Tensor:
         """One head of queries, keys or values, [size, in + 1] fp64."""
@@ -55,11 +62,11 @@ class LayerHeads:
 
     def key(self, head: int) -> torch.Tensor:
         """[D, in + 1]."""
-        return self.rows(self.layout.key, head)
+        return self._once("key", head, lambda head: self.rows(self.layout.key, head))
 
     def value(self, head: int) -> torch.Tensor:
         """[E, in + 1]."""
-        return self.rows(self.layout.value, head)
+        return self._once("value", head, lambda head: self.rows(self.layout.value, head))
 
     def query(self, head: int) -> torch.Tensor:
         """[D, in + 1]."""
@@ -71,6 +78,14 @@ class LayerHeads:
         start, end = heads.starts[head], heads.starts[head] + heads.size
         weight = self.tensor(heads.weight)
         return (weight[start:end].T if heads.transposed else weight[:, start:end]).double()
+
+    def output_gram(self, head: int) -> torch.Tensor:
+        """[E, E], the sum of O_h^T O_h over the query heads h of a key/value head."""
+        def make(head: int) -> torch.Tensor:
+            outputs = torch.cat([self.output(query) for query in self.queries_of(head)])
+            return outputs.T @ outputs
+
+        return self._once("gram", head, make)
 
     @property
     def group(self) -> int:

@@ -27,44 +27,24 @@ class LayerError:
 
 
 def weight_errors(heads: LayerHeads, pooled: Pooled) -> LayerError:
-    """The errors of a pooled layer, as far as weights alone tell."""
+    """The errors of a pooled layer, as far as weights alone tell; of the output not where it was fitted as a whole."""
     off, all_of = {"key": 0.0, "value": 0.0, "output": 0.0}, {"key": 0.0, "value": 0.0, "output": 0.0}
-    known = heads.layout.output is not None
-    new_query = 0
+    known = heads.layout.output is not None and pooled.output is None
     for group, members in enumerate(pooled.groups):
         for head in members:
             key, value = heads.key(head), heads.value(head)
+            away = value - _mapped(pooled.value_maps, head, pooled.value[group])
             off["key"] += _square(key - _mapped(pooled.key_maps, head, pooled.key[group]))
-            off["value"] += _square(value - _mapped(pooled.value_maps, head, pooled.value[group]))
+            off["value"] += _square(away)
             all_of["key"] += _square(key)
             all_of["value"] += _square(value)
-            for query in heads.queries_of(head) if known else ():
-                old = heads.output(query)
-                if pooled.output is not None:
-                    size = value.shape[0]
-                    new = pooled.output[:, new_query * size: (new_query + 1) * size]
-                else:
-                    new = old if pooled.value_maps is None else old @ pooled.value_maps[head]
-                here, away = product_energy(old, value, new, pooled.value[group])
-                all_of["output"] += here
-                off["output"] += away
-                new_query += 1
+            if known:  # the square of O_h (V_i - B_i V'), summed over the queries h of head i
+                gram = heads.output_gram(head)
+                off["output"] += float((gram * (away @ away.T)).sum())
+                all_of["output"] += float((gram * (value @ value.T)).sum())
     ratio = {name: (max(off[name], 0.0) / all_of[name]) ** 0.5 if all_of[name] else 0.0 for name in off}
     return LayerError(heads.layout.layer, len(pooled.groups), ratio["key"], ratio["value"],
                       ratio["output"] if known else None)
-
-
-def product_energy(old: torch.Tensor, value: torch.Tensor, new: torch.Tensor,
-                   pooled: torch.Tensor) -> tuple[float, float]:
-    """Squared sizes of old @ value [out, in] and of old @ value - new @ pooled, without forming either product."""
-    left, right = torch.cat((old, -new), dim=1), torch.cat((value, pooled), dim=0)
-    size = value.shape[0]
-    energy = (left.T @ left) * (right @ right.T)
-    whole = float(energy[:size, :size].sum())
-    away = float(energy.sum())
-    if away < 1e-12 * whole and new is old and torch.equal(value, pooled):
-        away = 0.0
-    return whole, away
 
 
 def _square(values: torch.Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import exp, log
@@ -33,7 +33,7 @@ def split_log(history: Sequence[dict[str, Any]]) -> tuple[list[Point], list[Poin
             [Point(step, loss) for step, loss in sorted(held.items())])
 
 
-def picture(title: str, curves: dict[str, Sequence[Point]], level: tuple[str, float] | None = None) -> str:
+def picture(title: str, curves: Mapping[str, Sequence[Point]], level: tuple[str, float] | None = None) -> str:
     """An SVG: perplexity (log scale) by step, one line per curve. level: a named perplexity to reach, dashed."""
     points = [point for curve in curves.values() for point in curve]
     values = [point.loss for point in points] + ([log(level[1])] if level else [])

@@ -65,7 +65,8 @@ class Watch(TrainerCallback):
                 continue
             if not math.isfinite(float(value)):
                 raise GqaExportError(f"training diverged: the {text} after {state.global_step} steps is {value}",
-                                     "--learning-rate", "pass --restart with a smaller --learning-rate, or without --bf16")
+                                     "--learning-rate", "pass --restart with a smaller --learning-rate, or without "
+                                     "--bf16")
             self.last = f"{text} {float(value):.3f}"
         self.report(f"step {state.global_step} of {state.max_steps}: {self.last}", state.global_step, state.max_steps)
 
@@ -75,13 +76,14 @@ def arguments(options: UptrainOptions, work: Path, steps: int, *, resuming: bool
     often = options.eval_steps or max(1, steps // 10)
     accelerator = torch.accelerator.is_available()
     named = {field.name for field in fields(TrainingArguments)}
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in named else "gradient_checkpointing"
+    checkpointing: Any = {"activation_checkpointing" if "activation_checkpointing" in named
+                          else "gradient_checkpointing": options.gradient_checkpointing}
     return TrainingArguments(
         output_dir=str(work), max_steps=steps, per_device_train_batch_size=options.batch,
         per_device_eval_batch_size=options.batch, gradient_accumulation_steps=options.accumulate,
         learning_rate=options.learning_rate, lr_scheduler_type="cosine", warmup_steps=math.ceil(options.warmup * steps),
         weight_decay=options.weight_decay, adam_beta2=0.95, max_grad_norm=1.0, bf16=options.bf16,
-        use_cpu=not accelerator, **{checkpointing: options.gradient_checkpointing},
+        use_cpu=not accelerator, **checkpointing,
         seed=options.seed, data_seed=options.seed,
         eval_strategy="steps", eval_steps=often, eval_on_start=not resuming, prediction_loss_only=True,
         logging_strategy="steps", logging_steps=options.log_steps, logging_nan_inf_filter=False,
