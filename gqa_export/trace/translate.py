@@ -29,6 +29,34 @@ def library(opset: int) -> tuple[Any, dict[Any, Any], tuple[Any, ...]]:
     return registry, table, kept
 
 
+PICKS = frozenset({"embedding", "index", "gather", "index_select", "_to_copy", "grouped_query_attention"})
+"""ops whose tensors have types of their own: nothing is promoted there"""
+
+
+def mixes_types(graph: torch.fx.GraphModule) -> bool:
+    """Whether an op may promote its inputs: tensors of two types, or integers that become or meet floats.
+
+    Some that are named here promote nothing; none that promotes is left out.
+    """
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if node.target._schema.name.split("::")[1] in PICKS:
+            continue
+        values = [node.meta.get("val"), *[arg.meta.get("val") if isinstance(arg, torch.fx.Node) else arg
+                                          for arg in torch.utils._pytree.arg_tree_leaves(*node.args, **node.kwargs)]]
+        types = {value.dtype for value in values[1:] if isinstance(value, torch.Tensor)}
+        integral = any(not kind.is_floating_point for kind in types)
+        if node.target._schema.name == "aten::where":
+            types.discard(torch.bool)
+            integral = any(not kind.is_floating_point for kind in types)
+        floats = any(isinstance(value, float | torch.SymFloat) for value in values[1:])
+        result = isinstance(values[0], torch.Tensor) and values[0].dtype.is_floating_point
+        if len(types) > 1 or (integral and (floats or result)):
+            return True
+    return False
+
+
 def translate(graph: torch.fx.GraphModule, names: dict[str, str], inputs: list[str], outputs: list[str],
               tensors: dict[str, torch.Tensor], opset: int) -> ir.Model:
     """The onnx_ir Model of a captured graph. names: of placeholders; inputs, outputs: in order; tensors: weights and
@@ -36,7 +64,8 @@ def translate(graph: torch.fx.GraphModule, names: dict[str, str], inputs: list[s
     from torch.onnx._internal.exporter import _constants, _core, _fx_passes, _ir_passes
 
     registry, *_ = library(opset)
-    _fx_passes.insert_type_promotion_nodes(graph)
+    if mixes_types(graph):
+        _fx_passes.insert_type_promotion_nodes(graph)  # runs every node once more, so only where it may be needed
     graph = _fx_passes.remove_assertion_nodes(graph)
     model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=_constants.ONNX_IR_VERSION)
     if len(list(graph.named_modules())) > 1:

@@ -99,3 +99,18 @@ def test_windows_and_the_capacity_are_among_the_sizes_tried():
     lengths = {point["past"] for point in capture.sizes(True, edges=(48,))}
     assert {47, 48, 49} <= lengths
     assert min(point["past"] for point in capture.sizes(False)) == 1
+
+
+class Halves(torch.nn.Module):
+    def forward(self, ids):
+        return ids * 0.5 + ids.to(torch.float16)
+
+
+def test_types_are_promoted_where_they_mix_and_only_there():
+    mixed, names = capture_alone(Halves())
+    assert translate.mixes_types(mixed)
+    plain, _ = capture_alone(Plain())
+    assert not translate.mixes_types(plain)
+    model = translate.translate(mixed, names, ["ids"], ["out"], {}, export.OPSET)
+    assert [node.op_type for node in model.graph][-1] == "Add"
+    assert model.graph.outputs[0].dtype.name == "FLOAT"
