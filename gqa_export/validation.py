@@ -25,7 +25,15 @@ from .compare.drive import BUNDLE, EAGER, TRUTH, CaseDriver, CaseLog
 from .compare.judge import judge
 from .compare.verdict import Verdict
 from .errors import GqaExportError
-from .run.sides import Sides, bundle_session, choose_bundle_provider, pytorch_sessions, torch_threads, what_it_shows
+from .run.sides import (
+    Sides,
+    bundle_session,
+    choose_bundle_provider,
+    load_engine,
+    pytorch_sessions,
+    torch_threads,
+    what_it_shows,
+)
 
 Report = Callable[[str, float | None, float | None], None]
 """what is being done, how much is done, of how much"""
@@ -53,24 +61,25 @@ def validate(bundle: Path | str, against: str | Path, *, steps: int = 32, provid
     report("checking the bundle's files", None, None)
     manifest = read_manifest(folder)
     unhashed = check_files(folder, manifest, full=full_hash, hashes=check_hashes)
-    target = get_target(manifest.target)
-    ran_dtype = "float32" if as_dtype or target.engine else manifest.dtype
-    provider = choose_bundle_provider(manifest, provider, ran_dtype)
+    target, built, notes = get_target(manifest.target), manifest.engine, list[str]()
+    engine = load_engine(folder, provider, as_dtype) if built else None
+    ran_dtype = "float32" if as_dtype or (target.engine and not built) else manifest.dtype
+    provider = built.flavor if built else choose_bundle_provider(manifest, provider, ran_dtype)
     report("loading the checkpoint", None, None)
-    checkpoint, notes = open_checkpoint(against), list[str]()
+    checkpoint = open_checkpoint(against)
     with ExitStack() as stack:
         stack.enter_context(torch_threads(manifest))
         ran, where = manifest, folder
         if ran_dtype != manifest.dtype:
             report("widening to fp32", None, None)
             ran, where = stack.enter_context(_twin(folder))
-        if target.engine:
+        if target.engine and not built:
             ran, where = stack.enter_context(_interpreted(where, ran, notes))
             target = on_cpu(target)
         truth, eager, truth_dtype = pytorch_sessions(checkpoint, manifest, ran_dtype, notes)
         check_belongs(manifest.spec, what_it_shows(truth, str(against)), f"{folder} against {against}")
         report("loading the bundle", None, None)
-        session, poison = stack.enter_context(bundle_session(where, ran, provider, notes, target))
+        session, poison = engine or stack.enter_context(bundle_session(where, ran, provider, notes, target))
         plan = plan_cases(manifest.spec, manifest.capacity, steps=steps, special=_special(manifest),
                           original_positions=_original_positions(truth), text_ids=_text_ids(folder),
                           nan_tail_safe=target.nan_tail_safe)

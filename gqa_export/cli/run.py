@@ -40,7 +40,7 @@ def command(bundle: Path, prompt: str | None, token_ids: str | None, chat: bool,
     """
     from ..bundle import read_manifest
     from ..run.generate import Sampling, generate
-    from ..run.ort import OrtSession
+    from ..run.opening import open_bundle
     from ..run.text import BundleText, has_tokenizer
     from .progress import progress
 
@@ -49,7 +49,7 @@ def command(bundle: Path, prompt: str | None, token_ids: str | None, chat: bool,
     text = BundleText(bundle) if prompt is not None or has_tokenizer(bundle) else None
     ids = prompt_ids(prompt, token_ids, chat, system, text)
     with progress(f"loading {bundle.name}"):
-        session = OrtSession.load(bundle, provider, low_memory=low_memory, threads=threads)
+        session = open_bundle(bundle, provider, low_memory=low_memory, threads=threads)
     stream = text.stream() if text is not None else None
     show = (lambda piece: None) if as_json else (lambda piece: click.echo(piece, nl=False))
     result = generate(session, [ids], max_new_tokens, manifest.tokens.get("eos", ()),

@@ -34,6 +34,7 @@ def command(bundle: Path, against: str, as_dtype: str | None, provider: str, ste
     from ..validation import validate
     from .progress import progress
 
+    say_what_was_checked(bundle)
     with progress(f"validating {bundle.name}") as bar:
         verdict = validate(bundle, against, steps=steps, provider=provider, as_dtype=as_dtype, full_hash=full_hash,
                            progress=bar.report)
@@ -42,3 +43,15 @@ def command(bundle: Path, against: str, as_dtype: str | None, provider: str, ste
     for line in (*(f"drift: {drift}" for drift in outcome.drifts), *outcome.notes):
         click.echo(line)
     raise SystemExit(outcome.exit_code)
+
+
+def say_what_was_checked(bundle: Path) -> None:
+    """Of an engine bundle: what can be told without running it. Raises GqaExportError."""
+    from ..bundle import read_manifest
+
+    if read_manifest(bundle).engine is None:
+        return
+    from ..run.trt_check import check_bundle
+
+    for line in check_bundle(bundle).lines:
+        click.echo(f"checked: {line}")

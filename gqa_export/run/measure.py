@@ -15,7 +15,7 @@ import numpy as np
 from ..bundle import read_manifest
 from ..errors import GqaExportError
 from .generate import generate
-from .ort import OrtSession
+from .opening import open_bundle
 
 MIB = 1 << 20
 
@@ -56,7 +56,7 @@ def measure(folder: Path | str, *, prompt_tokens: int, new_tokens: int, batch: i
     """Load a bundle and run random prompts (seeded) of `prompt_tokens` for `new_tokens` steps, `repeat` times.
 
     End tokens are not honoured: every repeat does the same work. One short run before them is not counted.
-    Raises GqaExportError if prompt and answer do not fit the bundle's capacity, NotCheckedHere as `OrtSession.load`.
+    Raises GqaExportError if prompt and answer do not fit the bundle's capacity, NotCheckedHere as `open_bundle`.
     """
     manifest = read_manifest(folder)
     # the last new token is never fed
@@ -67,7 +67,7 @@ def measure(folder: Path | str, *, prompt_tokens: int, new_tokens: int, batch: i
     before = anonymous_mib()
     started = time.perf_counter()
     report("loading")
-    session = OrtSession.load(folder, provider, low_memory=low_memory, threads=threads)
+    session = open_bundle(folder, provider, low_memory=low_memory, threads=threads)
     load_s = time.perf_counter() - started
     random = np.random.default_rng(0)
     prompts = random.integers(0, manifest.spec.vocabulary, (batch, prompt_tokens)).tolist()

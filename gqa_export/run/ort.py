@@ -59,7 +59,8 @@ class OrtSession:
         target = target or get_target(manifest.target)
         if not target.runs_in_onnxruntime:
             raise GqaExportError(f"a bundle of target {manifest.target} does not run in ONNX Runtime", str(folder),
-                                 "export it with --target ort, onnx or portable to run it here")
+                                 "build an engine of it with `gqa-export trt`, or export it with --target ort, onnx or "
+                                 "portable to run it here")
         capacity = manifest.capacity if capacity is None else capacity
         if not 1 <= capacity <= manifest.capacity:
             raise GqaExportError(f"a capacity of {capacity} is not within 1..{manifest.capacity}", str(folder),

@@ -116,6 +116,17 @@ def choose_bundle_provider(manifest: Manifest, asked: str, ran_dtype: str) -> st
         raise
 
 
+def load_engine(folder: Path, provider: str, as_dtype: str | None) -> tuple[Session, Poison]:
+    """An engine bundle's session, and the handle that poisons its cache. Raises GqaExportError, NotCheckedHere."""
+    from .trt import EngineSession
+
+    for option, given in (("--as", as_dtype), ("--provider", provider != "auto")):
+        if given:
+            raise GqaExportError("an engine is compared as it was built, on the GPU", option, f"leave out {option}")
+    session = EngineSession.load(folder)
+    return session, session.poison
+
+
 @contextmanager
 def bundle_session(folder: Path, manifest: Manifest, provider: str, notes: list[str],
                    target: Any = None) -> Iterator[tuple[Session, Poison | None]]:

@@ -44,7 +44,7 @@ class Target:
     shared_cache_layers: bool = False
     """a layer may read another layer's present and write nothing"""
     runs_in_onnxruntime: bool = True
-    """plain ONNX Runtime can run the graph"""
+    """a session of ONNX Runtime is what its bundles are for"""
     engine: bool = False
     """its graphs are made into TensorRT engines; on a CPU the graph alone can be checked, by `on_cpu`"""
     literal_capacity: bool = False
@@ -123,7 +123,7 @@ _ROWS = (
     Target(name="trt-native", attention="Attention", fallback="",
            opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            softcap=False, sinks=False, value_head_size_differs=False, nan_tail_safe=False, shares_buffer=True,
-           literal_capacity=True,
+           literal_capacity=True, runs_in_onnxruntime=False,
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
 )
 

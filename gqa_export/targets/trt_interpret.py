@@ -7,6 +7,8 @@ only: others are widened first (`graph.twin`). Dimensions as in `gqa_export.cont
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -92,10 +94,11 @@ def _positions(graph: onnx.GraphProto, past_lengths: str, rows: int) -> list[onn
     zero, one = _constant(graph, f"{stem}/zero", np.array(0)), _constant(graph, f"{stem}/one", np.array(1))
     first, last = (_constant(graph, f"{stem}/axis_{i}", np.array([i])) for i in (0, 1))
     most = _constant(graph, f"{stem}/most", np.array(rows - 1))
-    steps = [("Shape", [cache_io.INPUT_IDS], "steps", {"start": 1, "end": 2}), ("Squeeze", ["steps", first], "end", {}),
-             ("Range", [zero, "end", one], "range", {}), ("Cast", [past_lengths], "past", {"to": TensorProto.INT64}),
-             ("Unsqueeze", ["past", last], "column", {}), ("Add", ["column", "range"], "sum", {}),
-             ("Max", ["sum", zero], "low", {}), ("Min", ["low", most], "", {})]
+    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
+        ("Shape", [cache_io.INPUT_IDS], "steps", {"start": 1, "end": 2}), ("Squeeze", ["steps", first], "end", {}),
+        ("Range", [zero, "end", one], "range", {}), ("Cast", [past_lengths], "past", {"to": TensorProto.INT64}),
+        ("Unsqueeze", ["past", last], "column", {}), ("Add", ["column", "range"], "sum", {}),
+        ("Max", ["sum", zero], "low", {}), ("Min", ["low", most], "", {})]
     made = {label for _, _, label, _ in steps}
 
     def full(name: str) -> str:

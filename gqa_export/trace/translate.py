@@ -87,5 +87,6 @@ def translate(graph: torch.fx.GraphModule, names: dict[str, str], inputs: list[s
         raise NotCaptured(f"{len(results)} outputs, expected {len(outputs)}")
     for value, name in zip(results, outputs):
         value.name = name
+    model.opset_imports[""] = opset  # what nodes of torchlib leave undeclared becomes 18 otherwise
     _ir_passes.add_opset_imports(model)
     return model

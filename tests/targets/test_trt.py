@@ -44,7 +44,7 @@ def attributes(node: onnx.NodeProto) -> dict:
 def test_graph_equals_pytorch_in_every_case_of_validate(name: str, target: str) -> None:
     verdict = validate(bundle(name, target), checkpoint(name), steps=STEPS)
     assert verdict.passed, str(verdict.first)
-    assert [case.name for case in verdict.cases] == ["long", "free", "ragged", "poisoned"]
+    assert {"long", "free", "ragged", "poisoned"} <= {case.name for case in verdict.cases}
     assert verdict.max_abs_logits < LOGITS
 
 

@@ -1,0 +1,361 @@
+"""Engine bundles as sessions, over a pretended TensorRT: the tokens are right, the refusals come first."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from gqa_plugins.grouped_attention import tensorrt as plugin
+
+from gqa_export import trt_libraries
+from gqa_export.bundle import MANIFEST, read_manifest
+from gqa_export.cli import main
+from gqa_export.engine_facts import PluginFacts, ProfileFacts
+from gqa_export.errors import GqaExportError, NotCheckedHere
+from gqa_export.run import trt_check, trt_device
+from gqa_export.run.generate import generate
+from gqa_export.run.opening import open_bundle
+from gqa_export.run.torch_ref import TorchSession
+from gqa_export.run.trt import EngineSession
+from gqa_export.run.trt_check import check_bundle, check_device, import_flavor
+from gqa_export.validation import _interpreted, validate
+
+from .conftest import CAPACITY, VOCABULARY
+from .engine_stand_in import VERSION, Device, module, pretend_cuda, refacts, write_engine
+
+TARGETS = ["trt-plugin", "trt-native"]
+TOLERANCE = 1e-4
+"""fp32 on logits up to 20, as in the other sessions' tests: a wrong token gives 0.1 and more"""
+# (S, new tokens per row): past the window of 16, more than the engine takes at once (8), rows that bring nothing
+STEPS = ((19, (19, 5, 1)), (1, (1, 1, 1)), (4, (2, 4, 1)), (1, (1, 0, 1)), (1, (1, 1, 1)), (1, (1, 1, 1)),
+         (10, (0, 10, 3)), (1, (1, 1, 1)), (2, (0, 0, 0)), (1, (1, 1, 1)))
+
+
+@pytest.fixture(scope="session")
+def interpreted(bundle, tmp_path_factory):
+    """target -> (manifest of its ONNX bundle, folder with the graph as ONNX Runtime runs it)."""
+    made: dict[str, tuple] = {}
+
+    def get(target: str):
+        if target not in made:
+            folder = bundle(target, "static", "last")
+            place = tmp_path_factory.mktemp("interpreted") / target
+            with _interpreted(folder, read_manifest(folder), []) as (_, graph):
+                shutil.copytree(graph, place)
+            made[target] = read_manifest(folder), place
+        return made[target]
+
+    return get
+
+
+@pytest.fixture
+def engine(interpreted, tmp_path):
+    """(target, **facts) -> the folder of an engine bundle that a test may change."""
+    def make(target: str = "trt-plugin", **options) -> Path:
+        manifest, graph = interpreted(target)
+        return write_engine(tmp_path / "engine", graph, manifest, **options)
+
+    return make
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A pretended GPU with a pretended TensorRT: (bundle) -> its session; `.device` is the log."""
+    device = Device()
+    pretend_cuda(monkeypatch, device)
+    monkeypatch.setattr(trt_device, "cuda_device", lambda number: torch.device("cpu"))
+    monkeypatch.setattr(plugin, "register", lambda trt: None)
+    monkeypatch.setattr(plugin, "failures", [])
+
+    def load(folder: Path, **options) -> EngineSession:
+        monkeypatch.setattr("gqa_export.run.trt.import_flavor", lambda facts, where: module(device, folder))
+        return EngineSession.load(folder, **options)
+
+    load.device = device
+    return load
+
+
+def last_rows(logits: np.ndarray, new: tuple[int, ...]) -> np.ndarray:
+    """[B, V] of each row's last valid token, zero where there is none."""
+    rows = [logits[b, min(count, logits.shape[1]) - 1] * (count > 0) for b, count in enumerate(new)]
+    return np.stack(rows)
+
+
+def drive(session, steps=STEPS) -> list[np.ndarray]:
+    random = np.random.default_rng(5)
+    session.reset(len(steps[0][1]))
+    shown = []
+    for width, new in steps:
+        ids = random.integers(0, VOCABULARY, (len(new), width))
+        step = session.step(ids, np.array(new), want_cache=True)
+        real = np.arange(width)[None] < np.array(new)[:, None]
+        shown.append(last_rows(step.logits, new))
+        shown += [np.where(real[:, None, :, None], rows, 0) for rows in (*step.keys, *step.values)]
+    return shown
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_ragged_batches_in_pieces_over_a_past_equal_pytorch(engine, gpu, model, target, cuda_graph) -> None:
+    session = gpu(engine(target), cuda_graph=cuda_graph)
+    for got, wanted in zip(drive(session), drive(TorchSession(model, CAPACITY, "fp64")), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=TOLERANCE, rtol=0)
+    assert bool(gpu.device.replayed) == cuda_graph
+    assert set(gpu.device.plain) == {0, 1}  # both profiles were used
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_generate_gives_pytorchs_tokens_until_the_cache_is_full(engine, gpu, model, target) -> None:
+    session = gpu(engine(target))
+    prompts = [list(range(3, 24)), [5, 6, 7], list(range(40, 72))]
+    found, wanted = (generate(each, prompts, 40) for each in (session, TorchSession(model, CAPACITY, "fp32")))
+    assert found.tokens == wanted.tokens
+    assert found.finish == wanted.finish
+    assert "cache full" in found.finish
+    assert session.lengths.max() == CAPACITY
+
+
+def test_a_decode_step_is_captured_once_a_batch_size_after_one_plain_step(engine, gpu) -> None:
+    session = gpu(engine())
+    for batch, captured in ((2, 1), (2, 1), (3, 2)):
+        session.reset(batch)
+        session.step(np.full((batch, 4), 9))
+        for _ in range(4):
+            session.step(np.full((batch, 1), 9))
+        assert gpu.device.captured == captured
+    # the second batch of 2 keeps the graph of the first: 3 + 4 + 3 of 12 decode steps
+    assert gpu.device.replayed == 10
+    assert gpu.device.plain.count(0) == 2
+
+
+def test_the_cache_stays_where_it_is_and_is_emptied_by_reset(engine, gpu) -> None:
+    session = gpu(engine())
+    addresses = [tensor.data_ptr() for tensor in session.backend.caches]
+    session.step(np.array([[4, 5, 6]]))
+    session.step(np.array([[7]]))
+    assert [tensor.data_ptr() for tensor in session.backend.caches] == addresses
+    assert all(bool(tensor[:, :, :4].any()) for tensor in session.backend.caches)
+    session.reset(1)
+    assert [tensor.data_ptr() for tensor in session.backend.caches] == addresses
+    assert not any(bool(tensor.any()) for tensor in session.backend.caches)
+    assert session.lengths.tolist() == [0]
+
+
+def test_decode_on_the_device_equals_step(engine, gpu) -> None:
+    session = gpu(engine())
+    shown = []
+    for way in ("step", "decode"):
+        session.reset(2)
+        session.step(np.array([[4, 5, 6], [7, 8, 0]]), np.array([3, 2]))
+        if way == "step":
+            shown += [session.step(np.array([[9], [10]])).logits for _ in range(3)]
+            continue
+        ids = torch.tensor([[9], [10]], dtype=torch.int32)
+        for before in shown:
+            np.testing.assert_array_equal(session.decode(ids).numpy(), before)
+    assert session.lengths.tolist() == [6, 5]
+    assert session.device_logits.shape == (2, 1, VOCABULARY)
+
+
+@pytest.mark.parametrize(("action", "what"), [
+    (lambda s: s.reset(4), "4 sequences at once, and the engine takes 1 to 3"),
+    (lambda s: s.reset(0), "0 sequences at once"),
+    (lambda s: s.step(np.zeros((1, CAPACITY + 1), np.int64)), f"the cache holds {CAPACITY} tokens"),
+    (lambda s: s.step(np.array([[VOCABULARY]])), "outside the vocabulary"),
+    (lambda s: s.step(np.zeros((2, 1), np.int64)), r"expected \[1, S\]"),
+    (lambda s: s.decode(torch.zeros((2, 1), dtype=torch.int32)), r"expected \[1, 1\]")])
+def test_what_does_not_fit_is_refused_before_anything_runs(engine, gpu, action, what) -> None:
+    session = gpu(engine())
+    session.step(np.array([[4, 5]]))
+    cache, ran = session.cache(), list(gpu.device.plain)
+    with pytest.raises(GqaExportError, match=what) as caught:
+        action(session)
+    assert caught.value.fix
+    assert gpu.device.plain == ran
+    assert session.lengths.tolist() == [2]
+    for before, after in zip(cache, session.cache()):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_a_full_cache_takes_no_more_on_the_device_either(engine, gpu) -> None:
+    session = gpu(engine())
+    session.step(np.full((1, CAPACITY), 9))
+    with pytest.raises(GqaExportError, match="the cache holds"):
+        session.decode(torch.zeros((1, 1), dtype=torch.int32))
+
+
+def test_padding_never_passes_the_end_of_a_native_cache(engine, gpu, model) -> None:
+    steps = ((CAPACITY - 2, (CAPACITY - 2, 3)), (6, (2, 6)), (3, (0, 3)))
+    session = gpu(engine("trt-native", max_batch=2))
+    for got, wanted in zip(drive(session, steps), drive(TorchSession(model, CAPACITY, "fp64"), steps), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_engine_is_validated_like_any_bundle(engine, gpu, checkpoint, target) -> None:
+    folder = engine(target)
+    gpu(folder)
+    verdict = validate(folder, checkpoint, steps=6)
+    assert verdict.passed, str(verdict.first)
+    assert {"long", "free", "ragged", "poisoned"} <= {case.name for case in verdict.cases}
+    assert (verdict.provider, verdict.checked_dtype) == ("rtx", "float32")
+    assert not [note for note in verdict.notes if "interpreted" in note]
+
+
+@pytest.mark.parametrize("option", [{"as_dtype": "fp32"}, {"provider": "cuda"}])
+def test_an_engine_is_compared_as_it_was_built(engine, checkpoint, option) -> None:
+    with pytest.raises(GqaExportError, match="as it was built"):
+        validate(engine(), checkpoint, **option)
+
+
+@pytest.mark.parametrize("option", [{"provider": "cpu"}, {"low_memory": True}, {"threads": 2}])
+def test_an_engine_knows_nothing_of_onnx_runtimes_options(engine, option) -> None:
+    with pytest.raises(GqaExportError, match="an engine runs on the GPU"):
+        open_bundle(engine(), **option)
+
+
+def wrong_plugin(**changes) -> dict:
+    return {"plugin": replace(PluginFacts("GroupedQueryAttention", "1", "gqa", 1, "0" * 64), **changes)}
+
+
+@pytest.mark.parametrize(("facts", "what"), [
+    ({"flavor": "tensorflow"}, "the engine is for 'tensorflow'"),
+    ({"stripped": True}, "built without its weights"),
+    ({"aliases": {}}, "does not write present.0.key into the memory of past_key_values.0.key"),
+    ({"profiles": ()}, "has no decode profile"),
+    ({"profiles": (ProfileFacts("decode", {}),)}, "the decode profile says nothing of input_ids"),
+    ({"plugin": None}, "does not say which plugin"),
+    (wrong_plugin(version="2"), "version 2; this gqa-export has gqa::GroupedQueryAttention version 1"),
+    (wrong_plugin(namespace="other"), "asks for the plugin other::"),
+    (wrong_plugin(contract_version=2), "follow version 2 of the op"),
+    (wrong_plugin(), "does not carry the kernels")])
+def test_a_manifest_that_does_not_fit_is_refused(engine, facts, what) -> None:
+    folder = refacts(engine(), **facts)
+    with pytest.raises(GqaExportError, match=what) as caught:
+        check_bundle(folder)
+    assert caught.value.exit_code == 2
+    assert caught.value.fix
+
+
+def test_a_changed_engine_is_refused_by_its_sha256_before_tensorrt_sees_it(engine, gpu) -> None:
+    folder = engine()
+    data = bytearray((folder / "model.engine").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.engine").write_bytes(data)
+    with pytest.raises(GqaExportError, match=r"content of model.engine is not what its manifest says \(sha256\)"):
+        gpu(folder)
+    (folder / "model.engine").unlink()
+    with pytest.raises(GqaExportError, match=r"the bundle has no model.engine"):
+        gpu(folder)
+
+
+def test_a_manifest_of_another_shape_is_refused(engine) -> None:
+    folder = engine()
+    data = json.loads((folder / MANIFEST).read_text())
+    del data["engine"]["profiles"]
+    (folder / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(GqaExportError, match="not a valid bundle manifest"):
+        check_bundle(folder)
+
+
+def test_a_bundle_with_a_graph_is_told_how_it_becomes_an_engine(bundle) -> None:
+    with pytest.raises(GqaExportError, match="holds a graph for trt-plugin, not an engine") as caught:
+        check_bundle(bundle("trt-plugin", "static", "last"))
+    assert "gqa-export trt" in caught.value.fix
+    with pytest.raises(GqaExportError, match="does not run in ONNX Runtime") as caught:
+        open_bundle(bundle("trt-plugin", "static", "last"))
+    assert "gqa-export trt" in caught.value.fix
+
+
+def test_what_was_checked_is_said(engine) -> None:
+    lines = "\n".join(check_bundle(engine()).lines)
+    assert "TensorRT for RTX 9.9.9, plugin attention, float32, capacity 48, up to 3 sequences" in lines
+    assert "compute capability 8.0, 8.9" in lines
+    assert "4 outputs in the memory of their inputs" in lines
+    assert "2 kernels inside" in lines
+    assert "decode: 2 PluginV3" in lines
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("arguments", [["validate", "--against", "CHECKPOINT"], ["run", "--token-ids", "3,4"],
+                                       ["bench", "--prompt-tokens", "2", "--new-tokens", "2"]])
+def test_without_a_gpu_nothing_is_run_and_nothing_passes(engine, checkpoint, arguments) -> None:
+    verb, *rest = [str(checkpoint) if word == "CHECKPOINT" else word for word in arguments]
+    done = CliRunner().invoke(main, [verb, str(engine()), *rest])
+    assert done.exit_code == 3, done.output
+    assert "this machine cannot run the engine" in done.output
+    assert "PASSED" not in done.output
+    assert ("checked: plugin: gqa::GroupedQueryAttention version 1, 2 layers" in done.output) == (verb == "validate")
+
+
+def test_a_gpu_of_another_capability_is_refused(engine, monkeypatch) -> None:
+    facts = check_bundle(engine()).facts
+    pretend_cuda(monkeypatch, Device(), (9, 0))
+    with pytest.raises(GqaExportError, match=r"compute capability 8.0, 8.9, this GPU \(Stand-in 4090\) has 9.0") as no:
+        check_device(facts, 0, "there")
+    assert no.value.fix == "build it again with --compute-capability 9.0"
+    with pytest.raises(GqaExportError, match="there is no CUDA device 1: 1 are here"):
+        check_device(replace(facts, compute_capabilities=()), 1, "there")
+    check_device(replace(facts, compute_capabilities=()), 0, "there")
+
+
+def test_pytorch_is_asked_for_where_it_is_missing(engine, monkeypatch) -> None:
+    facts = check_bundle(engine()).facts
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    with pytest.raises(NotCheckedHere, match="PyTorch is not installed"):
+        check_device(facts, 0, "there")
+
+
+def library(monkeypatch, here: tuple[str, ...], version: str = VERSION) -> None:
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(trt_libraries, "is_there", lambda flavor: flavor in here)
+    monkeypatch.setattr(trt_libraries, "find",
+                        lambda flavor: trt_libraries.Library(flavor, "pretended_tensorrt", version, ()))
+    monkeypatch.setitem(__import__("sys").modules, "pretended_tensorrt", SimpleNamespace(__version__=version))
+
+
+def test_another_flavour_or_version_is_refused_and_the_very_same_is_taken(engine, monkeypatch) -> None:
+    facts = check_bundle(engine()).facts
+    library(monkeypatch, ("tensorrt",))
+    with pytest.raises(GqaExportError, match="of TensorRT for RTX, and only TensorRT is installed"):
+        import_flavor(facts, "there")
+    library(monkeypatch, ("rtx",), "9.9.8")
+    with pytest.raises(GqaExportError, match=r"built by TensorRT for RTX 9.9.9, here is 9.9.8"):
+        import_flavor(facts, "there")
+    library(monkeypatch, ("rtx", "tensorrt"))
+    assert import_flavor(facts, "there").__version__ == VERSION
+
+
+def test_without_any_tensorrt_the_package_is_named(engine, monkeypatch) -> None:
+    facts = check_bundle(engine()).facts
+    monkeypatch.setattr(trt_libraries, "find_spec", lambda name: None)
+    with pytest.raises(GqaExportError, match="tensorrt_rtx is not installed"):
+        import_flavor(facts, "there")
+
+
+def test_an_engine_that_tensorrt_cannot_open_is_an_error_of_ours(engine, interpreted, gpu, monkeypatch) -> None:
+    folder = engine()
+    (folder / "model.engine").write_bytes(b"something else")
+    monkeypatch.setattr(trt_check, "check_files", lambda *args, **kwargs: [])
+    monkeypatch.setattr(trt_check, "_check_kernels", lambda *args: "")
+    with pytest.raises(GqaExportError, match="the engine cannot be opened") as caught:
+        gpu(folder)
+    assert caught.value.where.endswith("model.engine")
+
+
+def test_what_the_plugin_refused_comes_out_of_a_run_that_failed(engine, gpu) -> None:
+    session = gpu(engine())
+    gpu.device.fail = True
+    with pytest.raises(GqaExportError, match="the engine did not run"):
+        session.step(np.array([[4, 5]]))
+    session.backend._failures.append(GqaExportError("kernel decode is for another GPU", "layer 3", "build it again"))
+    with pytest.raises(GqaExportError, match="kernel decode is for another GPU"):
+        session.step(np.array([[4, 5]]))
+    assert session.lengths.tolist() == [0]
