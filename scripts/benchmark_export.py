@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import click
+import onnx
 
 from gqa_export.bundle import read_manifest
 
@@ -49,7 +50,9 @@ def export_once(checkpoint: Path, folder: Path, way: str, traces: Path, mobius: 
     wall = time.perf_counter() - began
     if status:
         raise SystemExit(f"the export failed with status {status}: {' '.join(command)}")
-    figures = {"wall_s": wall, "cpu_s": used.ru_utime + used.ru_stime, "peak_mb": used.ru_maxrss / 1e3}
+    (model,) = folder.rglob("model.onnx")
+    nodes = len(onnx.load(model, load_external_data=False).graph.node)
+    figures = {"nodes": nodes, "wall_s": wall, "cpu_s": used.ru_utime + used.ru_stime, "peak_mb": used.ru_maxrss / 1e3}
     if way in (PEER, MOBIUS):
         written = sum(path.stat().st_size for path in folder.rglob("model.onnx*"))
         return {**figures, "written_mb": written / 1e6, "linked_mb": 0.0}
@@ -62,14 +65,14 @@ def markdown(result: dict) -> str:
     lines = ["# The cost of a cold export", "",
              f"{result['date']}, {result['machine']}; {result['checkpoint']}, target ort, fp32, no validation; "
              f"{result['runs']} runs each, medians (least to most). Made by `scripts/benchmark_export.py`.", "",
-             "| export | wall s | CPU s | peak memory MB | written MB | used where they are MB |",
-             "|---|---|---|---|---|---|"]
+             "| export | wall s | CPU s | peak memory MB | written MB | used where they are MB | nodes |",
+             "|---|---|---|---|---|---|---|"]
     for way, rows in result["ways"].items():
         cells = []
         for name in ("wall_s", "cpu_s", "peak_mb"):
             values = sorted(row[name] for row in rows)
             cells.append(f"{statistics.median(values):.1f} ({values[0]:.1f} - {values[-1]:.1f})")
-        cells += [f"{rows[0]['written_mb']:.1f}", f"{rows[0]['linked_mb']:.1f}"]
+        cells += [f"{rows[0]['written_mb']:.1f}", f"{rows[0]['linked_mb']:.1f}", f"{rows[0]['nodes']}"]
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
     walls = {way: statistics.median(row["wall_s"] for row in rows) for way, rows in result["ways"].items()}
     peers = {way: wall for way, wall in walls.items() if way in (PEER, MOBIUS)}
