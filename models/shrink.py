@@ -83,6 +83,8 @@ def _shrunk(default: Any, depth: int | None = None) -> dict[str, Any]:
             values[key] = _cycled(list(value), depth)
         elif key.endswith(("token_id", "token_index")) and _ids_beyond(value, sizes["vocab_size"]):
             values[key] = 2 if key.startswith("eos") else 3
+    if "qk_rope_head_dim" in values and "head_dim" in values:
+        values["head_dim"] = values["qk_rope_head_dim"]  # in latent attention it sizes the rotary part
     return values
 
 

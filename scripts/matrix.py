@@ -13,7 +13,7 @@ import argparse
 import datetime
 import json
 import os
-import signal
+import resource
 import sys
 import tempfile
 import time
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--failed", action="store_true", help="only names whose row is `wrong` or `failed`")
     parser.add_argument("--data", type=Path, default=DATA, help="the JSON file to write into")
     parser.add_argument("--keep", type=Path, default=None, help="keep the small checkpoints here")
-    parser.add_argument("--limit", type=int, default=300, help="seconds for one architecture")
+    parser.add_argument("--limit", type=int, default=300, help="seconds of CPU time for one architecture")
     parser.add_argument("--no-depth", action="store_true", help="do not prove depth")
     parser.add_argument("--caches", default="growing,static", help="caches to check, separated by commas")
     parser.add_argument("--part", default="", help="k/n: every n-th name from k, to share the work")
@@ -89,18 +89,15 @@ def in_a_fork(name: str, architecture: str, arguments: argparse.Namespace) -> di
     child = os.fork()
     if child == 0:
         os.close(read)
-        os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (arguments.limit, arguments.limit))
         folder = arguments.keep or Path(tempfile.mkdtemp(prefix="gqa-matrix-"))
         caches = tuple(arguments.caches.split(","))
         with os.fdopen(write, "w") as out:
             json.dump(row_of(name, architecture, caches, folder, depth=not arguments.no_depth), out)
         os._exit(0)
     os.close(write)
-    signal.signal(signal.SIGALRM, lambda *_: os.killpg(child, signal.SIGKILL))
-    signal.alarm(arguments.limit)
     with os.fdopen(read) as answers:
         text = answers.read()
-    signal.alarm(0)
     _, status = os.waitpid(child, 0)
     if text:
         return json.loads(text)

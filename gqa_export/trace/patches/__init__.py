@@ -24,7 +24,8 @@ from typing import Any
 from ...errors import GqaExportError
 from .seen import SEEN
 
-FILES = ("attention_method", "attention_table", "learned_positions", "padding_positions")
+FILES = ("attention_forward", "attention_method", "attention_table", "falcon", "learned_positions", "padding_positions",
+         "roformer")
 """the files of this folder, in the order their patches are applied"""
 
 

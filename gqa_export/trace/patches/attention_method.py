@@ -29,8 +29,8 @@ def _method(scale: Callable[[Any], float], window: Callable[[Any], int] = lambda
 
 
 def _local_window(module: Any) -> int:
-    """GPT-Neo's window is a triangle cut out of a causal buffer; its last row shows how wide it is."""
-    return int(module.bias[0, 0, -1].sum()) if module.attention_type == "local" else 0
+    """GPT-Neo cuts the window of its local layers out of a causal buffer, as wide as its configuration says."""
+    return int(module.config.window_size) if module.attention_type == "local" else 0
 
 
 PATCHES = (
