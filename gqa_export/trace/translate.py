@@ -88,5 +88,7 @@ def translate(graph: torch.fx.GraphModule, names: dict[str, str], inputs: list[s
     for value, name in zip(results, outputs):
         value.name = name
     model.opset_imports[""] = opset  # what nodes of torchlib leave undeclared becomes 18 otherwise
+    for function in model.functions.values():
+        function.opset_imports[""] = opset  # written for 18; none of their ops changed its meaning since
     _ir_passes.add_opset_imports(model)
     return model
