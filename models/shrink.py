@@ -85,6 +85,8 @@ def _shrunk(default: Any, depth: int | None = None) -> dict[str, Any]:
             values[key] = 2 if key.startswith("eos") else 3
     if "qk_rope_head_dim" in values and "head_dim" in values:
         values["head_dim"] = values["qk_rope_head_dim"]  # in latent attention it sizes the rotary part
+    if "kv_lora_rank" in values and "num_key_value_heads" in values:
+        values["num_key_value_heads"] = values["num_attention_heads"]  # and every head has its own keys
     return values
 
 
