@@ -23,12 +23,15 @@ from .cache_io import TensorFact
 from .engine_facts import EngineFacts
 from .errors import GqaExportError
 from .leftovers import JOURNAL, LOCK, Journal, abandoned, lock, remove, take_over
+from .manifest_rules import check
 from .spec import ModelSpec
+from .swap import move_files, replace_folder
 
 MANIFEST = "gqa_export.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 FORMAT = 1
+MOST_MANIFEST_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,10 @@ class Manifest:
         """Parse a manifest; anything malformed is a GqaExportError naming `where`."""
         fix = "export the bundle again with this version of gqa-export"
         try:
-            data = json.loads(text)
+            data = json.loads(text, parse_constant=_no_constant)
             if data["format"] != FORMAT:
                 raise GqaExportError(f"manifest format {data['format']!r} is not {FORMAT}", where, fix)
+            check(data)
             data["spec"] = ModelSpec.from_dict(data["spec"])
             for name in ("inputs", "outputs"):
                 data[name] = tuple(TensorFact(f["name"], f["dtype"], tuple(f["shape"])) for f in data[name])
@@ -98,8 +102,12 @@ class Manifest:
             if data.get("engine") is not None:
                 data["engine"] = EngineFacts.from_dict(data["engine"])
             return cls(**data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise GqaExportError(f"not a valid bundle manifest: {type(error).__name__}: {error}", where, fix) from error
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is no number of JSON")
 
 
 def read_manifest(folder: Path | str) -> Manifest:
@@ -110,7 +118,15 @@ def read_manifest(folder: Path | str) -> Manifest:
         raise GqaExportError("no such bundle folder", str(folder), fix)
     if not path.is_file():
         raise GqaExportError(f"the folder has no {MANIFEST}, so it is not a bundle", str(folder), fix)
-    return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
+    try:
+        if path.stat().st_size > MOST_MANIFEST_BYTES:
+            raise GqaExportError(f"a manifest of {path.stat().st_size} bytes", str(path), "do not use this bundle")
+        return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise GqaExportError(f"cannot read the manifest: {error.strerror}", str(path),
+                             "check its permissions") from error
+    except UnicodeDecodeError as error:
+        raise GqaExportError(f"not a valid bundle manifest: {error}", str(path), fix) from error
 
 
 class HashingFile:
@@ -217,9 +233,11 @@ def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) 
         if inplace:
             _move_into(staging, output, force)
         else:
-            _replace_folder(staging, output)
+            replace_folder(staging, output)
+            if staging.exists():  # what was there before; killed while removing it, this process leaves it claimable
+                (staging / LOCK).touch()
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise GqaExportError("the disk is full; nothing was left behind", str(output),
                                  "free some space, or use --weights link to copy no weights") from error
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
@@ -247,21 +265,6 @@ def check_output(output: Path, force: bool) -> None:
                                  str(output), "choose another one: --force replaces bundles only")
 
 
-def _replace_folder(staging: Path, output: Path) -> None:
-    if not output.exists():
-        staging.rename(output)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent)) / "old"
-    output.rename(old)
-    try:
-        staging.rename(output)
-    except BaseException:
-        old.rename(output)
-        raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
-
-
 def _move_into(staging: Path, output: Path, force: bool) -> None:
     names = sorted(p.name for p in staging.iterdir() if p.name != MANIFEST)
     ours = set(read_manifest(output).files) if (output / MANIFEST).is_file() else set()
@@ -269,5 +272,4 @@ def _move_into(staging: Path, output: Path, force: bool) -> None:
         if (output / name).exists() and not (force and (name in ours or name == MANIFEST)):
             raise GqaExportError(f"{name} exists in the checkpoint folder and would be replaced", str(output),
                                  "remove it, or pass --force if it came from an earlier export")
-    for name in names + [MANIFEST]:
-        os.replace(staging / name, output / name)
+    move_files([*names, MANIFEST], staging, output)

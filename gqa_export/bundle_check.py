@@ -13,6 +13,7 @@ from pathlib import Path
 from .bundle import MODEL, FileFact, Manifest
 from .checkpoint.headers import header_sha256
 from .errors import GqaExportError
+from .graph_check import check_graph_files
 from .spec import ModelSpec
 
 HASH_BUDGET_BYTES = 1 << 30
@@ -28,6 +29,7 @@ def check_files(folder: Path, manifest: Manifest, *, full: bool = False, hashes:
     main = manifest.engine.file if manifest.engine else MODEL
     if not (folder / main).is_file():
         raise GqaExportError(f"the bundle has no {main}", str(folder), FIX)
+    home = folder.resolve()
     for name, fact in manifest.files.items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -35,13 +37,25 @@ def check_files(folder: Path, manifest: Manifest, *, full: bool = False, hashes:
                                  "do not use this bundle")
         if not path.is_file():
             raise GqaExportError(f"the bundle's file {name} is missing", str(folder), FIX)
+        if not path.resolve().is_relative_to(home):
+            raise GqaExportError(f"{name} is a symbolic link that leaves the bundle", str(path),
+                                 "do not use this bundle, or copy it with its links followed (cp -rL)")
         size = path.stat().st_size
         if size != fact.size:
             raise GqaExportError(f"{name} has {size} bytes, its manifest says {fact.size}", str(path), FIX)
         if fact.header_sha256 and _header(path) != fact.header_sha256:
             raise GqaExportError(f"the safetensors header of {name} is not the one that was exported", str(path),
                                  "the checkpoint was changed after the export: export it again")
-    return _check_hashes(folder, manifest.files, full) if hashes else list(manifest.files)
+    if not hashes:
+        # the graph itself is small, and decides what everything else means
+        small = {name: fact for name, fact in manifest.files.items() if name == main and fact.size <= READ_BYTES}
+        _check_hashes(folder, small, full)
+        return [name for name in manifest.files if name not in small]
+    if main not in manifest.files:
+        raise GqaExportError(f"the manifest says nothing of {main}", str(folder), "do not use this bundle")
+    skipped = _check_hashes(folder, manifest.files, full)
+    check_graph_files(folder, manifest)
+    return skipped
 
 
 def _check_hashes(folder: Path, files: dict[str, FileFact], full: bool) -> list[str]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import GqaExportError
+from .swap import replace_folder
 
 
 def check_folder(output: Path, *, force: bool, marker: str) -> None:
@@ -41,7 +42,7 @@ def writing_folder(output: Path, *, force: bool = False, marker: str) -> Iterato
             staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
             staging.chmod(0o755)
             yield staging
-            _replace(staging, output)
+            replace_folder(staging, output)
         finally:
             if staging is not None:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -53,25 +54,10 @@ def disk_errors(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise GqaExportError("the disk is full", str(output), "free some space, or choose another disk with -o; "
                                  "nothing half-written was left at the output") from error
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
             raise GqaExportError(f"cannot write there: {error.strerror}", str(output),
                                  "choose another output folder with -o") from error
         raise
-
-
-def _replace(staging: Path, output: Path) -> None:
-    if not output.exists():
-        staging.rename(output)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent)) / "old"
-    output.rename(old)
-    try:
-        staging.rename(output)
-    except BaseException:
-        old.rename(output)
-        raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)

@@ -18,7 +18,7 @@ import pytest
 from .errors import GqaExportError
 
 if TYPE_CHECKING:
-    from .compare.verdict import Verdict
+    from .validation import Verdict
 
 KINDS = ("keys", "values", "logits", "cache")
 TOKENS, REST, DRIFT = "best_tokens", "refusals", "baseline"
@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     checks = (*KINDS, TOKENS, REST, *([DRIFT] if config.getoption("--gqa-baseline") else []))
     for folder in config.getoption("--gqa-bundle"):
         for check in checks:
-            items.append(BundleItem.from_parent(session, name=f"gqa::{Path(folder).name}::{check}", folder=folder,
+            items.append(BundleItem.from_parent(session, name=f"gqa[{Path(folder).name}-{check}]", folder=folder,
                                                 check=check))
 
 

@@ -98,9 +98,13 @@ class _Reader:
         version, tensor_count, metadata_count = self.take("<IQQ")
         if version not in (2, 3):
             raise ValueError(f"version {version}, only 2 and 3 are known")
-        metadata = {}
+        metadata: dict[str, Any] = {}
+        if max(tensor_count, metadata_count) > len(self.data):
+            raise ValueError(f"{tensor_count} tensors and {metadata_count} metadata cannot fit into the file")
         for _ in range(metadata_count):
             key = self.text()
+            if key in metadata:
+                raise ValueError(f"the metadata {key!r} occurs twice")
             metadata[key] = self.value(self.take("<I"))
         tensors, places = {}, []
         for _ in range(tensor_count):
@@ -110,11 +114,18 @@ class _Reader:
             shape = tuple(reversed(struct.unpack_from(f"<{dims}Q", self.data, self.at)))
             self.at += 8 * dims
             kind, offset = self.take("<IQ")
+            if name in tensors:
+                raise ValueError(f"tensor {name!r} occurs twice")
             tensors[name] = (kind, shape)
             places.append((offset, name, _bytes(kind, math.prod(shape))))
-        alignment = metadata.get("general.alignment") or 32
-        start = -(-self.at // alignment) * alignment
-        for offset, name, size in places:
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
+            raise ValueError(f"an alignment of {alignment!r}")
+        start, place = -(-self.at // alignment) * alignment, 0
+        for offset, name, size in sorted(places):
+            if offset < place or offset % alignment:
+                raise ValueError(f"tensor {name!r} at {offset} is not aligned, or overlaps the one before it")
+            place = offset + size
             if start + offset + size > len(self.data):
                 raise ValueError(f"tensor {name!r} ends at byte {start + offset + size}, the file has {len(self.data)}")
         return GgufHeader(metadata, tensors)
@@ -124,4 +135,6 @@ def _bytes(kind: int, count: int) -> int:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     elements, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    if count % elements:
+        raise ValueError(f"{count} values are no whole blocks of {elements}")
     return count // elements * size

@@ -128,7 +128,14 @@ class OrtSession:
 
     def _call(self, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray, past: int, tensors: Sequence[Any]) -> _Ran:
         feed = step_feed(self._target.interface, ids, lengths, new, past)
-        return _Ran(*self._backend.run(feed, tensors, self._inplace))
+        try:
+            return _Ran(*self._backend.run(feed, tensors, self._inplace))
+        except (GqaExportError, MemoryError):
+            raise
+        except Exception as error:  # onnxruntime's own exceptions share no public base class
+            raise GqaExportError(f"ONNX Runtime failed while running the graph: {str(error).strip().splitlines()[0]}",
+                                 f"{len(ids)} sequences, {ids.shape[1]} new tokens, {past} past",
+                                 "validate the bundle; if it passes, report this message") from error
 
     def _each_row(self, ids: np.ndarray, new: np.ndarray) -> np.ndarray:
         """One call per row that brings something, unpadded; the results put together as if it had been one."""

@@ -1,0 +1,70 @@
+"""A finished folder takes the place of an older one in a single step of the file system, so that whatever stops the
+process leaves either. Standard library only."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+AT_FDCWD, EXCHANGE = -100, 2  # <linux/fs.h> RENAME_EXCHANGE; macOS' RENAME_SWAP is 2 too
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders at once. False, and nothing done, where the system cannot."""
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        names = os.fsencode(one), os.fsencode(other)
+        if sys.platform == "darwin":
+            return library.renamex_np(names[0], names[1], EXCHANGE) == 0
+        return library.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], EXCHANGE) == 0
+    except (OSError, AttributeError, TypeError):  # Windows, an old C library
+        return False
+
+
+def replace_folder(staging: Path, output: Path) -> None:
+    """`staging` becomes `output`. What was at `output` is then at `staging`, or gone.
+
+    Where names cannot be exchanged (some network file systems) two renames do it: a process killed between them
+    leaves the old folder beside, as `.NAME.partial-*/old`.
+    """
+    if not output.exists():
+        staging.rename(output)
+        return
+    if exchange(staging, output):
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent)) / "old"
+    try:
+        output.rename(old)
+        staging.rename(output)
+    except BaseException:
+        if old.exists() and not output.exists():
+            old.rename(output)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def move_files(names: list[str], staging: Path, output: Path) -> None:
+    """Move files of `staging` into `output` in this order; if that is interrupted, all that were there are back.
+
+    A killed process cannot put anything back: the last name is to be the one that vouches for the others.
+    """
+    done: list[tuple[Path, Path | None]] = []
+    try:
+        for name in names:
+            place, old = output / name, staging / f".old-{name}"
+            if place.exists():
+                os.link(place, old)
+            done.append((place, old if old.exists() else None))
+            os.replace(staging / name, place)
+    except BaseException:
+        for place, kept in reversed(done):
+            if kept is not None:
+                os.replace(kept, place)
+            elif not (staging / place.name).exists():
+                place.unlink(missing_ok=True)
+        raise

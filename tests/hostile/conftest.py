@@ -1,0 +1,54 @@
+"""A tiny sound checkpoint and its bundle, to be damaged in copies."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gqa_export.bundle import MANIFEST, FileFact, read_manifest
+from gqa_export.bundle_check import file_sha256
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    from gqa_models import write_tiny
+
+    return write_tiny("llama", tmp_path_factory.mktemp("checkpoint"), num_hidden_layers=2)
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint, tmp_path_factory) -> Path:
+    from gqa_export.pipeline import ExportOptions, export_onnx
+
+    folder = tmp_path_factory.mktemp("bundle") / "tiny"
+    export_onnx(checkpoint, folder, ExportOptions(capacity=64))
+    return folder
+
+
+@pytest.fixture
+def copied(bundle, tmp_path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "copied"))
+
+
+@pytest.fixture
+def stolen(checkpoint, tmp_path) -> Path:
+    """A copy of the checkpoint."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+
+
+def sign(folder: Path) -> None:
+    """Make the manifest's hashes and sizes true again: an attacker can."""
+    manifest = read_manifest(folder)
+    files = {name: FileFact((folder / name).stat().st_size, file_sha256(folder / name)) for name in manifest.files}
+    (folder / MANIFEST).write_text(replace(manifest, files=files).to_json())
+
+
+def edit_manifest(folder: Path, change: Callable[[dict], None]) -> None:
+    data = json.loads((folder / MANIFEST).read_text())
+    change(data)
+    (folder / MANIFEST).write_text(json.dumps(data))

@@ -1,0 +1,184 @@
+"""Bundles made by somebody who wants harm: refused with cause and fix, before anything outside is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+
+import onnx
+import pytest
+
+from gqa_export.bundle import DATA, MANIFEST, MODEL, read_manifest
+from gqa_export.bundle_check import check_files
+from gqa_export.errors import GqaExportError
+from gqa_export.run.ort import OrtSession
+from gqa_export.validation import validate
+
+from .conftest import edit_manifest, sign
+
+
+def change_graph(folder, change) -> None:
+    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    change(model)
+    onnx.save(model, str(folder / MODEL))
+    sign(folder)
+
+
+def external(model):
+    return next(tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL)
+
+
+def point(model, **values) -> None:
+    for entry in external(model).external_data:
+        entry.value = str(values.get(entry.key, entry.value))
+
+
+def refused_everywhere(folder, checkpoint, says: str) -> None:
+    """By validate, and by whatever runs a bundle; neither says more than it should."""
+    with pytest.raises(GqaExportError, match=says) as refusal:
+        validate(folder, checkpoint)
+    assert refusal.value.fix
+    with pytest.raises(GqaExportError):
+        OrtSession.load(folder, "cpu")
+
+
+@pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "a/../../secret", "secret", ""])
+def test_weights_outside_of_the_bundle_are_refused(copied, checkpoint, location):
+    (copied.parent / "secret").write_bytes((copied / DATA).read_bytes())
+    change_graph(copied, lambda model: point(model, location=location))
+    refused_everywhere(copied, checkpoint, "which the manifest does not name")
+
+
+def test_a_file_of_the_bundle_that_the_manifest_does_not_name_is_not_used(copied, checkpoint):
+    (copied / "extra.bin").write_bytes((copied / DATA).read_bytes())
+    change_graph(copied, lambda model: point(model, location="extra.bin"))
+    with pytest.raises(GqaExportError, match="which the manifest does not name"):
+        validate(copied, checkpoint)
+
+
+@pytest.mark.parametrize("values", [{"offset": 1 << 60}, {"offset": -64}, {"length": 1 << 62}, {"length": 4},
+                                    {"offset": "x"}], ids=str)
+def test_weights_beyond_the_end_of_their_file_are_refused(copied, checkpoint, values):
+    change_graph(copied, lambda model: point(model, **values))
+    with pytest.raises(GqaExportError, match=r"the weight .* (reaches|has)"):
+        validate(copied, checkpoint)
+
+
+def test_absurd_dimensions_are_refused_before_anything_is_allocated(copied, checkpoint):
+    change_graph(copied, lambda model: external(model).dims.__setitem__(0, 1 << 60))
+    refused_everywhere(copied, checkpoint, "has .* bytes, not")
+
+
+def test_a_weight_hidden_in_a_subgraph_is_found(copied, checkpoint):
+    def hide(model):
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(external(model))
+        tensor.name = "hidden"
+        for entry in tensor.external_data:
+            entry.value = "../secret" if entry.key == "location" else entry.value
+        graph = onnx.GraphProto(name="branch")
+        graph.initializer.append(tensor)
+        node = onnx.helper.make_node("If", ["condition"], ["nothing"], then_branch=graph, else_branch=graph)
+        model.graph.node.append(node)
+
+    change_graph(copied, hide)
+    with pytest.raises(GqaExportError, match=r"'hidden' lies in '\.\./secret'"):
+        validate(copied, checkpoint)
+
+
+@pytest.mark.parametrize("name", [DATA, MODEL])
+def test_a_symbolic_link_out_of_the_bundle_is_refused(copied, checkpoint, name):
+    os.rename(copied / name, copied.parent / "elsewhere")
+    (copied / name).symlink_to(copied.parent / "elsewhere")
+    refused_everywhere(copied, checkpoint, "symbolic link that leaves the bundle")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/hostname", "a/../../x", "C:\\x", "\\\\host\\share", "a\\..\\..\\x", "",
+                                  "x" * 300, "nul\x00byte", "\ud800"], ids=range(10))
+def test_names_that_lead_out_of_the_bundle_are_refused_on_any_system(copied, checkpoint, name):
+    edit_manifest(copied, lambda data: data["files"].__setitem__(name, {"size": 1}))
+    refused_everywhere(copied, checkpoint, "outside the bundle")
+
+
+def test_a_manifest_that_does_not_vouch_for_the_graph_is_refused(copied, checkpoint):
+    edit_manifest(copied, lambda data: data["files"].pop(MODEL))
+    with pytest.raises(GqaExportError, match=f"says nothing of {MODEL}"):
+        validate(copied, checkpoint)
+
+
+def test_a_graph_that_is_not_the_hashed_one_is_refused_even_where_weights_are_not_hashed(copied):
+    data = bytearray((copied / MODEL).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copied / MODEL).write_bytes(data)
+    for full in (False, True):
+        with pytest.raises(GqaExportError, match="not what its manifest says"):
+            check_files(copied, read_manifest(copied), hashes=full)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x0a\xff\xff\xff\xff\x7f", bytes(1000)], ids=range(4))
+def test_a_graph_that_is_no_model_is_refused(copied, checkpoint, content):
+    (copied / MODEL).write_bytes(content)
+    sign(copied)
+    refused_everywhere(copied, checkpoint, "is not an ONNX model")
+
+
+def test_a_graph_that_fails_while_it_runs_is_a_refusal_too(copied):
+    """A shape that no check sees beforehand: the node fails in ONNX Runtime."""
+    def sabotage(model):
+        logits = model.graph.output[0].name
+        last = next(node for node in model.graph.node if logits in node.output)
+        last.output[list(last.output).index(logits)] = "before"
+        model.graph.initializer.append(onnx.helper.make_tensor("five", onnx.TensorProto.INT64, [1], [5]))
+        model.graph.node.append(onnx.helper.make_node("Reshape", ["before", "five"], [logits]))
+
+    change_graph(copied, sabotage)
+    import numpy as np
+
+    with pytest.raises(GqaExportError) as refusal:
+        OrtSession.load(copied, "cpu").step(np.ones((1, 3), np.int64))
+    assert "ONNX Runtime" in refusal.value.what
+
+
+@pytest.mark.parametrize(("change", "names"), [
+    (lambda d: d["spec"]["layers"][0].__setitem__("kv_num_heads", 1 << 40), "kv_num_heads"),
+    (lambda d: d["spec"]["layers"][0].__setitem__("num_heads", 3), "do not divide"),
+    (lambda d: d["spec"]["layers"][0].__setitem__("head_size", 0), "head_size"),
+    (lambda d: d["spec"]["layers"][0].__setitem__("layer", 1), "names a layer twice"),
+    (lambda d: d["spec"]["layers"][0].__setitem__("scale", "1"), "scale"),
+    (lambda d: d["spec"].__setitem__("vocabulary", -5), "vocabulary"),
+    (lambda d: d.__setitem__("capacity", 1 << 70), "capacity"),
+    (lambda d: d.__setitem__("capacity", True), "capacity"),
+    (lambda d: d.__setitem__("dtype", "complex64"), "dtype"),
+    (lambda d: d.__setitem__("dtype", "float16"), "asks for float16"),
+    (lambda d: d["inputs"].pop(), "lack past_key_values.1.value"),
+    (lambda d: d["inputs"][2]["shape"].__setitem__(1, 7), "asks for"),
+    (lambda d: d.__setitem__("target", "a\x1b[2Jb"), "target"),
+    (lambda d: d.__setitem__("tokens", {"eos": ["x"]}), "tokens.eos"),
+    (lambda d: d["files"][MODEL].__setitem__("sha256", "00"), "sha256"),
+    (lambda d: d.__setitem__("engine", {"flavor": 3}), "engine"),
+], ids=range(16))
+def test_a_manifest_that_contradicts_itself_names_what_does(copied, change, names):
+    edit_manifest(copied, change)
+    with pytest.raises(GqaExportError, match=re.escape(names)):
+        read_manifest(copied)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[" * 200_000, b'{"format": 1, "capacity": NaN}', b"1" * 5000],
+                         ids=["no UTF-8", "deep", "NaN", "a number of 5000 digits"])
+def test_a_manifest_that_is_no_json_is_refused(copied, content):
+    (copied / MANIFEST).write_bytes(content)
+    with pytest.raises(GqaExportError, match="not a valid bundle manifest"):
+        read_manifest(copied)
+
+
+def test_a_manifest_of_gigabytes_is_not_read(copied):
+    with open(copied / MANIFEST, "r+b") as file:
+        file.truncate(1 << 40)  # sparse: it takes no space
+    with pytest.raises(GqaExportError, match="a manifest of 1099511627776 bytes"):
+        read_manifest(copied)
+
+
+def test_the_manifest_of_a_good_bundle_obeys_every_rule(copied):
+    text = read_manifest(copied).to_json()
+    assert json.loads(text) == json.loads((copied / MANIFEST).read_text())
