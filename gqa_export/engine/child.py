@@ -60,7 +60,10 @@ def run(job: Job, report: Any) -> Built:
     G_LOGGER.module_severity = G_LOGGER.ULTRA_VERBOSE
     plugin = _register(trt, job)
     seen: dict[str, Any] = {}
-    network = PostprocessNetwork(NetworkFromOnnxPath(job.model), lambda network: _look(trt, network, job, seen))
+    # Types are the graph's; TensorRT 11 and TensorRT for RTX know no other way, TensorRT 10 is told.
+    typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+    network = PostprocessNetwork(NetworkFromOnnxPath(job.model, strongly_typed=typed),
+                                 lambda network: _look(trt, network, job, seen))
     start = time.monotonic()
     try:
         cache = job.timing_cache or None
