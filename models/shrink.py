@@ -15,7 +15,7 @@ from typing import Any
 MATRIX = Path(__file__).parent / "matrix.toml"
 ABOUT = ("note", "seed")
 """keys of a model's table that are not the configuration's"""
-NULLABLE = ("head_dim", "num_key_value_heads")
+NULLABLE = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "n_group", "topk_group", "n_routed_experts")
 """whole numbers whose default may be None: derived from others, or unusable without a value"""
 
 

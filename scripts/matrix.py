@@ -34,12 +34,17 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300, help="seconds of CPU time for one architecture")
     parser.add_argument("--no-depth", action="store_true", help="do not prove depth")
     parser.add_argument("--caches", default="growing,static", help="caches to check, separated by commas")
+    parser.add_argument("--docs", action="store_true", help="only write docs/models.md from the data")
     parser.add_argument("--part", default="", help="k/n: every n-th name from k, to share the work")
     arguments = parser.parse_args()
+    if arguments.docs:
+        write_document()
+        return
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
                       TRANSFORMERS_VERBOSITY="error")
-    warm()
     from gqa_export.models import known_names, versions
+
+    warm()
 
     table = json.loads(arguments.data.read_text()) if arguments.data.exists() else {"rows": {}}
     names = list(known_names())
@@ -64,6 +69,15 @@ def main() -> None:
         temporary.replace(arguments.data)
         print(f"{number}/{len(names)} {time.perf_counter() - began:.0f}s {name}: {row['verdict']} "
               f"{row.get('reason', '')[:230]} ({row.get('seconds', 0)}s)", flush=True)
+    if arguments.data == DATA:
+        write_document()
+
+
+def write_document() -> None:
+    """docs/models.md, from the data."""
+    from gqa_export.models import document
+
+    (ROOT / "docs" / "models.md").write_text(document(json.loads(DATA.read_text())))
 
 
 def warm() -> None:

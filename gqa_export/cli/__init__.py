@@ -32,6 +32,7 @@ VERBS: dict[str, str] = {
     "convert": "Give a checkpoint fewer key/value heads: MHA to GQA to MQA.",
     "uptrain": "Continue pre-training after a conversion.",
     "inspect": "Show the attention layers and the KV-cache cost of a bundle or checkpoint.",
+    "models": "List the architectures that were checked, and why others are refused.",
     "doctor": "Show what is installed, what can run here and what is missing.",
 }
 
