@@ -25,7 +25,8 @@ LENDS = {("graph", "targets.table"), ("run", "targets.table"), ("trace", "target
          # a conversion asks the model's own attention where its heads are
          ("convert", "checkpoint"), ("convert", "trace.attention"), ("convert", "trace.skeleton"),
          ("convert", "trace.probe"), ("uptrain", "checkpoint")}
-FOUNDATIONS = {"leftovers", "swap", "manifest_rules", "memory", "errors", "contract", "spec", "cache_io", "engine_facts", "bundle"}
+FOUNDATIONS = {"leftovers", "swap", "manifest_rules", "memory", "errors", "contract", "spec", "cache_io",
+               "engine_facts", "bundle"}
 NEVER = {
     "checkpoint": {"onnx", "onnxruntime", "tensorrt", "onnx_ir", "onnxscript"},
     "trace": {"onnxruntime", "tensorrt"},
