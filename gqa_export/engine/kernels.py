@@ -57,6 +57,11 @@ def wanted_variants(model: onnx.ModelProto, capacity: int, dtype: str) -> tuple[
         if node.op_type != fields.NAME or node.domain not in ("", fields.NAMESPACE):
             continue
         values = {one.name: get_attribute_value(one) for one in node.attribute}
+        asked = values.get("plugin_version", fields.PLUGIN_VERSION.encode()).decode()
+        if asked != fields.PLUGIN_VERSION:
+            raise GqaExportError(f"the graph asks for version {asked} of the plugin, this package has "
+                                 f"{fields.PLUGIN_VERSION}", f"attention node {node.name!r}",
+                                 "export the bundle again with this version: `gqa-export onnx --target trt-plugin`")
         layer = Layer.from_fields({name: value for name, value in values.items() if not name.startswith("plugin_")},
                                   f"attention node {node.name!r}")
         inputs = dict(zip(fields.node_inputs(values), node.input, strict=True))

@@ -57,6 +57,23 @@ def test_a_node_of_another_contract_is_refused() -> None:
         wanted_variants(graph({"page_size": 16}), 64, "float16")
 
 
+def test_a_plugin_of_another_version_is_refused_by_its_number() -> None:
+    with pytest.raises(GqaExportError, match="version 2 of the plugin, this package has 1") as caught:
+        wanted_variants(graph({"plugin_version": "2"}), 64, "float16")
+    assert "--target trt-plugin" in caught.value.fix
+
+
+def test_a_step_reads_every_weight_but_the_tables_it_gathers_a_row_of() -> None:
+    table, weight = helper.make_tensor("table", TensorProto.FLOAT, [50, 8], [0.0] * 400), helper.make_tensor(
+        "weight", TensorProto.BFLOAT16, [8, 4], [0.0] * 32)
+    nodes = [helper.make_node("Gather", ["table", "ids"], ["x"]), helper.make_node("MatMul", ["x", "weight"], ["y"])]
+    made = helper.make_model(helper.make_graph(nodes, "g", [], [], [table, weight]))
+    assert kernels.weight_bytes_read(made) == 8 * 4 * 2
+    tied = helper.make_model(helper.make_graph(
+        [*nodes, helper.make_node("Gemm", ["x", "table"], ["z"], transB=1)], "g", [], [], [table, weight]))
+    assert kernels.weight_bytes_read(tied) == 8 * 4 * 2 + 50 * 8 * 4
+
+
 @pytest.fixture
 def compiler(monkeypatch, tmp_path):
     """A compiler that notes what it is asked for; the cache is a folder of this test."""
