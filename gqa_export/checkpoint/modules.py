@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import GqaExportError
 from .gguf_header import GgufHeader, read_gguf_header
 from .gguf_speed import quick_gguf
+from .pickles import read_pickles
 from .refusals import FIX_DECODER, refuse_config, refuse_modules
 
 if TYPE_CHECKING:
@@ -134,6 +135,10 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
             if checkpoint.gguf_file is not None:
                 model_class, state = _gguf_state(*_identity(checkpoint.gguf_file))
                 loaded = model_class.from_pretrained(None, config=config, state_dict=dict(state), **kwargs)
+            elif checkpoint.pickles:
+                model_class = AutoModelForCausalLM._model_mapping[type(config)]
+                loaded = model_class.from_pretrained(None, config=config, state_dict=read_pickles(checkpoint.pickles),
+                                                     **kwargs)
             else:
                 loaded = AutoModelForCausalLM.from_pretrained(
                     checkpoint.folder, config=config, local_files_only=True, trust_remote_code=False,

@@ -17,8 +17,24 @@ STATE_PARAMETERS = ("A_log", "dt_bias", "time_decay")
 """names that parameters of recurrent (state-space, delta-rule, RWKV) mixers share across families"""
 
 
+MOST = {"num_hidden_layers": 1 << 14, "n_layer": 1 << 14, "num_attention_heads": 1 << 16,
+        "num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "hidden_size": 1 << 20, "n_embd": 1 << 20, "intermediate_size": 1 << 24,
+        "vocab_size": 1 << 28, "max_position_embeddings": 1 << 31, "num_experts": 1 << 16, "num_local_experts": 1 << 16}
+"""the most of each that is believed; beyond it, building the model would only fill the memory"""
+
+
+def refuse_absurd(config: dict[str, Any], where: str) -> None:
+    """Sizes that no model has."""
+    for key, most in MOST.items():
+        value = config.get(key)
+        if isinstance(value, bool | float | str) or (isinstance(value, int) and not 0 <= value <= most):
+            raise GqaExportError(f"config.json says {key} {str(value)[:40]!r}", where,
+                                 "correct the file, or download it again")
+
+
 def refuse_raw_config(config: dict[str, Any], where: str) -> None:
-    """Refusals that config.json alone justifies: quantized, multimodal, encoder-decoder."""
+    """Refusals that config.json alone justifies: absurd sizes, quantized, multimodal, encoder-decoder."""
+    refuse_absurd(config, where)
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             method = config[key].get("quant_method", key) if isinstance(config[key], dict) else key

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import GqaExportError
 from .headers import StoredTensor, read_header
+from .pickles import pickle_files
 from .refusals import refuse_quantized, refuse_raw_config
+from .trust import trust
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +32,7 @@ class Checkpoint:
 
     source: what the user gave. folder: where its files are. config: config.json (GGUF: as transformers reads it).
     stored_dtype: the float type most bytes have, "bfloat16" (GGUF: what it is dequantized to unless stored plain).
-    tensors: every tensor of the safetensors files; empty for GGUF.
+    tensors: every tensor of the safetensors files; empty for GGUF and pickles. pickles: the files, if allowed.
     """
 
     source: str
@@ -40,6 +42,7 @@ class Checkpoint:
     config: dict[str, Any] = field(repr=False)
     stored_dtype: str = "float32"
     tensors: dict[str, StoredTensor] = field(default_factory=dict, repr=False)
+    pickles: tuple[Path, ...] = ()
 
     def load_config(self, **overrides: Any) -> transformers.PretrainedConfig:
         """The configuration as transformers understands it; see `modules.load_config`."""
@@ -120,6 +123,8 @@ def _open_folder(source: str, folder: Path) -> Checkpoint:
         raise GqaExportError("the folder has no config.json", source, fix)
     config = _read_json(folder / "config.json")
     refuse_raw_config(config, source)
+    if trust().pickle and not any((folder / name).exists() for name in (SINGLE, INDEX)):
+        return Checkpoint(source, folder, "hf", None, config, _stored_dtype(config, {}), pickles=pickle_files(folder))
     tensors = _read_tensors(source, folder)
     eighths = sorted(name for name, tensor in tensors.items() if tensor.dtype.startswith("float8"))
     if eighths:
@@ -146,7 +151,8 @@ def _read_tensors(source: str, folder: Path) -> dict[str, StoredTensor]:
         return read_header(folder / SINGLE)
     if any(folder.glob("pytorch_model*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise GqaExportError("the weights are a pickle (.bin, .pt), which can run any code when opened", source,
-                             "convert them on a machine you trust: load the model and save_pretrained(folder)")
+                             "convert them on a machine you trust (load the model and save_pretrained(folder)), or "
+                             "pass --allow-pickle: then tensors are read and no code is run")
     if (folder / SINGLE).is_symlink() or (folder / INDEX).is_symlink():
         raise GqaExportError("the weights are a symbolic link to a file that is not there", source,
                              "the download is incomplete: download the model again")
@@ -182,7 +188,8 @@ def _stored_dtype(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> s
             sizes[tensor.dtype] += tensor.nbytes
     if sizes:
         return sizes.most_common(1)[0][0]
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    named = config.get("dtype") or config.get("torch_dtype")
+    return named if named in ("float32", "float16", "bfloat16", "float64") else "float32"
 
 
 def _download(hub_id: str) -> Path:

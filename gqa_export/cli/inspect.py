@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .tables import aligned, readable_bytes
+from .trust_options import trust_options
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 @click.command(short_help="Show the attention layers and the KV-cache cost of a bundle or checkpoint.")
 @click.argument("source", metavar="BUNDLE|CHECKPOINT")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@trust_options
 def command(source: str, as_json: bool) -> None:
     """Show each layer's attention and the bytes of the KV cache, against the same model as MHA and as MQA.
 

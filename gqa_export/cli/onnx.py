@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import EXIT_DIFFERENT, NotCheckedHere
+from .trust_options import trust_options
 
 if TYPE_CHECKING:
     from ..pipeline import Export, ExportOptions
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Replace an earlier bundle.")
 @click.option("--max-ram", default=None, metavar="SIZE", help="Stop rather than occupy more memory than this (1GB).")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, its size, time and memory; write nothing.")
+@trust_options
 def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, max_ram: str | None,
             capacity: int | None, cache: str | None, logits: str | None, **options: Any) -> None:
     """Export CHECKPOINT (a folder, a hub id or a .gguf file) to an ONNX bundle.

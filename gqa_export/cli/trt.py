@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .trust_options import trust_options
+
 if TYPE_CHECKING:
     from ..engine import EngineBuild
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 @click.option("--triton-repository", type=click.Path(path_type=Path, file_okay=False), default=None,
               help="Also write a Triton Inference Server model repository there.")
 @click.option("--force", is_flag=True, help="Replace an earlier bundle.")
+@trust_options
 def command(source: str, output: Path, attention: str | None, dtype: str, flavor: str, capabilities: tuple[str, ...],
             max_batch: int, max_prompt: int | None, capacity: int | None, timing_cache: Path | None,
             strip_weights: bool, workspace_mb: int | None, triton_repository: Path | None, force: bool) -> None:

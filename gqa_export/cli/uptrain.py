@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from .trust_options import trust_options
+
 
 @click.command(short_help="Continue pre-training after a conversion.")
 @click.argument("checkpoint")
@@ -54,6 +56,7 @@ import click
 @click.option("--restart", is_flag=True, help="Throw an unfinished run away instead of going on with it.")
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the curve as JSON; - is standard output.")
 @click.option("--force", is_flag=True, help="Replace an earlier result.")
+@trust_options
 def command(checkpoint: str, output: Path, restart: bool, json_file: str | None, **options: Any) -> None:
     """Train CHECKPOINT, a folder that `gqa-export convert` wrote, on a text. Killed, it goes on when run again.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .report_options import report_options
+from .trust_options import trust_options
 
 if TYPE_CHECKING:
     from ..report import Reports
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("--steps", type=click.IntRange(1), default=32, show_default=True, help="Decode steps of each case.")
 @click.option("--hash", "full_hash", is_flag=True, help="Compute the sha256 of every file, however large.")
 @report_options
+@trust_options
 def command(bundle: Path, against: str, as_dtype: str | None, provider: str, steps: int, full_hash: bool,
             reports: Reports) -> None:
     """Compare BUNDLE with the checkpoint it was made from: logits, every new key and value, the whole cache.

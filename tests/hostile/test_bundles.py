@@ -124,19 +124,22 @@ def test_a_graph_that_is_no_model_is_refused(copied, checkpoint, content):
 
 
 def test_a_graph_that_fails_while_it_runs_is_a_refusal_too(copied):
-    """A shape that no check sees beforehand: the node fails in ONNX Runtime."""
+    """An index that no check sees beforehand: the node fails in ONNX Runtime."""
     def sabotage(model):
         logits = model.graph.output[0].name
         last = next(node for node in model.graph.node if logits in node.output)
         last.output[list(last.output).index(logits)] = "before"
-        model.graph.initializer.append(onnx.helper.make_tensor("five", onnx.TensorProto.INT64, [1], [5]))
-        model.graph.node.append(onnx.helper.make_node("Reshape", ["before", "five"], [logits]))
+        model.graph.initializer.append(onnx.helper.make_tensor("short", onnx.TensorProto.FLOAT, [4], [0.0] * 4))
+        model.graph.initializer.append(onnx.helper.make_tensor("two", onnx.TensorProto.INT64, [1], [2]))
+        model.graph.node.extend([onnx.helper.make_node("Gather", ["short", "input_ids"], ["looked_up"]),
+                                 onnx.helper.make_node("Unsqueeze", ["looked_up", "two"], ["as_logits"]),
+                                 onnx.helper.make_node("Add", ["before", "as_logits"], [logits])])
 
     change_graph(copied, sabotage)
     import numpy as np
 
     with pytest.raises(GqaExportError) as refusal:
-        OrtSession.load(copied, "cpu").step(np.ones((1, 3), np.int64))
+        OrtSession.load(copied, "cpu").step(np.full((1, 3), 7))
     assert "ONNX Runtime" in refusal.value.what
 
 

@@ -1,0 +1,78 @@
+"""Weights in PyTorch's pickle files (`pytorch_model.bin`), for those who pass --allow-pickle.
+
+A pickle is a program. It is read by `torch.load(weights_only=True)`, which knows how to build tensors and refuses
+everything else; before that, the archive is held against its own size, because a compressed one can unpack to more
+than any memory (PyTorch writes archives without compression).
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import GqaExportError
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+CONVERT = "convert them on a machine you trust: load the model and save_pretrained(folder)"
+
+
+def pickle_files(folder: Path) -> tuple[Path, ...]:
+    """The pickle files of a checkpoint, in order. GqaExportError where the folder has none of the usual names."""
+    if (folder / SINGLE).is_file():
+        return (folder / SINGLE,)
+    try:
+        names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise ValueError("it names files that are not of this folder")
+    except FileNotFoundError as error:
+        raise GqaExportError(f"the folder has neither {SINGLE} nor {INDEX}", str(folder), CONVERT) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise GqaExportError(f"the index of the pickle files cannot be used: {error}", str(folder / INDEX),
+                             CONVERT) from error
+    missing = [name for name in sorted(names) if not (folder / name).is_file()]
+    if missing:
+        raise GqaExportError(f"the shard {missing[0]} is missing", str(folder), "download the checkpoint again")
+    return tuple(folder / name for name in sorted(names))
+
+
+def read_pickles(paths: tuple[Path, ...]) -> dict[str, torch.Tensor]:
+    """All tensors of these files by name, mapped rather than read where the format allows. Raises GqaExportError."""
+    state: dict[str, torch.Tensor] = {}
+    for path in paths:
+        state.update(_read(path))
+    return state
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    import torch
+
+    mapped = zipfile.is_zipfile(path)
+    if mapped:
+        _refuse_bomb(path)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # whatever a damaged or malicious pickle makes the unpickler raise
+        first = (str(error).strip().splitlines() or ["no message"])[0][:200]
+        raise GqaExportError(f"the pickle holds something else than tensors, or is damaged: {first}", str(path),
+                             CONVERT) from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
+                                              for name, value in found.items()):
+        raise GqaExportError("the pickle is not a table of tensors by name", str(path), CONVERT)
+    return found
+
+
+def _refuse_bomb(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise GqaExportError(f"not a readable archive: {error}", str(path), CONVERT) from error
+    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise GqaExportError("the archive unpacks to more than it is: PyTorch does not write such files", str(path),
+                             "do not use this file")

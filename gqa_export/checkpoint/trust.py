@@ -1,0 +1,38 @@
+"""What the person at the command line allows a checkpoint to be, beyond data: nothing, unless said so.
+
+Checkpoints are opened in several stages; the permission is set once, around the whole command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Trust:
+    """pickle: weights may be pickle files, read by PyTorch's restricted unpickler (tensors only, no code). Code that
+    comes with a checkpoint is never run: there is no permission for that."""
+
+    pickle: bool = False
+
+
+NOTHING = Trust()
+_TRUST: ContextVar[Trust] = ContextVar("trust", default=NOTHING)
+
+
+def trust() -> Trust:
+    """What is allowed here."""
+    return _TRUST.get()
+
+
+@contextmanager
+def trusting(allowed: Trust) -> Iterator[None]:
+    """Allow this inside."""
+    token = _TRUST.set(allowed)
+    try:
+        yield
+    finally:
+        _TRUST.reset(token)
