@@ -141,8 +141,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"steps ({report['tokens']:,} tokens), pooled, and uptrained for alpha = {report['alpha']:g} of "
         "those steps with the MHA model as teacher. Perplexity per byte on the held-out tenth of the text. MHA "
         f"trained for as many steps more comes to {first['perplexity_with_as_many_more_steps']:.3f}. Decode: the "
-        f"exported `ort` bundle, static cache, one thread, batch {plan['bench_batch']}, after {plan['prompt']} tokens; other "
-        "programs shared the machine.", "",
+        f"exported `ort` bundle, static cache, one thread, batch {plan['bench_batch']}, after {plan['prompt']} tokens; "
+        "other programs shared the machine.", "",
         "| key/value heads | pooled by | perplexity pooled | perplexity uptrained | against MHA | cache bytes per "
         "token | decode tokens/s | validated |", "|---|---|---|---|---|---|---|---|"]
     for row in report["rows"]:
