@@ -20,7 +20,7 @@ from gqa_export.errors import GqaExportError
 from .conftest import Programs
 from .made_kernels import make_cubin, make_kernels, random_layer, write
 
-GPUS = ((80, 108), (86, 84), (89, 128), (90, 132), (120, 170), (121, 48))
+GPUS = ((80, 108), (86, 84), (89, 128), (90, 132), (90, 300), (120, 170), (121, 48))  # 300: more than are filled
 OUTPUT, WORKSPACE = 1 << 20, 1 << 24
 ADDRESSES = {name: 4096 * (index + 1) for index, name in enumerate(INPUT_NAMES)}
 
