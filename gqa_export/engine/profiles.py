@@ -29,6 +29,10 @@ def make_profiles(manifest: Manifest, max_batch: int, max_prompt: int) -> tuple[
 def _profile(manifest: Manifest, name: str, max_batch: int, steps: tuple[int, int, int]) -> ProfileFacts:
     shapes = {}
     for tensor in manifest.inputs:
+        strange = [axis for axis in tensor.shape if isinstance(axis, str) and axis not in (BATCH, SEQUENCE)]
+        if strange:
+            raise GqaExportError(f"the input {tensor.name} has an axis {strange[0]!r} whose size is not fixed",
+                                 "gqa_export.json", "export the bundle again with this version of gqa-export")
         sizes = []
         for batch, sequence in zip((1, 1, max_batch), steps, strict=True):
             known = {BATCH: batch, SEQUENCE: sequence}

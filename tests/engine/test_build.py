@@ -117,6 +117,12 @@ def test_profiles_are_decode_and_prefill_with_the_capacity_literal() -> None:
     assert make_profiles(large, 1, 50_000)[1].most("input_ids", 1) == 50_000
 
 
+def test_a_capacity_that_is_not_literal_is_refused() -> None:
+    inputs = (*MANIFEST.inputs[:-1], replace(MANIFEST.inputs[-1], shape=("batch", 2, "capacity", 48)))
+    with pytest.raises(GqaExportError, match="axis 'capacity' whose size is not fixed"):
+        make_profiles(replace(MANIFEST, inputs=inputs), 1, 0)
+
+
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
