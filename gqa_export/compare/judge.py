@@ -18,7 +18,7 @@ def judge(log: CaseLog, dtype: str) -> CaseVerdict:
     bounds = {name: tolerance(None if log.yardstick is None else log.yardstick[name], scale, dtype)
               for name, scale in scales.items()}
     kinds = tuple(_judge_kind(kind, [one for one in log.bundle if _kind(one.output) == kind], bounds, log)
-                  for kind in KINDS)
+                  for kind in KINDS if any(_kind(one.output) == kind for one in log.bundle))
     limits = {name: limit.bound for name, limit in bounds.items()}
     outputs = output_errors(((spoken(one.output), quantity(one.output), one.step, one.difference.max_abs)
                              for one in log.bundle), limits)

@@ -20,8 +20,8 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
 from ..bundle import Manifest
-from ..cache_io import ATTENTION_MASK, INPUT_IDS, PAST_LENGTHS, past_names
-from ..spec import ModelSpec
+from ..cache_io import ATTENTION_MASK, INPUT_IDS, NEW_LENGTHS, PAST_LENGTHS, past_names
+from ..spec import AttentionSpec, ModelSpec
 from .ort_backend import Infer
 from .ort_load import open_session
 from .session import Session
@@ -57,9 +57,10 @@ class SessionRunner(BaseRunner):
             ids[:, 0] = np.where(counts > 0, self._own, ids[:, 0])
         step = self._session.step(ids, counts, want_cache=True)
         outputs: OrderedDict[str, np.ndarray] = OrderedDict()
-        for layer, key, value in zip(self._session.spec.layers, step.keys or (), step.values or (), strict=True):
-            outputs[f"layer.{layer.layer}.key"] = _blank(key, counts, 2)
-            outputs[f"layer.{layer.layer}.value"] = _blank(value, counts, 2)
+        keys, values = step.keys or (), step.values or ()
+        for number, layer in self._alike():
+            outputs[f"layer.{layer.layer}.key"] = _blank(keys[number], counts, 2)
+            outputs[f"layer.{layer.layer}.value"] = _blank(values[number], counts, 2)
         logits = _blank(step.logits, counts, 1)
         last = logits[np.arange(len(ids)), np.maximum(counts - 1, 0)] if logits.shape[1] > 1 else logits[:, 0]
         self._own = np.where(counts > 0, last.argmax(-1), self._own)
@@ -67,14 +68,28 @@ class SessionRunner(BaseRunner):
         outputs["fed"] = np.where(np.arange(ids.shape[1]) < counts[:, None], ids, 0)
         if finish:
             longest = int(self._session.lengths.max())
-            for layer, pair in zip(self._session.spec.layers, self._session.cache(), strict=True):
-                for kind, array in zip(("key", "value"), pair):
+            pairs = self._session.cache()
+            for number, layer in self._alike():
+                for kind, array in zip(("key", "value"), pairs[number]):
                     outputs[f"cache.{layer.layer}.{kind}"] = _blank(array[:, :, :longest], self._session.lengths, 2)
         self.inference_time = time.perf_counter() - began
         return outputs
 
 
 def _blank(array: np.ndarray, counts_B: np.ndarray, axis: int) -> np.ndarray:
+    def _alike(self) -> list[tuple[int, AttentionSpec]]:
+        """The layers, numbered, whose caches can be compared: those that PyTorch caches alike."""
+        return [pair for pair in enumerate(self._session.spec.layers) if pair[1].cached_alike]
+
+    def _one_by_one(self, ids: np.ndarray, counts: np.ndarray) -> Step:
+        """The tokens of one step fed singly; the results put together as if they had come at once."""
+        steps = [self._session.step(ids[:, s: s + 1], (counts > s).astype(np.int64), want_cache=True)
+                 for s in range(ids.shape[1])]
+        layers = range(len(steps[0].keys or ()))
+        keys, values = (tuple(np.concatenate([(getattr(step, kind) or ())[i] for step in steps], axis=2)
+                              for i in layers) for kind in ("keys", "values"))
+        return Step(np.concatenate([step.logits for step in steps], axis=1), keys, values)
+
     """Zero what lies at or past each row's count along `axis`; the array itself where there is nothing to zero."""
     width = array.shape[axis]
     if width == 1 and axis == 1:
