@@ -93,8 +93,12 @@ def check_belongs(spec: ModelSpec, shown: Mapping[str, object], where: str) -> N
     shown: what the checkpoint's own model shows when it runs: `model_type`, `vocabulary`, `layers`, and per layer i
     `key {i}`, `value {i}`: (heads, size) of its cache.
     """
-    said: dict[str, object] = {"model_type": spec.model_type, "vocabulary": spec.vocabulary, "layers": len(spec.layers)}
+    said: dict[str, object] = {"model_type": spec.model_type, "vocabulary": spec.vocabulary}
+    if all(layer.cached_alike for layer in spec.layers):
+        said["layers"] = len(spec.layers)
     for number, layer in enumerate(spec.layers):
+        if not layer.cached_alike:
+            continue
         said[f"key {number}"] = (layer.kv_num_heads, layer.head_size)
         said[f"value {number}"] = (layer.kv_num_heads, layer.value_head_size)
     for name, value in said.items():

@@ -12,7 +12,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """One attention layer. `window` counts the current token, 0 is all; `softcap` 0 is none."""
+    """One attention layer. `window` counts the current token, 0 is all; `softcap` 0 is none. `cached_alike`: PyTorch's
+    own cache holds these keys and values too (not so where it holds latents, or another layer's), so that the two
+    caches can be compared; the logits always are."""
 
     layer: int
     num_heads: int
@@ -23,6 +25,7 @@ class AttentionSpec:
     softcap: float = 0.0
     window: int = 0
     sinks: bool = False
+    cached_alike: bool = True
 
     def cache_bytes_per_token(self, element_bytes: int) -> int:
         """Bytes of keys and values that one token adds to this layer's cache."""

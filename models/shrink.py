@@ -40,7 +40,7 @@ def small_config(name: str, **overrides: Any) -> Any:
     try:
         default = AutoConfig.for_model(name)
     except Exception:  # a class without usable defaults
-        default = AutoConfig.for_model(name, **flat)
+        default = AutoConfig.for_model(name, **own)
     values = _merge(_shrunk(default, flat.get("num_hidden_layers")), own)
     return CONFIG_MAPPING[name](**values)
 

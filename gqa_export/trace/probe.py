@@ -44,6 +44,7 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
         if model is None:
             model = skeleton.build(config, torch.float32, device="meta", attention=attention.register())
         calls = listen(model)
+        alike = cached_alike(model, calls)
     if not calls:
         raise GqaExportError("no layer of this model calls transformers' attention interface", type(model).__name__,
                              "its attention is written in the model's own code (or it has none), which gqa-export "
@@ -56,7 +57,7 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
         key = id(tag.function) if tag is not None else -layer - 1
         if key not in windows:
             windows[key] = masks.window_of(tag, layer, min(positions, LONGEST_GRID), call.query.shape[1])
-        layers.append(_layer_spec(call, windows[key]))
+        layers.append(_layer_spec(call, windows[key], layer in alike))
     expected = int(getattr(config, "num_hidden_layers", len(layers)))
     missing = sorted(set(range(expected)) - set(calls))
     if missing:
@@ -81,11 +82,42 @@ def listen(model: torch.nn.Module) -> dict[int, Call]:
         except GqaExportError:
             raise
         except Exception as error:
+            if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
+                raise GqaExportError("the model's code looks at values while it runs (as a loop over the experts that "
+                                     "were chosen does), which no fixed graph can hold", type(model).__name__,
+                                     "not supported; models whose experts go through transformers' experts interface "
+                                     "are") from error
             raise GqaExportError(f"the model does not run as a decoder: {type(error).__name__}: "
                                  f"{(str(error).strip().splitlines() or [''])[0]}", type(model).__name__,
                                  "only decoder language models that take input_ids, attention_mask and position_ids "
                                  "are supported") from error
     return listener.calls
+
+
+def cached_alike(model: torch.nn.Module, calls: dict[int, Call]) -> set[int]:
+    """The layers whose keys and values PyTorch's own cache holds in the form that attention gets them.
+
+    Others cache latents (expanded after the cache) or read another layer's entry. Where the model cannot be run with
+    a cache on this device, all are taken to be alike: a difference then shows when caches are compared.
+    """
+    from transformers import DynamicCache
+
+    cache, device = DynamicCache(), next(model.parameters()).device
+    ids = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
+    positions = torch.arange(TOKENS, device=device)[None]
+    with attention.recording(_Listener(), positions), torch.no_grad():
+        try:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=True,
+                  past_key_values=cache)
+        except Exception:
+            return set(calls)
+    found = set()
+    for layer, call in calls.items():
+        entry = cache.layers[layer] if layer < len(cache.layers) else None
+        pair = (getattr(entry, "keys", None), getattr(entry, "values", None))
+        if all(one is not None and one.shape == seen.shape for one, seen in zip(pair, (call.key, call.value))):
+            found.add(layer)
+    return found
 
 
 MIXING = frozenset({"Conv", "ConvTranspose", "CumSum", "Scan", "Loop", "LSTM", "GRU", "RNN"})
@@ -100,7 +132,7 @@ def refuse_mixing(model: Any) -> None:
                                  "such a layer has a state beside the key/value cache; it is not supported")
 
 
-def _layer_spec(call: Call, window: int) -> AttentionSpec:
+def _layer_spec(call: Call, window: int, alike: bool) -> AttentionSpec:
     _, num_heads, _, head_size = call.query.shape
     _, kv_num_heads, _, value_head_size = call.value.shape
     if num_heads % call.key.shape[1] or call.key.shape[1] != kv_num_heads or call.key.shape[3] != head_size:
@@ -108,4 +140,4 @@ def _layer_spec(call: Call, window: int) -> AttentionSpec:
                              f"{tuple(call.value.shape)} are not grouped-query attention", f"layer {call.layer}",
                              "the number of query heads must be a multiple of the key/value heads; not supported")
     return AttentionSpec(call.layer, num_heads, kv_num_heads, head_size, value_head_size, call.scale, call.softcap,
-                         window, call.sinks is not None)
+                         window, call.sinks is not None, alike)
