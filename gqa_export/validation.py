@@ -10,21 +10,26 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .asked import asked_of
 from .bundle import MANIFEST, MODEL, Manifest, read_manifest
 from .bundle_check import check_belongs, check_files
-from .compare.cases import Case, Plan, plan_cases
+from .compare.battery import STEPS, plan_battery
+from .compare.cases import Case, Plan
 from .compare.drive import BUNDLE, EAGER, TRUTH, CaseDriver, CaseLog
 from .compare.judge import judge
+from .compare.refusals import judge_refusals
 from .compare.verdict import Verdict
 from .errors import GqaExportError
+from .graph_claims import check_claims
+from .run.session import Session
 from .run.sides import (
     Sides,
     bundle_session,
@@ -35,25 +40,37 @@ from .run.sides import (
     what_it_shows,
 )
 
+if TYPE_CHECKING:
+    from .targets.table import Target
+
 Report = Callable[[str, float | None, float | None], None]
 """what is being done, how much is done, of how much"""
 
-TEXT = ("The water of a river that reaches the sea has travelled for weeks. Most of it fell as rain, some as snow, "
-        "and a little of it has been here before.")
+@dataclass(frozen=True)
+class Reference:
+    """A checkpoint opened for comparison: the truth, the yardstick, the truth's number format, its model, and what it
+    shows of itself."""
+
+    truth: Session
+    eager: Session | None
+    truth_dtype: str
+    model: Any
+    shown: dict[str, object]
 
 
-def validate(bundle: Path | str, against: str | Path, *, steps: int = 32, provider: str = "auto",
-             as_dtype: str | None = None, full_hash: bool = False, check_hashes: bool = True,
-             progress: Report | None = None) -> Verdict:
+def validate(bundle: Path | str, against: str | Path, *, level: str = "quick", steps: int = 0,
+             text: Path | None = None, provider: str = "auto", as_dtype: str | None = None, full_hash: bool = False,
+             check_hashes: bool = True, progress: Report | None = None, reference: Reference | None = None) -> Verdict:
     """Compare a bundle with the checkpoint it was made from.
 
-    as_dtype "fp32": check the fp32 twin of a bf16 or fp16 bundle (of an engine's ONNX that is done always, plugin
-    nodes interpreted). full_hash: sha256 of every file whatever its size; check_hashes False: only sizes (right
-    after an export). Raises GqaExportError for a bundle that is damaged or belongs to another checkpoint,
-    NotCheckedHere where this machine cannot run it.
+    level, steps: which cases of `compare.battery`, and how many decode steps each (0: the level's own). text: a file
+    whose perplexity is measured too, with the bundle's tokenizer. as_dtype "fp32": check the fp32 twin of a bf16 or
+    fp16 bundle (of an engine's ONNX that is done always, plugin nodes interpreted). full_hash: sha256 of every file
+    whatever its size; check_hashes False: only sizes (right after an export). reference: the checkpoint, already
+    opened. Raises GqaExportError for a bundle that
+    is damaged or belongs to another checkpoint, NotCheckedHere where this machine cannot run it.
     """
-    from .checkpoint import open_checkpoint
-    from .targets.table import get_target, on_cpu
+    from .targets.table import get_target
 
     if as_dtype not in (None, "fp32"):
         raise GqaExportError(f"--as {as_dtype} is not offered", "--as", "use --as fp32")
@@ -61,37 +78,57 @@ def validate(bundle: Path | str, against: str | Path, *, steps: int = 32, provid
     report("checking the bundle's files", None, None)
     manifest = read_manifest(folder)
     unhashed = check_files(folder, manifest, full=full_hash, hashes=check_hashes)
+    if manifest.engine is None:
+        check_claims(folder, manifest)
     target, built, notes = get_target(manifest.target), manifest.engine, list[str]()
     engine = load_engine(folder, provider, as_dtype) if built else None
     ran_dtype = "float32" if as_dtype or (target.engine and not built) else manifest.dtype
     provider = built.flavor if built else choose_bundle_provider(manifest, provider, ran_dtype)
     report("loading the checkpoint", None, None)
-    checkpoint = open_checkpoint(against)
     with ExitStack() as stack:
         stack.enter_context(torch_threads(manifest))
-        ran, where = manifest, folder
-        if ran_dtype != manifest.dtype:
-            report("widening to fp32", None, None)
-            ran, where = stack.enter_context(_twin(folder))
-        if target.engine and not built:
-            ran, where = stack.enter_context(_interpreted(where, ran, notes))
-            target = on_cpu(target)
-        truth, eager, truth_dtype = pytorch_sessions(checkpoint, manifest, ran_dtype, notes)
-        check_belongs(manifest.spec, what_it_shows(truth, str(against)), f"{folder} against {against}")
+        ran, where, target = runnable(stack, folder, manifest, ran_dtype, notes, report)
+        known = reference or open_reference(against, manifest, ran_dtype, notes)
+        check_belongs(manifest.spec, known.shown, f"{folder} against {against}")
         report("loading the bundle", None, None)
         session, poison = engine or stack.enter_context(bundle_session(where, ran, provider, notes, target))
-        plan = plan_cases(manifest.spec, manifest.capacity, steps=steps, special=_special(manifest),
-                          original_positions=_original_positions(truth), text_ids=_text_ids(folder),
-                          nan_tail_safe=target.nan_tail_safe)
-        logs = run_cases(Sides(truth, eager, session, poison), plan, last_only=manifest.logits == "last",
+        setting = asked_of(manifest, folder, steps or STEPS.get(level, 32), text, known.model)
+        setting.nan_tail_safe = target.nan_tail_safe
+        plan = plan_battery(setting, level)
+        logs = run_cases(Sides(known.truth, known.eager, session, poison), plan, last_only=manifest.logits == "last",
                          report=report)
+        refused = judge_refusals(session, resizable=not setting.literal)
     if check_hashes and unhashed:
         notes.append(f"sha256 not computed of {', '.join(unhashed)} (--hash computes all)")
     return Verdict(
         bundle=str(folder), against=str(against), target=manifest.target, dtype=manifest.dtype,
-        checked_dtype=ran_dtype, truth_dtype=truth_dtype, provider=provider, cache=manifest.cache,
-        capacity=manifest.capacity, cases=tuple(judge(log, ran_dtype) for log in logs),
-        notes=(*plan.notes, *notes), versions=_versions(), seconds=time.perf_counter() - began)
+        checked_dtype=ran_dtype, truth_dtype=known.truth_dtype, provider=provider, cache=manifest.cache,
+        capacity=manifest.capacity, cases=(*(judge(log, ran_dtype) for log in logs), refused), level=level,
+        notes=(*plan.notes, *notes), versions=versions(), seconds=time.perf_counter() - began)
+
+
+def runnable(stack: ExitStack, folder: Path, manifest: Manifest, ran_dtype: str, notes: list[str],
+             report: Report) -> tuple[Manifest, Path, Target]:
+    """What is run for a bundle, while `stack` is open: the bundle itself, its fp32 twin where another format is
+    asked for, and of an engine's graph, as long as no engine was built, a form that ONNX Runtime can run."""
+    from .targets.table import get_target, on_cpu
+
+    ran, where, target = manifest, folder, get_target(manifest.target)
+    if ran_dtype != manifest.dtype:
+        report("widening to fp32", None, None)
+        ran, where = stack.enter_context(_twin(folder))
+    if target.engine and manifest.engine is None:
+        ran, where = stack.enter_context(_interpreted(where, ran, notes))
+        target = on_cpu(target)
+    return ran, where, target
+
+
+def open_reference(against: str | Path, manifest: Manifest, ran_dtype: str, notes: list[str]) -> Reference:
+    """Open a checkpoint for bundles like this one, run in this number format."""
+    from .checkpoint import open_checkpoint
+
+    truth, eager, truth_dtype = pytorch_sessions(open_checkpoint(against), manifest, ran_dtype, notes)
+    return Reference(truth, eager, truth_dtype, truth.model, what_it_shows(truth, str(against)))
 
 
 def run_cases(sides: Sides, plan: Plan, *, last_only: bool = False, report: Report | None = None) -> list[CaseLog]:
@@ -109,8 +146,23 @@ def run_cases(sides: Sides, plan: Plan, *, last_only: bool = False, report: Repo
             continue
         if sides.poison is not None:
             sides.poison(case.poison)
-        logs.append(run_case(sides, case, last_only, tick))
+        with limited(sides, case.capacity):
+            logs.append(run_case(sides, case, last_only, tick))
     return logs
+
+
+@contextmanager
+def limited(sides: Sides, capacity: int) -> Iterator[None]:
+    """Inside, no cache of any side holds more than `capacity` tokens (0: as they are)."""
+    sessions: list[Any] = [side for side in (sides.truth, sides.eager, sides.bundle) if side is not None]
+    before = [session.capacity for session in sessions]
+    try:
+        for session in sessions if capacity else ():
+            session.capacity = capacity
+        yield
+    finally:
+        for session, whole in zip(sessions, before):
+            session.capacity = whole
 
 
 def run_case(sides: Sides, case: Case, last_only: bool, tick: Callable[[], None]) -> CaseLog:
@@ -126,7 +178,7 @@ def run_case(sides: Sides, case: Case, last_only: bool, tick: Callable[[], None]
     if sides.eager is not None:
         runners.append(SessionRunner(sides.eager, EAGER, free=False, last_only=last_only))
         pairs = [(0, 1), (1, 2), (0, 2)]
-    runners.append(SessionRunner(sides.bundle, BUNDLE, last_only=last_only))
+    runners.append(SessionRunner(sides.bundle, BUNDLE, last_only=last_only, single=case.single))
     driver = CaseDriver(case, np.concatenate(case.prompts), tick)
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         stream = Comparator.run(runners, data_loader=driver.feeds(), streaming=True)
@@ -168,29 +220,8 @@ def _interpreted(folder: Path, manifest: Manifest, notes: list[str]) -> Iterator
         yield stand_in, Path(place)
 
 
-def _special(manifest: Manifest) -> Iterable[int]:
-    """Ids that random prompts avoid."""
-    found = [manifest.tokens.get(name) for name in ("eos", "bos", "pad")]
-    return [int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
-
-
-def _original_positions(truth: Any) -> int:
-    """`original_max_position_embeddings` of a scaled rotary, 0 if there is none."""
-    rope = getattr(truth.model.config, "rope_parameters", None) or {}
-    tables = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return max((int(table.get("original_max_position_embeddings") or 0) for table in tables), default=0)
-
-
-def _text_ids(folder: Path) -> np.ndarray | None:
-    """Token ids of a few English sentences, if the bundle carries a tokenizer."""
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    from tokenizers import Tokenizer
-
-    return np.array(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT).ids, np.int64)
-
-
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that a comparison rests on."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}

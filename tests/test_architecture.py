@@ -16,7 +16,7 @@ ROOT = Path(gqa_export.__file__).parent.parent
 PACKAGE = ROOT / "gqa_export"
 PLUGINS = ROOT / "plugins"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *PLUGINS.rglob("*.py"), *(ROOT / "models").rglob("*.py")])
-STAGES = {"checkpoint", "trace", "graph", "targets", "engine", "run", "compare", "report", "convert", "uptrain"}
+STAGES = {"bisect", "checkpoint", "trace", "graph", "targets", "engine", "run", "compare", "report", "convert", "uptrain"}
 # Stages may import the targets' table (facts, no code) and, below graph, nothing of another stage.
 LENDS = {("graph", "targets.table"), ("run", "targets.table"), ("trace", "targets.table"), ("engine", "targets.table"),
          ("targets", "graph"),
@@ -24,7 +24,9 @@ LENDS = {("graph", "targets.table"), ("run", "targets.table"), ("trace", "target
          ("report", "compare.verdict"), ("report", "compare.trail"),
          # a conversion asks the model's own attention where its heads are
          ("convert", "checkpoint"), ("convert", "trace.attention"), ("convert", "trace.skeleton"),
-         ("convert", "trace.probe"), ("uptrain", "checkpoint")}
+         ("convert", "trace.probe"), ("uptrain", "checkpoint"),
+         # a bisection is a comparison of its own: it opens both sides, and judges with the same tolerance
+         ("bisect", "checkpoint"), ("bisect", "run"), ("bisect", "compare.tolerance")}
 FOUNDATIONS = {"leftovers", "swap", "manifest_rules", "memory", "errors", "contract", "spec", "cache_io",
                "engine_facts", "bundle"}
 NEVER = {
@@ -102,7 +104,7 @@ def test_foundations_import_the_standard_library_only() -> None:
 
 
 def test_only_pipeline_validation_and_the_command_line_see_several_stages() -> None:
-    allowed = {"pipeline.py", "validation.py"}
+    allowed = {"crosscheck.py", "proof.py", "pipeline.py", "validation.py"}
     wrong = []
     for path in PACKAGE.glob("*.py"):
         stages = {stage_of(module) for module in imports(path)} - {""}

@@ -27,6 +27,7 @@ VERBS: dict[str, str] = {
     "onnx": "Export a checkpoint to an ONNX decoder with a KV cache.",
     "trt": "Build a TensorRT engine, with the attention plugin or without.",
     "validate": "Compare a bundle with PyTorch, step by step.",
+    "bisect": "Name the first layer and op that differ from PyTorch.",
     "run": "Let a bundle answer a prompt.",
     "bench": "Measure load time, tokens per second and memory.",
     "convert": "Give a checkpoint fewer key/value heads: MHA to GQA to MQA.",

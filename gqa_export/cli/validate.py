@@ -15,33 +15,48 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Compare a bundle with PyTorch, step by step.")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--against", required=True, metavar="CHECKPOINT", help="Folder, hub id or GGUF file it was made from.")
+@click.argument("bundles", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--against", metavar="CHECKPOINT", help="Folder, hub id or GGUF file they were made from; may be left "
+              "out to compare several bundles with one another only.")
 @click.option("--as", "as_dtype", type=click.Choice(["fp32"]), help="Check the fp32 twin of a bf16 or fp16 bundle.")
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="Where ONNX Runtime runs the bundle.")
-@click.option("--steps", type=click.IntRange(1), default=32, show_default=True, help="Decode steps of each case.")
+@click.option("--level", type=click.Choice(["quick", "full"]), default="quick", show_default=True,
+              help="How many cases: a minute's worth, or all of them.")
+@click.option("--text", type=click.Path(path_type=Path, dir_okay=False), help="Also measure perplexity on this file.")
+@click.option("--steps", type=click.IntRange(1), help="Decode steps of each case  [default: quick 16, full 32]")
 @click.option("--hash", "full_hash", is_flag=True, help="Compute the sha256 of every file, however large.")
 @report_options
 @trust_options
-def command(bundle: Path, against: str, as_dtype: str | None, provider: str, steps: int, full_hash: bool,
-            reports: Reports) -> None:
-    """Compare BUNDLE with the checkpoint it was made from: logits, every new key and value, the whole cache.
+def command(bundles: tuple[Path, ...], against: str | None, as_dtype: str | None, provider: str, level: str,
+            text: Path | None, steps: int | None, full_hash: bool, reports: Reports) -> None:
+    """Compare BUNDLES with the checkpoint they were made from: logits, every new key and value, the whole cache.
+    Several are compared with one another too.
 
     Exit codes: 0 passed, 1 outputs differ (or drifted from the baseline), 2 bad input, 3 could not be checked here.
     """
     from rich.console import Console
 
     from ..compare.report import print_verdict
+    from ..crosscheck import cross_check
     from ..validation import validate
     from .progress import progress
 
-    say_what_was_checked(bundle)
-    with progress(f"validating {bundle.name}") as bar:
-        verdict = validate(bundle, against, steps=steps, provider=provider, as_dtype=as_dtype, full_hash=full_hash,
-                           progress=bar.report)
-    print_verdict(verdict, Console())
-    outcome = reports.finish([str(bundle)], against, [verdict])
+    if against is None and len(bundles) == 1:
+        raise click.UsageError("one bundle is compared with its checkpoint: pass --against CHECKPOINT")
+    verdicts = []
+    for bundle in bundles if against is not None else ():
+        say_what_was_checked(bundle)
+        with progress(f"validating {bundle.name}") as bar:
+            verdicts.append(validate(bundle, against, level=level, steps=steps or 0, text=text, provider=provider,
+                                     as_dtype=as_dtype, full_hash=full_hash, progress=bar.report))
+    if len(bundles) > 1:
+        with progress("comparing the bundles with one another") as bar:
+            verdicts += cross_check(bundles, level=level, steps=steps or 0, provider=provider, as_dtype=as_dtype,
+                                    progress=bar.report)
+    for verdict in verdicts:
+        print_verdict(verdict, Console())
+    outcome = reports.finish([str(bundle) for bundle in bundles], against or str(bundles[0]), verdicts)
     for line in (*(f"drift: {drift}" for drift in outcome.drifts), *outcome.notes):
         click.echo(line)
     raise SystemExit(outcome.exit_code)

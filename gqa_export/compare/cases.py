@@ -27,7 +27,9 @@ POISON = (1.0e4, -1.0e4)
 @dataclass(frozen=True)
 class Case:
     """prompts: one id array per row. counts: new tokens per row [B] for each step after the prompt. free: each side
-    feeds its own best token. poison: what fills the cache beyond the lengths, in turn (none: left as it is)."""
+    feeds its own best token. poison: what fills the cache beyond the lengths, in turn (none: left as it is). single:
+    the bundle takes the prompt one token at a time, PyTorch a piece at once. capacity: of every side's cache, 0 is the
+    bundle's own. perplexity: measured over the prompt. entry: its line in the battery."""
 
     name: str
     purpose: str
@@ -36,6 +38,10 @@ class Case:
     chunk: int
     free: bool = False
     poison: tuple[float, ...] = ()
+    single: bool = False
+    capacity: int = 0
+    perplexity: bool = False
+    entry: str = ""
 
     @property
     def batch(self) -> int:
@@ -58,9 +64,10 @@ class Plan:
 
 def plan_cases(spec: ModelSpec, capacity: int, *, steps: int = 32, original_positions: int = 0,
                special: Iterable[int] = (), text_ids: np.ndarray | None = None, nan_tail_safe: bool = False,
-               seed: int = 20) -> Plan:
+               seed: int = 20, windows: Iterable[int] = ()) -> Plan:
     """Choose cases for a decoder. original_positions: what a scaled rotary was trained for, 0 if not scaled.
-    nan_tail_safe: whether what lies in the cache beyond the lengths may be NaN.
+    nan_tail_safe: whether what lies in the cache beyond the lengths may be NaN. windows: beside those of the spec,
+    which may have lost one.
 
     Raises GqaExportError if the capacity is too small to hold a prompt and a step.
     """
@@ -71,21 +78,21 @@ def plan_cases(spec: ModelSpec, capacity: int, *, steps: int = 32, original_posi
     if steps > capacity // 2:
         notes.append(f"{capacity // 2} decode steps instead of {steps}: the cache holds {capacity} tokens")
         steps = capacity // 2
-    ids = _Ids(spec.vocabulary, special, seed)
+    ids = TokenIds(spec.vocabulary, special, seed)
     room = capacity - steps
     chunk = max(16, min(4096, LOGIT_ELEMENTS // max(spec.vocabulary, 1)))
-    windows = sorted({layer.window for layer in spec.layers if 0 < layer.window < capacity})
+    reach = sorted({w for w in (*windows, *(layer.window for layer in spec.layers)) if 0 < w < capacity})
 
     cases = [
-        _long(ids, room, steps, chunk, windows, original_positions, notes),
-        _free(ids, room, steps, chunk, windows, text_ids),
-        _ragged(ids, room, steps, chunk, windows, notes),
+        _long(ids, room, steps, chunk, reach, original_positions, notes),
+        _free(ids, room, steps, chunk, reach, text_ids),
+        _ragged(ids, room, steps, chunk, reach, notes),
         _poisoned(ids, capacity, chunk, (*POISON, float("nan")) if nan_tail_safe else POISON),
     ]
     return Plan(tuple(cases), tuple(notes))
 
 
-def _long(ids: _Ids, room: int, steps: int, chunk: int, windows: list[int], original: int,
+def _long(ids: TokenIds, room: int, steps: int, chunk: int, windows: list[int], original: int,
           notes: list[str]) -> Case:
     length = max([48, *(window + 9 for window in windows)])
     if original and original + 9 <= min(room, REACH):
@@ -97,7 +104,7 @@ def _long(ids: _Ids, room: int, steps: int, chunk: int, windows: list[int], orig
     return Case("long", purpose + ", then PyTorch's greedy tokens", (ids(length),), ((1,),) * steps, chunk)
 
 
-def _free(ids: _Ids, room: int, steps: int, chunk: int, windows: list[int], text_ids: np.ndarray | None) -> Case:
+def _free(ids: TokenIds, room: int, steps: int, chunk: int, windows: list[int], text_ids: np.ndarray | None) -> Case:
     # the decode steps walk across the smallest window: W - 1, W, W + 1 visible tokens
     length = max(4, windows[0] - steps // 2) if windows else 24
     length = min(length, room, chunk)
@@ -107,7 +114,7 @@ def _free(ids: _Ids, room: int, steps: int, chunk: int, windows: list[int], text
     return Case("free", purpose, (prompt,), ((1,),) * steps, chunk, free=True)
 
 
-def _ragged(ids: _Ids, room: int, steps: int, chunk: int, windows: list[int], notes: list[str]) -> Case:
+def _ragged(ids: TokenIds, room: int, steps: int, chunk: int, windows: list[int], notes: list[str]) -> Case:
     longest = max(windows[0] + 6, 14) if windows else 41
     limit = min(RAGGED_REACH, chunk, room - 4)
     if longest > limit:
@@ -123,14 +130,14 @@ def _ragged(ids: _Ids, room: int, steps: int, chunk: int, windows: list[int], no
                 "compared with itself alone", prompts, counts, max(chunk, longest))
 
 
-def _poisoned(ids: _Ids, capacity: int, chunk: int, poison: tuple[float, ...]) -> Case:
+def _poisoned(ids: TokenIds, capacity: int, chunk: int, poison: tuple[float, ...]) -> Case:
     longest = min(capacity - 4, 11)
     prompts = (ids(longest), ids(max(1, longest // 4)))
     return Case("poisoned", f"batch 2, the cache beyond each row's length filled with {', '.join(map(str, poison))}",
                 prompts, ((1, 1),) * 4, max(chunk, longest), poison=poison)
 
 
-class _Ids:
+class TokenIds:
     """Seeded random token ids without the special ones."""
 
     def __init__(self, vocabulary: int, special: Iterable[int], seed: int) -> None:
@@ -140,4 +147,5 @@ class _Ids:
         self.random = np.random.default_rng(seed)
 
     def __call__(self, count: int) -> np.ndarray:
+        """int64 [count]."""
         return self.random.choice(self.allowed, size=count).astype(np.int64)

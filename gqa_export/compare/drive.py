@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .cases import Case
+from .logits import LogitTally
 from .metrics import Difference, difference, last_rows, margin
 from .trail import Surroundings, surroundings
 
@@ -53,6 +54,7 @@ class CaseLog:
     the bundle's logits to PyTorch in the bundle's format. worst: per output, the surroundings of its largest gap."""
 
     case: Case
+    tally: LogitTally = field(default_factory=LogitTally)
     bundle: list[Measured] = field(default_factory=list)
     worst: dict[str, Surroundings] = field(default_factory=dict)
     yardstick: dict[str, float] | None = None
@@ -80,6 +82,7 @@ class CaseDriver:
         self.lengths = np.zeros(case.batch, np.int64)
         self.next_tokens = np.zeros(case.batch, np.int64)
         self._most: dict[str, float] = {}
+        self._block = np.zeros((case.batch, 1), np.int64)
 
     def feeds(self) -> Iterator[dict[str, np.ndarray]]:
         """All feeds of the case, each made when the one before was compared."""
@@ -93,7 +96,7 @@ class CaseDriver:
                 self.free = self.case.free and self.log.parted is None
             else:
                 self.new_lengths, block = ids
-            self.step = step
+            self.step, self._block = step, block
             yield {
                 "input_ids": block, "new_lengths": self.new_lengths,
                 "flags": np.array([step == 0, self.free, step == len(schedule) - 1], np.int64),
@@ -137,6 +140,7 @@ class CaseDriver:
                     yardstick[quantity(name)] = max(yardstick.get(quantity(name), 0.0), found)
             return OrderedDict()
         self._choose(truth["logits"], other["logits"])
+        self._tally(truth["logits"], other["logits"])
         results: OrderedDict[str, Measured] = OrderedDict()
         for name in truth:
             if name == "fed":
@@ -153,6 +157,17 @@ class CaseDriver:
                 self.log.worst[name] = surroundings(name, truth[name], other[name], one.difference, tokens)
         self.log.bundle.extend(results.values())
         return results
+
+    def _tally(self, truth_BSV: np.ndarray, other_BSV: np.ndarray) -> None:
+        """Add up what the logits mean as predictions; where only the last are given, those."""
+        whole = truth_BSV.shape[1] == self._block.shape[1]
+        for row, count in enumerate(self.new_lengths.tolist()):
+            if not count:
+                continue
+            sides = [side[row, : count if whole else 1] for side in (truth_BSV, other_BSV)]
+            self.log.tally.add(*sides)
+            if self.case.perplexity and whole:
+                self.log.tally.read(self._block[row, :count], *sides)
 
     def _choose(self, truth_BSV: np.ndarray, other_BSV: np.ndarray) -> None:
         """Note the best tokens of both sides; the truth's are the next to be fed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .drive import CaseLog, Measured, quantity
+from .drive import CaseLog, Choice, Measured, quantity
 from .tolerance import Tolerance, tolerance
 from .trail import output_errors, step_errors
 from .verdict import CaseVerdict, KindVerdict, Location
@@ -30,7 +30,15 @@ def judge(log: CaseLog, dtype: str) -> CaseVerdict:
     case = log.case
     return CaseVerdict(case.name, case.purpose, case.batch, tuple(len(p) for p in case.prompts), len(case.counts),
                        case.free, kinds, log.rows, log.agreed, ties, real[0] if case.free and real else None,
-                       log.eager_logits, log.seconds, outputs, trail)
+                       log.eager_logits, log.seconds, outputs, trail, log.tally.metrics(_prefix(log, real)), case.entry)
+
+
+def _prefix(log: CaseLog, real: list[Choice]) -> int:
+    """Decode steps of a free run until the sides parted for real."""
+    if not log.case.free:
+        return -1
+    before = log.case.feeds - len(log.case.counts)
+    return min((choice.step for choice in real), default=log.case.feeds - 1) - before + 1
 
 
 def _judge_kind(kind: str, measured: list[Measured], bounds: dict[str, Tolerance], log: CaseLog) -> KindVerdict:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import EXIT_DIFFERENT, EXIT_PASSED
 from .drive import Choice
+from .logits import LogitMetrics
 from .trail import OutputError, StepError, Surroundings
 
 SCHEMA_VERSION = 1
@@ -39,6 +40,8 @@ class Location:
         return (int(digits[0]) if digits else 1 << 30, self.output)
 
     def __str__(self) -> str:
+        if self.phase == "refusal":
+            return f"case {self.case}: {self.output}: was answered, and must be refused"
         place = ", ".join(f"{name} {value}" for name, value in self.axes.items())
         if self.nonfinite:
             wrong = f"got {self.got:g}, expected {self.expected:g} ({self.nonfinite} elements are NaN or infinite)"
@@ -71,7 +74,7 @@ class KindVerdict:
 @dataclass(frozen=True)
 class CaseVerdict:
     """One case. ties: best tokens that differ where the truth's own preference is below the bound of the logits.
-    outputs, trail: the errors of every output and of every step."""
+    outputs, trail: the errors of every output and of every step. entry: the line of the battery it belongs to."""
 
     name: str
     purpose: str
@@ -88,6 +91,8 @@ class CaseVerdict:
     seconds: float
     outputs: tuple[OutputError, ...] = ()
     trail: tuple[StepError, ...] = ()
+    metrics: LogitMetrics | None = None
+    entry: str = ""
 
     @property
     def first(self) -> Location | None:
@@ -123,6 +128,7 @@ class Verdict:
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    level: str = ""
 
     @property
     def passed(self) -> bool:
@@ -137,7 +143,8 @@ class Verdict:
     @property
     def max_abs_logits(self) -> float:
         """Largest |logit difference| to PyTorch (the truth) in all cases."""
-        return max((case.logits.max_abs for case in self.cases), default=float("nan"))
+        return max((kind.max_abs for case in self.cases for kind in case.kinds if kind.kind == "logits"),
+                   default=float("nan"))
 
     @property
     def max_abs_logits_eager(self) -> float | None:

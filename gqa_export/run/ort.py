@@ -16,7 +16,7 @@ import numpy as np
 
 from ..bundle import MODEL, Manifest, read_manifest
 from ..bundle_check import check_files
-from ..cache_io import past_names, present_names
+from ..cache_io import ATTENTION_MASK, INPUT_IDS, past_names, present_names
 from ..errors import GqaExportError
 from ..targets.table import Target, get_target
 from .feeds import check_feed, must_run_alone, step_feed, written_rows
@@ -114,6 +114,17 @@ class OrtSession:
         """Per layer (key [B, K, T, D], value [B, K, T, E]), copies; T is the capacity of a static cache."""
         tensors = [np.array(self._backend.download(t)) for t in self._past]
         return list(zip(tensors[0::2], tensors[1::2]))
+
+    def left_padded(self) -> np.ndarray | None:
+        """What the graph itself answers to a row padded on the left, [1, 3, V]: NaN if it is sound. None where the
+        graph takes no mask. Our own runners refuse such a row before it gets here."""
+        if self._target.interface != "mask":
+            return None
+        self.reset(1)
+        feed = {INPUT_IDS: np.zeros((1, 3), np.int64), ATTENTION_MASK: np.array([[0, 1, 1]])}
+        logits = _Ran(*self._backend.run(feed, self._past, self._inplace)).logits
+        self.reset(1)
+        return logits.astype(np.float32)
 
     def _whole(self, ids: np.ndarray, new: np.ndarray) -> np.ndarray:
         """One call for all rows."""

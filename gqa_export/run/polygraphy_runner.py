@@ -24,16 +24,18 @@ from ..cache_io import ATTENTION_MASK, INPUT_IDS, NEW_LENGTHS, PAST_LENGTHS, pas
 from ..spec import AttentionSpec, ModelSpec
 from .ort_backend import Infer
 from .ort_load import open_session
-from .session import Session
+from .session import Session, Step
 
 
 class SessionRunner(BaseRunner):
     """Runs a session. free: obey the feed's second flag and feed the session's own best token. last_only: show only
-    the logits of each row's last valid token, as bundles exported with `--logits last` do."""
+    the logits of each row's last valid token, as bundles exported with `--logits last` do. single: take the tokens of a
+    step one by one."""
 
-    def __init__(self, session: Session, name: str, *, free: bool = True, last_only: bool = False) -> None:
+    def __init__(self, session: Session, name: str, *, free: bool = True, last_only: bool = False,
+                 single: bool = False) -> None:
         super().__init__(name=name)
-        self._session, self._free, self._last_only = session, free, last_only
+        self._session, self._free, self._last_only, self._single = session, free, last_only, single
         self._own = np.zeros(0, np.int64)
 
     def get_input_metadata_impl(self) -> TensorMetadata:
@@ -55,7 +57,7 @@ class SessionRunner(BaseRunner):
         elif free and self._free:
             ids = ids.copy()
             ids[:, 0] = np.where(counts > 0, self._own, ids[:, 0])
-        step = self._session.step(ids, counts, want_cache=True)
+        step = self._one_by_one(ids, counts) if self._single else self._session.step(ids, counts, want_cache=True)
         outputs: OrderedDict[str, np.ndarray] = OrderedDict()
         keys, values = step.keys or (), step.values or ()
         for number, layer in self._alike():
@@ -75,8 +77,6 @@ class SessionRunner(BaseRunner):
         self.inference_time = time.perf_counter() - began
         return outputs
 
-
-def _blank(array: np.ndarray, counts_B: np.ndarray, axis: int) -> np.ndarray:
     def _alike(self) -> list[tuple[int, AttentionSpec]]:
         """The layers, numbered, whose caches can be compared: those that PyTorch caches alike."""
         return [pair for pair in enumerate(self._session.spec.layers) if pair[1].cached_alike]
@@ -90,6 +90,8 @@ def _blank(array: np.ndarray, counts_B: np.ndarray, axis: int) -> np.ndarray:
                               for i in layers) for kind in ("keys", "values"))
         return Step(np.concatenate([step.logits for step in steps], axis=1), keys, values)
 
+
+def _blank(array: np.ndarray, counts_B: np.ndarray, axis: int) -> np.ndarray:
     """Zero what lies at or past each row's count along `axis`; the array itself where there is nothing to zero."""
     width = array.shape[axis]
     if width == 1 and axis == 1:
@@ -123,7 +125,7 @@ def onnxrt_infer(folder: Path, manifest: Manifest, provider: str, threads: int =
 
 class PoisonedTail:
     """Wraps an `infer`: whatever the cache holds beyond the valid tokens is replaced by the values of `fill`, in turn
-    (none: left as it is)."""
+    (none: left as it is), and the ids of padding by the last one of the vocabulary."""
 
     def __init__(self, infer: Infer, spec: ModelSpec) -> None:
         self._infer, self._spec = infer, spec
@@ -142,6 +144,10 @@ class PoisonedTail:
         else:
             past = feed[ATTENTION_MASK].shape[1] - feed[INPUT_IDS].shape[1]
             lengths_B = feed[ATTENTION_MASK][:, :past].sum(1)
+        ids = feed[INPUT_IDS]
+        new_B = feed[NEW_LENGTHS] if NEW_LENGTHS in feed else feed[ATTENTION_MASK][:, -ids.shape[1]:].sum(1)
+        padded_BS = np.arange(ids.shape[1]) >= np.asarray(new_B)[:, None]
+        feed[INPUT_IDS] = np.where(padded_BS, self._spec.vocabulary - 1, ids).astype(ids.dtype)
         for layer in self._spec.layers:
             for name in past_names(layer.layer):
                 past_BKPD = feed[name]

@@ -118,7 +118,8 @@ def one_weight(folder: Path) -> None:
 def test_an_exported_bundle_passes(bundles, checkpoints, name, target, cache):
     verdict = validate(bundles(name, target=target, cache=cache), checkpoints(name), steps=STEPS)
     assert verdict.passed, str(verdict.first)
-    assert [case.name for case in verdict.cases] == ["long", "free", "ragged", "poisoned"]
+    assert [case.name for case in verdict.cases] == ["long", "free", "ragged", "poisoned", "full", "special",
+                                                     "refusals"]
     # far below: the bound is a few times PyTorch's own rounding
     assert verdict.max_abs_logits < 1e-4
 

@@ -1,0 +1,222 @@
+"""The battery: every case by name, the known failure it is aimed at, the level that runs it, and what builds it.
+
+`quick` is made to run in a minute on a small real model; `full` adds what needs thousands of tokens, or what the
+quick cases imply but do not show by themselves. A builder that has no room says so in a note and gives no case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from ..errors import GqaExportError
+from ..spec import ModelSpec
+from .cases import LOGIT_ELEMENTS, Case, Plan, TokenIds, plan_cases
+
+LEVELS = ("quick", "full")
+STEPS = {"quick": 16, "full": 32}
+"""decode steps of each case where the caller does not say"""
+EDGE = 24
+"""capacity of the case that fills its cache: a smaller one than the bundle's, so that it costs nothing"""
+DRIFT_STEPS = 1024
+FARTHEST = 8192
+"""longest sequence of any case"""
+SEEN_IDS = 2048
+"""ids fed by the case that reads the embedding"""
+REFUSALS = "refusals"
+
+
+@dataclass
+class Setting:
+    """What the builders look at. windows: those of the manifest and those that the checkpoint's own configuration
+    names. special: ids that random prompts avoid. loud: ids whose embeddings are largest. literal: the capacity is a
+    number in the graph. text: ids of a text that the user gave."""
+
+    spec: ModelSpec
+    capacity: int
+    steps: int
+    windows: tuple[int, ...] = ()
+    original_positions: int = 0
+    special: tuple[int, ...] = ()
+    loud: tuple[int, ...] = ()
+    sample: np.ndarray | None = None
+    text: np.ndarray | None = None
+    nan_tail_safe: bool = False
+    literal: bool = False
+    notes: list[str] = field(default_factory=list)
+    core: dict[str, Case] = field(default_factory=dict)
+    ids: TokenIds = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.windows = tuple(sorted({w for w in (*self.windows, *(layer.window for layer in self.spec.layers))
+                                     if 0 < w < self.capacity}))
+        self.ids = TokenIds(self.spec.vocabulary, self.special, 21)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of one row that are fed at once."""
+        return max(16, min(4096, LOGIT_ELEMENTS // max(self.spec.vocabulary, 1)))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the battery. aim: the known failure that it is there to catch."""
+
+    name: str
+    level: str
+    aim: str
+    build: Callable[[Setting], Iterable[Case]]
+
+
+def _core(name: str) -> Callable[[Setting], Iterable[Case]]:
+    return lambda s: [s.core[name]] if name in s.core else []
+
+
+def _full(s: Setting) -> Iterable[Case]:
+    if s.literal:
+        return  # its capacity is fixed: the case `brim` fills it
+    size = min(EDGE, s.capacity)
+    yield Case("full", f"batch 2, one row fills a cache of {size} tokens exactly", (s.ids(size - 3), s.ids(3)),
+               ((1, 1),) * 3, max(s.chunk, size), capacity=size)
+
+
+def _special(s: Setting) -> Iterable[Case]:
+    named = [t for t in s.special if 0 <= t < s.spec.vocabulary] or [0]
+    some = np.array([*named, s.spec.vocabulary - 1, named[0], named[0]], np.int64)[: max(1, s.capacity - 6)]
+    prompt = np.concatenate([some[:1], s.ids(1), some[1:], s.ids(1)])
+    yield Case("special", "batch 1, special tokens and the last id amid the prompt", (prompt,), ((1,),) * 2, s.chunk)
+
+
+def _windows(s: Setting) -> Iterable[Case]:
+    for window in s.windows:
+        if window + 4 > min(s.capacity, FARTHEST):
+            s.notes.append(f"no rows around the window of {window}: the cache holds {s.capacity} tokens")
+            continue
+        rows = tuple(s.ids(max(1, length)) for length in (window - 1, window, window + 1))
+        yield Case(f"window {window}", f"batch 3, rows of {window} - 1, {window} and {window} + 1 tokens", rows,
+                   ((1, 1, 1),) * 3, max(16, s.chunk // 3))
+        if 4 * window + 3 <= min(s.capacity, FARTHEST):
+            yield Case(f"window {window} x 4", f"batch 1, four windows of {window}", (s.ids(4 * window),),
+                       ((1,),) * 3, s.chunk)
+        else:
+            s.notes.append(f"no prompt of four windows of {window}: {min(s.capacity, FARTHEST)} tokens at most")
+
+
+def _permuted(s: Setting) -> Iterable[Case]:
+    base = s.core["ragged"]
+    prompts = (*base.prompts[::-1], base.prompts[0])
+    yield Case("permuted", "batch 4, the ragged rows in another order and one of them twice", prompts,
+               ((1, 1, 1, 1),) * min(4, s.steps), base.chunk)
+
+
+def _chunks(s: Setting) -> Iterable[Case]:
+    longest = min(s.capacity - 2, max([41, *(w + 9 for w in s.windows if w < 200)]))
+    yield Case("chunks", f"batch 2, the prompt of {longest} tokens in pieces of 7",
+               (s.ids(longest), s.ids(max(1, longest // 2))), ((1, 1),) * 2, 7)
+
+
+def _stepwise(s: Setting) -> Iterable[Case]:
+    length = min(s.capacity - 2, max([24, *(w + 5 for w in s.windows if w < 200)]))
+    yield Case("stepwise", f"batch 1, {length} tokens one by one, against PyTorch at once", (s.ids(length),),
+               ((1,),) * 2, s.chunk, single=True)
+
+
+def _empty(s: Setting) -> Iterable[Case]:
+    length = min(9, s.capacity - 5)
+    yield Case("empty", "batch 2, a row that begins with nothing and later pauses", (s.ids(length), s.ids(0)),
+               ((1, 1), (1, 3), (2, 0), (1, 1)), max(s.chunk, length))
+
+
+def _extreme(s: Setting) -> Iterable[Case]:
+    loud = np.array(s.loud or (0,), np.int64)
+    prompt = np.concatenate([loud, np.repeat(loud[:1], 12), s.ids(4), np.repeat(loud[-1:], 6)])[: s.capacity - 4]
+    yield Case("extreme", "batch 1, the tokens with the largest embeddings, and long runs of one token", (prompt,),
+               ((1,),) * 4, s.chunk)
+
+
+def _beyond(s: Setting) -> Iterable[Case]:
+    length = s.original_positions + 33
+    if not s.original_positions:
+        return
+    if length + 4 > min(s.capacity, FARTHEST):
+        s.notes.append(f"no prompt passes the rotary scaling's original {s.original_positions} positions")
+        return
+    yield Case("beyond", f"batch 1, {length} tokens, past the rotary scaling's original {s.original_positions}",
+               (s.ids(length),), ((1,),) * 4, s.chunk)
+
+
+def _drift(s: Setting) -> Iterable[Case]:
+    steps = min(DRIFT_STEPS, s.capacity)
+    if steps < DRIFT_STEPS:
+        s.notes.append(f"{steps} steps of drift instead of {DRIFT_STEPS}: the cache holds {s.capacity} tokens")
+    yield Case("drift", f"batch 1, {steps} tokens one by one, against PyTorch in pieces of 64", (s.ids(steps),), (),
+               min(64, s.chunk), single=True)
+
+
+def _brim(s: Setting) -> Iterable[Case]:
+    if s.capacity > FARTHEST:
+        s.notes.append(f"the whole cache of {s.capacity} tokens was not filled: {FARTHEST} at most")
+        return
+    yield Case("brim", f"batch 1, fills the whole cache of {s.capacity} tokens", (s.ids(s.capacity - 4),),
+               ((1,),) * 4, s.chunk)
+
+
+def _vocabulary(s: Setting) -> Iterable[Case]:
+    some = np.random.default_rng(22).permutation(s.spec.vocabulary)[:SEEN_IDS].astype(np.int64)
+    rows = np.array_split(some, -(-len(some) // min(s.capacity - 1, 512)))
+    yield Case("vocabulary", f"{len(some)} of {s.spec.vocabulary} ids, each once", tuple(rows), (),
+               max(16, s.chunk // len(rows)))
+
+
+def _text(s: Setting) -> Iterable[Case]:
+    if s.text is None:
+        return
+    if len(s.text) > min(s.capacity, FARTHEST):
+        s.notes.append(f"the text's first {min(s.capacity, FARTHEST)} of {len(s.text)} tokens were read")
+    ids = s.text[: min(s.capacity, FARTHEST)]
+    yield Case("text", f"batch 1, {len(ids)} tokens of the given text: perplexity", (ids,), (), s.chunk,
+               perplexity=True)
+
+
+BATTERY: tuple[Entry, ...] = (
+    Entry("long", "quick", "a window dropped or off by one, a rotary scaling ignored, a cache written elsewhere",
+          _core("long")),
+    Entry("free", "quick", "errors too small for one step that change the text", _core("free")),
+    Entry("ragged", "quick", "right-padded batches garbled; rows that bring several tokens, or none", _core("ragged")),
+    Entry("poisoned", "quick", "what lies beyond the lengths (cache tail, padded ids) leaking into the result",
+          _core("poisoned")),
+    Entry("full", "quick", "the last slots of a static cache overwritten or out of reach", _full),
+    Entry("special", "quick", "a pad or end token in the prompt taken for padding", _special),
+    Entry(REFUSALS, "quick", "a token past the capacity, an id out of vocabulary or left padding answered with "
+          "plausible numbers", lambda s: ()),
+    Entry("text", "quick", "quality lost on real text (with --text)", _text),
+    Entry("window W", "full", "every window's edge: W - 1, W, W + 1 and 4 W", _windows),
+    Entry("permuted", "full", "rows of a batch influencing each other", _permuted),
+    Entry("chunks", "full", "a prompt fed in pieces: positions and masks of the second piece (upper-left causal)",
+          _chunks),
+    Entry("stepwise", "full", "prefill and decode disagreeing", _stepwise),
+    Entry("empty", "full", "a sequence without tokens: NaN from an empty softmax", _empty),
+    Entry("extreme", "full", "scores and activations that overflow fp16", _extreme),
+    Entry("beyond", "full", "rotary frequencies past the original length", _beyond),
+    Entry("vocabulary", "full", "rows of the embedding exchanged or damaged", _vocabulary),
+    Entry("drift", "full", "errors that grow with the number of steps", _drift),
+    Entry("brim", "full", "tables and buffers shorter than the capacity that the manifest promises", _brim),
+)
+
+
+def plan_battery(setting: Setting, level: str = "quick") -> Plan:
+    """The cases of a level. Raises GqaExportError for an unknown level or a cache too small to hold a case."""
+    if level not in LEVELS:
+        raise GqaExportError(f"unknown level {level!r}", "--level", f"one of {', '.join(LEVELS)}")
+    core = plan_cases(setting.spec, setting.capacity, steps=setting.steps, special=setting.special,
+                      original_positions=setting.original_positions, text_ids=setting.sample,
+                      nan_tail_safe=setting.nan_tail_safe, windows=setting.windows)
+    setting.core = {case.name: case for case in core.cases}
+    setting.notes += core.notes
+    setting.steps = min(setting.steps, setting.capacity // 2)
+    chosen = LEVELS[: LEVELS.index(level) + 1]
+    cases = [replace(case, entry=entry.name) for entry in BATTERY if entry.level in chosen
+             for case in entry.build(setting)]
+    return Plan(tuple(cases), tuple(setting.notes))

@@ -1,0 +1,68 @@
+"""The mutation table: good bundles broken on purpose, and which case of the battery catches each kind.
+
+    python scripts/mutation_table.py                              # tiny models: docs/trust.md, mutations.json
+    python scripts/mutation_table.py --checkpoint smollm2.gguf    # a real model: mutations_smollm2.json, .md
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import click
+
+from gqa_export.pipeline import ExportOptions, export_onnx
+from gqa_export.proof import Sample, contradiction_rows, open_sample, prove, shares, table, to_dict
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = (("llama", "ort", "growing"), ("mistral", "ort", "growing"), ("gemma2", "ort", "growing"),
+        ("gpt_oss", "ort", "growing"), ("qwen2", "ort", "growing"), ("qwen3", "ort", "growing"),
+        ("llama", "portable", "growing"), ("mistral", "onnx", "static"))
+CAPACITY = 128
+BEGIN, END = "<!-- mutations: made by scripts/mutation_table.py -->", "<!-- end of mutations -->"
+
+
+def tiny_samples(work: Path, wanted=TINY) -> list[Sample]:
+    """Export tiny models and load their checkpoints."""
+    from gqa_models import write_tiny
+
+    samples, written = [], {}
+    for name, target, cache in wanted:
+        if name not in written:
+            written[name] = write_tiny(name, work / name)
+        bundle = work / f"{name}-{target}-{cache}"
+        export_onnx(written[name], bundle, ExportOptions(target=target, cache=cache, capacity=CAPACITY, dtype="fp32"))
+        samples.append(open_sample(f"{name} {target}", bundle, written[name]))
+    return samples
+
+
+@click.command()
+@click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), help="A real model instead of tiny ones.")
+@click.option("--capacity", default=256, show_default=True, help="Capacity of the real model's bundle.")
+def main(checkpoint: Path | None, capacity: int) -> None:
+    """Break bundles, run the battery, write the table."""
+    with tempfile.TemporaryDirectory(prefix="gqa-mutations-") as place:
+        work = Path(place)
+        if checkpoint is None:
+            samples = tiny_samples(work)
+        else:
+            export_onnx(checkpoint, work / "bundle", ExportOptions(target="ort", dtype="fp32", capacity=capacity))
+            samples = [open_sample(checkpoint.stem, work / "bundle", checkpoint)]
+        rows = prove(samples, work, lambda row: click.echo(f"{row.kind}: {row.caught}"))
+        rows += contradiction_rows(samples[0], work)
+    said = "; ".join(f"`{level}` catches {share:.0%}" for level, share in shares(rows).items())
+    text = f"{len(rows)} kinds of damage: {said}.\n\n{table(rows)}\n"
+    out, name = ROOT / "docs" / "benchmarks", "mutations" if checkpoint is None else "mutations_smollm2"
+    data = to_dict(rows, [sample.name for sample in samples])
+    (out / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    if checkpoint is not None:
+        (out / f"{name}.md").write_text(f"# Mutations of {samples[0].name}\n\n{text}", encoding="utf-8")
+        return
+    page = ROOT / "docs" / "trust.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
