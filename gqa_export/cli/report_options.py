@@ -23,6 +23,8 @@ OPTIONS = {
     "update_baseline": click.option("--update-baseline", "update_baseline", is_flag=True,
                                     help="Put the errors of this run into --baseline FILE."),
 }
+POLYGRAPHY = click.option("--polygraphy", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+                          help="First write PyTorch's answers there, for `polygraphy run`.")
 
 
 def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,13 +37,25 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
         reports = Reports(**{name: given.pop(name) for name in OPTIONS})
         reports.check()
+        bundles, against = given.get("bundles") or (given["bundle"],), given.get("against")
+        folder = given.pop("polygraphy")
         try:
+            for bundle in bundles if folder is not None else ():
+                write_golden(bundle, against, folder if len(bundles) == 1 else folder / bundle.name)
             return command(*args, reports=reports, **given)
         except GqaExportError as problem:
-            bundles = given.get("bundles") or (given.get("bundle"),)
-            reports.failed([str(bundle) for bundle in bundles], str(given.get("against")), problem)
+            reports.failed([str(bundle) for bundle in bundles], str(against), problem)
             raise
 
-    for option in reversed(OPTIONS.values()):
+    for option in (POLYGRAPHY, *reversed(OPTIONS.values())):
         option(wrapped)
     return wrapped
+
+
+def write_golden(bundle: Path, against: str | None, folder: Path) -> None:
+    """Write the files for Polygraphy and say how to use them. Raises GqaExportError."""
+    if against is None:
+        raise click.UsageError("--polygraphy writes PyTorch's answers: pass --against CHECKPOINT")
+    from .golden import write_golden as write
+
+    click.echo(write(bundle, against, folder))

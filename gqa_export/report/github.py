@@ -64,7 +64,9 @@ def _bundle(verdict: Verdict) -> list[str]:
 def _row(case: CaseVerdict, kind: KindVerdict) -> str:
     best = f"{case.top1_agreed}/{case.rows}" if kind.kind == "logits" else ""
     good = kind.passed and not (kind.kind == "logits" and case.parted)
-    return (f"| {_plain(case.name)} | {kind.kind} | {kind.max_abs:.2e} | {kind.bound:.2e} | {best} | "
+    alone = sum(each.kind == kind.kind for each in case.kinds) == 1
+    spoken = kind.kind if alone else _plain(kind.output)
+    return (f"| {_plain(case.name)} | {spoken} | {kind.max_abs:.2e} | {kind.bound:.2e} | {best} | "
             f"{'ok' if good else '**DIFFERS**'} |")
 
 

@@ -41,7 +41,9 @@ def _case(case: CaseVerdict) -> dict[str, Any]:
 
 def _row(case: CaseVerdict, kind: KindVerdict) -> dict[str, Any]:
     part = share(kind.max_abs, kind.bound)
-    return {"kind": kind, "share": f"{part:.3f}" if math.isfinite(part) else "inf",
+    alone = sum(each.kind == kind.kind for each in case.kinds) == 1
+    return {"kind": kind, "spoken": kind.kind if alone else kind.output,
+            "share": f"{part:.3f}" if math.isfinite(part) else "inf",
             "bar": round(100 * min(part, 1.0), 1), "good": kind.passed and not (kind.kind == "logits" and case.parted),
             "best": f"{case.top1_agreed}/{case.rows}" if kind.kind == "logits" else ""}
 

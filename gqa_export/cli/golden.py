@@ -1,0 +1,28 @@
+"""`validate --polygraphy DIR`: PyTorch's answers for Polygraphy, and the command that compares with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def write_golden(bundle: Path, against: str, folder: Path) -> str:
+    """Write `inputs.json` and `outputs.json`; return the command. Its tolerance is the one that `compare.tolerance`
+    assumes where nothing was measured.
+
+    Raises GqaExportError for a bundle whose graph Polygraphy cannot run this way.
+    """
+    from ..bundle import MODEL, read_manifest
+    from ..checkpoint import open_checkpoint
+    from ..compare.tolerance import tolerance
+    from ..run.polygraphy_files import INPUTS, OUTPUTS, check_target, write_files
+    from ..run.torch_ref import TorchSession
+    from ..targets.table import get_target
+
+    manifest = read_manifest(bundle)
+    target = get_target(manifest.target)
+    check_target(manifest, target)
+    truth = TorchSession(open_checkpoint(against).load_model(manifest.dtype), manifest.capacity, "float64",
+                         spec=manifest.spec)
+    bound = tolerance(None, write_files(folder, truth, manifest), manifest.dtype).bound
+    return (f"polygraphy run {bundle / MODEL} --onnxrt --load-inputs {folder / INPUTS} --load-outputs "
+            f"{folder / OUTPUTS} --atol {bound:.3g}")
