@@ -31,7 +31,10 @@ def main() -> int:
     job = Job.from_json(sys.stdin.read())
 
     def say(**message: Any) -> None:
-        messages.write(json.dumps(message) + "\n")
+        try:
+            messages.write(json.dumps(message) + "\n")
+        except BrokenPipeError:  # nobody waits for this engine any more
+            os._exit(1)
 
     try:
         say(built=asdict(run(job, lambda text, done, total: say(progress=[text, done, total]))))

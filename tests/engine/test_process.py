@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from gqa_export.engine.job import Built, Job, KernelFiles, Tensor
-from gqa_export.engine.process import run_job
+from gqa_export.engine.process import MODULE, run_job
 from gqa_export.errors import GqaExportError
 from gqa_export.trt_libraries import Library
 
@@ -92,6 +94,16 @@ def test_an_end_without_a_word_is_an_error(child) -> None:
 def test_a_kill_from_outside_speaks_of_memory(child) -> None:
     with pytest.raises(GqaExportError, match="ran out of memory"):
         child("os.kill(os.getpid(), signal.SIGKILL)")
+
+
+def test_a_build_that_nobody_waits_for_ends_itself() -> None:
+    child = subprocess.Popen([sys.executable, "-m", MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True)
+    child.stdout.close()  # the parent is gone
+    child.stdin.write(Job("rtx", "no_such_module", "no_such_module", "m", "e", (), ()).to_json())
+    child.stdin.close()
+    assert child.wait(timeout=60) == 1
+    assert "BrokenPipeError" not in child.stderr.read()
 
 
 def test_an_interrupted_build_leaves_no_process(tmp_path, monkeypatch) -> None:
