@@ -14,8 +14,8 @@ from typing import Any
 from .errors import GqaExportError
 
 AGAIN = "run `python scripts/matrix.py --resume` and commit what it writes"
-ENDS = ("supported", "refused", "wrong", "failed")
-"""how a row can end; the last two are bugs of ours, and count as not supported"""
+ENDS = ("supported", "refused", "wrong", "failed", "unchecked")
+"""how a row can end; only the first is supported: `wrong` and `failed` are bugs of ours, `unchecked` was not run"""
 
 
 def table() -> dict[str, Any]:
@@ -64,13 +64,13 @@ def document(data: dict[str, Any]) -> str:
     lines = [
         "# Architectures", "",
         "Written by `scripts/matrix.py`; do not edit. The same table: `gqa-export models`, with `--json` as data.", "",
-        f"transformers knows {len(data['rows'])} causal language models by name. Of each a small random model was made, "
-        "exported (fp32) and compared with PyTorch in fp64 on a CPU: prompts longer than the attention window, decode "
-        "steps, ragged batches, poisoned cache tails. *Supported* means that every target and cache that the row lists "
-        "passed. A row that is not supported is refused by name at export, or caught by the comparison that "
+        f"transformers knows {len(data['rows'])} causal language models by name. Of each a small random model was "
+        "made, exported (fp32) and compared with PyTorch in fp64 on a CPU: prompts longer than the attention window, "
+        "decode steps, ragged batches, poisoned cache tails. *Supported* means that every target and cache that the row "
+        "lists passed. A row that is not supported is refused by name at export, or caught by the comparison that "
         "`gqa-export onnx` makes afterwards.", "",
         f"**{how['supported']} supported**, {how['refused']} refused, {how['wrong']} differ from PyTorch, "
-        f"{how['failed']} fail in another way. {data['date']}, {made_with}.", "",
+        f"{how['failed']} fail in another way, {how['unchecked']} not checked. {data['date']}, {made_with}.", "",
         "## Supported", "",
         "| name | attention | checked | largest difference (allowed) | depth |", "|---|---|---|---|---|"]
     for name, row in sorted(data["rows"].items()):
@@ -79,7 +79,7 @@ def document(data: dict[str, Any]) -> str:
             lines.append(f"| {name} | {', '.join(row.get('features', []))} | {checked(row)} | {worst[0]:.1e} "
                          f"({worst[1]:.1e}) | {row.get('depth') or 'not compared'} |")
     for title, end in (("Refused", "refused"), ("Differ from PyTorch: not supported", "wrong"),
-                       ("Fail in another way: not supported", "failed")):
+                       ("Fail in another way: not supported", "failed"), ("Not checked: not supported", "unchecked")):
         rows = {name: row for name, row in sorted(data["rows"].items()) if row["verdict"] == end}
         if rows:
             lines += ["", f"## {title}", "", "| name | reason |", "|---|---|"]

@@ -75,9 +75,8 @@ def _shrunk(default: Any, depth: int | None = None) -> dict[str, Any]:
             continue  # computed from the others
         if hasattr(value, "to_dict"):
             values[key] = {**_shrunk(value), "model_type": value.model_type}
-        elif value is None and key in NULLABLE:
-            values[key] = sizes[key]
-        elif key in sizes and isinstance(value, int) and not isinstance(value, bool):
+        elif key in sizes and ((isinstance(value, int) and not isinstance(value, bool))
+                               or (value is None and key in NULLABLE)):
             values[key] = sizes[key]
         elif isinstance(value, list | tuple) and layers and len(value) == layers and len(value) > 1:
             values[key] = _cycled(list(value), depth)

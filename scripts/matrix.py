@@ -49,7 +49,7 @@ def main() -> None:
     table = json.loads(arguments.data.read_text()) if arguments.data.exists() else {"rows": {}}
     names = list(known_names())
     if arguments.only:
-        names = [name for name in arguments.only.split(",")]
+        names = arguments.only.split(",")
     if arguments.resume:
         names = [name for name in names if name not in table["rows"]]
     if arguments.failed:

@@ -10,8 +10,8 @@ import importlib
 import inspect
 from pathlib import Path
 
-HEAD = '''"""The source that each patch was written for: place -> start of its sha256. Written by `scripts/patch_digests.py`,
-after every patched function was read."""
+HEAD = '''"""The source that each patch was written for: place -> start of its sha256. Written by
+`scripts/patch_digests.py`, after every patched function was read."""
 
 SEEN = {
 '''

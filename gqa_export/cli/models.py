@@ -54,4 +54,5 @@ def show(data: dict[str, Any]) -> None:
         console.print(shown)
         console.print()
     how = ", ".join(f"{number} {end}" for end, number in counts(data).items() if number)
-    console.print(f"{how}; checked on {data['date']} with transformers {data['versions']['transformers']}", markup=False)
+    version = data["versions"]["transformers"]
+    console.print(f"{how}; checked on {data['date']} with transformers {version}", markup=False)

@@ -38,13 +38,18 @@ def test_a_patch_is_in_place_inside_and_gone_after_even_if_the_trace_fails():
     from transformers.models.gptj import modeling_gptj
 
     before = modeling_gptj.GPTJAttention._attn
-    with pytest.raises(ZeroDivisionError), patches.applied(small_config("gptj")) as inside:
-        assert {patch.path for patch in inside} == {"GPTJAttention._attn", "GPTJ_ATTENTION_CLASSES[gqa_export]"}
-        assert modeling_gptj.GPTJAttention._attn is not before
-        with patches.applied(small_config("gptj")):
-            pass
-        assert modeling_gptj.GPTJAttention._attn is not before
-        raise ZeroDivisionError
+
+    def trace_that_fails():
+        with patches.applied(small_config("gptj")) as inside:
+            assert {patch.path for patch in inside} == {"GPTJAttention._attn", "GPTJ_ATTENTION_CLASSES[gqa_export]"}
+            assert modeling_gptj.GPTJAttention._attn is not before
+            with patches.applied(small_config("gptj")):
+                pass
+            assert modeling_gptj.GPTJAttention._attn is not before
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        trace_that_fails()
     assert modeling_gptj.GPTJAttention._attn is before
     assert attention.NAME not in modeling_gptj.GPTJ_ATTENTION_CLASSES
 

@@ -1,5 +1,5 @@
-"""The source that each patch was written for: place -> start of its sha256. Written by `scripts/patch_digests.py`,
-after every patched function was read."""
+"""The source that each patch was written for: place -> start of its sha256. Written by
+`scripts/patch_digests.py`, after every patched function was read."""
 
 SEEN = {
     "bart.modeling_bart:BartLearnedPositionalEmbedding.forward": "57c3406c61fa",
