@@ -141,6 +141,14 @@ def test_cache_is_allocated_once_zeroed_and_given_back(programs: Programs, tmp_p
     assert played.log[-1] == "context released"
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_logits_that_are_not_numbers_are_an_error_and_the_token_is_not_kept(programs: Programs, tmp_path: Path,
+                                                                            dtype: str) -> None:
+    played = Played(programs, tmp_path, "prefill 3,1", "step 49", "lengths", "step 4", dtype=dtype)
+    assert played.said[1].startswith("error|row 0's logits are not numbers|the engine's output|the number format")
+    assert [*played.said[:1], *played.said[2:]] == [str(answer([3, 1])), "2", str(answer([3, 1, 4]))]
+
+
 def test_capture_that_fails_is_said_and_decoding_goes_on(programs: Programs, tmp_path: Path) -> None:
     for symbol in ("cuStreamBeginCapture_v2", "cuGraphInstantiateWithFlags"):
         played = Played(programs, tmp_path, "prefill 3", "step 1", "step 4", "step 1", GQA_STUB_FAIL=symbol)

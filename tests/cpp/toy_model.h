@@ -1,11 +1,13 @@
 // A "model" whose answer shows at once whether the runtime fed it right: it writes every new token into its cache, adds
 // up what the cache holds, and puts all probability on (sum * 7 + length) % vocabulary. A cache that is not zeroed, not
-// kept, not shared between profiles, or a graph that replays old inputs gives other tokens.
+// kept, not shared between profiles, or a graph that replays old inputs gives other tokens. After the vocabulary's last
+// token its logits are NaN, as those of an engine whose numbers overflowed.
 //
 // Tensors as in an engine: input_ids [B, S], past_lengths [B], new_lengths [B] int32; past_key_values.i.key|value
 // [B, 1, C, 2] and the presents in fp16 or fp32; logits [B, 1, V].
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -77,9 +79,11 @@ struct ToyCall {
                     sum += i < past + fresh ? value : value * 0;
                 }
             }
+            bool const poisoned = fresh > 0 && ids[row * steps + fresh - 1] == vocabulary - 1;
             auto const answer = static_cast<std::int64_t>(sum * 7 + static_cast<double>(past + fresh)) % vocabulary;
             for (std::int64_t token = 0; token < vocabulary; ++token) {
-                set("logits", row * vocabulary + token, token == answer && sum == sum ? 1.0f : 0.0f);
+                float const value = token == answer ? 1.0f : 0.0f;
+                set("logits", row * vocabulary + token, sum == sum && !poisoned ? value : std::nanf(""));
             }
         }
     }
@@ -96,7 +100,7 @@ private:
         }
         std::uint32_t bits;
         std::memcpy(&bits, &value, sizeof bits);
-        std::uint32_t const exponent = (bits >> 23 & 0xff) - 112;
+        std::uint32_t const exponent = std::isnan(value) ? 31 : (bits >> 23 & 0xff) - 112;
         static_cast<std::uint16_t*>(tensors.at(name).address)[index] =
             value == 0 ? 0 : static_cast<std::uint16_t>(exponent << 10 | (bits >> 13 & 0x3ff));
     }

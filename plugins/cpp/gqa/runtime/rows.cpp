@@ -1,6 +1,7 @@
 #include "gqa/runtime/rows.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <utility>
 
@@ -97,7 +98,11 @@ Feed Session::Rows::cut_out(std::vector<Tokens> const& more, std::size_t begin, 
 void Session::Rows::copy_logits(void const* raw, std::size_t row, Logits& logits) const {
     Number const number = runner_.logits_number();
     auto const* const bytes = static_cast<char const*>(raw) + row * logits.vocabulary() * bytes_of(number);
-    to_fp32(number, bytes, logits.vocabulary(), logits.row(row));
+    float* const values = logits.row(row);
+    to_fp32(number, bytes, logits.vocabulary(), values);
+    if (std::none_of(values, values + logits.vocabulary(), [](float value) { return std::isnan(value); })) return;
+    throw Error(row_name(row) + "'s logits are not numbers", "the engine's output",
+                "the number format overflowed: build the engine from a bundle in bf16 or fp32 (--dtype)");
 }
 
 }  // namespace gqa
