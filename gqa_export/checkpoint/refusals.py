@@ -18,7 +18,8 @@ STATE_PARAMETERS = ("A_log", "dt_bias", "time_decay")
 
 
 MOST = {"num_hidden_layers": 1 << 14, "n_layer": 1 << 14, "num_attention_heads": 1 << 16,
-        "num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "hidden_size": 1 << 20, "n_embd": 1 << 20, "intermediate_size": 1 << 24,
+        "num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "hidden_size": 1 << 20, "n_embd": 1 << 20,
+        "intermediate_size": 1 << 24,
         "vocab_size": 1 << 28, "max_position_embeddings": 1 << 31, "num_experts": 1 << 16, "num_local_experts": 1 << 16}
 """the most of each that is believed; beyond it, building the model would only fill the memory"""
 

@@ -1,4 +1,4 @@
-"""A wrapped decoder into onnx_ir, at opset 23: by the light capture or by torch.export. No weight is read: the traced module's are never touched."""
+"""A wrapped decoder into onnx_ir, at opset 23: by the light capture or by torch.export. Weights are never touched."""
 
 from __future__ import annotations
 
