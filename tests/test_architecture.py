@@ -16,7 +16,8 @@ ROOT = Path(gqa_export.__file__).parent.parent
 PACKAGE = ROOT / "gqa_export"
 PLUGINS = ROOT / "plugins"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *PLUGINS.rglob("*.py"), *(ROOT / "models").rglob("*.py")])
-STAGES = {"bisect", "checkpoint", "trace", "graph", "targets", "engine", "run", "compare", "report", "convert", "uptrain"}
+STAGES = {"bisect", "checkpoint", "trace", "graph", "targets", "engine", "run", "compare", "report", "convert",
+          "uptrain"}
 # Stages may import the targets' table (facts, no code) and, below graph, nothing of another stage.
 LENDS = {("graph", "targets.table"), ("run", "targets.table"), ("trace", "targets.table"), ("engine", "targets.table"),
          ("targets", "graph"),

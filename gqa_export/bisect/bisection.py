@@ -135,7 +135,8 @@ class _Search:
         size = (len(rows), max(tokens), rows[0].layers[0].hidden.shape[1])
         if self.marked is None:
             self.marked = mark(self.folder, self.prefix, len(self.layers))
-            shapes = {name: value.shape for name, value in run(open_graph(show_all(self.marked), self.folder), feed).items()}
+            shown = run(open_graph(show_all(self.marked), self.folder), feed)
+            shapes = {name: value.shape for name, value in shown.items()}
             keep_residual(self.marked, shapes, size)
             self.session = open_graph(force(self.marked), self.folder)
         for name, place in self.marked.forced.items():

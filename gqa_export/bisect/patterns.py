@@ -151,9 +151,12 @@ def rounding_words(expected: np.ndarray, got: np.ndarray) -> str:
     """"precision ..." where the error is as large as a low-precision format makes it, and everywhere."""
     scale = np.abs(expected).max()
     some = np.abs(expected) > 1e-3 * scale
-    share = np.abs(got - expected)[some] / np.abs(expected)[some]
+    signed = ((got - expected)[some]) / expected[some]
+    share = np.abs(signed)
     if not share.size or not np.isfinite(share).all():
         return ""
+    if abs(signed.mean()) > 0.5 * share.mean():
+        return "every element is off by nearly the same factor" if share.std() < 0.5 * share.mean() else ""
     for name, ulp in (("fp16", 2.0**-11), ("bf16", 2.0**-8)):
         if share.max() < 4 * ulp and ulp / 16 < np.median(share) < ulp:
             return f"precision: rounded to {name} on the way"

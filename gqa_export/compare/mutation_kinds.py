@@ -198,8 +198,9 @@ def past_one_short(broken: Broken) -> None:
 def mask_upper_left(broken: Broken) -> None:
     """The triangle of the mask starts at the first key instead of ending at the last."""
     row = broken.node("lengths/position/row", op="Add")
-    row.op_type = "Sub"
-    row.input[0], row.input[1] = row.input[1], broken.constant("broken/none", np.array(0, np.int64))
+    past, none = row.input[0], broken.constant("broken/none", np.array(0, np.int64))
+    row.input[0] = "broken/past"
+    broken.before(row, helper.make_node("Mul", [past, none], ["broken/past"], name="broken/Mul"))
 
 
 def detour_in_fp16(broken: Broken) -> None:
@@ -295,7 +296,7 @@ MUTATIONS: tuple[Mutation, ...] = (
              ("self_attn.q_norm", "self_attn.attention"), ""),
     Mutation("gate and up exchanged", "two matrices of one shape", projections_exchanged, L,
              ("mlp.gate_proj", "mlp.act_fn"), ""),
-    Mutation("layers exchanged", "two layers' weights in the wrong order", layers_exchanged, L,
+    Mutation("layers exchanged", "two layers' weights in the wrong order", layers_exchanged, 0,
              ("mlp.gate_proj", "mlp.act_fn"), ""),
     Mutation("norm element", "one element of a norm's weight", norm_element, L, ("input_layernorm",), ""),
     Mutation("norms shared", "equal-looking norms merged into one", norms_shared, L, ("input_layernorm",), ""),

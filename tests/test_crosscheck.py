@@ -1,0 +1,89 @@
+"""Bundles of one checkpoint compared among each other, without PyTorch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from gqa_models import write_tiny
+
+from gqa_export.bundle import MANIFEST, read_manifest
+from gqa_export.compare.mutation_kinds import scale_wrong, window_longer
+from gqa_export.compare.mutations import break_bundle
+from gqa_export.crosscheck import cross_check
+from gqa_export.errors import GqaExportError
+from gqa_export.pipeline import ExportOptions, export_onnx
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory) -> dict[str, Path]:
+    """Three bundles of one tiny checkpoint."""
+    checkpoint = write_tiny("mistral", tmp_path_factory.mktemp("ck"))
+    folder, made = tmp_path_factory.mktemp("b"), {"checkpoint": checkpoint}
+    for name, target, cache in (("ort", "ort", "growing"), ("static", "ort", "static"),
+                                ("portable", "portable", "growing")):
+        made[name] = folder / name
+        export_onnx(checkpoint, made[name], ExportOptions(target=target, cache=cache, capacity=96, dtype="fp32"))
+    return made
+
+
+def test_growing_equals_static_and_one_target_another(bundles):
+    verdicts = cross_check([bundles["ort"], bundles["static"], bundles["portable"]], steps=STEPS)
+    assert [Path(verdict.bundle).name for verdict in verdicts] == ["static", "portable"]
+    for verdict in verdicts:
+        assert verdict.passed, str(verdict.first)
+        assert Path(verdict.against).name == "ort"
+        assert {"long", "ragged", "poisoned", "full", "refusals"} <= {case.name for case in verdict.cases}
+
+
+@pytest.mark.parametrize("change", [scale_wrong])
+def test_the_odd_one_out_differs(bundles, tmp_path, change):
+    odd = break_bundle(bundles["portable"], tmp_path / "odd", change)
+    manifest = read_manifest(odd)
+    honest = read_manifest(bundles["ort"]).spec
+    # a graph whose attribute and manifest lie alike is told by the other bundle's manifest
+    with pytest.raises(GqaExportError, match="disagree on layer 1: scale"):
+        cross_check([bundles["ort"], odd], steps=STEPS)
+    assert manifest.spec != honest
+
+
+def test_a_wrong_weight_shows_between_bundles(bundles, tmp_path):
+    from gqa_export.compare.mutation_weights import weight_row
+
+    odd = break_bundle(bundles["static"], tmp_path / "odd", weight_row)
+    (verdict,) = cross_check([bundles["portable"], odd], steps=STEPS)
+    assert verdict.exit_code == 1
+    assert verdict.first is not None
+    assert verdict.first.output == "layer 2 key"
+
+
+def test_bundles_of_different_models_are_refused_by_what_tells_them_apart(bundles, tmp_path):
+    odd = break_bundle(bundles["ort"], tmp_path / "odd", window_longer)
+    with pytest.raises(GqaExportError, match="disagree on layer 1: window is 16 and 17"):
+        cross_check([bundles["ort"], odd])
+    manifest = read_manifest(odd)
+    (odd / MANIFEST).write_text(replace(manifest, spec=replace(manifest.spec, model_type="llama")).to_json())
+    with pytest.raises(GqaExportError, match="model_type is mistral and llama"):
+        cross_check([bundles["ort"], odd])
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "gqa_export", "validate", *map(str, arguments)],
+                          capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_command_takes_several_bundles_without_a_checkpoint(bundles):
+    done = command(bundles["ort"], bundles["static"], "--steps", STEPS)
+    assert done.returncode == 0, done.stderr
+    assert "PASSED" in done.stdout
+
+
+def test_one_bundle_without_a_checkpoint_is_refused(bundles):
+    done = command(bundles["ort"])
+    assert done.returncode == 2
+    assert "--against" in done.stderr
