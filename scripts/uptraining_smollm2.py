@@ -150,6 +150,9 @@ def order_of(rows: list[dict[str, Any]]) -> str:
     """Where the order calibrated < svd <= mean < first < random of perplexities holds and where not, in words."""
     plain = {row["method"]: row["perplexity"] for row in rows if row["grouping"] == "contiguous"}
     pairs = (("calibrated", "svd", False), ("svd", "mean", True), ("mean", "first", False), ("first", "random", False))
+    tied = [row["method"] for row in rows if row["same_bytes"]]
+    if tied:
+        return f"all but random tie: {', '.join(dict.fromkeys(tied))} give the original back bit for bit"
     wrong = [f"{a} {'<=' if equal else '<'} {b} fails ({plain[a]:,.1f} and {plain[b]:,.1f})" for a, b, equal in pairs
              if not (plain[a] <= plain[b] if equal else plain[a] < plain[b])]
     return "the order calibrated < svd <= mean < first < random holds" if not wrong else "; ".join(wrong)
@@ -175,6 +178,8 @@ def markdown(report: dict[str, Any]) -> str:
                   f"{row['perplexity']:,.2f}{' (the same bytes)' if row['same_bytes'] else ''} | {row['seconds']:.0f} |"
                   for row in rows]
         lines += ["", f"By perplexity, {order_of(rows)}."]
+    lines += ["", "A perplexity above 49,152, the size of the vocabulary, is worse than guessing: up there the order "
+              "says little, and no method that looks at weights alone survives 3 -> 1 in this model."]
     lines += ["", "## 3 -> 1, uptrained", "", f"{settings['steps']} steps of {settings['batch']} rows of "
               f"{settings['length']} tokens on the training part, peak learning rate {settings['learning_rate']:g}. "
               "Recovered: the part of the loss (in nats) that pooling cost and uptraining won back.", "",
@@ -184,6 +189,7 @@ def markdown(report: dict[str, Any]) -> str:
                       if row["kv_heads"] == 1 and (row["method"], row["grouping"]) == (method, "contiguous"))
         won = math.log(before / after["perplexity"]) / math.log(before / known)
         lines.append(f"| {method} | {after['tokens']:,} | {before:,.2f} | {after['perplexity']:,.2f} | {won:.0%} |")
+    lines += ["", report["note"]] if report.get("note") else []
     return "\n".join([*lines, "", f"![perplexity during uptraining]({NAME}.svg)", ""])
 
 
