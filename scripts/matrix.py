@@ -27,7 +27,7 @@ def main() -> None:
     """Parse, run, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="names, separated by commas")
-    parser.add_argument("--resume", action="store_true", help="only names without a row for these versions")
+    parser.add_argument("--resume", action="store_true", help="only names that were not checked yet")
     parser.add_argument("--failed", action="store_true", help="only names whose row is `wrong` or `failed`")
     parser.add_argument("--data", type=Path, default=DATA, help="the JSON file to write into")
     parser.add_argument("--keep", type=Path, default=None, help="keep the small checkpoints here")
@@ -51,7 +51,7 @@ def main() -> None:
     if arguments.only:
         names = arguments.only.split(",")
     if arguments.resume:
-        names = [name for name in names if name not in table["rows"]]
+        names = [name for name in names if table["rows"].get(name, {}).get("verdict", "unchecked") == "unchecked"]
     if arguments.failed:
         names = [name for name in names if table["rows"].get(name, {}).get("verdict") in ("wrong", "failed")]
     if arguments.part:
