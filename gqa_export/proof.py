@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import read_manifest
-from .compare.battery import LEVELS
+from .compare.battery import BATTERY, LEVELS
 from .compare.contradictions import CONTRADICTIONS, contradict
 from .compare.mutation_kinds import MUTATIONS
 from .compare.mutations import Mutation, NotHere, break_bundle
@@ -55,13 +55,20 @@ def open_sample(name: str, bundle: Path, checkpoint: Path) -> Sample:
         eager=None if known.eager is None else ReplayedSession(known.eager)))
 
 
-def judge_damage(sample: Sample, broken: Path, level: str) -> tuple[str, ...]:
-    """What catches a broken bundle: names of the failed cases, or the refusal."""
+def judge_damage(sample: Sample, broken: Path, level: str = "full") -> dict[str, tuple[str, ...]]:
+    """What catches a broken bundle at each level up to `level`: names of the failed cases, or the refusal.
+
+    A level's cases are the first of the next one's, prompts included, so one run tells of all.
+    """
+    levels = LEVELS[: LEVELS.index(level) + 1]
     try:
         verdict = validate(broken, sample.checkpoint, level=level, steps=STEPS, reference=sample.reference)
     except GqaExportError as error:
-        return (f"refused: {error.what.splitlines()[0]}",)
-    return tuple(case.name for case in verdict.cases if not case.passed)
+        return dict.fromkeys(levels, (f"refused: {error.what.splitlines()[0]}",))
+    ranks = {entry.name: LEVELS.index(entry.level) for entry in BATTERY}
+    failed = [case for case in verdict.cases if not case.passed]
+    return {name: tuple(case.name for case in failed if ranks[case.entry] <= rank)
+            for rank, name in enumerate(levels)}
 
 
 def mutation_row(mutation: Mutation, samples: Sequence[Sample], work: Path) -> Row | None:
@@ -73,7 +80,7 @@ def mutation_row(mutation: Mutation, samples: Sequence[Sample], work: Path) -> R
         except NotHere:
             shutil.rmtree(folder, ignore_errors=True)
             continue
-        caught = {level: judge_damage(sample, folder, level) for level in LEVELS}
+        caught = judge_damage(sample, folder)
         shutil.rmtree(folder)
         return Row(mutation.name, mutation.breaks, sample.name, caught)
     return None
@@ -98,11 +105,10 @@ def prove(samples: Sequence[Sample], work: Path, tell: Callable[[Row], None] = l
           kinds: Iterable[Mutation] = MUTATIONS) -> list[Row]:
     """All rows, mutations first. Good bundles are judged before: a sample that does not pass proves nothing."""
     for sample in samples:
-        for level in LEVELS:
-            failed = judge_damage(sample, sample.bundle, level)
-            if failed:
-                raise GqaExportError(f"the undamaged bundle {sample.name} fails: {', '.join(failed)}",
-                                     str(sample.bundle), "prove the battery on a bundle that passes")
+        failed = judge_damage(sample, sample.bundle)["full"]
+        if failed:
+            raise GqaExportError(f"the undamaged bundle {sample.name} fails: {', '.join(failed)}",
+                                 str(sample.bundle), "prove the battery on a bundle that passes")
     rows = []
     for mutation in kinds:
         row = mutation_row(mutation, samples, work)

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from gqa_export.pipeline import ExportOptions, export_onnx
-from gqa_export.proof import Sample, contradiction_rows, open_sample, prove, shares, table, to_dict
+from gqa_export.proof import Row, Sample, contradiction_rows, open_sample, prove, shares, table, to_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (("llama", "ort", "growing"), ("mistral", "ort", "growing"), ("gemma2", "ort", "growing"),
@@ -51,13 +51,18 @@ def main(checkpoint: Path | None, capacity: int) -> None:
             samples = [open_sample(checkpoint.stem, work / "bundle", checkpoint)]
         rows = prove(samples, work, lambda row: click.echo(f"{row.kind}: {row.caught}"))
         rows += contradiction_rows(samples[0], work)
+    write(rows, [sample.name for sample in samples], real=checkpoint is not None)
+
+
+def write(rows: list[Row], samples: list[str], *, real: bool) -> None:
+    """Put the rows where they belong."""
     said = "; ".join(f"`{level}` catches {share:.0%}" for level, share in shares(rows).items())
     text = f"{len(rows)} kinds of damage: {said}.\n\n{table(rows)}\n"
-    out, name = ROOT / "docs" / "benchmarks", "mutations" if checkpoint is None else "mutations_smollm2"
-    data = to_dict(rows, [sample.name for sample in samples])
+    out, name = ROOT / "docs" / "benchmarks", "mutations_smollm2" if real else "mutations"
+    data = to_dict(rows, samples)
     (out / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    if checkpoint is not None:
-        (out / f"{name}.md").write_text(f"# Mutations of {samples[0].name}\n\n{text}", encoding="utf-8")
+    if real:
+        (out / f"{name}.md").write_text(f"# Mutations of {samples[0]}\n\n{text}", encoding="utf-8")
         return
     page = ROOT / "docs" / "trust.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)

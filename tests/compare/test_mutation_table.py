@@ -1,0 +1,95 @@
+"""The committed proof is of these kinds and of enough of them; some of its rows are proved again here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from gqa_models import write_tiny
+
+import gqa_export
+from gqa_export.compare.contradictions import CONTRADICTIONS
+from gqa_export.compare.mutation_kinds import MUTATIONS
+from gqa_export.errors import GqaExportError
+from gqa_export.pipeline import ExportOptions, export_onnx
+from gqa_export.proof import Row, contradiction_rows, judge_damage, mutation_row, open_sample, prove, shares, table
+
+ROOT = Path(gqa_export.__file__).parent.parent
+DATA = json.loads((ROOT / "docs" / "benchmarks" / "mutations.json").read_text())
+ROWS = [Row(row["kind"], row["breaks"], row["sample"], {k: tuple(v) for k, v in row["caught"].items()})
+        for row in DATA["rows"]]
+
+
+def test_the_committed_table_has_every_kind_that_the_code_knows():
+    assert [row.kind for row in ROWS] == [m.name for m in MUTATIONS] + [c.name for c in CONTRADICTIONS], \
+        "run scripts/mutation_table.py again and commit its result"
+    assert len(MUTATIONS) >= 25
+
+
+def test_quick_catches_nine_of_ten_and_full_catches_all():
+    behaviour = ROWS[: len(MUTATIONS)]
+    for rows in (ROWS, behaviour):
+        assert shares(rows)["quick"] >= 0.9
+        assert shares(rows)["full"] == 1.0
+    # by a case of the battery: the manifest was made to agree, so nothing was refused beforehand
+    assert not [row.kind for row in behaviour for name in row.caught["full"] if name.startswith("refused")]
+
+
+def test_the_page_shows_the_committed_table():
+    assert table(ROWS) in (ROOT / "docs" / "trust.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    """A tiny llama for ort, its truth kept."""
+    checkpoint = write_tiny("llama", tmp_path_factory.mktemp("ck"))
+    bundle = tmp_path_factory.mktemp("b") / "bundle"
+    export_onnx(checkpoint, bundle, ExportOptions(target="ort", capacity=128, dtype="fp32"))
+    return open_sample("llama ort", bundle, checkpoint)
+
+
+@pytest.mark.parametrize(("kind", "quick"), [
+    ("scale wrong", {"long", "free", "ragged"}), ("stale tail", {"ragged", "poisoned"}),
+    ("rows leak", {"ragged", "poisoned"}), ("embedding row", {"special"}), ("guard dropped", {"refusals"}),
+    ("newest row lost", {"long"}), ("weight row", {"long", "free", "ragged"}),
+    ("cos, sin in fp16", {"long", "free", "ragged"}), ("tables too short", set()),
+])
+def test_damage_is_caught_by_the_case_that_is_aimed_at_it(sample, tmp_path, kind, quick):
+    mutation = next(m for m in MUTATIONS if m.name == kind)
+    row = mutation_row(mutation, [sample], tmp_path)
+    assert quick <= set(row.caught["quick"])
+    assert row.caught["full"]
+    if not quick:
+        assert row.caught["quick"] == ()
+        assert {"drift", "brim"} <= set(row.caught["full"])
+
+
+def test_every_contradiction_is_refused_and_names_what_is_wrong(sample, tmp_path):
+    missed = [row.kind for row in contradiction_rows(sample, tmp_path) if not row.caught["quick"]]
+    assert not missed
+
+
+def test_the_truth_is_computed_once_and_replayed_the_same(sample):
+    nothing = {"quick": ()}
+    assert judge_damage(sample, sample.bundle, "quick") == judge_damage(sample, sample.bundle, "quick") == nothing
+
+
+def test_the_quick_part_of_a_full_run_is_what_a_quick_run_says(sample, tmp_path):
+    from gqa_export.compare.mutations import break_bundle
+
+    for kind in ("rows leak", "tables too short"):
+        mutation = next(m for m in MUTATIONS if m.name == kind)
+        bad = break_bundle(sample.bundle, tmp_path / kind, mutation.change)
+        assert judge_damage(sample, bad, "quick")["quick"] == judge_damage(sample, bad, "full")["quick"]
+
+
+def test_a_sample_that_does_not_pass_proves_nothing(sample, tmp_path):
+    from dataclasses import replace
+
+    from gqa_export.compare.mutations import break_bundle
+
+    mutation = next(m for m in MUTATIONS if m.name == "scale wrong")
+    bad = break_bundle(sample.bundle, tmp_path / "bad", mutation.change)
+    with pytest.raises(GqaExportError, match="the undamaged bundle llama ort fails"):
+        prove([replace(sample, bundle=bad)], tmp_path, kinds=())
