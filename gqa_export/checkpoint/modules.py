@@ -136,7 +136,9 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
                 model_class, state = _gguf_state(*_identity(checkpoint.gguf_file))
                 loaded = model_class.from_pretrained(None, config=config, state_dict=dict(state), **kwargs)
             elif checkpoint.pickles:
-                model_class = AutoModelForCausalLM._model_mapping[type(config)]
+                from transformers.models.auto.auto_factory import _get_model_class
+
+                model_class = _get_model_class(config, AutoModelForCausalLM._model_mapping)
                 loaded = model_class.from_pretrained(None, config=config, state_dict=read_pickles(checkpoint.pickles),
                                                      **kwargs)
             else:

@@ -71,8 +71,8 @@ def _plot(series: Sequence[Series], axis: str, *, lines: bool) -> str:
     parts = [_grid(down, low, high), f'<rect class="wrong" x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" '
              f'height="{down(1.0) - TOP:.1f}"/>',
              f'<line class="bound" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down(1.0):.1f}" y2="{down(1.0):.1f}"/>']
-    for x in _ticks(x_low, x_high):
-        parts.append(_text("tick", across(x), HEIGHT - BOTTOM + 15, str(x)))
+    for tick in _ticks(x_low, x_high):
+        parts.append(_text("tick", across(tick), HEIGHT - BOTTOM + 15, str(tick)))
     parts.append(_text("axis", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, axis))
     for each in series:
         places = [(across(x), down(y)) for x, y in each.points]

@@ -23,8 +23,8 @@ from gqa_export.targets.table import get_target
 def polygraphy(command: str) -> subprocess.CompletedProcess:
     program, *arguments = command.split()
     assert program == "polygraphy"
-    return subprocess.run([Path(sys.executable).with_name(program), *arguments], capture_output=True, text=True, timeout=300,
-                          check=False)
+    return subprocess.run([Path(sys.executable).with_name(program), *arguments], capture_output=True, text=True,
+                          timeout=300, check=False)
 
 
 @pytest.mark.parametrize(("target", "cache"), [("ort", "growing"), ("ort", "static"), ("portable", "growing")])
