@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from .asked import asked_of
 from .bundle import Manifest, read_manifest
@@ -87,13 +86,13 @@ def _open(stack: ExitStack, folder: Path, manifest: Manifest, provider: str, as_
     built, target = manifest.engine, get_target(manifest.target)
     report(f"loading {folder.name}", None, None)
     if built:
-        session, poison = load_engine(folder, provider, as_dtype)
-        return _Opened(folder, manifest, manifest.dtype, built.flavor, session, poison, target.nan_tail_safe)
+        return _Opened(folder, manifest, manifest.dtype, built.flavor, *load_engine(folder, provider, as_dtype),
+                       nan_tail_safe=target.nan_tail_safe)
     ran_dtype = "float32" if as_dtype or target.engine else manifest.dtype
     provider = choose_bundle_provider(manifest, provider, ran_dtype)
     ran, where, target = runnable(stack, folder, manifest, ran_dtype, notes, report)
-    side: Any = stack.enter_context(bundle_session(where, ran, provider, notes, target))
-    return _Opened(folder, manifest, ran_dtype, provider, *side, target.nan_tail_safe)
+    session, poison = stack.enter_context(bundle_session(where, ran, provider, notes, target))
+    return _Opened(folder, manifest, ran_dtype, provider, session, poison, target.nan_tail_safe)
 
 
 def _same_model(first: Manifest, other: Manifest, where: str) -> None:

@@ -160,8 +160,8 @@ class _Search:
             for kind, name in enumerate(past_names(layer.layer)):
                 width = (layer.head_size, layer.value_head_size)[kind]
                 past = np.zeros((len(rows), layer.kv_num_heads, room, width), np.float32)
-                for b, row in enumerate(rows):
-                    past[b, :, : lengths[b]] = row.cache[number][kind][:, : lengths[b]]
+                for b, seen in enumerate(rows):
+                    past[b, :, : lengths[b]] = seen.cache[number][kind][:, : lengths[b]]
                 feed[name] = past
         return feed
 
@@ -255,7 +255,7 @@ class _Search:
         if name.endswith((".key", ".value")):
             heads = layer.kv_num_heads
             apart = [x.reshape(len(x), heads, -1).swapaxes(0, 1) for x in (expected, got)]
-            return rotation_words(*apart, self._straight(name, truth, apart[0].shape))
+            return rotation_words(apart[0], apart[1], self._straight(name, truth, apart[0].shape))
         if name in truth.weights:
             return linear_words(truth.inputs[name], *truth.weights[name], expected, got, layer.head_size)
         return rounding_words(expected, got)

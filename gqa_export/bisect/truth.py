@@ -158,8 +158,9 @@ def _attention(layers: Any, found: list[LayerTruth]) -> Iterator[None]:
                 sinks = kwargs.get("s_aux", getattr(module, "sinks", None))
                 scaling = kwargs.get("scaling")
                 scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+                rotated = [tensor[0].detach().double().numpy() for tensor in (query, key, value)]
                 record.attended = Attended(
-                    *(tensor[0].detach().double().numpy() for tensor in (query, key, value)),
+                    rotated[0], rotated[1], rotated[2],
                     None if attention_mask is None else attention_mask[0, 0].detach().double().numpy(), scale,
                     float(kwargs.get("softcap") or 0.0), None if sinks is None else sinks.detach().double().numpy())
             return original(module, query, key, value, attention_mask, *args, **kwargs)

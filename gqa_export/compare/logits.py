@@ -44,9 +44,9 @@ class LogitTally:
     def add(self, expected_TV: np.ndarray, got_TV: np.ndarray) -> None:
         """Valid tokens of one row of one step."""
         count = len(expected_TV)
-        pick = np.unique(np.linspace(0, count - 1, min(count, MOST_TOKENS)).astype(int)) if count else []
-        if not len(pick):
+        if not count:
             return
+        pick = np.unique(np.linspace(0, count - 1, min(count, MOST_TOKENS)).astype(int))
         expected, got = expected_TV[pick].astype(np.float64), got_TV[pick].astype(np.float64)
         with np.errstate(all="ignore"):
             scale = np.maximum(np.abs(expected).max(1), np.finfo(np.float64).tiny)
