@@ -29,12 +29,14 @@ def _refuse_encoder(module: Any, states: Any) -> None:
 
 def _bert(_original: Any, _module: Any) -> Any:
     def forward(self: Any, hidden_states: Any, attention_mask: Any = None, *_: Any, encoder_hidden_states: Any = None,
-                **__: Any) -> tuple[torch.Tensor, None]:
+                past_key_values: Any = None, **__: Any) -> tuple[torch.Tensor, None]:
         _refuse_encoder(self, encoder_hidden_states)
         size = self.attention_head_size
         query, key, value = (_heads(self, hidden_states, linear, size)
                              for linear in (self.query, self.key, self.value))
-        output_BSHE, _ = attention.attention(self, query, key, value, attention_mask)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        output_BSHE = attention.attention(self, query, key, value, attention_mask)[0]
         return output_BSHE.flatten(2), None
 
     return forward
@@ -47,7 +49,9 @@ def _bart(_original: Any, _module: Any) -> Any:
         _refuse_encoder(self, attn_prompt)
         query, key, value = (_heads(self, hidden_states, linear, self.head_dim)
                              for linear in (self.q_proj, self.k_proj, self.v_proj))
-        output_BSHE, _ = attention.attention(self, query, key, value, attention_mask, scaling=self.scaling)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        output_BSHE = attention.attention(self, query, key, value, attention_mask, scaling=self.scaling)[0]
         return self.out_proj(output_BSHE.flatten(2)), None
 
     return forward

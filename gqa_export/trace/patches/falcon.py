@@ -25,7 +25,9 @@ def _make(_original: Any, module: Any) -> Any:
         query, key, value = (part.reshape(shape).transpose(1, 2) for part in parts_BSHD)
         assert key.shape[1] == kv_heads
         query, key = module.apply_rotary_pos_emb(query, key, *position_embeddings)
-        output_BSHE, _ = attention.attention(self, query, key, value, attention_mask)
+        if layer_past is not None:
+            key, value = layer_past.update(key, value, self.layer_idx)
+        output_BSHE = attention.attention(self, query, key, value, attention_mask)[0]
         return self.dense(output_BSHE.flatten(2)), None
 
     return forward

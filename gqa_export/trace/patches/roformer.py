@@ -21,7 +21,7 @@ def _positions(_original: Any, _module: Any) -> Any:
 
 def _attention(_original: Any, _module: Any) -> Any:
     def forward(self: Any, hidden_states: Any, attention_mask: Any = None, sinusoidal_pos: Any = None,
-                encoder_hidden_states: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
+                encoder_hidden_states: Any = None, past_key_values: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
         if encoder_hidden_states is not None:
             raise GqaExportError("a layer attends to an encoder's states", type(self).__name__,
                                  "only decoders that run alone can be exported")
@@ -31,7 +31,9 @@ def _attention(_original: Any, _module: Any) -> Any:
         rotated = self.apply_rotary_position_embeddings(table_B1SD, query, key,
                                                         *([value] if self.rotary_value else []))
         query, key, value = rotated if self.rotary_value else (*rotated, value)
-        output_BSHE, _ = attention.attention(self, query, key, value, attention_mask)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        output_BSHE = attention.attention(self, query, key, value, attention_mask)[0]
         return output_BSHE.flatten(2), None
 
     return forward
