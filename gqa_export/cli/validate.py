@@ -45,11 +45,12 @@ def command(bundles: tuple[Path, ...], against: str | None, as_dtype: str | None
     if against is None and len(bundles) == 1:
         raise click.UsageError("one bundle is compared with its checkpoint: pass --against CHECKPOINT")
     verdicts = []
-    for bundle in bundles if against is not None else ():
-        say_what_was_checked(bundle)
-        with progress(f"validating {bundle.name}") as bar:
-            verdicts.append(validate(bundle, against, level=level, steps=steps or 0, text=text, provider=provider,
-                                     as_dtype=as_dtype, full_hash=full_hash, progress=bar.report))
+    if against is not None:
+        for bundle in bundles:
+            say_what_was_checked(bundle)
+            with progress(f"validating {bundle.name}") as bar:
+                verdicts.append(validate(bundle, against, level=level, steps=steps or 0, text=text, provider=provider,
+                                         as_dtype=as_dtype, full_hash=full_hash, progress=bar.report))
     if len(bundles) > 1:
         with progress("comparing the bundles with one another") as bar:
             verdicts += cross_check(bundles, level=level, steps=steps or 0, provider=provider, as_dtype=as_dtype,

@@ -73,7 +73,9 @@ def run(job: Job, report: Any) -> Built:
         data = EngineBytesFromNetwork(network, _config(trt, job, report), save_timing_cache=cache)()
     except PolygraphyException as error:
         raise plugin.failures[0] if plugin.failures else GqaExportError(
-            f"{job.canonical} could not build the engine: {_first_line(error)}", job.model, "") from error
+            f"{job.canonical} could not build the engine: {_first_line(error)}", job.model,
+            "the bundle's graph asks for something this TensorRT lacks: try the other --attention, or another version "
+            "of TensorRT") from error
     view = memoryview(data)
     with open(job.engine, "wb") as file:
         file.write(view)

@@ -49,6 +49,7 @@ class _Named(Source):
     def name(self) -> str:
         return self.label
 
+    @property
     def guard_source(self) -> GuardSource:
         return GuardSource.CONSTANT
 
@@ -88,7 +89,7 @@ def capture(module: torch.nn.Module, inputs: Sequence[Input], table: Mapping[Any
 
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_config.patch(backed_size_oblivious=True))  # sizes 0 and 1 are sizes like others
+        stack.enter_context(_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined] # sizes 0 and 1 are sizes like others
         stack.enter_context(_override_composite_implicit_decomp(dict.fromkeys(kept, _special_op_to_preserve_cia)))
         stack.enter_context(enable_python_dispatcher())
         stack.enter_context(_scopes(module))
