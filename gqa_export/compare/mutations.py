@@ -110,12 +110,12 @@ class Broken:
               domain: str = "") -> onnx.NodeProto:
         """Put a node behind `tensor`: every reader, and the graph's output of that name, gets the new node's output.
         inputs: "" stands for the tensor itself."""
-        before = f"{tensor}/unbroken"
+        before, scope = f"{tensor}/unbroken", self.maker(tensor).name
         for node in self.model.graph.node:
             for place, name in enumerate(node.output):
                 if name == tensor:
                     node.output[place] = before
-        made = helper.make_node(op, [name or before for name in inputs], [tensor], name=f"broken/{tensor}/{op}",
+        made = helper.make_node(op, [name or before for name in inputs], [tensor], name=f"{scope}/broken/{op}",
                                 domain=domain, **(attributes or {}))
         nodes = list(self.model.graph.node)
         place = next(i for i, node in enumerate(nodes) if before in node.output)
@@ -126,6 +126,7 @@ class Broken:
         """Insert nodes, in this order, before one of the graph's."""
         place = next(i for i, each in enumerate(self.model.graph.node) if each is node or each == node)
         for number, one in enumerate(made):
+            one.name = f"{node.name}/{one.op_type}_{number}"  # a graph's nodes carry the scope they belong to
             self.model.graph.node.insert(place + number, one)
 
     def constant(self, name: str, values: np.ndarray) -> str:
