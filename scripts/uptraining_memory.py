@@ -28,12 +28,12 @@ SHARDS = 3
 LIMIT_GB = 2.0
 
 
-def tensors() -> list[dict[str, list[int]]]:
+def tensors(depth: int) -> list[dict[str, list[int]]]:
     """Name -> shape, by shard."""
     shards: list[dict[str, list[int]]] = [{} for _ in range(SHARDS)]
     shards[0]["model.embed_tokens.weight"] = [VOCABULARY, HIDDEN]
-    for layer in range(LAYERS):
-        shard, name = shards[layer * SHARDS // LAYERS], f"model.layers.{layer}"
+    for layer in range(depth):
+        shard, name = shards[layer * SHARDS // depth], f"model.layers.{layer}"
         shard.update({f"{name}.self_attn.{role}_proj.weight": [HIDDEN, HIDDEN] for role in "qkvo"})
         shard.update({f"{name}.mlp.gate_proj.weight": [MLP, HIDDEN], f"{name}.mlp.up_proj.weight": [MLP, HIDDEN],
                       f"{name}.mlp.down_proj.weight": [HIDDEN, MLP], f"{name}.input_layernorm.weight": [HIDDEN],
@@ -42,20 +42,20 @@ def tensors() -> list[dict[str, list[int]]]:
     return shards
 
 
-def write_sparse(folder: Path) -> int:
+def write_sparse(folder: Path, depth: int) -> int:
     """The checkpoint; its size in bytes."""
     import torch
     from transformers import LlamaConfig
 
     folder.mkdir(parents=True)
-    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS,
+    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=depth,
                          num_attention_heads=HEADS, num_key_value_heads=HEADS, vocab_size=VOCABULARY,
                          architectures=["LlamaForCausalLM"], dtype="bfloat16")
     config.save_pretrained(folder)
     places, total = {}, 0
     random = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     content = random.view(torch.uint8).numpy().tobytes()
-    for number, shard in enumerate(tensors()):
+    for number, shard in enumerate(tensors(depth)):
         file_name = f"model-{number + 1:05d}-of-{SHARDS:05d}.safetensors"
         header, place = {}, 0
         for name, shape in shard.items():
@@ -81,12 +81,13 @@ def write_sparse(folder: Path) -> int:
 @click.command()
 @click.option("--work", required=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
-def main(work: Path, out: Path) -> None:
+@click.option("--layers", type=click.IntRange(1), default=LAYERS, show_default=True)
+def main(work: Path, out: Path, layers: int) -> None:
     """Make, convert, measure; exit 1 if the limit is passed."""
     source, output = work / "7b", work / "7b-gqa"
     for folder in (source, output):
         shutil.rmtree(folder, ignore_errors=True)
-    size = write_sparse(source)
+    size = write_sparse(source, layers)
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "gqa_export", "convert", str(source), "-o", str(output), "--kv-heads",
                     str(KV_HEADS), "--method", "mean", "--json", str(work / "report.json")], check=True)
@@ -95,7 +96,8 @@ def main(work: Path, out: Path) -> None:
     written = sum(path.stat().st_size for path in output.iterdir())
     conversion = json.loads((work / "report.json").read_text())
     report = {"date": date.today().isoformat(), "machine": f"{platform.machine()}, {platform.system()}, CPU",
-              "versions": {name: version(name) for name in ("torch", "transformers")}, "source_bytes": size,
+              "versions": {name: version(name) for name in ("torch", "transformers")}, "layers": layers,
+              "source_bytes": size,
               "written_bytes": written, "seconds": round(seconds, 1), "peak_rss_gb": round(peak_gb, 3),
               "limit_gb": LIMIT_GB, "kv_heads": [HEADS, KV_HEADS], "method": "mean",
               "cache_bytes_per_token": [conversion["cache_bytes_before"], conversion["cache_bytes"]]}
