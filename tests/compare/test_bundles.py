@@ -218,10 +218,18 @@ def test_exit_code_0_when_it_passed_and_json_and_junit_say_so(bundles, checkpoin
 
 
 def test_exit_code_1_when_outputs_differ(bundles, checkpoints, tmp_path):
-    folder = broken(bundles("llama", target="ort"), tmp_path / "b", scale_of_layer_1)
+    folder = Path(shutil.copytree(bundles("llama", target="ort"), tmp_path / "b"))
+    one_weight(folder)
     done = command(folder, "--against", checkpoints("llama"), "--steps", STEPS)
     assert done.returncode == 1, done.stderr
-    assert "first divergence: case long, step 0 (prefill), layer 2 key, batch 0, token 1" in done.stdout
+    assert "first divergence: case long, step 0 (prefill), layer" in done.stdout
+
+
+def test_exit_code_2_when_the_graph_is_not_what_its_manifest_says(bundles, checkpoints, tmp_path):
+    folder = broken(bundles("llama", target="ort"), tmp_path / "b", scale_of_layer_1)
+    done = command(folder, "--against", checkpoints("llama"), "--steps", STEPS)
+    assert done.returncode == 2
+    assert "layer 1: the graph's scale is 0.2525, the manifest says 0.25" in done.stderr
 
 
 def test_exit_code_2_for_bad_input(bundles, tmp_path):
