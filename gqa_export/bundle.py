@@ -25,7 +25,7 @@ from .errors import GqaExportError
 from .leftovers import JOURNAL, LOCK, Journal, abandoned, lock, remove, take_over
 from .manifest_rules import check
 from .spec import ModelSpec
-from .swap import move_files, replace_folder
+from .swap import move_files, replace_folder, undisturbed
 
 MANIFEST = "gqa_export.json"
 MODEL = "model.onnx"
@@ -224,10 +224,11 @@ def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) 
     leftovers: list[Any] = []
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        leftovers = abandoned(parent / output.name)
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=parent))
-        staging.chmod(0o755)
-        claim = lock(staging)
+        with undisturbed():
+            leftovers = abandoned(parent / output.name)
+            staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=parent))
+            staging.chmod(0o755)
+            claim = lock(staging)
         yield BundleWriter(staging, leftovers)
         (staging / LOCK).unlink(missing_ok=True)
         if inplace:
@@ -245,11 +246,12 @@ def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) 
                                  "choose another output folder with -o") from error
         raise
     finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        if claim is not None:
-            claim.close()
-        remove(leftovers)
+        with undisturbed():
+            if staging is not None:
+                shutil.rmtree(staging, ignore_errors=True)
+            if claim is not None:
+                claim.close()
+            remove(leftovers)
 
 
 def check_output(output: Path, force: bool) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--level", type=click.Choice(["quick", "full"]), default="quick", show_default=True,
               help="How many cases: a minute's worth, or all of them.")
 @click.option("--text", type=click.Path(path_type=Path, dir_okay=False), help="Also measure perplexity on this file.")
-@click.option("--steps", type=click.IntRange(1), help="Decode steps of each case  [default: quick 16, full 32]")
+@click.option("--steps", type=click.IntRange(1), help="Decode steps of each case  [default: 32]")
 @click.option("--hash", "full_hash", is_flag=True, help="Compute the sha256 of every file, however large.")
 @report_options
 @trust_options

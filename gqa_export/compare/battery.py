@@ -16,7 +16,7 @@ from ..spec import ModelSpec
 from .cases import LOGIT_ELEMENTS, Case, Plan, TokenIds, plan_cases
 
 LEVELS = ("quick", "full")
-STEPS = {"quick": 16, "full": 32}
+STEPS = {"quick": 32, "full": 32}
 """decode steps of each case where the caller does not say"""
 EDGE = 24
 """capacity of the case that fills its cache: a smaller one than the bundle's, so that it costs nothing"""

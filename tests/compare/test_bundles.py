@@ -130,8 +130,6 @@ def test_a_bundle_with_only_the_last_logits_passes(bundles, checkpoints):
 
 
 @pytest.mark.parametrize(("change", "name", "place"), [
-    (scale_of_layer_1, "llama", "layer 2 key"), (window_one_longer, "mistral", "layer 1 key"),
-    (window_dropped, "mistral", "layer 1 key"), (softcap_dropped, "gemma2", "layer 1 key"),
     (rotary_interleaved, "llama", "layer 0 key"), (swapped_presents, "llama", "layer 1 key"),
 ], ids=lambda value: getattr(value, "__name__", ""))
 def test_a_wrong_graph_is_caught_and_the_place_named(bundles, checkpoints, tmp_path, change, name, place):
@@ -139,6 +137,16 @@ def test_a_wrong_graph_is_caught_and_the_place_named(bundles, checkpoints, tmp_p
     verdict = validate(folder, checkpoints(name), steps=STEPS)
     assert not verdict.passed
     assert verdict.first.output == place, str(verdict.first)
+
+
+@pytest.mark.parametrize(("change", "name", "said"), [
+    (scale_of_layer_1, "llama", "layer 1: the graph's scale"), (window_one_longer, "mistral", "layer 0: the graph's"),
+    (window_dropped, "mistral", "layer 0: the graph's"), (softcap_dropped, "gemma2", "layer 0: the graph's softcap"),
+], ids=lambda value: getattr(value, "__name__", ""))
+def test_a_graph_that_contradicts_its_manifest_is_refused_by_layer(bundles, checkpoints, tmp_path, change, name, said):
+    folder = broken(bundles(name, target="ort"), tmp_path / "b", change)
+    with pytest.raises(GqaExportError, match=said):
+        validate(folder, checkpoints(name), steps=STEPS)
 
 
 def test_one_changed_weight_is_caught(bundles, checkpoints, tmp_path):
@@ -158,7 +166,7 @@ def test_a_low_precision_bundle_is_checked_as_its_fp32_twin(bundles, checkpoints
 
 
 def test_the_twin_of_a_wrong_graph_is_wrong_too(bundles, checkpoints, tmp_path):
-    folder = broken(bundles("llama", target="ort", dtype="bf16", provider="cpu"), tmp_path / "b", scale_of_layer_1)
+    folder = broken(bundles("llama", target="ort", dtype="bf16", provider="cpu"), tmp_path / "b", swapped_presents)
     assert not validate(folder, checkpoints("llama"), as_dtype="fp32", steps=STEPS).passed
 
 
