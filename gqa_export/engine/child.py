@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import GqaExportError
-from .job import Built, Job, Tensor
+from .job import SEE_LOG, Built, Job, Tensor
 
 ALIASED_IO = "ALIASED_PLUGIN_IO_10_03"
 
@@ -74,8 +74,7 @@ def run(job: Job, report: Any) -> Built:
     except PolygraphyException as error:
         raise plugin.failures[0] if plugin.failures else GqaExportError(
             f"{job.canonical} could not build the engine: {_first_line(error)}", job.model,
-            "the bundle's graph asks for something this TensorRT lacks: try the other --attention, or another version "
-            "of TensorRT") from error
+            SEE_LOG) from error
     view = memoryview(data)
     with open(job.engine, "wb") as file:
         file.write(view)

@@ -10,6 +10,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+SEE_LOG = "see what TensorRT said above; `gqa-export inspect` shows the bundle"
+"""the fix of a refusal that is TensorRT's own: its last lines are to be shown with it"""
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 

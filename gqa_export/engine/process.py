@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import GqaExportError
 from ..trt_libraries import Library, visible
-from .job import Built, Job
+from .job import SEE_LOG, Built, Job
 from .log import last_lines
 
 Report = Callable[[str, float | None, float | None], None]
@@ -57,9 +57,10 @@ def _listen(child: subprocess.Popen[str], job: Job, log: Path, report: Report) -
     code = child.wait()
     if result is not None and "refused" in result:
         what, where, fix = result["refused"]
-        said = last_lines(log.read_text(encoding="utf-8", errors="replace"))
-        raise GqaExportError(what if fix else f"{what}; TensorRT said:\n{_indented(said)}", where,
-                             fix or "see what TensorRT said above; `gqa-export inspect` shows the bundle")
+        if fix == SEE_LOG:
+            said = last_lines(log.read_text(encoding="utf-8", errors="replace"))
+            what = f"{what}; TensorRT said:\n{_indented(said)}"
+        raise GqaExportError(what, where, fix)
     if code or result is None:
         raise _crash(code, log)
     return Built.from_dict(result["built"])
