@@ -57,10 +57,10 @@ def _listen(child: subprocess.Popen[str], job: Job, log: Path, report: Report) -
     code = child.wait()
     if result is not None and "refused" in result:
         what, where, fix = result["refused"]
-        if fix == SEE_LOG:
+        if fix in ("", SEE_LOG):
             said = last_lines(log.read_text(encoding="utf-8", errors="replace"))
             what = f"{what}; TensorRT said:\n{_indented(said)}"
-        raise GqaExportError(what, where, fix)
+        raise GqaExportError(what, where, fix or SEE_LOG)
     if code or result is None:
         raise _crash(code, log)
     return Built.from_dict(result["built"])
