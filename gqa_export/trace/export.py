@@ -73,7 +73,10 @@ def _light(decoder: Decoder, spec: ModelSpec, inputs: list[Input], outputs: list
     _, table, kept = translate.library(OPSET)
     edges = {layer.window for layer in spec.layers} | {capacity} - {0}
     graph, names = capture.capture(decoder, inputs, table, kept, capture.sizes(bool(decoder.growing), sorted(edges)))
-    tensors = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
+    every = dict(decoder.named_parameters(remove_duplicate=False))
+    last = {id(parameter): name for name, parameter in every.items()}  # a tied weight goes by its last name
+    names = {place: last[id(every[name])] if name in every else name for place, name in names.items()}
+    tensors = {**every, **dict(decoder.named_buffers())}
     return translate.translate(graph, names, [given.name for given in inputs], outputs, tensors, OPSET)
 
 
