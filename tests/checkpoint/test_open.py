@@ -194,7 +194,7 @@ def test_a_config_that_transformers_reads_and_cannot_build_is_refused(copy):
 
 def test_a_config_with_nonsense_values_is_refused_without_a_traceback_of_transformers(copy):
     edit_config(copy, hidden_size="many")
-    with pytest.raises(GqaExportError, match="config.json says hidden_size 'many'"):
+    with pytest.raises(GqaExportError, match=r"config\.json says hidden_size 'many'"):
         open_checkpoint(copy).load_model()
 
 
