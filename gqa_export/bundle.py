@@ -7,6 +7,7 @@ half-written is taken up by the next export of the same (`leftovers`).
 
 from __future__ import annotations
 
+import atexit
 import errno
 import hashlib
 import json
@@ -208,6 +209,17 @@ class BundleWriter:
         return manifest
 
 
+_unfinished: set[Path] = set()
+
+
+@atexit.register
+def tidy_up() -> None:
+    """Remove the staging folders of this process: Ctrl-C may strike between two lines, where no `finally` is near."""
+    with undisturbed():
+        while _unfinished:
+            shutil.rmtree(_unfinished.pop(), ignore_errors=True)
+
+
 @contextmanager
 def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) -> Iterator[BundleWriter]:
     """Stage a bundle for `output`; on success it appears there at once, on any failure nothing of it stays.
@@ -228,6 +240,7 @@ def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) 
             leftovers = abandoned(parent / output.name)
             staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=parent))
             staging.chmod(0o755)
+            _unfinished.add(staging)
             claim = lock(staging)
         yield BundleWriter(staging, leftovers)
         (staging / LOCK).unlink(missing_ok=True)
@@ -249,6 +262,7 @@ def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) 
         with undisturbed():
             if staging is not None:
                 shutil.rmtree(staging, ignore_errors=True)
+                _unfinished.discard(staging)
             if claim is not None:
                 claim.close()
             remove(leftovers)

@@ -149,6 +149,8 @@ def entry() -> NoReturn:
         main.main(prog_name="gqa-export")
     except SystemExit as ending:
         code = 0 if ending.code is None else ending.code
+    if "gqa_export.bundle" in sys.modules:
+        sys.modules["gqa_export.bundle"].tidy_up()
     try:
         sys.stdout.flush()
         sys.stderr.flush()

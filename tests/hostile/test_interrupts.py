@@ -76,6 +76,8 @@ def test_killed_at_a_random_moment_the_old_bundle_or_the_new_one_is_there(tmp_pa
         assert now >= version
         seen.add(now > version)
         version = now
+        if how == signal.SIGINT:
+            assert [path.name for path in tmp_path.iterdir()] == ["bundle"], "a caught interrupt leaves nothing beside"
     assert True in seen, "no kill came after a bundle was replaced: the moments are too early"
     write(output, version + 1)  # and the way is free
     assert content(output) == version + 1
