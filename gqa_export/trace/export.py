@@ -13,7 +13,7 @@ import torch
 from .. import cache_io
 from ..errors import GqaExportError
 from ..spec import ModelSpec
-from . import capture, op
+from . import capture, op, scalars
 from .capture import Input
 from .wrapper import Decoder
 
@@ -77,6 +77,7 @@ def _light(decoder: Decoder, spec: ModelSpec, inputs: list[Input], outputs: list
     last = {id(parameter): name for name, parameter in every.items()}  # a tied weight goes by its last name
     names = {place: last[id(every[name])] if name in every else name for place, name in names.items()}
     tensors = {**every, **dict(decoder.named_buffers())}
+    scalars.keep_exact(graph.graph)
     return translate.translate(graph, names, [given.name for given in inputs], outputs, tensors, OPSET)
 
 
@@ -89,6 +90,8 @@ def _stock(decoder: Decoder, inputs: list[Input], outputs: list[str]) -> ir.Mode
     shapes = [{place: dims[role] for place, role in given.dims.items()} for given in inputs]
     program = torch.export.export(decoder, tuple(given.example for given in inputs),
                                   dynamic_shapes=(shapes[0], tuple(shapes[1:])), strict=False)
+    if scalars.keep_exact(program.graph):
+        program.graph_module.recompile()
     done = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
                              input_names=[given.name for given in inputs], output_names=outputs,
                              custom_translation_table=op.translation_table())

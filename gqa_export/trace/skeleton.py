@@ -7,6 +7,7 @@ mapped), buffers such as rotary frequencies are computed by the model's own cons
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import torch
@@ -22,9 +23,21 @@ def build(config: Any, dtype: torch.dtype, *, device: str = "cpu", attention: st
     with initialization.no_init_weights(), torch.device(device):
         model = AutoModelForCausalLM.from_config(config, **kwargs)
     model.tie_weights()
+    _keep_in_fp32(model, dtype)
     if has_experts(model):
         model.set_experts_implementation("batched_mm")
     return model.eval()
+
+
+def _keep_in_fp32(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """The parameters that transformers loads in fp32 whatever is asked (norms of GPT-OSS in fp16, a router's bias)."""
+    patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]  # type: ignore[operator]
+    if not patterns:
+        return
+    kept = re.compile("|".join(patterns))
+    for name, parameter in model.named_parameters():
+        if kept.search(name) and parameter.dtype == dtype:
+            parameter.data = torch.empty_like(parameter, dtype=torch.float32)
 
 
 def has_experts(model: torch.nn.Module) -> bool:

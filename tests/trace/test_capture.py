@@ -36,7 +36,7 @@ def no_trace_cache(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_trace_cache")
-@pytest.mark.parametrize("name", ["llama_tied", "gemma3", "stablelm"])
+@pytest.mark.parametrize("name", ["llama_tied", "gemma3", "stablelm", "granite"])
 def test_the_light_capture_is_the_graph_of_torch_export(tmp_path, monkeypatch, name):
     options = {"dtype": "float16", "cache": "static", "capacity": 64, "logits": "last", "interface": "lengths"}
     config = config_of(name, tmp_path)
