@@ -27,7 +27,10 @@ def rtx() -> trt_libraries.Library:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory):
-    """(name, attention, dtype) -> a bundle of that tiny model, capacity 64, for TensorRT; not to be changed."""
+    """(name, attention, dtype) -> a bundle of that tiny model, capacity 64, for TensorRT; not to be changed.
+
+    A name may carry a number of heads: "llama_mha 9" has 9 query and 9 key/value heads.
+    """
     from gqa_models import write_tiny
 
     from gqa_export.pipeline import ExportOptions, export_onnx
@@ -37,8 +40,11 @@ def tiny_bundle(tmp_path_factory):
     def bundle(name: str, attention: str = "plugin", dtype: str = "fp16") -> Path:
         key = (name, attention, dtype)
         if key not in made:
-            folder = tmp_path_factory.mktemp(name)
-            checkpoint = write_tiny(name, folder / "checkpoint")
+            folder = tmp_path_factory.mktemp(name.replace(" ", "_"))
+            tiny, _, heads = name.partition(" ")
+            config = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), int(heads)) if heads else {}
+            config |= {"hidden_size": 16 * int(heads)} if heads else {}
+            checkpoint = write_tiny(tiny, folder / "checkpoint", **config)
             made[key] = folder / "bundle"
             export_onnx(checkpoint, made[key], ExportOptions(target=f"trt-{attention}", dtype=dtype, capacity=64))
         return made[key]

@@ -25,8 +25,9 @@ CAPABILITIES = (80, 89, 120)
 KERNELS = 4 * len(CAPABILITIES)
 BATCH, PROMPT = 2, 32
 PLUGIN = [("gemma2", "fp16"), ("gemma3", "fp16"), ("gpt_oss", "bf16"), ("mistral", "fp16"), ("qwen3", "bf16"),
-          ("phi3", "fp16"), ("llama_mha", "fp16"), ("llama_mqa", "fp16"), ("llama", "fp32")]
-NATIVE = [("mistral", "fp16"), ("qwen3", "bf16"), ("phi3", "fp16"), ("llama_mqa", "fp16")]
+          ("phi3", "fp16"), ("llama_mha 3", "fp16"), ("llama_mha 9", "bf16"), ("llama_mqa", "fp16"), ("llama", "fp32")]
+NATIVE = [("gemma3", "fp16"), ("mistral", "fp16"), ("qwen3", "bf16"), ("phi3", "fp16"), ("llama_mha 9", "fp16"),
+          ("llama_mqa", "fp16")]
 
 
 def build(bundle: Path, output: Path, **options) -> EngineBuild:
@@ -101,9 +102,11 @@ def test_an_engine_with_tensorrt_s_own_attention(rtx, tiny_bundle, tmp_path, nam
 
 
 @pytest.mark.slow
-def test_native_attention_without_a_kernel_of_its_own_is_taken_apart_and_says_so(rtx, tiny_bundle, tmp_path) -> None:
-    built = build(tiny_bundle("llama", "native", "fp32"), tmp_path / "engine")
-    check(built, tiny_bundle("llama", "native", "fp32"), "native")
+@pytest.mark.parametrize(("name", "dtype"), [("llama", "fp32"), ("llama_mha 3", "fp16")])
+def test_native_attention_without_a_kernel_of_its_own_is_taken_apart_and_says_so(rtx, tiny_bundle, tmp_path, name: str,
+                                                                                dtype: str) -> None:
+    built = build(tiny_bundle(name, "native", dtype), tmp_path / "engine")
+    check(built, tiny_bundle(name, "native", dtype), "native")
     assert built.facts.decomposed
     assert read_manifest(built.folder).engine.decomposed
     assert "--attention plugin" in built.notes[0]
