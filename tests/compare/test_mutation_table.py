@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from glassllm_checkpoint import write_glassllm
 from gqa_models import write_tiny
 
 import gqa_export
@@ -13,7 +14,16 @@ from gqa_export.compare.contradictions import CONTRADICTIONS
 from gqa_export.compare.mutation_kinds import MUTATIONS
 from gqa_export.errors import GqaExportError
 from gqa_export.pipeline import ExportOptions, export_onnx
-from gqa_export.proof import Row, contradiction_rows, judge_damage, mutation_row, open_sample, prove, shares, table
+from gqa_export.proof import (
+    Row,
+    contradiction_rows,
+    judge_damage,
+    mutation_row,
+    open_sample,
+    prove,
+    shares,
+    table,
+)
 
 ROOT = Path(gqa_export.__file__).parent.parent
 DATA = json.loads((ROOT / "docs" / "benchmarks" / "mutations.json").read_text())
@@ -63,6 +73,23 @@ def test_damage_is_caught_by_the_case_that_is_aimed_at_it(sample, tmp_path, kind
     if not quick:
         assert row.caught["quick"] == ()
         assert {"drift", "brim"} <= set(row.caught["full"])
+
+
+@pytest.fixture(scope="module")
+def real_sample(tmp_path_factory):
+    """glassllm, a small model that was really trained, its truth kept."""
+    pytest.importorskip("glassllm", reason="glassllm is not installed: pip install glassllm==0.1.0")
+    checkpoint = write_glassllm(tmp_path_factory.mktemp("glassllm"))
+    bundle = tmp_path_factory.mktemp("b") / "bundle"
+    export_onnx(checkpoint, bundle, ExportOptions(target="ort", capacity=128, dtype="fp32"))
+    return open_sample("glassllm ort", bundle, checkpoint)
+
+
+def test_damage_to_a_real_small_model_is_caught(real_sample, tmp_path):
+    rows = prove([real_sample], tmp_path, thrifty=True)  # the undamaged bundle is judged first, at `full`
+    assert len(rows) >= 25, "glassllm has no window, sinks, softcap, biases or q norm; the other kinds apply"
+    assert shares(rows)["quick"] >= 0.9
+    assert [row.kind for row in rows if not row.caught["full"]] == []
 
 
 def test_every_contradiction_is_refused_and_names_what_is_wrong(sample, tmp_path):
