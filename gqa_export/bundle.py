@@ -7,15 +7,11 @@ half-written is taken up by the next export of the same (`leftovers`).
 
 from __future__ import annotations
 
-import atexit
-import errno
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +21,9 @@ from .engine_facts import EngineFacts
 from .errors import GqaExportError
 from .leftovers import JOURNAL, LOCK, Journal, abandoned, lock, remove, take_over
 from .manifest_rules import check
+from .output_folder import check_folder, disk_errors, staging_folder
 from .spec import ModelSpec
-from .swap import move_files, replace_folder, undisturbed
+from .swap import move_files, replace_folder
 
 MANIFEST = "gqa_export.json"
 MODEL = "model.onnx"
@@ -209,17 +206,6 @@ class BundleWriter:
         return manifest
 
 
-_unfinished: set[Path] = set()
-
-
-@atexit.register
-def tidy_up() -> None:
-    """Remove the staging folders of this process: Ctrl-C may strike between two lines, where no `finally` is near."""
-    with undisturbed():
-        while _unfinished:
-            shutil.rmtree(_unfinished.pop(), ignore_errors=True)
-
-
 @contextmanager
 def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) -> Iterator[BundleWriter]:
     """Stage a bundle for `output`; on success it appears there at once, on any failure nothing of it stays.
@@ -232,53 +218,28 @@ def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) 
     if not inplace:
         check_output(output, force)
     parent = output if inplace else output.parent
-    staging, claim = None, None
-    leftovers: list[Any] = []
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with undisturbed():
-            leftovers = abandoned(parent / output.name)
-            staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=parent))
-            staging.chmod(0o755)
-            _unfinished.add(staging)
-            claim = lock(staging)
+    held: list[Any] = []
+    with disk_errors(output), ExitStack() as at_the_end:
+        at_the_end.callback(remove, held)
+        held += abandoned(parent / output.name)
+        leftovers = tuple(held)
+        staging = at_the_end.enter_context(staging_folder(output, parent))
+        claim = lock(staging)
+        if claim is not None:
+            held.append((staging, claim))  # claimed until it is gone
         yield BundleWriter(staging, leftovers)
         (staging / LOCK).unlink(missing_ok=True)
         if inplace:
             _move_into(staging, output, force)
-        else:
-            replace_folder(staging, output)
-            if staging.exists():  # what was there before; killed while removing it, this process leaves it claimable
-                (staging / LOCK).touch()
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise GqaExportError("the disk is full; nothing was left behind", str(output),
-                                 "free some space, or use --weights link to copy no weights") from error
-        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            raise GqaExportError(f"cannot write there: {error.strerror}", str(output),
-                                 "choose another output folder with -o") from error
-        raise
-    finally:
-        with undisturbed():
-            if staging is not None:
-                shutil.rmtree(staging, ignore_errors=True)
-                _unfinished.discard(staging)
-            if claim is not None:
-                claim.close()
-            remove(leftovers)
+            return
+        replace_folder(staging, output)
+        if staging.exists():  # what was there before; killed while removing it, this process leaves it claimable
+            (staging / LOCK).touch()
 
 
 def check_output(output: Path, force: bool) -> None:
     """Refuse, before any work, an output that must not be replaced."""
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise GqaExportError("the output exists and is not a folder", str(output), "choose another path with -o")
-    if output.is_dir() and any(output.iterdir()):
-        if not force:
-            raise GqaExportError("the output folder is not empty", str(output),
-                                 "choose another one, or pass --force to replace an earlier bundle")
-        if not (output / MANIFEST).is_file():
-            raise GqaExportError(f"the output folder holds something that is not a bundle (no {MANIFEST})",
-                                 str(output), "choose another one: --force replaces bundles only")
+    check_folder(output, force=force, marker=MANIFEST)
 
 
 def _move_into(staging: Path, output: Path, force: bool) -> None:

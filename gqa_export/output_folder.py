@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import shutil
@@ -11,7 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import GqaExportError
-from .swap import replace_folder
+from .swap import replace_folder, undisturbed
+
+_unfinished: set[Path] = set()
+
+
+@atexit.register
+def tidy_up() -> None:
+    """Remove the staging folders of this process: Ctrl-C may strike between two lines, where no `finally` is near."""
+    with undisturbed():
+        while _unfinished:
+            shutil.rmtree(_unfinished.pop(), ignore_errors=True)
 
 
 def check_folder(output: Path, *, force: bool, marker: str) -> None:
@@ -28,6 +39,22 @@ def check_folder(output: Path, *, force: bool, marker: str) -> None:
 
 
 @contextmanager
+def staging_folder(output: Path, parent: Path) -> Iterator[Path]:
+    """An empty hidden folder in `parent`, named after `output`; gone at the end, however that comes."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with undisturbed():
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=parent))
+        _unfinished.add(staging)
+    try:
+        staging.chmod(0o755)
+        yield staging
+    finally:
+        with undisturbed():
+            shutil.rmtree(staging, ignore_errors=True)
+            _unfinished.discard(staging)
+
+
+@contextmanager
 def writing_folder(output: Path, *, force: bool = False, marker: str) -> Iterator[Path]:
     """Give a staging folder; when the block ends well it becomes `output`, else nothing of it stays.
 
@@ -35,17 +62,9 @@ def writing_folder(output: Path, *, force: bool = False, marker: str) -> Iterato
     """
     output = Path(os.path.abspath(output))
     check_folder(output, force=force, marker=marker)
-    staging = None
-    with disk_errors(output):
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-            staging.chmod(0o755)
-            yield staging
-            replace_folder(staging, output)
-        finally:
-            if staging is not None:
-                shutil.rmtree(staging, ignore_errors=True)
+    with disk_errors(output), staging_folder(output, output.parent) as staging:
+        yield staging
+        replace_folder(staging, output)
 
 
 @contextmanager
@@ -55,8 +74,9 @@ def disk_errors(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise GqaExportError("the disk is full", str(output), "free some space, or choose another disk with -o; "
-                                 "nothing half-written was left at the output") from error
+            raise GqaExportError("the disk is full; nothing half-written was left behind", str(output),
+                                 "free some space, choose another disk with -o, or copy no weights (onnx --weights "
+                                 "link)") from error
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
             raise GqaExportError(f"cannot write there: {error.strerror}", str(output),
                                  "choose another output folder with -o") from error

@@ -29,7 +29,7 @@ LENDS = {("graph", "targets.table"), ("run", "targets.table"), ("trace", "target
          # a bisection is a comparison of its own: it opens both sides, and judges with the same tolerance
          ("bisect", "checkpoint"), ("bisect", "run"), ("bisect", "compare.tolerance")}
 FOUNDATIONS = {"leftovers", "swap", "manifest_rules", "memory", "errors", "contract", "spec", "cache_io",
-               "engine_facts", "bundle"}
+               "engine_facts", "bundle", "output_folder"}
 NEVER = {
     "checkpoint": {"onnx", "onnxruntime", "tensorrt", "onnx_ir", "onnxscript"},
     "trace": {"onnxruntime", "tensorrt"},
