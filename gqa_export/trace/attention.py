@@ -110,8 +110,14 @@ def mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_o
          mask_function: Callable[..., Any] | None = None, attention_mask: torch.Tensor | None = None,
          use_vmap: bool = False, device: Any = None, **_: Any) -> torch.Tensor:
     """transformers' mask signature: a tagged tensor of one element instead of a mask."""
-    tagged = torch.zeros(1, 1, 1, 1, device=device)
-    tagged.gqa_mask = MaskTag(mask_function, use_vmap, attention_mask)  # type: ignore[attr-defined, arg-type]
+    return _tagged(MaskTag(mask_function, use_vmap, attention_mask), device)  # type: ignore[arg-type]
+
+
+def _tagged(tag: MaskTag, device: Any) -> torch.Tensor:
+    """The stand-in for a mask. Models cast theirs to their own type: this one stays what it is."""
+    tagged: Any = torch.zeros(1, 1, 1, 1, device=device)
+    tagged.gqa_mask = tag
+    tagged.to = lambda *_, **__: tagged
     return tagged
 
 
@@ -125,9 +131,7 @@ def windowed(tagged: torch.Tensor | None, window: int) -> torch.Tensor | None:
     def narrowed(batch: Any, head: Any, query: Any, key: Any) -> Any:
         return tag.function(batch, head, query, key) & (key > query - window)
 
-    narrow = torch.zeros(1, 1, 1, 1, device=tagged.device)  # type: ignore[union-attr]
-    narrow.gqa_mask = MaskTag(narrowed, tag.use_vmap, tag.padding)  # type: ignore[attr-defined]
-    return narrow
+    return _tagged(MaskTag(narrowed, tag.use_vmap, tag.padding), tagged.device)  # type: ignore[union-attr]
 
 
 def register() -> str:

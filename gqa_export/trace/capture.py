@@ -66,7 +66,6 @@ def capture(module: torch.nn.Module, inputs: Sequence[Input], table: Mapping[Any
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.export.exported_program import _override_composite_implicit_decomp
     from torch.fx.experimental import _config
-    from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     environment = ShapeEnv(duck_shape=True)
@@ -93,8 +92,9 @@ def capture(module: torch.nn.Module, inputs: Sequence[Input], table: Mapping[Any
         stack.enter_context(_override_composite_implicit_decomp(dict.fromkeys(kept, _special_op_to_preserve_cia)))
         stack.enter_context(enable_python_dispatcher())
         stack.enter_context(_scopes(module))
-        graph = make_fx(run, decomposition_table=table, tracing_mode="fake", _allow_non_fake_inputs=True)(
-            weights, *examples)
+        graph = _record(run, table, weights, examples)
+        if _writes(graph):  # a model that fills a tensor it made: recorded again as a chain of new tensors
+            graph = _record(torch.func.functionalize(run), table, weights, examples)
     check_guards(environment, roles, points)
     names = [*weights, *[given.name for given in inputs]]
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -105,6 +105,20 @@ def capture(module: torch.nn.Module, inputs: Sequence[Input], table: Mapping[Any
         if node.op == "get_attr":  # a tensor made while tracing: its value, not its fake, is what the graph holds
             node.meta["val"] = getattr(graph, node.target)
     return graph, {node.name: name for node, name in zip(placeholders, names)}
+
+
+def _record(run: Any, table: Mapping[Any, Any], weights: dict[str, torch.Tensor],
+            examples: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(run, decomposition_table=dict(table), tracing_mode="fake", _allow_non_fake_inputs=True)(
+        weights, *examples)
+
+
+def _writes(graph: torch.fx.GraphModule) -> bool:
+    """Whether an op changes a tensor in place."""
+    return any(isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+               for node in graph.graph.nodes)
 
 
 def _hoist_sizes(graph: torch.fx.Graph, placeholders: list[torch.fx.Node]) -> None:

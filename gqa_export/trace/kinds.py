@@ -46,14 +46,21 @@ def stack_of(model: torch.nn.Module, spec: ModelSpec) -> Stack | None:
     seen: dict[tuple, int] = {}
     kinds = []
     for layer, attention, named in zip(layers, spec.layers, kinds_of):  # type: ignore[call-overload]
-        if any(True for _ in layer.buffers()):
-            return None  # a buffer may differ from layer to layer; its values are not known here
+        if _computed(layer):
+            return None
         key = (named, replace(attention, layer=0), _fingerprint(layer))
         kinds.append(seen.setdefault(key, len(seen)))
     traced = tuple(sorted(i for kind in set(kinds) for i in [j for j, k in enumerate(kinds) if k == kind][:2]))
     if len(traced) == len(kinds):
         return None
     return Stack(path, tuple(kinds), traced)
+
+
+def _computed(layer: torch.nn.Module) -> bool:
+    """Whether a layer holds buffers that no checkpoint has: they may differ from layer to layer, and their values
+    are not known here. Those a checkpoint has (a router's correction) are weights like others."""
+    stored = layer.state_dict()
+    return any(name not in stored for name, _ in layer.named_buffers())
 
 
 def _layers_path(model: torch.nn.Module, spec: ModelSpec) -> str | None:
@@ -73,7 +80,8 @@ def _fingerprint(layer: torch.nn.Module) -> tuple:
     for name, module in layer.named_modules():
         scalars = tuple(sorted((key, repr(value)) for key, value in vars(module).items()
                                if isinstance(value, _SCALARS) and key not in _PLACE and not key.startswith("_")))
-        shapes = tuple((key, tuple(value.shape)) for key, value in module._parameters.items() if value is not None)
+        shapes = tuple((key, tuple(value.shape)) for key, value in (*module._parameters.items(),
+                                                                    *module._buffers.items()) if value is not None)
         rows.append((name, type(module).__qualname__, scalars, shapes))
     return tuple(rows)
 
