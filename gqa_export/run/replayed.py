@@ -6,6 +6,8 @@ kept, so this is for small models and repeated cases.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ class ReplayedSession:
         self._session, self.capacity = inner, session.capacity
         self._steps: dict[Key, Step] = {}
         self._caches: dict[Key, list[tuple[np.ndarray, np.ndarray]]] = {}
+        self._redrawn: dict[int, tuple[dict[Key, Step], dict[Key, list[tuple[np.ndarray, np.ndarray]]]]] = {}
         self._fed: list[tuple[np.ndarray, np.ndarray]] = []
         self._key: Key = ()
         self._done = -1
@@ -40,6 +43,17 @@ class ReplayedSession:
     def lengths(self) -> np.ndarray:
         """int64 [B]."""
         return self._lengths.copy()
+
+    @contextmanager
+    def redrawn(self, seed: int) -> Iterator[None]:
+        """See `TorchSession.redrawn`; what is answered inside is remembered apart."""
+        before = self._steps, self._caches
+        self._steps, self._caches = self._redrawn.setdefault(seed, ({}, {}))
+        try:
+            with self._session.redrawn(seed):
+                yield
+        finally:
+            self._steps, self._caches = before
 
     def reset(self, batch: int) -> None:
         """Start again; nothing is run."""

@@ -8,6 +8,8 @@ what lies outside a sliding window, and there would be nothing to compare a full
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -44,7 +46,7 @@ class TorchSession:
         self.model = loose
         self.dtype, self.capacity, self._spec = wanted, capacity, spec
         self.vocabulary = int(loose.get_input_embeddings().weight.shape[0])
-        self._mode = _Widen(model) if wanted is torch.float64 else None
+        self._mode: TorchFunctionMode | None = _Widen(model) if wanted is torch.float64 else None
         self.reset(1)
 
     @property
@@ -59,6 +61,15 @@ class TorchSession:
     def lengths(self) -> np.ndarray:
         """int64 [B]."""
         return self._lengths.copy()
+
+    @contextmanager
+    def redrawn(self, seed: int) -> Iterator[None]:
+        """Inside, every matrix product is rounded at random: another draw of this number format's rounding errors."""
+        before, self._mode = self._mode, _Redraw(seed)
+        try:
+            yield
+        finally:
+            self._mode = before
 
     def reset(self, batch: int) -> None:
         """Empty caches for `batch` sequences."""
@@ -151,3 +162,26 @@ class _Widen(TorchFunctionMode):
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
             kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
         return func(*args, **kwargs)
+
+
+PRODUCTS = frozenset((torch.nn.functional.linear, torch.matmul, torch.bmm, torch.addmm, torch.baddbmm,
+                      torch.Tensor.matmul, torch.Tensor.__matmul__))
+
+
+class _Redraw(TorchFunctionMode):
+    """Inside, the result of every matrix product is moved at random by up to half a unit in its last place.
+
+    Monte Carlo arithmetic (Parker, 1997): what the outputs then differ by is what rounding alone can do to them.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._random = torch.Generator().manual_seed(seed)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func not in PRODUCTS:
+            return result
+        wide = result.double()
+        move = torch.rand(wide.shape, generator=self._random, dtype=torch.float64) - 0.5
+        return (wide * (1 + torch.finfo(result.dtype).eps * move)).to(result.dtype)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,16 @@ class Scripted:
             self.logit_table += np.random.default_rng(99).uniform(-noise, noise, self.logit_table.shape)
         self.edit, self.edit_key, self.capacity = edit, edit_key, 256
         self.fed: list[np.ndarray] = []
+        self.other_draws: dict[int, Scripted] = {}
+        self.drawn: list[int] = []
+
+    @contextmanager
+    def redrawn(self, seed: int) -> Iterator[None]:
+        """See `TorchSession.redrawn`: inside, the logits of `other_draws[seed]`, where there are any."""
+        self.drawn.append(seed)
+        before, self.logit_table = self.logit_table, self.other_draws.get(seed, self).logit_table
+        yield
+        self.logit_table = before
 
     def reset(self, batch: int) -> None:
         """Start again."""

@@ -231,3 +231,39 @@ def test_a_verdict_without_cases_does_not_pass():
     verdict = verdict_of([], Plan((), ()))
     assert not verdict.passed
     assert verdict.exit_code == 1
+
+
+def lucky(**draws: float) -> Scripted:
+    """PyTorch whose rounding errors came out small: noise 2e-6, and of other draws what is given."""
+    eager = Scripted(noise=2e-6)
+    eager.other_draws = {int(seed[1:]): Scripted(noise=noise) for seed, noise in draws.items()}
+    return eager
+
+
+def test_a_narrow_failure_is_held_against_more_draws_of_pytorchs_rounding():
+    # 8 times 2e-6 allow 1.6e-5, 8 times 8e-6 allow 6.4e-5
+    eager = lucky(_2=8e-6)
+    verdict, _ = scripted_verdict(Scripted(noise=4e-5, seed=5), eager=eager)
+    assert verdict.passed, str(verdict.first)
+    assert eager.drawn == [1, 2, 3] * len(verdict.cases)
+    assert case(verdict, "long").logits.yardstick == pytest.approx(8e-6, rel=0.1)
+
+
+def test_a_narrow_failure_stays_one_where_every_draw_is_as_small():
+    eager = lucky()
+    assert not scripted_verdict(Scripted(noise=4e-5, seed=5), eager=eager)[0].passed
+    assert eager.drawn
+
+
+@pytest.mark.parametrize("edit", [lambda t, x: x.__setitem__(3, np.nan if t == 50 else x[3]),
+                                  lambda t, x: x.__setitem__(3, x[3] + (1e-3 if t == 50 else 0))], ids=["nan", "far"])
+def test_what_is_not_finite_or_far_off_is_never_measured_again(edit):
+    eager = lucky(_1=1.0)
+    assert not scripted_verdict(Scripted(edit), eager=eager)[0].passed
+    assert not eager.drawn
+
+
+def test_a_good_bundle_needs_one_draw():
+    eager = lucky(_1=1.0)
+    assert scripted_verdict(Scripted(noise=1e-6, seed=5), eager=eager)[0].passed
+    assert not eager.drawn

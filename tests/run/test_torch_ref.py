@@ -26,6 +26,22 @@ def test_rows_of_a_batch_equal_the_same_rows_alone(model) -> None:
             assert not rows[b, :, count:].any()
 
 
+def test_another_draw_of_rounding_moves_the_last_places_and_nothing_else(model) -> None:
+    session, ids = TorchSession(model, CAPACITY), np.random.default_rng(3).integers(0, 320, (1, 20))
+    plain = session.step(ids).logits
+    drawn = []
+    for seed in (1, 1, 2):
+        session.reset(1)
+        with session.redrawn(seed):
+            drawn.append(session.step(ids).logits)
+    session.reset(1)
+    assert np.array_equal(session.step(ids).logits, plain)
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+    # half a unit in the last place in each of some tens of products
+    assert 0 < np.abs(drawn[0] - plain).max() < 200 * 2.0**-24 * np.abs(plain).max()
+
+
 def test_the_whole_cache_is_kept_beyond_a_window(model) -> None:
     session = TorchSession(model, CAPACITY)
     session.step(np.full((1, 30), 5))  # the window is 16
