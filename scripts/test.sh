@@ -21,7 +21,8 @@ step ruff "$BIN/ruff" check .
 step mypy "$BIN/mypy"
 # Kernels in a process of their own: Triton reads TRITON_INTERPRET once, when it is imported.
 step kernels env TRITON_INTERPRET=1 "$BIN/python" -m pytest tests/plugins -q -n 2
-step tests "$BIN/python" -m pytest tests --ignore=tests/plugins -q -n 2 --durations=15 "$@"
+# A file stays with one worker: what its tests share is then made once.
+step tests "$BIN/python" -m pytest tests --ignore=tests/plugins -q -n 2 --dist loadfile --durations=25 "$@"
 
 if [ -n "$failed" ]; then
   printf '\nfailed:%s\n' "$failed" >&2

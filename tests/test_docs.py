@@ -15,11 +15,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import gqa_models
 import pytest
+from warm_program import put_in_front
 
 import gqa_export
 from gqa_export.cli import VERBS, main
@@ -27,6 +29,8 @@ from gqa_export.cli import VERBS, main
 ROOT = Path(gqa_export.__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 NOT_RUN = ("# needs a GPU", "# needs the network", "# takes minutes")
+COLD = ("README.md", "export.md")
+"""pages run by the real program, start-up and all"""
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.M | re.S)
 BUNDLE = "my-bundle"
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}<assistant>"
@@ -69,17 +73,26 @@ def gguf_of_the_demo_package() -> Path | None:
         return None
 
 
-def shell(script: str, folder: Path) -> None:
-    """Run a block as the reader would, with this Python's programs first on the path."""
-    bin_folder = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory) -> Iterator[Path]:
+    """A folder with a `gqa-export` whose imports are done; see `warm_program`."""
+    folder = tmp_path_factory.mktemp("warm")
+    with put_in_front(folder):
+        yield folder
+
+
+def shell(script: str, folder: Path, *front: Path) -> None:
+    """Run a block as the reader would, with the programs in `front` and of this Python first on the path."""
+    places = [str(place) for place in (*front, Path(sys.executable).parent)]
+    environment = {**os.environ, "PATH": os.pathsep.join([*places, os.environ["PATH"]]), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, timeout=500,
                           capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(map(is_run, blocks(p)))], ids=name_of)
-def test_every_command_of_a_page_runs(page: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_every_command_of_a_page_runs(page: Path, checkpoint: Path, tmp_path: Path, warm: Path) -> None:
+    front = () if page.name in COLD else (warm,)
     to_run = [block for block in blocks(page) if is_run(block)]
     gguf = gguf_of_the_demo_package()
     if any("smollm2.gguf" in block for block in to_run):
@@ -87,9 +100,9 @@ def test_every_command_of_a_page_runs(page: Path, checkpoint: Path, tmp_path: Pa
         (tmp_path / "smollm2.gguf").symlink_to(gguf)
     text = "".join(to_run)
     if BUNDLE in text and f"-o {BUNDLE}\n" not in text and f"-o {BUNDLE} " not in text:
-        shell(f"gqa-export onnx {checkpoint} -o {BUNDLE} --no-validate", tmp_path)  # what the reader did before
+        shell(f"gqa-export onnx {checkpoint} -o {BUNDLE} --no-validate", tmp_path, *front)  # what the reader did before
     for block in to_run:
-        shell(block.replace("CHECKPOINT", str(checkpoint)), tmp_path)
+        shell(block.replace("CHECKPOINT", str(checkpoint)), tmp_path, *front)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text(encoding="utf-8")], ids=name_of)

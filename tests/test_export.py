@@ -5,6 +5,7 @@ from __future__ import annotations
 import gqa_models
 import pytest
 from glassllm_checkpoint import write_glassllm
+from shared_reference import reference_of
 
 from gqa_export.errors import EXIT_PASSED
 from gqa_export.pipeline import ExportOptions, export_onnx
@@ -31,10 +32,11 @@ def checkpoint_of(tmp_path_factory):
     return get
 
 
-def passes(checkpoint, folder, steps=32, **options):
-    """Export, validate, and say what fell back."""
+def passes(checkpoint, folder, steps=32, shared=False, **options):
+    """Export, validate, and say what fell back. shared: the checkpoint is fp32, and other exports of it follow."""
     export = export_onnx(checkpoint, folder, ExportOptions(**options))
-    verdict = validate(folder, checkpoint, steps=steps, check_hashes=False)
+    reference = reference_of(checkpoint, export.manifest) if shared else None
+    verdict = validate(folder, checkpoint, steps=steps, check_hashes=False, reference=reference)
     assert verdict.exit_code == EXIT_PASSED, verdict
     return export.manifest
 
@@ -42,7 +44,7 @@ def passes(checkpoint, folder, steps=32, **options):
 @pytest.mark.parametrize("target", EVERY_TARGET)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_growing_export_passes_validation(checkpoint_of, tmp_path, name, target):
-    manifest = passes(checkpoint_of(name), tmp_path / "bundle", target=target)
+    manifest = passes(checkpoint_of(name), tmp_path / "bundle", target=target, shared=True)
     # ai.onnx Attention has no sinks, and its softcap meant two things over time.
     cannot = {layer.layer for layer in manifest.spec.layers if layer.sinks or layer.softcap}
     wanted = cannot if target == "onnx" else set()
@@ -52,7 +54,8 @@ def test_a_growing_export_passes_validation(checkpoint_of, tmp_path, name, targe
 @pytest.mark.parametrize("target", EVERY_TARGET)
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_a_static_export_passes_validation(checkpoint_of, tmp_path, name, target):
-    manifest = passes(checkpoint_of(name), tmp_path / "bundle", target=target, cache="static", capacity=160)
+    manifest = passes(checkpoint_of(name), tmp_path / "bundle", target=target, cache="static", capacity=160,
+                      shared=True)
     assert manifest.inputs[2].shape[2] == "capacity"
 
 

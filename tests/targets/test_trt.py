@@ -11,6 +11,7 @@ import onnx
 import pytest
 from gqa_plugins.grouped_attention import fields
 from onnx import helper
+from shared_reference import reference_of
 
 from gqa_export import cache_io, contract
 from gqa_export.bundle import MANIFEST, read_manifest
@@ -42,7 +43,8 @@ def attributes(node: onnx.NodeProto) -> dict:
 
 @pytest.mark.parametrize(("name", "target"), ALL)
 def test_graph_equals_pytorch_in_every_case_of_validate(name: str, target: str) -> None:
-    verdict = validate(bundle(name, target), checkpoint(name), steps=STEPS)
+    reference = reference_of(checkpoint(name), read_manifest(bundle(name, target)))
+    verdict = validate(bundle(name, target), checkpoint(name), steps=STEPS, reference=reference)
     assert verdict.passed, str(verdict.first)
     assert {"long", "free", "ragged", "poisoned"} <= {case.name for case in verdict.cases}
     assert verdict.max_abs_logits < LOGITS
