@@ -9,25 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import two_layers
 
 from gqa_export.bundle import MANIFEST, FileFact, read_manifest
 from gqa_export.bundle_check import file_sha256
 
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> Path:
-    from gqa_models import write_tiny
-
-    return write_tiny("llama", tmp_path_factory.mktemp("checkpoint"), num_hidden_layers=2)
-
-
-@pytest.fixture(scope="session")
-def bundle(checkpoint, tmp_path_factory) -> Path:
-    from gqa_export.pipeline import ExportOptions, export_onnx
-
-    folder = tmp_path_factory.mktemp("bundle") / "tiny"
-    export_onnx(checkpoint, folder, ExportOptions(capacity=64))
-    return folder
+bundle, checkpoint = two_layers.bundle, two_layers.checkpoint
 
 
 @pytest.fixture

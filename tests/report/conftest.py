@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+import two_layers
 from compare.conftest import Scripted, scripted_verdict
+
+bundle, checkpoint = two_layers.bundle, two_layers.checkpoint
 
 
 def wrong(t, logits):
@@ -28,19 +29,3 @@ def good():
 def bad():
     """Not finite from token 60 on, in logits; a key wrong at token 50."""
     return scripted_verdict(Scripted(wrong, wrong_key))[0]
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> Path:
-    from gqa_models import write_tiny
-
-    return write_tiny("llama", tmp_path_factory.mktemp("checkpoint"), num_hidden_layers=2)
-
-
-@pytest.fixture(scope="session")
-def bundle(checkpoint, tmp_path_factory) -> Path:
-    from gqa_export.pipeline import ExportOptions, export_onnx
-
-    folder = tmp_path_factory.mktemp("bundle") / "tiny"
-    export_onnx(checkpoint, folder, ExportOptions(capacity=128))
-    return folder
