@@ -1,0 +1,94 @@
+"""Compile the kernels of four models for every GPU that they are meant for, and write down what came out.
+
+    python scripts/compile_kernels.py [--jobs N]      -> docs/benchmarks/kernels_compiled.json, .md
+
+No GPU is needed. The result names the sha256 of the kernels' sources, so that a test can tell when it is stale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "docs" / "benchmarks"
+NAME = "kernels_compiled"
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama-3-8B": {"heads": 32, "kv_heads": 8, "head": 128},
+    "Qwen2.5-0.5B": {"heads": 14, "kv_heads": 2, "head": 64},
+    "Gemma-3-270M": {"heads": 4, "kv_heads": 1, "head": 256, "windows": (False, True)},
+    "SmolLM2-135M": {"heads": 9, "kv_heads": 3, "head": 64},
+}
+DTYPES = ("bf16", "fp16", "fp32")
+SOURCES = ("append", "decode", "prefill", "primitives", "plan", "cubin")
+"""modules of gqa_plugins.grouped_attention that decide what is compiled"""
+
+
+def sources_sha256() -> str:
+    """Of the modules in SOURCES, in that order."""
+    folder = ROOT / "plugins" / "grouped_attention"
+    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in SOURCES)).hexdigest()
+
+
+def compile_all(jobs: int) -> dict[str, Any]:
+    """One row per model, dtype and capability."""
+    from gqa_plugins.grouped_attention import cubin, plan
+
+    rows = []
+    for model, sizes in MODELS.items():
+        for dtype in DTYPES:
+            variants = cubin.model_variants(dtype=dtype, **sizes)
+            for capability in plan.CAPABILITIES:
+                began = time.perf_counter()
+                built = cubin.build(variants, [capability], jobs)
+                made = [cubin.Cubin.from_bytes(data, model) for data in built.values()]
+                rows.append({"model": model, "dtype": dtype, "capability": capability, "kernels": len(made),
+                             "code_bytes": sum(len(one.code) for one in made),
+                             "most_shared_bytes": max(one.shared_bytes for one in made),
+                             "shared_limit_bytes": plan.SHARED_KIB[capability] * 1024,
+                             "seconds": round(time.perf_counter() - began, 1)})
+                click.echo(f"{model} {dtype} {capability}: {rows[-1]}")
+    return {"date": date.today().isoformat(), "machine": f"{platform.machine()}, {platform.system()}, no GPU",
+            "versions": {"triton": version("triton"), "torch": version("torch")}, "sources_sha256": sources_sha256(),
+            "rows": rows}
+
+
+def page(report: dict[str, Any]) -> str:
+    """The report as Markdown: a line per model and dtype, a column per capability."""
+    capabilities = sorted({row["capability"] for row in report["rows"]})
+    found = {(row["model"], row["dtype"], row["capability"]): row for row in report["rows"]}
+    spoken = [f"{number // 10}.{number % 10}" for number in capabilities]
+    lines = ["# Kernels compiled ahead of time", "",
+             f"{report['date']}, {report['machine']}; " + ", ".join(f"{n} {v}" for n, v in report["versions"].items())
+             + ". Made by `scripts/compile_kernels.py`.", "",
+             "Every kernel of a model, compiled for every compute capability: KiB of machine code of all its kernels, "
+             "and in brackets the most shared memory that one asks for, in KiB. That a kernel compiles says nothing "
+             "about its results: those are shown by the interpreter (tests/plugins) and on a GPU "
+             "(scripts/gpu_check.py).", "",
+             f"| model | type | kernels | {' | '.join(spoken)} |", "|---" * (3 + len(capabilities)) + "|"]
+    for model, dtype in dict.fromkeys((row["model"], row["dtype"]) for row in report["rows"]):
+        some = [found[model, dtype, capability] for capability in capabilities]
+        cells = [f"{row['code_bytes'] / 1024:.0f} ({row['most_shared_bytes'] / 1024:.0f})" for row in some]
+        lines.append(f"| {model} | {dtype} | {some[0]['kernels']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+@click.command()
+@click.option("--jobs", default=1, show_default=True, help="Compilations at a time.")
+def main(jobs: int) -> None:
+    """Compile everything; write the result."""
+    report = compile_all(jobs)
+    (OUT / f"{NAME}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (OUT / f"{NAME}.md").write_text(page(report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
