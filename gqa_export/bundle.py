@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from .cache_io import TensorFact
 from .engine_facts import EngineFacts
 from .errors import GqaExportError
-from .leftovers import JOURNAL, LOCK, Journal, abandoned, lock, remove, take_over
+from .leftovers import JOURNAL, Journal, take_over
 from .manifest_rules import check
 from .output_folder import check_folder, disk_errors, staging_folder
 from .spec import ModelSpec
@@ -218,23 +218,12 @@ def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) 
     if not inplace:
         check_output(output, force)
     parent = output if inplace else output.parent
-    held: list[Any] = []
-    with disk_errors(output), ExitStack() as at_the_end:
-        at_the_end.callback(remove, held)
-        held += abandoned(parent / output.name)
-        leftovers = tuple(held)
-        staging = at_the_end.enter_context(staging_folder(output, parent))
-        claim = lock(staging)
-        if claim is not None:
-            held.append((staging, claim))  # claimed until it is gone
+    with disk_errors(output), staging_folder(output, parent) as (staging, leftovers):
         yield BundleWriter(staging, leftovers)
-        (staging / LOCK).unlink(missing_ok=True)
         if inplace:
             _move_into(staging, output, force)
-            return
-        replace_folder(staging, output)
-        if staging.exists():  # what was there before; killed while removing it, this process leaves it claimable
-            (staging / LOCK).touch()
+        else:
+            replace_folder(staging, output)
 
 
 def check_output(output: Path, force: bool) -> None:

@@ -1,9 +1,10 @@
 """What a killed export leaves behind, and taking it up again.
 
-A staging folder `.NAME.partial-*` is locked by the process that fills it; one that is there unlocked belongs to
-nobody any more. Beside a large file that is being written lies its journal: what the file will be (a key over all
-that decides its bytes) and, every `EVERY_BYTES`, an offset with the sha256 of everything before it. The next export
-with the same key takes the file over up to the last offset whose hash still holds, and goes on from there.
+Beside a staging folder `.NAME.partial-x` lies `.NAME.partial-x.lock`, from before the folder is made until after it is
+gone, locked by the process that fills it: where a lock file is there unlocked, both belong to nobody any more. Beside a
+large file that is being written lies its journal: what the file will be (a key over all that decides its bytes) and,
+every `EVERY_BYTES`, an offset with the sha256 of everything before it. The next export with the same key takes the file
+over up to the last offset whose hash still holds, and goes on from there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -28,35 +30,54 @@ EVERY_BYTES = 64 << 20
 CHUNK_BYTES = 4 << 20
 
 
-def lock(staging: Path) -> IO[str] | None:
-    """Claim a staging folder for this process, until the returned file is closed; None if another has it."""
+Claimed = tuple[Path, IO[str]]
+"""a staging folder (which may be gone) and its open lock file"""
+
+
+def stage(output: Path, parent: Path) -> Claimed:
+    """Make an empty staging folder for `output` in `parent`, claimed for this process."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{output.name}.partial-", suffix=LOCK, dir=parent)
+        file = os.fdopen(handle, "a")
+        if fcntl is None or (_lock(file) and os.path.exists(name)):
+            break
+        file.close()  # another process took it for abandoned before it was locked
+    folder = Path(name.removesuffix(LOCK))
+    folder.mkdir()
+    return folder, file
+
+
+def _lock(file: IO[str]) -> bool:
+    """Claim a lock file until it is closed. False: a living process has it, or this system has no such locks."""
     if fcntl is None:
-        return None
-    file = open(staging / LOCK, "a")  # noqa: SIM115 the lock lives as long as the file is open
+        return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
     except OSError:
-        file.close()
-        return None
-    return file
+        return False
 
 
-def abandoned(output: Path) -> list[tuple[Path, IO[str]]]:
+def abandoned(output: Path) -> list[Claimed]:
     """Staging folders of `output` that no living process fills, each claimed for this one."""
-    found = []
-    for folder in sorted(output.parent.glob(f".{output.name}.partial-*")):
-        if (folder / LOCK).is_file() and not folder.is_symlink():
-            claim = lock(folder)
-            if claim is not None:
-                found.append((folder, claim))
+    found: list[Claimed] = []
+    for path in sorted(output.parent.glob(f".{output.name}.partial-*{LOCK}")):
+        if path.is_symlink():
+            continue
+        file = open(path, "a")  # noqa: SIM115 the claim lasts as long as the file is open
+        if _lock(file):
+            found.append((path.with_name(path.name.removesuffix(LOCK)), file))
+        else:
+            file.close()
     return found
 
 
-def remove(folders: Iterable[tuple[Path, IO[str]]]) -> None:
-    """Remove claimed folders."""
-    for folder, claim in folders:
+def remove(claimed: Iterable[Claimed]) -> None:
+    """Remove claimed folders, and then what claims them: killed in between, the rest stays claimable."""
+    for folder, file in claimed:
         shutil.rmtree(folder, ignore_errors=True)
-        claim.close()
+        file.close()
+        folder.with_name(folder.name + LOCK).unlink(missing_ok=True)
 
 
 class Journal:
@@ -84,7 +105,7 @@ class Journal:
             os.unlink(self._file.name)
 
 
-def take_over(folders: Iterable[tuple[Path, IO[str]]], name: str, key: str, place: Path) -> tuple[int, Any]:
+def take_over(folders: Iterable[Claimed], name: str, key: str, place: Path) -> tuple[int, Any]:
     """Move the longest sound beginning of file `name` with this key to `place`: (its bytes, its sha256 so far).
 
     (0, empty sha256) and no file, if there is none. The beginning is read once, to be sure of it.

@@ -5,24 +5,23 @@ from __future__ import annotations
 import atexit
 import errno
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import GqaExportError
+from .leftovers import Claimed, abandoned, remove, stage
 from .swap import replace_folder, undisturbed
 
-_unfinished: set[Path] = set()
+_unfinished: list[Claimed] = []
 
 
 @atexit.register
 def tidy_up() -> None:
     """Remove the staging folders of this process: Ctrl-C may strike between two lines, where no `finally` is near."""
     with undisturbed():
-        while _unfinished:
-            shutil.rmtree(_unfinished.pop(), ignore_errors=True)
+        remove(_unfinished)
+        _unfinished.clear()
 
 
 def check_folder(output: Path, *, force: bool, marker: str) -> None:
@@ -39,19 +38,24 @@ def check_folder(output: Path, *, force: bool, marker: str) -> None:
 
 
 @contextmanager
-def staging_folder(output: Path, parent: Path) -> Iterator[Path]:
-    """An empty hidden folder in `parent`, named after `output`; gone at the end, however that comes."""
+def staging_folder(output: Path, parent: Path) -> Iterator[tuple[Path, list[Claimed]]]:
+    """(an empty hidden folder in `parent`, named after `output`; what killed processes left of the same). All of it is
+    gone at the end, however that comes; what a kill leaves, the next one removes."""
     parent.mkdir(parents=True, exist_ok=True)
-    with undisturbed():
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=parent))
-        _unfinished.add(staging)
+    mine: list[Claimed] = []
     try:
+        with undisturbed():
+            mine += abandoned(parent / output.name)
+            leftovers = list(mine)
+            mine.append(stage(output, parent))
+            _unfinished.extend(mine)
+        staging = mine[-1][0]
         staging.chmod(0o755)
-        yield staging
+        yield staging, leftovers
     finally:
         with undisturbed():
-            shutil.rmtree(staging, ignore_errors=True)
-            _unfinished.discard(staging)
+            remove(mine)
+            _unfinished[:] = [one for one in _unfinished if one not in mine]
 
 
 @contextmanager
@@ -62,7 +66,7 @@ def writing_folder(output: Path, *, force: bool = False, marker: str) -> Iterato
     """
     output = Path(os.path.abspath(output))
     check_folder(output, force=force, marker=marker)
-    with disk_errors(output), staging_folder(output, output.parent) as staging:
+    with disk_errors(output), staging_folder(output, output.parent) as (staging, _):
         yield staging
         replace_folder(staging, output)
 

@@ -40,7 +40,10 @@ def killed(tmp_path):
 
 
 def partials(out):
-    return sorted(path.name for path in out.parent.glob(f".{out.name}.partial-*"))
+    """Staging folders, and lock files that no folder belongs to."""
+    found = sorted(path.name for path in out.parent.glob(f".{out.name}.partial-*"))
+    return [name for name in found if name.removesuffix(leftovers.LOCK) == name
+            or name.removesuffix(leftovers.LOCK) not in found]
 
 
 def reads_of(monkeypatch):
@@ -64,7 +67,7 @@ def test_a_killed_export_is_taken_up_where_it_was_and_gives_the_same_bundle(tmp_
     assert (out / bundle.DATA).read_bytes() == (tmp_path / "whole" / bundle.DATA).read_bytes()
     assert done.manifest.files[bundle.DATA] == whole.manifest.files[bundle.DATA]
     assert partials(out) == []
-    assert not list(out.glob("*journal*")) + list(out.glob(".lock"))
+    assert not list(out.glob("*journal*")) + list(out.parent.glob("*.lock"))
 
 
 def test_a_checkpoint_that_changed_meanwhile_is_exported_from_the_start(tmp_path, killed):
@@ -81,7 +84,7 @@ def test_a_checkpoint_that_changed_meanwhile_is_exported_from_the_start(tmp_path
 
 def test_a_beginning_that_was_damaged_is_not_taken_over(tmp_path, killed):
     folder, out = killed
-    (partial,) = out.parent.glob(f".{out.name}.partial-*")
+    (partial,) = [out.parent / name for name in partials(out)]
     data = bytearray((partial / bundle.DATA).read_bytes())
     data[10] ^= 1
     (partial / bundle.DATA).write_bytes(data)

@@ -81,6 +81,7 @@ def test_killed_at_a_random_moment_the_old_bundle_or_the_new_one_is_there(tmp_pa
     assert True in seen, "no kill came after a bundle was replaced: the moments are too early"
     write(output, version + 1)  # and the way is free
     assert content(output) == version + 1
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"], "what kills left behind is gone with the next"
 
 
 def test_interrupted_inside_a_checkpoint_folder_the_earlier_files_are_back(tmp_path, monkeypatch):
