@@ -14,7 +14,7 @@ from typing import Any
 
 from .bundle import read_manifest
 from .compare.battery import BATTERY, LEVELS
-from .compare.contradictions import CONTRADICTIONS, contradict
+from .compare.contradictions import CONTRADICTIONS, Contradiction, contradict
 from .compare.mutation_kinds import MUTATIONS
 from .compare.mutations import Mutation, NotHere, break_bundle
 from .errors import GqaExportError
@@ -93,9 +93,10 @@ def mutation_row(mutation: Mutation, samples: Sequence[Sample], work: Path,
     return None
 
 
-def contradiction_rows(sample: Sample, work: Path) -> Iterable[Row]:
+def contradiction_rows(sample: Sample, work: Path,
+                       kinds: Iterable[Contradiction] = CONTRADICTIONS) -> Iterable[Row]:
     """Every bundle that contradicts its manifest. A refusal must name what is wrong, or it does not count."""
-    for one in CONTRADICTIONS:
+    for one in kinds:
         folder = contradict(sample.bundle, work / "contradiction", one)
         try:
             validate(folder, sample.checkpoint, steps=STEPS, reference=sample.reference)

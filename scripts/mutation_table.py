@@ -14,6 +14,8 @@ from pathlib import Path
 
 import click
 
+from gqa_export.compare.contradictions import CONTRADICTIONS
+from gqa_export.compare.mutation_kinds import MUTATIONS
 from gqa_export.pipeline import ExportOptions, export_onnx
 from gqa_export.proof import STEPS, Row, Sample, contradiction_rows, open_sample, prove, shares, table, to_dict
 
@@ -22,6 +24,7 @@ TINY = (("llama", "ort", "growing"), ("mistral", "ort", "growing"), ("gemma2", "
         ("gpt_oss", "ort", "growing"), ("qwen2", "ort", "growing"), ("qwen3", "ort", "growing"),
         ("llama", "portable", "growing"), ("mistral", "onnx", "static"))
 CAPACITY = 128
+OUT, NAME, REAL = ROOT / "docs" / "benchmarks", "mutations", "mutations_smollm2"
 BEGIN, END = "<!-- mutations: made by scripts/mutation_table.py -->", "<!-- end of mutations -->"
 
 
@@ -42,8 +45,13 @@ def tiny_samples(work: Path, wanted=TINY) -> list[Sample]:
 @click.command()
 @click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), help="A real model instead of tiny ones.")
 @click.option("--capacity", default=256, show_default=True, help="Capacity of the real model's bundle.")
-def main(checkpoint: Path | None, capacity: int) -> None:
+@click.option("--only", multiple=True, help="A kind of damage; the other rows of the committed table stay.")
+def main(checkpoint: Path | None, capacity: int, only: tuple[str, ...]) -> None:
     """Break bundles, run the battery, write the table."""
+    behaviour = [kind for kind in MUTATIONS if not only or kind.name in only]
+    against = [kind for kind in CONTRADICTIONS if not only or kind.name in only]
+    if len(behaviour) + len(against) < len(only):
+        raise click.BadParameter("no such kind of damage", param_hint="--only")
     with tempfile.TemporaryDirectory(prefix="gqa-mutations-") as place:
         work = Path(place)
         if checkpoint is None:
@@ -51,21 +59,31 @@ def main(checkpoint: Path | None, capacity: int) -> None:
         else:
             export_onnx(checkpoint, work / "bundle", ExportOptions(target="ort", dtype="fp32", capacity=capacity))
             samples = [open_sample(checkpoint.stem, work / "bundle", checkpoint)]
-        rows = prove(samples, work, lambda row: click.echo(f"{row.kind}: {row.caught}"),
-                     thrifty=checkpoint is not None)
-        rows += contradiction_rows(samples[0], work)
+        rows = prove(samples, work, lambda row: click.echo(f"{row.kind}: {row.caught}"), behaviour,
+                     thrifty=checkpoint is not None) if behaviour else []
+        rows += contradiction_rows(samples[0], work, against)
+    if only:
+        rows = merged(rows, OUT / f"{REAL if checkpoint else NAME}.json")
     write(rows, [sample.name for sample in samples], real=checkpoint is not None)
+
+
+def merged(rows: list[Row], committed: Path) -> list[Row]:
+    """The committed rows with these in place of theirs."""
+    new = {row.kind: row for row in rows}
+    old = json.loads(committed.read_text(encoding="utf-8"))["rows"]
+    return [new.get(row["kind"]) or Row(**{**row, "caught": {k: tuple(v) for k, v in row["caught"].items()}})
+            for row in old]
 
 
 def write(rows: list[Row], samples: list[str], *, real: bool) -> None:
     """Put the rows where they belong."""
     said = "; ".join(f"`{level}` catches {share:.0%}" for level, share in shares(rows).items())
     text = f"{len(rows)} kinds of damage: {said}.\n\n{table(rows)}\n"
-    out, name = ROOT / "docs" / "benchmarks", "mutations_smollm2" if real else "mutations"
+    name = REAL if real else NAME
     data = to_dict(rows, samples)
-    (out / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (OUT / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     if real:
-        (out / f"{name}.md").write_text(
+        (OUT / f"{name}.md").write_text(
             f"# Damage done to {samples[0]}\n\n{date.today().isoformat()}, {platform.machine()}, CPU. Made by "
             f"`scripts/mutation_table.py --checkpoint FILE`; {STEPS} decode steps a case. `full` contains the cases of "
             "`quick`, so it was run only for what `quick` missed. Kinds that break what this model does not have "

@@ -51,10 +51,11 @@ def _claim(change: Callable[[Manifest], Manifest]) -> Callable[[Path], None]:
 
 
 def _layer(**facts) -> Callable[[Path], None]:
-    """The manifest says something else of layer 1."""
+    """The manifest says something else of layer 1. A fact may be a function of the layer."""
     def change(manifest: Manifest) -> Manifest:
         layers = list(manifest.spec.layers)
-        layers[1] = replace(layers[1], **facts)
+        said = {name: fact(layers[1]) if callable(fact) else fact for name, fact in facts.items()}
+        layers[1] = replace(layers[1], **said)
         return replace(manifest, spec=replace(manifest.spec, layers=tuple(layers)))
     return _claim(change)
 
@@ -116,7 +117,8 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
     Contradiction("another window in the manifest", _layer(window=77), ("layer 1", "window", "77")),
     Contradiction("another scale in the manifest", _layer(scale=0.5), ("layer 1", "scale")),
     Contradiction("another softcap in the manifest", _layer(softcap=9.0), ("layer 1", "softcap")),
-    Contradiction("other query heads in the manifest", _layer(num_heads=8), ("layer 1", "num_heads")),
+    Contradiction("other query heads in the manifest", _layer(num_heads=lambda layer: 2 * layer.num_heads),
+                  ("layer 1", "num_heads")),
     Contradiction("other key/value heads in the manifest", _layer(kv_num_heads=1), (past_names(1)[0], "heads")),
     Contradiction("a cache input renamed", _signed(_input_renamed), ("input", past_names(1)[0])),
     Contradiction("a cache output dropped", _signed(_output_dropped), ("output", present_names(1)[1])),
