@@ -59,13 +59,17 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
         inspect(ghost)
     spec = probe(config, ghost)
     stack = kinds.stack_of(ghost, spec) if stamping else None
+    prints = kinds.prints(ghost, stack) if stack else ()
     del ghost
-    whole_because = "" if stack else "no two layers to spare" if stamping else "asked for"
+    whole_because = "" if stack else "no layers that are alike" if stamping else "asked for"
     while True:
         short = kinds.shorten(config, max(stack.traced) + 1) if stack else config
         model = skeleton.build(short, torch_dtype, attention=name)
         if stack:
             kinds.keep_layers(model, stack)
+            if kinds.prints(model, stack) != prints:
+                stack, whole_because = None, "something in the model is computed from the number of layers"
+                continue
         regime = rotary.freeze_regime(model, capacity)
         layers = [spec.layers[i] for i in stack.traced] if stack else list(spec.layers)
         part = ModelSpec(**{**vars(spec), "layers": tuple(layers)})

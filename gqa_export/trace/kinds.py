@@ -75,9 +75,18 @@ def _layers_path(model: torch.nn.Module, spec: ModelSpec) -> str | None:
     return None
 
 
-def _fingerprint(layer: torch.nn.Module) -> tuple:
+def prints(model: torch.nn.Module, stack: Stack) -> tuple:
+    """Fingerprints of the traced layers and of all that is no layer. Equal for a model of full depth and the short
+    one that is traced, unless something in it was computed from the number of layers."""
+    layers = dict(model.get_submodule(stack.path).named_children())
+    return (_fingerprint(model, f"{stack.path}."), *(_fingerprint(layers[str(layer)]) for layer in stack.traced))
+
+
+def _fingerprint(layer: torch.nn.Module, without: str = " ") -> tuple:
     rows: list[tuple] = []
     for name, module in layer.named_modules():
+        if name.startswith(without):
+            continue
         scalars = tuple(sorted((key, repr(value)) for key, value in vars(module).items()
                                if isinstance(value, _SCALARS) and key not in _PLACE and not key.startswith("_")))
         shapes = tuple((key, tuple(value.shape)) for key, value in (*module._parameters.items(),

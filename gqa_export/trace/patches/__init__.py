@@ -24,8 +24,8 @@ from typing import Any
 from ...errors import GqaExportError
 from .seen import SEEN
 
-FILES = ("alibi", "attention_forward", "attention_method", "attention_table", "experts", "falcon", "learned_positions",
-         "padding_positions", "roformer")
+FILES = ("alibi", "attention_forward", "attention_method", "attention_table", "deepseek_v2", "diffllama", "experts",
+         "falcon", "gemma", "learned_positions", "padding_positions", "roformer")
 """the files of this folder, in the order their patches are applied"""
 
 
