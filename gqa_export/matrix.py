@@ -69,6 +69,16 @@ def check(name: str, architecture: str, checkpoint: Path, *, targets: tuple[str,
     return row
 
 
+def add_depth(known: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """A supported row again, with its depth proved; `failed` if the proof fails. Never raises."""
+    began = time.perf_counter()
+    try:
+        return {**known, "depth": prove_depth(checkpoint)}
+    except Exception as error:
+        return {**known, "verdict": FAILED, "reason": f"{type(error).__name__}: {str(error)[:300]} [{_spot(error)}]",
+                "seconds": round(time.perf_counter() - began, 1)}
+
+
 def _one(row: Row, checkpoint: Path, bundle: Path, target: str, cache: str) -> None:
     from .pipeline import ExportOptions, export_onnx
     from .validation import validate

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, default=None, help="keep the small checkpoints here")
     parser.add_argument("--limit", type=int, default=300, help="seconds of CPU time for one architecture")
     parser.add_argument("--no-depth", action="store_true", help="do not prove depth")
+    parser.add_argument("--prove", action="store_true", help="only prove the depth of supported rows that lack it")
     parser.add_argument("--caches", default="growing,static", help="caches to check, separated by commas")
     parser.add_argument("--docs", action="store_true", help="only write docs/models.md from the data")
     parser.add_argument("--part", default="", help="k/n: every n-th name from k, to share the work")
@@ -58,12 +59,15 @@ def main() -> None:
         names = [name for name in names if table["rows"].get(name, {}).get("verdict", "unchecked") == "unchecked"]
     if arguments.failed:
         names = [name for name in names if table["rows"].get(name, {}).get("verdict") in ("wrong", "failed")]
+    if arguments.prove:
+        names = [name for name in names if table["rows"][name]["verdict"] == "supported"
+                 and not table["rows"][name].get("depth")]
     if arguments.part:
         part, parts = map(int, arguments.part.split("/"))
         names = names[part::parts]
     began = time.perf_counter()
     for number, name in enumerate(names, 1):
-        row = in_a_fork(name, known_names()[name], arguments)
+        row = in_a_fork(name, known_names()[name], arguments, table["rows"].get(name, {}))
         table = json.loads(arguments.data.read_text()) if arguments.data.exists() else {"rows": {}}
         table["rows"][name] = row
         table["rows"] = dict(sorted(table["rows"].items()))
@@ -100,7 +104,7 @@ def warm() -> None:
         sys.exit(f"the plainest architecture does not pass: {row}")
 
 
-def in_a_fork(name: str, architecture: str, arguments: argparse.Namespace) -> dict:
+def in_a_fork(name: str, architecture: str, arguments: argparse.Namespace, known: dict) -> dict:
     """The row of one architecture, made in a child that may die or hang."""
     read, write = os.pipe()
     sys.stdout.flush()
@@ -111,7 +115,9 @@ def in_a_fork(name: str, architecture: str, arguments: argparse.Namespace) -> di
         folder = arguments.keep or Path(tempfile.mkdtemp(prefix="gqa-matrix-"))
         caches = tuple(arguments.caches.split(","))
         with os.fdopen(write, "w") as out:
-            json.dump(row_of(name, architecture, caches, folder, depth=not arguments.no_depth), out)
+            row = proved(known, name, folder) if arguments.prove else \
+                row_of(name, architecture, caches, folder, depth=not arguments.no_depth)
+            json.dump(row, out)
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as answers:
@@ -133,10 +139,39 @@ def row_of(name: str, architecture: str, caches: tuple[str, ...], folder: Path, 
     try:
         checkpoint = write_small(name, folder / name)
     except Exception as error:
+        refusal = refused_by_config(name, folder / name)
+        if refusal:
+            return {"name": name, "architecture": architecture, "verdict": "refused", "reason": refusal}
         what = (str(error).strip().splitlines() or [""])[0][:300]
         return {"name": name, "architecture": architecture, "verdict": "failed",
                 "reason": f"no small model: {type(error).__name__}: {what}"}
     return check(name, architecture, checkpoint, caches=caches, depth=depth).to_dict()
+
+
+def refused_by_config(name: str, folder: Path) -> str:
+    """Why the configuration alone is refused, for models that cannot even be built here; "" if it is not."""
+    from gqa_models.shrink import small_config
+
+    from gqa_export.checkpoint.refusals import refuse_raw_config
+    from gqa_export.errors import GqaExportError
+
+    try:
+        small_config(name).save_pretrained(folder)
+        refuse_raw_config(json.loads((folder / "config.json").read_text()), "the checkpoint")
+    except GqaExportError as refusal:
+        return f"{refusal.what} [{refusal.where}]"
+    except Exception:
+        return ""
+    return ""
+
+
+def proved(known: dict, name: str, folder: Path) -> dict:
+    """A row with its depth proved."""
+    from gqa_models.shrink import write_small
+
+    from gqa_export.matrix import add_depth
+
+    return add_depth(known, write_small(name, folder / name))
 
 
 if __name__ == "__main__":
