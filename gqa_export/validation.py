@@ -34,6 +34,7 @@ from .run.sides import (
     Sides,
     bundle_session,
     choose_bundle_provider,
+    is_large,
     load_engine,
     pytorch_sessions,
     torch_threads,
@@ -98,8 +99,8 @@ def validate(bundle: Path | str, against: str | Path, *, level: str = "quick", s
         setting = asked_of(manifest, folder, steps or STEPS.get(level, 32), text, known.model)
         setting.nan_tail_safe = target.nan_tail_safe
         plan = plan_battery(setting, level)
-        logs = run_cases(Sides(known.truth, known.eager, session, poison), plan, last_only=manifest.logits == "last",
-                         report=report, dtype=ran_dtype, notes=notes)
+        sides = Sides(known.truth, known.eager, session, poison, beside=not built and is_large(manifest))
+        logs = run_cases(sides, plan, last_only=manifest.logits == "last", report=report, dtype=ran_dtype, notes=notes)
         refused = judge_refusals(session, resizable=not setting.literal)
     if check_hashes and unhashed:
         notes.append(f"sha256 not computed of {', '.join(unhashed)} (--hash computes all)")
@@ -128,9 +129,9 @@ def runnable(stack: ExitStack, folder: Path, manifest: Manifest, ran_dtype: str,
 
 def open_reference(against: str | Path, manifest: Manifest, ran_dtype: str, notes: list[str]) -> Reference:
     """Open a checkpoint for bundles like this one, run in this number format."""
-    from .checkpoint import open_checkpoint
+    from .checkpoint import open_for
 
-    truth, eager, truth_dtype = pytorch_sessions(open_checkpoint(against), manifest, ran_dtype, notes)
+    truth, eager, truth_dtype = pytorch_sessions(open_for(manifest, against), manifest, ran_dtype, notes)
     return Reference(truth, eager, truth_dtype, truth.model, what_it_shows(truth, str(against)))
 
 
@@ -193,12 +194,11 @@ def run_case(sides: Sides, case: Case, last_only: bool, tick: Callable[[], None]
     from .run.polygraphy_runner import SessionRunner
 
     began = time.perf_counter()
-    runners = [SessionRunner(sides.truth, TRUTH, last_only=last_only)]
-    pairs = [(0, 1)]
+    others = [SessionRunner(sides.bundle, BUNDLE, last_only=last_only, single=case.single)]
     if sides.eager is not None:
-        runners.append(SessionRunner(sides.eager, EAGER, free=False, last_only=last_only))
-        pairs = [(0, 1), (1, 2), (0, 2)]
-    runners.append(SessionRunner(sides.bundle, BUNDLE, last_only=last_only, single=case.single))
+        others.insert(0, SessionRunner(sides.eager, EAGER, free=False, last_only=last_only))
+    pairs = [(0, 1)] if len(others) == 1 else [(0, 1), (1, 2), (0, 2)]
+    runners = [SessionRunner(sides.truth, TRUTH, last_only=last_only, beside=others if sides.beside else ()), *others]
     driver = CaseDriver(case, np.concatenate(case.prompts), tick)
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         stream = Comparator.run(runners, data_loader=driver.feeds(), streaming=True)

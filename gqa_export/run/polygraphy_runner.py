@@ -9,9 +9,11 @@ is zero.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,13 +32,16 @@ from .session import Session, Step
 class SessionRunner(BaseRunner):
     """Runs a session. free: obey the feed's second flag and feed the session's own best token. last_only: show only
     the logits of each row's last valid token, as bundles exported with `--logits last` do. single: take the tokens of a
-    step one by one."""
+    step one by one. beside: runners that the Comparator asks next, for the same feed: they begin at once, in threads,
+    so that some wait for memory while others interpret Python."""
 
     def __init__(self, session: Session, name: str, *, free: bool = True, last_only: bool = False,
-                 single: bool = False) -> None:
+                 single: bool = False, beside: Sequence[SessionRunner] = ()) -> None:
         super().__init__(name=name)
         self._session, self._free, self._last_only, self._single = session, free, last_only, single
         self._own = np.zeros(0, np.int64)
+        self._beside = beside
+        self._begun: Future[OrderedDict[str, np.ndarray]] | None = None
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         """Names, types and shapes of a feed."""
@@ -48,6 +53,16 @@ class SessionRunner(BaseRunner):
 
     def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
         """One step of the session."""
+        for other in self._beside:
+            other.begin(feed_dict)
+        begun, self._begun = self._begun, None
+        return self._step(feed_dict) if begun is None else begun.result()
+
+    def begin(self, feed_dict: Mapping[str, np.ndarray]) -> None:
+        """Begin the step that `infer` will be asked for next."""
+        self._begun = _threads().submit(self._step, feed_dict)
+
+    def _step(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
         began = time.perf_counter()
         ids, counts = feed_dict["input_ids"], feed_dict["new_lengths"]
         reset, free, finish = feed_dict["flags"].tolist()
@@ -89,6 +104,11 @@ class SessionRunner(BaseRunner):
         keys, values = (tuple(np.concatenate([(getattr(step, kind) or ())[i] for step in steps], axis=2)
                               for i in layers) for kind in ("keys", "values"))
         return Step(np.concatenate([step.logits for step in steps], axis=1), keys, values)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(2, thread_name_prefix="gqa-export-beside")
 
 
 def _blank(array: np.ndarray, counts_B: np.ndarray, axis: int) -> np.ndarray:

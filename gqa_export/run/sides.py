@@ -32,6 +32,8 @@ class Sides:
     eager: Session | None
     bundle: Session
     poison: Poison | None = None
+    beside: bool = False
+    """run the three at the same time, in threads: worth it for large models"""
 
 
 def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
@@ -63,6 +65,11 @@ def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
     return truth, TorchSession(model, manifest.capacity, ran_dtype, spec=manifest.spec), truth_dtype
 
 
+def is_large(manifest: Manifest) -> bool:
+    """Whether a model's time goes into reading its weights, and not into Python."""
+    return weight_bytes(manifest) >= SMALL_BYTES
+
+
 def weight_bytes(manifest: Manifest) -> int:
     """Bytes of all files of a bundle: its weights, as good as."""
     return sum(fact.size for fact in manifest.files.values())
@@ -74,7 +81,7 @@ def torch_threads(manifest: Manifest) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    if weight_bytes(manifest) < SMALL_BYTES:
+    if not is_large(manifest):
         torch.set_num_threads(1)
     try:
         yield
@@ -139,7 +146,7 @@ def bundle_session(folder: Path, manifest: Manifest, provider: str, notes: list[
         notes.append("bf16 does not pass through numpy: ONNX Runtime was called directly, no cache was poisoned")
         yield OrtSession.load(folder, provider), None
         return
-    threads = 1 if weight_bytes(manifest) < SMALL_BYTES else 0
+    threads = 0 if is_large(manifest) else 1
     with onnxrt_infer(folder, manifest, provider, threads) as infer:
         tail = PoisonedTail(infer, manifest.spec)
         yield OrtSession.load(folder, provider, infer=tail, target=target), tail.fill

@@ -155,13 +155,17 @@ class _Widen(TorchFunctionMode):
         self._narrow -= 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._narrow == 0:
-            if func is torch.Tensor.float:
-                func = torch.Tensor.double
-            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-            kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
-        return func(*args, **kwargs)
+        if self._narrow:
+            return func(*args, **(kwargs or {}))
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        for a in args:  # most calls name no type: this is run for every one
+            if a is torch.float32:
+                args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+                break
+        if not kwargs:
+            return func(*args)
+        return func(*args, **{k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()})
 
 
 PRODUCTS = frozenset((torch.nn.functional.linear, torch.matmul, torch.bmm, torch.addmm, torch.baddbmm,

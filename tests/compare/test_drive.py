@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from gqa_export.compare.cases import plan_cases
 from gqa_export.compare.tolerance import CAP_ULPS, EPSILON
+from gqa_export.run.sides import Sides
+from gqa_export.run.torch_ref import TorchSession
+from gqa_export.validation import run_cases
 
-from .conftest import Scripted, scripted_verdict
+from .conftest import CAPACITY, Scripted, scripted_verdict, torch_spec, verdict_of
 
 FREE_PROMPT = 24  # without a window and without text
 
@@ -267,3 +273,16 @@ def test_a_good_bundle_needs_one_draw():
     eager = lucky(_1=1.0)
     assert scripted_verdict(Scripted(noise=1e-6, seed=5), eager=eager)[0].passed
     assert not eager.drawn
+
+
+def test_sides_that_run_beside_one_another_are_judged_as_in_turn(tiny):
+    model = tiny("llama")
+    spec = torch_spec(model)
+    plan = plan_cases(spec, CAPACITY, steps=4)
+
+    def cases(beside: bool) -> list[dict]:
+        sides = Sides(*(TorchSession(model, CAPACITY, dtype, spec=spec) for dtype in ("fp64", "fp32", "fp32")),
+                      beside=beside)
+        return [replace(judged, seconds=0.0) for judged in verdict_of(run_cases(sides, plan), plan).cases]
+
+    assert cases(True) == cases(False)
