@@ -7,6 +7,7 @@ which this can end is a verdict: `supported`, `refused` (with the reason), `wron
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -83,10 +84,11 @@ def _one(row: Row, checkpoint: Path, bundle: Path, target: str, cache: str) -> N
     from .pipeline import ExportOptions, export_onnx
     from .validation import validate
 
+    text_only = multimodal(checkpoint)
     export = export_onnx(checkpoint, bundle, ExportOptions(target=target, cache=cache, capacity=CAPACITY,
-                                                           provider="cpu"))
+                                                           provider="cpu", text_only=text_only))
     spec = export.manifest.spec
-    row.features = features_of(spec)
+    row.features = features_of(spec) + (["--text-only"] if text_only else [])
     row.fallbacks = sorted({*row.fallbacks, *(fallback.reason for fallback in export.manifest.fallbacks
                                               if fallback.layer >= 0)})
     verdict = validate(bundle, checkpoint, steps=STEPS, provider="cpu", check_hashes=False)
@@ -95,6 +97,12 @@ def _one(row: Row, checkpoint: Path, bundle: Path, target: str, cache: str) -> N
     row.worst[f"{target}/{cache}"] = [float(f"{worst.max_abs:.2g}"), float(f"{worst.bound:.2g}")]
     if not verdict.passed:
         row.verdict, row.reason = WRONG, f"{target}, {cache} cache: {verdict.first}"
+
+
+def multimodal(checkpoint: Path) -> bool:
+    """Whether a checkpoint is more than a language model: then its text decoder is what a row is about."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return any(isinstance(config.get(f"{part}_config"), dict) for part in ("text", "vision", "audio"))
 
 
 def features_of(spec: Any) -> list[str]:
@@ -117,7 +125,7 @@ def prove_depth(checkpoint: Path) -> str:
     from .trace import trace
     from .trace.structure import output_hashes
 
-    config = open_checkpoint(checkpoint).load_config()
+    config = open_checkpoint(checkpoint, text_only=multimodal(checkpoint)).load_config()
     options: dict[str, Any] = {"dtype": "float32", "cache": "growing", "capacity": CAPACITY}
     stamped = trace(config, **options)
     if stamped.whole_because:

@@ -29,7 +29,8 @@ DEFAULT_CAPACITY = 4096
 @dataclass(frozen=True)
 class ExportOptions:
     """What `gqa-export onnx` takes. dtype: "auto" is the checkpoint's. capacity 0: min(the model's, 4096).
-    cache and logits "": the target's own. max_ram: bytes this process may occupy, 0 is no limit."""
+    cache and logits "": the target's own. max_ram: bytes this process may occupy, 0 is no limit. text_only: of a
+    multimodal model the language model alone."""
 
     target: str = "ort"
     dtype: str = "auto"
@@ -41,6 +42,7 @@ class ExportOptions:
     force: bool = False
     hash_full: bool = False
     max_ram: int = 0
+    text_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def prepare(source: str | Path, options: ExportOptions, say: Report, budget: Bud
         raise GqaExportError(f"target {target.name} does not give {options.logits} logits", "--logits",
                              f"use --logits {target.logits[0]}")
     say("reading the checkpoint", None, None)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, text_only=options.text_only)
     if options.weights == "inplace" and output is not None and output.resolve() != checkpoint.folder.resolve():
         raise GqaExportError("--weights inplace writes the graph into the checkpoint folder, and -o is another one",
                              str(output), f"use -o {checkpoint.folder}")
@@ -148,7 +150,7 @@ def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, tar
     from .trace import remember
 
     asked = {"dtype": dtype, "cache": options.cache, "capacity": options.capacity, "logits": options.logits,
-             "interface": target.interface}
+             "interface": target.interface, "text_only": options.text_only}
     place = remember.place_of({"kind": checkpoint.kind, **checkpoint.config}, asked)
     known = remember.load(place) if place else None
     if known:
@@ -160,14 +162,14 @@ def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, tar
     config = checkpoint.load_config()
     traced = trace(config, dtype=dtype, cache=options.cache, capacity=_capacity(options.capacity, config),
                    logits=options.logits, interface=target.interface,
-                   inspect=lambda module: refuse_modules(module, checkpoint.source))
+                   inspect=lambda module: refuse_modules(module, checkpoint.source, checkpoint.text_only))
     if place:
         remember.keep(place, traced)
     return traced, False
 
 
 def _capacity(asked: int, config: Any) -> int:
-    longest = int(getattr(config, "max_position_embeddings", 0) or DEFAULT_CAPACITY)
+    longest = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or DEFAULT_CAPACITY)
     if asked > longest:
         raise GqaExportError(f"capacity {asked} is beyond the model's {longest} positions", "--capacity",
                              f"use --capacity {longest} or less")
@@ -225,7 +227,8 @@ def _manifest(checkpoint: Checkpoint, traced: Traced, lowered: Any, options: Exp
         outputs=cache_io.graph_outputs(traced.spec, dtype, options.cache, options.logits, axis),
         fallbacks=lowered.fallbacks,
         source={"checkpoint": checkpoint.source, "kind": checkpoint.kind, "dtype": checkpoint.stored_dtype,
-                "rope_regime": traced.rope_regime, "traced_layers": traced.traced_layers},
+                "rope_regime": traced.rope_regime, "traced_layers": traced.traced_layers,
+                "text_only": checkpoint.text_only},
         tokens={**checkpoint.token_ids(), "tokenizer": has_tokenizer}, versions=_versions())
 
 

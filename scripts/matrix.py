@@ -149,15 +149,19 @@ def row_of(name: str, architecture: str, caches: tuple[str, ...], folder: Path, 
 
 
 def refused_by_config(name: str, folder: Path) -> str:
-    """Why the configuration alone is refused, for models that cannot even be built here; "" if it is not."""
+    """Why a model is refused that cannot even be built here; "" if it is not."""
+    import torch
     from gqa_models.shrink import small_config
 
-    from gqa_export.checkpoint.refusals import refuse_raw_config
+    from gqa_export.checkpoint.refusals import refuse_config
     from gqa_export.errors import GqaExportError
+    from gqa_export.trace import skeleton
 
     try:
-        small_config(name).save_pretrained(folder)
-        refuse_raw_config(json.loads((folder / "config.json").read_text()), "the checkpoint")
+        config = small_config(name)
+        config.save_pretrained(folder)
+        refuse_config(config, "the checkpoint", text_only=True)
+        skeleton.build(config, torch.float32, device="meta")
     except GqaExportError as refusal:
         return f"{refusal.what} [{refusal.where}]"
     except Exception:

@@ -10,13 +10,16 @@ from gqa_export.models import known_names
 
 # What each is here for: patched forward (BERT's shape, BART's, Falcon, RoFormer), patched `_attn` with a window of its
 # own, a table of attention classes, positions from padding, from a cache's length, latent attention (D != E), experts,
-# heads that share one key, partial and interleaved rotary, a window in the mask alone, softcap, sinks.
+# heads that share one key, partial and interleaved rotary, a window in the mask alone, softcap, sinks, ALiBi, experts
+# in a loop, differential attention, the language model of a multimodal model.
 SUPPORTED_SLICE = ("bert", "rembert", "trocr", "falcon", "roformer", "gpt_neo", "codegen", "roberta", "bart",
-                   "deepseek_v3", "qwen3_moe", "gpt_bigcode", "glm", "phimoe", "vaultgemma", "gpt_oss")
+                   "deepseek_v3", "qwen3_moe", "gpt_bigcode", "glm", "phimoe", "vaultgemma", "gpt_oss", "bloom", "dbrx", "diffllama",
+                   "gemma3")
 REFUSED_SLICE = {
     "mamba": "linear_attention", "falcon_h1": "hybrid", "lfm2": "conv", "qwen3_next": "linear_attention",
-    "deepseek_v32": "`indices`", "llama4_text": "chunked", "bloom": "attention interface", "doge": "mask",
-    "prophetnet": "cross-attention", "minimax": "linear_attention", "inkling_text": "hybrid", "gemma3": "multimodal",
+    "deepseek_v32": "`indices`", "llama4_text": "chunked", "cpmant": "attention interface", "doge": "mask",
+    "prophetnet": "cross-attention", "minimax": "linear_attention", "inkling_text": "hybrid",
+    "hrm_text": "more than once",
 }
 
 

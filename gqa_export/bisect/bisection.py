@@ -72,7 +72,7 @@ class Bisection:
 def bisect(bundle: Path, against: str | Path) -> Bisection:
     """Find the first wrong layer and op of a bundle. Raises GqaExportError for a bundle or graph that cannot be
     looked into, NotCheckedHere where PyTorch does not fit."""
-    from ..checkpoint import open_checkpoint
+    from ..checkpoint import open_for
     from ..graph_claims import check_claims
     from ..run.sides import pytorch_sessions, torch_threads
     from ..validation import runnable
@@ -86,7 +86,7 @@ def bisect(bundle: Path, against: str | Path) -> Bisection:
     with ExitStack() as stack:
         stack.enter_context(torch_threads(manifest))
         ran, where, target = runnable(stack, bundle, manifest, "float32", [], lambda *_: None)
-        truth, _, _ = pytorch_sessions(open_checkpoint(against), manifest, "float32", [])
+        truth, _, _ = pytorch_sessions(open_for(manifest, against), manifest, "float32", [])
         prefix, layers = layer_list(truth.model, len(manifest.spec.layers))
         search = _Search(ran, where, target.interface, truth, layers, prefix)
         done: list[str] = []

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .headers import StoredTensor, header_sha256, read_header
-from .source import Checkpoint, open_checkpoint
+from .source import Checkpoint, open_checkpoint, open_for
 
-__all__ = ["Checkpoint", "StoredTensor", "header_sha256", "open_checkpoint", "read_header"]
+__all__ = ["Checkpoint", "StoredTensor", "header_sha256", "open_checkpoint", "open_for", "read_header"]

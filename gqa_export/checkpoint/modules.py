@@ -73,7 +73,7 @@ def load_config(checkpoint: Checkpoint, **overrides: Any) -> transformers.Pretra
         raise GqaExportError(f"transformers cannot read config.json: {_first_line(error)}", checkpoint.source,
                              "correct the file, or download it again") from error
     _check_architecture(config, checkpoint.source)
-    refuse_config(config, checkpoint.source)
+    refuse_config(config, checkpoint.source, checkpoint.text_only)
     return _override(config, overrides)
 
 
@@ -110,7 +110,7 @@ def load_skeleton(checkpoint: Checkpoint, **config_overrides: Any) -> torch.nn.M
     config = load_config(checkpoint, **config_overrides)
     with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    refuse_modules(model, checkpoint.source)
+    refuse_modules(model, checkpoint.source, checkpoint.text_only)
     return model.eval()
 
 
@@ -156,7 +156,7 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
                              "check that config.json and the weights belong together") from error
     model, info = cast("tuple[Any, dict[str, Any]]", loaded)
     _refuse_incomplete(info, checkpoint.source)
-    refuse_modules(model, checkpoint.source)
+    refuse_modules(model, checkpoint.source, checkpoint.text_only)
     return model.eval()
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 FIX_DECODER = "gqa-export takes decoder-only models in which every layer is (grouped) softmax attention"
+EXTRACT = "pass --text-only to `gqa-export onnx`: then its language model is exported, for text alone"
 STATE_PARAMETERS = ("A_log", "dt_bias", "time_decay")
 """names that parameters of recurrent (state-space, delta-rule, RWKV) mixers share across families"""
 
@@ -33,20 +34,20 @@ def refuse_absurd(config: dict[str, Any], where: str) -> None:
                                  "correct the file, or download it again")
 
 
-def refuse_raw_config(config: dict[str, Any], where: str) -> None:
-    """Refusals that config.json alone justifies: absurd sizes, quantized, multimodal, encoder-decoder."""
+def refuse_raw_config(config: dict[str, Any], where: str, text_only: bool = False) -> None:
+    """Refusals that config.json alone justifies: absurd sizes, quantized, multimodal, encoder-decoder. text_only:
+    of a multimodal model only the language model is wanted."""
     refuse_absurd(config, where)
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             method = config[key].get("quant_method", key) if isinstance(config[key], dict) else key
             refuse_quantized(method, where)
     inner = config.get("text_config")
-    if isinstance(inner, dict):
+    if isinstance(inner, dict) and not text_only:
         others = sorted(key.removesuffix("_config") for key, value in config.items()
                         if key.endswith("_config") and isinstance(value, dict) and key != "text_config")
         raise GqaExportError(f"this is a multimodal wrapper (text and {', '.join(others) or 'more'}), not a plain "
-                             "language model", where, "extract its language model: load it with transformers, then "
-                             "save_pretrained the text model and its head as a causal language model")
+                             "language model", where, EXTRACT)
     if config.get("is_encoder_decoder"):
         raise GqaExportError("this is an encoder-decoder: its cross-attention layers are not grouped "
                              "self-attention", where, FIX_DECODER)
@@ -58,9 +59,10 @@ def refuse_quantized(method: str, where: str) -> NoReturn:
                          "export the original, unquantized checkpoint; quantize the exported model afterwards")
 
 
-def refuse_config(config: Any, where: str) -> None:
+def refuse_config(config: Any, where: str, text_only: bool = False) -> None:
     """Refusals from a transformers configuration, whose derived fields (`layer_types`) are filled in."""
-    refuse_raw_config(config.to_dict(), where)
+    refuse_raw_config(config.to_dict(), where, text_only)
+    config = config.get_text_config()
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
         if "attention" not in kind or "linear" in kind or "hybrid" in kind:
             raise GqaExportError(f"layer {layer} is not grouped attention: its type is {kind!r}", where, FIX_DECODER)
@@ -68,10 +70,13 @@ def refuse_config(config: Any, where: str) -> None:
         raise GqaExportError("layer 0 has cross-attention to an encoder", where, FIX_DECODER)
 
 
-def refuse_modules(model: torch.nn.Module, where: str) -> None:
-    """Refusals from the module tree: state beside attention, and decoder layers without any attention."""
+def refuse_modules(model: torch.nn.Module, where: str, text_only: bool = False) -> None:
+    """Refusals from the module tree: state beside attention, and decoder layers without any attention. text_only: only
+    the language model in it is looked at."""
     import torch
 
+    if text_only:
+        model = model.get_decoder()  # type: ignore[operator]
     for name, module in model.named_modules():
         if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)) and max(module.kernel_size) > 1:
             _refuse_state(model, name, f"a convolution over {max(module.kernel_size)} tokens", where)
@@ -89,7 +94,7 @@ def _refuse_state(model: torch.nn.Module, name: str, what: str, where: str) -> N
     owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
     if not any(name.startswith(f"{layer}.") for layer, _ in _decoder_layers(model)):
         raise GqaExportError(f"{owner} holds {what} outside of the decoder layers, as encoders of images or sound do",
-                             f"{where}, module {name}", "extract the plain language model first")
+                             f"{where}, module {name}", EXTRACT)
     raise GqaExportError(f"{_place(name)} is not grouped attention alone: {owner} carries {what}, which is a cache of "
                          "its own", f"{where}, module {name}", FIX_DECODER)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     import transformers
 
-    from ..bundle import BundleWriter
+    from ..bundle import BundleWriter, Manifest
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -33,6 +33,7 @@ class Checkpoint:
     source: what the user gave. folder: where its files are. config: config.json (GGUF: as transformers reads it).
     stored_dtype: the float type most bytes have, "bfloat16" (GGUF: what it is dequantized to unless stored plain).
     tensors: every tensor of the safetensors files; empty for GGUF and pickles. pickles: the files, if allowed.
+    text_only: of a multimodal model only the language model is meant.
     """
 
     source: str
@@ -43,6 +44,7 @@ class Checkpoint:
     stored_dtype: str = "float32"
     tensors: dict[str, StoredTensor] = field(default_factory=dict, repr=False)
     pickles: tuple[Path, ...] = ()
+    text_only: bool = False
 
     def load_config(self, **overrides: Any) -> transformers.PretrainedConfig:
         """The configuration as transformers understands it; see `modules.load_config`."""
@@ -88,16 +90,24 @@ class Checkpoint:
         return token_ids(self)
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Open a checkpoint folder, hub id or .gguf file. Every refusal is a GqaExportError with its remedy."""
+def open_checkpoint(source: str | Path, *, text_only: bool = False) -> Checkpoint:
+    """Open a checkpoint folder, hub id or .gguf file. Every refusal is a GqaExportError with its remedy.
+
+    text_only: a multimodal model is taken for the language model in it, which is given token ids alone.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
-        return _open_folder(str(source), path)
+        return _open_folder(str(source), path, text_only)
     if path.is_file():
         return _open_file(str(source), path)
     if isinstance(source, str) and HUB_ID.fullmatch(source) and not source.endswith(".gguf"):
-        return _open_folder(source, _download(source))
+        return _open_folder(source, _download(source), text_only)
     raise GqaExportError("no such file or folder", str(source), FIX_FOLDER)
+
+
+def open_for(manifest: Manifest, source: str | Path) -> Checkpoint:
+    """Open a checkpoint to compare a bundle with: text only if the bundle was made so."""
+    return open_checkpoint(source, text_only=bool(manifest.source.get("text_only")))
 
 
 def _open_file(source: str, path: Path) -> Checkpoint:
@@ -113,7 +123,7 @@ def _open_file(source: str, path: Path) -> Checkpoint:
     return Checkpoint(source, path.parent, "gguf", path, config, header.stored_dtype)
 
 
-def _open_folder(source: str, folder: Path) -> Checkpoint:
+def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:
     if (folder / "adapter_config.json").is_file():
         raise GqaExportError("this is a PEFT adapter, not a whole model", source,
                              "merge it into its base model first (peft: merge_and_unload, then save_pretrained)")
@@ -122,14 +132,16 @@ def _open_folder(source: str, folder: Path) -> Checkpoint:
         fix = f"give the GGUF file itself: {gguf[0]}" if gguf else FIX_FOLDER
         raise GqaExportError("the folder has no config.json", source, fix)
     config = _read_json(folder / "config.json")
-    refuse_raw_config(config, source)
+    refuse_raw_config(config, source, text_only)
     if trust().pickle and not any((folder / name).exists() for name in (SINGLE, INDEX)):
-        return Checkpoint(source, folder, "hf", None, config, _stored_dtype(config, {}), pickles=pickle_files(folder))
+        return Checkpoint(source, folder, "hf", None, config, _stored_dtype(config, {}), pickles=pickle_files(folder),
+                          text_only=text_only)
     tensors = _read_tensors(source, folder)
     eighths = sorted(name for name, tensor in tensors.items() if tensor.dtype.startswith("float8"))
     if eighths:
         refuse_quantized(f"{tensors[eighths[0]].dtype}: {eighths[0]}", source)
-    return Checkpoint(source, folder, "hf", None, config, _stored_dtype(config, tensors), tensors)
+    return Checkpoint(source, folder, "hf", None, config, _stored_dtype(config, tensors), tensors,
+                      text_only=text_only)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

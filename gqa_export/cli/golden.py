@@ -12,7 +12,7 @@ def write_golden(bundle: Path, against: str, folder: Path) -> str:
     Raises GqaExportError for a bundle whose graph Polygraphy cannot run this way.
     """
     from ..bundle import MODEL, read_manifest
-    from ..checkpoint import open_checkpoint
+    from ..checkpoint import open_for
     from ..compare.tolerance import tolerance
     from ..run.polygraphy_files import INPUTS, OUTPUTS, check_target, write_files
     from ..run.torch_ref import TorchSession
@@ -21,7 +21,7 @@ def write_golden(bundle: Path, against: str, folder: Path) -> str:
     manifest = read_manifest(bundle)
     target = get_target(manifest.target)
     check_target(manifest, target)
-    truth = TorchSession(open_checkpoint(against).load_model(manifest.dtype), manifest.capacity, "float64",
+    truth = TorchSession(open_for(manifest, against).load_model(manifest.dtype), manifest.capacity, "float64",
                          spec=manifest.spec)
     bound = tolerance(None, write_files(folder, truth, manifest), manifest.dtype).bound
     return (f"polygraphy run {bundle / MODEL} --onnxrt --load-inputs {folder / INPUTS} --load-outputs "

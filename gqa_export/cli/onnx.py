@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 @click.option("--hash", "hash_full", is_flag=True, help="sha256 of linked weight files too, however large.")
 @click.option("--force", is_flag=True, help="Replace an earlier bundle.")
 @click.option("--max-ram", default=None, metavar="SIZE", help="Stop rather than occupy more memory than this (1GB).")
+@click.option("--text-only", is_flag=True, help="Of a multimodal model: the language model alone, for token ids.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, its size, time and memory; write nothing.")
 @trust_options
 def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, max_ram: str | None,

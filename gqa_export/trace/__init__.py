@@ -53,7 +53,7 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
     from .probe import probe, refuse_mixing
 
     name, torch_dtype = attention.register(), getattr(torch, dtype)
-    rotary.check_rope(config)
+    rotary.check_rope(config.get_text_config())
     ghost = skeleton.build(config, torch_dtype, device="meta", attention=name)
     if inspect:
         inspect(ghost)

@@ -7,6 +7,7 @@ the same call there. What a fingerprint cannot see, the isomorphism proof in `st
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +43,7 @@ def stack_of(model: torch.nn.Module, spec: ModelSpec) -> Stack | None:
     if path is None:
         return None
     layers = model.get_submodule(path)
-    kinds_of = getattr(model.config, "layer_types", None) or [None] * len(spec.layers)
+    kinds_of = getattr(_text(model.config), "layer_types", None) or [None] * len(spec.layers)
     seen: dict[tuple, int] = {}
     kinds = []
     for layer, attention, named in zip(layers, spec.layers, kinds_of):  # type: ignore[call-overload]
@@ -98,12 +99,22 @@ def _fingerprint(layer: torch.nn.Module, without: str = " ") -> tuple:
 def shorten(config: Any, layers: int) -> Any:
     """A copy of a config with only its first `layers` layers; lists with one entry a layer are cut likewise."""
     config = copy.deepcopy(config)
-    full = config.num_hidden_layers
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and len(value) == full and name not in ("architectures", "eos_token_id"):
-            setattr(config, name, type(value)(value[:layers]))
-    config.num_hidden_layers = layers
+    _pick(_text(config), range(layers))
     return config
+
+
+def _text(config: Any) -> Any:
+    """The part of a configuration that describes the decoder: a multimodal one has several."""
+    return config.get_text_config()
+
+
+def _pick(text: Any, layers: Sequence[int]) -> None:
+    """Leave only these layers in a text configuration, in place."""
+    full = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list | tuple) and len(value) == full and name not in ("architectures", "eos_token_id"):
+            setattr(text, name, type(value)(value[i] for i in layers))
+    text.num_hidden_layers = len(layers)
 
 
 def keep_layers(model: torch.nn.Module, stack: Stack) -> None:
@@ -116,9 +127,6 @@ def keep_layers(model: torch.nn.Module, stack: Stack) -> None:
     for layer in stack.traced:
         kept.add_module(str(layer), layers[layer])  # type: ignore[index]
     setattr(model.get_submodule(parent), leaf, kept)
-    config: Any = model.config
-    full = config.num_hidden_layers
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and len(value) == full and name not in ("architectures", "eos_token_id"):
-            setattr(config, name, type(value)(value[i] for i in stack.traced))
-    config.num_hidden_layers = len(stack.traced)
+    texts = [_text(model.config), _text(model.get_decoder().config)]  # type: ignore[operator]
+    for text in {id(text): text for text in texts}.values():  # a decoder may hold a copy
+        _pick(text, stack.traced)

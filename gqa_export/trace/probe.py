@@ -39,7 +39,7 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
     Raises GqaExportError for layers that are not grouped-query attention, masks that are not causal with a window,
     and rotary types that no fixed graph can hold.
     """
-    rotary.check_rope(config)
+    rotary.check_rope(config.get_text_config())
     with patches.applied(config):
         if model is None:
             model = skeleton.build(config, torch.float32, device="meta", attention=attention.register())
@@ -49,7 +49,8 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
         raise GqaExportError("no layer of this model calls transformers' attention interface", type(model).__name__,
                              "its attention is written in the model's own code (or it has none), which gqa-export "
                              "cannot see; it is not supported")
-    positions = int(getattr(config, "max_position_embeddings", 0) or 2048)
+    text = config.get_text_config()
+    positions = int(getattr(text, "max_position_embeddings", 0) or 2048)
     windows: dict[int, int] = {}
     layers = []
     for layer, call in sorted(calls.items()):
@@ -58,16 +59,16 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
         if key not in windows:
             windows[key] = masks.window_of(tag, layer, min(positions, LONGEST_GRID), call.query.shape[1])
         layers.append(_layer_spec(call, windows[key], layer in alike))
-    expected = int(getattr(config, "num_hidden_layers", len(layers)))
+    expected = int(getattr(text, "num_hidden_layers", len(layers)))
     missing = sorted(set(range(expected)) - set(calls))
     if missing:
         raise GqaExportError("some layers are not grouped-query attention (they never call attention)",
                              f"{type(model).__name__}, layers {', '.join(map(str, missing[:8]))}",
                              "hybrid and state-space models keep state beside the key/value cache; "
                              "they are not supported")
-    return ModelSpec(model_type=config.model_type, architecture=type(model).__name__, vocabulary=config.vocab_size,
-                     hidden_size=config.hidden_size, max_positions=positions,
-                     rope="+".join(rotary.rope_types(config)), layers=tuple(layers))
+    return ModelSpec(model_type=config.model_type, architecture=type(model).__name__, vocabulary=text.vocab_size,
+                     hidden_size=text.hidden_size, max_positions=positions,
+                     rope="+".join(rotary.rope_types(text)), layers=tuple(layers))
 
 
 def listen(model: torch.nn.Module) -> dict[int, Call]:

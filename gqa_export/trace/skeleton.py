@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..errors import GqaExportError
+
 
 def build(config: Any, dtype: torch.dtype, *, device: str = "cpu", attention: str = "eager") -> torch.nn.Module:
     """The causal LM of a transformers config, uninitialised, in eval mode."""
@@ -21,7 +23,12 @@ def build(config: Any, dtype: torch.dtype, *, device: str = "cpu", attention: st
     config = copy.deepcopy(config)
     kwargs: dict[str, Any] = {"attn_implementation": attention, "dtype": dtype}
     with initialization.no_init_weights(), torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, **kwargs)
+        try:
+            model = AutoModelForCausalLM.from_config(config, **kwargs)
+        except ImportError as error:  # parts of some models are in packages of their own (timm)
+            said = [line for line in str(error).splitlines() if line.strip()]
+            raise GqaExportError(f"transformers cannot build this model here: {said[0] if said else 'ImportError'}",
+                                 f"model_type {config.model_type}", "install what it asks for") from error
     model.tie_weights()
     _keep_in_fp32(model, dtype)
     if has_experts(model):

@@ -234,7 +234,7 @@ def test_weights_in_eight_bits_without_a_word_in_the_config_are_refused(copy):
 
 def test_a_multimodal_wrapper_is_refused_naming_its_parts(copy):
     edit_config(copy, text_config={"model_type": "llama"}, vision_config={"model_type": "siglip"})
-    refused(copy, "multimodal wrapper (text and vision)", "extract")
+    refused(copy, "multimodal wrapper (text and vision)", "--text-only")
 
 
 @pytest.mark.parametrize(("cut", "says"), [(40, "ends at byte"), (610_000, "header claims"), (611_078, "bytes long")])

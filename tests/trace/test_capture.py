@@ -114,3 +114,18 @@ def test_types_are_promoted_where_they_mix_and_only_there():
     model = translate.translate(mixed, names, ["ids"], ["out"], {}, export.OPSET)
     assert [node.op_type for node in model.graph][-1] == "Add"
     assert model.graph.outputs[0].dtype.name == "FLOAT"
+
+
+def test_a_tensor_that_a_model_fills_in_place_is_recorded_as_new_tensors():
+    class Fills(torch.nn.Module):
+        def forward(self, x):
+            made = x.new_empty(x.shape[0], 6)
+            made[:, :2].copy_(x[:, :2])
+            made[:, 2:].copy_(x * 2)
+            return made.sum(0)
+
+    _, table, kept = translate.library(export.OPSET)
+    given = torch.arange(12.0).view(3, 4)
+    graph, _ = capture.capture(Fills(), [Input("x", given, {0: "batch"})], table, kept, [{"batch": 5}])
+    assert not capture._writes(graph)
+    assert torch.equal(graph(given), Fills()(given))

@@ -7,10 +7,12 @@ import inspect
 
 import pytest
 import torch
-from gqa_models.shrink import small_config
+from gqa_models.shrink import small_config, write_small
 
+from gqa_export.checkpoint import open_checkpoint
 from gqa_export.errors import GqaExportError
-from gqa_export.trace import attention, masks, patches
+from gqa_export.trace import attention, masks, patches, probe, wrapper
+from gqa_export.trace.patches import alibi, experts
 
 
 def original(place: str):
@@ -68,10 +70,52 @@ def test_other_code_in_transformers_is_refused(monkeypatch):
 
 
 def test_falcon_with_alibi_is_refused_by_name():
-    from gqa_export.trace.probe import probe
-
     with pytest.raises(GqaExportError, match="ALiBi"):
-        probe(small_config("falcon", alibi=True))
+        probe.probe(small_config("falcon", alibi=True))
+
+
+REWORDED = ("bloom", "mpt", "dbrx", "jetmoe", "longcat_flash", "diffllama", "deepseek_v2", "gemma3n_text",
+            "gemma4_text")
+
+
+@pytest.mark.parametrize("name", REWORDED)
+def test_a_patched_model_with_a_cache_of_its_own_computes_what_transformers_does(name, tmp_path):
+    checkpoint = open_checkpoint(write_small(name, tmp_path / name))
+    config, ids = checkpoint.load_config(), torch.randint(5, 300, (1, 37), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        whole = checkpoint.load_model("float64")(input_ids=ids).logits
+        yardstick = checkpoint.load_model("float32")(input_ids=ids).logits
+    with patches.applied(config), torch.no_grad():
+        spec = probe.probe(config)
+        model = checkpoint.load_model("float32", attn_implementation=attention.register())
+        decoder = wrapper.Decoder(model, spec, cache="growing", logits="all", interface="mask")
+        past = [torch.zeros(1, layer.kv_num_heads, 0, size) for layer in spec.layers
+                for size in (layer.head_size, layer.value_head_size)]
+        first, *past = decoder(ids[:, :30], torch.ones_like(ids[:, :30]), *past)  # longer than the window
+        second, *_ = decoder(ids[:, 30:], torch.ones_like(ids), *past)
+    # no further from fp64 than transformers' own fp32 is, twice over: the sums run in another order
+    difference = (torch.cat([first, second], dim=1) - whole).abs().max()
+    assert difference <= 8 * (yardstick - whole).abs().max()
+
+
+def test_alibi_is_carried_exactly_by_two_features_even_in_bf16():
+    positions = torch.tensor([[0, 1, 255, 256, 257, 4097, 65535]])
+    slopes, scale = torch.tensor([0.5, 0.0625]), 0.25
+    query = key = torch.zeros(1, 2, positions.shape[1], 8, dtype=torch.bfloat16)
+    with attention.recording(None, positions):
+        query, key = alibi.carried(query, key, slopes, scale)
+    scores = scale * query.double() @ key.double().transpose(-1, -2)
+    assert torch.equal(scores[0, :, 0], slopes.double()[:, None] * positions[0].double())
+
+
+def test_experts_picked_by_index_are_the_experts_of_a_loop():
+    generator = torch.Generator().manual_seed(7)
+    states, weights = torch.randn(6, 5, generator=generator), torch.randn(4, 3, 5, generator=generator)
+    index = torch.tensor([[0, 3], [1, 2], [3, 3], [2, 0], [1, 1], [0, 1]])
+    picked = experts.chosen(states, weights, index)
+    for token, row in enumerate(index.tolist()):
+        for place, expert in enumerate(row):
+            torch.testing.assert_close(picked[token, place], weights[expert] @ states[token])
 
 
 def test_a_window_beside_the_mask_narrows_it():

@@ -31,6 +31,26 @@ def test_two_kinds_of_layers_are_stamped_each_from_its_own(tmp_path):
     assert output_hashes(stamped.model) == output_hashes(whole.model)
 
 
+def test_a_model_whose_layers_are_computed_from_their_number_is_traced_whole(tmp_path):
+    from gqa_models.shrink import write_small
+
+    config = AutoConfig.from_pretrained(write_small("minicpm3", tmp_path / "minicpm3"))  # scale / sqrt(layers)
+    traced = trace(config, dtype="float32", cache="growing", capacity=64)
+    assert traced.traced_layers == config.num_hidden_layers
+    assert "computed from the number of layers" in traced.whole_because
+
+
+def test_a_buffer_that_the_checkpoint_holds_is_a_weight_and_hinders_no_stamp(tmp_path):
+    from gqa_models.shrink import write_small
+
+    config = AutoConfig.from_pretrained(write_small("dots1", tmp_path / "dots1"))  # its routers have one
+    traced = trace(config, dtype="float32", cache="growing", capacity=64)
+    assert traced.traced_layers < config.num_hidden_layers
+    recipes = {entry.value for tensor in traced.model.graph.initializer for entry in tensor.external_data}
+    buffers = {f"weights:model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in range(1, 5)}
+    assert buffers <= recipes
+
+
 def test_the_structural_hash_sees_a_changed_attribute_and_a_changed_weight(tmp_path):
     folder = gqa_models.write_tiny("llama", tmp_path / "llama", num_hidden_layers=2)
     model = trace(AutoConfig.from_pretrained(folder), dtype="float32", cache="growing", capacity=64).model
