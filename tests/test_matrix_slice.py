@@ -13,8 +13,8 @@ from gqa_export.models import known_names
 # heads that share one key, partial and interleaved rotary, a window in the mask alone, softcap, sinks, ALiBi, experts
 # in a loop, differential attention, the language model of a multimodal model.
 SUPPORTED_SLICE = ("bert", "rembert", "trocr", "falcon", "roformer", "gpt_neo", "codegen", "roberta", "bart",
-                   "deepseek_v3", "qwen3_moe", "gpt_bigcode", "glm", "phimoe", "vaultgemma", "gpt_oss", "bloom", "dbrx", "diffllama",
-                   "gemma3")
+                   "deepseek_v3", "qwen3_moe", "gpt_bigcode", "glm", "phimoe", "vaultgemma", "gpt_oss", "bloom",
+                   "dbrx", "diffllama", "gemma3")
 REFUSED_SLICE = {
     "mamba": "linear_attention", "falcon_h1": "hybrid", "lfm2": "conv", "qwen3_next": "linear_attention",
     "deepseek_v32": "`indices`", "llama4_text": "chunked", "cpmant": "attention interface", "doge": "mask",
