@@ -48,3 +48,12 @@ def test_every_target_and_cache_of_the_real_model_passed_and_spoke_the_same_toke
         assert row["max_logit_difference"] <= 1e-3
         assert row["same_tokens"] == 128
     assert next(row for row in rows if "same_tokens_through_genai" in row)["same_tokens_through_genai"] == 128
+
+
+def test_validation_of_the_real_model_took_no_longer_than_promised():
+    rows = json.loads((ROOT / "docs" / "benchmarks" / "validate.json").read_text())["rows"]
+    assert {row["level"]: row["limit_s"] for row in rows} == {"quick": 60, "full": 600}
+    for row in rows:
+        assert row["passed"]
+        assert row["steps"] >= 32
+        assert row["wall_s"] <= row["limit_s"]
