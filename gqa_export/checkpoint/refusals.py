@@ -79,6 +79,8 @@ def refuse_modules(model: torch.nn.Module, where: str, text_only: bool = False) 
         model = model.get_decoder()  # type: ignore[operator]
     for name, module in model.named_modules():
         if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)) and max(module.kernel_size) > 1:
+            if text_only and not _in_a_layer(model, name):
+                continue  # an encoder that text does not pass; the trace refuses a convolution that it does pass
             _refuse_state(model, name, f"a convolution over {max(module.kernel_size)} tokens", where)
     for name, _ in model.named_parameters():
         if name.rpartition(".")[2] in STATE_PARAMETERS:
@@ -92,11 +94,15 @@ def refuse_modules(model: torch.nn.Module, where: str, text_only: bool = False) 
 
 def _refuse_state(model: torch.nn.Module, name: str, what: str, where: str) -> None:
     owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
-    if not any(name.startswith(f"{layer}.") for layer, _ in _decoder_layers(model)):
+    if not _in_a_layer(model, name):
         raise GqaExportError(f"{owner} holds {what} outside of the decoder layers, as encoders of images or sound do",
                              f"{where}, module {name}", EXTRACT)
     raise GqaExportError(f"{_place(name)} is not grouped attention alone: {owner} carries {what}, which is a cache of "
                          "its own", f"{where}, module {name}", FIX_DECODER)
+
+
+def _in_a_layer(model: torch.nn.Module, name: str) -> bool:
+    return any(name.startswith(f"{layer}.") for layer, _ in _decoder_layers(model))
 
 
 def _place(name: str) -> str:
