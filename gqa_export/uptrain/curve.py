@@ -45,7 +45,7 @@ def picture(title: str, curves: Mapping[str, Sequence[Point]], level: tuple[str,
         y = TOP + (HEIGHT - TOP - BOTTOM) * (high - loss) / (high - low)
         return f"{x:.1f},{y:.1f}"
 
-    colors = ("#1f6fb4", "#c2410c", "#15803d", "#7c3aed", "#525252")
+    colors = ("#1f6fb4", "#c2410c", "#15803d", "#7c3aed", "#525252", "#b8860b", "#be185d")
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
              'font-size="13">', f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
              f'<text x="{LEFT}" y="22" font-size="15">{escape(title)}</text>',

@@ -61,16 +61,22 @@ def test_uptrain_says_what_it_won(tiny, tmp_path, text_file):
 
 @pytest.mark.slow
 def test_the_whole_way_from_scratch_to_onnx(tmp_path, text_file):
-    """The one-minute version of scripts/uptraining_small.py. Groups of two and of all four heads."""
+    """The one-minute version of scripts/uptraining_small.py: four steps of uptraining after eighty.
+
+    Measured here: MHA 13.68; GQA 14.39 (mean), 13.80 (calibrated, 0.9 % above MHA); MQA 14.62 and 13.92.
+    """
     spec = importlib.util.spec_from_file_location("uptraining_small", ROOT / "scripts" / "uptraining_small.py")
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script
     spec.loader.exec_module(script)
     report = script.run(text_file, tmp_path / "work", script.QUICK)
-    mha, gqa, mqa = report["rows"]
+    mha, gqa_mean, gqa, mqa_mean, mqa = report["rows"]
     assert mha["perplexity"] < 100  # it learnt something: 256 bytes to choose from
-    assert [row["cache_bytes_per_token"] for row in (mha, gqa, mqa)] == [1024, 512, 256]
-    assert all(row["validated"] for row in (mha, gqa, mqa))
-    assert all(row["perplexity"] < row["perplexity_pooled"] for row in (gqa, mqa))
-    assert gqa["perplexity"] < 1.1 * mha["perplexity"]  # after four steps; the whole script shows 2 %
-    assert "| 1 |" in script.markdown(report)
+    assert all(row["perplexity"] < row["perplexity_pooled"] for row in report["rows"][1:])
+    assert gqa["perplexity"] < 1.02 * mha["perplexity"]  # what the whole script shows too
+    assert gqa["perplexity"] < gqa_mean["perplexity"]
+    assert gqa["perplexity"] < mqa["perplexity"]
+    assert gqa_mean["perplexity"] < mqa_mean["perplexity"]
+    assert [bundle["cache_bytes_per_token"] for bundle in report["bundles"]] == [1024, 512, 256]
+    assert all(bundle["validated"] for bundle in report["bundles"])
+    assert "| 1 | calibrated |" in script.markdown(report)
