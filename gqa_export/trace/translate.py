@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
@@ -19,7 +22,8 @@ def library(opset: int) -> tuple[Any, dict[Any, Any], tuple[Any, ...]]:
 
     from . import op
 
-    registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
+    with _unparsed():
+        registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
     for target, function in op.translation_table().items():
         registry.register_op(target, function, is_complex=False)
     known = set(_decomp.get_onnx_implemented_overloads(registry))
@@ -27,6 +31,26 @@ def library(opset: int) -> tuple[Any, dict[Any, Any], tuple[Any, ...]]:
     kept = tuple(target for target in known if isinstance(target, torch._ops.OpOverload)
                  and _is_preservable_cia_op(target))
     return registry, table, kept
+
+
+@contextlib.contextmanager
+def _unparsed() -> Iterator[None]:
+    """Inside, asking a function of torchlib for its ONNX signature does not parse its source.
+
+    The registry is filled from a list that asks 497 functions for it, and reads only the domain: half of its time.
+    """
+    from onnxscript._internal import values
+
+    kind = values.TracedOnnxFunction
+    before = vars(kind).get("function_ir")
+    if not isinstance(before, property):  # another onnxscript: it goes its own way
+        yield
+        return
+    setattr(kind, "function_ir", property(lambda self: SimpleNamespace(domain=self.opset.domain)))  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(kind, "function_ir", before)  # noqa: B010
 
 
 PICKS = frozenset({"embedding", "index", "gather", "index_select", "_to_copy", "grouped_query_attention"})
