@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from gqa_plugins.grouped_attention.plan import CAPABILITIES
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "docs" / "benchmarks" / "smollm2.json"
+
+
+def load(name):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +32,7 @@ def report():
 @pytest.fixture(scope="module")
 def structures():
     """The graphs that this code makes of that model's shape."""
-    spec = importlib.util.spec_from_file_location("smollm2_report", ROOT / "scripts" / "smollm2_report.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module.structures()
+    return load("smollm2_report").structures()
 
 
 def test_the_report_on_the_real_model_is_of_the_graphs_that_this_code_makes(report, structures):
@@ -57,3 +64,16 @@ def test_validation_of_the_real_model_took_no_longer_than_promised():
         assert row["passed"]
         assert row["steps"] >= 32
         assert row["wall_s"] <= row["limit_s"]
+
+
+def test_every_kernel_of_four_models_was_compiled_for_every_capability_from_these_sources():
+    report = json.loads((ROOT / "docs" / "benchmarks" / "kernels_compiled.json").read_text())
+    script = load("compile_kernels")
+    assert report["sources_sha256"] == script.sources_sha256(), "run scripts/compile_kernels.py, commit its result"
+    done = {(row["model"], row["dtype"], row["capability"]) for row in report["rows"]}
+    assert done == set(itertools.product(script.MODELS, script.DTYPES, CAPABILITIES))
+    for row in report["rows"]:
+        # layers of Gemma have two kinds of window
+        assert row["kernels"] == (6 if row["model"].startswith("Gemma") else 4)
+        assert row["code_bytes"] > 0
+        assert row["most_shared_bytes"] <= row["shared_limit_bytes"]
