@@ -79,6 +79,7 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
         weights = simplify.detach_weights(program, names.__contains__)
         simplify.simplify(program)
         canonical.plain_reshapes(program)
+        canonical.ask_the_first(program)
         if stack is None:
             break
         try:

@@ -51,6 +51,21 @@ def plain_reshapes(model: ir.Model) -> int:
     return count
 
 
+def ask_the_first(model: ir.Model) -> None:
+    """Sizes are asked of the first input that has that shape: every layer's cache has the same one, and which of them
+    a trace recorded is chance."""
+    first: dict[tuple[str, ...], ir.Value] = {}
+    for value in model.graph.inputs:
+        if value.shape is not None:
+            first.setdefault(tuple(str(size) for size in value.shape), value)
+    inputs = {id(value) for value in model.graph.inputs}
+    for node in model.graph:
+        if node.op_type == "Shape" and not node.domain and id(node.inputs[0]) in inputs:
+            shape = node.inputs[0].shape  # type: ignore[union-attr]
+            if shape is not None:
+                node.replace_input_with(0, first[tuple(str(size) for size in shape)])
+
+
 def scope_of(node: ir.Node) -> str:
     """The dotted name of the module a node came from, without the wrapper's own; "" at the top."""
     scopes = node.metadata_props.get(SCOPES, "")

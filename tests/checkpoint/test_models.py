@@ -114,6 +114,10 @@ def test_an_encoder_beside_the_decoder_is_called_one(tmp_path):
     model.model.vision = torch.nn.Sequential(torch.nn.Conv2d(3, 8, kernel_size=14))
     with pytest.raises(GqaExportError, match="Sequential holds a convolution over 14 tokens outside of the decoder"):
         refuse_modules(model, "here")
+    refuse_modules(model, "here", text_only=True)  # nobody asks it
+    model.model.layers[1].mlp.mixer = torch.nn.Conv1d(8, 8, kernel_size=4)
+    with pytest.raises(GqaExportError, match="layer 1 is not grouped attention alone"):
+        refuse_modules(model, "here", text_only=True)
 
 
 def edit(checkpoint, **values):
