@@ -83,7 +83,7 @@ def capture(module: torch.nn.Module, inputs: Sequence[Input], table: Mapping[Any
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     weights = {name: fake.from_tensor(tensor, static_shapes=True) for name, tensor in tensors.items()}
 
-    def run(weights: Mapping[str, torch.Tensor], *examples: torch.Tensor) -> Any:
+    def run(weights: dict[str, torch.Tensor], *examples: torch.Tensor) -> Any:
         return torch.func.functional_call(module, weights, examples, tie_weights=True)
 
     with ExitStack() as stack:
@@ -107,7 +107,7 @@ def capture(module: torch.nn.Module, inputs: Sequence[Input], table: Mapping[Any
     return graph, {node.name: name for node, name in zip(placeholders, names)}
 
 
-def _record(run: Any, table: Mapping[Any, Any], weights: Mapping[str, torch.Tensor],
+def _record(run: Any, table: Mapping[Any, Any], weights: Any,
             examples: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
     from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -25,10 +25,11 @@ def build(config: Any, dtype: torch.dtype, *, device: str = "cpu", attention: st
     with initialization.no_init_weights(), torch.device(device):
         try:
             model = AutoModelForCausalLM.from_config(config, **kwargs)
-        except ImportError as error:  # parts of some models are in packages of their own (timm)
-            said = [line for line in str(error).splitlines() if line.strip()]
-            raise GqaExportError(f"transformers cannot build this model here: {said[0] if said else 'ImportError'}",
-                                 f"model_type {config.model_type}", "install what it asks for") from error
+        except Exception as error:  # a package that parts of it are in (timm), a configuration against itself
+            said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            raise GqaExportError(f"transformers cannot build this model here: {said[0]}",
+                                 f"model_type {config.model_type}", "install what it asks for, or correct "
+                                 "config.json") from error
     model.tie_weights()
     _keep_in_fp32(model, dtype)
     if has_experts(model):
