@@ -57,3 +57,9 @@ def test_a_name_that_the_table_lacks_is_refused_with_what_to_do(name):
     result = CliRunner().invoke(main, ["models", name])
     assert result.exit_code == 2
     assert AGAIN in result.output
+
+
+def test_the_readme_counts_what_the_table_holds():
+    readme = " ".join((DOCS.parent.parent / "README.md").read_text(encoding="utf-8").split())
+    assert (f"Of the {len(table()['rows'])} causal language models that transformers knows, "
+            f"{counts(table())['supported']} are exported") in readme
