@@ -24,7 +24,8 @@ FILES = 6
 
 # Writes bundle after bundle over the same output; each one is told by its capacity and by every byte of its files.
 WRITER = '''
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may be started with it ignored
 from pathlib import Path
 from gqa_export.bundle import MODEL, Manifest, writing_bundle
 from gqa_export.spec import ModelSpec
@@ -71,7 +72,10 @@ def test_killed_at_a_random_moment_the_old_bundle_or_the_new_one_is_there(tmp_pa
         assert child.stdout.readline() == b"ready\n"
         time.sleep(moments.uniform(0, 0.06))
         child.send_signal(how)
-        child.wait(timeout=30)
+        try:
+            child.wait(timeout=30)
+        finally:
+            child.kill()
         now = content(output)
         assert now >= version
         seen.add(now > version)
