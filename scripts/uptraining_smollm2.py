@@ -34,8 +34,8 @@ CALIBRATION_TOKENS = 3072
 WAYS = (("random", "contiguous"), ("first", "contiguous"), ("mean", "contiguous"), ("mean", "similarity"),
         ("svd", "contiguous"), ("calibrated", "contiguous"))
 STARTS = ("mean", "calibrated")
-UPTRAIN = {"steps": 32, "length": 256, "batch": 2, "learning_rate": 5e-4, "eval_rows": 8, "eval_steps": 8,
-           "save_steps": 4}
+UPTRAIN = {"steps": 64, "length": 256, "batch": 2, "learning_rate": 3e-4, "distill_weight": 0.9, "bf16": True,
+           "eval_rows": 8, "eval_steps": 16, "save_steps": 16}
 VERSIONS = ("torch", "transformers", "accelerate")
 
 
@@ -112,19 +112,20 @@ def one_way(source: Path, original: Path, work: Path, texts: tuple[Path, Path], 
     return row
 
 
-def trained(work: Path, texts: tuple[Path, Path], method: str) -> dict[str, Any]:
+def trained(work: Path, teacher: Path, texts: tuple[Path, Path], method: str) -> dict[str, Any]:
     """Uptrain the converted checkpoint of one method on the training part; its curve and perplexity."""
     output = work / f"uptrained-{method}"
     if not (output / "gqa_uptrain.json").is_file():
-        options: dict[str, Any] = {**UPTRAIN, "text": str(texts[0]), "eval_text": str(texts[1])}
+        options: dict[str, Any] = {**UPTRAIN, "text": str(texts[0]), "eval_text": str(texts[1]),
+                                   "teacher": str(teacher)}
         uptrain(open_checkpoint(work / f"to-1-{method}-contiguous"), output, UptrainOptions(**options))
     report = json.loads((output / "gqa_uptrain.json").read_text())
     return {"held_out": report["held_out"], "tokens": report["tokens"], "steps": report["steps"],
             "perplexity": perplexity(output, texts[1])}
 
 
-def run(checkpoint: Path, text: Path, work: Path) -> dict[str, Any]:
-    """Every number of the report."""
+def run(checkpoint: Path, text: Path, work: Path, starts: tuple[str, ...]) -> dict[str, Any]:
+    """Every number of the report; `starts`: the methods after which there is uptraining."""
     work.mkdir(parents=True, exist_ok=True)
     kept, texts = Kept(work / "results.json"), split_text(text, work)
     known = kept.get("source", lambda: perplexity(checkpoint, texts[1]))
@@ -138,8 +139,8 @@ def run(checkpoint: Path, text: Path, work: Path) -> dict[str, Any]:
                 return one_way(source, checkpoint, work, texts, kv_heads, way, known)
             rows.append(kept.get(f"{kv_heads} {' '.join(way)}", make))
     shutil.rmtree(mha, ignore_errors=True)
-    after = {method: kept.get(f"uptrained {method}", lambda method=method: trained(work, texts, method))
-             for method in STARTS}
+    after = {method: kept.get(f"uptrained {method}", lambda method=method: trained(work, checkpoint, texts, method))
+             for method in starts}
     return {"date": date.today().isoformat(), "machine": f"{platform.machine()}, {platform.system()}, CPU",
             "versions": {name: version(name) for name in VERSIONS}, "source": known, "rows": rows,
             "uptrained": after, "settings": {**UPTRAIN, "calibration_tokens": CALIBRATION_TOKENS,
@@ -181,7 +182,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["", "A perplexity above 49,152, the size of the vocabulary, is worse than guessing: up there the order "
               "says little, and no method that looks at weights alone survives 3 -> 1 in this model."]
     lines += ["", "## 3 -> 1, uptrained", "", f"{settings['steps']} steps of {settings['batch']} rows of "
-              f"{settings['length']} tokens on the training part, peak learning rate {settings['learning_rate']:g}. "
+              f"{settings['length']} tokens on the training part, peak learning rate {settings['learning_rate']:g}, "
+              f"bf16, the original as teacher with weight {settings['distill_weight']:g} in the loss. "
               "Recovered: the part of the loss (in nats) that pooling cost and uptraining won back.", "",
               "| pooled by | tokens | perplexity pooled | perplexity uptrained | recovered |", "|---|---|---|---|---|"]
     for method, after in report["uptrained"].items():
@@ -198,9 +200,10 @@ def markdown(report: dict[str, Any]) -> str:
 @click.option("--text", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--work", required=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
-def main(checkpoint: Path, text: Path, work: Path, out: Path) -> None:
+@click.option("--uptrain-after", "starts", type=click.Choice(STARTS), multiple=True, default=STARTS, show_default=True)
+def main(checkpoint: Path, text: Path, work: Path, out: Path, starts: tuple[str, ...]) -> None:
     """Convert, measure, uptrain, write the report."""
-    report = run(checkpoint, text, work)
+    report = run(checkpoint, text, work, starts)
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{NAME}.json").write_text(json.dumps(report, indent=1) + "\n")
     (out / f"{NAME}.md").write_text(markdown(report))

@@ -123,7 +123,7 @@ def keep_layers(model: torch.nn.Module, stack: Stack) -> None:
     if len(layers) == len(stack.traced):  # type: ignore[arg-type]
         return
     parent, _, leaf = stack.path.rpartition(".")
-    kept = torch.nn.ModuleList()
+    kept = torch.nn.ModuleList().train(model.training)
     for layer in stack.traced:
         kept.add_module(str(layer), layers[layer])  # type: ignore[index]
     setattr(model.get_submodule(parent), leaf, kept)

@@ -51,17 +51,17 @@ def test_a_pickle_is_refused_unless_allowed_and_then_gives_the_same_bundle(pickl
         open_checkpoint(pickled)
     assert "--allow-pickle" in refusal.value.fix
     with trusting(Trust(pickle=True)):
-        export_onnx(pickled, tmp_path / "out", ExportOptions(capacity=64))
+        export_onnx(pickled, tmp_path / "out", ExportOptions(capacity=128))
     assert not trust().pickle
     for name in (MODEL, DATA):
         assert (tmp_path / "out" / name).read_bytes() == (bundle / name).read_bytes()
 
 
 def test_the_option_is_off_by_default_at_the_command_line(pickled, tmp_path):
-    done = verb("onnx", pickled, "-o", tmp_path / "out", "--no-validate", "--capacity", 64)
+    done = verb("onnx", pickled, "-o", tmp_path / "out", "--no-validate", "--capacity", 128)
     assert done.returncode == 2
     assert "can run any code when opened" in done.stderr
-    done = verb("onnx", pickled, "-o", tmp_path / "out", "--no-validate", "--capacity", 64, "--allow-pickle")
+    done = verb("onnx", pickled, "-o", tmp_path / "out", "--no-validate", "--capacity", 128, "--allow-pickle")
     assert done.returncode == 0, done.stderr
 
 
