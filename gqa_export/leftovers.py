@@ -64,7 +64,10 @@ def abandoned(output: Path) -> list[Claimed]:
     for path in sorted(output.parent.glob(f".{output.name}.partial-*{LOCK}")):
         if path.is_symlink():
             continue
-        file = open(path, "a")  # noqa: SIM115 the claim lasts as long as the file is open
+        try:
+            file = open(path, "a")  # noqa: SIM115 the claim lasts as long as the file is open
+        except OSError:  # somebody else's, in a folder that several people write to: theirs to remove
+            continue
         if _lock(file):
             found.append((path.with_name(path.name.removesuffix(LOCK)), file))
         else:

@@ -101,3 +101,13 @@ def test_the_folder_of_a_living_export_is_left_alone(tmp_path):
             pass
         assert writer.staging.is_dir()
         os.rmdir(out)
+
+
+def test_a_lock_that_cannot_be_opened_is_somebody_elses_and_stops_nothing(tmp_path):
+    out = tmp_path / "out"
+    theirs = tmp_path / f".{out.name}.partial-theirs{leftovers.LOCK}"
+    theirs.mkdir()  # cannot be opened for writing, whoever runs the tests
+    with bundle.writing_bundle(out) as writer:
+        writer.write("file", b"ours")
+    assert (out / "file").read_bytes() == b"ours"
+    assert theirs.is_dir()
