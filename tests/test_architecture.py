@@ -20,7 +20,7 @@ STAGES = {"bisect", "checkpoint", "trace", "graph", "targets", "engine", "run", 
           "uptrain"}
 # Stages may import the targets' table (facts, no code) and, below graph, nothing of another stage.
 LENDS = {("graph", "targets.table"), ("run", "targets.table"), ("trace", "targets.table"), ("engine", "targets.table"),
-         ("targets", "graph"),
+         ("targets", "graph"), ("trace", "graph"),
          # a report tells of verdicts
          ("report", "compare.verdict"), ("report", "compare.trail"),
          # a conversion asks the model's own attention where its heads are

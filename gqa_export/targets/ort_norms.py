@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import cache_io, contract
+from ..graph.rules import narrowed
 
 
 def infer_shapes(model: Any, context: Any) -> int:
@@ -33,7 +34,7 @@ def fuse_norms(model: Any, context: Any) -> int:
     """x / sqrt(mean(x^2) + e) * w -> SimplifiedLayerNormalization."""
     from onnxscript.rewriter.ort_fusions.rms_normalization import rms_normalization_ruleset
 
-    return rms_normalization_ruleset.apply_to_model(model)
+    return narrowed(rms_normalization_ruleset.rules).apply_to_model(model)
 
 
 def settle_types(model: Any, context: Any) -> int:
@@ -78,7 +79,7 @@ def fuse_skip_norms(model: Any, context: Any) -> int:
     """norm(x + skip), the sum still in use -> com.microsoft::SkipSimplifiedLayerNormalization."""
     from onnxscript.rewriter.ort_fusions.skip_normalization import skip_rms_normalization_ruleset
 
-    count = skip_rms_normalization_ruleset.apply_to_model(model)
+    count = narrowed(skip_rms_normalization_ruleset.rules).apply_to_model(model)
     for node in model.graph:
         if node.op_type == "SkipSimplifiedLayerNormalization":
             for value in node.outputs[1:3]:

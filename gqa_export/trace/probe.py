@@ -43,8 +43,7 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
     with patches.applied(config):
         if model is None:
             model = skeleton.build(config, torch.float32, device="meta", attention=attention.register())
-        calls = listen(model)
-        alike = cached_alike(model, calls)
+        calls, alike = listen_with_cache(model)
     if not calls:
         raise GqaExportError("no layer of this model calls transformers' attention interface", type(model).__name__,
                              "its attention is written in the model's own code (or it has none), which gqa-export "
@@ -71,7 +70,31 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
                      rope="+".join(rotary.rope_types(text)), layers=tuple(layers))
 
 
-def listen(model: torch.nn.Module) -> dict[int, Call]:
+def listen_with_cache(model: torch.nn.Module) -> tuple[dict[int, Call], set[int]]:
+    """The attention calls of one run by layer, and the layers whose keys and values PyTorch's own cache holds in the
+    form that attention gets them.
+
+    Others cache latents (expanded after the cache) or read another layer's entry. Where the model cannot be run with
+    a cache on this device, all are taken to be alike: a difference then shows when caches are compared.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    try:
+        calls = listen(model, use_cache=True, past_key_values=cache)
+    except GqaExportError:
+        calls = listen(model)
+        return calls, set(calls)
+    alike = set()
+    for layer, call in calls.items():
+        entry = cache.layers[layer] if layer < len(cache.layers) else None
+        pair = (getattr(entry, "keys", None), getattr(entry, "values", None))
+        if all(one is not None and one.shape == seen.shape for one, seen in zip(pair, (call.key, call.value))):
+            alike.add(layer)
+    return calls, alike
+
+
+def listen(model: torch.nn.Module, use_cache: bool = False, **cache: Any) -> dict[int, Call]:
     """Run the model once on a few tokens and return its attention calls by layer."""
     listener = _Listener()
     device = next(model.parameters()).device
@@ -79,7 +102,8 @@ def listen(model: torch.nn.Module) -> dict[int, Call]:
     positions = torch.arange(TOKENS, device=device)[None]
     with attention.recording(listener, positions), torch.no_grad():
         try:
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False)
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions,
+                  use_cache=use_cache, **cache)
         except GqaExportError:
             raise
         except Exception as error:
@@ -93,32 +117,6 @@ def listen(model: torch.nn.Module) -> dict[int, Call]:
                                  "only decoder language models that take input_ids, attention_mask and position_ids "
                                  "are supported") from error
     return listener.calls
-
-
-def cached_alike(model: torch.nn.Module, calls: dict[int, Call]) -> set[int]:
-    """The layers whose keys and values PyTorch's own cache holds in the form that attention gets them.
-
-    Others cache latents (expanded after the cache) or read another layer's entry. Where the model cannot be run with
-    a cache on this device, all are taken to be alike: a difference then shows when caches are compared.
-    """
-    from transformers import DynamicCache
-
-    cache, device = DynamicCache(), next(model.parameters()).device
-    ids = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
-    positions = torch.arange(TOKENS, device=device)[None]
-    with attention.recording(_Listener(), positions), torch.no_grad():
-        try:
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=True,
-                  past_key_values=cache)
-        except Exception:
-            return set(calls)
-    found = set()
-    for layer, call in calls.items():
-        entry = cache.layers[layer] if layer < len(cache.layers) else None
-        pair = (getattr(entry, "keys", None), getattr(entry, "values", None))
-        if all(one is not None and one.shape == seen.shape for one, seen in zip(pair, (call.key, call.value))):
-            found.add(layer)
-    return found
 
 
 MIXING = frozenset({"Conv", "ConvTranspose", "CumSum", "Scan", "Loop", "LSTM", "GRU", "RNN"})

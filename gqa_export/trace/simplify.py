@@ -27,10 +27,14 @@ def simplify(model: ir.Model) -> None:
     from onnx_ir.passes import common
     from onnxscript import optimizer, rewriter
 
+    from ..graph.rules import narrowed
+
+    usual = getattr(rewriter, "_DEFAULT_REWRITE_RULES", None)  # what `rewrite` takes when it is given none
+    rules = narrowed(usual) if usual else None
     common.InlinePass()(model)
     for _ in range(2):
         optimizer.fold_constants(model, onnx_shape_inference=True)
-        rewriter.rewrite(model)
+        rewriter.rewrite(model, rules)
     for clean in (common.RemoveUnusedNodesPass(), common.LiftConstantsToInitializersPass(
             lift_all_constants=True, size_limit=0), common.RemoveUnusedOpsetsPass(), common.OutputFixPass(),
             common.NameFixPass()):
