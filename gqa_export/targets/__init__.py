@@ -1,7 +1,8 @@
 """Lowering: the canonical model into the dialect of a target, by that target's list of passes.
 
 The folder is the registry: target `x-y` is the row `x-y` of `table.py` and the module `x_y.py`, which has `PREPARE`
-(passes over an onnx_ir Model, weights detached; may be empty) and `PASSES` (passes over a graphsurgeon Graph).
+(passes over an onnx_ir Model, weights detached and every value typed; None: not asked for) and `PASSES` (passes over
+a graphsurgeon Graph).
 """
 
 from __future__ import annotations
@@ -78,15 +79,15 @@ def lower(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions,
     from ..graph import edit
     from ..graph.check import check
     from ..graph.passes import run_passes
-    from .prepare import with_onnx_ir
+    from .prepare import prepare
 
     target = get_target(options.target)
     context = Context(spec, target, options, notes={"model": model})
     dialect = import_module(f".{options.target.replace('-', '_')}", __package__)
     say = progress or (lambda stage: None)
-    if dialect.PREPARE:
+    if dialect.PREPARE is not None:
         say("fusing")
-        model = with_onnx_ir(model, lambda graph: run_passes(graph, dialect.PREPARE, context, context.counts))
+        model = prepare(model, dialect.PREPARE, context)
     say("lowering")
     graph = edit.load(model)
     run_passes(graph, dialect.PASSES, context, context.counts)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OPSETS = {"growing": 23, "static": 24}
 
-PREPARE = ()
+PREPARE = None
 PASSES = (
     Pass("fuse_rms_norm", fuse_rms_norm),
     Pass("fuse_rotary", fuse_rotary),

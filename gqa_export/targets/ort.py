@@ -16,7 +16,6 @@ from ..graph.passes import Pass
 from . import body, ort_attention, ort_guard, ort_layout, ort_matmul, ort_norms, rotary_fold
 
 PREPARE = [
-    Pass("infer_shapes", ort_norms.infer_shapes, expect=lambda context: len(context.spec.layers)),
     Pass("fuse_norms", ort_norms.fuse_norms),
     Pass("settle_types", ort_norms.settle_types),
     Pass("fuse_skip_norms", ort_norms.fuse_skip_norms),

@@ -8,26 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import cache_io, contract
 from ..graph.rules import narrowed
-
-
-def infer_shapes(model: Any, context: Any) -> int:
-    """Give every value its type and shape, which the rules ask for; counts the attention outputs typed by contract."""
-    import onnx_ir as ir
-    from onnx_ir.passes import common
-
-    inputs = {value.name: value for value in model.graph.inputs}
-    count = 0
-    for layer in context.spec.layers:
-        past = inputs[cache_io.past_names(layer.layer)[0]]
-        for node in (use.node for use in past.uses() if use.node.op_type == contract.OP):
-            node.outputs[0].type = ir.TensorType(past.dtype)
-            node.outputs[0].shape = ir.Shape([cache_io.BATCH, cache_io.SEQUENCE,
-                                              layer.num_heads * layer.value_head_size])
-            count += 1
-    common.ShapeInferencePass()(model)
-    return count
 
 
 def fuse_norms(model: Any, context: Any) -> int:

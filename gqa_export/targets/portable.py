@@ -13,7 +13,7 @@ from .body import attach_function, is_call
 if TYPE_CHECKING:
     import onnx
 
-PREPARE = ()
+PREPARE = None
 PASSES = ()
 
 

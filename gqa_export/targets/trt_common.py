@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 from .. import cache_io
 from ..errors import GqaExportError
 from ..graph.passes import Pass
-from . import ort, ort_norms
+from . import ort
 from .table import TARGETS
 
 
@@ -36,7 +36,7 @@ def literal_capacity(graph: gs.Graph, context: Any) -> int:
     return count
 
 
-PREPARE = [Pass("infer_shapes", ort_norms.infer_shapes, expect=lambda context: len(context.spec.layers))]
+PREPARE: list[Pass] = []
 FIRST = [
     Pass("refuse_layers", refuse_layers, expect=lambda context: 0),
     Pass("literal_capacity", literal_capacity, expect=lambda context: 4 * len(context.spec.layers)),

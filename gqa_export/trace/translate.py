@@ -35,22 +35,33 @@ def library(opset: int) -> tuple[Any, dict[Any, Any], tuple[Any, ...]]:
 
 @contextlib.contextmanager
 def _unparsed() -> Iterator[None]:
-    """Inside, asking a function of torchlib for its ONNX signature does not parse its source.
+    """Inside, no function of torchlib is parsed or asked for its ONNX signature.
 
-    The registry is filled from a list that asks 497 functions for it, and reads only the domain: half of its time.
+    The registry is filled from a list that asks 497 functions for both and reads only the domain: most of its time.
+    `_sign` asks those that a graph needs.
     """
     from onnxscript._internal import values
+    from torch.onnx._internal.exporter import _registration
 
-    kind = values.TracedOnnxFunction
-    before = vars(kind).get("function_ir")
-    if not isinstance(before, property):  # another onnxscript: it goes its own way
+    with contextlib.ExitStack() as stack:
+        kind: Any = values.TracedOnnxFunction
+        before = vars(kind).get("function_ir")
+        if isinstance(before, property):  # another onnxscript goes its own way
+            stack.callback(setattr, kind, "function_ir", before)
+            kind.function_ir = property(lambda self: SimpleNamespace(domain=self.opset.domain))
+        entry: Any = _registration.OnnxDecompMeta
+        if "__post_init__" in vars(entry):
+            stack.callback(setattr, entry, "__post_init__", entry.__post_init__)
+            entry.__post_init__ = lambda self: None
         yield
-        return
-    setattr(kind, "function_ir", property(lambda self: SimpleNamespace(domain=self.opset.domain)))  # noqa: B010
-    try:
-        yield
-    finally:
-        setattr(kind, "function_ir", before)  # noqa: B010
+
+
+def _sign(graph: torch.fx.GraphModule, registry: Any) -> None:
+    """Infer the ONNX signatures of the functions that `graph` will be translated with."""
+    for target in {node.target for node in graph.graph.nodes if node.op == "call_function"}:
+        for entry in registry.get_decomps(target):
+            if entry.signature is None and hasattr(entry, "__post_init__"):
+                entry.__post_init__()
 
 
 PICKS = frozenset({"embedding", "index", "gather", "index_select", "_to_copy", "grouped_query_attention"})
@@ -91,6 +102,7 @@ def translate(graph: torch.fx.GraphModule, names: dict[str, str], inputs: list[s
     if mixes_types(graph):
         _fx_passes.insert_type_promotion_nodes(graph)  # runs every node once more, so only where it may be needed
     graph = _fx_passes.remove_assertion_nodes(graph)
+    _sign(graph, registry)
     model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=_constants.ONNX_IR_VERSION)
     if len(list(graph.named_modules())) > 1:
         raise NotCaptured("the graph has graphs inside it")
