@@ -87,6 +87,10 @@ class LayerHeads:
 
         return self._once("gram", head, make)
 
+    def value_gram(self, head: int) -> torch.Tensor:
+        """[E, E], V V^T: asked for once per number of heads that is looked at."""
+        return self._once("value gram", head, lambda head: self.value(head) @ self.value(head).T)
+
     @property
     def group(self) -> int:
         """Query heads per key/value head, H / N."""

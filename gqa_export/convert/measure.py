@@ -37,11 +37,11 @@ def weight_errors(heads: LayerHeads, pooled: Pooled) -> LayerError:
             off["key"] += _square(key - _mapped(pooled.key_maps, head, pooled.key[group]))
             off["value"] += _square(away)
             all_of["key"] += _square(key)
-            all_of["value"] += _square(value)
+            all_of["value"] += float(heads.value_gram(head).trace())
             if known:  # the square of O_h (V_i - B_i V'), summed over the queries h of head i
                 gram = heads.output_gram(head)
                 off["output"] += float((gram * (away @ away.T)).sum())
-                all_of["output"] += float((gram * (value @ value.T)).sum())
+                all_of["output"] += float((gram * heads.value_gram(head)).sum())
     ratio = {name: (max(off[name], 0.0) / all_of[name]) ** 0.5 if all_of[name] else 0.0 for name in off}
     return LayerError(heads.layout.layer, len(pooled.groups), ratio["key"], ratio["value"],
                       ratio["output"] if known else None)

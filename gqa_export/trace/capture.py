@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch._guards import GuardSource, SLoc, Source
 
+from . import writes
+
 BATCHES = (1, 2, 7, 64)
 NEW = (1, 2, 3, 16, 127, 4096)
 PAST = (0, 1, 5, 100, 4095, 4096, 131072)
@@ -96,7 +98,8 @@ def capture(module: torch.nn.Module, inputs: Sequence[Input], table: Mapping[Any
         stack.enter_context(enable_python_dispatcher())
         stack.enter_context(_scopes(module))
         graph = _record(run, table, weights, examples)
-        if _writes(graph):  # a model that fills a tensor it made: recorded again as a chain of new tensors
+        writes.settle(graph.graph)
+        if writes.writes(graph.graph):  # a model that fills a part of a tensor: recorded again as a chain of new ones
             graph = _record(torch.func.functionalize(run), table, weights, examples)
     check_guards(environment, roles, points)
     names = [*weights, *[given.name for given in inputs]]
@@ -116,12 +119,6 @@ def _record(run: Any, table: Mapping[Any, Any], weights: Any,
 
     return make_fx(run, decomposition_table=dict(table), tracing_mode="fake", _allow_non_fake_inputs=True)(
         weights, *examples)
-
-
-def _writes(graph: torch.fx.GraphModule) -> bool:
-    """Whether an op changes a tensor in place."""
-    return any(isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-               for node in graph.graph.nodes)
 
 
 def _hoist_sizes(graph: torch.fx.Graph, placeholders: list[torch.fx.Node]) -> None:
