@@ -20,14 +20,14 @@ def library(opset: int) -> tuple[Any, dict[Any, Any], tuple[Any, ...]]:
     from torch._export.utils import _is_preservable_cia_op
     from torch.onnx._internal.exporter import _decomp, _registration
 
-    from . import op
+    from . import op, writes
 
     with _unparsed():
         registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
     for target, function in op.translation_table().items():
         registry.register_op(target, function, is_complex=False)
     known = set(_decomp.get_onnx_implemented_overloads(registry))
-    table = _decomp.create_onnx_friendly_decomposition_table(known)
+    table = writes.plainly(_decomp.create_onnx_friendly_decomposition_table(known))
     kept = tuple(target for target in known if isinstance(target, torch._ops.OpOverload)
                  and _is_preservable_cia_op(target))
     return registry, table, kept
@@ -68,8 +68,12 @@ PICKS = frozenset({"embedding", "index", "gather", "index_select", "_to_copy", "
 """ops whose tensors have types of their own: nothing is promoted there"""
 
 
+REDUCES = frozenset({"aten::sum", "aten::mean", "aten::prod"})
+"""ops that PyTorch computes in fp32 whatever they are given: said by a Cast on either side"""
+
+
 def mixes_types(graph: torch.fx.GraphModule) -> bool:
-    """Whether an op may promote its inputs: tensors of two types, or integers that become or meet floats.
+    """Whether an op may promote its inputs: tensors of two types, integers that become or meet floats, sums of halves.
 
     Some that are named here promote nothing; none that promotes is left out.
     """
@@ -87,6 +91,8 @@ def mixes_types(graph: torch.fx.GraphModule) -> bool:
             integral = any(not kind.is_floating_point for kind in types)
         floats = any(isinstance(value, float | torch.SymFloat) for value in values[1:])
         result = isinstance(values[0], torch.Tensor) and values[0].dtype.is_floating_point
+        if node.target._schema.name in REDUCES and types & {torch.float16, torch.bfloat16}:
+            return True
         if len(types) > 1 or (integral and (floats or result)):
             return True
     return False

@@ -7,9 +7,32 @@ PyTorch's own functionalization, which costs a second recording and takes fewer 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 COPY = torch.ops.aten.copy_.default
+
+
+def plainly(decompositions: dict[Any, Callable]) -> dict[Any, Callable]:
+    """The table with `op_` as a copy of what `op` gives, where there is such a pair: `op` may have a translation that
+    its parts do not have, and its parts compute in other types."""
+    plain = dict(decompositions)
+    for overload in decompositions:
+        name = getattr(overload, "_schema", None) and overload._schema.name.rpartition("::")[2]
+        if name and name.endswith("_") and not name.endswith("__"):
+            pair = getattr(getattr(torch.ops.aten, name[:-1], None), overload._overloadname, None)
+            if pair is not None:
+                plain[overload] = _updated(pair)
+    return plain
+
+
+def _updated(op: Callable) -> Callable:
+    def update(changed: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        return changed.copy_(op(changed, *rest, **named))
+
+    return update
 
 
 def settle(graph: torch.fx.Graph) -> None:
@@ -43,12 +66,12 @@ def _own_memory(node: torch.fx.Node) -> bool:
     the nodes it is a view of must have no other reader, and none of its readers may be a view)."""
     if any(_shares(user) for user in node.users):
         return False
-    while _shares(node):
-        base = node.args[0]
+    while node.op == "call_function" and _shares(node):
+        base = node.args[0] if node.args else None
         if not isinstance(base, torch.fx.Node) or len(base.users) > 1:
             return False
         node = base
-    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+    return node.op == "call_function"
 
 
 def _shares(node: torch.fx.Node) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from gqa_export.trace import capture, export, trace, translate
+from gqa_export.trace import capture, export, trace, translate, writes
 from gqa_export.trace.capture import Input, NotCaptured
 from gqa_export.trace.structure import output_hashes
 
@@ -116,6 +116,17 @@ def test_types_are_promoted_where_they_mix_and_only_there():
     assert model.graph.outputs[0].dtype.name == "FLOAT"
 
 
+def test_experts_that_add_in_place_take_the_light_way_and_are_summed_in_fp32(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_stock", lambda *_: pytest.fail("the light way did not do"))
+    model = trace(config_of("gpt_oss", tmp_path, num_hidden_layers=1), dtype="float16", cache="growing", capacity=64,
+                  stamping=False).model
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    sums = [node for node in model.graph.node if node.op_type == "ReduceSum" and "experts" in node.name]
+    assert sums
+    for node in sums:
+        assert made_by[node.input[0]].op_type == "Cast"
+
+
 def test_a_tensor_that_a_model_fills_in_place_is_recorded_as_new_tensors():
     class Fills(torch.nn.Module):
         def forward(self, x):
@@ -127,5 +138,78 @@ def test_a_tensor_that_a_model_fills_in_place_is_recorded_as_new_tensors():
     _, table, kept = translate.library(export.OPSET)
     given = torch.arange(12.0).view(3, 4)
     graph, _ = capture.capture(Fills(), [Input("x", given, {0: "batch"})], table, kept, [{"batch": 5}])
-    assert not capture._writes(graph)
+    assert not writes.writes(graph.graph)
     assert torch.equal(graph({}, given), Fills()(given))  # it has no weights
+
+
+class Adds(torch.nn.Module):
+    """An update in place, read before and after; `shared`: through a second view as well."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.shared = shared
+
+    def forward(self, x):
+        made = torch.sin(x)
+        row = made.squeeze(0) if self.shared else made
+        before = row * 3
+        row += before
+        return (made if self.shared else row) + before
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_update_in_place_is_what_eager_computes(shared):
+    _, table, kept = translate.library(export.OPSET)
+    given = torch.linspace(0, 1, 12).view(1, 3, 4)
+    graph, _ = capture.capture(Adds(shared), [Input("x", given, {1: "new"})], table, kept, [{"new": 5}])
+    assert not writes.writes(graph.graph)
+    assert torch.equal(graph({}, given), Adds(shared)(given))
+
+
+def copies_left(module, given):
+    recorded = torch.fx.experimental.proxy_tensor.make_fx(module, tracing_mode="fake")(given)
+    writes.settle(recorded.graph)
+    recorded.graph.lint()
+    return sum(node.target is writes.COPY for node in recorded.graph.nodes)
+
+
+def test_only_a_copy_into_memory_that_nobody_shares_is_settled():
+    def alone(x):
+        made = torch.sin(x)
+        made.copy_(made + 1)
+        return made * 2
+
+    def through_a_view_of_its_own(x):
+        made = torch.sin(x).view(4, 3)
+        made.copy_(made + 1)
+        return made * 2
+
+    def a_view_reads_it(x):
+        made = torch.sin(x)
+        seen = made.view(4, 3)
+        made.copy_(made + 1)
+        return seen * 2
+
+    def a_part_of_it(x):
+        made = torch.sin(x)
+        made[1:].copy_(made[1:] + 1)
+        return made * 2
+
+    def an_input(x):
+        x.copy_(x + 1)
+        return x * 2
+
+    def rounded(x):
+        made = torch.sin(x)
+        made.copy_((made + 1).to(torch.float16))
+        return made * 2
+
+    def broadcast(x):
+        made = torch.sin(x)
+        made.copy_(made[:1] + 1)
+        return made * 2
+
+    left = {function.__name__: copies_left(function, torch.rand(3, 4)) for function in (
+        alone, through_a_view_of_its_own, a_view_reads_it, a_part_of_it, an_input, rounded, broadcast)}
+    assert left == {"alone": 0, "through_a_view_of_its_own": 0, "a_view_reads_it": 1, "a_part_of_it": 1, "an_input": 1,
+                    "rounded": 1, "broadcast": 1}
