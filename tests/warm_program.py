@@ -3,7 +3,7 @@
     python tests/warm_program.py SOCKET      serves until its standard input is closed
 
 `put_in_front(folder)` starts it and writes a `gqa-export` into `folder` that hands its arguments, folder, environment
-and standard streams over and ends as the forked command ends. README.md and export.md are run without it.
+and standard streams over and ends as the forked command ends. README.md is run without it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is refused before anything is built, and what a build is checked for; TensorRT itself is in test_rtx.py."""
+"""What is refused before anything is built, and what a build is checked for; TensorRT itself is in test_rtx_*.py."""
 
 from __future__ import annotations
 

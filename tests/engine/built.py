@@ -1,0 +1,70 @@
+"""Engines built by TensorRT for RTX, for 8.0, 8.9 and 12.0 in one build each, and what holds for every one of them.
+
+What an engine is can, without a GPU, be read only from what TensorRT says while it builds: inputs and outputs, plugin
+layers per profile, the absence of copies, the plugin's own alias map, the size. Whether it computes the right thing is
+shown on the graph (tests/targets) and on a GPU (scripts/gpu_check.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from gqa_plugins.grouped_attention import fields
+
+from gqa_export import contract
+from gqa_export.bundle import read_manifest
+from gqa_export.cache_io import past_names, present_names
+from gqa_export.engine import EngineBuild, EngineOptions, build_engine
+from gqa_export.engine_facts import ENGINE
+
+CAPABILITIES = (80, 89, 120)
+BATCH, PROMPT = 2, 32
+
+
+def build(bundle: Path, output: Path, **options) -> EngineBuild:
+    return build_engine(bundle, output, EngineOptions(max_batch=BATCH, max_prompt=PROMPT, **options))
+
+
+def check(built: EngineBuild, bundle: Path, attention: str) -> None:
+    """Everything that holds for every engine."""
+    manifest, facts = read_manifest(built.folder), built.facts
+    assert manifest.engine == facts
+    assert facts.flavor == "rtx"
+    assert facts.version.startswith("1.")
+    assert facts.compute_capabilities == CAPABILITIES
+    assert facts.attention == attention
+    layers = manifest.spec.layers
+    pairs = [zip(present_names(layer.layer), past_names(layer.layer)) for layer in layers]
+    assert facts.aliases == {present: past for pair in pairs for present, past in pair}
+    assert [profile.name for profile in facts.profiles] == ["decode", "prefill"]
+    assert facts.max_batch == BATCH
+    assert facts.max_prompt == PROMPT
+    assert facts.profiles[0].shapes["input_ids"] == ((1, 1), (1, 1), (BATCH, 1))
+    assert facts.build["log_read"]
+    for kinds in facts.build["layers"].values():
+        assert kinds.get("PluginV3", 0) == (len(layers) if attention == "plugin" else 0)
+        assert "Reformat" not in kinds
+    engine = built.folder / ENGINE
+    weights = (bundle / "model.onnx.data").stat().st_size
+    # Weights may be laid out anew for each profile; the rest is code made for every layer, profile and capability.
+    assert engine.stat().st_size < 2 * weights + facts.build["kernel_bytes"] + (8 << 20) * len(layers)
+    assert manifest.files[ENGINE].size == engine.stat().st_size
+    assert not list(built.folder.parent.glob(".*partial*"))
+
+
+def check_plugin(built: EngineBuild, bundle: Path, variants: int) -> None:
+    """What holds with the plugin: which one, and its kernels once."""
+    check(built, bundle, "plugin")
+    facts, data = built.facts, (built.folder / ENGINE).read_bytes()
+    assert facts.plugin is not None
+    assert (facts.plugin.namespace, facts.plugin.name, facts.plugin.version) == (contract.DOMAIN, contract.OP, "1")
+    assert facts.plugin_layers == len(built.manifest.spec.layers)
+    assert data.count(fields.MAGIC + b"\n") == 1
+    start = data.index(fields.MAGIC + b"\n")
+    container = data[start:start + facts.build["kernel_bytes"]]
+    files = fields.unpack(container)
+    assert hashlib.sha256(container).hexdigest() == facts.plugin.sha256
+    assert len(files) == variants * len(CAPABILITIES)
+    for name in files:  # every layer of both profiles names the kernels that it launches
+        assert data.count(name.encode()) >= 1 + 2
