@@ -159,6 +159,8 @@ class _Widen(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if func is torch.Tensor.float:
             func = torch.Tensor.double
+        elif func is torch.full and isinstance(args[-1], float) and "dtype" not in (kwargs or {}):
+            kwargs = {**(kwargs or {}), "dtype": torch.float64}  # the least fp64 does not fit the default type (XGLM)
         for a in args:  # most calls name no type: this is run for every one
             if a is torch.float32:
                 args = tuple(torch.float64 if a is torch.float32 else a for a in args)

@@ -192,10 +192,15 @@ def _integer(size: int) -> Any:
     return sympy.Integer(size)
 
 
-def sizes(growing: bool, edges: Sequence[int] = ()) -> list[dict[str, int]]:
-    """The sizes at which guards are tried: all of a grid, with `edges` (windows, capacity) among the lengths."""
-    lengths = sorted({*PAST, *[edge + step for edge in edges for step in (-1, 0, 1) if edge + step > 0]})
+def sizes(growing: bool, edges: Sequence[int] = (), longest: int = 0) -> list[dict[str, int]]:
+    """The sizes at which guards are tried: all of a grid, with `edges` (windows, capacity) among the lengths.
+
+    longest: tokens that the model has positions for, 0 is any number. It is asked for so many and no more: a table of
+    positions that it would make longer (XGLM) is as good as fixed.
+    """
+    lengths = sorted({*PAST, *[edge + step for edge in (*edges, longest) for step in (-1, 0, 1) if edge + step > 0]})
     grid = []
-    for batch, new, past in itertools.product(BATCHES, NEW, lengths):
-        grid.append({"batch": batch, "new": new, "past": past if growing else max(past, 1), "total": past + new})
+    for batch, new, past in itertools.product(BATCHES, sorted({*NEW, longest or 1}), lengths):
+        if not longest or (past + new if growing else max(past, new)) <= longest:
+            grid.append({"batch": batch, "new": new, "past": past if growing else max(past, 1), "total": past + new})
     return grid

@@ -29,6 +29,7 @@ def export_decoder(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype, capaci
     """
     inputs = _inputs(decoder, spec, dtype)
     outputs = [cache_io.LOGITS, *[name for layer in spec.layers for name in cache_io.present_names(layer.layer)]]
+    stopped: Exception | None = None
     with quiet(), torch.no_grad():
         try:
             return _light(decoder, spec, inputs, outputs, capacity)
@@ -38,11 +39,16 @@ def export_decoder(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype, capaci
             # The light way uses parts of PyTorch that are not its public interface, and covers less: whatever stops
             # it, the public way decides whether this model can be traced.
             logger.debug("the light capture does not apply: %s: %s", type(reason).__name__, reason)
+            stopped = reason
         try:
             return _stock(decoder, inputs, outputs)
         except GqaExportError:
             raise
         except Exception as error:
+            if isinstance(stopped, capture.NotCaptured) and str(error).startswith("Constraints violated"):
+                raise GqaExportError(f"the model computes otherwise at other lengths: {stopped}",
+                                     type(decoder.model).__name__, "one graph holds one way of computing; if config.json "
+                                     "offers a way for all lengths (attention_type), choose it") from error
             first = str(error).strip().splitlines()
             raise GqaExportError(f"the model cannot be traced: {type(error).__name__}: {first[0] if first else ''}",
                                  type(decoder.model).__name__,
@@ -72,7 +78,8 @@ def _light(decoder: Decoder, spec: ModelSpec, inputs: list[Input], outputs: list
 
     _, table, kept = translate.library(OPSET)
     edges = {layer.window for layer in spec.layers} | {capacity} - {0}
-    graph, names = capture.capture(decoder, inputs, table, kept, capture.sizes(bool(decoder.growing), sorted(edges)))
+    points = capture.sizes(bool(decoder.growing), sorted(edges), spec.max_positions)
+    graph, names = capture.capture(decoder, inputs, table, kept, points)
     every = dict(decoder.named_parameters(remove_duplicate=False))
     last = {id(parameter): name for name, parameter in every.items()}  # a tied weight goes by its last name
     names = {place: last[id(every[name])] if name in every else name for place, name in names.items()}

@@ -88,6 +88,16 @@ def test_widening_spares_what_happens_inside_a_rotary_module() -> None:
         assert torch.softmax(module.inv_freq, -1, dtype=torch.float32).dtype == torch.float64
 
 
+def test_the_least_fp64_number_fits_a_tensor_made_without_a_type() -> None:
+    """XGLM masks with it."""
+    with _Widen(torch.nn.Linear(1, 1)):
+        made = torch.full((), torch.finfo(torch.float64).min)
+        counted = torch.full((2,), 3)
+    assert made.dtype == torch.float64
+    assert made == torch.finfo(torch.float64).min
+    assert counted.dtype == torch.int64
+
+
 def test_the_callers_model_keeps_its_dtype_and_attention(model) -> None:
     before = model.config._attn_implementation
     TorchSession(model, CAPACITY, "fp64").step(np.full((1, 3), 5))

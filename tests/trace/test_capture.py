@@ -8,8 +8,10 @@ import gqa_models
 import onnx
 import pytest
 import torch
+from gqa_models.shrink import write_small
 from transformers import AutoConfig
 
+from gqa_export.errors import GqaExportError
 from gqa_export.trace import capture, export, trace, translate, writes
 from gqa_export.trace.capture import Input, NotCaptured
 from gqa_export.trace.structure import output_hashes
@@ -101,6 +103,13 @@ def test_windows_and_the_capacity_are_among_the_sizes_tried():
     assert min(point["past"] for point in capture.sizes(False)) == 1
 
 
+def test_a_model_is_asked_for_all_its_positions_and_no_more():
+    points = capture.sizes(True, longest=1000)
+    assert max(point["total"] for point in points) == max(point["new"] for point in points) == 1000
+    assert {point["past"] for point in points} >= {0, 999}
+    assert max(point["past"] for point in capture.sizes(False, longest=1000)) == 1000
+
+
 class Halves(torch.nn.Module):
     def forward(self, ids):
         return ids * 0.5 + ids.to(torch.float16)
@@ -114,6 +123,15 @@ def test_types_are_promoted_where_they_mix_and_only_there():
     model = translate.translate(mixed, names, ["ids"], ["out"], {}, export.OPSET)
     assert [node.op_type for node in model.graph][-1] == "Add"
     assert model.graph.outputs[0].dtype.name == "FLOAT"
+
+
+@pytest.mark.usefixtures("no_trace_cache")
+def test_a_model_that_computes_otherwise_at_other_lengths_is_refused_with_the_length(tmp_path):
+    """BigBird sees every token up to 704 of them, and beyond a choice of blocks."""
+    config = AutoConfig.from_pretrained(write_small("big_bird", tmp_path / "m"), attention_type="block_sparse",
+                                        max_position_embeddings=1024)
+    with pytest.raises(GqaExportError, match=r"otherwise at other lengths: .* <= 704 fails at .*1024"):
+        trace(config, dtype="float32", cache="growing", capacity=64)
 
 
 def test_experts_that_add_in_place_take_the_light_way_and_are_summed_in_fp32(tmp_path, monkeypatch):
