@@ -169,7 +169,8 @@ def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, tar
 
 
 def _capacity(asked: int, config: Any) -> int:
-    longest = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or DEFAULT_CAPACITY)
+    longest = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 0)
+    longest = longest if longest > 0 else DEFAULT_CAPACITY  # XLNet's is -1
     if asked > longest:
         raise GqaExportError(f"capacity {asked} is beyond the model's {longest} positions", "--capacity",
                              f"use --capacity {longest} or less")

@@ -47,8 +47,8 @@ def export_decoder(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype, capaci
         except Exception as error:
             if isinstance(stopped, capture.NotCaptured) and str(error).startswith("Constraints violated"):
                 raise GqaExportError(f"the model computes otherwise at other lengths: {stopped}",
-                                     type(decoder.model).__name__, "one graph holds one way of computing; if config.json "
-                                     "offers a way for all lengths (attention_type), choose it") from error
+                                     type(decoder.model).__name__, "one graph holds one way of computing; if "
+                                     "config.json offers a way for all lengths (attention_type), choose it") from error
             first = str(error).strip().splitlines()
             raise GqaExportError(f"the model cannot be traced: {type(error).__name__}: {first[0] if first else ''}",
                                  type(decoder.model).__name__,

@@ -49,7 +49,8 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
                              "its attention is written in the model's own code (or it has none), which gqa-export "
                              "cannot see; it is not supported")
     text = config.get_text_config()
-    positions = int(getattr(text, "max_position_embeddings", 0) or 2048)
+    positions = int(getattr(text, "max_position_embeddings", 0) or 0)
+    positions = positions if positions > 0 else 2048
     windows: dict[int, int] = {}
     layers = []
     for layer, call in sorted(calls.items()):
