@@ -64,7 +64,7 @@ def refuse_config(config: Any, where: str, text_only: bool = False) -> None:
     refuse_raw_config(config.to_dict(), where, text_only)
     config = config.get_text_config()
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        if "attention" not in kind or "linear" in kind or "hybrid" in kind:
+        if "attention" not in kind or any(word in kind for word in ("linear", "hybrid", "compressed")):
             raise GqaExportError(f"layer {layer} is not grouped attention: its type is {kind!r}", where, FIX_DECODER)
     if getattr(config, "add_cross_attention", False):
         raise GqaExportError("layer 0 has cross-attention to an encoder", where, FIX_DECODER)
