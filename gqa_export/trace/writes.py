@@ -1,8 +1,8 @@
 """In-place updates in a recorded fx graph (`x += y`), turned into the values they compute where that is plain to see.
 
-Recorded, `x += y` is `new = add(x, y); copy_(x, new)`. Where nothing else shares x's memory, whoever reads x after
-the copy reads `new`, and the copy is gone. What is less plain (a slice of a larger tensor is filled) is left for
-PyTorch's own functionalization, which costs a second recording and takes fewer models.
+Recorded, `x += y` is `new = add(x, y); copy_(x, new)`. Where nothing else shares x's memory and `new` is there for the
+copy alone, whoever reads x after the copy reads `new`, and the copy is gone. What is less plain (a slice of a larger
+tensor is filled) is left for PyTorch's own functionalization, which costs a second recording and takes fewer models.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ def plainly(decompositions: dict[Any, Callable]) -> dict[Any, Callable]:
     its parts do not have, and its parts compute in other types."""
     plain = dict(decompositions)
     for overload in decompositions:
-        name = getattr(overload, "_schema", None) and overload._schema.name.rpartition("::")[2]
-        if name and name.endswith("_") and not name.endswith("__"):
+        if not isinstance(overload, torch._ops.OpOverload) or torch.Tag.inplace_view in overload.tags:
+            continue
+        name = overload._schema.name.rpartition("::")[2]
+        if name.endswith("_") and not name.endswith("__") and overload is not COPY:
             pair = getattr(getattr(torch.ops.aten, name[:-1], None), overload._overloadname, None)
             if pair is not None:
                 plain[overload] = _updated(pair)
@@ -40,7 +42,8 @@ def settle(graph: torch.fx.Graph) -> None:
     place = {node: number for number, node in enumerate(graph.nodes)}
     for copy in [node for node in graph.nodes if node.target is COPY]:
         old, new = copy.args[:2]
-        if not (isinstance(new, torch.fx.Node) and _alike(old, new) and _own_memory(old)):
+        if not (isinstance(new, torch.fx.Node) and list(new.users) == [copy] and _alike(old, new)
+                and _own_memory(old)):
             continue
         for user in [user for user in old.users if place[user] > place[copy]]:
             user.replace_input_with(old, new)

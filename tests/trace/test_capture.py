@@ -188,6 +188,8 @@ def copies_left(module, given):
     recorded = torch.fx.experimental.proxy_tensor.make_fx(module, tracing_mode="fake")(given)
     writes.settle(recorded.graph)
     recorded.graph.lint()
+    expected = module(given.clone())
+    assert torch.equal(recorded(given.clone()), expected)
     return sum(node.target is writes.COPY for node in recorded.graph.nodes)
 
 
@@ -217,6 +219,18 @@ def test_only_a_copy_into_memory_that_nobody_shares_is_settled():
         x.copy_(x + 1)
         return x * 2
 
+    def its_source_changes(x):
+        made, other = torch.sin(x), torch.cos(x)
+        made.copy_(other)
+        other.copy_(other + 1)
+        return made * other
+
+    def twice(x):
+        made = torch.sin(x)
+        made.copy_(made + 1)
+        made.copy_(made * 2)
+        return made
+
     def rounded(x):
         made = torch.sin(x)
         made.copy_((made + 1).to(torch.float16))
@@ -228,6 +242,13 @@ def test_only_a_copy_into_memory_that_nobody_shares_is_settled():
         return made * 2
 
     left = {function.__name__: copies_left(function, torch.rand(3, 4)) for function in (
-        alone, through_a_view_of_its_own, a_view_reads_it, a_part_of_it, an_input, rounded, broadcast)}
-    assert left == {"alone": 0, "through_a_view_of_its_own": 0, "a_view_reads_it": 1, "a_part_of_it": 1, "an_input": 1,
-                    "rounded": 1, "broadcast": 1}
+        alone, through_a_view_of_its_own, twice, a_view_reads_it, a_part_of_it, an_input, its_source_changes, rounded,
+        broadcast)}
+    assert left == {"alone": 0, "through_a_view_of_its_own": 0, "twice": 0, "a_view_reads_it": 1, "a_part_of_it": 1,
+                    "an_input": 1, "its_source_changes": 1, "rounded": 1, "broadcast": 1}
+
+
+def test_ops_that_change_a_shape_in_place_are_not_taken_for_updates():
+    table = {torch.ops.aten.squeeze_.default: len, torch.ops.aten.add_.Tensor: len, writes.COPY: len}
+    kept = writes.plainly(table)
+    assert [op for op in table if kept[op] is len] == [torch.ops.aten.squeeze_.default, writes.COPY]
