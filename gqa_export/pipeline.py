@@ -156,13 +156,15 @@ def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, tar
     if known:
         return known, True
     from .checkpoint.refusals import refuse_modules
+    from .targets.table import refuse_layers
     from .trace import trace
 
     say("tracing", None, None)
     config = checkpoint.load_config()
     traced = trace(config, dtype=dtype, cache=options.cache, capacity=_capacity(options.capacity, config),
                    logits=options.logits, interface=target.interface,
-                   inspect=lambda module: refuse_modules(module, checkpoint.source, checkpoint.text_only))
+                   inspect=lambda module: refuse_modules(module, checkpoint.source, checkpoint.text_only),
+                   accept=lambda spec: refuse_layers(spec.layers, target))
     if place:
         remember.keep(place, traced)
     return traced, False

@@ -132,6 +132,19 @@ CPU = MappingProxyType({"cpu": ("float32",)})
 TARGETS: dict[str, Target] = {row.name: row for row in _ROWS}
 
 
+def refuse_layers(layers: Iterable[AttentionSpec], target: Target) -> None:
+    """Raise GqaExportError for the first layer that `target` can hold in no way, naming a target that can."""
+    layers = list(layers)
+    for layer in layers:
+        reason = "" if target.fallback else target.cannot_hold(layer)
+        if reason:
+            others = [row.name for row in TARGETS.values() if row.interface == target.interface
+                      and not any(row.cannot_hold(each) for each in layers)]
+            raise GqaExportError(reason, f"layer {layer.layer}, target {target.name}",
+                                 f"use --target {' or '.join(others)}" if others else
+                                 "use --target ort and ONNX Runtime: no target for TensorRT can hold this model")
+
+
 def on_cpu(target: Target) -> Target:
     """The row by which the graph of an engine target is run in ONNX Runtime: in fp32, plugin nodes interpreted."""
     return replace(target, runs_in_onnxruntime=True, shares_buffer=False, dtypes=CPU)

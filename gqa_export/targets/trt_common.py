@@ -7,22 +7,13 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 from .. import cache_io
-from ..errors import GqaExportError
 from ..graph.passes import Pass
-from . import ort
-from .table import TARGETS
+from . import ort, table
 
 
 def refuse_layers(graph: gs.Graph, context: Any) -> int:
-    """Raise GqaExportError for the first layer that the target's attention cannot hold, naming a target that can."""
-    for layer in context.spec.layers:
-        reason = context.target.cannot_hold(layer)
-        if reason:
-            others = [row.name for row in TARGETS.values() if row.interface == context.target.interface
-                      and not any(row.cannot_hold(each) for each in context.spec.layers)]
-            raise GqaExportError(reason, f"layer {layer.layer}, target {context.target.name}",
-                                 f"use --target {' or '.join(others)}" if others else
-                                 "use --target ort and ONNX Runtime: no target for TensorRT can hold this model")
+    """Refuse a model with a layer that the target's attention cannot hold."""
+    table.refuse_layers(context.spec.layers, context.target)
     return 0
 
 

@@ -32,21 +32,22 @@ class Traced:
 
 
 def trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str = "all", interface: str = "mask",
-          stamping: bool = True, inspect: Callable[[Any], None] | None = None) -> Traced:
+          stamping: bool = True, inspect: Callable[[Any], None] | None = None,
+          accept: Callable[[ModelSpec], None] | None = None) -> Traced:
     """Trace a transformers config into the canonical ONNX model; weights appear by name only.
 
-    dtype: "float32", "float16", "bfloat16". cache: "growing" or "static". inspect: called with the weightless module
-    first, to refuse it. See `canonical` for the form.
+    dtype: "float32", "float16", "bfloat16". cache: "growing" or "static". inspect, accept: called with the weightless
+    module and with the facts of its layers before anything is traced, to refuse it. See `canonical` for the form.
     """
     from . import patches
 
     with patches.applied(config):
         return _trace(config, dtype=dtype, cache=cache, capacity=capacity, logits=logits, interface=interface,
-                      stamping=stamping, inspect=inspect)
+                      stamping=stamping, inspect=inspect, accept=accept)
 
 
 def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, interface: str, stamping: bool,
-           inspect: Callable[[Any], None] | None) -> Traced:
+           inspect: Callable[[Any], None] | None, accept: Callable[[ModelSpec], None] | None) -> Traced:
     import torch
 
     from . import attention, canonical, export, kinds, rotary, simplify, skeleton, stamp, wrapper
@@ -58,6 +59,8 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
     if inspect:
         inspect(ghost)
     spec = probe(config, ghost)
+    if accept:
+        accept(spec)
     stack = kinds.stack_of(ghost, spec) if stamping else None
     prints = kinds.prints(ghost, stack) if stack else ()
     del ghost
