@@ -197,7 +197,9 @@ def test_a_wrong_window_is_caught_where_the_manifest_has_it_too(tmp_path) -> Non
 
 @pytest.mark.parametrize(("name", "reason"), [("gemma2", "cannot be relied on to cap scores"),
                                               ("gpt_oss", "has no attention sinks")])
-def test_native_refuses_what_it_lacks_and_names_the_plugin(tmp_path, name: str, reason: str) -> None:
+def test_native_refuses_what_it_lacks_before_tracing_and_names_the_plugin(tmp_path, monkeypatch, name: str,
+                                                                          reason: str) -> None:
+    monkeypatch.setattr("gqa_export.trace.export.export_decoder", lambda *_: pytest.fail("traced"))
     with pytest.raises(GqaExportError, match=reason) as caught:
         export_onnx(checkpoint(name), tmp_path / "b", ExportOptions("trt-native"))
     assert caught.value.fix == "use --target trt-plugin"
