@@ -40,7 +40,8 @@ def place_of(config: dict[str, Any], options: dict[str, Any]) -> Path | None:
     if there is None:
         return None
     package = Path(__file__).parent.parent
-    sources = [*Path(__file__).parent.rglob("*.py"), *package.glob("*.py"), *(package / "checkpoint").glob("*.py")]
+    sources = [*Path(__file__).parent.rglob("*.py"), *package.glob("*.py"), *(package / "checkpoint").glob("*.py"),
+               package / "graph" / "rules.py"]
     code = hashlib.sha256()
     for path in sorted(sources):
         code.update(path.read_bytes())
