@@ -170,6 +170,8 @@ def _scopes(module: torch.nn.Module) -> Iterator[None]:
 
 def check_guards(environment: Any, roles: Mapping[Any, str], points: Sequence[Mapping[str, int]]) -> None:
     """Raise NotCaptured unless all that tracing assumed about sizes holds at every one of `points`."""
+    import sympy
+
     for symbol in roles:
         if environment.replace(symbol) != symbol:
             raise NotCaptured(f"the size `{roles[symbol]}` was taken to be {environment.replace(symbol)}")
@@ -181,15 +183,10 @@ def check_guards(environment: Any, roles: Mapping[Any, str], points: Sequence[Ma
             raise NotCaptured(f"a condition on a size that is no input's: {guard}")
         symbols = [symbol for symbol in roles if symbol in guard.free_symbols]
         for sizes in dict.fromkeys(tuple(point[roles[symbol]] for symbol in symbols) for point in points):
-            if guard.xreplace(dict(zip(symbols, map(_integer, sizes)))) != True:  # noqa: E712
-                named = dict(zip([roles[symbol] for symbol in symbols], sizes))
-                raise NotCaptured(f"tracing took a branch that other sizes do not take: {guard} fails at {named}")
-
-
-def _integer(size: int) -> Any:
-    import sympy
-
-    return sympy.Integer(size)
+            if guard.xreplace(dict(zip(symbols, map(sympy.Integer, sizes)))) != True:  # noqa: E712
+                said = guard.xreplace({symbol: sympy.Symbol(roles[symbol]) for symbol in symbols})
+                at = ", ".join(f"{roles[symbol]} = {size}" for symbol, size in zip(symbols, sizes))
+                raise NotCaptured(f"tracing took a branch that other sizes do not take: {said} fails at {at}")
 
 
 def sizes(growing: bool, edges: Sequence[int] = (), longest: int = 0) -> list[dict[str, int]]:
