@@ -134,7 +134,7 @@ def test_a_model_that_computes_otherwise_at_other_lengths_is_refused_with_the_le
     """BigBird sees every token up to 704 of them, and beyond a choice of blocks."""
     config = AutoConfig.from_pretrained(write_small("big_bird", tmp_path / "m"), attention_type="block_sparse",
                                         max_position_embeddings=1024)
-    with pytest.raises(GqaExportError, match="otherwise at other lengths: .* new <= 704 fails at new = 1024"):
+    with pytest.raises(GqaExportError, match=r"otherwise at other lengths: .* new <= 704 fails at new = 1024"):
         trace(config, dtype="float32", cache="growing", capacity=64)
 
 
