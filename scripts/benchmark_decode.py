@@ -19,9 +19,9 @@ from pathlib import Path
 import click
 import numpy as np
 
-from gqa_export.bundle import MODEL, read_manifest
+from gqa_export.bundle.manifest import MODEL, read_manifest
 from gqa_export.errors import GqaExportError
-from gqa_export.run.raw_loop import Timing, interleave
+from evidence.raw_decode_loop import Timing, interleave
 
 OURS, PEER = "gqa-export", "onnxruntime-genai builder"
 

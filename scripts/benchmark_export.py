@@ -24,7 +24,7 @@ from pathlib import Path
 import click
 import onnx
 
-from gqa_export.bundle import read_manifest
+from gqa_export.bundle.manifest import read_manifest
 
 PEER = "onnxruntime-genai builder"
 VERSIONS = ("torch", "transformers", "onnxscript", "onnxruntime-genai")

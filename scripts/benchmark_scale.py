@@ -26,7 +26,7 @@ import onnx
 sys.path.insert(0, str(Path(__file__).parent))
 from sparse_checkpoint import write_sparse
 
-from gqa_export.bundle import read_manifest
+from gqa_export.bundle.manifest import read_manifest
 
 DEPTHS = (2, 8, 32, 64, 126)
 SMALL, LARGE = "llama-3.2-1b", "llama-3.1-405b"

@@ -111,7 +111,7 @@ def engines(options: argparse.Namespace, copy_gb_s: float) -> list[dict[str, Any
     import tempfile
 
     try:
-        from gqa_export.engine_trial import try_engines
+        from evidence.gpu_benchmark import try_engines
 
         with tempfile.TemporaryDirectory(prefix="gqa-engines-") as folder:
             checkpoint = the_checkpoint(options.checkpoint, Path(folder))

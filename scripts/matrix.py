@@ -44,7 +44,7 @@ def main() -> None:
         return
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
                       TRANSFORMERS_VERBOSITY="error")
-    from gqa_export.models import known_names, versions
+    from gqa_export.describe.architectures import known_names, versions
 
     warm()
     gc.collect()
@@ -83,7 +83,7 @@ def main() -> None:
 
 def write_document() -> None:
     """docs/models.md, from the data."""
-    from gqa_export.models import document
+    from gqa_export.describe.architectures import document
 
     (ROOT / "docs" / "models.md").write_text(document(json.loads(DATA.read_text())))
 
@@ -134,7 +134,7 @@ def row_of(name: str, architecture: str, caches: tuple[str, ...], folder: Path, 
     """Write a small checkpoint into a subfolder of `folder` and check it."""
     from gqa_models.shrink import write_small
 
-    from gqa_export.matrix import check
+    from evidence.architecture_check import check
 
     try:
         checkpoint = write_small(name, folder / name)
@@ -173,7 +173,7 @@ def proved(known: dict, name: str, folder: Path) -> dict:
     """A row with its depth proved."""
     from gqa_models.shrink import write_small
 
-    from gqa_export.matrix import add_depth
+    from evidence.architecture_check import add_depth
 
     return add_depth(known, write_small(name, folder / name))
 

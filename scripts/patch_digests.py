@@ -1,4 +1,4 @@
-"""Writes gqa_export/trace/patches/seen.py: the digest of every function of transformers that a patch replaces.
+"""Writes gqa_export/trace/patches/source_digests.py: the digest of every function of transformers that a patch replaces.
 
 Run it after reading each function that changed (`git diff` of what it writes names them), and never to make an error
 go away: the digest is the promise that somebody looked.
@@ -19,18 +19,18 @@ SEEN = {
 
 def main() -> None:
     """Read, hash, write."""
-    from gqa_export.trace import patches
+    from gqa_export.trace.patches import registry
 
     rows = {}
-    for patch in patches.registry():
+    for patch in registry.registry():
         if patch.path.endswith("]"):
             continue
         found = importlib.import_module(f"transformers.models.{patch.module}")
         for part in patch.path.split("."):
             found = inspect.getattr_static(found, part)
-        rows[patch.place] = patches.digest(found)
+        rows[patch.place] = registry.digest(found)
     lines = [f'    "{place}": "{value}",\n' for place, value in sorted(rows.items())]
-    Path(patches.__file__).with_name("seen.py").write_text(HEAD + "".join(lines) + "}\n")
+    Path(registry.__file__).with_name("seen.py").write_text(HEAD + "".join(lines) + "}\n")
     print(f"{len(rows)} places")
 
 

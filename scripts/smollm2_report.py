@@ -25,7 +25,8 @@ import click
 import gqa_models
 import numpy as np
 
-from gqa_export.pipeline import ExportOptions, export_onnx
+from gqa_export.export.options import ExportOptions
+from gqa_export.export.to_onnx import export_onnx
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 NEW_TOKENS = 128
@@ -38,9 +39,10 @@ def structures() -> dict[str, Any]:
     """Node count and structural hash of each graph of SmolLM2, from its shape alone: no weights, no checkpoint."""
     from transformers import AutoConfig
 
-    from gqa_export.targets import LowerOptions, lower
-    from gqa_export.trace import trace
-    from gqa_export.trace.structure import output_hashes
+    from gqa_export.lowering.context import LowerOptions
+    from gqa_export.lowering.lower import lower
+    from gqa_export.trace.tracing import trace
+    from evidence.output_hashes import output_hashes
 
     shape = gqa_models.shape("smollm2")
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
@@ -72,7 +74,7 @@ def truth_tokens(checkpoint: Path) -> Truth:
     import torch
     from transformers import AutoTokenizer, GenerationConfig
 
-    from gqa_export.checkpoint import open_checkpoint
+    from gqa_export.checkpoint.open import open_checkpoint
 
     opened = open_checkpoint(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(opened.folder, gguf_file=opened.gguf_file and opened.gguf_file.name)
@@ -94,8 +96,8 @@ def truth_tokens(checkpoint: Path) -> Truth:
 
 def our_tokens(bundle: Path, prompt: list[int]) -> tuple[list[int], float]:
     """The bundle's greedy continuation and its tokens per second (end tokens not honoured, as in the truth)."""
-    from gqa_export.run.generate import generate
-    from gqa_export.run.ort import OrtSession
+    from gqa_export.runtime.generate import generate
+    from gqa_export.runtime.ort.session import OrtSession
 
     result = generate(OrtSession.load(bundle), [prompt], NEW_TOKENS, [])
     return result.tokens[0], result.tokens_per_s
@@ -117,7 +119,7 @@ def genai_tokens(bundle: Path, prompt: list[int]) -> list[int]:
 
 def measure(checkpoint: Path, folder: Path, target: str, cache: str, truth: Truth) -> dict:
     """Export, validate and let one bundle speak."""
-    from gqa_export.validation import validate
+    from gqa_export.validation.validate import validate
 
     began = time.perf_counter()
     export = export_onnx(checkpoint, folder, ExportOptions(target=target, cache=cache, dtype="fp32",

@@ -21,9 +21,11 @@ from typing import Any
 
 import click
 
-from gqa_export.checkpoint import open_checkpoint
-from gqa_export.convert import ConvertOptions, convert
-from gqa_export.uptrain import UptrainOptions, uptrain
+from gqa_export.checkpoint.open import open_checkpoint
+from gqa_export.convert.options import ConvertOptions
+from gqa_export.convert.conversion import convert
+from gqa_export.uptrain.options import UptrainOptions
+from gqa_export.uptrain.uptraining import uptrain
 from gqa_export.uptrain.curve import Point, picture
 
 ALPHA = 0.05
@@ -93,10 +95,11 @@ def trained(source: Path, output: Path, text: Path, plan: Plan, *, fraction: flo
 
 def measured(checkpoint: Path, bundle: Path, plan: Plan) -> dict[str, float]:
     """Cache bytes and decode speed of the exported ONNX model, which is compared with PyTorch first."""
-    from gqa_export.bundle import read_manifest
-    from gqa_export.pipeline import ExportOptions, export_onnx
-    from gqa_export.run.measure import measure
-    from gqa_export.validation import validate
+    from gqa_export.bundle.manifest import read_manifest
+    from gqa_export.export.options import ExportOptions
+    from gqa_export.export.to_onnx import export_onnx
+    from gqa_export.runtime.benchmark import measure
+    from gqa_export.validation.validate import validate
 
     export_onnx(checkpoint, bundle, ExportOptions(cache="static", force=True))
     verdict = validate(bundle, str(checkpoint))

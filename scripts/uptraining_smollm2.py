@@ -21,10 +21,12 @@ from typing import Any
 
 import click
 
-from gqa_export.checkpoint import open_checkpoint
-from gqa_export.convert import ConvertOptions, convert, expand
-from gqa_export.corpus import load_tokenizer, packed, read_text, spread, tokenize
-from gqa_export.uptrain import UptrainOptions, uptrain
+from gqa_export.checkpoint.open import open_checkpoint
+from gqa_export.convert.options import ConvertOptions
+from gqa_export.convert.conversion import convert, expand
+from gqa_export.checkpoint.tokenized_text import load_tokenizer, packed, read_text, spread, tokenize
+from gqa_export.uptrain.options import UptrainOptions
+from gqa_export.uptrain.uptraining import uptrain
 from gqa_export.uptrain.curve import Point, picture
 
 NAME = "uptraining"

@@ -64,7 +64,7 @@ def imports(path: Path, *, top_only: bool = False) -> set[str]:
 
 
 def stage_of(module: str) -> str:
-    """`gqa_export.run.ort.OrtSession` -> `run`; "" for what is in no stage."""
+    """`gqa_export.runtime.ort.session.OrtSession` -> `run`; "" for what is in no stage."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 and parts[0] == "gqa_export" and parts[1] in STAGES else ""
 

@@ -12,14 +12,15 @@ import pytest
 from gqa_models import write_tiny
 
 from gqa_export.bisect.bisection import END, bisect
-from gqa_export.bisect.match import Place, absolute, agreed, find, relative
-from gqa_export.bisect.patterns import attend, rounding_words
-from gqa_export.bisect.truth import Attended
-from gqa_export.bundle import MODEL
-from gqa_export.compare.mutation_kinds import MUTATIONS
-from gqa_export.compare.mutations import Mutation, NotHere, break_bundle
+from gqa_export.bisect.match_tensors import Place, absolute, agreed, find, relative
+from gqa_export.bisect.known_faults import attend, rounding_words
+from gqa_export.bisect.torch_layers import Attended
+from gqa_export.bundle.manifest import MODEL
+from evidence.mutations.kinds import MUTATIONS
+from evidence.mutations.mutation import Mutation, NotHere, break_bundle
 from gqa_export.errors import GqaExportError
-from gqa_export.pipeline import ExportOptions, export_onnx
+from gqa_export.export.options import ExportOptions
+from gqa_export.export.to_onnx import export_onnx
 
 SAMPLES = (("llama", "ort"), ("mistral", "ort"), ("gemma2", "ort"), ("gpt_oss", "ort"), ("qwen3", "ort"),
            ("llama", "portable"), ("mistral", "onnx"))
@@ -101,8 +102,8 @@ def test_the_command_says_layer_op_and_pattern_and_exits_with_1(samples, tmp_pat
 def test_a_graph_without_module_scopes_is_refused(samples, tmp_path):
     import onnx
 
-    from gqa_export.bundle import read_manifest
-    from gqa_export.compare.mutations import sign
+    from gqa_export.bundle.manifest import read_manifest
+    from evidence.mutations.mutation import sign
 
     bundle, checkpoint = samples("llama", "ort")
     shutil.copytree(bundle, tmp_path / "b")

@@ -1,4 +1,4 @@
-"""Everything that spells the op out agrees with `gqa_export.contract`: reference, torch op, ONNX, kernels, docs."""
+"""Everything that spells the op out agrees with `gqa_export.attention_op`: reference, torch op, ONNX, kernels, docs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from gqa_plugins.grouped_attention import reference
 
 import gqa_export
-from gqa_export import contract
+from gqa_export import attention_op
 
 ROOT = Path(gqa_export.__file__).parent.parent
-ALL = (*contract.INPUT_NAMES, *contract.ATTRIBUTE_NAMES)
+ALL = (*attention_op.INPUT_NAMES, *attention_op.ATTRIBUTE_NAMES)
 PYTHON_TYPES = {"int": "int", "float": "float"}
 
 B, S, P, C, H, K, D, E, R, M = 2, 3, 5, 11, 6, 2, 8, 4, 4, 64
@@ -27,14 +27,14 @@ def sizes(growing: int) -> dict[str, int]:
             "H*D": H * D, "K*D": K * D, "K*E": K * E, "H*E": H * E, "R/2": R // 2}
 
 
-def shape_of(port: contract.Port, growing: int) -> tuple[int, ...]:
+def shape_of(port: attention_op.Port, growing: int) -> tuple[int, ...]:
     return tuple(sizes(growing)[letter] for letter in port.shape)
 
 
 def example_inputs(growing: int, device: str = "cpu") -> list[torch.Tensor]:
     """Every input of the op, optional ones too, shaped as the contract says."""
     values = []
-    for port in contract.INPUTS:
+    for port in attention_op.INPUTS:
         if port.type == "int32":
             values.append(torch.full(shape_of(port, growing), 2, dtype=torch.int32, device=device))
         else:
@@ -46,28 +46,28 @@ ATTRIBUTES = {"num_heads": H, "kv_num_heads": K, "scale": 0.5, "softcap": 3.0, "
 
 
 def test_every_attribute_of_the_contract_is_in_this_test() -> None:
-    assert (*ATTRIBUTES, "growing") == contract.ATTRIBUTE_NAMES
+    assert (*ATTRIBUTES, "growing") == attention_op.ATTRIBUTE_NAMES
 
 
 def test_reference_has_the_inputs_and_attributes_in_order() -> None:
     parameters = inspect.signature(reference.grouped_query_attention).parameters
     assert tuple(parameters) == ALL
-    assert tuple(p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY) == contract.ATTRIBUTE_NAMES
+    assert tuple(p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY) == attention_op.ATTRIBUTE_NAMES
 
 
 def test_torch_op_has_the_inputs_and_attributes_in_order_without_defaults() -> None:
-    from gqa_export.trace import op
+    from gqa_export.trace.capture import custom_op
 
     schema = torch.ops.gqa.grouped_query_attention.default._schema
     assert op is not None
     assert tuple(argument.name for argument in schema.arguments) == ALL
-    assert len(schema.returns) == len(contract.OUTPUTS)
+    assert len(schema.returns) == len(attention_op.OUTPUTS)
     assert not schema.is_mutable
     for argument in schema.arguments:
         assert not argument.has_default_value(), f"{argument.name}: torch.export would drop it"
-    for attribute, argument in zip(contract.ATTRIBUTES, schema.arguments[len(contract.INPUTS):], strict=True):
+    for attribute, argument in zip(attention_op.ATTRIBUTES, schema.arguments[len(attention_op.INPUTS):], strict=True):
         assert str(argument.type) == attribute.type
-    for port, argument in zip(contract.INPUTS, schema.arguments, strict=False):
+    for port, argument in zip(attention_op.INPUTS, schema.arguments, strict=False):
         optional = port.optional
         assert str(argument.type) == ("Optional[Tensor]" if optional else "Tensor"), port.name
 
@@ -75,7 +75,7 @@ def test_torch_op_has_the_inputs_and_attributes_in_order_without_defaults() -> N
 @pytest.mark.parametrize("growing", [0, 1])
 def test_reference_gives_the_shapes_of_the_contract(growing: int) -> None:
     outputs = reference.grouped_query_attention(*example_inputs(growing), **ATTRIBUTES, growing=growing)
-    assert [tuple(output.shape) for output in outputs] == [shape_of(port, growing) for port in contract.OUTPUTS]
+    assert [tuple(output.shape) for output in outputs] == [shape_of(port, growing) for port in attention_op.OUTPUTS]
 
 
 @pytest.mark.parametrize("growing", [0, 1])
@@ -83,28 +83,28 @@ def test_fake_gives_the_shapes_of_the_contract(growing: int) -> None:
     import gqa_export.trace.op  # noqa: F401 registers the op
 
     outputs = torch.ops.gqa.grouped_query_attention(*example_inputs(growing, "meta"), *ATTRIBUTES.values(), growing)
-    assert [tuple(output.shape) for output in outputs] == [shape_of(port, growing) for port in contract.OUTPUTS]
+    assert [tuple(output.shape) for output in outputs] == [shape_of(port, growing) for port in attention_op.OUTPUTS]
 
 
 def test_onnx_schema_of_the_trace_is_the_contract() -> None:
-    from gqa_export.trace.op import onnx_schema
+    from gqa_export.trace.capture.custom_op import onnx_schema
 
     schema = onnx_schema()
-    assert (schema.domain, schema.name, schema.since_version) == (contract.DOMAIN, contract.OP, contract.VERSION)
-    assert tuple(port.name for port in schema.inputs) == contract.INPUT_NAMES
-    assert tuple(port.name for port in schema.outputs) == contract.OUTPUT_NAMES
-    assert set(schema.attributes) == set(contract.ATTRIBUTE_NAMES)
+    assert (schema.domain, schema.name, schema.since_version) == (attention_op.DOMAIN, attention_op.OP, attention_op.VERSION)
+    assert tuple(port.name for port in schema.inputs) == attention_op.INPUT_NAMES
+    assert tuple(port.name for port in schema.outputs) == attention_op.OUTPUT_NAMES
+    assert set(schema.attributes) == set(attention_op.ATTRIBUTE_NAMES)
     assert all(attribute.required for attribute in schema.attributes.values())
 
 
 def test_function_body_has_the_inputs_outputs_and_attributes_in_order() -> None:
-    from gqa_export.targets import body
+    from gqa_export.lowering import attention_function
 
-    function = body.function_proto(23)
-    assert (function.domain, function.name) == (contract.DOMAIN, contract.OP)
-    assert tuple(function.input) == contract.INPUT_NAMES
-    assert tuple(function.output) == contract.OUTPUT_NAMES
-    assert tuple(function.attribute) == contract.ATTRIBUTE_NAMES
+    function = attention_function.function_proto(23)
+    assert (function.domain, function.name) == (attention_op.DOMAIN, attention_op.OP)
+    assert tuple(function.input) == attention_op.INPUT_NAMES
+    assert tuple(function.output) == attention_op.OUTPUT_NAMES
+    assert tuple(function.attribute) == attention_op.ATTRIBUTE_NAMES
     assert not function.attribute_proto, "an attribute with a default could be left out of a call"
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from gqa_models import write_tiny
 
-from gqa_export.bundle import MANIFEST, read_manifest
-from gqa_export.compare.mutation_kinds import scale_wrong, window_longer
-from gqa_export.compare.mutations import break_bundle
-from gqa_export.crosscheck import cross_check
+from gqa_export.bundle.manifest import MANIFEST, read_manifest
+from evidence.mutations.kinds import scale_wrong, window_longer
+from evidence.mutations.mutation import break_bundle
+from gqa_export.validation.cross_check import cross_check
 from gqa_export.errors import GqaExportError
-from gqa_export.pipeline import ExportOptions, export_onnx
+from gqa_export.export.options import ExportOptions
+from gqa_export.export.to_onnx import export_onnx
 
 STEPS = 4
 
@@ -53,7 +54,7 @@ def test_the_odd_one_out_differs(bundles, tmp_path, change):
 
 
 def test_a_wrong_weight_shows_between_bundles(bundles, tmp_path):
-    from gqa_export.compare.mutation_weights import weight_row
+    from evidence.mutations.of_weights import weight_row
 
     odd = break_bundle(bundles["static"], tmp_path / "odd", weight_row)
     (verdict,) = cross_check([bundles["portable"], odd], steps=STEPS)

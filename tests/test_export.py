@@ -8,8 +8,9 @@ from glassllm_checkpoint import write_glassllm
 from shared_reference import reference_of
 
 from gqa_export.errors import EXIT_PASSED
-from gqa_export.pipeline import ExportOptions, export_onnx
-from gqa_export.validation import validate
+from gqa_export.export.options import ExportOptions
+from gqa_export.export.to_onnx import export_onnx
+from gqa_export.validation.validate import validate
 
 EVERY_TARGET = ("ort", "onnx", "portable")
 STEPS = {"ort": 18, "onnx": 12, "portable": 12}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from gqa_models.shrink import write_small
 
-from gqa_export.matrix import REFUSED, SUPPORTED, check
-from gqa_export.models import known_names
+from evidence.architecture_check import REFUSED, SUPPORTED, check
+from gqa_export.describe.architectures import known_names
 
 # What each is here for: patched forward (BERT's shape, BART's, Falcon, RoFormer), patched `_attn` with a window of its
 # own, a table of attention classes, positions from padding, from a cache's length, latent attention (D != E), experts,

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gqa_export.checkpoint import open_checkpoint
-from gqa_export.pipeline import ExportOptions, export_onnx
+from gqa_export.checkpoint.open import open_checkpoint
+from gqa_export.export.options import ExportOptions
+from gqa_export.export.to_onnx import export_onnx
 
 ROOT = Path(__file__).parent.parent
 

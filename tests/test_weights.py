@@ -17,11 +17,12 @@ import torch
 from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 
-from gqa_export.bundle import writing_bundle
-from gqa_export.checkpoint import StoredTensor, header_sha256, open_checkpoint
+from gqa_export.bundle.writer import writing_bundle
+from gqa_export.checkpoint.safetensors_header import StoredTensor, header_sha256
+from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.errors import GqaExportError
-from gqa_export.placement import place
-from gqa_export.weights import CHUNK_BYTES, MemorySource, StoredSource, WeightStore
+from gqa_export.weights.layout import place
+from gqa_export.weights.sources import CHUNK_BYTES, MemorySource, StoredSource, WeightStore
 
 ATTENTION = "model.layers.0.self_attn."
 QKV = "weights:" + "+".join(f"{ATTENTION}{letter}_proj.weight" for letter in "qkv")
@@ -212,7 +213,7 @@ def test_another_file_system_is_an_error_that_says_copy(opened, tmp_path, monkey
     def refuse(source, target):
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
-    monkeypatch.setattr("gqa_export.placement.os.link", refuse)
+    monkeypatch.setattr("gqa_export.weights.layout.os.link", refuse)
     with pytest.raises(GqaExportError, match="cannot hard-link") as refusal:
         export(matmuls(initializer("weights:lm_head.weight", [320, 64])), store, tmp_path / "out", "link", checkpoint)
     assert "--weights copy" in refusal.value.fix

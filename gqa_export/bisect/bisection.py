@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import Manifest, read_manifest
-from ..bundle_check import check_files
-from ..cache_io import LOGITS, past_names
+from ..bundle.manifest import Manifest, read_manifest
+from ..bundle.integrity import check_files
+from ..graph_io import LOGITS, past_names
 from ..errors import EXIT_DIFFERENT, EXIT_PASSED, GqaExportError
-from ..run.feeds import step_feed
-from .marked import Marked, force, keep_residual, mark, open_graph, present_of, run, show_all
-from .match import Place, agreed, bound_of, columns, find, flat, relative
-from .patterns import attention_words, linear_words, rotation_words, rounding_words
-from .truth import LayerTruth, RowTruth, layer_list, watch_row
+from ..runtime.feeds import step_feed
+from .marked_graph import Marked, force, keep_residual, mark, open_graph, present_of, run, show_all
+from .match_tensors import Place, agreed, bound_of, columns, find, flat, relative
+from .known_faults import attention_words, linear_words, rotation_words, rounding_words
+from .torch_layers import LayerTruth, RowTruth, layer_list, watch_row
 
 LONGEST = 512
 EMBEDDING, END = "embedding", "final norm and head"
@@ -72,10 +72,10 @@ class Bisection:
 def bisect(bundle: Path, against: str | Path) -> Bisection:
     """Find the first wrong layer and op of a bundle. Raises GqaExportError for a bundle or graph that cannot be
     looked into, NotCheckedHere where PyTorch does not fit."""
-    from ..checkpoint import open_for
-    from ..graph_claims import check_claims
-    from ..run.sides import pytorch_sessions, torch_threads
-    from ..validation import runnable
+    from ..bundle.source_checkpoint import open_for
+    from ..bundle.attention_claims import check_claims
+    from ..validation.sessions import pytorch_sessions, torch_threads
+    from ..validation.reference import runnable
 
     manifest = read_manifest(bundle)
     if manifest.engine is not None:

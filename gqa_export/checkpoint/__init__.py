@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .headers import StoredTensor, header_sha256, read_header
-from .source import Checkpoint, open_checkpoint, open_for
+from .safetensors_header import StoredTensor, header_sha256, read_header
+from .checkpoint import Checkpoint
+from .open import open_checkpoint
+from ..bundle.source_checkpoint import open_for
 
 __all__ = ["Checkpoint", "StoredTensor", "header_sha256", "open_checkpoint", "open_for", "read_header"]

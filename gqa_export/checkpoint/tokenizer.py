@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..bundle import BundleWriter
-    from .source import Checkpoint
+    from ..bundle.writer import BundleWriter
+    from .checkpoint import Checkpoint
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
               "spiece.model", "sentencepiece.bpe.model", "tekken.json")  # fmt: skip
@@ -49,8 +49,8 @@ def add_tokenizer(checkpoint: Checkpoint, writer: BundleWriter) -> bool:
 def _convert_gguf(checkpoint: Checkpoint, folder: Path) -> bool:
     from transformers import AutoTokenizer, GenerationConfig
 
-    from .gguf_speed import quick_gguf
-    from .modules import quiet
+    from .gguf_reader_patch import quick_gguf
+    from .quiet import quiet
 
     assert checkpoint.gguf_file is not None
     with quiet(), quick_gguf(vocabulary=True):
@@ -72,7 +72,7 @@ def token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
     path = checkpoint.folder / "generation_config.json"
     generation: dict[str, Any] = {}
     if checkpoint.kind == "hf" and path.is_file():
-        from .source import _read_json
+        from ..files.read_json import _read_json
 
         generation = _read_json(path)
     found = {}

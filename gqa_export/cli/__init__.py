@@ -149,8 +149,8 @@ def entry() -> NoReturn:
         main.main(prog_name="gqa-export")
     except SystemExit as ending:
         code = 0 if ending.code is None else ending.code
-    if "gqa_export.output_folder" in sys.modules:
-        sys.modules["gqa_export.output_folder"].tidy_up()
+    if "gqa_export.files.staging" in sys.modules:
+        sys.modules["gqa_export.files.staging"].tidy_up()
     try:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -11,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..run.measure import Speed
+    from ..runtime.benchmark import Speed
 
 
 @click.command(short_help="Measure load time, tokens per second and memory.")
@@ -30,7 +30,7 @@ def command(bundle: Path, prompt_tokens: int, new_tokens: int, batch: int, repea
     """Measure BUNDLE on random prompts, end tokens not honoured."""
     from rich.console import Console
 
-    from ..run.measure import measure
+    from ..runtime.benchmark import measure
     from .progress import progress
 
     with progress(f"measuring {bundle.name}") as bar:

@@ -12,7 +12,7 @@ import click
 from .trust_options import trust_options
 
 if TYPE_CHECKING:
-    from ..convert import Conversion
+    from ..convert.conversion import Conversion
 
 
 @click.command(short_help="Give a checkpoint fewer key/value heads: MHA to GQA to MQA.")
@@ -39,8 +39,9 @@ def command(checkpoint: str, output: Path, json_file: str | None, **options: Any
     The method is that of Ainslie et al., 2023: pool the heads of a group, then `gqa-export uptrain` for a small part
     of the original steps. The report is also in the output folder, as gqa_convert.json.
     """
-    from ..checkpoint import open_checkpoint
-    from ..convert import ConvertOptions, convert
+    from ..checkpoint.open import open_checkpoint
+    from ..convert.options import ConvertOptions
+    from ..convert.conversion import convert
     from .progress import progress
 
     with progress(f"converting {checkpoint}") as bar:

@@ -11,7 +11,7 @@ from ..errors import EXIT_NOT_CHECKED, EXIT_PASSED
 from .tables import aligned, readable_bytes
 
 if TYPE_CHECKING:
-    from ..doctor import Diagnosis
+    from ..environment.doctor import Diagnosis
 
 
 @click.command(short_help="Show what is installed, what can run here and what is missing.")
@@ -21,7 +21,7 @@ def command(as_json: bool) -> None:
 
     Exit code 0: exporting and validating on the CPU can run here. 3: they cannot.
     """
-    from ..doctor import diagnose
+    from ..environment.doctor import diagnose
     from .progress import progress
 
     with progress("looking around"):

@@ -11,12 +11,12 @@ def write_golden(bundle: Path, against: str, folder: Path) -> str:
 
     Raises GqaExportError for a bundle whose graph Polygraphy cannot run this way.
     """
-    from ..bundle import MODEL, read_manifest
-    from ..checkpoint import open_for
+    from ..bundle.manifest import MODEL, read_manifest
+    from ..bundle.source_checkpoint import open_for
     from ..compare.tolerance import tolerance
-    from ..run.polygraphy_files import INPUTS, OUTPUTS, check_target, write_files
-    from ..run.torch_ref import TorchSession
-    from ..targets.table import get_target
+    from ..validation.golden_files import INPUTS, OUTPUTS, check_target, write_files
+    from ..runtime.torch_session import TorchSession
+    from ..targets import get_target
 
     manifest = read_manifest(bundle)
     target = get_target(manifest.target)

@@ -14,8 +14,8 @@ from .tables import aligned, readable_bytes
 from .trust_options import trust_options
 
 if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint
-    from ..inspection import Inspection, LayerGroup
+    from ..checkpoint.checkpoint import Checkpoint
+    from ..describe.inspection import Inspection, LayerGroup
 
 
 @click.command(short_help="Show the attention layers and the KV-cache cost of a bundle or checkpoint.")
@@ -36,13 +36,13 @@ def command(source: str, as_json: bool) -> None:
 
 def examine(source: str) -> Inspection:
     """Inspect a bundle (a folder with a manifest) or a checkpoint (anything else)."""
-    from ..bundle import MANIFEST, read_manifest
-    from ..inspection import inspect_bundle, inspect_checkpoint
+    from ..bundle.manifest import MANIFEST, read_manifest
+    from ..describe.inspection import inspect_bundle, inspect_checkpoint
 
     if (Path(source) / MANIFEST).is_file():
         return inspect_bundle(Path(source), read_manifest(source))
-    from ..checkpoint import open_checkpoint
-    from ..trace.probe import probe
+    from ..checkpoint.open import open_checkpoint
+    from ..trace.probe.layer_probe import probe
 
     checkpoint = open_checkpoint(source)
     spec = probe(checkpoint.load_config())
@@ -83,7 +83,7 @@ def describe(found: Inspection) -> list[str]:
 
 def attention_table(groups: tuple[LayerGroup, ...]) -> list[str]:
     """One row for each group of equal layers."""
-    from ..inspection import kind_of_attention
+    from ..describe.inspection import kind_of_attention
 
     header = ("layers", "kind", "heads", "kv heads", "head size", "window", "softcap", "sinks", "scale")
     rows = []

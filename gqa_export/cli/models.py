@@ -18,7 +18,7 @@ def command(as_json: bool, name: str | None) -> None:
     table does not have.
     """
     from ..errors import GqaExportError
-    from ..models import AGAIN, table
+    from ..describe.architectures import AGAIN, table
 
     data = table()
     if name is not None:
@@ -38,7 +38,7 @@ def show(data: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ..models import ENDS, checked, counts
+    from ..describe.architectures import ENDS, checked, counts
 
     console = Console()
     for end in ENDS:

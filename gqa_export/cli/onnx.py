@@ -13,7 +13,8 @@ from ..errors import EXIT_DIFFERENT, NotCheckedHere
 from .trust_options import trust_options
 
 if TYPE_CHECKING:
-    from ..pipeline import Export, ExportOptions
+    from ..export.to_onnx import Export
+    from ..export.options import ExportOptions
 
 
 @click.command(short_help="Export a checkpoint to an ONNX decoder with a KV cache.")
@@ -49,8 +50,9 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, ma
 
     Exit codes: 0 done (and passed), 1 the outputs differ from PyTorch's, 2 bad input.
     """
-    from ..memory import parse_size
-    from ..pipeline import ExportOptions, export_onnx
+    from ..weights.memory_budget import parse_size
+    from ..export.options import ExportOptions
+    from ..export.to_onnx import export_onnx
     from .progress import progress
 
     chosen: ExportOptions = ExportOptions(capacity=capacity or 0, cache=cache or "", logits=logits or "",
@@ -67,7 +69,7 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, ma
 
 
 def _dry_run(checkpoint: str, chosen: ExportOptions, output: Path | None) -> int:
-    from ..dry_run import dry_run
+    from ..export.dry_run import dry_run
     from .progress import progress
 
     with progress(f"looking at {checkpoint}") as bar, no_collection():
@@ -110,8 +112,8 @@ def describe(export: Export) -> None:
 def _validate(export: Export, checkpoint: str, provider: str) -> int:
     from rich.console import Console
 
-    from ..compare.report import print_verdict
-    from ..validation import validate
+    from ..report.console import print_verdict
+    from ..validation.validate import validate
     from .progress import progress
 
     try:

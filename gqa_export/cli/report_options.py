@@ -33,7 +33,7 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def wrapped(*args: Any, **given: Any) -> Any:
-        from ..report import Reports
+        from ..report.reports import Reports
 
         reports = Reports(**{name: given.pop(name) for name in OPTIONS})
         reports.check()

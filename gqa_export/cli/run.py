@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from ..bundle import Manifest
-    from ..run.generate import GenerationResult
-    from ..run.text import BundleText
+    from ..bundle.manifest import Manifest
+    from ..runtime.generate import GenerationResult
+    from ..runtime.text import BundleText
 
 
 @click.command(short_help="Let a bundle answer a prompt.")
@@ -38,10 +38,10 @@ def command(bundle: Path, prompt: str | None, token_ids: str | None, chat: bool,
 
     Stops at any of the model's end tokens, at --max-new-tokens, or when the cache is full.
     """
-    from ..bundle import read_manifest
-    from ..run.generate import Sampling, generate
-    from ..run.opening import open_bundle
-    from ..run.text import BundleText, has_tokenizer
+    from ..bundle.manifest import read_manifest
+    from ..runtime.generate import Sampling, generate
+    from ..runtime.open_session import open_bundle
+    from ..runtime.text import BundleText, has_tokenizer
     from .progress import progress
 
     manifest = read_manifest(bundle)
@@ -113,7 +113,7 @@ def summary(result: GenerationResult, prompt: list[int], text: BundleText | None
 
 def statistics(result: GenerationResult, manifest: Manifest) -> str:
     """One line on the speed, and one on a cache that ran full."""
-    from ..run.generate import FULL
+    from ..runtime.generate import FULL
 
     count = len(result.tokens[0])
     speed = f", decode {result.tokens_per_s:.1f} tokens/s" if result.decode_steps else ""

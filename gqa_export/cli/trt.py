@@ -10,7 +10,7 @@ import click
 from .trust_options import trust_options
 
 if TYPE_CHECKING:
-    from ..engine import EngineBuild
+    from ..engine.build import EngineBuild
 
 
 @click.command(short_help="Build a TensorRT engine, with the attention plugin or without.")
@@ -47,9 +47,9 @@ def command(source: str, output: Path, attention: str | None, dtype: str, flavor
 
     Exit codes: 0 done, 2 bad input, 3 this needs a GPU and there is none.
     """
-    from ..engine import EngineOptions
-    from ..engine.triton_repository import check_repository, write_repository
-    from ..engines import make_engine
+    from ..engine.build import EngineOptions
+    from ..integrations.triton_repository import check_repository, write_repository
+    from ..export.to_engine import make_engine
     from .progress import progress
 
     options = EngineOptions(attention or "", dtype, capacity or 0, flavor, capabilities, max_batch, max_prompt or 0,

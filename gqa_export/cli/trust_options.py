@@ -14,7 +14,7 @@ def trust_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def wrapped(*args: Any, allow_pickle: bool, **given: Any) -> Any:
-        from ..checkpoint.trust import Trust, trusting
+        from ..checkpoint.pickle_permission import Trust, trusting
 
         with trusting(Trust(pickle=allow_pickle)):
             return command(*args, **given)

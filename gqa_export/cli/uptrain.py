@@ -62,8 +62,9 @@ def command(checkpoint: str, output: Path, restart: bool, json_file: str | None,
 
     Several GPUs or machines: `accelerate launch -m gqa_export uptrain ...`.
     """
-    from ..checkpoint import open_checkpoint
-    from ..uptrain import UptrainOptions, uptrain
+    from ..checkpoint.open import open_checkpoint
+    from ..uptrain.options import UptrainOptions
+    from ..uptrain.uptraining import uptrain
     from .progress import progress
 
     given = {name: value for name, value in options.items() if value is not None}

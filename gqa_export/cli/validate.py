@@ -11,7 +11,7 @@ from .report_options import report_options
 from .trust_options import trust_options
 
 if TYPE_CHECKING:
-    from ..report import Reports
+    from ..report.reports import Reports
 
 
 @click.command(short_help="Compare a bundle with PyTorch, step by step.")
@@ -37,9 +37,9 @@ def command(bundles: tuple[Path, ...], against: str | None, as_dtype: str | None
     """
     from rich.console import Console
 
-    from ..compare.report import print_verdict
-    from ..crosscheck import cross_check
-    from ..validation import validate
+    from ..report.console import print_verdict
+    from ..validation.cross_check import cross_check
+    from ..validation.validate import validate
     from .progress import progress
 
     if against is None and len(bundles) == 1:
@@ -65,11 +65,11 @@ def command(bundles: tuple[Path, ...], against: str | None, as_dtype: str | None
 
 def say_what_was_checked(bundle: Path) -> None:
     """Of an engine bundle: what can be told without running it. Raises GqaExportError."""
-    from ..bundle import read_manifest
+    from ..bundle.manifest import read_manifest
 
     if read_manifest(bundle).engine is None:
         return
-    from ..run.trt_check import check_bundle
+    from ..runtime.tensorrt.check import check_bundle
 
     for line in check_bundle(bundle).lines:
         click.echo(f"checked: {line}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .drive import CaseLog, Choice, Measured, quantity
+from .case_driver import CaseLog, Choice, Measured, quantity
 from .tolerance import Tolerance, tolerance
-from .trail import output_errors, step_errors
+from .error_trace import output_errors, step_errors
 from .verdict import CaseVerdict, KindVerdict, Location
 
 KINDS = ("keys", "values", "logits", "cache")

@@ -1,7 +1,7 @@
 """How far apart two outputs are, token by token, and where. In fp64, block by block, so that memory stays small.
 
-Dimensions as in `gqa_export.contract`; V vocabulary. Rows that carry no token are zero on both sides by the time
-they come here (see `gqa_export.run.polygraphy_runner`), so every element counts.
+Dimensions as in `gqa_export.attention_op`; V vocabulary. Rows that carry no token are zero on both sides by the time
+they come here (see `gqa_export.validation.session_runner`), so every element counts.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import EXIT_DIFFERENT, EXIT_PASSED
-from .drive import Choice
+from .case_driver import Choice
 from .logits import LogitMetrics
-from .trail import OutputError, StepError, Surroundings
+from .error_trace import OutputError, StepError, Surroundings
 
 SCHEMA_VERSION = 1
 

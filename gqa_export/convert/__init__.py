@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .choice import ConvertOptions
+from .options import ConvertOptions
 from .conversion import Conversion, convert, expand
 
 __all__ = ["Conversion", "ConvertOptions", "convert", "expand"]

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..corpus import load_tokenizer, packed, read_text, spread, tokenize
-from ..output_folder import writing_folder
-from ..trace import attention, skeleton
+from ..checkpoint.tokenized_text import load_tokenizer, packed, read_text, spread, tokenize
+from ..files.staging import writing_folder
+from ..trace import attention_hook, skeleton
 from .assemble import assemble, changed
-from .calibrate import LayerFit, empty_like
+from .layer_fit import LayerFit, empty_like
 from .heads import LayerHeads
-from .measure import LayerError
+from .weight_error import LayerError
 from .pooling import Pooled
-from .stored import Stored, write_checkpoint
-from .target import Structure, with_kv_heads
+from .checkpoint_writer import Stored, write_checkpoint
+from .structure import Structure, with_kv_heads
 
 if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint
+    from ..checkpoint.checkpoint import Checkpoint
 
 LENGTH = 512
 Report = Callable[[str, float | None, float | None], None]
@@ -40,7 +40,7 @@ class Calibration:
 
     def __init__(self, checkpoint: Checkpoint, stored: Stored, source: Structure, rows: torch.Tensor,
                  grouping: str, report: Report) -> None:
-        from ..trace.probe import probe
+        from ..trace.probe.layer_probe import probe
 
         self.checkpoint, self.stored, self.source = checkpoint, stored, source
         self.rows, self.grouping, self.report = rows, grouping, report
@@ -50,8 +50,8 @@ class Calibration:
             ) -> tuple[list[LayerError], list[Pooled]]:
         """Fit every layer; `keep` is given the tensors of each that change."""
         target, _ = with_kv_heads(self.source, kv_heads)
-        model = self.checkpoint.load_model("auto", attn_implementation=attention.register())
-        ghost = skeleton.build(target.config, torch.float32, device="meta", attention=attention.NAME)
+        model = self.checkpoint.load_model("auto", attn_implementation=attention_hook.register())
+        ghost = skeleton.build(target.config, torch.float32, device="meta", attention=attention_hook.NAME)
         errors: list[LayerError] = []
         groups: list[Pooled] = []
         for index, layout in enumerate(self.source.layers):

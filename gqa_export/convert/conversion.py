@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import GqaExportError
-from ..output_folder import check_folder, writing_folder
+from ..files.staging import check_folder, writing_folder
 from .assemble import assemble, changed
-from .choice import ConvertOptions, asked, candidates, check_options, fewest, worst
-from .grouping import similar
+from .options import ConvertOptions, asked, candidates, check_options, fewest, worst
+from .head_similarity import similar
 from .heads import LayerHeads
-from .measure import LayerError, knee, weight_errors
+from .weight_error import LayerError, knee, weight_errors
 from .pooling import Groups, Pooled, contiguous, mappable, pool
-from .stored import Stored, write_checkpoint
-from .target import Structure, structure_of, with_kv_heads
+from .checkpoint_writer import Stored, write_checkpoint
+from .structure import Structure, structure_of, with_kv_heads
 
 if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint
+    from ..checkpoint.checkpoint import Checkpoint
 
 REPORT = "gqa_convert.json"
 SAMPLED = 8
@@ -150,7 +150,7 @@ def _notes(source: Structure, options: ConvertOptions) -> tuple[str, ...]:
 
 def cache_bytes(structure: Structure, dtype: str) -> int:
     """Bytes of keys and values of one token over all layers."""
-    from ..casting import itemsize
+    from ..weights.dtypes import itemsize
 
     return sum(len(layer.key.starts) * (layer.key.size + layer.value.size) for layer in structure.layers) * \
         itemsize(dtype)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..casting import itemsize
+from ..weights.dtypes import itemsize
 from ..errors import GqaExportError
-from ..weights import StoredSource
+from ..weights.sources import StoredSource
 from .layout import Heads, LayerLayout
 
 

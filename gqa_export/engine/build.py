@@ -12,20 +12,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import contract
-from ..bundle import MODEL, FileFact, Manifest, check_output, read_manifest, writing_bundle
-from ..bundle_check import check_files, file_sha256
-from ..engine_facts import ENGINE, EngineFacts, PluginFacts, ProfileFacts
+from .. import attention_op
+from ..bundle.manifest import MODEL, FileFact, Manifest, read_manifest
+from ..bundle.writer import check_output, writing_bundle
+from ..bundle.integrity import check_files
+from ..files.sha256 import file_sha256
+from ..bundle.engine_facts import ENGINE, EngineFacts, PluginFacts, ProfileFacts
 from ..errors import GqaExportError, NotCheckedHere
-from ..machine import nvidia
-from ..targets.table import TARGETS
-from ..trt_libraries import CANONICAL, Library
+from ..environment.machine import nvidia
+from ..targets import TARGETS
+from ..environment.tensorrt_libraries import CANONICAL, Library
 from . import inspect_build
-from .choose import Choice, choose
-from .job import Built, Job, KernelFiles
+from .choose_library import Choice, choose
+from .build_job import Built, Job, KernelFiles
 from .kernels import Compiled, compile_kernels, wanted_variants, weight_bytes_read
-from .log import lacks_kernel, read_log
-from .process import run_job
+from .build_log import lacks_kernel, read_log
+from .run_child import run_job
 from .profiles import make_profiles
 
 if TYPE_CHECKING:
@@ -193,7 +195,7 @@ def _facts(manifest: Manifest, kind: str, choice: Choice, profiles: tuple[Profil
         notes.append("the build log lists no layers: copies of the cache could not be looked for")
     plugin = None
     if compiled is not None:
-        plugin = PluginFacts(contract.OP, str(contract.VERSION), contract.DOMAIN, contract.VERSION, compiled.sha256)
+        plugin = PluginFacts(attention_op.OP, str(attention_op.VERSION), attention_op.DOMAIN, attention_op.VERSION, compiled.sha256)
     build = {"seconds": round(built.seconds, 1), "log_read": bool(listed.layers),
              "layers": {profile.name: listed.kinds(number) for number, profile in enumerate(profiles)},
              "kernel_bytes": len(compiled.container) if compiled else 0, "workspace_mb": job.workspace_bytes >> 20,

@@ -5,11 +5,11 @@ The network's own answers and the build log are all there is on a machine that c
 
 from __future__ import annotations
 
-from ..bundle import Manifest
-from ..cache_io import TensorFact, past_names, present_names
+from ..bundle.manifest import Manifest
+from ..graph_io import TensorFact, past_names, present_names
 from ..errors import GqaExportError
-from .job import Built, Tensor
-from .log import Log
+from .build_job import Built, Tensor
+from .build_log import Log
 
 TYPES = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32", "INT32": "int32", "INT64": "int64"}
 FIX = "report it with the bundle's gqa_export.json: the engine was not kept"

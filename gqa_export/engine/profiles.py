@@ -5,9 +5,9 @@ One profile over both serves neither well: TensorRT tunes for its middle. The ca
 
 from __future__ import annotations
 
-from ..bundle import Manifest
-from ..cache_io import BATCH, SEQUENCE
-from ..engine_facts import DECODE, PREFILL, ProfileFacts
+from ..bundle.manifest import Manifest
+from ..graph_io import BATCH, SEQUENCE
+from ..bundle.engine_facts import DECODE, PREFILL, ProfileFacts
 from ..errors import GqaExportError
 
 MOST_PROMPT = 4096

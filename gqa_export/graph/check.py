@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import onnx
 
-from ..cache_io import TensorFact
+from ..graph_io import TensorFact
 from ..errors import GqaExportError
 from .match import RECIPE
 

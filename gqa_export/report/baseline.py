@@ -65,7 +65,7 @@ class Baseline:
     @classmethod
     def update(cls, path: Path, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
         """Put passed verdicts into a file, beside those of other bundles; notes on what was (not) kept."""
-        from .outcome import write_text
+        from ..files.write_text import write_text
 
         bundles = cls.read(path).bundles if path.exists() else {}
         wrong = [verdict for verdict in verdicts if not verdict.passed]

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..compare.trail import Surroundings, share
+from ..compare.error_trace import Surroundings, share
 from ..compare.verdict import CaseVerdict, KindVerdict, Verdict
 from . import plots
 from .outcome import Outcome, environment

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..corpus import load_tokenizer, packed, read_text, spread, tokenize
+from ..checkpoint.tokenized_text import load_tokenizer, packed, read_text, spread, tokenize
 from ..errors import GqaExportError
 from .options import UptrainOptions
 

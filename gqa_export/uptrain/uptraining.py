@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GqaExportError
-from ..output_folder import check_folder, disk_errors, writing_folder
+from ..files.staging import check_folder, disk_errors, writing_folder
 from .curve import Point, picture, split_log
 from .options import UptrainOptions, steps_of
 from .rows import EVAL, TRAIN, Rows, prepare
 
 if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint
+    from ..checkpoint.checkpoint import Checkpoint
 
 REPORT, PICTURE, SETTINGS = "gqa_uptrain.json", "gqa_uptrain.svg", "settings.json"
 Report = Callable[[str, float | None, float | None], None]
@@ -66,7 +66,7 @@ def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, repor
         raise GqaExportError("a GGUF file cannot be trained", checkpoint.source,
                              "give the original Hugging Face checkpoint folder")
     work = work_folder(output)
-    from ..checkpoint.modules import quiet
+    from ..checkpoint.quiet import quiet
 
     with disk_errors(work), quiet():
         _open_work(work, checkpoint, options, restart)
@@ -123,7 +123,7 @@ def _open_work(work: Path, checkpoint: Checkpoint, options: UptrainOptions, rest
 def _teacher(options: UptrainOptions, config: Any, *, bf16: bool) -> Any:
     if not options.teacher:
         return None
-    from ..checkpoint import open_checkpoint
+    from ..checkpoint.open import open_checkpoint
 
     teacher = open_checkpoint(options.teacher)
     size = teacher.load_config().vocab_size

@@ -1,6 +1,6 @@
 """The public entry: grouped-query attention over a static KV cache, from PyTorch.
 
-Tensors as in `gqa_export.contract`. On CUDA through Triton; on a CPU through Triton's interpreter (TRITON_INTERPRET=1
+Tensors as in `gqa_export.attention_op`. On CUDA through Triton; on a CPU through Triton's interpreter (TRITON_INTERPRET=1
 before the first import); anywhere, slowly, in plain PyTorch with backend="reference".
 """
 

@@ -1,6 +1,6 @@
 """Append: new keys and values into the static cache, in place; optional rotation of the new keys and queries.
 
-Dimensions as in `gqa_export.contract`. Grid: (tiles of 16 new tokens, heads, B); heads are the K key/value heads
+Dimensions as in `gqa_export.attention_op`. Grid: (tiles of 16 new tokens, heads, B); heads are the K key/value heads
 (if there are new keys), then the H query heads (if there is a rotation). Bytes bound.
 """
 

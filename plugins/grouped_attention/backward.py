@@ -1,6 +1,6 @@
 """Gradients of the op by formula, in plain PyTorch: attention is recomputed, a block of rows at a time.
 
-Dimensions as in `gqa_export.contract`. With P the weights, t the capped scores and O the output of a row:
+Dimensions as in `gqa_export.attention_op`. With P the weights, t the capped scores and O the output of a row:
 dV = P'dO, dP = dO V', dt = P (dP - O.dO), ds = dt (1 - (t/c)^2), dq = scale ds K, dK = scale ds'q, and a sink's
 gradient is -P_sink (O.dO). A rotation's gradient is the rotation by the opposite angle.
 """

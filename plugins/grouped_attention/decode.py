@@ -1,6 +1,6 @@
 """Decode: attention with the cache split among programs (flash-decoding), then a combine of the partial results.
 
-Runs after `append`. Dimensions as in `gqa_export.contract`, N splits. Grid of decode: (row tiles * N, K, B); each
+Runs after `append`. Dimensions as in `gqa_export.attention_op`, N splits. Grid of decode: (row tiles * N, K, B); each
 program finds its share of the positions on the device, from the lengths there, so that a captured graph serves every
 length. Workspace (fp32): partial [B, K, S * H/K, N, E], normalised, and its log-sum-exp in powers of two
 [B, K, S * H/K, N], -inf where a split saw nothing (its partial is then never written nor read).

@@ -3,7 +3,7 @@
 Identity: op `GroupedQueryAttention`, version "1", namespace "gqa". An ONNX node carries them as domain "gqa" (or the
 string attributes `plugin_version` and `plugin_namespace`).
 
-**Node.** Inputs are those of `gqa_export.contract.INPUTS`, in that order, only the present ones (TensorRT refuses
+**Node.** Inputs are those of `gqa_export.attention_op.INPUTS`, in that order, only the present ones (TensorRT refuses
 holes): `key` and `value` if has_new, `cos` and `sin` if has_rotary, `sinks` if has_sinks. Outputs: `output`, and, if
 has_new, `present_key` and `present_value`, which are the memory of `past_key` and `past_value`.
 
@@ -39,7 +39,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from gqa_export.contract import ATTRIBUTES, DOMAIN, INPUTS, OP, OUTPUT_NAMES, VERSION
+from gqa_export.attention_op import ATTRIBUTES, DOMAIN, INPUTS, OP, OUTPUT_NAMES, VERSION
 from gqa_export.errors import GqaExportError
 
 NAME = OP

@@ -1,6 +1,6 @@
 """What one plugin layer launches, as numbers: kernels, grids, arguments, workspace. No GPU, torch, Triton or TensorRT.
 
-Python's plugin and the C++ one follow this file. Dimensions as in `gqa_export.contract`; `group` is H / K.
+Python's plugin and the C++ one follow this file. Dimensions as in `gqa_export.attention_op`; `group` is H / K.
 
 Order of launches: append (if has_new or has_rotary), then either decode and combine, or prefill (`choose`):
 

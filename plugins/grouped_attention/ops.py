@@ -2,7 +2,7 @@
 
 Two, because a custom op may not return an input that it mutates, nor have autograd when it mutates: the first is for
 inference (mutates the caches, returns the output only), the second for training (mutates nothing, differentiable).
-Both take checked arguments (`validate`); arguments as in `gqa_export.contract`, `bound` is the host's bound on
+Both take checked arguments (`validate`); arguments as in `gqa_export.attention_op`, `bound` is the host's bound on
 past + new. Triton is imported on the first launch.
 """
 

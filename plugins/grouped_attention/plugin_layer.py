@@ -1,6 +1,6 @@
 """One layer of the TensorRT plugin without TensorRT: its fields, its kernels' keys, the shapes it takes.
 
-Dimensions as in `gqa_export.contract`; fields as in `fields`.
+Dimensions as in `gqa_export.attention_op`; fields as in `fields`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Prefill: flash attention over the cache, new tokens included, one program per row tile. Causal, bottom-right.
 
-Runs after `append`. Dimensions as in `gqa_export.contract`. Grid: (row tiles, K, B), the last rows first, since
+Runs after `append`. Dimensions as in `gqa_export.attention_op`. Grid: (row tiles, K, B), the last rows first, since
 they see most. Positions outside the causal band and outside the window are never read; only the tiles at the two edges
 of the band are masked. Source: Dao, 2023 (arXiv:2307.08691).
 """

@@ -1,7 +1,7 @@
 """The truth of `gqa::GroupedQueryAttention` in plain PyTorch, any dtype up to fp64.
 
 Written for clarity, not speed: scores of all T cache positions are formed, masked, and normalised in fp32 (or
-fp64 if the inputs are). Dimensions as in `gqa_export.contract`. Source: design of the op (contract version 1);
+fp64 if the inputs are). Dimensions as in `gqa_export.attention_op`. Source: design of the op (contract version 1);
 grouped-query attention is Ainslie et al., 2023 (arXiv:2305.13245).
 """
 

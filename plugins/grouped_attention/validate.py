@@ -1,6 +1,6 @@
 """Every refusal of the grouped-attention entry, with the argument's name and the shapes. Never triton, never a launch.
 
-Dimensions as in `gqa_export.contract`. What cannot be known without reading the device (lengths) is a function of its
+Dimensions as in `gqa_export.attention_op`. What cannot be known without reading the device (lengths) is a function of its
 own, `check_lengths`, because reading it is a synchronisation that a CUDA graph capture forbids.
 """
 

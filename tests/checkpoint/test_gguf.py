@@ -14,10 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gqa_export.checkpoint import open_checkpoint
+from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.gguf_header import read_gguf_header
 from gqa_export.errors import GqaExportError
-from gqa_export.weights import MemorySource, WeightStore
+from gqa_export.weights.sources import MemorySource, WeightStore
 
 LAYER = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
          "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
@@ -104,7 +104,7 @@ def test_a_second_load_shares_the_dequantized_tensors_and_may_have_fewer_layers(
 
 def test_the_quick_reader_reads_what_the_library_reads(tmp_path):
     """With the vocabulary everything is equal; without it lists of strings are empty and everything else is equal."""
-    from gqa_export.checkpoint.gguf_speed import quick_gguf
+    from gqa_export.checkpoint.gguf_reader_patch import quick_gguf
 
     write_gguf(tmp_path / "tiny.gguf", tokens=[f"token {number} \u2581" for number in range(320)])
     plain_class, names = gguf.GGUFReader, gguf.get_tensor_name_map
@@ -124,7 +124,7 @@ def test_the_quick_reader_reads_what_the_library_reads(tmp_path):
 
 @pytest.mark.parametrize("kind", [None, "rwkv"])
 def test_a_gguf_without_a_tokenizer_that_can_be_converted_gives_its_configuration_alone(tmp_path, kind):
-    from gqa_export.bundle import writing_bundle
+    from gqa_export.bundle.writer import writing_bundle
 
     write_gguf(tmp_path / "tiny.gguf", tokenizer=kind, tokens=["a"] * 320 if kind else ())
     checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
@@ -236,7 +236,7 @@ def smollm2():
 
 
 def test_the_header_of_the_real_file_is_that_of_the_gguf_library():
-    from gqa_export.checkpoint.gguf_speed import quick_gguf
+    from gqa_export.checkpoint.gguf_reader_patch import quick_gguf
 
     path = smollm2()
     with quick_gguf(vocabulary=False):
@@ -251,7 +251,7 @@ def test_the_header_of_the_real_file_is_that_of_the_gguf_library():
 def test_the_real_file_loads_dequantized_and_speaks(tmp_path):
     from transformers import AutoConfig, AutoTokenizer
 
-    from gqa_export.bundle import writing_bundle
+    from gqa_export.bundle.writer import writing_bundle
 
     checkpoint = open_checkpoint(smollm2())
     assert checkpoint.config == AutoConfig.from_pretrained(smollm2().parent, gguf_file=smollm2().name).to_dict()

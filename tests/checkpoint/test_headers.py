@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from gqa_export.checkpoint import header_sha256, read_header
+from gqa_export.checkpoint.safetensors_header import header_sha256, read_header
 from gqa_export.errors import GqaExportError
 
 

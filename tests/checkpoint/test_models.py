@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gqa_export.checkpoint import open_checkpoint
+from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.errors import GqaExportError
 
 DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt_oss", "granite", "cohere",

@@ -10,7 +10,7 @@ import sys
 import gqa_models
 import pytest
 
-from gqa_export.checkpoint import open_checkpoint
+from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.errors import GqaExportError
 
 
@@ -260,7 +260,7 @@ def test_a_missing_shard_an_incomplete_shard_and_a_bad_index_are_refused(copy):
 
 
 def test_tokenizer_files_travel_and_a_checkpoint_without_tokenizer_says_so(copy, tmp_path):
-    from gqa_export.bundle import writing_bundle
+    from gqa_export.bundle.writer import writing_bundle
 
     (copy / "chat_template.jinja").write_text("{{ messages }}")
     assert open_checkpoint(copy).has_tokenizer() is False

@@ -15,10 +15,11 @@ import pytest
 from click.testing import CliRunner
 
 import gqa_export
-from gqa_export import doctor, machine
+from gqa_export.environment import doctor, machine
 from gqa_export.cli import main
-from gqa_export.doctor import ABILITIES, BASIC, PACKAGES, PackageState
-from gqa_export.machine import Gpu, Imported, Machine
+from gqa_export.environment.doctor import ABILITIES, BASIC, PACKAGES, PackageState
+from gqa_export.environment.machine import Gpu, Machine
+from gqa_export.environment.import_probe import Imported
 
 ROOT = Path(gqa_export.__file__).parent.parent
 HERE = Machine("3.11.7", "python", "Linux", "some processor", 2, 8 << 30, 4 << 30, "", ())

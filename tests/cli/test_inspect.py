@@ -11,12 +11,14 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from gqa_export import cache_io
-from gqa_export.bundle import MODEL, Fallback, Manifest, writing_bundle
+from gqa_export import graph_io
+from gqa_export.bundle.manifest import MODEL, Manifest
+from gqa_export.spec import Fallback
+from gqa_export.bundle.writer import writing_bundle
 from gqa_export.cli import main
 from gqa_export.cli.inspect import numbers
 from gqa_export.cli.tables import aligned, readable_bytes
-from gqa_export.inspection import cache_costs, kind_of_attention, layer_groups
+from gqa_export.describe.inspection import cache_costs, kind_of_attention, layer_groups
 from gqa_export.spec import AttentionSpec, ModelSpec
 
 LAYER = AttentionSpec(0, 8, 2, 16, 12, 0.25)
@@ -34,8 +36,8 @@ def inspect(*arguments: object):
 def bundle(tmp_path):
     """A bundle with two stored tensors, one of them used twice."""
     manifest = Manifest("ort", "fp16", "static", 2048, "all", "copy", SPEC,
-                        cache_io.graph_inputs(SPEC, "float16", "static"),
-                        cache_io.graph_outputs(SPEC, "float16", "static", "all"),
+                        graph_io.graph_inputs(SPEC, "float16", "static"),
+                        graph_io.graph_outputs(SPEC, "float16", "static", "all"),
                         (Fallback(1, "GroupQueryAttention", "function", "value heads have another size"),),
                         versions={"torch": "2.13.0"})
 

@@ -11,11 +11,11 @@ import gqa_models
 import pytest
 from click.testing import CliRunner
 
-from gqa_export import trt_libraries
+from gqa_export.environment import tensorrt_libraries
 from gqa_export.cli import main
-from gqa_export.machine import nvidia
+from gqa_export.environment.machine import nvidia
 
-NEEDS_RTX = pytest.mark.skipif(not trt_libraries.is_there("rtx"),
+NEEDS_RTX = pytest.mark.skipif(not tensorrt_libraries.is_there("rtx"),
                                reason="TensorRT for RTX is not installed: pip install 'gqa-export[rtx]'")
 NEEDS_NO_GPU = pytest.mark.skipif(bool(nvidia()[1]), reason="this machine has a GPU: TensorRT could build")
 
@@ -97,7 +97,7 @@ def test_bad_options_are_refused_before_any_export(tiny, tmp_path, words, text) 
 
 
 def test_without_tensorrt_the_command_that_installs_it_is_named(tiny, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(trt_libraries, "find_spec", lambda name: None)
+    monkeypatch.setattr(tensorrt_libraries, "find_spec", lambda name: None)
     result = trt(tiny, "-o", tmp_path / "engine", "--flavor", "rtx")
     assert result.exit_code == 2
     assert "pip install 'gqa-export[rtx]'" in result.output

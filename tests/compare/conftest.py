@@ -13,10 +13,10 @@ import pytest
 from gqa_export.compare.cases import Plan, plan_cases
 from gqa_export.compare.judge import judge
 from gqa_export.compare.verdict import Verdict
-from gqa_export.run.session import Step
-from gqa_export.run.sides import Sides
+from gqa_export.runtime.session import Step
+from gqa_export.validation.sessions import Sides
 from gqa_export.spec import AttentionSpec, ModelSpec
-from gqa_export.validation import run_cases
+from gqa_export.validation.run_cases import run_cases
 
 CAPACITY = 96
 STEPS = 32
@@ -27,7 +27,7 @@ def tiny(tmp_path_factory) -> Callable:
     """name -> a tiny random model of transformers in fp32, loaded once per name."""
     from gqa_models import write_tiny
 
-    from gqa_export.checkpoint import open_checkpoint
+    from gqa_export.checkpoint.open import open_checkpoint
 
     loaded: dict[str, Any] = {}
 
@@ -41,7 +41,7 @@ def tiny(tmp_path_factory) -> Callable:
 
 def torch_spec(model) -> ModelSpec:
     """A spec as far as the cases need one: cache shapes as the model shows them, windows from its configuration."""
-    from gqa_export.run.torch_ref import TorchSession
+    from gqa_export.runtime.torch_session import TorchSession
 
     session, config = TorchSession(model, CAPACITY), model.config
     session.step(np.zeros((1, 1), np.int64))
@@ -55,7 +55,7 @@ def torch_spec(model) -> ModelSpec:
 
 def torch_verdict(model, other, *, dtype: str = "float32", last_only: bool = False, steps: int = 8) -> Verdict:
     """Judge `other` as if it were a bundle of `model`."""
-    from gqa_export.run.torch_ref import TorchSession
+    from gqa_export.runtime.torch_session import TorchSession
 
     spec = torch_spec(model)
     plan = plan_cases(spec, CAPACITY, steps=steps, special=(0, 1, 2))

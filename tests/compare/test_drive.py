@@ -9,9 +9,9 @@ import pytest
 
 from gqa_export.compare.cases import plan_cases
 from gqa_export.compare.tolerance import CAP_ULPS, EPSILON
-from gqa_export.run.sides import Sides
-from gqa_export.run.torch_ref import TorchSession
-from gqa_export.validation import run_cases
+from gqa_export.validation.sessions import Sides
+from gqa_export.runtime.torch_session import TorchSession
+from gqa_export.validation.run_cases import run_cases
 
 from .conftest import CAPACITY, Scripted, scripted_verdict, torch_spec, verdict_of
 
@@ -120,8 +120,8 @@ def test_a_near_tie_is_reported_as_a_tie_and_the_walk_goes_on_with_the_truth():
             logits[close[0]], logits[close[1]] = truth_row[close[0]] - 1e-6, truth_row[close[0]] + 1e-6
 
     from gqa_export.compare.cases import plan_cases
-    from gqa_export.run.sides import Sides
-    from gqa_export.validation import run_cases
+    from gqa_export.validation.sessions import Sides
+    from gqa_export.validation.run_cases import run_cases
 
     from .conftest import STEPS, verdict_of
 
@@ -150,7 +150,7 @@ def test_another_best_token_that_is_no_tie_fails_the_free_run():
 
 
 def test_in_the_free_run_each_side_feeds_its_own_best_token():
-    from gqa_export.run.polygraphy_runner import SessionRunner
+    from gqa_export.validation.session_runner import SessionRunner
 
     session = Scripted()
     feed = {"input_ids": np.array([[3, 4, 5]]), "new_lengths": np.array([3]), "flags": np.array([1, 0, 0])}
@@ -189,9 +189,9 @@ def test_a_cache_that_was_overwritten_later_is_found_at_the_end():
 
 def test_a_bundle_that_gives_only_the_last_logits_is_compared_on_those():
     from gqa_export.compare.cases import plan_cases
-    from gqa_export.run.session import Step
-    from gqa_export.run.sides import Sides
-    from gqa_export.validation import run_cases
+    from gqa_export.runtime.session import Step
+    from gqa_export.validation.sessions import Sides
+    from gqa_export.validation.run_cases import run_cases
 
     from .conftest import verdict_of
 
@@ -215,8 +215,8 @@ def test_a_bundle_that_gives_only_the_last_logits_is_compared_on_those():
 
 def test_without_room_for_a_yardstick_rounding_passes_and_errors_do_not():
     from gqa_export.compare.cases import plan_cases
-    from gqa_export.run.sides import Sides
-    from gqa_export.validation import run_cases
+    from gqa_export.validation.sessions import Sides
+    from gqa_export.validation.run_cases import run_cases
 
     from .conftest import verdict_of
 

@@ -10,11 +10,12 @@ from glassllm_checkpoint import write_glassllm
 from gqa_models import write_tiny
 
 import gqa_export
-from gqa_export.compare.contradictions import CONTRADICTIONS
-from gqa_export.compare.mutation_kinds import MUTATIONS
+from evidence.mutations.contradictions import CONTRADICTIONS
+from evidence.mutations.kinds import MUTATIONS
 from gqa_export.errors import GqaExportError
-from gqa_export.pipeline import ExportOptions, export_onnx
-from gqa_export.proof import (
+from gqa_export.export.options import ExportOptions
+from gqa_export.export.to_onnx import export_onnx
+from evidence.mutations.table import (
     Row,
     contradiction_rows,
     judge_damage,
@@ -117,7 +118,7 @@ def test_the_truth_is_computed_once_and_replayed_the_same(sample):
 
 
 def test_the_quick_part_of_a_full_run_is_what_a_quick_run_says(sample, tmp_path):
-    from gqa_export.compare.mutations import break_bundle
+    from evidence.mutations.mutation import break_bundle
 
     for kind in ("rows leak", "tables too short"):
         mutation = next(m for m in MUTATIONS if m.name == kind)
@@ -128,7 +129,7 @@ def test_the_quick_part_of_a_full_run_is_what_a_quick_run_says(sample, tmp_path)
 def test_a_sample_that_does_not_pass_proves_nothing(sample, tmp_path):
     from dataclasses import replace
 
-    from gqa_export.compare.mutations import break_bundle
+    from evidence.mutations.mutation import break_bundle
 
     mutation = next(m for m in MUTATIONS if m.name == "scale wrong")
     bad = break_bundle(sample.bundle, tmp_path / "bad", mutation.change)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from gqa_export.compare.report import details, print_verdict
+from gqa_export.report.console import details, print_verdict
 
 from .conftest import Scripted, scripted_verdict
 

@@ -42,7 +42,7 @@ def logits():
     """logits(folder) -> [2, 40, vocabulary] fp32 of seeded tokens."""
     import torch
 
-    from gqa_export.checkpoint import open_checkpoint
+    from gqa_export.checkpoint.open import open_checkpoint
 
     def run(folder: Path) -> torch.Tensor:
         model = open_checkpoint(folder).load_model("fp32")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gqa_export.checkpoint import open_checkpoint
-from gqa_export.convert import ConvertOptions, convert, expand
+from gqa_export.checkpoint.open import open_checkpoint
+from gqa_export.convert.options import ConvertOptions
+from gqa_export.convert.conversion import convert, expand
 
 
 def options(text_file, **more) -> ConvertOptions:
@@ -15,7 +16,7 @@ def options(text_file, **more) -> ConvertOptions:
 
 def hidden_error(folder, other, text_file) -> float:
     """Relative difference of the last hidden states on a part of the text that calibration did not see."""
-    from gqa_export.corpus import load_tokenizer, tokenize
+    from gqa_export.checkpoint.tokenized_text import load_tokenizer, tokenize
 
     ids = tokenize(load_tokenizer(folder), text_file.read_text())[301:701]
     rows = torch.from_numpy(ids.astype("int64")).reshape(4, 100)

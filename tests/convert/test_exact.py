@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gqa_export.checkpoint import open_checkpoint
-from gqa_export.convert import ConvertOptions, convert, expand
+from gqa_export.checkpoint.open import open_checkpoint
+from gqa_export.convert.options import ConvertOptions
+from gqa_export.convert.conversion import convert, expand
 
 FAMILIES = ["llama", "qwen2", "phi3", "gpt_oss", "gemma2", "cohere"]
 """separate and packed projections, biases, sinks, windows, interleaved rotary"""

@@ -7,8 +7,9 @@ import json
 
 import pytest
 
-from gqa_export.checkpoint import open_checkpoint
-from gqa_export.convert import ConvertOptions, convert, expand
+from gqa_export.checkpoint.open import open_checkpoint
+from gqa_export.convert.options import ConvertOptions
+from gqa_export.convert.conversion import convert, expand
 from gqa_export.errors import GqaExportError
 
 
@@ -173,7 +174,7 @@ def test_auto_that_no_number_satisfies_names_the_best(tiny, tmp_path):
 
 
 def test_gguf_is_refused(tmp_path):
-    from gqa_export.checkpoint import Checkpoint
+    from gqa_export.checkpoint.checkpoint import Checkpoint
 
     checkpoint = Checkpoint("model.gguf", tmp_path, "gguf", tmp_path / "model.gguf", {})
     with pytest.raises(GqaExportError, match="GGUF"):
@@ -202,7 +203,7 @@ def test_a_disk_that_ends_or_refuses_leaves_nothing(method, number, says, tiny, 
     def write(*_):
         raise OSError(number, "no")
 
-    monkeypatch.setattr("gqa_export.convert.stored.write_safetensors", write)
+    monkeypatch.setattr("gqa_export.convert.checkpoint_writer.write_safetensors", write)
     error = refused(tiny("llama", num_hidden_layers=1), tmp_path, kv_heads="1", method=method, text=text_file)
     assert says in error.what
 

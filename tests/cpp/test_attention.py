@@ -14,7 +14,7 @@ from gqa_plugins.grouped_attention import fields, launch, plan
 from gqa_plugins.grouped_attention.cubin import Cubin, Variant
 from gqa_plugins.grouped_attention.fields import Key
 
-from gqa_export.contract import INPUT_NAMES
+from gqa_export.attention_op import INPUT_NAMES
 from gqa_export.errors import GqaExportError
 
 from .conftest import Programs

@@ -14,7 +14,7 @@ import pytest
 from gqa_plugins.grouped_attention import fields
 from gqa_plugins.grouped_attention.launch import Layer, Sizes
 
-from gqa_export import trt_libraries
+from gqa_export.environment import tensorrt_libraries
 
 from . import rtx_child
 from .conftest import Programs
@@ -22,21 +22,21 @@ from .made_kernels import make_kernels
 
 
 @pytest.fixture
-def rtx() -> trt_libraries.Library:
-    if not trt_libraries.is_there("rtx"):
+def rtx() -> tensorrt_libraries.Library:
+    if not tensorrt_libraries.is_there("rtx"):
         pytest.skip("TensorRT for RTX is not installed: pip install 'gqa-export[rtx]'")
-    return trt_libraries.find("rtx")
+    return tensorrt_libraries.find("rtx")
 
 
-def build(library: trt_libraries.Library, plugin: Path, engine: Path,
+def build(library: tensorrt_libraries.Library, plugin: Path, engine: Path,
           **environment: str) -> subprocess.CompletedProcess:
-    with trt_libraries.visible(library) as base:
+    with tensorrt_libraries.visible(library) as base:
         return subprocess.run([sys.executable, rtx_child.__file__, library.module, str(plugin), str(engine)], text=True,
                               capture_output=True, timeout=300, env={**base, **environment})
 
 
 def test_engine_builds_with_the_cpp_plugin_and_carries_its_kernels(tensorrt_programs: Programs,
-                                                                   rtx: trt_libraries.Library,
+                                                                   rtx: tensorrt_libraries.Library,
                                                                    tmp_path: Path) -> None:
     chance = random.Random(20260101)
     folder = tmp_path / "kernels"
@@ -63,7 +63,7 @@ def test_engine_builds_with_the_cpp_plugin_and_carries_its_kernels(tensorrt_prog
             assert data.count(f"{key.kernel} {key.capability} {key.sha256}\n".encode()) == 2
 
 
-def test_build_without_kernels_fails_with_the_plugins_words(tensorrt_programs: Programs, rtx: trt_libraries.Library,
+def test_build_without_kernels_fails_with_the_plugins_words(tensorrt_programs: Programs, rtx: tensorrt_libraries.Library,
                                                             tmp_path: Path) -> None:
     done = build(rtx, tensorrt_programs.plugin_library, tmp_path / "engine", GQA_KERNELS=str(tmp_path / "nowhere"))
     assert done.returncode != 0

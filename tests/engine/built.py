@@ -12,11 +12,11 @@ from pathlib import Path
 
 from gqa_plugins.grouped_attention import fields
 
-from gqa_export import contract
-from gqa_export.bundle import read_manifest
-from gqa_export.cache_io import past_names, present_names
-from gqa_export.engine import EngineBuild, EngineOptions, build_engine
-from gqa_export.engine_facts import ENGINE
+from gqa_export import attention_op
+from gqa_export.bundle.manifest import read_manifest
+from gqa_export.graph_io import past_names, present_names
+from gqa_export.engine.build import EngineBuild, EngineOptions, build_engine
+from gqa_export.bundle.engine_facts import ENGINE
 
 CAPABILITIES = (80, 89, 120)
 BATCH, PROMPT = 2, 32
@@ -58,7 +58,7 @@ def check_plugin(built: EngineBuild, bundle: Path, variants: int) -> None:
     check(built, bundle, "plugin")
     facts, data = built.facts, (built.folder / ENGINE).read_bytes()
     assert facts.plugin is not None
-    assert (facts.plugin.namespace, facts.plugin.name, facts.plugin.version) == (contract.DOMAIN, contract.OP, "1")
+    assert (facts.plugin.namespace, facts.plugin.name, facts.plugin.version) == (attention_op.DOMAIN, attention_op.OP, "1")
     assert facts.plugin_layers == len(built.manifest.spec.layers)
     assert data.count(fields.MAGIC + b"\n") == 1
     start = data.index(fields.MAGIC + b"\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gqa_export import trt_libraries
+from gqa_export.environment import tensorrt_libraries
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,11 +18,11 @@ def _kernel_cache(tmp_path_factory) -> None:
 
 
 @pytest.fixture
-def rtx() -> trt_libraries.Library:
+def rtx() -> tensorrt_libraries.Library:
     """TensorRT for RTX, or a visible skip."""
-    if not trt_libraries.is_there("rtx"):
+    if not tensorrt_libraries.is_there("rtx"):
         pytest.skip("TensorRT for RTX is not installed: pip install 'gqa-export[rtx]'")
-    return trt_libraries.find("rtx")
+    return tensorrt_libraries.find("rtx")
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,8 @@ def tiny_bundle(tmp_path_factory):
     """
     from gqa_models import write_tiny
 
-    from gqa_export.pipeline import ExportOptions, export_onnx
+    from gqa_export.export.options import ExportOptions
+    from gqa_export.export.to_onnx import export_onnx
 
     made: dict[tuple[str, str, str], Path] = {}
 

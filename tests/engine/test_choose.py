@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from gqa_export import trt_libraries
-from gqa_export.engine import choose as module
-from gqa_export.engine.choose import choose
+from gqa_export.environment import tensorrt_libraries
+from gqa_export.engine import choose_library as module
+from gqa_export.engine.choose_library import choose
 from gqa_export.errors import GqaExportError, NotCheckedHere
-from gqa_export.machine import Gpu
+from gqa_export.environment.machine import Gpu
 
 
 @pytest.fixture
@@ -19,10 +19,10 @@ def here(monkeypatch):
         monkeypatch.setattr(module, "nvidia", lambda: ("13.0", gpus))
         monkeypatch.setattr(module, "is_there", lambda flavor: flavor in installed)
 
-        def find(flavor: str) -> trt_libraries.Library:
+        def find(flavor: str) -> tensorrt_libraries.Library:
             if flavor not in installed:
                 raise GqaExportError("not installed", flavor, "pip install")
-            return trt_libraries.Library(flavor, flavor, "1", ())
+            return tensorrt_libraries.Library(flavor, flavor, "1", ())
 
         monkeypatch.setattr(module, "find", find)
 

@@ -9,7 +9,7 @@ import pytest
 from gqa_plugins.grouped_attention import cubin, fields
 from onnx import TensorProto, helper
 
-from gqa_export import contract
+from gqa_export import attention_op
 from gqa_export.engine import kernels
 from gqa_export.engine.kernels import compile_kernels, wanted_variants
 from gqa_export.errors import GqaExportError
@@ -30,8 +30,8 @@ def graph(*layers: dict, cast: bool = True) -> onnx.ModelProto:
         past = [f"past_{kind}_{number}" for kind in ("key", "value")]
         inputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["batch", 2, 64, 32]) for name in past]
         names = {name: f"{name}_{number}" if name.startswith("past_k") or name.startswith("past_v") else name
-                 for name in contract.INPUT_NAMES}
-        nodes.append(helper.make_node(contract.OP, [names[name] for name in fields.node_inputs(values)], ["o"],
+                 for name in attention_op.INPUT_NAMES}
+        nodes.append(helper.make_node(attention_op.OP, [names[name] for name in fields.node_inputs(values)], ["o"],
                                       f"layer{number}", domain="gqa", **values))
     return helper.make_model(helper.make_graph(nodes, "g", inputs, [], tables))
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from gqa_export import trt_libraries
+from gqa_export.environment import tensorrt_libraries
 from gqa_export.errors import GqaExportError
-from gqa_export.trt_libraries import Library, bare_names, find, preload, visible
+from gqa_export.environment.tensorrt_libraries import Library, bare_names, find, preload, visible
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def packages(monkeypatch, tmp_path):
         def find_spec(name: str):
             return SimpleNamespace(submodule_search_locations=[str(tmp_path / name)]) if name in found else None
 
-        monkeypatch.setattr(trt_libraries, "find_spec", find_spec)
-        monkeypatch.setattr(trt_libraries, "installed_version", lambda name: "1.7" if "bindings" in name else "")
+        monkeypatch.setattr(tensorrt_libraries, "find_spec", find_spec)
+        monkeypatch.setattr(tensorrt_libraries, "installed_version", lambda name: "1.7" if "bindings" in name else "")
 
     return put
 
@@ -56,7 +56,7 @@ def test_the_whole_package_comes_before_the_bindings_alone(packages) -> None:
 @pytest.mark.parametrize(("flavor", "extra"), [("rtx", "gqa-export[rtx]"), ("tensorrt", "gqa-export[trt]")])
 def test_a_library_that_is_not_installed_is_an_error_with_the_command(packages, flavor, extra) -> None:
     packages()
-    assert not trt_libraries.is_there(flavor)
+    assert not tensorrt_libraries.is_there(flavor)
     with pytest.raises(GqaExportError, match="not installed") as caught:
         find(flavor)
     assert extra in caught.value.fix
@@ -65,16 +65,16 @@ def test_a_library_that_is_not_installed_is_an_error_with_the_command(packages, 
 def test_a_process_sees_the_links_before_anything_else_and_they_are_gone_after(tmp_path, monkeypatch) -> None:
     file = tmp_path / "libtensorrt_rtx.so.1.7.1"
     file.write_bytes(b"")
-    monkeypatch.setenv(trt_libraries.SEARCH_PATH, "elsewhere")
+    monkeypatch.setenv(tensorrt_libraries.SEARCH_PATH, "elsewhere")
     with visible(Library("rtx", "tensorrt_rtx", "1.7", (file,))) as environment:
-        first, second = environment[trt_libraries.SEARCH_PATH].split(os.pathsep)
+        first, second = environment[tensorrt_libraries.SEARCH_PATH].split(os.pathsep)
         assert second == "elsewhere"
         assert sorted(os.listdir(first)) == sorted(bare_names(file.name))
         assert all((Path(first) / name).resolve() == file for name in os.listdir(first))
-        assert environment["PATH"] == os.environ["PATH"] or trt_libraries.SEARCH_PATH == "PATH"
+        assert environment["PATH"] == os.environ["PATH"] or tensorrt_libraries.SEARCH_PATH == "PATH"
     assert not Path(first).exists()
     with visible(Library("rtx", "tensorrt_rtx", "1.7", ())) as environment:
-        assert environment[trt_libraries.SEARCH_PATH] == "elsewhere"
+        assert environment[tensorrt_libraries.SEARCH_PATH] == "elsewhere"
 
 
 def test_a_damaged_library_is_named(tmp_path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gqa_export.engine.log import lacks_kernel, last_lines, read_log
+from gqa_export.engine.build_log import lacks_kernel, last_lines, read_log
 
 CACHE = {"past_key_values.0.key", "present.0.key"}
 TENSOR = "{{ Name: {}, Location: Device, Dimensions: [-1,2,64,32], Datatype: Half, Format: Format not available }}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gqa_export.bundle import read_manifest
+from gqa_export.bundle.manifest import read_manifest
 
 from .built import build, check
 

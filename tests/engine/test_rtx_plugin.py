@@ -8,8 +8,8 @@ import shutil
 import onnx
 import pytest
 
-from gqa_export.bundle import read_manifest
-from gqa_export.bundle_check import file_sha256
+from gqa_export.bundle.manifest import read_manifest
+from gqa_export.files.sha256 import file_sha256
 from gqa_export.errors import GqaExportError
 
 from .built import build, check_plugin

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from gqa_export import engine_trial
-from gqa_export.engine_facts import EngineFacts
-from gqa_export.engine_trial import try_engines
+from evidence import gpu_benchmark
+from gqa_export.bundle.engine_facts import EngineFacts
+from evidence.gpu_benchmark import try_engines
 from gqa_export.errors import GqaExportError, NotCheckedHere
 
 from .test_build import MANIFEST
@@ -27,8 +27,8 @@ def asked(monkeypatch) -> list:
         built.append((checkpoint, folder.name, options))
         return SimpleNamespace(folder=folder, facts=FACTS, manifest=replace(MANIFEST, engine=FACTS))
 
-    monkeypatch.setattr(engine_trial, "make_engine", make_engine)
-    monkeypatch.setattr(engine_trial, "is_there", lambda flavor: flavor == "rtx")
+    monkeypatch.setattr(gpu_benchmark, "make_engine", make_engine)
+    monkeypatch.setattr(gpu_benchmark, "is_there", lambda flavor: flavor == "rtx")
     return built
 
 
@@ -65,7 +65,7 @@ def test_what_cannot_run_is_neither_a_pass_nor_a_failure_and_says_why(asked, tmp
 
 
 def test_nothing_installed_is_nothing_tried(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(engine_trial, "is_there", lambda flavor: False)
+    monkeypatch.setattr(gpu_benchmark, "is_there", lambda flavor: False)
     assert run(tmp_path) == []
 
 

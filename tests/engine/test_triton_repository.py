@@ -11,10 +11,11 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from gqa_export import serving
-from gqa_export.bundle import Manifest, writing_bundle
-from gqa_export.engine.triton_repository import check_repository, write_repository
-from gqa_export.engine_facts import EngineFacts
+from gqa_export.integrations import triton_backend
+from gqa_export.bundle.manifest import Manifest
+from gqa_export.bundle.writer import writing_bundle
+from gqa_export.integrations.triton_repository import check_repository, write_repository
+from gqa_export.bundle.engine_facts import EngineFacts
 from gqa_export.errors import GqaExportError
 from gqa_export.spec import ModelSpec
 
@@ -74,7 +75,7 @@ def bundle(tmp_path) -> Path:
 def model(bundle, triton, tmp_path, monkeypatch):
     """The TritonPythonModel that the server finds in model.py."""
     loaded: list[Path] = []
-    monkeypatch.setattr(serving, "load_session", lambda folder: loaded.append(folder) or CountingSession())
+    monkeypatch.setattr(triton_backend, "load_session", lambda folder: loaded.append(folder) or CountingSession())
     folder = write_repository(tmp_path / "repository", bundle)
     spec = importlib.util.spec_from_file_location("served_model", folder / "1" / "model.py")
     module = importlib.util.module_from_spec(spec)

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from gqa_export.cache_io import TensorFact
+from gqa_export.graph_io import TensorFact
 
 INPUTS = (TensorFact("x", "float32", ("batch", 4)),)
 OUTPUTS = (TensorFact("y", "float32", ("batch", 3)), TensorFact("z", "float32", ("batch", 3)))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import two_layers
 
-from gqa_export.bundle import MANIFEST, FileFact, read_manifest
-from gqa_export.bundle_check import file_sha256
+from gqa_export.bundle.manifest import MANIFEST, FileFact, read_manifest
+from gqa_export.files.sha256 import file_sha256
 
 bundle, checkpoint = two_layers.bundle, two_layers.checkpoint
 

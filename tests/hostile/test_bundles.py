@@ -9,11 +9,11 @@ import re
 import onnx
 import pytest
 
-from gqa_export.bundle import DATA, MANIFEST, MODEL, read_manifest
-from gqa_export.bundle_check import check_files
+from gqa_export.bundle.manifest import DATA, MANIFEST, MODEL, read_manifest
+from gqa_export.bundle.integrity import check_files
 from gqa_export.errors import GqaExportError
-from gqa_export.run.ort import OrtSession
-from gqa_export.validation import validate
+from gqa_export.runtime.ort.session import OrtSession
+from gqa_export.validation.validate import validate
 
 from .conftest import edit_manifest, sign
 

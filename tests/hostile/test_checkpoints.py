@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from gqa_export.bundle import DATA, MODEL
-from gqa_export.checkpoint import open_checkpoint
-from gqa_export.checkpoint.pickles import SINGLE
-from gqa_export.checkpoint.trust import Trust, trust, trusting
+from gqa_export.bundle.manifest import DATA, MODEL
+from gqa_export.checkpoint.open import open_checkpoint
+from gqa_export.checkpoint.pickle_weights import SINGLE
+from gqa_export.checkpoint.pickle_permission import Trust, trust, trusting
 from gqa_export.errors import GqaExportError
-from gqa_export.pipeline import ExportOptions, export_onnx
+from gqa_export.export.options import ExportOptions
+from gqa_export.export.to_onnx import export_onnx
 
 
 @pytest.fixture

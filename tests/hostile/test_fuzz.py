@@ -15,13 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from gqa_export.bundle import FileFact, Manifest
-from gqa_export.bundle_check import check_files
-from gqa_export.cache_io import graph_inputs, graph_outputs
-from gqa_export.checkpoint import open_checkpoint, read_header
+from gqa_export.bundle.manifest import FileFact, Manifest
+from gqa_export.bundle.integrity import check_files
+from gqa_export.graph_io import graph_inputs, graph_outputs
+from gqa_export.checkpoint.open import open_checkpoint
+from gqa_export.checkpoint.safetensors_header import read_header
 from gqa_export.checkpoint.gguf_header import read_gguf_header
 from gqa_export.errors import GqaExportError
-from gqa_export.manifest_rules import LARGEST, inside
+from gqa_export.bundle.manifest_rules import LARGEST, inside
 from gqa_export.report.baseline import Baseline
 from gqa_export.spec import AttentionSpec, ModelSpec
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from gqa_export.bundle import MANIFEST, MODEL, FileFact, HashingFile, Manifest, read_manifest, writing_bundle
-from gqa_export.bundle_check import check_files
+from gqa_export.bundle.manifest import MANIFEST, MODEL, FileFact, Manifest, read_manifest
+from gqa_export.bundle.writer import HashingFile, writing_bundle
+from gqa_export.bundle.integrity import check_files
 from gqa_export.errors import GqaExportError
-from gqa_export.output_folder import writing_folder
+from gqa_export.files.staging import writing_folder
 from gqa_export.spec import ModelSpec
 
 SPEC = ModelSpec("x", "X", 5, 6, 8, "", ())
@@ -160,7 +161,7 @@ def test_folders_of_other_verbs_are_exchanged_the_same_way(tmp_path, monkeypatch
         with writing_folder(output, force=True, marker="marker") as staging:
             (staging / "marker").write_text(version)
         assert (output / "marker").read_text() == version
-    monkeypatch.setattr("gqa_export.swap.exchange", lambda *_: False)  # a file system that cannot exchange names
+    monkeypatch.setattr("gqa_export.files.atomic_replace.exchange", lambda *_: False)  # a file system that cannot exchange names
     with writing_folder(output, force=True, marker="marker") as staging:
         (staging / "marker").write_text("3")
     assert (output / "marker").read_text() == "3"

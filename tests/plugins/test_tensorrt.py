@@ -19,7 +19,8 @@ from gqa_plugins.grouped_attention.launch import Layer, Sizes
 from gqa_plugins.grouped_attention.plugin_layer import Kernels, State
 from test_tensorrt_launch import LLAMA, cubins
 
-from gqa_export import contract, trt_libraries
+from gqa_export import attention_op
+from gqa_export.environment import tensorrt_libraries
 from gqa_export.errors import GqaExportError
 
 SIZES = Sizes(2, 1, 1024, 64, 64, "fp16", 32, 1024)
@@ -28,10 +29,10 @@ TYPES = {"fp16": "HALF", "bf16": "BF16", "fp32": "FLOAT"}
 
 def real_module() -> ModuleType:
     """TensorRT for RTX in this process: its libraries are loaded first, so that no search path is needed."""
-    if not trt_libraries.is_there("rtx"):
+    if not tensorrt_libraries.is_there("rtx"):
         pytest.skip("TensorRT for RTX is not installed: pip install 'gqa-export[rtx]'")
-    library = trt_libraries.find("rtx")
-    trt_libraries.preload(library)
+    library = tensorrt_libraries.find("rtx")
+    tensorrt_libraries.preload(library)
     return __import__(library.module)
 
 
@@ -108,7 +109,7 @@ def serialized(one: Any) -> dict[str, Any]:
 
 def test_it_is_found_by_the_name_version_and_namespace_of_the_node(trt) -> None:
     creator = plugin.register(trt)
-    assert (creator.name, creator.plugin_version, creator.plugin_namespace) == (contract.OP, "1", "gqa")
+    assert (creator.name, creator.plugin_version, creator.plugin_namespace) == (attention_op.OP, "1", "gqa")
     assert [field.name for field in creator.field_names] == [name for name, _ in fields.CREATION]
     assert plugin.register(trt) is creator, "a process registers it once"
 
@@ -160,7 +161,7 @@ def test_serialized_fields_have_the_names_types_and_order_that_fields_says(trt, 
     assert [field.type for field in found] == [kinds[kind] for _, kind in fields.SERIALIZED]
     values = {field.name: field.data for field in found}
     assert values["scale"].item() == pytest.approx(LLAMA.scale)
-    assert values["contract_version"].item() == contract.VERSION
+    assert values["contract_version"].item() == attention_op.VERSION
     assert values["cubins"].tobytes() == kernels.container
     expected = {Key(name, capability, kernels.keys[variant.name][capability]) for capability in (80, 89)
                 for name, variant in launch.variants(LLAMA, SIZES).items()}

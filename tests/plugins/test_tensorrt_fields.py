@@ -10,31 +10,31 @@ from gqa_plugins.grouped_attention.fields import CubinStore, Key, keys_text, nod
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gqa_export import contract
+from gqa_export import attention_op
 from gqa_export.errors import GqaExportError
 
 ALL = {"has_new": 1, "has_rotary": 1, "has_sinks": 1}
 
 
 def test_creation_fields_are_the_contract_s_attributes_and_three_flags() -> None:
-    assert [name for name, _ in fields.CREATION] == [*contract.ATTRIBUTE_NAMES, "has_rotary", "has_sinks", "has_new"]
+    assert [name for name, _ in fields.CREATION] == [*attention_op.ATTRIBUTE_NAMES, "has_rotary", "has_sinks", "has_new"]
     assert {kind for _, kind in fields.CREATION} == {"int32", "float32"}
-    assert fields.NAME == contract.OP
-    assert fields.NAMESPACE == contract.DOMAIN
-    assert str(contract.VERSION) == fields.PLUGIN_VERSION
+    assert fields.NAME == attention_op.OP
+    assert fields.NAMESPACE == attention_op.DOMAIN
+    assert str(attention_op.VERSION) == fields.PLUGIN_VERSION
 
 
 def test_a_node_has_the_contract_s_inputs_that_its_flags_name() -> None:
-    assert node_inputs(ALL) == contract.INPUT_NAMES
-    assert node_inputs({"has_new": 1, "has_rotary": 0, "has_sinks": 0}) == contract.INPUT_NAMES[:7]
+    assert node_inputs(ALL) == attention_op.INPUT_NAMES
+    assert node_inputs({"has_new": 1, "has_rotary": 0, "has_sinks": 0}) == attention_op.INPUT_NAMES[:7]
     assert node_inputs({"has_new": 0, "has_rotary": 0, "has_sinks": 1}) == (
         "query", "past_key", "past_value", "past_lengths", "new_lengths", "sinks")
-    optional = {port.name for port in contract.INPUTS if port.optional}
+    optional = {port.name for port in attention_op.INPUTS if port.optional}
     assert optional == set(fields.FLAG_OF_INPUT)
 
 
 def test_a_layer_that_writes_nothing_has_one_output() -> None:
-    assert node_outputs(ALL) == contract.OUTPUT_NAMES
+    assert node_outputs(ALL) == attention_op.OUTPUT_NAMES
     assert node_outputs({**ALL, "has_new": 0}) == ("output",)
 
 
@@ -85,7 +85,7 @@ def test_the_store_finds_kernels_whatever_the_order_of_the_layers() -> None:
 
 
 def test_a_layer_of_another_contract_is_refused_with_both_versions() -> None:
-    fields.check_contract_version(contract.VERSION)
+    fields.check_contract_version(attention_op.VERSION)
     with pytest.raises(GqaExportError, match=r"version 2 of the op, this plugin follows 1") as caught:
         fields.check_contract_version(2)
     assert "gqa-export trt" in caught.value.fix

@@ -14,12 +14,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from gqa_export.bundle import DATA, MANIFEST
-from gqa_export.bundle_check import file_sha256
+from gqa_export.bundle.manifest import DATA, MANIFEST
+from gqa_export.files.sha256 import file_sha256
 
 
 def run(folder: Path, *arguments) -> subprocess.CompletedProcess:
-    load = [] if installed() else ["-p", "gqa_export.pytest_plugin"]
+    load = [] if installed() else ["-p", "gqa_export.integrations.pytest_plugin"]
     return subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:logging", *load,
                            *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
@@ -30,7 +30,7 @@ def installed() -> bool:
     code = "from importlib.metadata import entry_points as e; print(*(x.value for x in e(group='pytest11')))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tempfile.gettempdir(), capture_output=True, text=True,
                           check=True)
-    return "gqa_export.pytest_plugin" in done.stdout.split()
+    return "gqa_export.integrations.pytest_plugin" in done.stdout.split()
 
 
 def test_pyproject_names_the_plugin():
@@ -39,7 +39,7 @@ def test_pyproject_names_the_plugin():
     import gqa_export
 
     project = tomllib.loads((Path(gqa_export.__file__).parent.parent / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["pytest11"] == {"gqa_export": "gqa_export.pytest_plugin"}
+    assert project["entry-points"]["pytest11"] == {"gqa_export": "gqa_export.integrations.pytest_plugin"}
 
 
 def test_a_good_bundle_passes_and_the_users_own_tests_see_the_verdict(bundle, checkpoint, tmp_path):

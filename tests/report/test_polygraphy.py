@@ -12,12 +12,13 @@ from pathlib import Path
 import onnx
 import pytest
 
-from gqa_export.bundle import MODEL, read_manifest
+from gqa_export.bundle.manifest import MODEL, read_manifest
 from gqa_export.cli.golden import write_golden
 from gqa_export.errors import GqaExportError
-from gqa_export.pipeline import ExportOptions, export_onnx
-from gqa_export.run.polygraphy_files import check_target
-from gqa_export.targets.table import get_target
+from gqa_export.export.options import ExportOptions
+from gqa_export.export.to_onnx import export_onnx
+from gqa_export.validation.golden_files import check_target
+from gqa_export.targets import get_target
 
 
 def polygraphy(command: str) -> subprocess.CompletedProcess:

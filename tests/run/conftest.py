@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(checkpoint) -> Any:
-    from gqa_export.checkpoint import open_checkpoint
+    from gqa_export.checkpoint.open import open_checkpoint
 
     return open_checkpoint(checkpoint).load_model("float32")
 
@@ -58,7 +58,8 @@ def model(checkpoint) -> Any:
 @pytest.fixture(scope="session")
 def bundle(checkpoint, tmp_path_factory) -> Callable[..., Path]:
     """(target, cache, logits="all") -> the folder of that export; not to be changed, see `copied`."""
-    from gqa_export.pipeline import ExportOptions, export_onnx
+    from gqa_export.export.options import ExportOptions
+    from gqa_export.export.to_onnx import export_onnx
 
     made: dict[tuple[str, str, str], Path] = {}
 

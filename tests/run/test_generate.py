@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from gqa_export.errors import GqaExportError
-from gqa_export.run.generate import END, FULL, LIMIT, Sampling, generate
-from gqa_export.run.ort import OrtSession
-from gqa_export.run.session import Step
+from gqa_export.runtime.generate import END, FULL, LIMIT, Sampling, generate
+from gqa_export.runtime.ort.session import OrtSession
+from gqa_export.runtime.session import Step
 
 from .conftest import CAPACITY
 

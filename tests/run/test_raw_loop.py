@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from gqa_export.errors import GqaExportError
-from gqa_export.run.generate import generate
-from gqa_export.run.ort import OrtSession
-from gqa_export.run.raw_loop import RawDecoder, interleave
+from gqa_export.runtime.generate import generate
+from gqa_export.runtime.ort.session import OrtSession
+from evidence.raw_decode_loop import RawDecoder, interleave
 
 
 def test_interleaved_graphs_give_the_tokens_of_the_session_and_a_time_per_step(bundle) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from gqa_export.errors import GqaExportError
-from gqa_export.run.feeds import attention_mask, check_mask, must_run_alone
-from gqa_export.run.ort import OrtSession
-from gqa_export.run.torch_ref import TorchSession
+from gqa_export.runtime.feeds import attention_mask, check_mask, must_run_alone
+from gqa_export.runtime.ort.session import OrtSession
+from gqa_export.runtime.torch_session import TorchSession
 
 from .conftest import ALONE, CAPACITY, RAGGED, VOCABULARY, drive, largest_difference
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gqa_export.errors import GqaExportError
-from gqa_export.run.text import BundleText, TextStream, has_tokenizer
+from gqa_export.runtime.text import BundleText, TextStream, has_tokenizer
 
 from .conftest import write_byte_tokenizer
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gqa_export.errors import GqaExportError
-from gqa_export.run.torch_ref import TorchSession, _Widen
+from gqa_export.runtime.torch_session import TorchSession, _Widen
 
 from .conftest import CAPACITY
 

@@ -13,18 +13,19 @@ import torch
 from click.testing import CliRunner
 from gqa_plugins.grouped_attention import tensorrt as plugin
 
-from gqa_export import trt_libraries
-from gqa_export.bundle import MANIFEST, read_manifest
+from gqa_export.environment import tensorrt_libraries
+from gqa_export.bundle.manifest import MANIFEST, read_manifest
 from gqa_export.cli import main
-from gqa_export.engine_facts import PluginFacts, ProfileFacts
+from gqa_export.bundle.engine_facts import PluginFacts, ProfileFacts
 from gqa_export.errors import GqaExportError, NotCheckedHere
-from gqa_export.run import trt_check, trt_device
-from gqa_export.run.generate import generate
-from gqa_export.run.opening import open_bundle
-from gqa_export.run.torch_ref import TorchSession
-from gqa_export.run.trt import EngineSession
-from gqa_export.run.trt_check import check_bundle, check_device, import_flavor
-from gqa_export.validation import _interpreted, validate
+from gqa_export.runtime.tensorrt import check, device
+from gqa_export.runtime.generate import generate
+from gqa_export.runtime.open_session import open_bundle
+from gqa_export.runtime.torch_session import TorchSession
+from gqa_export.runtime.tensorrt.session import EngineSession
+from gqa_export.runtime.tensorrt.check import check_bundle, check_device, import_flavor
+from gqa_export.validation.reference import _interpreted
+from gqa_export.validation.validate import validate
 
 from .conftest import CAPACITY, VOCABULARY
 from .engine_stand_in import VERSION, Device, module, pretend_cuda, refacts, write_engine
@@ -69,12 +70,12 @@ def gpu(monkeypatch):
     """A pretended GPU with a pretended TensorRT: (bundle) -> its session; `.device` is the log."""
     device = Device()
     pretend_cuda(monkeypatch, device)
-    monkeypatch.setattr(trt_device, "cuda_device", lambda number: torch.device("cpu"))
+    monkeypatch.setattr(device, "cuda_device", lambda number: torch.device("cpu"))
     monkeypatch.setattr(plugin, "register", lambda trt: None)
     monkeypatch.setattr(plugin, "failures", [])
 
     def load(folder: Path, **options) -> EngineSession:
-        monkeypatch.setattr("gqa_export.run.trt.import_flavor", lambda facts, where: module(device, folder))
+        monkeypatch.setattr("gqa_export.runtime.tensorrt.session.import_flavor", lambda facts, where: module(device, folder))
         return EngineSession.load(folder, **options)
 
     load.device = device
@@ -315,9 +316,9 @@ def test_pytorch_is_asked_for_where_it_is_missing(engine, monkeypatch) -> None:
 def library(monkeypatch, here: tuple[str, ...], version: str = VERSION) -> None:
     from types import SimpleNamespace
 
-    monkeypatch.setattr(trt_libraries, "is_there", lambda flavor: flavor in here)
-    monkeypatch.setattr(trt_libraries, "find",
-                        lambda flavor: trt_libraries.Library(flavor, "pretended_tensorrt", version, ()))
+    monkeypatch.setattr(tensorrt_libraries, "is_there", lambda flavor: flavor in here)
+    monkeypatch.setattr(tensorrt_libraries, "find",
+                        lambda flavor: tensorrt_libraries.Library(flavor, "pretended_tensorrt", version, ()))
     monkeypatch.setitem(__import__("sys").modules, "pretended_tensorrt", SimpleNamespace(__version__=version))
 
 
@@ -335,7 +336,7 @@ def test_another_flavour_or_version_is_refused_and_the_very_same_is_taken(engine
 
 def test_without_any_tensorrt_the_package_is_named(engine, monkeypatch) -> None:
     facts = check_bundle(engine()).facts
-    monkeypatch.setattr(trt_libraries, "find_spec", lambda name: None)
+    monkeypatch.setattr(tensorrt_libraries, "find_spec", lambda name: None)
     with pytest.raises(GqaExportError, match="tensorrt_rtx is not installed"):
         import_flavor(facts, "there")
 
@@ -343,8 +344,8 @@ def test_without_any_tensorrt_the_package_is_named(engine, monkeypatch) -> None:
 def test_an_engine_that_tensorrt_cannot_open_is_an_error_of_ours(engine, interpreted, gpu, monkeypatch) -> None:
     folder = engine()
     (folder / "model.engine").write_bytes(b"something else")
-    monkeypatch.setattr(trt_check, "check_files", lambda *args, **kwargs: [])
-    monkeypatch.setattr(trt_check, "_check_kernels", lambda *args: "")
+    monkeypatch.setattr(check, "check_files", lambda *args, **kwargs: [])
+    monkeypatch.setattr(check, "_check_kernels", lambda *args: "")
     with pytest.raises(GqaExportError, match="the engine cannot be opened") as caught:
         gpu(folder)
     assert caught.value.where.endswith("model.engine")

@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from gqa_export.cli import main
-from gqa_export.run.generate import generate
-from gqa_export.run.ort import OrtSession
-from gqa_export.run.text import BundleText
+from gqa_export.runtime.generate import generate
+from gqa_export.runtime.ort.session import OrtSession
+from gqa_export.runtime.text import BundleText
 
 from .conftest import CAPACITY, END
 

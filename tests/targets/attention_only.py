@@ -1,7 +1,7 @@
 """A canonical model that is attention and nothing else, in milliseconds: q, k, v are looked up by token id.
 
 Its logits are the op's output, so what a target computes can be held against the op's truth directly. Dimensions as
-in `gqa_export.contract`.
+in `gqa_export.attention_op`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from gqa_export import cache_io, contract
-from gqa_export.run.feeds import attention_mask
+from gqa_export import graph_io, attention_op
+from gqa_export.runtime.feeds import attention_mask
 from gqa_export.spec import AttentionSpec, ModelSpec
-from gqa_export.targets import Lowered, LowerOptions, lower
+from gqa_export.lowering.context import Lowered, LowerOptions
+from gqa_export.lowering.lower import lower
 
 from .one_op import Attributes, session, truth
 
@@ -55,9 +56,9 @@ class AttentionOnly:
             helper.make_node("Cast", ["past"], ["past_lengths"], to=TensorProto.INT32),
             helper.make_node("Cast", ["new"], ["new_lengths"], to=TensorProto.INT32),
             *[helper.make_node("Gather", [name, "input_ids"], [f"new_{name}"]) for name in self.tables],
-            helper.make_node(contract.OP, ["new_query", "new_key", "new_value", *cache_io.past_names(0),
+            helper.make_node(attention_op.OP, ["new_query", "new_key", "new_value", *graph_io.past_names(0),
                                            "past_lengths", "new_lengths", "", "", "sinks"],
-                             [cache_io.LOGITS, *cache_io.present_names(0)], domain=contract.DOMAIN,
+                             [graph_io.LOGITS, *graph_io.present_names(0)], domain=attention_op.DOMAIN,
                              name="layers.0/GroupedQueryAttention_0", **asdict(self.attributes)),
         ]
         for number, node in enumerate(nodes):
@@ -68,10 +69,10 @@ class AttentionOnly:
             return [helper.make_tensor_value_info(fact.name, TensorProto.INT64 if fact.dtype == "int64" else element,
                                                   fact.shape) for fact in facts]
 
-        graph = helper.make_graph(nodes, "attention", info(cache_io.graph_inputs(self.spec, dtype, self.mode)),
-                                  info(cache_io.graph_outputs(self.spec, dtype, self.mode, "all")),
+        graph = helper.make_graph(nodes, "attention", info(graph_io.graph_inputs(self.spec, dtype, self.mode)),
+                                  info(graph_io.graph_outputs(self.spec, dtype, self.mode, "all")),
                                   [numpy_helper.from_array(value, name) for name, value in values.items()])
-        imports = [helper.make_opsetid("", 23), helper.make_opsetid(contract.DOMAIN, contract.VERSION)]
+        imports = [helper.make_opsetid("", 23), helper.make_opsetid(attention_op.DOMAIN, attention_op.VERSION)]
         return helper.make_model(graph, opset_imports=imports, ir_version=10)
 
     def empty_cache(self, batch: int, tail: float) -> list[np.ndarray]:
@@ -83,8 +84,8 @@ class AttentionOnly:
     def run(self, cache: list[np.ndarray], past: np.ndarray, ids: np.ndarray, new: np.ndarray) -> list[np.ndarray]:
         """One step of the lowered model: output, present key, present value."""
         mask = attention_mask(past, new, cache[0].shape[2], ids.shape[1])
-        return self.session.run(None, {cache_io.INPUT_IDS: ids, cache_io.ATTENTION_MASK: mask,
-                                       **dict(zip(cache_io.past_names(0), cache))})
+        return self.session.run(None, {graph_io.INPUT_IDS: ids, graph_io.ATTENTION_MASK: mask,
+                                       **dict(zip(graph_io.past_names(0), cache))})
 
     def expected(self, cache: list[np.ndarray], past: np.ndarray, ids: np.ndarray,
                  new: np.ndarray) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:

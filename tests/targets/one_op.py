@@ -11,7 +11,7 @@ import torch
 from gqa_plugins.grouped_attention.reference import grouped_query_attention
 from onnx import TensorProto, helper
 
-from gqa_export import contract
+from gqa_export import attention_op
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Attributes:
 
 def op_model(attributes: Attributes, dtype: int = TensorProto.FLOAT, opset: int = 23) -> onnx.ModelProto:
     """The call alone, without a function, every input but cos and sin given; shapes left open."""
-    given = [port for port in contract.INPUTS if port.name not in ("cos", "sin")]
+    given = [port for port in attention_op.INPUTS if port.name not in ("cos", "sin")]
     inputs = [helper.make_tensor_value_info(port.name, TensorProto.INT32 if port.type == "int32" else dtype,
                                             [None] * len(port.shape)) for port in given]
-    outputs = [helper.make_tensor_value_info(port.name, dtype, [None] * len(port.shape)) for port in contract.OUTPUTS]
+    outputs = [helper.make_tensor_value_info(port.name, dtype, [None] * len(port.shape)) for port in attention_op.OUTPUTS]
     names = [port.name for port in given]
-    node = helper.make_node(contract.OP, [name if name in names else "" for name in contract.INPUT_NAMES],
-                            list(contract.OUTPUT_NAMES), name="call", domain=contract.DOMAIN, **asdict(attributes))
-    imports = [helper.make_opsetid("", opset), helper.make_opsetid(contract.DOMAIN, contract.VERSION)]
+    node = helper.make_node(attention_op.OP, [name if name in names else "" for name in attention_op.INPUT_NAMES],
+                            list(attention_op.OUTPUT_NAMES), name="call", domain=attention_op.DOMAIN, **asdict(attributes))
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(attention_op.DOMAIN, attention_op.VERSION)]
     graph = helper.make_graph([node], "one_op", inputs, outputs)
     return helper.make_model(graph, opset_imports=imports, ir_version=10)
 
@@ -68,7 +68,7 @@ def fresh_inputs(attributes: Attributes, past: list[int], new: list[int], *, axi
 def truth(attributes: Attributes, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     """The op in fp64: output, present_key, present_value."""
     wide = {name: torch.from_numpy(x if x.dtype == np.int32 else x.astype(np.float64)) for name, x in feeds.items()}
-    results = grouped_query_attention(*[wide.get(name) for name in contract.INPUT_NAMES], **asdict(attributes))
+    results = grouped_query_attention(*[wide.get(name) for name in attention_op.INPUT_NAMES], **asdict(attributes))
     return [tensor.numpy() for tensor in results]
 
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
-from gqa_export import contract
+from gqa_export import attention_op
 from gqa_export.errors import GqaExportError
-from gqa_export.targets import body
+from gqa_export.lowering import attention_function
 
 from .one_op import Attributes, assert_same, fresh_inputs, op_model, session, truth
 
@@ -25,7 +25,7 @@ FP16_RTOL = 2.0 ** -10
 
 def run(attributes: Attributes, feeds: dict[str, np.ndarray], dtype: int = TensorProto.FLOAT) -> list[np.ndarray]:
     model = op_model(attributes, dtype)
-    body.attach_function(model)
+    attention_function.attach_function(model)
     return session(model).run(None, feeds)
 
 
@@ -140,7 +140,7 @@ def test_fp16_is_rounded_once(growing):
 @pytest.mark.parametrize("opset", [21, 23, 24])
 def test_checker_accepts_the_function_at_the_opset_of_the_model(opset, dtype):
     model = op_model(Attributes(), dtype, opset)
-    body.attach_function(model)
+    attention_function.attach_function(model)
     onnx.checker.check_model(model, full_check=True)
     assert [(entry.domain, entry.version) for entry in model.functions[0].opset_import] == [("", opset)]
 
@@ -150,35 +150,35 @@ def test_onnx_reference_evaluator_agrees():
 
     attributes = Attributes(window=3, softcap=4.0)
     model = op_model(attributes)
-    body.attach_function(model)
+    attention_function.attach_function(model)
     feeds = fresh_inputs(attributes, [2, 0], [2, 1], axis=3, steps=2, sinks=True)
     assert_same(ReferenceEvaluator(model).run(None, feeds), truth(attributes, feeds), feeds, atol=FP32_ATOL)
 
 
 def test_signature_is_the_contract():
-    function = body.function_proto(23)
-    assert (function.domain, function.name) == (contract.DOMAIN, contract.OP)
-    assert tuple(function.input) == contract.INPUT_NAMES
-    assert tuple(function.output) == contract.OUTPUT_NAMES
-    assert tuple(function.attribute) == contract.ATTRIBUTE_NAMES
+    function = attention_function.function_proto(23)
+    assert (function.domain, function.name) == (attention_op.DOMAIN, attention_op.OP)
+    assert tuple(function.input) == attention_op.INPUT_NAMES
+    assert tuple(function.output) == attention_op.OUTPUT_NAMES
+    assert tuple(function.attribute) == attention_op.ATTRIBUTE_NAMES
     assert not function.attribute_proto
 
 
 def test_every_value_is_used_except_what_the_body_ignores_on_purpose():
-    function = body.function_proto(23)
+    function = attention_function.function_proto(23)
     read = {name for node in function.node for name in node.input} | set(function.output)
     written = {name for node in function.node for name in node.output} | set(function.input)
     assert written - read == {"cos", "sin"}
     referred = {attribute.ref_attr_name for node in function.node for attribute in node.attribute} - {""}
-    assert set(contract.ATTRIBUTE_NAMES) - referred == {"rotary_interleaved"}
+    assert set(attention_op.ATTRIBUTE_NAMES) - referred == {"rotary_interleaved"}
     assert not [node.op_type for node in function.node if node.op_type in ("If", "Loop", "Scan")]
 
 
 def test_inlined_model_has_no_function_and_computes_the_same():
     attributes = Attributes(window=4)
-    flat = body.inline(op_model(attributes))
+    flat = attention_function.inline(op_model(attributes))
     assert not flat.functions
-    assert contract.DOMAIN not in {entry.domain for entry in flat.opset_import}
+    assert attention_op.DOMAIN not in {entry.domain for entry in flat.opset_import}
     onnx.checker.check_model(flat, full_check=True)
     feeds = fresh_inputs(attributes, [3, 1], [1, 1], axis=3, steps=1)
     for inlined, called in zip(session(flat).run(None, feeds), run(attributes, feeds)):
@@ -187,22 +187,22 @@ def test_inlined_model_has_no_function_and_computes_the_same():
 
 def test_attaching_twice_leaves_one_function():
     model = op_model(Attributes())
-    body.attach_function(model)
-    body.attach_function(model)
+    attention_function.attach_function(model)
+    attention_function.attach_function(model)
     assert len(model.functions) == 1
 
 
 @pytest.mark.parametrize(("spoil", "message"), [
-    (lambda node: node.input.__setitem__(contract.input_index("key"), ""), "key is absent"),
+    (lambda node: node.input.__setitem__(attention_op.input_index("key"), ""), "key is absent"),
     (lambda node: node.input.pop(), "sinks is absent"),
-    (lambda node: node.input.__setitem__(contract.input_index("cos"), "query"), "cos is given"),
+    (lambda node: node.input.__setitem__(attention_op.input_index("cos"), "query"), "cos is given"),
     (lambda node: node.attribute.pop(), "attribute growing is absent"),
     (lambda node: node.attribute.append(onnx.helper.make_attribute("bias", 1)), "attribute bias is unknown"),
 ])
 def test_a_call_that_the_body_cannot_stand_for_is_refused(spoil, message):
     model = op_model(replace(Attributes(), window=2))
     node = model.graph.node[0]
-    node.attribute.sort(key=lambda attribute: contract.ATTRIBUTE_NAMES.index(attribute.name))
+    node.attribute.sort(key=lambda attribute: attention_op.ATTRIBUTE_NAMES.index(attribute.name))
     spoil(node)
     with pytest.raises(GqaExportError, match=message):
-        body.attach_function(model)
+        attention_function.attach_function(model)

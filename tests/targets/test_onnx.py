@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from gqa_export import cache_io, contract
-from gqa_export.run.feeds import attention_mask
-from gqa_export.targets import onnx_fusions
-from gqa_export.targets.body import is_call
+from gqa_export import graph_io, attention_op
+from gqa_export.runtime.feeds import attention_mask
+from gqa_export.lowering.onnx import fusions
+from gqa_export.lowering.attention_function import is_call
 
 from .attention_only import TOKENS, AttentionOnly
 from .one_op import Attributes, assert_same, session
@@ -119,10 +119,10 @@ def test_past_and_present_may_be_the_same_memory():
         ids, new = random.integers(0, TOKENS, (2, width)), np.array(new)
         expected, feeds = model.expected([value.numpy().copy() for value in shared], past, ids, new)
         binding = model.session.io_binding()
-        binding.bind_output(cache_io.LOGITS)
-        binding.bind_cpu_input(cache_io.INPUT_IDS, ids)
-        binding.bind_cpu_input(cache_io.ATTENTION_MASK, attention_mask(past, new, 12, width))
-        for before, after, value in zip(cache_io.past_names(0), cache_io.present_names(0), shared):
+        binding.bind_output(graph_io.LOGITS)
+        binding.bind_cpu_input(graph_io.INPUT_IDS, ids)
+        binding.bind_cpu_input(graph_io.ATTENTION_MASK, attention_mask(past, new, 12, width))
+        for before, after, value in zip(graph_io.past_names(0), graph_io.present_names(0), shared):
             binding.bind_ortvalue_input(before, value)
             binding.bind_ortvalue_output(after, value)
         model.session.run_with_iobinding(binding)
@@ -147,7 +147,7 @@ def test_what_attention_cannot_hold_falls_back_to_the_function(softcap, sinks, r
     (fallback,) = model.lowered.fallbacks
     assert (fallback.layer, fallback.wanted, fallback.used) == (0, "Attention", f"{contract.DOMAIN}::{contract.OP}")
     assert reason in fallback.reason
-    assert [function.name for function in model.lowered.model.functions] == [contract.OP]
+    assert [function.name for function in model.lowered.model.functions] == [attention_op.OP]
     cache, past, new, ids = model.empty_cache(2, 0), np.array([0, 0]), np.array([4, 2]), np.arange(8).reshape(2, 4)
     outputs, (expected, feeds) = model.run(cache, past, ids, new), model.expected(cache, past, ids, new)
     assert_same(outputs, expected, feeds, atol=FP32_ATOL)
@@ -203,7 +203,7 @@ def test_only_a_true_rms_norm_is_fused_and_computes_the_same(axis, exponent, wei
 
     model = rms_norm_model(0.1, axis, exponent, weight_shape)
     graph = edit.load(model)
-    assert onnx_fusions.fuse_rms_norm(graph, None) == fuses
+    assert fusions.fuse_rms_norm(graph, None) == fuses
     fused = edit.save(graph)
     assert ops(fused)["RMSNormalization"] == fuses
     x = {"x": np.abs(np.random.default_rng(1).standard_normal((2, 3, 8))).astype(np.float32)}

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
-from gqa_export import cache_io, contract
-from gqa_export.bundle import Fallback
+from gqa_export import graph_io, attention_op
+from gqa_export.spec import Fallback
 
 from .whole_model import Decoder, canonical, eager, lowered, truth, with_weights
 
@@ -40,7 +40,7 @@ def assert_cache(run: Decoder, name: str, rows: list[list[int]], overrides=()) -
     for b, row in enumerate(rows):
         _, layers = truth(eager(name, overrides), row)
         for layer, (key, value) in zip(run.spec.layers, layers):
-            for cached, wanted in zip(cache_io.past_names(layer.layer), (key, value)):
+            for cached, wanted in zip(graph_io.past_names(layer.layer), (key, value)):
                 np.testing.assert_allclose(run.past[cached][b, :, :len(row)], wanted, atol=TOLERANCE, rtol=0)
 
 
@@ -126,7 +126,7 @@ def test_a_head_size_the_op_refuses_falls_back_to_the_function(mode: str) -> Non
     reason = "com.microsoft::GroupQueryAttention wants a head size divisible by 8, not 12"
     assert found.fallbacks[0] == Fallback(0, "com.microsoft::GroupQueryAttention", "gqa::GroupedQueryAttention", reason)
     assert len(found.fallbacks) == 3
-    assert [function.name for function in found.model.functions] == [contract.OP]
+    assert [function.name for function in found.model.functions] == [attention_op.OP]
     rows = tokens(20, 11)
     run, wanted = decoder("llama", mode, 2, overrides=WIDE), [truth(eager("llama", WIDE), row)[0] for row in rows]
     first = run.step([rows[0][:15], rows[1][:6]])
@@ -201,7 +201,7 @@ def test_bf16_graph_is_well_typed_and_right_with_fp16_in_its_place(name: str) ->
 def test_tied_weights_are_one_initializer_for_embedding_and_head() -> None:
     found = lowered("llama_tied", "ort")
     gather = next(node for node in found.model.graph.node if node.op_type == "Gather")
-    head = next(node for node in found.model.graph.node if cache_io.LOGITS in node.output)
+    head = next(node for node in found.model.graph.node if graph_io.LOGITS in node.output)
     assert gather.input[0] == head.input[1]
     assert head.op_type == "FusedMatMul"
 

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
-from gqa_export import contract
-from gqa_export.targets import body
+from gqa_export import attention_op
+from gqa_export.lowering import attention_function
 
 from .attention_only import AttentionOnly
 from .one_op import Attributes
@@ -47,9 +47,9 @@ def assert_decodes(decoder: Decoder, module, spec) -> None:
 def test_lowering_attaches_one_function_and_changes_no_call():
     model, spec = canonical("llama")
     result = lowered("llama", "portable")
-    calls = [node for node in result.model.graph.node if body.is_call(node)]
+    calls = [node for node in result.model.graph.node if attention_function.is_call(node)]
     assert len(calls) == len(spec.layers) == result.counts["attach_function"]
-    assert [function.name for function in result.model.functions] == [contract.OP]
+    assert [function.name for function in result.model.functions] == [attention_op.OP]
     assert not result.fallbacks
     assert not model.functions, "the canonical model is not touched"
 
@@ -63,7 +63,7 @@ def test_checker_accepts_it_in_full_once_the_weights_are_in():
 def test_inlined_it_needs_no_function_and_gives_the_same_logits():
     module, (_, spec) = eager("llama"), canonical("llama")
     model = with_weights(lowered("llama", "portable").model, module)
-    flat = body.inline(model)
+    flat = attention_function.inline(model)
     assert not flat.functions
     assert {entry.domain for entry in flat.opset_import} == {""}
     rows = [[5, 6, 7], [8, 9]]

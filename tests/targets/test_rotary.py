@@ -7,8 +7,8 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from gqa_export.graph import edit
-from gqa_export.targets.rotary import Finder, position_ids
-from gqa_export.targets.rotary_probe import CHUNK, Rotation, rotate
+from gqa_export.lowering.rotary.find import Finder, position_ids
+from gqa_export.lowering.rotary.verify import CHUNK, Rotation, rotate
 
 HEADS, SIZE, ROWS = 3, 8, 40
 FREQUENCIES = (1 / 10.0 ** np.arange(4)).astype(np.float32)

@@ -13,14 +13,16 @@ from gqa_plugins.grouped_attention import fields
 from onnx import helper
 from shared_reference import reference_of
 
-from gqa_export import cache_io, contract
-from gqa_export.bundle import MANIFEST, read_manifest
+from gqa_export import graph_io, attention_op
+from gqa_export.bundle.manifest import MANIFEST, read_manifest
 from gqa_export.errors import GqaExportError, NotCheckedHere
-from gqa_export.pipeline import ExportOptions, export_onnx
+from gqa_export.export.options import ExportOptions
+from gqa_export.export.to_onnx import export_onnx
 from gqa_export.spec import AttentionSpec
-from gqa_export.targets import TARGETS, trt_interpret
-from gqa_export.targets.trt_common import refuse_layers
-from gqa_export.validation import validate
+from gqa_export.targets import TARGETS
+from gqa_export.lowering.tensorrt import interpret
+from gqa_export.lowering.tensorrt.common import refuse_layers
+from gqa_export.validation.validate import validate
 
 from .trt_bundles import CAPACITY, bundle, changed, checkpoint, graph
 
@@ -34,7 +36,7 @@ LOGITS = 1e-4
 
 
 def plugin_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    return [node for node in model.graph.node if node.op_type == contract.OP]
+    return [node for node in model.graph.node if node.op_type == attention_op.OP]
 
 
 def attributes(node: onnx.NodeProto) -> dict:
@@ -86,14 +88,14 @@ def test_plugin_nodes_have_the_plugins_attributes_and_no_holes(name: str) -> Non
         assert found.pop("plugin_version") == fields.PLUGIN_VERSION.encode()
         assert found.pop("plugin_namespace") == fields.NAMESPACE.encode()
         assert set(found) == {field for field, _ in fields.CREATION}
-        assert (node.domain, found["growing"], found["has_new"]) == (contract.DOMAIN, 0, 1)
+        assert (node.domain, found["growing"], found["has_new"]) == (attention_op.DOMAIN, 0, 1)
         assert (found["num_heads"], found["kv_num_heads"], found["window"], found["softcap"]) == (
             layer.num_heads, layer.kv_num_heads, layer.window, pytest.approx(layer.softcap))
         assert found["has_sinks"] == layer.sinks
         assert len(node.input) == len(fields.node_inputs(found))
         assert all(node.input)
-        assert tuple(node.output[1:]) == cache_io.present_names(layer.layer)
-        assert dict(zip(fields.node_inputs(found), node.input))["past_key"] == cache_io.past_names(layer.layer)[0]
+        assert tuple(node.output[1:]) == graph_io.present_names(layer.layer)
+        assert dict(zip(fields.node_inputs(found), node.input))["past_key"] == graph_io.past_names(layer.layer)[0]
 
 
 @pytest.mark.parametrize(("name", "interleaved", "inside"), [
@@ -199,7 +201,7 @@ def test_a_wrong_window_is_caught_where_the_manifest_has_it_too(tmp_path) -> Non
                                               ("gpt_oss", "has no attention sinks")])
 def test_native_refuses_what_it_lacks_before_tracing_and_names_the_plugin(tmp_path, monkeypatch, name: str,
                                                                           reason: str) -> None:
-    monkeypatch.setattr("gqa_export.trace.export.export_decoder", lambda *_: pytest.fail("traced"))
+    monkeypatch.setattr("gqa_export.trace.capture.export.export_decoder", lambda *_: pytest.fail("traced"))
     with pytest.raises(GqaExportError, match=reason) as caught:
         export_onnx(checkpoint(name), tmp_path / "b", ExportOptions("trt-native"))
     assert caught.value.fix == "use --target trt-plugin"
@@ -231,7 +233,7 @@ def test_a_plugin_node_of_another_version_is_not_interpreted() -> None:
     model = graph(bundle("llama", "trt-plugin"))
     plugin_nodes(model)[0].input.pop()
     with pytest.raises(GqaExportError, match="a plugin node has 8 inputs"):
-        trt_interpret.interpret(model)
+        interpret.interpret(model)
 
 
 def test_cuda_is_not_offered_for_the_graph_of_an_engine() -> None:

@@ -1,6 +1,6 @@
 """Tiny models through trace and lowering, run in ONNX Runtime, beside the same checkpoint in transformers, fp64.
 
-Dimensions as in `gqa_export.contract`. The truth of a row is that row alone, unpadded, in one pass without a cache.
+Dimensions as in `gqa_export.attention_op`. The truth of a row is that row alone, unpadded, in one pass without a cache.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import onnxruntime
 import torch
 import transformers
 
-from gqa_export import cache_io
+from gqa_export import graph_io
 from gqa_export.graph.match import RECIPE
-from gqa_export.run.feeds import attention_mask
+from gqa_export.runtime.feeds import attention_mask
 from gqa_export.spec import ModelSpec
-from gqa_export.targets import Lowered, LowerOptions, lower
-from gqa_export.trace import trace
+from gqa_export.lowering.context import Lowered, LowerOptions
+from gqa_export.lowering.lower import lower
+from gqa_export.trace.tracing import trace
 
 CAPACITY = 64
 
@@ -114,7 +115,7 @@ class Decoder:
         axis, self.past = 0 if mode == "growing" else CAPACITY, {}
         dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[self.session.get_inputs()[2].type]
         for layer in spec.layers:
-            for cached, size in zip(cache_io.past_names(layer.layer), (layer.head_size, layer.value_head_size)):
+            for cached, size in zip(graph_io.past_names(layer.layer), (layer.head_size, layer.value_head_size)):
                 self.past[cached] = np.zeros((batch, layer.kv_num_heads, axis, size), dtype)
 
     def step(self, rows: list[list[int]], mask: np.ndarray | None = None) -> np.ndarray:
@@ -126,10 +127,10 @@ class Decoder:
         if mask is None:
             mask = attention_mask(self.lengths, new, past, width)
         names = [output.name for output in self.session.get_outputs()]
-        feeds = {cache_io.INPUT_IDS: ids, cache_io.ATTENTION_MASK: mask, **self.past}
+        feeds = {graph_io.INPUT_IDS: ids, graph_io.ATTENTION_MASK: mask, **self.past}
         found = dict(zip(names, self.session.run(None, feeds)))
         for layer in self.spec.layers:
-            for before, after in zip(cache_io.past_names(layer.layer), cache_io.present_names(layer.layer)):
+            for before, after in zip(graph_io.past_names(layer.layer), graph_io.present_names(layer.layer)):
                 self.past[before] = found[after]
         self.lengths = self.lengths + new
-        return found[cache_io.LOGITS]
+        return found[graph_io.LOGITS]

@@ -6,11 +6,12 @@ import gqa_models
 import pytest
 import torch
 
-from gqa_export.checkpoint import open_checkpoint
+from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.errors import GqaExportError
-from gqa_export.trace import attention, wrapper
-from gqa_export.trace.masks import window_of
-from gqa_export.trace.probe import probe
+from gqa_export.trace import attention_hook
+from gqa_export.trace.capture import decoder_module
+from gqa_export.trace.probe.mask_window import window_of
+from gqa_export.trace.probe.layer_probe import probe
 
 
 def causal(batch, head, query, key):
@@ -18,7 +19,7 @@ def causal(batch, head, query, key):
 
 
 def tag(function):
-    return attention.MaskTag(function, False, None)
+    return attention_hook.MaskTag(function, False, None)
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 16, 99])
@@ -49,16 +50,16 @@ def test_an_unknown_attention_argument_is_refused_by_name():
     module.layer_idx = 1
     query = torch.zeros(1, 2, 3, 4)
     with pytest.raises(GqaExportError, match="`position_bias`"):
-        attention.attention(module, query, query, query, None, position_bias=torch.zeros(1))
+        attention_hook.attention(module, query, query, query, None, position_bias=torch.zeros(1))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_the_wrapped_decoder_with_its_cache_outside_equals_the_model(tmp_path, name):
     checkpoint = open_checkpoint(gqa_models.write_tiny(name, tmp_path / name))
     truth = checkpoint.load_model("float64")
-    model = checkpoint.load_model("float64", attn_implementation=attention.register())
+    model = checkpoint.load_model("float64", attn_implementation=attention_hook.register())
     spec = probe(model.config)
-    decoder = wrapper.Decoder(model, spec, cache="growing", logits="all", interface="mask")
+    decoder = decoder_module.Decoder(model, spec, cache="growing", logits="all", interface="mask")
     generator = torch.Generator().manual_seed(11)
     tokens = torch.randint(3, spec.vocabulary, (2, 40), generator=generator)
     lengths, rows = torch.tensor([40, 23]), torch.arange(40)
@@ -78,9 +79,9 @@ def test_the_wrapped_decoder_with_its_cache_outside_equals_the_model(tmp_path, n
 
 def test_left_padding_gives_nan_logits_for_that_row_alone(tmp_path):
     checkpoint = open_checkpoint(gqa_models.write_tiny("llama", tmp_path / "m"))
-    model = checkpoint.load_model(attn_implementation=attention.register())
+    model = checkpoint.load_model(attn_implementation=attention_hook.register())
     spec = probe(model.config)
-    decoder = wrapper.Decoder(model, spec, cache="growing", logits="all", interface="mask")
+    decoder = decoder_module.Decoder(model, spec, cache="growing", logits="all", interface="mask")
     empty = [torch.zeros(2, 2, 0, 16) for _ in range(2 * len(spec.layers))]
     with torch.no_grad():
         logits, *_ = decoder(torch.full((2, 3), 5), torch.tensor([[0, 1, 1], [1, 1, 0]]), *empty)

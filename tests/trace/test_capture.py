@@ -12,9 +12,10 @@ from gqa_models.shrink import write_small
 from transformers import AutoConfig
 
 from gqa_export.errors import GqaExportError
-from gqa_export.trace import capture, export, trace, translate, writes
-from gqa_export.trace.capture import Input, NotCaptured
-from gqa_export.trace.structure import output_hashes
+from gqa_export.trace.capture import capture, export, translate, functionalize
+from gqa_export.trace.tracing import trace
+from gqa_export.trace.capture.capture import Input, NotCaptured
+from evidence.output_hashes import output_hashes
 
 
 def config_of(name, folder, **overrides):
@@ -160,7 +161,7 @@ def test_a_tensor_that_a_model_fills_in_place_is_recorded_as_new_tensors():
     _, table, kept = translate.library(export.OPSET)
     given = torch.arange(12.0).view(3, 4)
     graph, _ = capture.capture(Fills(), [Input("x", given, {0: "batch"})], table, kept, [{"batch": 5}])
-    assert not writes.writes(graph.graph)
+    assert not functionalize.writes(graph.graph)
     assert torch.equal(graph({}, given), Fills()(given))  # it has no weights
 
 
@@ -184,17 +185,17 @@ def test_an_update_in_place_is_what_eager_computes(shared):
     _, table, kept = translate.library(export.OPSET)
     given = torch.linspace(0, 1, 12).view(1, 3, 4)
     graph, _ = capture.capture(Adds(shared), [Input("x", given, {1: "new"})], table, kept, [{"new": 5}])
-    assert not writes.writes(graph.graph)
+    assert not functionalize.writes(graph.graph)
     assert torch.equal(graph({}, given), Adds(shared)(given))
 
 
 def copies_left(module, given):
     recorded = torch.fx.experimental.proxy_tensor.make_fx(module, tracing_mode="fake")(given)
-    writes.settle(recorded.graph)
+    functionalize.settle(recorded.graph)
     recorded.graph.lint()
     expected = module(given.clone())
     assert torch.equal(recorded(given.clone()), expected)
-    return sum(node.target is writes.COPY for node in recorded.graph.nodes)
+    return sum(node.target is functionalize.COPY for node in recorded.graph.nodes)
 
 
 def test_only_a_copy_into_memory_that_nobody_shares_is_settled():
@@ -253,6 +254,6 @@ def test_only_a_copy_into_memory_that_nobody_shares_is_settled():
 
 
 def test_ops_that_change_a_shape_in_place_are_not_taken_for_updates():
-    table = {torch.ops.aten.squeeze_.default: len, torch.ops.aten.add_.Tensor: len, writes.COPY: len}
-    kept = writes.plainly(table)
-    assert [op for op in table if kept[op] is len] == [torch.ops.aten.squeeze_.default, writes.COPY]
+    table = {torch.ops.aten.squeeze_.default: len, torch.ops.aten.add_.Tensor: len, functionalize.COPY: len}
+    kept = functionalize.plainly(table)
+    assert [op for op in table if kept[op] is len] == [torch.ops.aten.squeeze_.default, functionalize.COPY]

@@ -9,9 +9,12 @@ import pytest
 import torch
 from gqa_models.shrink import small_config, write_small
 
-from gqa_export.checkpoint import open_checkpoint
+from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.errors import GqaExportError
-from gqa_export.trace import attention, masks, patches, probe, wrapper
+from gqa_export.trace import attention_hook
+from gqa_export.trace.probe import mask_window, layer_probe
+from gqa_export.trace.patches import registry
+from gqa_export.trace.capture import decoder_module
 from gqa_export.trace.patches import alibi, experts
 
 
@@ -23,17 +26,17 @@ def original(place: str):
     return found
 
 
-FUNCTIONS = [patch.place for patch in patches.registry() if not patch.path.endswith("]")]
+FUNCTIONS = [patch.place for patch in registry.registry() if not patch.path.endswith("]")]
 
 
 @pytest.mark.parametrize("place", FUNCTIONS)
 def test_a_patched_function_is_the_one_the_patch_was_written_for(place):
-    assert patches.digest(original(place)) == patches.SEEN[place], (
+    assert registry.digest(original(place)) == registry.SEEN[place], (
         "transformers changed this function: read it, adapt the patch, then run scripts/patch_digests.py")
 
 
 def test_every_digest_belongs_to_a_patch():
-    assert set(patches.SEEN) == set(FUNCTIONS)
+    assert set(registry.SEEN) == set(FUNCTIONS)
 
 
 def test_a_patch_is_in_place_inside_and_gone_after_even_if_the_trace_fails():
@@ -42,10 +45,10 @@ def test_a_patch_is_in_place_inside_and_gone_after_even_if_the_trace_fails():
     before = modeling_gptj.GPTJAttention._attn
 
     def trace_that_fails():
-        with patches.applied(small_config("gptj")) as inside:
+        with registry.applied(small_config("gptj")) as inside:
             assert {patch.path for patch in inside} == {"GPTJAttention._attn", "GPTJ_ATTENTION_CLASSES[gqa_export]"}
             assert modeling_gptj.GPTJAttention._attn is not before
-            with patches.applied(small_config("gptj")):
+            with registry.applied(small_config("gptj")):
                 pass
             assert modeling_gptj.GPTJAttention._attn is not before
             raise ZeroDivisionError
@@ -53,25 +56,25 @@ def test_a_patch_is_in_place_inside_and_gone_after_even_if_the_trace_fails():
     with pytest.raises(ZeroDivisionError):
         trace_that_fails()
     assert modeling_gptj.GPTJAttention._attn is before
-    assert attention.NAME not in modeling_gptj.GPTJ_ATTENTION_CLASSES
+    assert attention_hook.NAME not in modeling_gptj.GPTJ_ATTENTION_CLASSES
 
 
 def test_a_model_without_patches_gets_none():
-    with patches.applied(small_config("llama")) as inside:
+    with registry.applied(small_config("llama")) as inside:
         assert inside == ()
 
 
 def test_other_code_in_transformers_is_refused(monkeypatch):
     place = "falcon.modeling_falcon:FalconAttention.forward"
-    monkeypatch.setitem(patches.SEEN, place, "0" * 12)
-    with pytest.raises(GqaExportError, match=r"other code in FalconAttention\.forward"), patches.applied(
+    monkeypatch.setitem(registry.SEEN, place, "0" * 12)
+    with pytest.raises(GqaExportError, match=r"other code in FalconAttention\.forward"), registry.applied(
             small_config("falcon")):
         pass
 
 
 def test_falcon_with_alibi_is_refused_by_name():
     with pytest.raises(GqaExportError, match="ALiBi"):
-        probe.probe(small_config("falcon", alibi=True))
+        layer_probe.probe(small_config("falcon", alibi=True))
 
 
 REWORDED = ("bloom", "mpt", "dbrx", "jetmoe", "longcat_flash", "diffllama", "deepseek_v2", "gemma3n_text",
@@ -85,10 +88,10 @@ def test_a_patched_model_with_a_cache_of_its_own_computes_what_transformers_does
     with torch.no_grad():
         whole = checkpoint.load_model("float64")(input_ids=ids).logits
         yardstick = checkpoint.load_model("float32")(input_ids=ids).logits
-    with patches.applied(config), torch.no_grad():
-        spec = probe.probe(config)
-        model = checkpoint.load_model("float32", attn_implementation=attention.register())
-        decoder = wrapper.Decoder(model, spec, cache="growing", logits="all", interface="mask")
+    with registry.applied(config), torch.no_grad():
+        spec = layer_probe.probe(config)
+        model = checkpoint.load_model("float32", attn_implementation=attention_hook.register())
+        decoder = decoder_module.Decoder(model, spec, cache="growing", logits="all", interface="mask")
         past = [torch.zeros(1, layer.kv_num_heads, 0, size) for layer in spec.layers
                 for size in (layer.head_size, layer.value_head_size)]
         first, *past = decoder(ids[:, :30], torch.ones_like(ids[:, :30]), *past)  # longer than the window
@@ -102,7 +105,7 @@ def test_alibi_is_carried_exactly_by_two_features_even_in_bf16():
     positions = torch.tensor([[0, 1, 255, 256, 257, 4097, 65535]])
     slopes, scale = torch.tensor([0.5, 0.0625]), 0.25
     query = key = torch.zeros(1, 2, positions.shape[1], 8, dtype=torch.bfloat16)
-    with attention.recording(None, positions):
+    with attention_hook.recording(None, positions):
         query, key = alibi.carried(query, key, slopes, scale)
     scores = scale * query.double() @ key.double().transpose(-1, -2)
     assert torch.equal(scores[0, :, 0], slopes.double()[:, None] * positions[0].double())
@@ -120,13 +123,13 @@ def test_experts_picked_by_index_are_the_experts_of_a_loop():
 
 def test_a_window_beside_the_mask_narrows_it():
     tagged = torch.zeros(1, 1, 1, 1)
-    tagged.gqa_mask = attention.MaskTag(lambda b, h, q, k: k <= q, False, None)
-    narrow = attention.windowed(tagged, 7)
-    assert masks.window_of(narrow.gqa_mask, 0, 64, 4) == 7
-    assert attention.windowed(tagged, 0) is tagged
-    assert attention.windowed(None, 7) is None
+    tagged.gqa_mask = attention_hook.MaskTag(lambda b, h, q, k: k <= q, False, None)
+    narrow = attention_hook.windowed(tagged, 7)
+    assert mask_window.window_of(narrow.gqa_mask, 0, 64, 4) == 7
+    assert attention_hook.windowed(tagged, 0) is tagged
+    assert attention_hook.windowed(None, 7) is None
 
 
 def test_positions_are_asked_for_only_where_they_are_given():
-    with attention.recording(None), pytest.raises(GqaExportError, match="asks for positions"):
-        attention.positions()
+    with attention_hook.recording(None), pytest.raises(GqaExportError, match="asks for positions"):
+        attention_hook.positions()

@@ -6,7 +6,7 @@ import gqa_models
 import pytest
 
 from gqa_export.errors import GqaExportError
-from gqa_export.trace.probe import probe
+from gqa_export.trace.probe.layer_probe import probe
 
 
 @pytest.fixture

@@ -10,13 +10,14 @@ import sys
 import gqa_models
 import pytest
 
-from gqa_export.pipeline import ExportOptions, export_onnx
-from gqa_export.trace import remember
+from gqa_export.export.options import ExportOptions
+from gqa_export.export.to_onnx import export_onnx
+from gqa_export.trace import trace_cache
 
 
 @pytest.fixture
 def traces(tmp_path, monkeypatch):
-    monkeypatch.setenv(remember.FOLDER, str(tmp_path / "traces"))
+    monkeypatch.setenv(trace_cache.FOLDER, str(tmp_path / "traces"))
     return tmp_path / "traces"
 
 
@@ -59,7 +60,7 @@ def test_a_changed_configuration_or_option_is_another_trace(tmp_path, traces):
 def test_a_kept_trace_needs_no_pytorch(tmp_path, traces):
     folder = gqa_models.write_tiny("llama", tmp_path / "llama")
     export(folder, tmp_path / "a")
-    code = ("import sys\nfrom gqa_export.pipeline import export_onnx\n"
+    code = ("import sys\nfrom gqa_export.export.to_onnx import export_onnx\n"
             "done = export_onnx(sys.argv[1], sys.argv[2])\n"
             "print(done.trace_kept, 'torch' in sys.modules, 'transformers' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path / "b")], capture_output=True,
@@ -68,15 +69,15 @@ def test_a_kept_trace_needs_no_pytorch(tmp_path, traces):
 
 
 def test_the_cache_can_be_switched_off_and_defaults_to_the_users_cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv(remember.FOLDER, "off")
-    assert remember.folder() is None
-    monkeypatch.delenv(remember.FOLDER)
+    monkeypatch.setenv(trace_cache.FOLDER, "off")
+    assert trace_cache.folder() is None
+    monkeypatch.delenv(trace_cache.FOLDER)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert remember.folder() == tmp_path / "gqa-export" / "traces"
+    assert trace_cache.folder() == tmp_path / "gqa-export" / "traces"
 
 
 def test_the_oldest_traces_go_when_there_are_too_many(tmp_path, monkeypatch, traces):
-    monkeypatch.setattr(remember, "KEPT", 2)
+    monkeypatch.setattr(trace_cache, "KEPT", 2)
     folder = gqa_models.write_tiny("llama", tmp_path / "llama")
     export(folder, tmp_path / "a")
     (first,) = traces.iterdir()
@@ -91,6 +92,6 @@ def test_the_oldest_traces_go_when_there_are_too_many(tmp_path, monkeypatch, tra
 
 def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(remember.FOLDER, str(tmp_path / "file" / "traces"))
+    monkeypatch.setenv(trace_cache.FOLDER, str(tmp_path / "file" / "traces"))
     done, _ = export(gqa_models.write_tiny("llama", tmp_path / "llama"), tmp_path / "a")
     assert not done.trace_kept

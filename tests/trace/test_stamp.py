@@ -6,8 +6,8 @@ import gqa_models
 import pytest
 from transformers import AutoConfig
 
-from gqa_export.trace import trace
-from gqa_export.trace.structure import output_hashes
+from gqa_export.trace.tracing import trace
+from evidence.output_hashes import output_hashes
 
 
 def both(folder, **options):

@@ -10,9 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from gqa_export import cli
-from gqa_export.checkpoint import open_checkpoint
+from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.errors import GqaExportError
-from gqa_export.uptrain import UptrainOptions, uptrain
+from gqa_export.uptrain.options import UptrainOptions
+from gqa_export.uptrain.uptraining import uptrain
 
 
 def refused(student, tmp_path, text, **options) -> GqaExportError:
@@ -71,7 +72,7 @@ def test_a_run_that_diverges_ends(student, tmp_path, book):
 
 
 def test_gguf(tmp_path, book):
-    from gqa_export.checkpoint import Checkpoint
+    from gqa_export.checkpoint.checkpoint import Checkpoint
 
     with pytest.raises(GqaExportError, match="GGUF"):
         uptrain(Checkpoint("m.gguf", tmp_path, "gguf", tmp_path / "m.gguf", {}), tmp_path / "out",

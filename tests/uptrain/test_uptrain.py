@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gqa_export.checkpoint import open_checkpoint
-from gqa_export.uptrain import UptrainOptions, uptrain
+from gqa_export.checkpoint.open import open_checkpoint
+from gqa_export.uptrain.options import UptrainOptions
+from gqa_export.uptrain.uptraining import uptrain
 from gqa_export.uptrain.curve import Point, picture, split_log
 from gqa_export.uptrain.options import steps_of
 from gqa_export.uptrain.trainer import divergence, last_checkpoint
@@ -59,7 +60,7 @@ def test_perplexity_falls_and_the_result_is_an_ordinary_checkpoint(plain, studen
 
 def test_reported_perplexity_is_that_of_the_model(plain, book):
     """The same rows through transformers directly; the file's bf16 weights move it by far less than a percent."""
-    from gqa_export.corpus import load_tokenizer, tokenize
+    from gqa_export.checkpoint.tokenized_text import load_tokenizer, tokenize
 
     folder, result = plain
     ids = tokenize(load_tokenizer(folder), book.read_text())
@@ -150,7 +151,7 @@ def test_divergence_is_kullback_and_leiblers():
 
 
 def test_rows_are_the_text_and_nothing_else(student, book, tmp_path):
-    from gqa_export.corpus import load_tokenizer
+    from gqa_export.checkpoint.tokenized_text import load_tokenizer
     from gqa_export.uptrain.rows import EVAL, TRAIN, prepare
 
     prepare(student, tmp_path, options(book), 320)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .. import attention
-from . import Patch
+from .. import attention_hook
+from .registry import Patch
 
 BASE = 256
 WHY = "a bias that grows with the key's position is added to the scores (ALiBi)"
@@ -23,7 +23,7 @@ def carried(query: torch.Tensor, key: torch.Tensor, slopes_H: torch.Tensor,
             scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """query [B, H, S, D] and key [B, H, S, D] with two more features each, whose product is slope * position of the
     key / scale: what is left once the scores are multiplied by `scale`."""
-    positions_B1S1 = attention.positions()[:, None, :, None]
+    positions_B1S1 = attention_hook.positions()[:, None, :, None]
     high = torch.div(positions_B1S1, BASE, rounding_mode="floor")
     digits = torch.cat([high, positions_B1S1 - high * BASE], dim=-1).to(key.dtype)
     weights_H2 = torch.stack([slopes_H * (BASE / scale), slopes_H / scale], dim=-1)
@@ -39,7 +39,7 @@ def _bloom(_original: Any, module: Any) -> Any:
             layer_past.update(key, value, self.layer_idx)
         slopes_H = module._get_alibi_slopes(self.num_heads, hidden_states.device)
         query, key = carried(query, key, slopes_H, self.inv_norm_factor)
-        output_BSHE = attention.attention(self, query, key, value, attention_mask, scaling=self.inv_norm_factor)[0]
+        output_BSHE = attention_hook.attention(self, query, key, value, attention_mask, scaling=self.inv_norm_factor)[0]
         return self.dense(output_BSHE.flatten(2)) + residual, None
 
     return forward
@@ -57,7 +57,7 @@ def _mpt(_original: Any, module: Any) -> Any:
         # the bias of the last key but one, seen from the last
         slopes_H = -module.build_mpt_alibi_tensor(self.n_heads, 2, device=hidden_states.device)[:, 0, 0]
         query, key = carried(query, key, slopes_H, self.softmax_scale)
-        output_BSHE = attention.attention(self, query, key, value, attention_mask, scaling=self.softmax_scale)[0]
+        output_BSHE = attention_hook.attention(self, query, key, value, attention_mask, scaling=self.softmax_scale)[0]
         return self.out_proj(output_BSHE.flatten(2)), None
 
     return forward

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ...errors import GqaExportError
-from .. import attention
-from . import Patch
+from .. import attention_hook
+from .registry import Patch
 
 WHY = "the module's forward writes attention out instead of calling the attention interface"
 
@@ -36,7 +36,7 @@ def _bert(_original: Any, _module: Any) -> Any:
                              for linear in (self.query, self.key, self.value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        output_BSHE = attention.attention(self, query, key, value, attention_mask)[0]
+        output_BSHE = attention_hook.attention(self, query, key, value, attention_mask)[0]
         return output_BSHE.flatten(2), None
 
     return forward
@@ -51,7 +51,7 @@ def _bart(_original: Any, _module: Any) -> Any:
                              for linear in (self.q_proj, self.k_proj, self.v_proj))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        output_BSHE = attention.attention(self, query, key, value, attention_mask, scaling=self.scaling)[0]
+        output_BSHE = attention_hook.attention(self, query, key, value, attention_mask, scaling=self.scaling)[0]
         return self.out_proj(output_BSHE.flatten(2)), None
 
     return forward

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .. import attention
-from . import Patch
+from .. import attention_hook
+from .registry import Patch
 
 WHY = "the two products and the softmax are written out in the model's own method"
 
@@ -18,9 +18,9 @@ WHY = "the two products and the softmax are written out in the model's own metho
 def _method(scale: Callable[[Any], float], window: Callable[[Any], int] = lambda module: 0) -> Callable[..., Any]:
     def make(_original: Any, _module: Any) -> Any:
         def _attn(self: Any, query: Any, key: Any, value: Any, attention_mask: Any = None) -> tuple[Any, None]:
-            mask = attention.windowed(attention_mask, window(self))
+            mask = attention_hook.windowed(attention_mask, window(self))
             layer = getattr(self, "layer_id", None)
-            output_BSHE, _ = attention.attention(self, query, key, value, mask, scaling=scale(self), layer=layer)
+            output_BSHE, _ = attention_hook.attention(self, query, key, value, mask, scaling=scale(self), layer=layer)
             return output_BSHE.transpose(1, 2), None
 
         return _attn

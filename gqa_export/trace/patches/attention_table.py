@@ -5,8 +5,8 @@ Where the class then reaches the attention interface, or a method that is patche
 
 from __future__ import annotations
 
-from .. import attention
-from . import Patch
+from .. import attention_hook
+from .registry import Patch
 
 WHY = "the model picks its attention class from a table of its own, which knows built-in implementations only"
 

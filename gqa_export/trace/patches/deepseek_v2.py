@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import Patch
+from .registry import Patch
 
 WHY = "rotary embedding is written with complex numbers"
 

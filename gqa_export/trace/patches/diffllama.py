@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .. import attention
-from . import Patch
+from .. import attention_hook
+from .registry import Patch
 
 
 def _make(_original: Any, module: Any) -> Any:
@@ -23,7 +23,7 @@ def _make(_original: Any, module: Any) -> Any:
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         both = torch.cat([half.repeat(1, 2, 1, 1) for half in value.chunk(2, dim=1)], dim=-1)
-        output_BSHE = attention.attention(self, query, key, both, attention_mask, scaling=self.scaling)[0]
+        output_BSHE = attention_hook.attention(self, query, key, both, attention_mask, scaling=self.scaling)[0]
         first, second = output_BSHE.chunk(2, dim=2)
         one, two = (torch.exp((q * k).sum(-1, dtype=torch.float32)).to(query.dtype)
                     for q, k in ((self.lambda_q1, self.lambda_k1), (self.lambda_q2, self.lambda_k2)))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import Patch
+from .registry import Patch
 
 WHY = "the experts are reached in a loop over those that were chosen, which looks at values"
 

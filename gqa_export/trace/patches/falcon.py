@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from ...errors import GqaExportError
-from .. import attention
-from . import Patch
+from .. import attention_hook
+from .registry import Patch
 
 
 def _make(_original: Any, module: Any) -> Any:
@@ -27,7 +27,7 @@ def _make(_original: Any, module: Any) -> Any:
         query, key = module.apply_rotary_pos_emb(query, key, *position_embeddings)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
-        output_BSHE = attention.attention(self, query, key, value, attention_mask)[0]
+        output_BSHE = attention_hook.attention(self, query, key, value, attention_mask)[0]
         return self.dense(output_BSHE.flatten(2)), None
 
     return forward

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import Patch
+from .registry import Patch
 
 
 def _sparse(_original: Any, _module: Any) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .. import attention
-from . import Patch
+from .. import attention_hook
+from .registry import Patch
 
 WHY = "positions are counted from the cache object's length, which is one number for all rows of a batch"
 
@@ -19,7 +19,7 @@ WHY = "positions are counted from the cache object's length, which is one number
 def _make(_original: Any, _module: Any) -> Any:
     def forward(self: Any, input_ids: Any = None, past_key_values_length: Any = 0,
                 position_ids: Any = None) -> torch.Tensor:
-        return torch.nn.functional.embedding(attention.positions() + getattr(self, "offset", 0), self.weight)
+        return torch.nn.functional.embedding(attention_hook.positions() + getattr(self, "offset", 0), self.weight)
 
     return forward
 

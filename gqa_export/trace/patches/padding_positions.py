@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .. import attention
-from . import Patch
+from .. import attention_hook
+from .registry import Patch
 
 WHY = "positions are made from token ids and the padding token's id"
 
@@ -20,7 +20,7 @@ WHY = "positions are made from token ids and the padding token's id"
 def _make(original: Any, _module: Any) -> Any:
     def forward(self: Any, input_ids: Any = None, token_type_ids: Any = None, position_ids: Any = None,
                 inputs_embeds: Any = None, past_key_values_length: Any = 0) -> torch.Tensor:
-        positions_BS, real_BS = attention.positions(), input_ids.ne(self.padding_idx)
+        positions_BS, real_BS = attention_hook.positions(), input_ids.ne(self.padding_idx)
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
         # a running count without CumSum: how many real tokens stand at or before each place
         counts_BS = (real_BS[:, None, :] & (steps[:, None] >= steps[None, :])).sum(-1)

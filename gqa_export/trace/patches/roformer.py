@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from ...errors import GqaExportError
-from .. import attention
-from . import Patch
+from .. import attention_hook
+from .registry import Patch
 
 
 def _positions(_original: Any, _module: Any) -> Any:
     def forward(self: Any, input_ids_shape: Any, past_key_values_length: Any = 0,
                 position_ids: Any = None) -> torch.Tensor:
-        return torch.nn.functional.embedding(attention.positions(), self.weight)  # [B, S, D]
+        return torch.nn.functional.embedding(attention_hook.positions(), self.weight)  # [B, S, D]
 
     return forward
 
@@ -33,7 +33,7 @@ def _attention(_original: Any, _module: Any) -> Any:
         query, key, value = rotated if self.rotary_value else (*rotated, value)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        output_BSHE = attention.attention(self, query, key, value, attention_mask)[0]
+        output_BSHE = attention_hook.attention(self, query, key, value, attention_mask)[0]
         return output_BSHE.flatten(2), None
 
     return forward

@@ -1,6 +1,6 @@
 // One attention layer as its plugin node describes it: identity, fields, inputs, outputs, shapes.
 //
-// The same definitions as plugins/grouped_attention/fields.py and gqa_export/contract.py; a test compares them.
+// The same definitions as plugins/grouped_attention/fields.py and gqa_export/attention_op.py; a test compares them.
 // Dimensions: B batch, S new tokens, C capacity, H query heads, K key/value heads, D and E head sizes, R rotary size.
 #pragma once
 

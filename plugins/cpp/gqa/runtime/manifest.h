@@ -1,6 +1,6 @@
 // An engine bundle's manifest, gqa_export.json, and whether this machine can run what it describes.
 //
-// Written by `gqa-export trt`; its entries are those of gqa_export/bundle.py and gqa_export/engine_facts.py.
+// Written by `gqa-export trt`; its entries are those of gqa_export/bundle/manifest.py and gqa_export/bundle/engine_facts.py.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,83 @@
+"""Whether a bundle's graph takes its weights from the files that the manifest vouches for, and only from there.
+
+Read without the weights themselves. ONNX Runtime makes some of these checks when it opens a graph; here they are made
+before anything else opens it, and held against the manifest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .manifest import MODEL, Manifest
+from ..errors import GqaExportError
+
+if TYPE_CHECKING:
+    import onnx
+
+NOT_SAFE = "do not use this bundle; export it again from a checkpoint you trust"
+
+
+def check_graph_files(folder: Path, manifest: Manifest) -> None:
+    """Refuse a graph that is no ONNX model, or whose weights lie outside the manifest's files, reach beyond their end
+    or have another length than their shape. Nothing to do for an engine."""
+    if manifest.engine is not None:
+        return
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    path = folder / MODEL
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, OSError, ValueError, RuntimeError) as error:
+        raise GqaExportError(f"{MODEL} is not an ONNX model: {error}", str(path), NOT_SAFE) from error
+    if not model.graph.output:
+        raise GqaExportError(f"{MODEL} is not an ONNX model: it has no outputs", str(path), NOT_SAFE)
+    for tensor in _tensors(model):
+        wrong = _wrong(tensor, manifest)
+        if wrong:
+            raise GqaExportError(f"the weight {tensor.name[:200]!r} {wrong}", str(path), NOT_SAFE)
+
+
+def _wrong(tensor: onnx.TensorProto, manifest: Manifest) -> str:
+    """What is wrong with where a tensor's bytes are, or ""."""
+    from onnx import TensorProto, helper
+
+    if any(size < 0 for size in tensor.dims):
+        return f"has the shape {list(tensor.dims)}"
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return ""
+    said = {entry.key: entry.value for entry in tensor.external_data}
+    location = said.get("location", "")
+    if location not in manifest.files:
+        return f"lies in {location[:200]!r}, which the manifest does not name"
+    try:
+        offset = int(said.get("offset", "0"))
+        length = int(said.get("length", str(manifest.files[location].size - offset)))
+        wanted = math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    except (ValueError, KeyError):
+        return "has no sound offset, length or type"
+    if offset < 0 or length < 0 or offset + length > manifest.files[location].size:
+        return f"reaches from byte {offset} to {offset + length} of {location}, which has fewer"
+    return "" if length == wanted else f"of shape {list(tensor.dims)} has {length} bytes, not {wanted}"
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model: initializers and constants, in subgraphs and functions too."""
+    graphs: list[Any] = [model.graph]
+    nodes = [node for function in model.functions for node in function.node]
+    while graphs or nodes:
+        if graphs:
+            graph = graphs.pop()
+            yield from graph.initializer
+            for sparse in graph.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
+            nodes += list(graph.node)
+        else:
+            for attribute in nodes.pop().attribute:
+                yield from attribute.tensors
+                if attribute.HasField("t"):
+                    yield attribute.t
+                graphs += list(attribute.graphs) + ([attribute.g] if attribute.HasField("g") else [])

@@ -1,0 +1,222 @@
+"""Opening a checkpoint: find its files, read their headers, refuse what is no decoder checkpoint. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import GqaExportError
+from .safetensors_header import StoredTensor, read_header
+from .pickle_weights import pickle_files
+from .refusals import refuse_quantized, refuse_raw_config
+from .pickle_permission import trust
+
+if TYPE_CHECKING:
+    import torch
+    import transformers
+
+    from ..bundle.writer import BundleWriter
+    from ..bundle.manifest import Manifest
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FIX_FOLDER = "give a folder with config.json and .safetensors files, a hub id such as org/name, or a .gguf file"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. Cheap: only headers were read, and neither torch nor transformers imported for a folder.
+
+    source: what the user gave. folder: where its files are. config: config.json (GGUF: as transformers reads it).
+    stored_dtype: the float type most bytes have, "bfloat16" (GGUF: what it is dequantized to unless stored plain).
+    tensors: every tensor of the safetensors files; empty for GGUF and pickles. pickles: the files, if allowed.
+    text_only: of a multimodal model only the language model is meant.
+    """
+
+    source: str
+    folder: Path
+    kind: str
+    gguf_file: Path | None
+    config: dict[str, Any] = field(repr=False)
+    stored_dtype: str = "float32"
+    tensors: dict[str, StoredTensor] = field(default_factory=dict, repr=False)
+    pickles: tuple[Path, ...] = ()
+    text_only: bool = False
+
+    def load_config(self, **overrides: Any) -> transformers.PretrainedConfig:
+        """The configuration as transformers understands it; see `modules.load_config`."""
+        from . import load_model
+
+        return load_model.load_config(self, **overrides)
+
+    def load_skeleton(self, **config_overrides: Any) -> torch.nn.Module:
+        """The module with all its layers and no weights (meta device), checked for layers that are no attention."""
+        from . import load_model
+
+        return load_model.load_skeleton(self, **config_overrides)
+
+    def load_model(self, dtype: str = "auto", *, attn_implementation: str = "eager",
+                   **config_overrides: Any) -> torch.nn.Module:
+        """The causal language model in eval mode, with its weights; see `modules.load_model`."""
+        from . import load_model
+
+        return load_model.load_model(self, dtype, attn_implementation=attn_implementation, **config_overrides)
+
+    def tokenizer_files(self) -> list[Path]:
+        """Tokenizer, chat template, generation configuration and config.json, as far as the folder has them."""
+        from .tokenizer import tokenizer_files
+
+        return tokenizer_files(self)
+
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer among those files (GGUF: in its metadata)."""
+        from .tokenizer import has_tokenizer
+
+        return has_tokenizer(self)
+
+    def add_tokenizer(self, writer: BundleWriter) -> bool:
+        """Put those files into a bundle (GGUF: made from its metadata). False: there is none that can be."""
+        from ..export.tokenizer_files import add_tokenizer
+
+        return add_tokenizer(self, writer)
+
+    def token_ids(self) -> dict[str, Any]:
+        """{"eos": list of ids, "bos": id or None, "pad": id or None}; generation_config.json goes first."""
+        from .tokenizer import token_ids
+
+        return token_ids(self)
+
+
+def open_checkpoint(source: str | Path, *, text_only: bool = False) -> Checkpoint:
+    """Open a checkpoint folder, hub id or .gguf file. Every refusal is a GqaExportError with its remedy.
+
+    text_only: a multimodal model is taken for the language model in it, which is given token ids alone.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _open_folder(str(source), path, text_only)
+    if path.is_file():
+        return _open_file(str(source), path)
+    if isinstance(source, str) and HUB_ID.fullmatch(source) and not source.endswith(".gguf"):
+        return _open_folder(source, _download(source), text_only)
+    raise GqaExportError("no such file or folder", str(source), FIX_FOLDER)
+
+
+def open_for(manifest: Manifest, source: str | Path) -> Checkpoint:
+    """Open a checkpoint to compare a bundle with: text only if the bundle was made so."""
+    return open_checkpoint(source, text_only=bool(manifest.source.get("text_only")))
+
+
+def _open_file(source: str, path: Path) -> Checkpoint:
+    if path.suffix == ".safetensors" or path.name in ("config.json", INDEX):
+        raise GqaExportError("this is one file of a checkpoint, not the checkpoint", source,
+                             f"give the folder that holds it: {path.parent}")
+    from .gguf_header import read_gguf_header
+    from .gguf_config import gguf_config
+
+    header = read_gguf_header(path)
+    config = gguf_config(path)
+    refuse_raw_config(config, source)
+    return Checkpoint(source, path.parent, "gguf", path, config, header.stored_dtype)
+
+
+def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:
+    if (folder / "adapter_config.json").is_file():
+        raise GqaExportError("this is a PEFT adapter, not a whole model", source,
+                             "merge it into its base model first (peft: merge_and_unload, then save_pretrained)")
+    if not (folder / "config.json").is_file():
+        gguf = sorted(folder.glob("*.gguf"))
+        fix = f"give the GGUF file itself: {gguf[0]}" if gguf else FIX_FOLDER
+        raise GqaExportError("the folder has no config.json", source, fix)
+    config = _read_json(folder / "config.json")
+    refuse_raw_config(config, source, text_only)
+    if trust().pickle and not any((folder / name).exists() for name in (SINGLE, INDEX)):
+        return Checkpoint(source, folder, "hf", None, config, _stored_dtype(config, {}), pickles=pickle_files(folder),
+                          text_only=text_only)
+    tensors = _read_tensors(source, folder)
+    eighths = sorted(name for name, tensor in tensors.items() if tensor.dtype.startswith("float8"))
+    if eighths:
+        refuse_quantized(f"{tensors[eighths[0]].dtype}: {eighths[0]}", source)
+    return Checkpoint(source, folder, "hf", None, config, _stored_dtype(config, tensors), tensors,
+                      text_only=text_only)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError("not a JSON object")
+        return data
+    except (ValueError, RecursionError) as error:
+        raise GqaExportError(f"{path.name} is not valid JSON: {error}", str(path), "download it again") from error
+    except OSError as error:
+        raise GqaExportError(f"cannot read the file: {error.strerror}", str(path), "check its permissions") from error
+
+
+def _read_tensors(source: str, folder: Path) -> dict[str, StoredTensor]:
+    if (folder / INDEX).is_file():
+        return _read_shards(folder)
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    if any(folder.glob("pytorch_model*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise GqaExportError("the weights are a pickle (.bin, .pt), which can run any code when opened", source,
+                             "convert them on a machine you trust (load the model and save_pretrained(folder)), or "
+                             "pass --allow-pickle: then tensors are read and no code is run")
+    if (folder / SINGLE).is_symlink() or (folder / INDEX).is_symlink():
+        raise GqaExportError("the weights are a symbolic link to a file that is not there", source,
+                             "the download is incomplete: download the model again")
+    raise GqaExportError(f"the folder has neither {SINGLE} nor {INDEX}", source, FIX_FOLDER)
+
+
+def _read_shards(folder: Path) -> dict[str, StoredTensor]:
+    index = _read_json(folder / INDEX)
+    weight_map = index.get("weight_map")
+    again = "download or copy the checkpoint again"
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise GqaExportError("the index of the shards has no weight_map", str(folder / INDEX), again)
+    shards: dict[str, dict[str, StoredTensor]] = {}
+    tensors = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise GqaExportError(f"the index places tensor {name!r} in {shard!r}, which is no file of this folder",
+                                 str(folder / INDEX), again)
+        if shard not in shards:
+            if not (folder / shard).is_file():
+                raise GqaExportError(f"the shard {shard} is missing", str(folder), again)
+            shards[shard] = read_header(folder / shard)
+        if name not in shards[shard]:
+            raise GqaExportError(f"tensor {name!r} is missing from its shard", str(folder / shard), again)
+        tensors[name] = shards[shard][name]
+    return tensors
+
+
+def _stored_dtype(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> str:
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        if "float" in tensor.dtype:
+            sizes[tensor.dtype] += tensor.nbytes
+    if sizes:
+        return sizes.most_common(1)[0][0]
+    named = config.get("dtype") or config.get("torch_dtype")
+    return named if named in ("float32", "float16", "bfloat16", "float64") else "float32"
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt",
+                                                              "*.tiktoken"], ignore_patterns=["*/*"]))
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        replies = [getattr(cause, "response", None) for cause in (error, error.__cause__)]
+        reply: Any = next((reply for reply in replies if reply is not None), None)
+        if reply is None:
+            raise GqaExportError("hub unreachable: there is no such folder here, no copy in the local cache, and the "
+                                 "download failed", hub_id, "check the network (or unset HF_HUB_OFFLINE), or give the "
+                                 "path of a checkpoint folder") from error
+        raise GqaExportError(f"the hub refused: {type(error).__name__} (HTTP {reply.status_code})", hub_id,
+                             "check the id; for a gated or private model log in with `hf auth login`") from error

@@ -1,0 +1,68 @@
+"""A text as tokens: read, checked, tokenized with a checkpoint's own tokenizer, cut into rows of one length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import GqaExportError
+
+PIECE_CHARACTERS = 1 << 18
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder, or GqaExportError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises anything between OSError and KeyError for a missing tokenizer
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise GqaExportError(f"the checkpoint has no tokenizer that can be loaded: {cause[:200]}", str(folder),
+                             "copy tokenizer.json and tokenizer_config.json into the folder") from error
+
+
+def read_text(path: Path) -> str:
+    """A whole UTF-8 file that is not empty, or GqaExportError."""
+    fix = "give an existing file of plain UTF-8 text"
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise GqaExportError("the text is not UTF-8", f"{path}, byte {error.start}", fix) from error
+    except OSError as error:
+        raise GqaExportError(f"cannot read the text: {error.strerror}", str(path), fix) from error
+    if not text.strip():
+        raise GqaExportError("the text file is empty", str(path), fix)
+    return text
+
+
+def tokenize(tokenizer: Any, text: str) -> np.ndarray:
+    """Token ids [N] int32 of a text, without special tokens; tokenized in pieces that end at line breaks."""
+    found = []
+    start = 0
+    while start < len(text):
+        end = min(start + PIECE_CHARACTERS, len(text))
+        line = text.rfind("\n", start, end) if end < len(text) else -1
+        end = line + 1 if line > start else end
+        found.append(np.asarray(tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"],
+                                dtype=np.int32))
+        start = end
+    return np.concatenate(found) if found else np.zeros(0, np.int32)
+
+
+def packed(ids: np.ndarray, length: int, where: str) -> np.ndarray:
+    """Rows [N // length, length], nothing padded, the remainder dropped; GqaExportError if there is not one row."""
+    rows = len(ids) // length
+    if not rows:
+        raise GqaExportError(f"the text has {len(ids)} tokens, fewer than one row of {length}", where,
+                             "give a longer text, or a smaller --length")
+    return ids[: rows * length].reshape(rows, length)
+
+
+def spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` rows, evenly spread over all."""
+    if len(rows) <= count:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]

@@ -1,0 +1,186 @@
+"""Drives one case through Polygraphy's Comparator, step by step, and keeps what was measured.
+
+`CaseDriver.feeds` is the Comparator's data loader, `CaseDriver.compare` its comparison function. Both look at the
+same state: the loader is asked for the next step only after the last one was compared, so it can feed the truth's
+own greedy tokens, and go on with them where a free run parted. Nothing of a step's arrays is kept.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .cases import Case
+from .logits import LogitTally
+from .metrics import Difference, difference, last_rows, margin
+from .error_trace import Surroundings, surroundings
+
+TRUTH, EAGER, BUNDLE = "truth", "eager", "bundle"
+"""names of the runners: the truth, PyTorch in the bundle's number format (the yardstick), the bundle"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One output of one step. `token`: absolute position of the first token of that step, per row."""
+
+    step: int
+    phase: str
+    output: str
+    difference: Difference
+    tokens: tuple[int, ...]
+
+    def __bool__(self) -> bool:
+        return self.difference.nonfinite == 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A row whose best token differs. margin: how much the truth prefers its own."""
+
+    step: int
+    row: int
+    expected: int
+    got: int
+    margin: float
+
+
+@dataclass
+class CaseLog:
+    """What a case gave. bundle: every output of every step in the order of computation. yardstick: per output, the
+    largest error of PyTorch in the bundle's format; None where it was not run. eager_logits: largest difference of
+    the bundle's logits to PyTorch in the bundle's format. worst: per output, the surroundings of its largest gap."""
+
+    case: Case
+    tally: LogitTally = field(default_factory=LogitTally)
+    bundle: list[Measured] = field(default_factory=list)
+    worst: dict[str, Surroundings] = field(default_factory=dict)
+    yardstick: dict[str, float] | None = None
+    eager_logits: float | None = None
+    rows: int = 0
+    agreed: int = 0
+    choices: list[Choice] = field(default_factory=list)
+    parted: int | None = None
+    seconds: float = 0.0
+
+
+def quantity(output: str) -> str:
+    """The output whose tolerance applies: a cache at the end is made of the rows that the steps wrote."""
+    return output.replace("cache.", "layer.", 1)
+
+
+class CaseDriver:
+    """State of one case while it runs. Feeds, all int64: input_ids [B, S], new_lengths [B], flags [3]: 1 for a
+    new batch, 1 to feed your own best token instead, 1 to show the whole cache too."""
+
+    def __init__(self, case: Case, filler: np.ndarray, tick: Callable[[], None] = lambda: None) -> None:
+        self.case, self.log, self.filler, self.tick = case, CaseLog(case), filler, tick
+        self.step, self.phase, self.free = 0, "prefill", False
+        self.new_lengths = np.zeros(case.batch, np.int64)
+        self.lengths = np.zeros(case.batch, np.int64)
+        self.next_tokens = np.zeros(case.batch, np.int64)
+        self._most: dict[str, float] = {}
+        self._block = np.zeros((case.batch, 1), np.int64)
+
+    def feeds(self) -> Iterator[dict[str, np.ndarray]]:
+        """All feeds of the case, each made when the one before was compared."""
+        schedule = self._prompt() + [None] * len(self.case.counts)
+        for step, ids in enumerate(schedule):
+            after_prompt = step - (len(schedule) - len(self.case.counts))
+            if ids is None:
+                self.phase = "decode"
+                self.new_lengths = np.array(self.case.counts[after_prompt], np.int64)
+                block = self._tokens()
+                self.free = self.case.free and self.log.parted is None
+            else:
+                self.new_lengths, block = ids
+            self.step, self._block = step, block
+            yield {
+                "input_ids": block, "new_lengths": self.new_lengths,
+                "flags": np.array([step == 0, self.free, step == len(schedule) - 1], np.int64),
+            }
+            self.lengths = self.lengths + self.new_lengths
+            self.tick()
+
+    def _prompt(self) -> list:
+        """(new_lengths [B], ids [B, S]) of each piece of the prompt, right-padded with token 0."""
+        longest, pieces = max(len(p) for p in self.case.prompts), []
+        for start in range(0, longest, self.case.chunk):
+            rows = [prompt[start: start + self.case.chunk] for prompt in self.case.prompts]
+            lengths = np.array([len(row) for row in rows], np.int64)
+            ids = np.zeros((len(rows), int(lengths.max())), np.int64)
+            for row, tokens in enumerate(rows):
+                ids[row, : len(tokens)] = tokens
+            pieces.append((lengths, ids))
+        return pieces
+
+    def _tokens(self) -> np.ndarray:
+        """The truth's greedy token of every row; rows that bring more tokens take them from the filler."""
+        ids = np.zeros((self.case.batch, max(1, int(self.new_lengths.max()))), np.int64)
+        for row, count in enumerate(self.new_lengths):
+            ids[row, :count] = np.resize(np.roll(self.filler, self.step + row), count)
+            if count:
+                ids[row, 0] = self.next_tokens[row]
+        return ids
+
+    def compare(self, truth: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> OrderedDict:
+        """Measure one runner against another. Polygraphy calls this for every pair at every step."""
+        pair = (truth.runner_name, other.runner_name)  # type: ignore[attr-defined]
+        if pair == (EAGER, BUNDLE):
+            found = difference(truth["logits"], other["logits"]).max_abs
+            self.log.eager_logits = max(self.log.eager_logits or 0.0, found)
+            return OrderedDict()
+        if pair == (TRUTH, EAGER):
+            yardstick = self.log.yardstick = self.log.yardstick or {}
+            for name in truth:
+                if name != "fed":
+                    found = difference(truth[name], other[name]).max_abs
+                    yardstick[quantity(name)] = max(yardstick.get(quantity(name), 0.0), found)
+            return OrderedDict()
+        self._choose(truth["logits"], other["logits"])
+        self._tally(truth["logits"], other["logits"])
+        results: OrderedDict[str, Measured] = OrderedDict()
+        for name in truth:
+            if name == "fed":
+                if not np.array_equal(truth[name], other[name]):
+                    raise RuntimeError("the two sides were fed different tokens")
+                continue
+            phase = "cache" if name.startswith("cache.") else self.phase
+            tokens = tuple(int(n) for n in (self.lengths if phase != "cache" else np.zeros_like(self.lengths)))
+            # a name of our own: Polygraphy takes statistics of whole arrays for names it knows
+            one = Measured(self.step, phase, name, difference(truth[name], other[name]), tokens)
+            results[f"difference of {name}"] = one
+            if one.difference.max_abs > self._most.get(name, 0.0):
+                self._most[name] = one.difference.max_abs
+                self.log.worst[name] = surroundings(name, truth[name], other[name], one.difference, tokens)
+        self.log.bundle.extend(results.values())
+        return results
+
+    def _tally(self, truth_BSV: np.ndarray, other_BSV: np.ndarray) -> None:
+        """Add up what the logits mean as predictions; where only the last are given, those."""
+        whole = truth_BSV.shape[1] == self._block.shape[1]
+        for row, count in enumerate(self.new_lengths.tolist()):
+            if not count:
+                continue
+            sides = [side[row, : count if whole else 1] for side in (truth_BSV, other_BSV)]
+            self.log.tally.add(*sides)
+            if self.case.perplexity and whole:
+                self.log.tally.read(self._block[row, :count], *sides)
+
+    def _choose(self, truth_BSV: np.ndarray, other_BSV: np.ndarray) -> None:
+        """Note the best tokens of both sides; the truth's are the next to be fed."""
+        expected, got = (last_rows(x, self.new_lengths) for x in (truth_BSV, other_BSV))
+        for row, count in enumerate(self.new_lengths):
+            if not count:
+                continue
+            best, other = int(np.argmax(expected[row])), int(np.argmax(got[row]))
+            self.log.rows += 1
+            self.next_tokens[row] = best
+            if best == other:
+                self.log.agreed += 1
+                continue
+            self.log.choices.append(Choice(self.step, row, best, other, margin(expected[row], other)))
+            if self.case.free and self.log.parted is None:
+                self.log.parted = self.step

@@ -1,0 +1,99 @@
+"""The table of architectures: which of transformers' causal language models were checked, and what came of it.
+
+Data: `models/matrix.json`, written by `scripts/matrix.py`; a row per name of `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..errors import GqaExportError
+
+AGAIN = "run `python scripts/matrix.py --resume` and commit what it writes"
+ENDS = ("supported", "refused", "wrong", "failed", "unchecked")
+"""how a row can end; only the first is supported: `wrong` and `failed` are bugs of ours, `unchecked` was not run"""
+
+
+def table() -> dict[str, Any]:
+    """The whole table: `rows` by name, `versions` it was made with, `date`."""
+    import gqa_models
+
+    path = Path(gqa_models.__file__).parent / "matrix.json"
+    if not path.is_file():
+        raise GqaExportError("the table of architectures is missing from this installation", str(path), AGAIN)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def known_names() -> dict[str, str]:
+    """Causal-LM names that the installed transformers knows, each with its class (the first if it has several)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    return {name: value if isinstance(value, str) else value[0] for name, value in NAMES.items()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a row depends on."""
+    found = {}
+    for name in ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "onnx-ir"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def missing(rows: dict[str, Any], names: dict[str, str]) -> list[str]:
+    """Names without a row."""
+    return sorted(set(names) - set(rows))
+
+
+def counts(data: dict[str, Any]) -> dict[str, int]:
+    """How many rows ended in each way; all of `ENDS`, zero or not."""
+    found = Counter(row["verdict"] for row in data["rows"].values())
+    return {end: found[end] for end in ENDS}
+
+
+def document(data: dict[str, Any]) -> str:
+    """docs/models.md."""
+    how = counts(data)
+    made_with = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
+    lines = [
+        "# Architectures", "",
+        "Written by `scripts/matrix.py`; do not edit. The same table: `gqa-export models`, with `--json` as data.", "",
+        f"transformers knows {len(data['rows'])} causal language models by name. Of each a small random model was "
+        "made, exported (fp32) and compared with PyTorch in fp64 on a CPU: prompts longer than the attention window, "
+        "decode steps, ragged batches, poisoned cache tails. *Supported* means that every target and cache in the row "
+        "passed. A row that is not supported is refused by name at export, or caught by the comparison that "
+        "`gqa-export onnx` makes afterwards.", "",
+        f"**{how['supported']} supported**, {how['refused']} refused, {how['wrong']} differ from PyTorch, "
+        f"{how['failed']} fail in another way, {how['unchecked']} not checked. {data['date']}, {made_with}.", "",
+        "## Supported", "",
+        "| name | attention | checked | largest difference (allowed) | depth |", "|---|---|---|---|---|"]
+    for name, row in sorted(data["rows"].items()):
+        if row["verdict"] == "supported":
+            worst = max(row["worst"].values(), key=lambda pair: pair[0])
+            lines.append(f"| {name} | {', '.join(row.get('features', []))} | {checked(row)} | {worst[0]:.1e} "
+                         f"({worst[1]:.1e}) | {row.get('depth') or 'not compared'} |")
+    for title, end in (("Refused", "refused"), ("Differ from PyTorch: not supported", "wrong"),
+                       ("Fail in another way: not supported", "failed"), ("Not checked: not supported", "unchecked")):
+        rows = {name: row for name, row in sorted(data["rows"].items()) if row["verdict"] == end}
+        if rows:
+            lines += ["", f"## {title}", "", "| name | reason |", "|---|---|"]
+            lines += [f"| {name} | {escaped(row.get('reason', ''))} |" for name, row in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def checked(row: dict[str, Any]) -> str:
+    """Targets and caches that a row was validated on: "ort and portable, growing and static"."""
+    parts = [key.split("/") for key in row.get("worst", {})]
+    targets, caches = dict.fromkeys(part[0] for part in parts), dict.fromkeys(part[1] for part in parts)
+    return f"{' and '.join(targets)}, {' and '.join(caches)}"
+
+
+def escaped(text: str) -> str:
+    """Text that fits into one cell of a Markdown table."""
+    return " ".join(text.replace("|", "/").split())[:400]

@@ -1,0 +1,144 @@
+"""What a decoder's attention is made of and what its KV cache costs: figures from a `ModelSpec`, no weights read.
+
+Bytes of a cache: per layer K * (D + E) * element size for every token of every sequence (dimensions as in
+`gqa_export.attention_op`). All layers keep all tokens, windowed ones too: that is what the exported graphs do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..bundle.manifest import MODEL, Manifest
+from ..errors import GqaExportError
+from ..spec import AttentionSpec, ModelSpec
+
+ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}
+SHORT_NAMES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+COMMON_CONTEXTS = (1024, 4096)
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers whose attention is the same, by number, described by the first."""
+
+    layers: tuple[int, ...]
+    attention: AttentionSpec
+
+
+@dataclass(frozen=True)
+class CacheCost:
+    """KV-cache bytes of one sequence of `tokens`, beside those of the same model as MHA (K = H) and as MQA (K = 1)."""
+
+    tokens: int
+    bytes: int
+    mha_bytes: int
+    mqa_bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that `gqa-export inspect` says. `element_dtype`: of the cache (bundle) or of the stored weights."""
+
+    source: str
+    kind: str
+    spec: ModelSpec
+    element_dtype: str
+    groups: tuple[LayerGroup, ...]
+    costs: tuple[CacheCost, ...]
+    parameters: int
+    weight_bytes: int
+    manifest: Manifest | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for `--json`: one entry of `layers` for every attention layer."""
+        data = asdict(self)
+        del data["groups"]
+        data["kv_cache"] = data.pop("costs")
+        layers = data["spec"].pop("layers")
+        data["layers"] = [{"kind": kind_of_attention(layer), **facts}
+                          for layer, facts in zip(self.spec.layers, layers, strict=True)]
+        manifest = data.pop("manifest")
+        if manifest is not None:
+            manifest.pop("spec")
+            data["bundle"] = manifest
+        return data
+
+
+def layer_groups(layers: Iterable[AttentionSpec]) -> tuple[LayerGroup, ...]:
+    """Equal layers, together, in the order in which each kind is first met."""
+    kinds: dict[AttentionSpec, list[AttentionSpec]] = {}
+    for layer in layers:
+        kinds.setdefault(replace(layer, layer=0), []).append(layer)
+    return tuple(LayerGroup(tuple(layer.layer for layer in members), members[0]) for members in kinds.values())
+
+
+def with_kv_heads(spec: ModelSpec, shared: bool) -> ModelSpec:
+    """The same model as MQA (one key/value head shared by all) or as MHA (one for every query head)."""
+    return replace(spec, layers=tuple(replace(layer, kv_num_heads=1 if shared else layer.num_heads)
+                                      for layer in spec.layers))
+
+
+def cache_costs(spec: ModelSpec, element_dtype: str, longest: int) -> tuple[CacheCost, ...]:
+    """The cost of one token, of the common contexts below `longest`, and of `longest`."""
+    size = ELEMENT_BYTES[element_dtype]
+    own, mha, mqa = (model.cache_bytes_per_token(size) for model in
+                     (spec, with_kv_heads(spec, shared=False), with_kv_heads(spec, shared=True)))
+    counts = [1, *(count for count in COMMON_CONTEXTS if count < longest), *([longest] if longest > 1 else [])]
+    return tuple(CacheCost(count, count * own, count * mha, count * mqa) for count in counts)
+
+
+def kind_of_attention(layer: AttentionSpec) -> str:
+    """MHA, GQA or MQA."""
+    if layer.kv_num_heads == layer.num_heads:
+        return "MHA"
+    return "MQA" if layer.kv_num_heads == 1 else "GQA"
+
+
+def stored_in_graph(folder: Path) -> tuple[int, int]:
+    """Elements and bytes of the constants that a bundle's graph refers to (weights, rotary tables), shared ones once.
+
+    Only the graph is read. Raises GqaExportError if there is none or it cannot be parsed.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    path = folder / MODEL
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except (OSError, DecodeError) as error:
+        raise GqaExportError(f"the bundle's graph cannot be read: {error}", str(path),
+                             "copy the bundle again, or export it again") from error
+    seen: set[tuple[str, ...]] = set()
+    elements = size = 0
+    for tensor in graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        identity = (place["location"], place.get("offset", "0")) if place else (tensor.name,)
+        if identity in seen:
+            continue
+        seen.add(identity)
+        elements += prod(tensor.dims)
+        size += prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return elements, size
+
+
+def inspect_bundle(folder: Path, manifest: Manifest) -> Inspection:
+    """The figures of a bundle, from its manifest and its graph."""
+    spec = manifest.spec
+    parameters, weight_bytes = stored_in_graph(folder)
+    dtype, longest = SHORT_NAMES.get(manifest.dtype, manifest.dtype), manifest.capacity or spec.max_positions
+    return Inspection(str(folder), "bundle", spec, dtype, layer_groups(spec.layers), cache_costs(spec, dtype, longest),
+                      parameters, weight_bytes, manifest)
+
+
+def inspect_checkpoint(source: str, spec: ModelSpec, stored_dtype: str, parameters: int, weight_bytes: int,
+                       notes: tuple[str, ...] = ()) -> Inspection:
+    """The figures of a checkpoint; the cache is counted in the dtype of its weights, as an export would keep it."""
+    dtype = SHORT_NAMES.get(stored_dtype, stored_dtype)
+    dtype = dtype if dtype in ELEMENT_BYTES else "fp32"
+    return Inspection(source, "checkpoint", spec, dtype, layer_groups(spec.layers),
+                      cache_costs(spec, dtype, spec.max_positions), parameters, weight_bytes, notes=notes)

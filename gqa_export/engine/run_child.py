@@ -1,0 +1,81 @@
+"""Runs the building process and turns whatever becomes of it into a result or one clear error."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import GqaExportError
+from ..environment.tensorrt_libraries import Library, visible
+from .build_job import SEE_LOG, Built, Job
+from .build_log import last_lines
+
+Report = Callable[[str, float | None, float | None], None]
+MODULE = "gqa_export.engine.build_child"
+
+
+def run_job(job: Job, library: Library, log: Path, report: Report, module: str = MODULE) -> Built:
+    """Build in a child process whose every printed line goes to `log`. Raises GqaExportError; the child is never left
+    behind."""
+    with visible(library) as environment, log.open("w", encoding="utf-8") as lines:
+        # -P: the working directory of the user is no place to import from
+        child = subprocess.Popen([sys.executable, "-P", "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                 stderr=lines, text=True, env=_with_path(environment))
+        try:
+            return _listen(child, job, log, report)
+        finally:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+
+
+def _with_path(environment: dict[str, str]) -> dict[str, str]:
+    import os
+
+    return {**environment, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def _listen(child: subprocess.Popen[str], job: Job, log: Path, report: Report) -> Built:
+    assert child.stdin is not None
+    assert child.stdout is not None
+    result: dict | None = None
+    try:
+        child.stdin.write(job.to_json())
+        child.stdin.close()
+    except BrokenPipeError:
+        pass  # it ended before it read: what it said is in the log
+    for line in child.stdout:
+        message = json.loads(line)
+        if "progress" in message:
+            report(*message["progress"])
+        else:
+            result = message
+    code = child.wait()
+    if result is not None and "refused" in result:
+        what, where, fix = result["refused"]
+        if fix in ("", SEE_LOG):
+            said = last_lines(log.read_text(encoding="utf-8", errors="replace"))
+            what = f"{what}; TensorRT said:\n{_indented(said)}"
+        raise GqaExportError(what, where, fix or SEE_LOG)
+    if code or result is None:
+        raise _crash(code, log)
+    return Built.from_dict(result["built"])
+
+
+def _crash(code: int, log: Path) -> GqaExportError:
+    said = last_lines(log.read_text(encoding="utf-8", errors="replace"))
+    if code == -signal.SIGKILL:
+        return GqaExportError("the building process was killed, most likely because the machine ran out of memory",
+                              "gqa-export trt", "use a machine with more memory: an engine's weights are held twice")
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
+    return GqaExportError(f"the building process ended with {how}; its last lines:\n{_indented(said)}",
+                          "gqa-export trt",
+                          "run `gqa-export doctor`; if it finds nothing, report this with the lines above")
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines()) or "    (it said nothing)"

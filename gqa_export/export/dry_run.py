@@ -1,0 +1,102 @@
+"""What an export would write, how long it would take and how much memory, without writing anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..bundle.manifest import DATA, MODEL
+from ..weights.dtypes import cast
+from ..weights.memory_budget import Budget, peak_bytes
+from .options import ExportOptions
+from .prepare import Prepared, prepare
+from ..weights.layout import Arrangement, arrange
+from ..targets import TARGETS, Target
+from ..weights.sources import MemorySource
+
+SAMPLE_BYTES = 48 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An export that was thought through. Times in seconds, sizes in bytes."""
+
+    title: str
+    files: tuple[tuple[str, int, str], ...]
+    """name, bytes, how it comes about"""
+    prepared_s: float
+    weights_s: float
+    peak_bytes: int
+    targets: tuple[tuple[str, str], ...]
+    """for each target: what it would do with this model"""
+    fallbacks: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        out = [self.title, "  would write:"]
+        out += [f"    {name:<28} {size / 1e6:>12,.1f} MB  {how}" for name, size, how in self.files]
+        out.append(f"  time: {self.prepared_s:.1f} s until here, about {self.weights_s:.1f} s for the weights "
+                   "(reading, converting and hashing, measured on a sample; the disk's writing speed was not measured)")
+        out.append(f"  memory: {self.peak_bytes / 1e9:.2f} GB at the most")
+        out += [f"  fallback: {line}" for line in self.fallbacks]
+        out.append("  targets:")
+        out += [f"    {name:<12} {what}" for name, what in self.targets]
+        return [*out, "  nothing was written"]
+
+
+def dry_run(source: str | Path, options: ExportOptions, output: Path | None = None,
+            report: Callable[[str, float | None, float | None], None] | None = None) -> Plan:
+    """Do all of an export but the writing. Raises what the export would raise before it writes."""
+    started = time.perf_counter()
+    ready = prepare(source, options, report or (lambda text, done, total: None), Budget(options.max_ram), output)
+    plan = arrange(ready.lowered.model, ready.store, ready.options.weights)
+    model_bytes = ready.lowered.model.ByteSize()
+    prepared = time.perf_counter() - started
+    seconds = _weights_seconds(plan)
+    files = [(MODEL, model_bytes, "the graph")]
+    if plan.streams:
+        kinds = {"converted or copied" if not isinstance(source, MemorySource) else "merged or dequantized"
+                 for stream in plan.streams for source in stream.sources}
+        files.append((DATA, plan.bytes_copied, " and ".join(sorted(kinds)) + f", {len(plan.streams)} tensors"))
+    how = "hard link to the checkpoint's file" if ready.options.weights == "link" else "used where it lies"
+    files += [(name, path.stat().st_size, how) for name, path in plan.files.items()]
+    files += [(path.name, path.stat().st_size, "copied") for path in ready.checkpoint.tokenizer_files()]
+    spec = ready.traced.spec
+    title = (f"{ready.checkpoint.source}: {spec.architecture}, {len(spec.layers)} layers, target {ready.target.name}, "
+             f"{ready.dtype}, {ready.options.cache} cache, capacity {ready.traced.capacity}")
+    return Plan(title, tuple(files), prepared, seconds, peak_bytes(),
+                tuple((name, _suits(target, ready)) for name, target in TARGETS.items()),
+                tuple(f"layer {f.layer}: {f.used} instead of {f.wanted}: {f.reason}"
+                      for f in ready.lowered.fallbacks))
+
+
+def _suits(target: Target, ready: Prepared) -> str:
+    """What a target would do with each layer, by the table."""
+    layers = ready.traced.spec.layers
+    reasons = {layer.layer: why for layer in layers if (why := target.cannot_hold(layer))}
+    runs = ", ".join(provider for provider, types in target.dtypes.items() if ready.dtype in types)
+    where = f"runs {ready.dtype} on {runs}" if runs else f"has no kernels for {ready.dtype}"
+    if not reasons:
+        return f"holds all {len(layers)} layers as {target.attention}; {where}"
+    first = next(iter(reasons.values()))
+    if target.fallback:
+        return f"{len(reasons)} of {len(layers)} layers as {target.fallback}: {first}; {where}"
+    return f"refused: {first}"
+
+
+def _weights_seconds(plan: Arrangement) -> float:
+    """Reading, converting and hashing all that is streamed, from a sample of it."""
+    import hashlib
+
+    digest, done, started = hashlib.sha256(), 0, time.perf_counter()
+    for stream in plan.streams:
+        for source in stream.sources:
+            for chunk in source.chunks():
+                out = cast(chunk, source.dtype, stream.dtype, stream.recipe)
+                digest.update(out)
+                done += out.nbytes
+                if done >= SAMPLE_BYTES:
+                    return (time.perf_counter() - started) * plan.bytes_copied / done
+    return time.perf_counter() - started

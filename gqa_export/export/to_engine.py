@@ -1,0 +1,34 @@
+"""From a checkpoint or a bundle to an engine bundle: the export, where one is needed, then the build."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ..bundle.manifest import MANIFEST
+from ..engine.build import EngineBuild, EngineOptions, build_engine
+from ..engine.build import check_request
+
+__all__ = ["EngineBuild", "EngineOptions", "build_engine", "make_engine"]
+
+Report = Callable[[str, float | None, float | None], None]
+DEFAULT_ATTENTION = "plugin"
+
+
+def make_engine(source: str, output: Path, options: EngineOptions, report: Report) -> EngineBuild:
+    """source: a bundle folder of a TensorRT target, else a checkpoint, which is exported into a temporary bundle
+    beside the output first. Raises GqaExportError; then nothing is left behind."""
+    if (Path(source) / MANIFEST).is_file():
+        return build_engine(Path(source), output, options, report)
+    from .options import ExportOptions
+    from .to_onnx import export_onnx
+
+    kind = options.attention or DEFAULT_ATTENTION
+    check_request(output, options, kind)
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.partial-", dir=output.absolute().parent) as folder:
+        bundle = Path(folder, "bundle")
+        export_onnx(source, bundle, ExportOptions(target=f"trt-{kind}", dtype=options.dtype,
+                                                  capacity=options.capacity), report)
+        return build_engine(bundle, output, options, report)

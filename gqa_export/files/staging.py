@@ -1,0 +1,87 @@
+"""A folder that appears complete or not at all: staged beside its place, renamed at the end. Standard library only."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import GqaExportError
+from .resume import Claimed, abandoned, remove, stage
+from .atomic_replace import replace_folder, undisturbed
+
+_unfinished: list[Claimed] = []
+
+
+@atexit.register
+def tidy_up() -> None:
+    """Remove the staging folders of this process: Ctrl-C may strike between two lines, where no `finally` is near."""
+    with undisturbed():
+        remove(_unfinished)
+        _unfinished.clear()
+
+
+def check_folder(output: Path, *, force: bool, marker: str) -> None:
+    """Refuse, before any work, an output that must not be replaced: `force` replaces folders that hold `marker`."""
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise GqaExportError("the output exists and is not a folder", str(output), "choose another path with -o")
+    if output.is_dir() and any(output.iterdir()):
+        if not force:
+            raise GqaExportError("the output folder is not empty", str(output),
+                                 "choose another one, or pass --force to replace an earlier result")
+        if not (output / marker).is_file():
+            raise GqaExportError(f"the output folder holds something else (it has no {marker})", str(output),
+                                 "choose another one: --force replaces results of the same command only")
+
+
+@contextmanager
+def staging_folder(output: Path, parent: Path) -> Iterator[tuple[Path, list[Claimed]]]:
+    """(an empty hidden folder in `parent`, named after `output`; what killed processes left of the same). All of it is
+    gone at the end, however that comes; what a kill leaves, the next one removes."""
+    parent.mkdir(parents=True, exist_ok=True)
+    mine: list[Claimed] = []
+    try:
+        with undisturbed():
+            mine += abandoned(parent / output.name)
+            leftovers = list(mine)
+            mine.append(stage(output, parent))
+            _unfinished.extend(mine)
+        staging = mine[-1][0]
+        staging.chmod(0o755)
+        yield staging, leftovers
+    finally:
+        with undisturbed():
+            remove(mine)
+            _unfinished[:] = [one for one in _unfinished if one not in mine]
+
+
+@contextmanager
+def writing_folder(output: Path, *, force: bool = False, marker: str) -> Iterator[Path]:
+    """Give a staging folder; when the block ends well it becomes `output`, else nothing of it stays.
+
+    Raises GqaExportError for an output that must not be replaced, an unwritable place, a full disk.
+    """
+    output = Path(os.path.abspath(output))
+    check_folder(output, force=force, marker=marker)
+    with disk_errors(output), staging_folder(output, output.parent) as (staging, _):
+        yield staging
+        replace_folder(staging, output)
+
+
+@contextmanager
+def disk_errors(output: Path) -> Iterator[None]:
+    """A full disk or an unwritable place inside the block is a GqaExportError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise GqaExportError("the disk is full; nothing half-written was left behind", str(output),
+                                 "free some space, choose another disk with -o, or copy no weights (onnx --weights "
+                                 "link)") from error
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            raise GqaExportError(f"cannot write there: {error.strerror}", str(output),
+                                 "choose another output folder with -o") from error
+        raise

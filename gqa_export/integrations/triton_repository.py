@@ -1,0 +1,84 @@
+"""A model repository for Triton Inference Server around an engine bundle.
+
+    REPOSITORY/NAME/config.pbtxt        one request is one prompt; tokens stream back one by one
+    REPOSITORY/NAME/1/model.py          Triton's Python backend: `gqa_export.integrations.triton_backend`
+    REPOSITORY/NAME/1/engine/           the engine bundle, hard links where they are possible
+
+Triton's own TensorRT backend gives every output memory of its own, and an engine whose cache is written in place
+needs past and present to be the same memory: hence the Python backend, with the session that does that.
+Source: triton-inference-server/python_backend README (decoupled mode, TritonPythonModel).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from ..bundle.manifest import MANIFEST, read_manifest
+from ..errors import GqaExportError
+
+VERSION = "1"
+INPUTS = (("input_ids", "TYPE_INT32", "-1", False), ("max_new_tokens", "TYPE_INT32", "1", True),
+          ("temperature", "TYPE_FP32", "1", True), ("seed", "TYPE_INT64", "1", True))
+OUTPUTS = (("token", "TYPE_INT32", "1"),)
+MODEL = '''"""Made by gqa-export: the engine bundle beside this file, served by gqa_export.integrations.triton_backend."""
+
+from gqa_export.serving import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+def check_repository(repository: Path, name: str) -> None:
+    """Refuse, before any work, a model name that Triton cannot have or a place that is taken by something else."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise GqaExportError(f"Triton cannot name a model {name!r}", "--triton-repository",
+                             "give the engine bundle (-o) a name of letters, digits, - and _")
+    model = repository / name
+    if model.exists() and not (model / VERSION / "engine" / MANIFEST).is_file():
+        raise GqaExportError("the repository has another model of that name", str(model),
+                             "choose another folder with --triton-repository, or another name with -o")
+
+
+def write_repository(repository: Path, bundle: Path) -> Path:
+    """Write the model of an engine bundle, named as its folder; an earlier one that we wrote is replaced."""
+    name = bundle.absolute().name
+    check_repository(repository, name)
+    facts = read_manifest(bundle).engine
+    if facts is None:
+        raise GqaExportError("only an engine bundle can be served", str(bundle), "build one with `gqa-export trt`")
+    model = repository / name
+    staging = repository / f".{name}.partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        (staging / VERSION).mkdir(parents=True)
+        shutil.copytree(bundle, staging / VERSION / "engine", copy_function=_link)
+        (staging / VERSION / "model.py").write_text(MODEL, encoding="utf-8")
+        (staging / "config.pbtxt").write_text(config(name), encoding="utf-8")
+        if model.exists():
+            shutil.rmtree(model)
+        staging.rename(model)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return model
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)
+
+
+def config(name: str) -> str:
+    """config.pbtxt: decoupled, one prompt a request, one instance (the cache is its own)."""
+    inputs = ",\n".join(f'  {{ name: "{tensor}" data_type: {kind} dims: [ {size} ]'
+                        f'{" optional: true" if optional else ""} }}' for tensor, kind, size, optional in INPUTS)
+    outputs = ",\n".join(f'  {{ name: "{tensor}" data_type: {kind} dims: [ {size} ] }}'
+                         for tensor, kind, size in OUTPUTS)
+    return (f'name: "{name}"\nbackend: "python"\nmax_batch_size: 0\n'
+            "model_transaction_policy { decoupled: true }\n"
+            f"input [\n{inputs}\n]\noutput [\n{outputs}\n]\n"
+            "instance_group [ { count: 1 kind: KIND_GPU } ]\n")

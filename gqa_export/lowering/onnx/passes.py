@@ -1,0 +1,39 @@
+"""Canonical op -> standard operators only: ai.onnx Attention, RotaryEmbedding, RMSNormalization, TensorScatter.
+
+Opset 23 with a growing cache, 24 with a static one (TensorScatter is new there; every op of 23 means the same in 24).
+A layer that Attention cannot hold keeps the canonical op and its function body. Source: onnx docs/Operators.md.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...graph.passes import Pass
+from ..context import Context
+from ..attention_function import attach_function, is_call
+from .attention import lower_attention
+from .fusions import fuse_rms_norm, fuse_rotary
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSETS = {"growing": 23, "static": 24}
+
+PREPARE = None
+PASSES = (
+    Pass("fuse_rms_norm", fuse_rms_norm),
+    Pass("fuse_rotary", fuse_rotary),
+    Pass("lower_attention", lower_attention, expect=lambda context: len(context.spec.layers) - len(context.fallbacks)),
+)
+
+
+def finish(model: onnx.ModelProto, context: Context) -> onnx.ModelProto:
+    """Set the opset; attach the function if a layer kept the canonical op."""
+    for entry in model.opset_import:
+        if entry.domain == "":
+            entry.version = OPSETS[context.options.cache]
+    calls = sum(map(is_call, model.graph.node))
+    if calls:
+        attach_function(model)
+    context.counts["attach_function"] = calls
+    return model

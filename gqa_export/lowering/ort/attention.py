@@ -1,0 +1,68 @@
+"""Canonical op -> com.microsoft::GroupQueryAttention. Dimensions as in `gqa_export.attention_op`.
+
+Source: onnxruntime docs/ContribOperators.md. seqlens_k is past + new - 1 per sequence, total_sequence_length the
+length of the longest; a window counts the current token, -1 is none; the op writes token t of a sequence at t in
+both cache modes and rotates by the same lengths, so rotary tables need no position ids.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from ... import graph_io, attention_op
+from ...graph import edit
+from ...graph.match import const_value, only_input
+from ..rotary.fold import calls, layer_of, tables
+
+DOMAIN = "com.microsoft"
+OP = "GroupQueryAttention"
+QUERY, PAST_VALUE, SINKS = (attention_op.input_index(name) for name in ("query", "past_value", "sinks"))
+
+
+def holdable(context: Any) -> int:
+    """How many layers the target's attention op can hold."""
+    return sum(not context.target.cannot_hold(layer) for layer in context.spec.layers)
+
+
+def lower_attention(graph: gs.Graph, context: Any) -> int:
+    """Rewrite every layer the op can hold; the others stay the canonical op and are recorded as fallbacks."""
+    count = 0
+    lengths: list[gs.Tensor] = []
+    known: dict[bytes, tuple[gs.Tensor, gs.Tensor]] = {}
+    for node in calls(graph):
+        layer = layer_of(node, context)
+        reason = context.target.cannot_hold(layer)
+        if reason:
+            context.fall_back(layer.layer, reason)
+            continue
+        lengths = lengths or _lengths(graph)
+        rotation = context.notes.get("rotation", {}).get(layer.layer)
+        cos, sin = tables(graph, rotation, context.notes["element"], known) if rotation else (None, None)
+        sinks = const_value(node.inputs[SINKS])
+        head_sink = None if sinks is not None and np.isneginf(sinks).all() else node.inputs[SINKS]
+        attrs = {"num_heads": layer.num_heads, "kv_num_heads": layer.kv_num_heads, "scale": float(node.attrs["scale"]),
+                 "softcap": float(node.attrs["softcap"]), "local_window_size": int(node.attrs["window"]) or -1,
+                 "do_rotary": int(rotation is not None),
+                 "rotary_interleaved": int(rotation is not None and rotation.interleaved)}
+        inputs, outputs = list(node.inputs), list(node.outputs)
+        edit.remove(node)
+        edit.add_node(graph, OP, [*inputs[QUERY:PAST_VALUE + 1], *lengths, cos, sin, None, None, head_sink],
+                      name=f"{node.name.rpartition('/')[0]}/{OP}_0", domain=DOMAIN, outputs=outputs, attrs=attrs)
+        count += 1
+    return count
+
+
+def _lengths(graph: gs.Graph) -> list[gs.Tensor]:
+    """seqlens_k int32 [B] and total_sequence_length int32 [1], from attention_mask [B, T]."""
+    mask = only_input(graph, graph_io.ATTENTION_MASK)
+    axis, one = (edit.constant(f"lengths/{name}", np.array([1], np.int64)) for name in ("axis", "one"))
+    to_int32 = {"to": onnx.TensorProto.INT32}
+    total_B = edit.add_node(graph, "ReduceSum", [mask, axis], name="lengths/ReduceSum_0", attrs={"keepdims": 0})
+    last_B = edit.add_node(graph, "Sub", [*total_B, one], name="lengths/Sub_0")
+    seqlens_B = edit.add_node(graph, "Cast", last_B, name="lengths/Cast_0", attrs=to_int32)
+    width = edit.add_node(graph, "Shape", [mask], name="lengths/Shape_0", attrs={"start": 1, "end": 2})
+    return seqlens_B + edit.add_node(graph, "Cast", width, name="lengths/Cast_1", attrs=to_int32)

@@ -1,0 +1,108 @@
+"""A `trt-plugin` graph for ONNX Runtime: every plugin node taken apart into standard ops and the op's function body.
+
+This is how the ONNX of an engine is checked where no TensorRT can run: the plugin's own code is not in it. Rotation
+becomes ai.onnx RotaryEmbedding at the positions past_lengths + 0 .. S - 1, absent sinks become -inf. fp32 graphs
+only: others are widened first (`graph.twin`). Dimensions as in `gqa_export.attention_op`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from ... import graph_io, attention_op
+from ...errors import GqaExportError
+from ..attention_function import attach_function, is_call
+from .plugin import PRESENCE
+
+POSITIONS = "interpreted/positions"
+
+
+def interpret(model: onnx.ModelProto) -> int:
+    """Rewrite a lowered fp32 model in place; returns the number of plugin nodes.
+
+    Raises GqaExportError for a node that this version did not write.
+    """
+    nodes: list[onnx.NodeProto] = []
+    sizes = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in model.graph.input}
+    tables = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    casts = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
+    known: set[int] = set()
+    count = 0
+    for node in model.graph.node:
+        if not is_call(node):
+            nodes.append(node)
+            continue
+        count += 1
+        inputs, attributes = _given(node), {each.name: helper.get_attribute_value(each) for each in node.attribute}
+        heads = {"query": attributes["num_heads"], "key": attributes["kv_num_heads"]}
+        if "cos" in inputs:
+            table_rows, half = tables[casts.get(inputs["cos"], inputs["cos"])]
+            if table_rows not in known:
+                known.add(table_rows)
+                nodes += _positions(model.graph, inputs["past_lengths"], table_rows)
+            for name, number in heads.items():
+                turned = f"{node.name}.{name}.rotated"
+                nodes.append(helper.make_node(
+                    "RotaryEmbedding", [inputs[name], inputs["cos"], inputs["sin"], f"{POSITIONS}_{table_rows}"],
+                    [turned], name=turned, num_heads=number, interleaved=attributes["rotary_interleaved"],
+                    rotary_embedding_dim=0 if 2 * half == sizes[inputs["past_key"]][3] else 2 * half))
+                inputs[name] = turned
+            del inputs["cos"], inputs["sin"]
+        if "sinks" not in inputs:
+            inputs["sinks"] = _no_sinks(model.graph, attributes["num_heads"])
+        call = helper.make_node(attention_op.OP, [inputs.get(name, "") for name in attention_op.INPUT_NAMES], node.output,
+                                name=node.name, domain=attention_op.DOMAIN)
+        while not call.input[-1]:
+            call.input.pop()
+        call.attribute.extend(each for each in node.attribute if each.name in attention_op.ATTRIBUTE_NAMES)
+        nodes.append(call)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    attach_function(model)
+    return count
+
+
+def _given(node: onnx.NodeProto) -> dict[str, str]:
+    """The inputs of a plugin node by name, after its presence flags."""
+    flags = {each.name: each.i for each in node.attribute if each.name in PRESENCE}
+    absent = {name for flag, first in PRESENCE.items() if not flags.get(flag, 0)
+              for name in ({"key": ("key", "value"), "cos": ("cos", "sin")}.get(first, (first,)))}
+    names = [name for name in attention_op.INPUT_NAMES if name not in absent]
+    if len(flags) != len(PRESENCE) or len(names) != len(node.input) or "key" in absent:
+        raise GqaExportError(f"a plugin node has {len(node.input)} inputs and says {flags}", f"node {node.name!r}",
+                             "export the bundle again with this version of gqa-export")
+    return dict(zip(names, node.input))
+
+
+def _constant(graph: onnx.GraphProto, name: str, value: np.ndarray) -> str:
+    if all(tensor.name != name for tensor in graph.initializer):
+        graph.initializer.append(numpy_helper.from_array(value, name))
+    return name
+
+
+def _no_sinks(graph: onnx.GraphProto, heads: int) -> str:
+    return _constant(graph, f"interpreted/no_sinks_{heads}", np.full(heads, -np.inf, np.float32))
+
+
+def _positions(graph: onnx.GraphProto, past_lengths: str, rows: int) -> list[onnx.NodeProto]:
+    """int64 [B, S] past_lengths[:, None] + arange(S), kept within the tables: padding may lie beyond them."""
+    stem = f"{POSITIONS}_{rows}"
+    zero, one = _constant(graph, f"{stem}/zero", np.array(0)), _constant(graph, f"{stem}/one", np.array(1))
+    first, last = (_constant(graph, f"{stem}/axis_{i}", np.array([i])) for i in (0, 1))
+    most = _constant(graph, f"{stem}/most", np.array(rows - 1))
+    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
+        ("Shape", [graph_io.INPUT_IDS], "steps", {"start": 1, "end": 2}), ("Squeeze", ["steps", first], "end", {}),
+        ("Range", [zero, "end", one], "range", {}), ("Cast", [past_lengths], "past", {"to": TensorProto.INT64}),
+        ("Unsqueeze", ["past", last], "column", {}), ("Add", ["column", "range"], "sum", {}),
+        ("Max", ["sum", zero], "low", {}), ("Min", ["low", most], "", {})]
+    made = {label for _, _, label, _ in steps}
+
+    def full(name: str) -> str:
+        return f"{stem}/{name}" if name in made else name
+
+    return [helper.make_node(op, [full(name) for name in inputs], [f"{stem}/{label}" if label else stem],
+                             name=f"{stem}/{op}", **attrs) for op, inputs, label, attrs in steps]

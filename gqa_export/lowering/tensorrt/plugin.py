@@ -1,0 +1,54 @@
+"""Target `trt-plugin`: every attention layer one node of the grouped-attention plugin of TensorRT and TensorRT-RTX.
+
+The node has the inputs that are present, in the order of the contract, and no holes among them, which TensorRT
+refuses; `has_new`, `has_rotary` and `has_sinks` say which those are. Rotary goes into the op where it is one that
+the op can do. The rest of the graph stays standard ops as traced: TensorRT fuses those itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from ... import attention_op
+from ...graph.match import const_value
+from ...graph.passes import Pass
+from .. import head_axes
+from ..rotary.fold import calls, fold_rotary, layer_of, tables
+from .common import FIRST, PREPARE  # noqa: F401 PREPARE is this target's too
+
+PLUGIN_VERSION = str(attention_op.VERSION)
+PLUGIN_NAMESPACE = attention_op.DOMAIN
+PRESENCE = {"has_new": "key", "has_rotary": "cos", "has_sinks": "sinks"}
+"""int attributes of the node: whether that input (and its pair) is among its inputs"""
+
+
+def lower_attention(graph: gs.Graph, context: Any) -> int:
+    """Drop the inputs that say nothing, give each call its rotary tables and what TensorRT finds the plugin by."""
+    known: dict[bytes, tuple[gs.Tensor, gs.Tensor]] = {}
+    nodes = calls(graph)
+    for node in nodes:
+        rotation = context.notes.get("rotation", {}).get(layer_of(node, context).layer)
+        inputs: dict[str, gs.Tensor | None] = dict(zip(attention_op.INPUT_NAMES, node.inputs))
+        cos, sin = tables(graph, rotation, context.notes["element"], known) if rotation else (None, None)
+        inputs.update(cos=cos, sin=sin)
+        sinks = const_value(inputs["sinks"]) if inputs.get("sinks") is not None else None
+        if sinks is not None and np.isneginf(sinks).all():
+            inputs["sinks"] = None
+        there = {name: inputs.get(name) for name in attention_op.INPUT_NAMES}
+        there = {name: tensor for name, tensor in there.items() if tensor is not None and not tensor.is_empty()}
+        node.inputs = list(there.values())
+        node.attrs["rotary_interleaved"] = int(rotation is not None and rotation.interleaved)
+        node.attrs.update({flag: int(name in there) for flag, name in PRESENCE.items()})
+        node.attrs.update(plugin_version=PLUGIN_VERSION, plugin_namespace=PLUGIN_NAMESPACE)
+    return len(nodes)
+
+
+PASSES = [
+    *FIRST,
+    Pass("rotary_inside", fold_rotary),
+    Pass("unreshape", head_axes.unreshape),
+    Pass("lower_attention", lower_attention, expect=lambda context: len(context.spec.layers)),
+]

@@ -1,0 +1,106 @@
+"""How fast a bundle loads, reads a prompt and writes, and how much memory that takes."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle.manifest import read_manifest
+from ..errors import GqaExportError
+from .generate import generate
+from .open_session import open_bundle
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Times in seconds, rates in tokens per second over all sequences, memory in MiB (None where unknown).
+
+    Rates are medians over the repeats; `prefill` and `decode` hold every repeat. anonymous: memory of this process
+    that no file backs, after loading; peak: the most it ever had resident.
+    """
+
+    bundle: str
+    target: str
+    dtype: str
+    cache: str
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
+    load_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    decode_step_ms: float
+    prefill: tuple[float, ...]
+    decode: tuple[float, ...]
+    anonymous_before_mib: float | None
+    anonymous_mib: float | None
+    peak_mib: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+def measure(folder: Path | str, *, prompt_tokens: int, new_tokens: int, batch: int, repeat: int,
+            provider: str = "auto", low_memory: bool = False, threads: int = 0,
+            report: Callable[[str], None] = lambda text: None) -> Speed:
+    """Load a bundle and run random prompts (seeded) of `prompt_tokens` for `new_tokens` steps, `repeat` times.
+
+    End tokens are not honoured: every repeat does the same work. One short run before them is not counted.
+    Raises GqaExportError if prompt and answer do not fit the bundle's capacity, NotCheckedHere as `open_bundle`.
+    """
+    manifest = read_manifest(folder)
+    # the last new token is never fed
+    if prompt_tokens + new_tokens - 1 > manifest.capacity:
+        raise GqaExportError(f"{prompt_tokens} prompt and {new_tokens} new tokens do not fit the cache of "
+                             f"{manifest.capacity}", str(folder),
+                             "use smaller --prompt-tokens or --new-tokens, or export with a larger --capacity")
+    before = anonymous_mib()
+    started = time.perf_counter()
+    report("loading")
+    session = open_bundle(folder, provider, low_memory=low_memory, threads=threads)
+    load_s = time.perf_counter() - started
+    random = np.random.default_rng(0)
+    prompts = random.integers(0, manifest.spec.vocabulary, (batch, prompt_tokens)).tolist()
+    report("warming up")
+    generate(session, prompts, min(new_tokens, 2))
+    loaded = anonymous_mib()
+    results = []
+    for number in range(repeat):
+        report(f"run {number + 1} of {repeat}")
+        results.append(generate(session, prompts, new_tokens))
+    prefill = tuple(result.prefill_tokens_per_s for result in results)
+    decode = tuple(result.tokens_per_s for result in results)
+    steps = [result.decode_s / result.decode_steps for result in results if result.decode_steps]
+    return Speed(str(folder), manifest.target, manifest.dtype, manifest.cache, prompt_tokens, new_tokens, batch,
+                 load_s, statistics.median(prefill), statistics.median(decode),
+                 1000 * statistics.median(steps) if steps else 0.0, prefill, decode, before, loaded, peak_mib())
+
+
+def anonymous_mib() -> float | None:
+    """Resident memory of this process that no file backs, in MiB; Linux only."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    sizes = [int(line.split()[1]) for line in lines if line.startswith("RssAnon:")]
+    return sizes[0] / 1024 if sizes else None
+
+
+def peak_mib() -> float | None:
+    """The most memory this process ever had resident, in MiB; not on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / MIB if sys.platform == "darwin" else peak / 1024

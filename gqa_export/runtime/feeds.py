@@ -1,0 +1,102 @@
+"""What goes into a step: refusals before anything runs, the attention mask, and how a batch must be cut.
+
+Dimensions: B batch, S new tokens (padded on the right), P past tokens, C capacity. Everything here is host-side
+numpy; a kernel that could write past its cache is never reached.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..graph_io import ATTENTION_MASK, INPUT_IDS, NEW_LENGTHS, PAST_LENGTHS
+from ..errors import GqaExportError
+
+
+def check_feed(input_ids: np.ndarray, new_lengths: np.ndarray | None, lengths: np.ndarray, capacity: int,
+               vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ids [B, S] and new lengths [B], both int64, of a step that may run; GqaExportError for one that may not."""
+    ids = np.asarray(input_ids)
+    batch = len(lengths)
+    if ids.ndim != 2 or ids.shape[0] != batch or ids.shape[1] == 0:
+        raise GqaExportError(f"input_ids has shape {list(ids.shape)}, expected [{batch}, S] with S >= 1", "input_ids",
+                             "call reset(batch) with the number of sequences first, and feed at least one token")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise GqaExportError(f"input_ids is {ids.dtype}, expected whole numbers", "input_ids", "pass int64 token ids")
+    new = np.full(batch, ids.shape[1]) if new_lengths is None else np.asarray(new_lengths)
+    if new.shape != (batch,) or not np.issubdtype(new.dtype, np.integer):
+        raise GqaExportError(f"new_lengths is {new.dtype} {list(new.shape)}, expected whole numbers [{batch}]",
+                             "new_lengths", "pass one count per sequence")
+    if new.min() < 0 or new.max() > ids.shape[1]:
+        raise GqaExportError(f"new_lengths {new.tolist()} is not within 0..{ids.shape[1]}", "new_lengths",
+                             "count the real tokens of each row of input_ids")
+    ids, new = ids.astype(np.int64), new.astype(np.int64)
+    real = np.arange(ids.shape[1])[None] < new[:, None]
+    wrong = real & ((ids < 0) | (ids >= vocabulary))
+    if wrong.any():
+        row, column = (int(i) for i in np.argwhere(wrong)[0])
+        raise GqaExportError(f"token id {ids[row, column]} is outside the vocabulary of {vocabulary}",
+                             f"sequence {row}, new token {column}",
+                             "use the tokenizer of this model; ids start at 0")
+    over = lengths + new > capacity
+    if over.any():
+        row = int(np.argmax(over))
+        raise GqaExportError(
+            f"the cache holds {capacity} tokens, and sequence {row} would have {int(lengths[row] + new[row])}",
+            f"sequence {row}: {int(lengths[row])} tokens in the cache, {int(new[row])} new",
+            f"shorten the prompt, or export with --capacity {int((lengths + new).max())} or more")
+    return np.where(real, ids, 0), new
+
+
+def check_mask(mask: np.ndarray) -> np.ndarray:
+    """The lengths [B] of a tokenizer's attention mask [B, S]. Refuses padding on the left or inside a row."""
+    mask = np.asarray(mask)
+    if mask.ndim != 2 or not np.isin(mask, (0, 1)).all():
+        raise GqaExportError(f"the attention mask has shape {list(mask.shape)} or values other than 0 and 1",
+                             "attention_mask", "pass the tokenizer's mask: [batch, sequence], 1 is a real token")
+    bad = (np.diff(mask.astype(np.int8), axis=1) > 0).any(axis=1)
+    if bad.any():
+        raise GqaExportError("the prompt is padded on the left; the cache counts tokens from the start of a row",
+                             f"attention_mask, row {int(np.argmax(bad))}",
+                             'make the tokenizer pad on the right: padding_side="right"')
+    return mask.sum(axis=1).astype(np.int64)
+
+
+def attention_mask(lengths: np.ndarray, new: np.ndarray, past: int, sequence: int) -> np.ndarray:
+    """int64 [B, past + sequence]: lengths[b] ones in the first `past` columns, new[b] ones in the last `sequence`."""
+    columns = np.arange(past)[None] < lengths[:, None]
+    return np.concatenate([columns, np.arange(sequence)[None] < new[:, None]], axis=1).astype(np.int64)
+
+
+def step_feed(interface: str, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray,
+              past: int) -> dict[str, np.ndarray]:
+    """All inputs of a step but the cache, by name. interface: "mask" or "lengths", as in `cache_io.graph_inputs`.
+    past: length of the past axis as far as the mask is to reach."""
+    if interface == "lengths":
+        return {INPUT_IDS: ids.astype(np.int32), PAST_LENGTHS: lengths.astype(np.int32),
+                NEW_LENGTHS: new.astype(np.int32)}
+    return {INPUT_IDS: ids, ATTENTION_MASK: attention_mask(lengths, new, past, ids.shape[1])}
+
+
+def must_run_alone(lengths: np.ndarray, new: np.ndarray, sequence: int, *, capacity: int | None,
+                   chunks_alone: bool, empty_alone: bool) -> bool:
+    """Whether the rows of this step have to run one by one, each without padding.
+
+    capacity: C of a static cache, None for a growing one: padding that reaches past the end of a static buffer
+    would be written there. chunks_alone, empty_alone: what the target's attention cannot do at batch > 1.
+    """
+    if (new == 0).all():
+        return True
+    if capacity is not None and (lengths + sequence > capacity).any():
+        return True
+    if empty_alone and (new == 0).any():
+        return True
+    return chunks_alone and len(lengths) > 1 and sequence > 1 and bool((lengths > 0).any())
+
+
+def written_rows(present_BKTD: np.ndarray, lengths: np.ndarray, new: np.ndarray, sequence: int) -> np.ndarray:
+    """[B, K, S, D]: what a step wrote at lengths[b] .. lengths[b] + new[b] - 1; zeros in the padding."""
+    batch, heads, _, size = present_BKTD.shape
+    rows = np.zeros((batch, heads, sequence, size), dtype=present_BKTD.dtype)
+    for b, (start, count) in enumerate(zip(lengths.tolist(), new.tolist())):
+        rows[b, :, :count] = present_BKTD[b, :, start: start + count]
+    return rows

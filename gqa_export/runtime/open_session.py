@@ -1,0 +1,26 @@
+"""Any bundle as a session: an engine in TensorRT, a graph in ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..bundle.manifest import read_manifest
+from ..errors import GqaExportError
+from .session import Session
+
+
+def open_bundle(folder: Path | str, provider: str = "auto", *, low_memory: bool = False, threads: int = 0) -> Session:
+    """The session of a bundle. provider, low_memory, threads: as of `OrtSession.load`; an engine knows none of them.
+
+    Raises GqaExportError, NotCheckedHere.
+    """
+    if read_manifest(folder).engine is None:
+        from .ort.session import OrtSession
+
+        return OrtSession.load(folder, provider, low_memory=low_memory, threads=threads)
+    for option, given in (("--provider", provider != "auto"), ("--low-memory", low_memory), ("--threads", threads)):
+        if given:
+            raise GqaExportError("an engine runs on the GPU, as it was built", option, f"leave out {option}")
+    from .tensorrt.session import EngineSession
+
+    return EngineSession.load(folder)

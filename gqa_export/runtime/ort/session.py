@@ -1,0 +1,194 @@
+"""A bundle in ONNX Runtime, with its cache inside: targets `ort`, `onnx` and `portable`, growing and static.
+
+Dimensions as in `gqa_export.attention_op`. The cache is compact: token t of sequence b lies at index t. A growing cache
+is fed with P = the longest sequence so far and cut back to that after a step, so that no holes accumulate. A static
+one is a single zeroed buffer; where the target's attention writes in place it serves as past and as present.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...bundle.manifest import MODEL, Manifest, read_manifest
+from ...bundle.integrity import check_files
+from ...graph_io import ATTENTION_MASK, INPUT_IDS, past_names, present_names
+from ...errors import GqaExportError
+from ...targets import Target, get_target
+from ..feeds import check_feed, must_run_alone, step_feed, written_rows
+from .backend import ArrayBackend, Backend, BindingBackend, Infer, numpy_dtype
+from .loading import DTYPES, check_graph, choose_provider, graph_facts, open_session
+from ..session import Step
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """One call of the graph: logits [b, s, V] and the present tensors."""
+
+    logits: np.ndarray
+    present: list[Any]
+
+
+class OrtSession:
+    """A `Session` over a bundle. Make one with `OrtSession.load`."""
+
+    def __init__(self, manifest: Manifest, backend: Backend, target: Target, capacity: int) -> None:
+        self.manifest, self.spec, self.capacity = manifest, manifest.spec, capacity
+        self._backend, self._target = backend, target
+        self._static = manifest.cache == "static"
+        self._inplace = self._static and target.writes_in_place(manifest.fallbacks)
+        self._dtype = numpy_dtype(DTYPES.get(manifest.dtype, manifest.dtype))
+        self.reset(1)
+
+    @classmethod
+    def load(cls, folder: Path | str, provider: str = "auto", *, infer: Infer | None = None,
+             capacity: int | None = None, low_memory: bool = False, threads: int = 0,
+             config: dict[str, str] | None = None, target: Target | None = None) -> OrtSession:
+        """Open a bundle.
+
+        provider: "auto", "cpu" or "cuda". infer: run the graph with this callable (dict of arrays in, dict of
+        arrays out) instead of a session of ONNX Runtime. capacity: tokens per sequence, at most the bundle's
+        (default). low_memory, threads, config: see `ort_load.open_session`. target: another row than the manifest's
+        (`table.on_cpu`). Raises GqaExportError, NotCheckedHere.
+        """
+        manifest = read_manifest(folder)
+        target = target or get_target(manifest.target)
+        if not target.runs_in_onnxruntime:
+            raise GqaExportError(f"a bundle of target {manifest.target} does not run in ONNX Runtime", str(folder),
+                                 "build an engine of it with `gqa-export trt`, or export it with --target ort, onnx or "
+                                 "portable to run it here")
+        capacity = manifest.capacity if capacity is None else capacity
+        if not 1 <= capacity <= manifest.capacity:
+            raise GqaExportError(f"a capacity of {capacity} is not within 1..{manifest.capacity}", str(folder),
+                                 "the bundle's own capacity is the limit: export with a larger --capacity")
+        pasts = [name for layer in manifest.spec.layers for name in past_names(layer.layer)]
+        presents = [name for layer in manifest.spec.layers for name in present_names(layer.layer)]
+        dtype = DTYPES.get(manifest.dtype, manifest.dtype)
+        backend: Backend
+        if infer is None:
+            provider = choose_provider(provider, dtype, target.dtypes)
+            session = open_session(folder, manifest, provider, low_memory=low_memory, threads=threads, config=config)
+            backend = BindingBackend(session, provider, dtype, pasts, presents)
+        else:
+            check_files(Path(folder), manifest, hashes=False)
+            check_graph(manifest, *graph_facts(Path(folder) / MODEL), str(Path(folder) / MODEL))
+            backend = ArrayBackend(infer, pasts, presents)
+        return cls(manifest, backend, target, capacity)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [B]."""
+        return self._lengths.copy()
+
+    def reset(self, batch: int) -> None:
+        """An empty cache for `batch` sequences; a static buffer is made anew, zeroed."""
+        if batch < 1:
+            raise GqaExportError(f"a batch of {batch}", "reset", "give at least one sequence")
+        self._lengths = np.zeros(batch, dtype=np.int64)
+        room = self.capacity if self._static else 0
+        sizes = [(layer.kv_num_heads, size) for layer in self.spec.layers
+                 for size in (layer.head_size, layer.value_head_size)]
+        self._past = [self._backend.upload(np.zeros((batch, heads, room, size), self._dtype))
+                      for heads, size in sizes]
+
+    def step(self, input_ids: np.ndarray, new_lengths: np.ndarray | None = None, *, want_cache: bool = False) -> Step:
+        """See `Session.step`."""
+        ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.spec.vocabulary)
+        before, sequence = self._lengths, ids.shape[1]
+        padded = self._static and self._target.writes_padding
+        alone = must_run_alone(before, new, sequence, capacity=self.capacity if padded else None,
+                               chunks_alone=self._target.chunks_alone, empty_alone=self._target.empty_alone)
+        logits = self._each_row(ids, new) if alone else self._whole(ids, new)
+        self._lengths = before + new
+        logits = logits if logits.dtype == np.float32 else logits.astype(np.float32)
+        if not want_cache:
+            return Step(logits)
+        tensors = [written_rows(self._backend.download(t), before, new, sequence) for t in self._past]
+        return Step(logits, tuple(tensors[0::2]), tuple(tensors[1::2]))
+
+    def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Per layer (key [B, K, T, D], value [B, K, T, E]), copies; T is the capacity of a static cache."""
+        tensors = [np.array(self._backend.download(t)) for t in self._past]
+        return list(zip(tensors[0::2], tensors[1::2]))
+
+    def left_padded(self) -> np.ndarray | None:
+        """What the graph itself answers to a row padded on the left, [1, 3, V]: NaN if it is sound. None where the
+        graph takes no mask. Our own runners refuse such a row before it gets here."""
+        if self._target.interface != "mask":
+            return None
+        self.reset(1)
+        feed = {INPUT_IDS: np.zeros((1, 3), np.int64), ATTENTION_MASK: np.array([[0, 1, 1]])}
+        logits = _Ran(*self._backend.run(feed, self._past, self._inplace)).logits
+        self.reset(1)
+        return logits.astype(np.float32)
+
+    def _whole(self, ids: np.ndarray, new: np.ndarray) -> np.ndarray:
+        """One call for all rows."""
+        longest = int(self._lengths.max())
+        ran = self._call(ids, self._lengths, new, longest, self._past)
+        self._past = ran.present
+        after = int((self._lengths + new).max())
+        if not self._static and after < longest + ids.shape[1]:
+            # ragged rows leave columns that belong to nobody: cut them, or they grow with every step
+            self._past = [self._backend.upload(self._backend.download(t)[:, :, :after]) for t in self._past]
+        return ran.logits
+
+    def _call(self, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray, past: int, tensors: Sequence[Any]) -> _Ran:
+        feed = step_feed(self._target.interface, ids, lengths, new, past)
+        try:
+            return _Ran(*self._backend.run(feed, tensors, self._inplace))
+        except (GqaExportError, MemoryError):
+            raise
+        except Exception as error:  # onnxruntime's own exceptions share no public base class
+            raise GqaExportError(f"ONNX Runtime failed while running the graph: {str(error).strip().splitlines()[0]}",
+                                 f"{len(ids)} sequences, {ids.shape[1]} new tokens, {past} past",
+                                 "validate the bundle; if it passes, report this message") from error
+
+    def _each_row(self, ids: np.ndarray, new: np.ndarray) -> np.ndarray:
+        """One call per row that brings something, unpadded; the results put together as if it had been one."""
+        ran: dict[int, _Ran] = {}
+        for b, count in enumerate(new.tolist()):
+            if count:
+                length = int(self._lengths[b])
+                past = [self._row(tensor, b, length) for tensor in self._past]
+                ran[b] = self._call(ids[b: b + 1, :count], self._lengths[b: b + 1], new[b: b + 1], length, past)
+                if self._static and not self._inplace:
+                    self._past = [self._put_row(tensor, b, row) for tensor, row in zip(self._past, ran[b].present)]
+        if not self._static:
+            after = int((self._lengths + new).max())
+            self._past = [self._gather(i, ran, after) for i in range(len(self._past))]
+        return self._join_logits(ids, new, {b: row.logits[0] for b, row in ran.items()})
+
+    def _row(self, tensor: Any, b: int, length: int) -> Any:
+        if self._static:
+            return self._backend.row(tensor, b)
+        return self._backend.upload(np.ascontiguousarray(self._backend.download(tensor)[b: b + 1, :, :length]))
+
+    def _put_row(self, tensor: Any, b: int, row: Any) -> Any:
+        """A static buffer with row b replaced."""
+        whole = self._backend.download(tensor)
+        if not whole.flags.writeable:
+            whole = whole.copy()
+        whole[b: b + 1] = self._backend.download(row)
+        return self._backend.upload(whole)
+
+    def _gather(self, i: int, ran: dict[int, _Ran], length: int) -> Any:
+        """The growing tensor number i, [B, K, length, D], from the rows that ran and those that did not."""
+        old = self._backend.download(self._past[i])
+        whole = np.zeros((*old.shape[:2], length, old.shape[3]), old.dtype)
+        for b, valid in enumerate(self._lengths.tolist()):
+            row = self._backend.download(ran[b].present[i])[0] if b in ran else old[b, :, :valid]
+            whole[b, :, : row.shape[1]] = row[:, :length]
+        return self._backend.upload(whole)
+
+    def _join_logits(self, ids: np.ndarray, new: np.ndarray, rows: dict[int, np.ndarray]) -> np.ndarray:
+        width = ids.shape[1] if self.manifest.logits == "all" else 1
+        logits = np.zeros((len(new), width, self.spec.vocabulary), self._dtype)
+        for b, row in rows.items():
+            logits[b, : len(row)] = row
+        return logits
+

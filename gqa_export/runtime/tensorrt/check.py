@@ -1,0 +1,160 @@
+"""Whether an engine bundle is sound and fits what is here, in the order in which it costs: manifest, files, kernels
+inside the engine, then GPU and library. Everything up to the GPU needs neither TensorRT nor a driver.
+
+Each mismatch is a GqaExportError with its fix; what this machine cannot know is a NotCheckedHere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...bundle.manifest import Manifest, read_manifest
+from ...bundle.integrity import check_files
+from ...graph_io import INPUT_IDS, LOGITS, NEW_LENGTHS, PAST_LENGTHS, past_names, present_names
+from ...bundle.engine_facts import DECODE, FLAVORS, PREFILL, REBUILD, EngineFacts
+from ...errors import GqaExportError, NotCheckedHere
+
+BUILD = "make one of it with `gqa-export trt BUNDLE -o ENGINE_BUNDLE`"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A bundle whose files are what they should be. lines: what was checked, for people."""
+
+    manifest: Manifest
+    facts: EngineFacts
+    lines: tuple[str, ...]
+
+
+def check_bundle(folder: Path | str, *, full: bool = False) -> Checked:
+    """Check everything that needs no GPU. full: sha256 of files however large. Raises GqaExportError."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    facts = facts_of(manifest, str(folder))
+    skipped = check_files(folder, manifest, full=full)
+    lines = [f"manifest: {FLAVORS[facts.flavor]} {facts.version}, {facts.attention} attention, {manifest.dtype}, "
+             f"capacity {manifest.capacity}, up to {facts.max_batch} sequences, {facts.max_prompt} new tokens at once, "
+             f"for {capabilities(facts)}",
+             f"files: {len(manifest.files)} of the stated size" + ("" if skipped else " and sha256"),
+             f"cache: {len(facts.aliases)} outputs in the memory of their inputs"]
+    if facts.plugin is not None:
+        lines.append(f"plugin: {facts.plugin.namespace}::{facts.plugin.name} version {facts.plugin.version}, "
+                     f"{facts.plugin_layers} layers, as this gqa-export has it; {_check_kernels(folder, facts)}")
+    if facts.build.get("layers"):
+        lines.append("build log: " + "; ".join(f"{profile}: " + ", ".join(f"{count} {kind}" for kind, count in
+                     kinds.items()) for profile, kinds in facts.build["layers"].items()))
+    return Checked(manifest, facts, tuple(lines))
+
+
+def facts_of(manifest: Manifest, where: str) -> EngineFacts:
+    """The engine's facts, held against the rest of the manifest and against this package's plugin."""
+    facts = manifest.engine
+    if facts is None:
+        raise GqaExportError(f"the bundle holds a graph for {manifest.target}, not an engine", where, BUILD)
+    if facts.flavor not in FLAVORS:
+        raise GqaExportError(f"the engine is for {facts.flavor!r}, which is none of {', '.join(FLAVORS)}", where,
+                             REBUILD)
+    if facts.stripped:
+        raise GqaExportError("the engine was built without its weights, and this runtime does not put them back", where,
+                             "build it without --strip-weights")
+    wanted = {LOGITS: ""} | {present: past for layer in manifest.spec.layers
+                             for present, past in zip(present_names(layer.layer), past_names(layer.layer))}
+    loose = [name for name, past in wanted.items() if past and facts.aliases.get(name) != past]
+    if loose:
+        raise GqaExportError(f"the engine does not write {loose[0]} into the memory of {wanted[loose[0]]}", where,
+                             REBUILD)
+    for name in (DECODE, PREFILL):
+        _, profile = facts.profile(name)
+        lacking = [tensor for tensor in (INPUT_IDS, PAST_LENGTHS, NEW_LENGTHS) if tensor not in profile.shapes]
+        if lacking:
+            raise GqaExportError(f"the {name} profile says nothing of {lacking[0]}", where, REBUILD)
+    _check_plugin(facts, where)
+    return facts
+
+
+def _check_plugin(facts: EngineFacts, where: str) -> None:
+    from gqa_plugins.grouped_attention import fields
+
+    if facts.attention != "plugin":
+        return
+    if facts.plugin is None:
+        raise GqaExportError("the manifest does not say which plugin the engine's attention needs", where, REBUILD)
+    fields.check_contract_version(facts.plugin.contract_version, where)
+    asked = (facts.plugin.name, facts.plugin.version, facts.plugin.namespace)
+    here = (fields.NAME, fields.PLUGIN_VERSION, fields.NAMESPACE)
+    if asked != here:
+        raise GqaExportError(f"the engine asks for the plugin {asked[2]}::{asked[0]} version {asked[1]}; this "
+                             f"gqa-export has {here[2]}::{here[0]} version {here[1]}", where,
+                             f"{REBUILD} of this version, or install the gqa-export that built it")
+
+
+def _check_kernels(folder: Path, facts: EngineFacts) -> str:
+    """Find the container of kernels in the engine and hold it against the manifest; what was found, in words."""
+    from gqa_plugins.grouped_attention import fields
+
+    assert facts.plugin is not None
+    path = folder / facts.file
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = data.find(fields.MAGIC + b"\n")
+        while start >= 0:
+            header = data.find(b"\n\n", start) + 2
+            rows = data[start: header].decode("ascii", errors="replace").split("\n")[1:-2]
+            sizes = [row.partition(" ")[2] for row in rows]
+            if all(size.isdigit() for size in sizes):
+                container = data[start: header + sum(map(int, sizes))]
+                if hashlib.sha256(container).hexdigest() == facts.plugin.sha256:
+                    return f"{len(sizes)} kernels inside, {len(container) / 1e3:,.0f} kB, sha256 as stated"
+            start = data.find(fields.MAGIC + b"\n", start + 1)
+    raise GqaExportError("the engine does not carry the kernels that its manifest names", str(path), REBUILD)
+
+
+def capabilities(facts: EngineFacts) -> str:
+    """The GPUs an engine is for, in words."""
+    numbers = [f"{number // 10}.{number % 10}" for number in facts.compute_capabilities]
+    return f"compute capability {', '.join(numbers)}" if numbers else "the GPU it was built on"
+
+
+def check_device(facts: EngineFacts, device: int, where: str) -> None:
+    """Whether CUDA device number `device` is here and one that the engine is for."""
+    fix = "copy the bundle to a machine with such a GPU and run the same command there"
+    try:
+        import torch
+    except ImportError as error:
+        raise NotCheckedHere("PyTorch is not installed, which holds the engine's memory", where,
+                             "pip install torch") from error
+    if not torch.cuda.is_available():
+        raise NotCheckedHere(f"this machine cannot run the engine: PyTorch {torch.__version__} sees no CUDA device",
+                             where, fix)
+    if not 0 <= device < torch.cuda.device_count():
+        raise GqaExportError(f"there is no CUDA device {device}: {torch.cuda.device_count()} are here", where,
+                             "count from 0")
+    major, minor = torch.cuda.get_device_capability(device)
+    if facts.compute_capabilities and 10 * major + minor not in facts.compute_capabilities:
+        name = torch.cuda.get_device_name(device)
+        raise GqaExportError(f"the engine is for {capabilities(facts)}, this GPU ({name}) has {major}.{minor}", where,
+                             f"build it again with --compute-capability {major}.{minor}")
+
+
+def import_flavor(facts: EngineFacts, where: str) -> Any:
+    """The Python module of the library that built the engine, in the very same version."""
+    from importlib import import_module
+
+    from ...environment import tensorrt_libraries
+
+    here = [flavor for flavor in FLAVORS if tensorrt_libraries.is_there(flavor)]
+    if here and facts.flavor not in here:
+        extra = tensorrt_libraries.SOURCES[facts.flavor].extra
+        raise GqaExportError(f"the engine is of {FLAVORS[facts.flavor]}, and only {FLAVORS[here[0]]} is installed",
+                             where, f"pip install 'gqa-export[{extra}]', or build it again with --flavor {here[0]}")
+    library = tensorrt_libraries.find(facts.flavor)
+    tensorrt_libraries.preload(library)
+    module = import_module(library.module)
+    if module.__version__ != facts.version:
+        raise GqaExportError(f"the engine was built by {FLAVORS[facts.flavor]} {facts.version}, here is "
+                             f"{module.__version__}: an engine runs only with the version that built it", where,
+                             f"install version {facts.version}, or {REBUILD}")
+    return module

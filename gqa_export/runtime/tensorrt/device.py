@@ -1,0 +1,166 @@
+"""The engine on a GPU: TensorRT's contexts over torch CUDA tensors, nothing copied but ids, lengths and logits.
+
+One context per profile (decode, prefill) on one stream. The cache is one tensor per input, bound as input and as the
+output that aliases it. From the second decode step of a batch size on, the step is a CUDA graph: the first one runs as
+it is, because a plugin loads its kernels then, which no capture may see. Not yet run on a GPU: the tests hold it to
+stand-ins for TensorRT's objects and torch's streams that read and write the very addresses they are given.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...bundle.manifest import Manifest
+from ...graph_io import INPUT_IDS, LOGITS, NEW_LENGTHS, PAST_LENGTHS, past_names, present_names
+from ...bundle.engine_facts import DECODE, PREFILL, REBUILD
+from ...errors import GqaExportError
+
+
+def cuda_device(number: int) -> Any:
+    """CUDA device `number` as torch names it."""
+    import torch
+
+    return torch.device("cuda", number)
+
+
+class DeviceBackend:
+    """An `EngineBackend` on a torch device. trt: the module of the engine's flavour."""
+
+    def __init__(self, trt: Any, folder: Path, manifest: Manifest, device: Any, cuda_graph: bool) -> None:
+        import torch
+
+        facts = manifest.engine
+        assert facts is not None
+        self._torch, self._manifest, self._where = torch, manifest, str(folder / facts.file)
+        self.device = device
+        self._dtype = getattr(torch, manifest.dtype)
+        self._use_graph = cuda_graph
+        self._failures: list[Any] = []
+        if facts.plugin is not None:
+            from gqa_plugins.grouped_attention import tensorrt as plugin
+
+            plugin.register(trt)
+            self._failures = plugin.failures
+        with torch.cuda.device(self.device):
+            self.stream = torch.cuda.Stream(self.device)
+            # kept: TensorRT wants its logger and runtime to live as long as the engine
+            self._logger = trt.Logger(trt.Logger.WARNING)
+            self._runtime = trt.Runtime(self._logger)
+            self._engine = self._runtime.deserialize_cuda_engine((folder / facts.file).read_bytes())
+            self._sound(self._engine is not None, "cannot be opened", REBUILD)
+            self._contexts = {}
+            for name in (DECODE, PREFILL):
+                context = self._engine.create_execution_context()
+                self._sound(context is not None, "has no room for its working memory on this GPU",
+                            "free memory on the GPU, or build with a smaller --max-prompt, --max-batch or --capacity")
+                number = facts.profile(name)[0]
+                self._sound(context.set_optimization_profile_async(number, self.stream.cuda_stream),
+                            f"refuses its {name} profile", REBUILD)
+                self._contexts[name] = context
+        self.caches: list[Any] = []
+        self._graph: Any = None
+        self._batch, self._warm = 0, False
+
+    def allocate(self, batch: int) -> None:
+        """See `EngineBackend.allocate`. The same batch size keeps its memory and its graph."""
+        torch, spec = self._torch, self._manifest.spec
+        if batch == self._batch:
+            for tensor in self.caches:
+                tensor.zero_()
+            return
+        self._graph, self._warm, self._batch = None, False, batch
+        sizes = [(layer.kv_num_heads, size) for layer in spec.layers
+                 for size in (layer.head_size, layer.value_head_size)]
+        self.caches = [torch.zeros((batch, heads, self._manifest.capacity, size), dtype=self._dtype,
+                                   device=self.device) for heads, size in sizes]
+        self._ids = torch.zeros((batch, 1), dtype=torch.int32, device=self.device)
+        self._past, self._new = (torch.zeros(batch, dtype=torch.int32, device=self.device) for _ in range(2))
+        self._logits = torch.zeros((batch, 1, spec.vocabulary), dtype=self._dtype, device=self.device)
+
+    def run(self, ids: Any, past: np.ndarray, new: np.ndarray, row: int) -> Any:
+        """See `EngineBackend.run`. ids may be a tensor on the device."""
+        torch = self._torch
+        inputs = [torch.as_tensor(each) for each in (ids, past, new)]
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            if inputs[0].shape == self._ids.shape:
+                for tensor, content in zip((self._ids, self._past, self._new), inputs):
+                    tensor.copy_(content)
+                logits = self._decode()
+            else:
+                inputs = [each.to(self.device, torch.int32) for each in inputs]
+                logits = self._logits[: len(inputs[0])]
+                self._enqueue(DECODE if inputs[0].shape[1] == 1 else PREFILL, inputs, row, logits)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        return logits
+
+    def _decode(self) -> Any:
+        """One token for every row, from and into fixed memory."""
+        torch, inputs = self._torch, [self._ids, self._past, self._new]
+        if not (self._use_graph and self._warm):
+            self._enqueue(DECODE, inputs, 0, self._logits)
+            self._warm = True
+            return self._logits
+        if self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, stream=self.stream):
+                    self._enqueue(DECODE, inputs, 0, self._logits)
+            except RuntimeError as error:
+                self._sound(False, f"cannot be captured in a CUDA graph ({str(error).splitlines()[0]})",
+                            "load it with cuda_graph=False")
+            self._graph = graph
+        self._graph.replay()
+        return self._logits
+
+    def _enqueue(self, profile: str, inputs: list[Any], row: int, logits: Any) -> None:
+        """Bind everything by address and launch on the stream that is current."""
+        context, rows = self._contexts[profile], len(inputs[0])
+        for name, tensor in zip((INPUT_IDS, PAST_LENGTHS, NEW_LENGTHS), inputs):
+            self._bind(context, name, tensor)
+        names = [pair for layer in self._manifest.spec.layers
+                 for pair in zip(past_names(layer.layer), present_names(layer.layer))]
+        for (past, present), cache in zip(names, self.caches, strict=True):
+            part = cache[row: row + rows]
+            self._bind(context, past, part)
+            context.set_tensor_address(present, part.data_ptr())
+        context.set_tensor_address(LOGITS, logits.data_ptr())
+        stream = self._torch.cuda.current_stream(self.device).cuda_stream
+        self._sound(context.execute_async_v3(stream), f"did not run ({profile}, {list(inputs[0].shape)})",
+                    "rerun with --debug, and report it with TensorRT's own messages above")
+
+    def _bind(self, context: Any, name: str, tensor: Any) -> None:
+        self._sound(context.set_input_shape(name, tuple(tensor.shape)), f"refuses {name} of {list(tensor.shape)}",
+                    REBUILD)
+        context.set_tensor_address(name, tensor.data_ptr())
+
+    def _sound(self, good: Any, what: str, fix: str) -> None:
+        """Raise what a callback of the plugin refused, which TensorRT swallows, or a GqaExportError of our own."""
+        if good:
+            return
+        if self._failures:
+            raise self._failures[0]
+        raise GqaExportError(f"the engine {what}", self._where, fix)
+
+    def host(self, logits: Any) -> np.ndarray:
+        """See `EngineBackend.host`."""
+        found: np.ndarray = logits.float().cpu().numpy()
+        return found
+
+    def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """See `EngineBackend.cache`. bf16 becomes fp32."""
+        low = self._dtype is self._torch.bfloat16
+        arrays = [(tensor.float() if low else tensor).cpu().numpy() for tensor in self.caches]
+        return list(zip(arrays[0::2], arrays[1::2]))
+
+    def fill_tail(self, lengths: np.ndarray, values: tuple[float, ...]) -> None:
+        """See `EngineBackend.fill_tail`."""
+        torch = self._torch
+        places_C = torch.arange(self._manifest.capacity, device=self.device)
+        tail_B1C1 = (places_C >= torch.as_tensor(lengths, device=self.device)[:, None])[:, None, :, None]
+        fill_C = torch.as_tensor(np.resize(np.array(values), self._manifest.capacity), device=self.device)
+        for tensor in self.caches:
+            tensor.copy_(torch.where(tail_B1C1, fill_C.to(self._dtype)[None, None, :, None], tensor))

@@ -1,0 +1,147 @@
+"""An engine bundle as a session: lengths on the host, every refusal before the run, the cache written in place.
+
+Dimensions as in `gqa_export.attention_op`; V vocabulary. The engine answers with the logits of each row's last valid token
+alone. A step with more new tokens than the engine takes at once is cut into pieces, each over the cache of the ones
+before; a row whose padding could pass the end of a cache that padding is written into runs by itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ...bundle.manifest import Manifest
+from ...errors import GqaExportError
+from ...targets import get_target
+from ..feeds import check_feed, must_run_alone, written_rows
+from ..session import Step
+from .check import check_bundle, check_device, facts_of, import_flavor
+
+
+class EngineBackend(Protocol):
+    """Runs the engine and owns the memory of the cache, [B, K, C, D] and [B, K, C, E] for every layer."""
+
+    def allocate(self, batch: int) -> None:
+        """An empty, zeroed cache for `batch` sequences."""
+
+    def run(self, ids: np.ndarray, past: np.ndarray, new: np.ndarray, row: int) -> Any:
+        """One call for rows `row` .. of the cache: ids int32 [b, S], past and new int32 [b]. The logits [b, 1, V], on
+        the device, good until the next call."""
+
+    def host(self, logits: Any) -> np.ndarray:
+        """Logits as fp32 on the host."""
+
+    def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Copies of every layer's key and value cache; fp32 where numpy lacks the type."""
+
+    def fill_tail(self, lengths: np.ndarray, values: tuple[float, ...]) -> None:
+        """Overwrite what lies at or beyond lengths [B] with `values` in turn."""
+
+
+class EngineSession:
+    """A `Session` over an engine bundle. Make one with `EngineSession.load`."""
+
+    def __init__(self, manifest: Manifest, backend: EngineBackend) -> None:
+        facts = facts_of(manifest, "gqa_export.json")
+        self.manifest, self.spec, self.capacity = manifest, manifest.spec, manifest.capacity
+        self.max_batch, self.max_prompt = facts.max_batch, facts.max_prompt
+        self.backend = backend
+        self._pads = get_target(manifest.target).writes_padding
+        self._poison: tuple[float, ...] = ()
+        self._last: Any = None
+        self.reset(1)
+
+    @classmethod
+    def load(cls, folder: Path | str, *, device: int = 0, cuda_graph: bool = True) -> EngineSession:
+        """Open an engine bundle on CUDA device `device`.
+
+        cuda_graph: decode steps are captured once per batch size and replayed. Raises GqaExportError for a bundle
+        that is damaged, another flavour, version, capability or plugin; NotCheckedHere where there is no GPU.
+        """
+        checked = check_bundle(folder)
+        check_device(checked.facts, device, str(folder))
+        module = import_flavor(checked.facts, str(folder))
+        from . import device
+
+        backend = device.DeviceBackend(module, Path(folder), checked.manifest, device.cuda_device(device),
+                                           cuda_graph)
+        return cls(checked.manifest, backend)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [B]."""
+        return self._lengths.copy()
+
+    def reset(self, batch: int) -> None:
+        """An empty, zeroed cache for `batch` sequences, at most `max_batch`."""
+        if not 1 <= batch <= self.max_batch:
+            raise GqaExportError(f"{batch} sequences at once, and the engine takes 1 to {self.max_batch}", "batch",
+                                 f"feed fewer, or build the engine with --max-batch {max(batch, 1)}")
+        self._lengths = np.zeros(batch, dtype=np.int64)
+        self._last = None
+        self.backend.allocate(batch)
+
+    def step(self, input_ids: np.ndarray, new_lengths: np.ndarray | None = None, *, want_cache: bool = False) -> Step:
+        """See `Session.step`. Logits are [B, 1, V]; zeros for a row that brings nothing."""
+        ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.spec.vocabulary)
+        before, sequence = self._lengths.copy(), ids.shape[1]
+        logits = np.zeros((len(new), 1, self.spec.vocabulary), np.float32)
+        for start in range(0, sequence, self.max_prompt):
+            part = np.clip(new - start, 0, self.max_prompt)
+            width = int(part.max())
+            if width:
+                answer = self._piece(ids[:, start: start + width], part)
+                logits = np.where((part > 0)[:, None, None], answer, logits)
+        if not want_cache:
+            return Step(logits)
+        pairs = self.cache()
+        return Step(logits, *(tuple(written_rows(pair[place], before, new, sequence) for pair in pairs)
+                              for place in (0, 1)))
+
+    def decode(self, token_ids: Any) -> Any:
+        """One new token for every row, without leaving the device: token_ids int32 [B, 1], where the backend keeps
+        its tensors (a torch CUDA tensor), to logits [B, 1, V] there, good until the next call.
+
+        Ids are not looked at, everything else is refused as by `step`.
+        """
+        one = np.ones(len(self._lengths), np.int64)
+        if tuple(token_ids.shape) != (len(one), 1):
+            raise GqaExportError(f"token_ids has shape {list(token_ids.shape)}, expected [{len(one)}, 1]", "token_ids",
+                                 "pass one new token for every sequence of the batch")
+        check_feed(np.zeros((len(one), 1), np.int64), one, self._lengths, self.capacity, self.spec.vocabulary)
+        self._last = self.backend.run(token_ids, self._lengths.astype(np.int32), one.astype(np.int32), 0)
+        self._lengths = self._lengths + 1
+        return self._last
+
+    @property
+    def device_logits(self) -> Any:
+        """The logits of the last call [b, 1, V], where the backend keeps its tensors; None before the first."""
+        return self._last
+
+    def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Per layer (key [B, K, C, D], value [B, K, C, E]), copies."""
+        return self.backend.cache()
+
+    def poison(self, values: tuple[float, ...]) -> None:
+        """From now on, fill what the cache holds beyond the lengths with these before every call; none: leave it."""
+        self._poison = values
+
+    def _piece(self, ids: np.ndarray, new: np.ndarray) -> np.ndarray:
+        """Logits [B, 1, V] of at most `max_prompt` new tokens per row; the lengths move on."""
+        if self._poison:
+            self.backend.fill_tail(self._lengths, self._poison)
+        if must_run_alone(self._lengths, new, ids.shape[1], capacity=self.capacity if self._pads else None,
+                          chunks_alone=False, empty_alone=False):
+            logits = np.zeros((len(new), 1, self.spec.vocabulary), np.float32)
+            for b in np.flatnonzero(new).tolist():
+                logits[b] = self._run(ids[b: b + 1, : new[b]], self._lengths[b: b + 1], new[b: b + 1], b)[0]
+        else:
+            logits = self._run(ids, self._lengths, new, 0)
+        self._lengths = self._lengths + new
+        return logits
+
+    def _run(self, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray, row: int) -> np.ndarray:
+        self._last = self.backend.run(ids.astype(np.int32), lengths.astype(np.int32), new.astype(np.int32), row)
+        return self.backend.host(self._last)

@@ -1,0 +1,193 @@
+"""The truth: PyTorch eager, one sequence at a time, unpadded, each with a cache of its own.
+
+Padding cannot influence a row that never sees any. `DynamicCache()` is made without a config: with one, it drops
+what lies outside a sliding window, and there would be nothing to compare a full cache with. Dimensions as in
+`gqa_export.attention_op`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ..errors import GqaExportError
+from ..spec import ModelSpec
+from .feeds import check_feed, written_rows
+from .session import Step
+
+DTYPES = {
+    "fp64": torch.float64, "float64": torch.float64, "fp32": torch.float32, "float32": torch.float32,
+    "fp16": torch.float16, "float16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
+}
+
+
+class TorchSession:
+    """A `Session` over any causal language model of transformers.
+
+    model: the module; it is copied if `dtype` is not its own, and left as it is. dtype: a name such as "fp32" or a
+    torch dtype. fp64 means fp64 throughout: transformers computes norms and softmax in fp32 by explicit casts, and
+    those are widened too; only the rotary angles stay as the model defines them, in fp32.
+    spec: what `session.spec` answers; not needed to run.
+    """
+
+    def __init__(self, model: torch.nn.Module, capacity: int, dtype: str | torch.dtype = "fp32", *,
+                 spec: ModelSpec | None = None) -> None:
+        wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
+        if any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
+            model = copy.deepcopy(model).to(wanted)
+        model.eval()
+        loose: Any = model  # its methods are transformers', not torch's
+        self.model = loose
+        self.dtype, self.capacity, self._spec = wanted, capacity, spec
+        self.vocabulary = int(loose.get_input_embeddings().weight.shape[0])
+        self._mode: TorchFunctionMode | None = _Widen(model) if wanted is torch.float64 else None
+        self.reset(1)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The spec it was given; GqaExportError if none was."""
+        if self._spec is None:
+            raise GqaExportError("this PyTorch session was made without a spec", "TorchSession",
+                                 "pass spec=manifest.spec")
+        return self._spec
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [B]."""
+        return self._lengths.copy()
+
+    @contextmanager
+    def redrawn(self, seed: int) -> Iterator[None]:
+        """Inside, every matrix product is rounded at random: another draw of this number format's rounding errors."""
+        before, self._mode = self._mode, _Redraw(seed)
+        try:
+            yield
+        finally:
+            self._mode = before
+
+    def reset(self, batch: int) -> None:
+        """Empty caches for `batch` sequences."""
+        from transformers import DynamicCache
+
+        self._caches = [DynamicCache() for _ in range(batch)]
+        self._lengths = np.zeros(batch, dtype=np.int64)
+
+    def step(self, input_ids: np.ndarray, new_lengths: np.ndarray | None = None, *, want_cache: bool = False) -> Step:
+        """See `Session.step`. Logits are fp64 for an fp64 session and fp32 otherwise."""
+        ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.vocabulary)
+        before, rows = self._lengths, []
+        for b, count in enumerate(new.tolist()):
+            rows.append(self._row(ids[b: b + 1, :count], self._caches[b]) if count else None)
+        self._lengths = before + new
+        logits = np.zeros((*ids.shape, next((r.shape[-1] for r in rows if r is not None), self.vocabulary)),
+                          dtype=np.float64 if self.dtype is torch.float64 else np.float32)
+        for b, row in enumerate(rows):
+            if row is not None:
+                logits[b, : len(row)] = row
+        if not want_cache:
+            return Step(logits)
+        pairs = self.cache()
+        return Step(logits, tuple(written_rows(key, before, new, ids.shape[1]) for key, _ in pairs),
+                    tuple(written_rows(value, before, new, ids.shape[1]) for _, value in pairs))
+
+    def _row(self, ids: np.ndarray, cache: Any) -> np.ndarray:
+        previous = self.model.config._attn_implementation
+        if previous != "eager":
+            self.model.set_attn_implementation("eager")
+        try:
+            with torch.no_grad():
+                args = {"input_ids": torch.from_numpy(ids), "past_key_values": cache, "use_cache": True}
+                if self._mode is None:
+                    return _numpy(self.model(**args).logits[0])
+                with self._mode:
+                    return _numpy(self.model(**args).logits[0])
+        finally:
+            if previous != "eager":
+                self.model.set_attn_implementation(previous)
+
+    def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Per cache-owning layer (key [B, K, T, D], value [B, K, T, E]), T the longest sequence; zeros beyond."""
+        layers = max(len(cache.layers) for cache in self._caches)
+        total = int(self._lengths.max())
+        return [tuple(self._stack(layer, name, total) for name in ("keys", "values"))  # type: ignore[misc]
+                for layer in range(layers)]
+
+    def _stack(self, layer: int, name: str, total: int) -> np.ndarray:
+        rows = [_numpy(getattr(c.layers[layer], name)[0]) if len(c.layers) > layer else None for c in self._caches]
+        shape = next((row.shape for row in rows if row is not None), (0, 0, 0))
+        dtype = next((row.dtype for row in rows if row is not None), np.dtype(np.float32))
+        stacked = np.zeros((len(rows), shape[0], total, shape[2]), dtype=dtype)
+        for b, row in enumerate(rows):
+            if row is not None:
+                stacked[b, :, : row.shape[1]] = row
+        return stacked
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    """fp64 stays, everything else becomes fp32 (exact: fp16 and bf16 are subsets of it)."""
+    return tensor.detach().to(torch.float64 if tensor.dtype is torch.float64 else torch.float32).numpy()
+
+
+class _Widen(TorchFunctionMode):
+    """Inside, a cast to fp32 gives fp64: without it an "fp64" model still sums its softmax and norms in fp32.
+
+    Rotary modules are left alone: their fp32 angles are part of the model, and an export keeps them.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self._narrow = 0
+        for module in model.modules():
+            if any("inv_freq" in name for name, _ in module.named_buffers(recurse=False)):
+                module.register_forward_pre_hook(self._enter_rotary)
+                module.register_forward_hook(self._leave_rotary, always_call=True)
+
+    def _enter_rotary(self, *_: Any) -> None:
+        self._narrow += 1
+
+    def _leave_rotary(self, *_: Any) -> None:
+        self._narrow -= 1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._narrow:
+            return func(*args, **(kwargs or {}))
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        elif func is torch.full and isinstance(args[-1], float) and "dtype" not in (kwargs or {}):
+            kwargs = {**(kwargs or {}), "dtype": torch.float64}  # the least fp64 does not fit the default type (XGLM)
+        for a in args:  # most calls name no type: this is run for every one
+            if a is torch.float32:
+                args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+                break
+        if not kwargs:
+            return func(*args)
+        return func(*args, **{k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()})
+
+
+PRODUCTS = frozenset((torch.nn.functional.linear, torch.matmul, torch.bmm, torch.addmm, torch.baddbmm,
+                      torch.Tensor.matmul, torch.Tensor.__matmul__))
+
+
+class _Redraw(TorchFunctionMode):
+    """Inside, the result of every matrix product is moved at random by up to half a unit in its last place.
+
+    Monte Carlo arithmetic (Parker, 1997): what the outputs then differ by is what rounding alone can do to them.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._random = torch.Generator().manual_seed(seed)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func not in PRODUCTS:
+            return result
+        wide = result.double()
+        move = torch.rand(wide.shape, generator=self._random, dtype=torch.float64) - 0.5
+        return (wide * (1 + torch.finfo(result.dtype).eps * move)).to(result.dtype)

@@ -1,0 +1,98 @@
+"""The module that torch.export traces: a decoder with its cache as inputs and outputs.
+
+Dimensions as in `gqa_export.attention_op`. The wrapped model is called without a cache of its own, so new keys and
+values reach the attention function alone; this module answers each attention call with the op over that layer's
+past and collects the presents.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...errors import GqaExportError
+from ...spec import AttentionSpec, ModelSpec
+from . import custom_op  # noqa: F401 registers the torch op
+from ..attention_hook import Call, recording
+
+
+class Decoder(torch.nn.Module):
+    """forward(input_ids [B, S], attention_mask [B, P + S], *past) -> (logits, *present).
+
+    With `interface="lengths"`: forward(input_ids, past_lengths int32 [B], new_lengths int32 [B], *past).
+    `past` alternates key [B, K, P, D] and value [B, K, P, E], in the order of `spec.layers`. logits: "all" gives
+    [B, S, V]; "last" gives [B, 1, V], the last valid token of each row. A row whose mask has a 0 before a 1 among
+    its new tokens (left padding) gives NaN logits.
+    """
+
+    def __init__(self, model: torch.nn.Module, spec: ModelSpec, *, cache: str, logits: str, interface: str) -> None:
+        super().__init__()
+        self.model = model
+        self.specs = {layer.layer: layer for layer in spec.layers}
+        self.growing = int(cache == "growing")
+        self.logits, self.interface = logits, interface
+        self._state: dict[str, Any] = {}
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        self._hooked = head is not None
+        if head is not None:
+            head.register_forward_pre_hook(lambda module, args: (self._before_head(args[0]), *args[1:]))
+
+    def forward(self, input_ids: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+        """See the class."""
+        past: tuple[torch.Tensor, ...]
+        if self.interface == "mask":
+            attention_mask, *past_list = rest
+            past = tuple(past_list)
+            new_mask = attention_mask[:, -input_ids.shape[1]:]
+            new_counts = new_mask.sum(1)
+            past_lengths = (attention_mask.sum(1) - new_counts).to(torch.int32)
+            new_lengths = new_counts.to(torch.int32)
+            # Ones must come first: then the last one's place is their number (no slice, so S = 1 traces alike).
+            places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+            left_padded_B = (new_mask * places).amax(1) != new_counts
+        else:
+            past_lengths, new_lengths, *past_list = rest
+            past, left_padded_B = tuple(past_list), None
+        steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+        position_ids = past_lengths[:, None].to(torch.int64) + steps
+        self._state = {"past": past, "past_lengths": past_lengths, "new_lengths": new_lengths, "present": {},
+                       "left_padded": left_padded_B}
+        with recording(self, position_ids):
+            logits = self.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids),
+                                position_ids=position_ids, use_cache=False).logits
+        if not self._hooked:
+            logits = self._before_head(logits)
+        present = self._state["present"]
+        return (logits, *[tensor for layer in self.specs for tensor in present[layer]])
+
+    def _before_head(self, hidden_BSX: torch.Tensor) -> torch.Tensor:
+        bad_B = self._state["left_padded"]
+        if bad_B is not None:
+            nan = torch.full((), float("nan"), dtype=hidden_BSX.dtype)
+            zero = torch.zeros((), dtype=hidden_BSX.dtype)
+            hidden_BSX = hidden_BSX + torch.where(bad_B, nan, zero)[:, None, None]
+        if self.logits == "last":
+            last_B = (self._state["new_lengths"].to(torch.int64) - 1).clamp(min=0)
+            index_B1X = last_B[:, None, None].expand(-1, 1, hidden_BSX.shape[-1])
+            hidden_BSX = torch.gather(hidden_BSX, 1, index_B1X)
+        return hidden_BSX
+
+    def attend(self, call: Call) -> torch.Tensor:
+        """Answer one layer's attention with the op over its past."""
+        spec: AttentionSpec = self.specs[call.layer]
+        order = list(self.specs).index(call.layer)
+        past_key, past_value = self._state["past"][2 * order: 2 * order + 2]
+        if call.layer in self._state["present"]:
+            raise GqaExportError("a layer calls attention more than once", f"layer {call.layer}",
+                                 "such a model has no single key/value cache per layer; it is not supported")
+        sinks = call.sinks
+        if sinks is None:
+            sinks = torch.full((spec.num_heads,), float("-inf"), dtype=call.query.dtype)
+        output, key, value = torch.ops.gqa.grouped_query_attention(
+            call.query.transpose(1, 2).flatten(2), call.key.transpose(1, 2).flatten(2),
+            call.value.transpose(1, 2).flatten(2), past_key, past_value, self._state["past_lengths"],
+            self._state["new_lengths"], None, None, sinks.to(call.query.dtype), spec.num_heads, spec.kv_num_heads,
+            spec.scale, spec.softcap, spec.window, 0, self.growing)
+        self._state["present"][call.layer] = (key, value)
+        return output.unflatten(2, (spec.num_heads, spec.value_head_size))

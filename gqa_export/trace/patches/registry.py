@@ -1,0 +1,116 @@
+"""The one seam for models whose own code hides what a trace needs: functions put in the place of transformers' own.
+
+Most models need none of it. A patch replaces one function (or one entry of a table) while a model is probed and
+traced, and never else: the truth that a bundle is compared with runs transformers as it is. A patch may say something
+in other words (the attention interface instead of two products and a softmax; positions per row instead of a count);
+it may not change what is computed. Each file here holds one such rewording and lists its places in `PATCHES`.
+
+A place names a module of transformers and a dotted path in it. `seen.py` holds the start of the sha256 of the source
+that each patch was written for: another transformers with other code there is refused, not guessed at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ...errors import GqaExportError
+from .source_digests import SEEN
+
+FILES = ("alibi", "attention_forward", "attention_method", "attention_table", "deepseek_v2", "diffllama", "experts",
+         "falcon", "gemma", "learned_positions", "padding_positions", "roformer")
+"""the files of this folder, in the order their patches are applied"""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """module: below transformers.models, "gptj.modeling_gptj". path: "Class.method" or "TABLE[key]". make: gets the
+    original (None for an entry of a table, which is added) and the module, gives the replacement. why: for the docs."""
+
+    module: str
+    path: str
+    make: Callable[[Any, Any], Any]
+    why: str
+
+    @property
+    def place(self) -> str:
+        """Module and path in one."""
+        return f"{self.module}:{self.path}"
+
+
+@cache
+def registry() -> tuple[Patch, ...]:
+    """All patches."""
+    return tuple(patch for file in FILES for patch in importlib.import_module(f".{file}", __name__).PATCHES)
+
+
+def digest(function: Any) -> str:
+    """The start of the sha256 of a function's source."""
+    return hashlib.sha256(inspect.getsource(inspect.unwrap(function)).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def applied(config: Any) -> Iterator[tuple[Patch, ...]]:
+    """Inside, the patches for the model of this transformers config are in place; the answer says which.
+
+    Raises GqaExportError where transformers' code is not the code that a patch was written for.
+    """
+    modules = _modules_of(config)
+    wanted = [patch for patch in registry() if f"transformers.models.{patch.module}" in modules]
+    undo: list[Callable[[], None]] = []
+    fresh = [patch for patch in wanted if patch not in _active]
+    try:
+        for patch in fresh:
+            undo.append(_put(patch))
+            _active.append(patch)
+        yield tuple(wanted)
+    finally:
+        for restore, patch in reversed(list(zip(undo, fresh))):
+            restore()
+            _active.remove(patch)
+
+
+_active: list[Patch] = []
+"""patches in place now; a trace probes inside its own patches"""
+
+
+def _modules_of(config: Any) -> set[str]:
+    """The modelling modules of a config and of the configs nested in it, imported."""
+    found = set()
+    for one in (config, *(value for value in vars(config).values() if hasattr(value, "model_type"))):
+        name = type(one).__module__.replace(".configuration_", ".modeling_")
+        if name not in sys.modules and name.startswith("transformers.models."):
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                continue  # a model whose own requirements are missing: building it says so
+        found.add(name)
+    return found
+
+
+def _put(patch: Patch) -> Callable[[], None]:
+    module = sys.modules[f"transformers.models.{patch.module}"]
+    if patch.path.endswith("]"):
+        name, _, key = patch.path[:-1].partition("[")
+        table = getattr(module, name)
+        table[key] = patch.make(None, module)
+        return lambda: table.pop(key, None)
+    *outer, name = patch.path.split(".")
+    owner = module
+    for part in outer:
+        owner = getattr(owner, part)
+    original = inspect.getattr_static(owner, name)
+    if digest(original) != SEEN.get(patch.place):
+        raise GqaExportError(f"this transformers has other code in {patch.path} than the patch of it was written for",
+                             f"transformers.models.{patch.module}",
+                             "install the transformers version that `gqa-export models` names, or export another "
+                             "architecture")
+    setattr(owner, name, patch.make(original, module))
+    return lambda: setattr(owner, name, original)

@@ -1,0 +1,145 @@
+"""Per-layer facts from what each layer really passes to attention: one pass on the meta device, no weights.
+
+The whole model is built without memory and run once on a few tokens. Each attention call gives head counts, sizes,
+scale, softcap and sinks; the tag in its mask gives the window.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...errors import GqaExportError
+from ...spec import AttentionSpec, ModelSpec
+from .. import attention_hook, skeleton
+from . import mask_window, rotary
+from ..patches import registry
+from ..attention_hook import Call
+
+TOKENS = 8
+LONGEST_GRID = 1 << 17
+"""Masks are looked at up to this many positions; windows of known models are far below."""
+
+
+class _Listener:
+    def __init__(self) -> None:
+        self.calls: dict[int, Call] = {}
+
+    def attend(self, call: Call) -> torch.Tensor:
+        if call.layer in self.calls:
+            raise GqaExportError("a layer calls attention more than once", f"layer {call.layer}",
+                                 "such a model has no single key/value cache per layer; it is not supported")
+        self.calls[call.layer] = call
+        batch, heads, tokens, _ = call.query.shape
+        return call.query.new_empty(batch, tokens, heads, call.value.shape[-1])
+
+
+def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
+    """The ModelSpec of a transformers config. `model`: its skeleton with our attention, if there is one already.
+
+    Raises GqaExportError for layers that are not grouped-query attention, masks that are not causal with a window,
+    and rotary types that no fixed graph can hold.
+    """
+    rotary.check_rope(config.get_text_config())
+    with registry.applied(config):
+        if model is None:
+            model = skeleton.build(config, torch.float32, device="meta", attention=attention_hook.register())
+        calls, alike = listen_with_cache(model)
+    if not calls:
+        raise GqaExportError("no layer of this model calls transformers' attention interface", type(model).__name__,
+                             "its attention is written in the model's own code (or it has none), which gqa-export "
+                             "cannot see; it is not supported")
+    text = config.get_text_config()
+    positions = int(getattr(text, "max_position_embeddings", 0) or 0)
+    positions = positions if positions > 0 else 2048
+    windows: dict[int, int] = {}
+    layers = []
+    for layer, call in sorted(calls.items()):
+        tag = getattr(call.mask, "gqa_mask", None)
+        key = id(tag.function) if tag is not None else -layer - 1
+        if key not in windows:
+            windows[key] = mask_window.window_of(tag, layer, min(positions, LONGEST_GRID), call.query.shape[1])
+        layers.append(_layer_spec(call, windows[key], layer in alike))
+    expected = int(getattr(text, "num_hidden_layers", len(layers)))
+    missing = sorted(set(range(expected)) - set(calls))
+    if missing:
+        raise GqaExportError("some layers are not grouped-query attention (they never call attention)",
+                             f"{type(model).__name__}, layers {', '.join(map(str, missing[:8]))}",
+                             "hybrid and state-space models keep state beside the key/value cache; "
+                             "they are not supported")
+    return ModelSpec(model_type=config.model_type, architecture=type(model).__name__, vocabulary=text.vocab_size,
+                     hidden_size=text.hidden_size, max_positions=positions,
+                     rope="+".join(rotary.rope_types(text)), layers=tuple(layers))
+
+
+def listen_with_cache(model: torch.nn.Module) -> tuple[dict[int, Call], set[int]]:
+    """The attention calls of one run by layer, and the layers whose keys and values PyTorch's own cache holds in the
+    form that attention gets them.
+
+    Others cache latents (expanded after the cache) or read another layer's entry. Where the model cannot be run with
+    a cache on this device, all are taken to be alike: a difference then shows when caches are compared.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    try:
+        calls = listen(model, use_cache=True, past_key_values=cache)
+    except GqaExportError:
+        calls = listen(model)
+        return calls, set(calls)
+    alike = set()
+    for layer, call in calls.items():
+        entry = cache.layers[layer] if layer < len(cache.layers) else None
+        pair = (getattr(entry, "keys", None), getattr(entry, "values", None))
+        if all(one is not None and one.shape == seen.shape for one, seen in zip(pair, (call.key, call.value))):
+            alike.add(layer)
+    return calls, alike
+
+
+def listen(model: torch.nn.Module, use_cache: bool = False, **cache: Any) -> dict[int, Call]:
+    """Run the model once on a few tokens and return its attention calls by layer."""
+    listener = _Listener()
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
+    positions = torch.arange(TOKENS, device=device)[None]
+    with attention_hook.recording(listener, positions), torch.no_grad():
+        try:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions,
+                  use_cache=use_cache, **cache)
+        except GqaExportError:
+            raise
+        except Exception as error:
+            if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
+                raise GqaExportError("the model's code looks at values while it runs (as a loop over the experts that "
+                                     "were chosen does), which no fixed graph can hold", type(model).__name__,
+                                     "not supported; models whose experts go through transformers' experts interface "
+                                     "are") from error
+            raise GqaExportError(f"the model does not run as a decoder: {type(error).__name__}: "
+                                 f"{(str(error).strip().splitlines() or [''])[0]}", type(model).__name__,
+                                 "only decoder language models that take input_ids, attention_mask and position_ids "
+                                 "are supported") from error
+    return listener.calls
+
+
+MIXING = frozenset({"Conv", "ConvTranspose", "CumSum", "Scan", "Loop", "LSTM", "GRU", "RNN"})
+"""Ops that look along the sequence: between cached steps they would need a state of their own."""
+
+
+def refuse_mixing(model: Any) -> None:
+    """Refuse a canonical model in which something beside attention mixes tokens (it would be wrong when cached)."""
+    for node in model.graph.node:
+        if node.op_type in MIXING:
+            raise GqaExportError(f"the model mixes tokens outside attention ({node.op_type})", node.name,
+                                 "such a layer has a state beside the key/value cache; it is not supported")
+
+
+def _layer_spec(call: Call, window: int, alike: bool) -> AttentionSpec:
+    _, num_heads, _, head_size = call.query.shape
+    _, kv_num_heads, _, value_head_size = call.value.shape
+    if num_heads % call.key.shape[1] or call.key.shape[1] != kv_num_heads or call.key.shape[3] != head_size:
+        raise GqaExportError(f"query {tuple(call.query.shape)}, key {tuple(call.key.shape)} and value "
+                             f"{tuple(call.value.shape)} are not grouped-query attention", f"layer {call.layer}",
+                             "the number of query heads must be a multiple of the key/value heads; not supported")
+    return AttentionSpec(call.layer, num_heads, kv_num_heads, head_size, value_head_size, call.scale, call.softcap,
+                         window, call.sinks is not None, alike)

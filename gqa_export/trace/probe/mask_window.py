@@ -1,0 +1,86 @@
+"""What a mask function really computes: causal and a window, or a refusal that names what it is.
+
+A mask hides facts that no argument carries (chunks, bidirectional blocks, prefixes, packed sequences, a window that
+no layer mentions). So the function itself is evaluated on an index grid. Positions q (query) and k (key) are
+absolute; a window of W shows k in (q - W, q].
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...errors import GqaExportError
+from ..attention_hook import MaskTag
+
+
+def window_of(tag: MaskTag | None, layer: int, positions: int, num_heads: int) -> int:
+    """The window of a layer's mask, 0 if it shows all of the past. `positions`: sequence length to look at.
+
+    Evaluates the last row in full to find the width, then whole rows around 0, W - 1, W, W + 1, 2W and the last
+    position, for the first and last head. Raises GqaExportError unless every row is causal AND that window.
+    """
+    where = f"layer {layer}"
+    if tag is None:
+        raise GqaExportError("the attention mask of a layer was not made by transformers' mask functions", where,
+                             "this model builds its masks itself, so what they hide cannot be checked; "
+                             "it is not supported")
+    last = positions - 1
+    visible = _rows(tag, layer, torch.tensor([last]), positions, 0)[0]
+    width = int(visible.sum())
+    window = 0 if width >= positions else width
+    near = {0, 1, window - 1, window, window + 1, 2 * window, 2 * window + 1, positions // 2, last - 1, last}
+    queries = torch.tensor(sorted(q for q in near if 0 <= q <= last))
+    keys = torch.arange(positions)
+    expected = keys <= queries[:, None]
+    if window:
+        expected &= keys > queries[:, None] - window
+    for head in {0, num_heads - 1}:
+        rows = _rows(tag, layer, queries, positions, head)
+        if not torch.equal(rows, expected):
+            q, k = (int(x) for x in (rows != expected).nonzero()[0])
+            does = "shows" if rows[q, k] else "hides"
+            raise GqaExportError(
+                f"the attention mask is not causal with a window ({describe(tag)}): from position {int(queries[q])} "
+                f"it {does} position {k}", where,
+                "chunked, bidirectional, prefix and packed attention cannot be held by grouped-query attention with "
+                "a cache; it is refused rather than exported wrong")
+    return window
+
+
+def _rows(tag: MaskTag, layer: int, queries: torch.Tensor, positions: int, head: int) -> torch.Tensor:
+    """The mask's rows [len(queries), positions] as booleans."""
+    zero, head_index = torch.zeros((), dtype=torch.long), torch.tensor(head)
+    keys = torch.arange(positions)
+    try:
+        with torch.device("cpu"):
+            if tag.use_vmap:
+                inner = torch.vmap(lambda q, k: tag.function(zero, head_index, q, k), in_dims=(None, 0))
+                result = torch.vmap(inner, in_dims=(0, None))(queries, keys)
+            else:
+                result = tag.function(zero, head_index, queries[:, None], keys[None, :])
+        return torch.broadcast_to(result, (len(queries), positions)).to("cpu", torch.bool)
+    except GqaExportError:
+        raise
+    except Exception as error:
+        raise GqaExportError(f"the attention mask depends on more than positions ({describe(tag)})", f"layer {layer}",
+                             "chunked, packed and data-dependent masks cannot be held by grouped-query attention "
+                             "with a cache; it is refused rather than exported wrong") from error
+
+
+def describe(tag: MaskTag) -> str:
+    """The names of the mask functions that make up this one, as transformers calls them."""
+    names: list[str] = []
+
+    def visit(function: object, depth: int) -> None:
+        if depth > 6 or not callable(function):
+            return
+        name = getattr(function, "__qualname__", "").split(".<locals>")[0]
+        if name and name not in names and name not in ("and_masks", "or_masks"):
+            names.append(name)
+        for cell in getattr(function, "__closure__", None) or ():
+            content = cell.cell_contents
+            for item in content if isinstance(content, tuple | list) else (content,):
+                visit(item, depth + 1)
+
+    visit(tag.function, 0)
+    return ", ".join(names) or "unnamed"

@@ -1,0 +1,103 @@
+"""Module -> canonical ONNX: the attention interface, the mask probe, export, stamping. No ORT, no TensorRT here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..spec import ModelSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The canonical model and how it came about.
+
+    traced_layers: how many decoder layers torch.export saw. whole_because: "" if the rest were stamped, else why
+    every layer was traced. rope_regime: "short" or "long" where `longrope` was fixed by the capacity. tied: groups of
+    names of one tensor. converts: transformers renames or merges tensors on load. capacity: what it was traced for.
+    """
+
+    model: onnx.ModelProto
+    spec: ModelSpec
+    traced_layers: int
+    whole_because: str
+    rope_regime: str
+    tied: tuple[tuple[str, ...], ...]
+    converts: bool
+    capacity: int
+
+
+def trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str = "all", interface: str = "mask",
+          stamping: bool = True, inspect: Callable[[Any], None] | None = None,
+          accept: Callable[[ModelSpec], None] | None = None) -> Traced:
+    """Trace a transformers config into the canonical ONNX model; weights appear by name only.
+
+    dtype: "float32", "float16", "bfloat16". cache: "growing" or "static". inspect, accept: called with the weightless
+    module and with the facts of its layers before anything is traced, to refuse it. See `canonical` for the form.
+    """
+    from .patches import registry
+
+    with registry.applied(config):
+        return _trace(config, dtype=dtype, cache=cache, capacity=capacity, logits=logits, interface=interface,
+                      stamping=stamping, inspect=inspect, accept=accept)
+
+
+def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, interface: str, stamping: bool,
+           inspect: Callable[[Any], None] | None, accept: Callable[[ModelSpec], None] | None) -> Traced:
+    import torch
+
+    from . import attention_hook, skeleton
+    from .capture import canonical, export, simplify, decoder_module
+    from .stamping import layer_kinds, stamp
+    from .probe import rotary
+    from .probe.layer_probe import probe, refuse_mixing
+
+    name, torch_dtype = attention_hook.register(), getattr(torch, dtype)
+    rotary.check_rope(config.get_text_config())
+    ghost = skeleton.build(config, torch_dtype, device="meta", attention=name)
+    if inspect:
+        inspect(ghost)
+    spec = probe(config, ghost)
+    if accept:
+        accept(spec)
+    stack = layer_kinds.stack_of(ghost, spec) if stamping else None
+    prints = layer_kinds.prints(ghost, stack) if stack else ()
+    del ghost
+    whole_because = "" if stack else "no layers that are alike" if stamping else "asked for"
+    while True:
+        short = layer_kinds.shorten(config, max(stack.traced) + 1) if stack else config
+        model = skeleton.build(short, torch_dtype, attention=name)
+        if stack:
+            layer_kinds.keep_layers(model, stack)
+            if layer_kinds.prints(model, stack) != prints:
+                stack, whole_because = None, "something in the model is computed from the number of layers"
+                continue
+        regime = rotary.freeze_regime(model, capacity)
+        layers = [spec.layers[i] for i in stack.traced] if stack else list(spec.layers)
+        part = ModelSpec(**{**vars(spec), "layers": tuple(layers)})
+        decoder = decoder_module.Decoder(model, part, cache=cache, logits=logits, interface=interface)
+        program = export.export_decoder(decoder, part, torch_dtype, capacity)
+        names = {f"model.{key}" for key in model.state_dict(keep_vars=True)}
+        weights = simplify.detach_weights(program, names.__contains__)
+        simplify.simplify(program)
+        canonical.plain_reshapes(program)
+        canonical.ask_the_first(program)
+        if stack is None:
+            break
+        try:
+            stamp.stamp(program, stack, "model.")
+            weights = [value for value in program.graph.inputs if (value.name or "").startswith("model.")]
+            break
+        except stamp.NotIsomorphic as reason:
+            stack, whole_because = None, f"the layers differ: {reason}"
+    canonical.name_nodes(program)
+    simplify.merge_common(program)
+    proto = canonical.to_proto(program, weights, spec, cache=cache, logits=logits, interface=interface,
+                               prefix="model.")
+    refuse_mixing(proto)
+    return Traced(proto, spec, len(layers), whole_because, regime, skeleton.tied(model), skeleton.converts(model),
+                  capacity)

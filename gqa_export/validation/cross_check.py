@@ -1,0 +1,115 @@
+"""Compares bundles of one checkpoint among each other: the first is the measure of the others. No PyTorch is needed.
+
+What is left out when the checkpoint is: there is no yardstick, so the tolerance is the assumed one, and an error that
+all bundles share cannot show.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from .suite_setting import asked_of
+from ..bundle.manifest import Manifest, read_manifest
+from ..bundle.integrity import check_files
+from ..compare.suite import STEPS, plan_battery
+from ..compare.judge import judge
+from .refusals import judge_refusals
+from ..compare.tolerance import EPSILON
+from ..compare.verdict import Verdict
+from ..errors import GqaExportError
+from ..bundle.attention_claims import check_claims
+from ..runtime.session import Session
+from .sessions import Poison, Sides, bundle_session, choose_bundle_provider, load_engine
+from ..progress import Report
+from .run_cases import run_cases
+from .reference import runnable
+from ..environment.versions import versions
+
+
+@dataclass(frozen=True)
+class _Opened:
+    folder: Path
+    manifest: Manifest
+    ran_dtype: str
+    provider: str
+    session: Session
+    poison: Poison | None
+    nan_tail_safe: bool
+
+
+def cross_check(bundles: Sequence[Path], *, level: str = "quick", steps: int = 0, provider: str = "auto",
+                as_dtype: str | None = None, progress: Report | None = None) -> list[Verdict]:
+    """Compare every bundle but the first with the first, case by case; one verdict each.
+
+    Raises GqaExportError for bundles that are damaged or not of one model (naming layer and fact), NotCheckedHere
+    for one that this machine cannot run.
+    """
+    report = progress or (lambda *_: None)
+    manifests = [read_manifest(folder) for folder in bundles]
+    for folder, manifest in zip(bundles, manifests):
+        check_files(folder, manifest)
+        if manifest.engine is None:
+            check_claims(folder, manifest)
+    for folder, manifest in zip(bundles[1:], manifests[1:]):
+        _same_model(manifests[0], manifest, f"{bundles[0]} and {folder}")
+    with ExitStack() as stack:
+        notes = list[str]()
+        opened = [_open(stack, folder, manifest, provider, as_dtype, notes, report)
+                  for folder, manifest in zip(bundles, manifests)]
+        return [_compare(opened[0], other, level, steps, notes, report) for other in opened[1:]]
+
+
+def _compare(first: _Opened, other: _Opened, level: str, steps: int, notes: list[str], report: Report) -> Verdict:
+    began = time.perf_counter()
+    smaller = min(first.manifest.capacity, other.manifest.capacity)
+    setting = asked_of(replace(other.manifest, capacity=smaller), other.folder, steps or STEPS.get(level, 32))
+    setting.nan_tail_safe = other.nan_tail_safe
+    setting.literal = setting.literal or asked_of(first.manifest, first.folder, 1).literal
+    plan = plan_battery(setting, level)
+    logs = run_cases(Sides(first.session, None, other.session, other.poison), plan,
+                     last_only="last" in (first.manifest.logits, other.manifest.logits), report=report)
+    dtype = max(first.ran_dtype, other.ran_dtype, key=EPSILON.__getitem__)
+    refused = judge_refusals(other.session, resizable=not setting.literal)
+    return Verdict(
+        bundle=str(other.folder), against=str(first.folder), target=other.manifest.target, dtype=other.manifest.dtype,
+        checked_dtype=dtype, truth_dtype=first.ran_dtype, provider=other.provider, cache=other.manifest.cache,
+        capacity=smaller, cases=(*(judge(log, dtype) for log in logs), refused), level=level,
+        notes=(*plan.notes, *notes, "bundle against bundle: the tolerance is assumed, not measured"),
+        versions=versions(), seconds=time.perf_counter() - began)
+
+
+def _open(stack: ExitStack, folder: Path, manifest: Manifest, provider: str, as_dtype: str | None, notes: list[str],
+          report: Report) -> _Opened:
+    from ..targets import get_target
+
+    built, target = manifest.engine, get_target(manifest.target)
+    report(f"loading {folder.name}", None, None)
+    if built:
+        return _Opened(folder, manifest, manifest.dtype, built.flavor, *load_engine(folder, provider, as_dtype),
+                       nan_tail_safe=target.nan_tail_safe)
+    ran_dtype = "float32" if as_dtype or target.engine else manifest.dtype
+    provider = choose_bundle_provider(manifest, provider, ran_dtype)
+    ran, where, target = runnable(stack, folder, manifest, ran_dtype, notes, report)
+    session, poison = stack.enter_context(bundle_session(where, ran, provider, notes, target))
+    return _Opened(folder, manifest, ran_dtype, provider, session, poison, target.nan_tail_safe)
+
+
+def _same_model(first: Manifest, other: Manifest, where: str) -> None:
+    """Refuse bundles of different models, naming the first fact that tells."""
+    fix = "pass bundles that were exported from one checkpoint"
+    for name in ("model_type", "vocabulary", "hidden_size"):
+        one, two = getattr(first.spec, name), getattr(other.spec, name)
+        if one != two:
+            raise GqaExportError(f"the bundles are not of one model: {name} is {one} and {two}", where, fix)
+    if len(first.spec.layers) != len(other.spec.layers):
+        raise GqaExportError(f"the bundles are not of one model: {len(first.spec.layers)} and "
+                             f"{len(other.spec.layers)} layers", where, fix)
+    for a, b in zip(first.spec.layers, other.spec.layers):
+        for name, value in asdict(a).items():
+            if value != getattr(b, name):
+                raise GqaExportError(f"the bundles disagree on layer {a.layer}: {name} is {value} and "
+                                     f"{getattr(b, name)}", where, "export again: one of them is wrong")

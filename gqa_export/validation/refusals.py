@@ -1,0 +1,67 @@
+"""What must be refused, or answered with NaN, never with plausible numbers: judged like a case.
+
+A refusal is a `GqaExportError` raised before anything ran. Left padding cannot reach a session of ours, so the graph
+itself is asked, where it takes a mask.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..errors import GqaExportError
+from ..compare.suite import REFUSALS
+from ..compare.verdict import CaseVerdict, KindVerdict, Location
+
+REFUSAL = "refusal"
+
+
+def judge_refusals(session: Any, *, resizable: bool = True) -> CaseVerdict:
+    """Ask `session` (a `Session`, and `left_padded` where it has it) for what it must not answer.
+
+    resizable: its capacity may be set to less."""
+    began = time.perf_counter()
+    asked = [
+        ("one token over the capacity", _refuses(session, np.zeros((1, session.capacity + 1), np.int64))),
+        ("an id equal to the vocabulary's size", _refuses(session, np.array([[1, session.spec.vocabulary]]))),
+        ("a negative id", _refuses(session, np.array([[0, -1]]))),
+    ]
+    if resizable:
+        asked.append(("a token over the capacity, step by step", _refuses_later(session)))
+    left_padded: Callable[[], np.ndarray | None] | None = getattr(session, "left_padded", None)
+    logits = left_padded() if left_padded is not None else None
+    if logits is not None:
+        asked.append(("left padding (NaN logits)", bool(np.isnan(logits).all())))
+    kinds = tuple(KindVerdict(REFUSAL, what, 0.0 if good else 1.0, 0.0, 0.0, REFUSAL,
+                              None if good else Location(REFUSALS, 0, REFUSAL, what, {}, 0.0, 1.0, 1.0, 0.0))
+                  for what, good in asked)
+    return CaseVerdict(REFUSALS, "what must be refused", 1, (), 0, False, kinds, 0, 0, (), None, None,
+                       time.perf_counter() - began, entry=REFUSALS)
+
+
+def _refuses(session: Any, ids: np.ndarray) -> bool:
+    session.reset(1)
+    try:
+        session.step(ids)
+    except GqaExportError:
+        return True
+    return False
+
+
+def _refuses_later(session: Any) -> bool:
+    """Whether a session limited to three tokens takes three and refuses the fourth."""
+    whole = session.capacity
+    try:
+        session.capacity = min(3, whole)
+        session.reset(1)
+        session.step(np.zeros((1, session.capacity), np.int64))
+        session.step(np.zeros((1, 1), np.int64))
+    except GqaExportError:
+        return bool(session.lengths[0] == session.capacity)
+    finally:
+        session.capacity = whole
+        session.reset(1)
+    return False

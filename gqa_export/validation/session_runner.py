@@ -1,0 +1,178 @@
+"""Polygraphy runners: any session of ours as a stateful `BaseRunner`, and ORT's calls through `OnnxrtRunner`.
+
+The Comparator copies every output of every step, so a runner keeps its cache inside and shows the logits and the
+rows that the step wrote; the whole cache only when asked, at the end. Outputs, in the order of computation:
+layer.{i}.key [B, K, S, D], layer.{i}.value [B, K, S, E], logits [B, S, V] (or [B, 1, V], the last valid token),
+fed int64 [B, S] (the tokens fed), and at the end cache.{i}.key|value [B, K, longest, D|E]. What belongs to no token
+is zero.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+
+from ..bundle.manifest import Manifest
+from ..graph_io import ATTENTION_MASK, INPUT_IDS, NEW_LENGTHS, PAST_LENGTHS, past_names
+from ..spec import AttentionSpec, ModelSpec
+from ..runtime.ort.backend import Infer
+from ..runtime.ort.loading import open_session
+from ..runtime.session import Session, Step
+
+
+class SessionRunner(BaseRunner):
+    """Runs a session. free: obey the feed's second flag and feed the session's own best token. last_only: show only
+    the logits of each row's last valid token, as bundles exported with `--logits last` do. single: take the tokens of a
+    step one by one. beside: runners that the Comparator asks next, for the same feed: they begin at once, in threads,
+    so that some wait for memory while others interpret Python."""
+
+    def __init__(self, session: Session, name: str, *, free: bool = True, last_only: bool = False,
+                 single: bool = False, beside: Sequence[SessionRunner] = ()) -> None:
+        super().__init__(name=name)
+        self._session, self._free, self._last_only, self._single = session, free, last_only, single
+        self._own = np.zeros(0, np.int64)
+        self._beside = beside
+        self._begun: Future[OrderedDict[str, np.ndarray]] | None = None
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        """Names, types and shapes of a feed."""
+        meta = TensorMetadata()
+        meta.add("input_ids", np.int64, (None, None))
+        meta.add("new_lengths", np.int64, (None,))
+        meta.add("flags", np.int64, (3,))
+        return meta
+
+    def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
+        """One step of the session."""
+        for other in self._beside:
+            other.begin(feed_dict)
+        begun, self._begun = self._begun, None
+        return self._step(feed_dict) if begun is None else begun.result()
+
+    def begin(self, feed_dict: Mapping[str, np.ndarray]) -> None:
+        """Begin the step that `infer` will be asked for next."""
+        self._begun = _threads().submit(self._step, feed_dict)
+
+    def _step(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
+        began = time.perf_counter()
+        ids, counts = feed_dict["input_ids"], feed_dict["new_lengths"]
+        reset, free, finish = feed_dict["flags"].tolist()
+        if reset:
+            self._session.reset(len(ids))
+            self._own = np.zeros(len(ids), np.int64)
+        elif free and self._free:
+            ids = ids.copy()
+            ids[:, 0] = np.where(counts > 0, self._own, ids[:, 0])
+        step = self._one_by_one(ids, counts) if self._single else self._session.step(ids, counts, want_cache=True)
+        outputs: OrderedDict[str, np.ndarray] = OrderedDict()
+        keys, values = step.keys or (), step.values or ()
+        for number, layer in self._alike():
+            outputs[f"layer.{layer.layer}.key"] = _blank(keys[number], counts, 2)
+            outputs[f"layer.{layer.layer}.value"] = _blank(values[number], counts, 2)
+        logits = _blank(step.logits, counts, 1)
+        last = logits[np.arange(len(ids)), np.maximum(counts - 1, 0)] if logits.shape[1] > 1 else logits[:, 0]
+        self._own = np.where(counts > 0, last.argmax(-1), self._own)
+        outputs["logits"] = last[:, None] if self._last_only else logits
+        outputs["fed"] = np.where(np.arange(ids.shape[1]) < counts[:, None], ids, 0)
+        if finish:
+            longest = int(self._session.lengths.max())
+            pairs = self._session.cache()
+            for number, layer in self._alike():
+                for kind, array in zip(("key", "value"), pairs[number]):
+                    outputs[f"cache.{layer.layer}.{kind}"] = _blank(array[:, :, :longest], self._session.lengths, 2)
+        self.inference_time = time.perf_counter() - began
+        return outputs
+
+    def _alike(self) -> list[tuple[int, AttentionSpec]]:
+        """The layers, numbered, whose caches can be compared: those that PyTorch caches alike."""
+        return [pair for pair in enumerate(self._session.spec.layers) if pair[1].cached_alike]
+
+    def _one_by_one(self, ids: np.ndarray, counts: np.ndarray) -> Step:
+        """The tokens of one step fed singly; the results put together as if they had come at once."""
+        steps = [self._session.step(ids[:, s: s + 1], (counts > s).astype(np.int64), want_cache=True)
+                 for s in range(ids.shape[1])]
+        layers = range(len(steps[0].keys or ()))
+        keys, values = (tuple(np.concatenate([(getattr(step, kind) or ())[i] for step in steps], axis=2)
+                              for i in layers) for kind in ("keys", "values"))
+        return Step(np.concatenate([step.logits for step in steps], axis=1), keys, values)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(2, thread_name_prefix="gqa-export-beside")
+
+
+def _blank(array: np.ndarray, counts_B: np.ndarray, axis: int) -> np.ndarray:
+    """Zero what lies at or past each row's count along `axis`; the array itself where there is nothing to zero."""
+    width = array.shape[axis]
+    if width == 1 and axis == 1:
+        keep = counts_B[:, None] > 0  # one row of logits belongs to the last valid token, whatever its number
+    else:
+        keep = np.arange(width) < counts_B[:, None]
+    if keep.all():
+        return array
+    keep = keep.reshape(len(array), *[1] * (axis - 1), width, *[1] * (array.ndim - axis - 1))
+    return np.where(keep, array, np.zeros((), array.dtype))
+
+
+@contextmanager
+def onnxrt_infer(folder: Path, manifest: Manifest, provider: str, threads: int = 0) -> Iterator[Infer]:
+    """Yield a callable feed -> outputs that runs a bundle's graph through Polygraphy's own ONNX Runtime runner.
+
+    ONNX Runtime's threads do not spin between calls here: PyTorch wants the same cores in turn (a tiny model is
+    compared several times faster). Raises what `open_session` raises.
+    """
+    from polygraphy.backend.onnxrt import OnnxrtRunner
+
+    session = open_session(folder, manifest, provider, threads=threads,
+                           config={"session.intra_op.allow_spinning": "0"})
+    with OnnxrtRunner(session, name="onnxrt") as runner:
+        def infer(feed: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+            outputs: Mapping[str, np.ndarray] = runner.infer(OrderedDict(feed), check_inputs=False)
+            return outputs
+
+        yield infer
+
+
+class PoisonedTail:
+    """Wraps an `infer`: whatever the cache holds beyond the valid tokens is replaced by the values of `fill`, in turn
+    (none: left as it is), and the ids of padding by the last one of the vocabulary."""
+
+    def __init__(self, infer: Infer, spec: ModelSpec) -> None:
+        self._infer, self._spec = infer, spec
+        self._values: tuple[float, ...] = ()
+
+    def fill(self, values: tuple[float, ...]) -> None:
+        """From now on, fill with these."""
+        self._values = values
+
+    def __call__(self, feed: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        if not self._values:
+            return self._infer(feed)
+        feed = dict(feed)
+        if PAST_LENGTHS in feed:
+            lengths_B = feed[PAST_LENGTHS]
+        else:
+            past = feed[ATTENTION_MASK].shape[1] - feed[INPUT_IDS].shape[1]
+            lengths_B = feed[ATTENTION_MASK][:, :past].sum(1)
+        ids = feed[INPUT_IDS]
+        new_B = feed[NEW_LENGTHS] if NEW_LENGTHS in feed else feed[ATTENTION_MASK][:, -ids.shape[1]:].sum(1)
+        padded_BS = np.arange(ids.shape[1]) >= np.asarray(new_B)[:, None]
+        feed[INPUT_IDS] = np.where(padded_BS, self._spec.vocabulary - 1, ids).astype(ids.dtype)
+        for layer in self._spec.layers:
+            for name in past_names(layer.layer):
+                past_BKPD = feed[name]
+                positions_P = np.arange(past_BKPD.shape[2])
+                poison_P = np.resize(np.array(self._values, past_BKPD.dtype), len(positions_P))
+                tail_BP = positions_P >= lengths_B[:, None]
+                feed[name] = np.where(tail_BP[:, None, :, None], poison_P[None, None, :, None], past_BKPD)
+        return self._infer(feed)

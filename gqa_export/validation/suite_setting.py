@@ -1,0 +1,85 @@
+"""What a battery must know of a bundle and of the checkpoint behind it, gathered where neither can hide it.
+
+A window that an exporter lost is in no manifest; so the checkpoint's own configuration is asked too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle.manifest import Manifest
+from ..compare.suite import Setting
+from ..errors import GqaExportError
+
+SAMPLE = ("The water of a river that reaches the sea has travelled for weeks. Most of it fell as rain, some as snow, "
+          "and a little of it has been here before.")
+LOUD = 6
+
+
+def asked_of(manifest: Manifest, folder: Path, steps: int, text: Path | None = None, model: Any = None) -> Setting:
+    """The setting of a bundle's battery. model: the checkpoint's, for what its configuration and embedding say.
+
+    Raises GqaExportError for a text where the bundle has no tokenizer, or that is too short or not there.
+    """
+    from ..targets import get_target
+
+    special = _special(manifest)
+    config = model.config.to_dict() if model is not None else {}
+    return Setting(manifest.spec, manifest.capacity, steps, tuple(_windows(config)), _original_positions(config),
+                   special, _loud(model, special) if model is not None else (), _encoded(folder, SAMPLE),
+                   _read(folder, text) if text is not None else None,
+                   literal=get_target(manifest.target).literal_capacity)
+
+
+def _special(manifest: Manifest) -> tuple[int, ...]:
+    """Ids that random prompts avoid."""
+    found = [manifest.tokens.get(name) for name in ("eos", "bos", "pad")]
+    return tuple(int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids]))
+
+
+def _windows(config: dict[str, Any]) -> Iterator[int]:
+    """Whole numbers of a configuration, at any depth, whose name speaks of a window."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _windows(value)
+        elif isinstance(value, int) and not isinstance(value, bool) and "window" in name and "layer" not in name:
+            yield value
+
+
+def _original_positions(config: dict[str, Any]) -> int:
+    """`original_max_position_embeddings` of a scaled rotary, 0 if there is none."""
+    rope = config.get("rope_parameters") or {}
+    tables = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    return max((int(table.get("original_max_position_embeddings") or 0) for table in tables), default=0)
+
+
+def _loud(model: Any, special: tuple[int, ...]) -> tuple[int, ...]:
+    """Ids whose embeddings are the longest vectors, the longest first."""
+    order = model.get_input_embeddings().weight.detach().float().norm(dim=1).argsort(descending=True).tolist()
+    return tuple(i for i in order[: LOUD + len(special)] if i not in special)[:LOUD]
+
+
+def _encoded(folder: Path, text: str) -> np.ndarray | None:
+    """Token ids of a text, None where the bundle carries no tokenizer."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    return np.array(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids, np.int64)
+
+
+def _read(folder: Path, path: Path) -> np.ndarray:
+    try:
+        ids = _encoded(folder, path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise GqaExportError(f"the text cannot be read: {error}", str(path), "give a text file in UTF-8") from error
+    if ids is None:
+        raise GqaExportError("the bundle has no tokenizer, so a text cannot be made into tokens", str(folder),
+                             "leave out --text, or export a checkpoint that has a tokenizer")
+    if len(ids) < 2:
+        raise GqaExportError(f"a text of {len(ids)} tokens has no perplexity", str(path), "give a longer text")
+    return ids

@@ -1,0 +1,216 @@
+"""Putting weights where a bundle's graph can find them: streamed into `model.onnx.data`, or the checkpoint's own files.
+
+`arrange` decides, for every initializer with a recipe, without writing a byte; `place` carries it out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..bundle.manifest import DATA, FileFact
+from ..bundle.writer import BundleWriter
+from .dtypes import cast, itemsize
+from ..checkpoint.safetensors_header import header_sha256
+from ..errors import GqaExportError
+from .sources import RECIPE, Source, StoredSource, WeightStore, recipe_of
+
+if TYPE_CHECKING:
+    import onnx
+
+ALIGNMENT = 64
+Mode = Literal["copy", "link", "inplace"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """bytes_copied are in `model.onnx.data`, bytes_linked in the checkpoint's own files; `files` names all of them."""
+
+    bytes_copied: int
+    bytes_linked: int
+    files: tuple[str, ...]
+
+
+@dataclass
+class _Stream:
+    """One tensor of `model.onnx.data`: sources one after the other, in a type, for one or more initializers."""
+
+    recipe: str
+    sources: tuple[Source, ...]
+    dtype: str
+    tensors: list[onnx.TensorProto]
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it will have."""
+        return sum(math.prod(source.shape) for source in self.sources) * itemsize(self.dtype)
+
+
+@dataclass
+class Arrangement:
+    """Where every weight of a graph goes, before a byte is written."""
+
+    streams: list[_Stream]
+    files: dict[str, Path]
+    """the checkpoint's own files that are used, by name"""
+    bytes_linked: int = 0
+
+    @property
+    def bytes_copied(self) -> int:
+        """Bytes that `model.onnx.data` will hold, padding aside."""
+        return sum(stream.nbytes for stream in self.streams)
+
+
+def arrange(model: onnx.ModelProto, store: WeightStore, mode: Mode) -> Arrangement:
+    """Decide for every initializer with a recipe where its bytes will be; see `place`. What is used where it lies is
+    pointed there in `model`."""
+    from onnx import helper
+
+    linked_files: dict[str, Path] = {}
+    linked_ranges: set[tuple[str, int, int]] = set()
+    streams: dict[Any, _Stream] = {}
+    offset = 0
+    for tensor in model.graph.initializer:
+        recipe = recipe_of(tensor)
+        if not recipe:
+            continue
+        sources = store.sources_of(recipe)
+        _check_shape(tensor, sources)
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type).name
+        span = _span(sources, dtype) if mode != "copy" else None
+        if span is None:
+            key = (sources, dtype)
+            if key not in streams:
+                offset += -offset % ALIGNMENT
+                streams[key] = _Stream(recipe, sources, dtype, [], offset)
+                offset += streams[key].nbytes
+            streams[key].tensors.append(tensor)
+            continue
+        path, start, nbytes = span
+        if linked_files.setdefault(path.name, path) != path:
+            raise GqaExportError(f"two files of the checkpoint have the name {path.name}", str(path),
+                                 "use --weights copy")
+        _point(tensor, path.name, start, nbytes)
+        linked_ranges.add((path.name, start, nbytes))
+    return Arrangement(list(streams.values()), linked_files, sum(nbytes for _, _, nbytes in linked_ranges))
+
+
+def place(model: onnx.ModelProto, store: WeightStore, writer: BundleWriter, mode: Mode,
+          checkpoint_folder: Path | None = None, *, hash_full: bool = False,
+          on_bytes: Callable[[int, int], None] | None = None) -> Placement:
+    """Point every initializer with a recipe at real bytes, editing `model`; constant memory for any size.
+
+    copy: all into `model.onnx.data`, equal recipes once, converted where the initializer's type asks for it.
+    link: hard links of the checkpoint's files in the bundle. inplace: the checkpoint's files where they are.
+    What neither can hold (converted, in memory, rows not adjacent) is streamed and counted as copied; what a killed
+    export of the same left is not written again.
+    hash_full: sha256 of linked and in-place files too. on_bytes(done, total) counts streamed bytes.
+    Raises GqaExportError: a value that overflows its new type, another file system, a file outside the folder.
+    """
+    plan = arrange(model, store, mode)
+    for name, path in plan.files.items():
+        if mode == "link":
+            _link(path, writer.staging / name)
+        else:
+            _check_inside(path, checkpoint_folder or path.parent)
+        writer.record(name, _file_fact(path, hash_full))
+    if plan.streams:
+        _write(plan, writer, on_bytes or (lambda done, total: None))
+    return Placement(plan.bytes_copied, plan.bytes_linked, (*plan.files, *((DATA,) if plan.streams else ())))
+
+
+def _check_shape(tensor: onnx.TensorProto, sources: tuple[Source, ...]) -> None:
+    first, rows = sources[0].shape, sum(source.shape[0] if source.shape else 1 for source in sources)
+    shape = first if len(sources) == 1 else (rows, *first[1:])
+    if tuple(tensor.dims) != shape or any(source.shape[1:] != first[1:] for source in sources):
+        raise GqaExportError(f"the graph has {recipe_of(tensor)} as {tuple(tensor.dims)}, the checkpoint as "
+                             f"{[source.shape for source in sources]}", tensor.name,
+                             "check that config.json and the weights belong together")
+
+
+def _span(sources: tuple[Source, ...], dtype: str) -> tuple[Path, int, int] | None:
+    """File, offset and length if these sources lie there one after the other in this very type, aligned to it."""
+    tensors = [source.tensor for source in sources if isinstance(source, StoredSource)]
+    if len(tensors) != len(sources) or any(tensor.dtype != dtype for tensor in tensors):
+        return None
+    for before, after in itertools.pairwise(tensors):
+        if after.path != before.path or after.offset != before.offset + before.nbytes:
+            return None
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    count = sum(math.prod(tensor.shape) for tensor in tensors)
+    if not nbytes or tensors[0].offset % (nbytes // count):
+        return None
+    return tensors[0].path, tensors[0].offset, nbytes
+
+
+def _point(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+    del tensor.external_data[:]
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+
+
+def _write(plan: Arrangement, writer: BundleWriter, on_bytes: Callable[[int, int], None]) -> None:
+    total, done = plan.bytes_copied, 0
+    with writer.open(DATA, _key(plan)) as file:
+        there = file.tell()
+        for stream in plan.streams:
+            if stream.offset + stream.nbytes > there:
+                file.write(bytes(stream.offset - file.tell()))
+                for source in stream.sources:
+                    for chunk in source.chunks():
+                        out = cast(chunk, source.dtype, stream.dtype, stream.recipe.removeprefix(RECIPE))
+                        file.write(out)
+                        done += out.nbytes
+                        on_bytes(done, total)
+                file.mark()
+            else:
+                done += stream.nbytes
+                on_bytes(done, total)
+            for tensor in stream.tensors:
+                _point(tensor, DATA, stream.offset, stream.nbytes)
+
+
+def _key(plan: Arrangement) -> str:
+    """A hash over all that decides the bytes of `model.onnx.data`; "" if that is not only files and types."""
+    rows = []
+    for stream in plan.streams:
+        for source in stream.sources:
+            if not isinstance(source, StoredSource):
+                return ""
+            stat = source.tensor.path.stat()
+            rows.append([stream.offset, stream.dtype, str(source.tensor.path.resolve()), stat.st_size, stat.st_mtime_ns,
+                         source.tensor.offset, source.tensor.nbytes, source.dtype])
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _link(path: Path, place: Path) -> None:
+    try:
+        os.link(path.resolve(strict=True), place)
+    except OSError as error:
+        raise GqaExportError(f"cannot hard-link the checkpoint's file into the bundle: {error.strerror}",
+                             f"{path} -> {place.parent.parent}", "use --weights copy, or an output folder on the "
+                             "checkpoint's own file system") from error
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    if path.resolve().parent != folder.resolve():
+        raise GqaExportError("the weights are a symbolic link that leaves the checkpoint folder, and runtimes do not "
+                             "follow such links", str(path), "use --weights link or --weights copy")
+
+
+def _file_fact(path: Path, hash_full: bool) -> FileFact:
+    stat = path.stat()
+    whole = ""
+    if hash_full:
+        with open(path, "rb") as file:
+            whole = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileFact(stat.st_size, whole, stat.st_mtime_ns, header_sha256(path))

@@ -1,0 +1,52 @@
+"""Memory of this process, and a budget for it that is kept: what will not fit is refused, what grew too large stops."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+
+from ..errors import GqaExportError
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+         "TIB": 2**40}
+
+
+def peak_bytes() -> int:
+    """The most physical memory this process has occupied so far (file-backed pages included); 0 if unknown."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `1.5GB`, `800 MiB` or `1000000`. GqaExportError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?\s*", text.upper())
+    if not match or (match.group(2) or "") not in {*UNITS, "B"}:
+        raise GqaExportError(f"{text!r} is no amount of memory", "--max-ram", "write it like 1GB, 800MiB or 1000000000")
+    return int(float(match.group(1)) * UNITS.get(match.group(2) or "", 1))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most `limit` bytes of physical memory for this process; 0 is no limit."""
+
+    limit: int = 0
+
+    def check(self, doing: str) -> None:
+        """Stop if the process has grown beyond the limit."""
+        peak = peak_bytes() if self.limit else 0
+        if peak > self.limit:
+            raise GqaExportError(f"{doing} took {peak / 1e9:.2f} GB of memory, --max-ram allows {self.limit / 1e9:.2f}",
+                                 "--max-ram", "allow more; PyTorch and transformers alone take about 0.6 GB")
+
+    def need(self, more: int, doing: str) -> None:
+        """Refuse, before it begins, what would take `more` bytes beyond what is occupied."""
+        have = peak_bytes() if self.limit else 0
+        if self.limit and have + more > self.limit:
+            raise GqaExportError(f"{doing} needs {more / 1e9:.2f} GB beside the {have / 1e9:.2f} GB in use, --max-ram "
+                                 f"allows {self.limit / 1e9:.2f} GB", "--max-ram",
+                                 "allow more, or export a plain safetensors checkpoint: its tensors are streamed")

@@ -1,0 +1,160 @@
+"""Weights by name: where their bytes are.
+
+Graph stages hold no weights. An initializer says EXTERNAL with the location `weights:NAME`, or `weights:A+B+C` for
+rows concatenated along axis 0. `WeightStore` knows where each name's bytes are: in a checkpoint's file
+(`StoredSource`) or made by a function, one tensor at a time (`MemorySource`: merged, dequantized, computed).
+`placement` streams them into `model.onnx.data` or points the graph into the checkpoint's own files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.safetensors_header import StoredTensor
+from ..errors import GqaExportError
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+    from ..checkpoint.checkpoint import Checkpoint
+
+RECIPE = "weights:"
+CHUNK_BYTES = 4 << 20
+SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class StoredSource:
+    """A tensor whose bytes lie in a checkpoint's file."""
+
+    tensor: StoredTensor
+
+    @property
+    def dtype(self) -> str:
+        """numpy (ml_dtypes) name of the stored type."""
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape as stored."""
+        return self.tensor.shape
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The bytes, at most CHUNK_BYTES at a time; each chunk is overwritten by the next."""
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, max(self.tensor.nbytes, 1))))
+        with open(self.tensor.path, "rb", buffering=0) as file:
+            file.seek(self.tensor.offset)
+            left = self.tensor.nbytes
+            while left:
+                count = file.readinto(buffer[: min(left, len(buffer))])
+                if not count:
+                    raise GqaExportError("the file became shorter while it was read", str(self.tensor.path),
+                                         "export again once nothing else writes to the checkpoint")
+                left -= count
+                yield buffer[:count]
+
+
+@dataclass(frozen=True, eq=False)
+class MemorySource:
+    """A tensor made on demand: `make()` gives a torch tensor or numpy array of this dtype and shape."""
+
+    make: Callable[[], Any]
+    dtype: str
+    shape: tuple[int, ...]
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The bytes, at most CHUNK_BYTES at a time."""
+        import numpy as np
+
+        value = self.make()
+        if hasattr(value, "detach"):
+            import torch
+
+            value = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        flat: Any = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        for start in range(0, flat.nbytes, CHUNK_BYTES):
+            yield memoryview(flat[start : start + CHUNK_BYTES])
+
+
+Source = StoredSource | MemorySource
+
+
+class WeightStore:
+    """name -> source. Two names may have one source (tied weights): it is then placed once."""
+
+    def __init__(self, sources: dict[str, Source], aliases: dict[str, str] | None = None) -> None:
+        self.sources = dict(sources)
+        for name, target in (aliases or {}).items():
+            self.sources[name] = self.sources[target]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.sources
+
+    def add(self, name: str, source: Source) -> None:
+        """Make a tensor known (a computed one, a renamed one)."""
+        self.sources[name] = source
+
+    def sources_of(self, recipe: str) -> tuple[Source, ...]:
+        """The sources of a recipe, in order; GqaExportError for a name that is not known."""
+        names = recipe.removeprefix(RECIPE).split("+")
+        for name in names:
+            if name not in self.sources:
+                raise GqaExportError(f"the graph asks for the weight {name!r}, which the checkpoint does not have",
+                                     recipe, "check that config.json and the weights belong together")
+        return tuple(self.sources[name] for name in names)
+
+    @classmethod
+    def from_module(cls, checkpoint: Checkpoint, module: torch.nn.Module) -> WeightStore:
+        """What each parameter and persistent buffer of a loaded module is: stored as it is, or only in memory.
+
+        Stored means: same name and shape in the file, and the same bytes (after the module's dtype conversion) at
+        its start, middle and end. Names of the file that the module does not have are stored too.
+        """
+        sources: dict[str, Source] = {name: StoredSource(tensor) for name, tensor in checkpoint.tensors.items()}
+        seen: dict[tuple[Any, ...], Source] = {}
+        state = module.state_dict(keep_vars=True)
+        for name in sorted(state, key=lambda name: name not in checkpoint.tensors):
+            tensor = state[name].detach()
+            place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), name if not tensor.numel()
+                     else "")
+            if place not in seen:
+                stored = checkpoint.tensors.get(name)
+                if stored is not None and _is_stored(stored, tensor):
+                    seen[place] = StoredSource(stored)
+                else:
+                    seen[place] = _in_memory(tensor)
+            sources[name] = seen[place]
+        return cls(sources)
+
+
+def _in_memory(tensor: torch.Tensor) -> MemorySource:
+    return MemorySource(lambda: tensor, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def _is_stored(stored: StoredTensor, tensor: torch.Tensor) -> bool:
+    import torch
+
+    if stored.shape != tuple(tensor.shape) or not tensor.is_contiguous():
+        return False
+    dtype = getattr(torch, stored.dtype)
+    flat, count = tensor.reshape(-1), tensor.numel()
+    window = min(count, SAMPLE_BYTES // dtype.itemsize)
+    with open(stored.path, "rb") as file:
+        for start in {0, (count - window) // 2, count - window} if window else ():
+            file.seek(stored.offset + start * dtype.itemsize)
+            sample = bytearray(file.read(window * dtype.itemsize))
+            if len(sample) != window * dtype.itemsize:
+                return False
+            expected = torch.frombuffer(sample, dtype=dtype).to(tensor.dtype)
+            if not torch.equal(expected.view(torch.uint8), flat[start : start + window].view(torch.uint8)):
+                return False
+    return True
+
+
+def recipe_of(tensor: onnx.TensorProto) -> str:
+    """The recipe of an initializer, "" if it has none (its bytes are inline)."""
+    location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+    return location if location.startswith(RECIPE) else ""

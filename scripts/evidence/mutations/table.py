@@ -1,0 +1,154 @@
+"""The proof of the battery: every kind of damage done to good bundles, and which case caught it at which level.
+
+One row per kind. A kind is tried on the first bundle that has what it breaks; the truth is computed once per
+checkpoint and replayed. `docs/trust.md` shows the table, `docs/benchmarks/mutations.json` holds it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gqa_export.bundle.manifest import read_manifest
+from gqa_export.compare.suite import BATTERY, LEVELS
+from evidence.mutations.contradictions import CONTRADICTIONS, Contradiction, contradict
+from evidence.mutations.kinds import MUTATIONS
+from evidence.mutations.mutation import Mutation, NotHere, break_bundle
+from gqa_export.errors import GqaExportError
+from gqa_export.validation.reference import Reference, open_reference
+from gqa_export.validation.validate import validate
+
+STEPS = 8
+"""decode steps of each case: the ragged one then has its uneven ones"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A good bundle and its checkpoint, opened once. name: what the table calls it."""
+
+    name: str
+    bundle: Path
+    checkpoint: Path
+    reference: Reference
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kind of damage. caught: per level, the names of the cases that failed, or what refused it; () is a miss."""
+
+    kind: str
+    breaks: str
+    sample: str
+    caught: dict[str, tuple[str, ...]]
+
+
+def open_sample(name: str, bundle: Path, checkpoint: Path) -> Sample:
+    """Load a bundle's checkpoint; what PyTorch says is kept."""
+    from evidence.mutations.replayed_session import ReplayedSession
+
+    manifest = read_manifest(bundle)
+    known = open_reference(checkpoint, manifest, manifest.dtype, [])
+    return Sample(name, bundle, checkpoint, replace(
+        known, truth=ReplayedSession(known.truth),
+        eager=None if known.eager is None else ReplayedSession(known.eager)))
+
+
+def judge_damage(sample: Sample, broken: Path, level: str = "full") -> dict[str, tuple[str, ...]]:
+    """What catches a broken bundle at each level up to `level`: names of the failed cases, or the refusal.
+
+    A level's cases are the first of the next one's, prompts included, so one run tells of all.
+    """
+    levels = LEVELS[: LEVELS.index(level) + 1]
+    try:
+        verdict = validate(broken, sample.checkpoint, level=level, steps=STEPS, reference=sample.reference)
+    except GqaExportError as error:
+        return dict.fromkeys(levels, (f"refused: {error.what.splitlines()[0]}",))
+    ranks = {entry.name: LEVELS.index(entry.level) for entry in BATTERY}
+    failed = [case for case in verdict.cases if not case.passed]
+    return {name: tuple(case.name for case in failed if ranks[case.entry] <= rank)
+            for rank, name in enumerate(levels)}
+
+
+def judge_thriftily(sample: Sample, broken: Path) -> dict[str, tuple[str, ...]]:
+    """Like `judge_damage`, but `full` is run only where `quick` caught nothing: it contains the cases of `quick`."""
+    caught = judge_damage(sample, broken, "quick")
+    return {**caught, "full": caught["quick"]} if caught["quick"] else judge_damage(sample, broken)
+
+
+def mutation_row(mutation: Mutation, samples: Sequence[Sample], work: Path,
+                 judge: Callable[[Sample, Path], dict[str, tuple[str, ...]]] = judge_damage) -> Row | None:
+    """Try one kind on the first sample that has what it breaks, at every level; None if none has."""
+    for sample in samples:
+        folder = work / mutation.name.replace(" ", "_").replace(",", "")
+        try:
+            break_bundle(sample.bundle, folder, mutation.change)
+        except NotHere:
+            shutil.rmtree(folder, ignore_errors=True)
+            continue
+        caught = judge(sample, folder)
+        shutil.rmtree(folder)
+        return Row(mutation.name, mutation.breaks, sample.name, caught)
+    return None
+
+
+def contradiction_rows(sample: Sample, work: Path,
+                       kinds: Iterable[Contradiction] = CONTRADICTIONS) -> Iterable[Row]:
+    """Every bundle that contradicts its manifest. A refusal must name what is wrong, or it does not count."""
+    for one in kinds:
+        folder = contradict(sample.bundle, work / "contradiction", one)
+        try:
+            validate(folder, sample.checkpoint, steps=STEPS, reference=sample.reference)
+            said = ""
+        except GqaExportError as error:
+            said = str(error).replace(str(work) + "/", "")
+        named = bool(said) and all(word in said for word in one.names)
+        yield Row(one.name, "files or graph against the manifest", sample.name,
+                  {level: (f"refused: {said.splitlines()[0]}",) if named else () for level in LEVELS})
+        shutil.rmtree(folder)
+
+
+def prove(samples: Sequence[Sample], work: Path, tell: Callable[[Row], None] = lambda row: None,
+          kinds: Iterable[Mutation] = MUTATIONS, *, thrifty: bool = False) -> list[Row]:
+    """All rows, mutations first. Good bundles are judged before: a sample that does not pass proves nothing.
+
+    thrifty: see `judge_thriftily`; for real models, of which `full` takes minutes.
+    """
+    for sample in samples:
+        failed = judge_damage(sample, sample.bundle)["full"]
+        if failed:
+            raise GqaExportError(f"the undamaged bundle {sample.name} fails: {', '.join(failed)}",
+                                 str(sample.bundle), "prove the battery on a bundle that passes")
+    rows = []
+    for mutation in kinds:
+        row = mutation_row(mutation, samples, work, judge_thriftily if thrifty else judge_damage)
+        if row is not None:
+            rows.append(row)
+            tell(row)
+    return rows
+
+
+def shares(rows: Sequence[Row]) -> dict[str, float]:
+    """Per level, the share of rows that something caught."""
+    return {level: sum(bool(row.caught[level]) for row in rows) / len(rows) for level in LEVELS}
+
+
+def to_dict(rows: Sequence[Row], samples: Sequence[str]) -> dict[str, Any]:
+    """Plain data for JSON."""
+    return {"samples": list(samples), "steps": STEPS, "share": shares(rows), "rows": [asdict(row) for row in rows]}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| kind | as if | on | quick | full adds |", "|---|---|---|---|---|"]
+    for row in rows:
+        quick, full = row.caught["quick"], row.caught["full"]
+        added = tuple(name for name in full if name not in quick)
+        lines.append(f"| {row.kind} | {row.breaks} | {row.sample} | {_spoken(quick)} | {_spoken(added)} |")
+    return "\n".join(lines)
+
+
+def _spoken(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "-"
