@@ -12,6 +12,12 @@ EXIT_BAD_INPUT = 2
 EXIT_NOT_CHECKED = 3
 
 
+def first_line(error: BaseException) -> str:
+    """An exception in one line: its type and the first line of its message, at most 300 characters of it."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
+
+
 class GqaExportError(Exception):
     """A refusal with its cause, place and remedy.
 

@@ -1,7 +1,7 @@
 """What a decoder is, as far as attention and its cache are concerned: frozen facts, one row per layer.
 
 `AttentionSpec` is filled from what each layer really passes to attention and what its mask really computes, never
-from a model's name. Dimensions as in `gqa_export.contract`.
+from a model's name. Dimensions as in `gqa_export.attention_op`.
 """
 
 from __future__ import annotations
@@ -57,3 +57,13 @@ class ModelSpec:
         """The inverse of `to_dict`; raises TypeError or KeyError on data of another shape."""
         rest = {name: value for name, value in data.items() if name != "layers"}
         return cls(layers=tuple(AttentionSpec(**layer) for layer in data["layers"]), **rest)
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A layer that the target's best op could not hold: what was wanted, what was used, why. layer -1: the model."""
+
+    layer: int
+    wanted: str
+    used: str
+    reason: str

@@ -10,9 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from .spec import Fallback
 from .errors import GqaExportError
-from .spec import AttentionSpec
+from .spec import AttentionSpec, Fallback
 
 FLOATS = ("float32", "float16", "bfloat16")
 
@@ -27,6 +26,8 @@ class Target:
     """
 
     name: str
+    dialect: str
+    """the module of `gqa_export.lowering` that has its passes"""
     attention: str
     fallback: str
     opset: int
@@ -102,25 +103,25 @@ class Target:
 
 
 _ROWS = (
-    Target(name="ort", attention="com.microsoft::GroupQueryAttention", fallback="gqa::GroupedQueryAttention",
+    Target(name="ort", dialect="ort.passes", attention="com.microsoft::GroupQueryAttention", fallback="gqa::GroupedQueryAttention",
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask",
            value_head_size_differs=False, head_size_multiple=8, shares_buffer=True, chunks_alone=True, empty_alone=True,
            rotary_inside=True, rotary_head_multiple=16, rotary_half_multiple=8, packed_projections=True, genai=True,
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")})),
-    Target(name="onnx", attention="Attention", fallback="gqa::GroupedQueryAttention",
+    Target(name="onnx", dialect="onnx.passes", attention="Attention", fallback="gqa::GroupedQueryAttention",
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask", softcap=False, sinks=False,
            # softcap: until 2026 the standard capped after the mask, which leaks masked tokens (onnx/onnx#7865, mended
            # in place by #7867); what a runtime does depends on its age
            nan_tail_safe=False, shares_buffer=True,
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
-    Target(name="portable", attention="gqa::GroupedQueryAttention", fallback="",
+    Target(name="portable", dialect="portable", attention="gqa::GroupedQueryAttention", fallback="",
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask", function=True,
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
-    Target(name="trt-plugin", attention="gqa::GroupedQueryAttention", fallback="",
+    Target(name="trt-plugin", dialect="tensorrt.plugin", attention="gqa::GroupedQueryAttention", fallback="",
            opset=23, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            rotary_inside=True, head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
            writes_padding=False, dtypes=MappingProxyType({"tensorrt": FLOATS})),
-    Target(name="trt-native", attention="Attention", fallback="",
+    Target(name="trt-native", dialect="tensorrt.native", attention="Attention", fallback="",
            opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            softcap=False, sinks=False, value_head_size_differs=False, nan_tail_safe=False, shares_buffer=True,
            literal_capacity=True, runs_in_onnxruntime=False,

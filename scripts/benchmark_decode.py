@@ -18,10 +18,10 @@ from pathlib import Path
 
 import click
 import numpy as np
+from evidence.raw_decode_loop import Timing, interleave
 
 from gqa_export.bundle.manifest import MODEL, read_manifest
 from gqa_export.errors import GqaExportError
-from evidence.raw_decode_loop import Timing, interleave
 
 OURS, PEER = "gqa-export", "onnxruntime-genai builder"
 

@@ -132,9 +132,8 @@ def in_a_fork(name: str, architecture: str, arguments: argparse.Namespace, known
 
 def row_of(name: str, architecture: str, caches: tuple[str, ...], folder: Path, *, depth: bool) -> dict:
     """Write a small checkpoint into a subfolder of `folder` and check it."""
-    from gqa_models.shrink import write_small
-
     from evidence.architecture_check import check
+    from gqa_models.shrink import write_small
 
     try:
         checkpoint = write_small(name, folder / name)
@@ -171,9 +170,8 @@ def refused_by_config(name: str, folder: Path) -> str:
 
 def proved(known: dict, name: str, folder: Path) -> dict:
     """A row with its depth proved."""
-    from gqa_models.shrink import write_small
-
     from evidence.architecture_check import add_depth
+    from gqa_models.shrink import write_small
 
     return add_depth(known, write_small(name, folder / name))
 

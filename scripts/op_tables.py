@@ -12,7 +12,7 @@ BEGIN, END = "<!-- tables from gqa_export/attention_op.py: begin -->", "<!-- end
 
 def tables() -> str:
     """Inputs, outputs and attributes as Markdown."""
-    lines = [f"`{contract.DOMAIN}::{contract.OP}`, version {contract.VERSION}.", "", "| # | input | shape | type | |",
+    lines = [f"`{attention_op.DOMAIN}::{attention_op.OP}`, version {attention_op.VERSION}.", "", "| # | input | shape | type | |",
              "|---|---|---|---|---|"]
     for number, port in enumerate(attention_op.INPUTS):
         name = f"`{port.name}`{' (optional)' if port.optional else ''}"

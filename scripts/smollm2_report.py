@@ -25,6 +25,7 @@ import click
 import gqa_models
 import numpy as np
 
+from gqa_export.checkpoint.load_model import load_model
 from gqa_export.export.options import ExportOptions
 from gqa_export.export.to_onnx import export_onnx
 
@@ -37,12 +38,12 @@ CAPACITY = 1024
 
 def structures() -> dict[str, Any]:
     """Node count and structural hash of each graph of SmolLM2, from its shape alone: no weights, no checkpoint."""
+    from evidence.output_hashes import output_hashes
     from transformers import AutoConfig
 
     from gqa_export.lowering.context import LowerOptions
     from gqa_export.lowering.lower import lower
     from gqa_export.trace.tracing import trace
-    from evidence.output_hashes import output_hashes
 
     shape = gqa_models.shape("smollm2")
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
@@ -80,7 +81,7 @@ def truth_tokens(checkpoint: Path) -> Truth:
     tokenizer = AutoTokenizer.from_pretrained(opened.folder, gguf_file=opened.gguf_file and opened.gguf_file.name)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True,
                                            return_dict=False)
-    model: Any = opened.load_model("float32")
+    model: Any = load_model(opened, "float32")
     end = model.config.eos_token_id
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     found = []

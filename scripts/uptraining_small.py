@@ -22,11 +22,11 @@ from typing import Any
 import click
 
 from gqa_export.checkpoint.open import open_checkpoint
-from gqa_export.convert.options import ConvertOptions
 from gqa_export.convert.conversion import convert
+from gqa_export.convert.options import ConvertOptions
+from gqa_export.uptrain.curve import Point, picture
 from gqa_export.uptrain.options import UptrainOptions
 from gqa_export.uptrain.uptraining import uptrain
-from gqa_export.uptrain.curve import Point, picture
 
 ALPHA = 0.05
 NAME = "uptraining_small"

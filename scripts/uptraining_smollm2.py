@@ -21,13 +21,14 @@ from typing import Any
 
 import click
 
+from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
-from gqa_export.convert.options import ConvertOptions
-from gqa_export.convert.conversion import convert, expand
 from gqa_export.checkpoint.tokenized_text import load_tokenizer, packed, read_text, spread, tokenize
+from gqa_export.convert.conversion import convert, expand
+from gqa_export.convert.options import ConvertOptions
+from gqa_export.uptrain.curve import Point, picture
 from gqa_export.uptrain.options import UptrainOptions
 from gqa_export.uptrain.uptraining import uptrain
-from gqa_export.uptrain.curve import Point, picture
 
 NAME = "uptraining"
 HELD_OUT = 0.1
@@ -58,7 +59,7 @@ def perplexity(checkpoint: Path, held_out: Path) -> float:
     opened = open_checkpoint(checkpoint)
     ids = tokenize(load_tokenizer(opened.folder), read_text(held_out))
     rows = torch.from_numpy(spread(packed(ids, LENGTH, str(held_out)), ROWS).astype("int64"))
-    model: Any = opened.load_model("fp32", attn_implementation="sdpa")
+    model: Any = load_model(opened, "fp32", attn_implementation="sdpa")
     with torch.no_grad():
         losses = [torch.nn.functional.cross_entropy(model(row[None]).logits[0, :-1], row[1:]).item() for row in rows]
     return math.exp(sum(losses) / len(losses))

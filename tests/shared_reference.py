@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from gqa_export.bundle.manifest import Manifest
 from evidence.mutations.replayed_session import ReplayedSession
+
+from gqa_export.bundle.manifest import Manifest
 from gqa_export.validation.reference import Reference, open_reference
 
 _opened: dict[tuple, Reference] = {}

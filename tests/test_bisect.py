@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evidence.mutations.kinds import MUTATIONS
+from evidence.mutations.mutation import Mutation, NotHere, break_bundle
 from gqa_models import write_tiny
 
 from gqa_export.bisect.bisection import END, bisect
-from gqa_export.bisect.match_tensors import Place, absolute, agreed, find, relative
 from gqa_export.bisect.known_faults import attend, rounding_words
+from gqa_export.bisect.match_tensors import Place, absolute, agreed, find, relative
 from gqa_export.bisect.torch_layers import Attended
 from gqa_export.bundle.manifest import MODEL
-from evidence.mutations.kinds import MUTATIONS
-from evidence.mutations.mutation import Mutation, NotHere, break_bundle
 from gqa_export.errors import GqaExportError
 from gqa_export.export.options import ExportOptions
 from gqa_export.export.to_onnx import export_onnx
@@ -101,9 +101,9 @@ def test_the_command_says_layer_op_and_pattern_and_exits_with_1(samples, tmp_pat
 
 def test_a_graph_without_module_scopes_is_refused(samples, tmp_path):
     import onnx
+    from evidence.mutations.mutation import sign
 
     from gqa_export.bundle.manifest import read_manifest
-    from evidence.mutations.mutation import sign
 
     bundle, checkpoint = samples("llama", "ort")
     shutil.copytree(bundle, tmp_path / "b")

@@ -59,7 +59,7 @@ def test_torch_op_has_the_inputs_and_attributes_in_order_without_defaults() -> N
     from gqa_export.trace.capture import custom_op
 
     schema = torch.ops.gqa.grouped_query_attention.default._schema
-    assert op is not None
+    assert custom_op is not None
     assert tuple(argument.name for argument in schema.arguments) == ALL
     assert len(schema.returns) == len(attention_op.OUTPUTS)
     assert not schema.is_mutable
@@ -80,7 +80,7 @@ def test_reference_gives_the_shapes_of_the_contract(growing: int) -> None:
 
 @pytest.mark.parametrize("growing", [0, 1])
 def test_fake_gives_the_shapes_of_the_contract(growing: int) -> None:
-    import gqa_export.trace.op  # noqa: F401 registers the op
+    import gqa_export.trace.capture.custom_op  # noqa: F401 registers the op
 
     outputs = torch.ops.gqa.grouped_query_attention(*example_inputs(growing, "meta"), *ATTRIBUTES.values(), growing)
     assert [tuple(output.shape) for output in outputs] == [shape_of(port, growing) for port in attention_op.OUTPUTS]

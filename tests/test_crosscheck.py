@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from evidence.mutations.kinds import scale_wrong, window_longer
+from evidence.mutations.mutation import break_bundle
 from gqa_models import write_tiny
 
 from gqa_export.bundle.manifest import MANIFEST, read_manifest
-from evidence.mutations.kinds import scale_wrong, window_longer
-from evidence.mutations.mutation import break_bundle
-from gqa_export.validation.cross_check import cross_check
 from gqa_export.errors import GqaExportError
 from gqa_export.export.options import ExportOptions
 from gqa_export.export.to_onnx import export_onnx
+from gqa_export.validation.cross_check import cross_check
 
 STEPS = 4
 

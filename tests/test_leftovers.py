@@ -12,16 +12,18 @@ import gqa_models
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gqa_export.bundle import manifest
-from gqa_export.files import resume
+from gqa_export.bundle.manifest import DATA
+from gqa_export.bundle.writer import writing_bundle
 from gqa_export.export.options import ExportOptions
 from gqa_export.export.to_onnx import export_onnx
+from gqa_export.files import resume
 
 KILLED = """
 import sys, time
-from gqa_export import leftovers
-from gqa_export.pipeline import ExportOptions, export_onnx
-leftovers.EVERY_BYTES = 4096
+from gqa_export.files import resume
+from gqa_export.export.options import ExportOptions
+from gqa_export.export.to_onnx import export_onnx
+resume.EVERY_BYTES = 4096
 def report(text, done, total):
     if text == "writing weights" and done > total * 0.7:
         print("far enough", flush=True)
@@ -66,8 +68,8 @@ def test_a_killed_export_is_taken_up_where_it_was_and_gives_the_same_bundle(tmp_
     read = reads_of(monkeypatch)
     done = export_onnx(folder, out, ExportOptions(dtype="fp16"))
     assert 0 < sum(read) < whole.manifest.bytes_copied  # fp32 is read for fp16: twice the bytes, of the last part only
-    assert (out / manifest.DATA).read_bytes() == (tmp_path / "whole" / manifest.DATA).read_bytes()
-    assert done.manifest.files[manifest.DATA] == whole.manifest.files[manifest.DATA]
+    assert (out / DATA).read_bytes() == (tmp_path / "whole" / DATA).read_bytes()
+    assert done.manifest.files[DATA] == whole.manifest.files[DATA]
     assert partials(out) == []
     assert not list(out.glob("*journal*")) + list(out.parent.glob("*.lock"))
 
@@ -80,26 +82,26 @@ def test_a_checkpoint_that_changed_meanwhile_is_exported_from_the_start(tmp_path
     save_file(tensors, file, metadata={"format": "pt"})
     export_onnx(folder, out, ExportOptions(dtype="fp16"))
     export_onnx(folder, tmp_path / "whole", ExportOptions(dtype="fp16"))
-    assert (out / manifest.DATA).read_bytes() == (tmp_path / "whole" / manifest.DATA).read_bytes()
+    assert (out / DATA).read_bytes() == (tmp_path / "whole" / DATA).read_bytes()
     assert partials(out) == []
 
 
 def test_a_beginning_that_was_damaged_is_not_taken_over(tmp_path, killed):
     folder, out = killed
     (partial,) = [out.parent / name for name in partials(out)]
-    data = bytearray((partial / manifest.DATA).read_bytes())
+    data = bytearray((partial / DATA).read_bytes())
     data[10] ^= 1
-    (partial / manifest.DATA).write_bytes(data)
+    (partial / DATA).write_bytes(data)
     export_onnx(folder, out, ExportOptions(dtype="fp16"))
     export_onnx(folder, tmp_path / "whole", ExportOptions(dtype="fp16"))
-    assert (out / manifest.DATA).read_bytes() == (tmp_path / "whole" / manifest.DATA).read_bytes()
+    assert (out / DATA).read_bytes() == (tmp_path / "whole" / DATA).read_bytes()
 
 
 def test_the_folder_of_a_living_export_is_left_alone(tmp_path):
     out = tmp_path / "out"
-    with manifest.writing_bundle(out) as writer:
+    with writing_bundle(out) as writer:
         assert resume.abandoned(out) == []
-        with manifest.writing_bundle(out):
+        with writing_bundle(out):
             pass
         assert writer.staging.is_dir()
         os.rmdir(out)
@@ -107,9 +109,9 @@ def test_the_folder_of_a_living_export_is_left_alone(tmp_path):
 
 def test_a_lock_that_cannot_be_opened_is_somebody_elses_and_stops_nothing(tmp_path):
     out = tmp_path / "out"
-    theirs = tmp_path / f".{out.name}.partial-theirs{leftovers.LOCK}"
+    theirs = tmp_path / f".{out.name}.partial-theirs{resume.LOCK}"
     theirs.mkdir()  # cannot be opened for writing, whoever runs the tests
-    with manifest.writing_bundle(out) as writer:
+    with writing_bundle(out) as writer:
         writer.write("file", b"ours")
     assert (out / "file").read_bytes() == b"ours"
     assert theirs.is_dir()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from evidence.architecture_check import REFUSED, SUPPORTED, check
 from gqa_models.shrink import write_small
 
-from evidence.architecture_check import REFUSED, SUPPORTED, check
 from gqa_export.describe.architectures import known_names
 
 # What each is here for: patched forward (BERT's shape, BART's, Falcon, RoFormer), patched `_attn` with a window of its

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.export.options import ExportOptions
 from gqa_export.export.to_onnx import export_onnx
@@ -46,7 +47,7 @@ def test_sparse_and_filled_checkpoints_are_what_their_configuration_says(tmp_pat
     filled = write("smollm2", tmp_path / "filled", layers=1, dtype="float16", fill=True)
     assert total == filled
     for name, zero in (("sparse", True), ("filled", False)):
-        model = open_checkpoint(tmp_path / name).load_model()
+        model = load_model(open_checkpoint(tmp_path / name))
         assert model.config.num_hidden_layers == 1
         assert (model.model.norm.weight.abs().max() == 0).item() is zero
 

@@ -18,8 +18,9 @@ from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 
 from gqa_export.bundle.writer import writing_bundle
-from gqa_export.checkpoint.safetensors_header import StoredTensor, header_sha256
+from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
+from gqa_export.checkpoint.safetensors_header import StoredTensor, header_sha256
 from gqa_export.errors import GqaExportError
 from gqa_export.weights.layout import place
 from gqa_export.weights.sources import CHUNK_BYTES, MemorySource, StoredSource, WeightStore
@@ -37,7 +38,7 @@ def llama(tmp_path_factory):
 @pytest.fixture(scope="module")
 def opened(llama):
     checkpoint = open_checkpoint(llama)
-    return checkpoint, WeightStore.from_module(checkpoint, checkpoint.load_model())
+    return checkpoint, WeightStore.from_module(checkpoint, load_model(checkpoint))
 
 
 def initializer(recipe, dims, data_type=TensorProto.FLOAT, name=None):
@@ -93,7 +94,7 @@ def test_stored_and_tied_parameters_are_found_in_the_file(opened):
 def test_a_module_in_another_dtype_is_still_the_stored_one(llama):
     checkpoint = open_checkpoint(llama)
     for dtype in ("fp16", "bf16", "fp64"):
-        store = WeightStore.from_module(checkpoint, checkpoint.load_model(dtype))
+        store = WeightStore.from_module(checkpoint, load_model(checkpoint, dtype))
         assert all(isinstance(source, StoredSource) for source in store.sources.values())
 
 
@@ -101,7 +102,7 @@ def test_a_module_in_another_dtype_is_still_the_stored_one(llama):
 def test_a_value_changed_after_loading_makes_the_tensor_one_in_memory(llama, index):
     """At the start, the end and the middle, which are compared; the tensor has 32 KiB, more than the samples."""
     checkpoint = open_checkpoint(llama)
-    model = checkpoint.load_model()
+    model = load_model(checkpoint)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.reshape(-1)[index] += 1
     store = WeightStore.from_module(checkpoint, model)
@@ -111,7 +112,7 @@ def test_a_value_changed_after_loading_makes_the_tensor_one_in_memory(llama, ind
 
 def test_merged_experts_are_in_memory_and_untraced_layers_are_stored(tmp_path):
     checkpoint = open_checkpoint(gqa_models.write_tiny("mixtral", tmp_path))
-    store = WeightStore.from_module(checkpoint, checkpoint.load_model(num_hidden_layers=1))
+    store = WeightStore.from_module(checkpoint, load_model(checkpoint, num_hidden_layers=1))
     assert isinstance(store.sources["model.layers.0.mlp.experts.gate_up_proj"], MemorySource)
     assert isinstance(store.sources["model.layers.1.self_attn.q_proj.weight"], StoredSource)
     assert "model.layers.1.mlp.experts.gate_up_proj" not in store
@@ -121,7 +122,7 @@ def test_merged_experts_are_in_memory_and_untraced_layers_are_stored(tmp_path):
 def test_onnx_runtime_runs_the_graph_from_every_placement(llama, tmp_path, mode):
     folder = shutil.copytree(llama, tmp_path / "ck")
     checkpoint = open_checkpoint(folder)
-    store = WeightStore.from_module(checkpoint, checkpoint.load_model())
+    store = WeightStore.from_module(checkpoint, load_model(checkpoint))
     tensors = load_file(folder / "model.safetensors")
     names = [f"{ATTENTION}o_proj.weight", f"{ATTENTION}v_proj.weight", "lm_head.weight", "model.embed_tokens.weight"]
     model = matmuls(initializer(QKV, [128, 64], name="packed"), *(
@@ -196,7 +197,7 @@ def test_a_hub_snapshot_is_linked_through_its_symbolic_links_but_not_used_in_pla
         shutil.copy(file, tmp_path / "blobs" / f"hash-{file.name}")
         (snapshot / file.name).symlink_to(f"../../blobs/hash-{file.name}")
     checkpoint = open_checkpoint(snapshot)
-    store = WeightStore.from_module(checkpoint, checkpoint.load_model())
+    store = WeightStore.from_module(checkpoint, load_model(checkpoint))
     weight = initializer("weights:lm_head.weight", [320, 64])
     export(matmuls(weight), store, tmp_path / "out", "link", checkpoint)
     assert not (tmp_path / "out" / "model.safetensors").is_symlink()

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.manifest import Manifest, read_manifest
 from ..bundle.integrity import check_files
-from ..graph_io import LOGITS, past_names
+from ..bundle.manifest import Manifest, read_manifest
 from ..errors import EXIT_DIFFERENT, EXIT_PASSED, GqaExportError
+from ..graph_io import LOGITS, past_names
+from ..progress import silent
 from ..runtime.feeds import step_feed
+from .known_faults import attention_words, linear_words, rotation_words, rounding_words
 from .marked_graph import Marked, force, keep_residual, mark, open_graph, present_of, run, show_all
 from .match_tensors import Place, agreed, bound_of, columns, find, flat, relative
-from .known_faults import attention_words, linear_words, rotation_words, rounding_words
 from .torch_layers import LayerTruth, RowTruth, layer_list, watch_row
 
 LONGEST = 512
@@ -72,10 +73,10 @@ class Bisection:
 def bisect(bundle: Path, against: str | Path) -> Bisection:
     """Find the first wrong layer and op of a bundle. Raises GqaExportError for a bundle or graph that cannot be
     looked into, NotCheckedHere where PyTorch does not fit."""
-    from ..bundle.source_checkpoint import open_for
     from ..bundle.attention_claims import check_claims
-    from ..validation.sessions import pytorch_sessions, torch_threads
+    from ..bundle.source_checkpoint import open_for
     from ..validation.reference import runnable
+    from ..validation.sessions import pytorch_sessions, torch_threads
 
     manifest = read_manifest(bundle)
     if manifest.engine is not None:
@@ -85,7 +86,7 @@ def bisect(bundle: Path, against: str | Path) -> Bisection:
     check_claims(bundle, manifest)
     with ExitStack() as stack:
         stack.enter_context(torch_threads(manifest))
-        ran, where, target = runnable(stack, bundle, manifest, "float32", [], lambda *_: None)
+        ran, where, target = runnable(stack, bundle, manifest, "float32", [], silent)
         truth, _, _ = pytorch_sessions(open_for(manifest, against), manifest, "float32", [])
         prefix, layers = layer_list(truth.model, len(manifest.spec.layers))
         search = _Search(ran, where, target.interface, truth, layers, prefix)

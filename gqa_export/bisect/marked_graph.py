@@ -18,8 +18,8 @@ import onnx
 from onnx import helper
 
 from ..bundle.manifest import MODEL
-from ..graph_io import present_names
 from ..errors import GqaExportError
+from ..graph_io import present_names
 
 FLOATS = (np.float32, np.float64)
 

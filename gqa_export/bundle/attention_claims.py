@@ -9,9 +9,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .manifest import MODEL, Manifest
-from ..graph_io import present_names
 from ..errors import GqaExportError
+from ..graph_io import present_names
+from .manifest import MODEL, Manifest
 
 if TYPE_CHECKING:
     import onnx

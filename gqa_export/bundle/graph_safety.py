@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .manifest import MODEL, Manifest
 from ..errors import GqaExportError
+from .manifest import MODEL, Manifest
 
 if TYPE_CHECKING:
     import onnx

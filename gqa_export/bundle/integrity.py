@@ -6,18 +6,17 @@ smallest first, or for all with `full`; what was left out is returned, so that i
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from .manifest import MODEL, FileFact, Manifest
 from ..checkpoint.safetensors_header import header_sha256
 from ..errors import GqaExportError
-from .graph_safety import check_graph_files
+from ..files.sha256 import READ_BYTES, file_sha256
 from ..spec import ModelSpec
+from .graph_safety import check_graph_files
+from .manifest import MODEL, FileFact, Manifest
 
 HASH_BUDGET_BYTES = 1 << 30
-READ_BYTES = 1 << 22
 FIX = "copy the bundle again, or export it again"
 
 
@@ -76,15 +75,6 @@ def _header(path: Path) -> str:
         return header_sha256(path)
     except ValueError as error:
         return f"unreadable: {error}"
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, read piece by piece."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_belongs(spec: ModelSpec, shown: Mapping[str, object], where: str) -> None:

@@ -2,93 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GqaExportError
-from .safetensors_header import StoredTensor, read_header
+from ..files.read_json import read_json
+from .checkpoint import Checkpoint
+from .pickle_permission import trust
 from .pickle_weights import pickle_files
 from .refusals import refuse_quantized, refuse_raw_config
-from .pickle_permission import trust
+from .safetensors_header import StoredTensor, read_header
 
 if TYPE_CHECKING:
-    import torch
-    import transformers
 
-    from ..bundle.writer import BundleWriter
-    from ..bundle.manifest import Manifest
+    pass
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FIX_FOLDER = "give a folder with config.json and .safetensors files, a hub id such as org/name, or a .gguf file"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """An opened checkpoint. Cheap: only headers were read, and neither torch nor transformers imported for a folder.
-
-    source: what the user gave. folder: where its files are. config: config.json (GGUF: as transformers reads it).
-    stored_dtype: the float type most bytes have, "bfloat16" (GGUF: what it is dequantized to unless stored plain).
-    tensors: every tensor of the safetensors files; empty for GGUF and pickles. pickles: the files, if allowed.
-    text_only: of a multimodal model only the language model is meant.
-    """
-
-    source: str
-    folder: Path
-    kind: str
-    gguf_file: Path | None
-    config: dict[str, Any] = field(repr=False)
-    stored_dtype: str = "float32"
-    tensors: dict[str, StoredTensor] = field(default_factory=dict, repr=False)
-    pickles: tuple[Path, ...] = ()
-    text_only: bool = False
-
-    def load_config(self, **overrides: Any) -> transformers.PretrainedConfig:
-        """The configuration as transformers understands it; see `modules.load_config`."""
-        from . import load_model
-
-        return load_model.load_config(self, **overrides)
-
-    def load_skeleton(self, **config_overrides: Any) -> torch.nn.Module:
-        """The module with all its layers and no weights (meta device), checked for layers that are no attention."""
-        from . import load_model
-
-        return load_model.load_skeleton(self, **config_overrides)
-
-    def load_model(self, dtype: str = "auto", *, attn_implementation: str = "eager",
-                   **config_overrides: Any) -> torch.nn.Module:
-        """The causal language model in eval mode, with its weights; see `modules.load_model`."""
-        from . import load_model
-
-        return load_model.load_model(self, dtype, attn_implementation=attn_implementation, **config_overrides)
-
-    def tokenizer_files(self) -> list[Path]:
-        """Tokenizer, chat template, generation configuration and config.json, as far as the folder has them."""
-        from .tokenizer import tokenizer_files
-
-        return tokenizer_files(self)
-
-    def has_tokenizer(self) -> bool:
-        """Whether there is a tokenizer among those files (GGUF: in its metadata)."""
-        from .tokenizer import has_tokenizer
-
-        return has_tokenizer(self)
-
-    def add_tokenizer(self, writer: BundleWriter) -> bool:
-        """Put those files into a bundle (GGUF: made from its metadata). False: there is none that can be."""
-        from ..export.tokenizer_files import add_tokenizer
-
-        return add_tokenizer(self, writer)
-
-    def token_ids(self) -> dict[str, Any]:
-        """{"eos": list of ids, "bos": id or None, "pad": id or None}; generation_config.json goes first."""
-        from .tokenizer import token_ids
-
-        return token_ids(self)
 
 
 def open_checkpoint(source: str | Path, *, text_only: bool = False) -> Checkpoint:
@@ -106,17 +39,12 @@ def open_checkpoint(source: str | Path, *, text_only: bool = False) -> Checkpoin
     raise GqaExportError("no such file or folder", str(source), FIX_FOLDER)
 
 
-def open_for(manifest: Manifest, source: str | Path) -> Checkpoint:
-    """Open a checkpoint to compare a bundle with: text only if the bundle was made so."""
-    return open_checkpoint(source, text_only=bool(manifest.source.get("text_only")))
-
-
 def _open_file(source: str, path: Path) -> Checkpoint:
     if path.suffix == ".safetensors" or path.name in ("config.json", INDEX):
         raise GqaExportError("this is one file of a checkpoint, not the checkpoint", source,
                              f"give the folder that holds it: {path.parent}")
-    from .gguf_header import read_gguf_header
     from .gguf_config import gguf_config
+    from .gguf_header import read_gguf_header
 
     header = read_gguf_header(path)
     config = gguf_config(path)
@@ -132,7 +60,7 @@ def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:
         gguf = sorted(folder.glob("*.gguf"))
         fix = f"give the GGUF file itself: {gguf[0]}" if gguf else FIX_FOLDER
         raise GqaExportError("the folder has no config.json", source, fix)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     refuse_raw_config(config, source, text_only)
     if trust().pickle and not any((folder / name).exists() for name in (SINGLE, INDEX)):
         return Checkpoint(source, folder, "hf", None, config, _stored_dtype(config, {}), pickles=pickle_files(folder),
@@ -143,18 +71,6 @@ def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:
         refuse_quantized(f"{tensors[eighths[0]].dtype}: {eighths[0]}", source)
     return Checkpoint(source, folder, "hf", None, config, _stored_dtype(config, tensors), tensors,
                       text_only=text_only)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict):
-            raise ValueError("not a JSON object")
-        return data
-    except (ValueError, RecursionError) as error:
-        raise GqaExportError(f"{path.name} is not valid JSON: {error}", str(path), "download it again") from error
-    except OSError as error:
-        raise GqaExportError(f"cannot read the file: {error.strerror}", str(path), "check its permissions") from error
 
 
 def _read_tensors(source: str, folder: Path) -> dict[str, StoredTensor]:
@@ -173,7 +89,7 @@ def _read_tensors(source: str, folder: Path) -> dict[str, StoredTensor]:
 
 
 def _read_shards(folder: Path) -> dict[str, StoredTensor]:
-    index = _read_json(folder / INDEX)
+    index = read_json(folder / INDEX)
     weight_map = index.get("weight_map")
     again = "download or copy the checkpoint again"
     if not isinstance(weight_map, dict) or not weight_map:

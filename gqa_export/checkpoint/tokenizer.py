@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..bundle.writer import BundleWriter
     from .checkpoint import Checkpoint
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
@@ -17,7 +15,8 @@ BESIDE = ("config.json", "tokenizer_config.json", "generation_config.json", "spe
 
 
 def tokenizer_files(checkpoint: Checkpoint) -> list[Path]:
-    """See `Checkpoint.tokenizer_files`. A GGUF file has none: everything is inside it."""
+    """Tokenizer, chat template, generation configuration and config.json, as far as the folder has them. A GGUF file has
+    none: everything is inside it."""
     if checkpoint.kind == "gguf":
         return []
     named = [checkpoint.folder / name for name in TOKENIZERS + BESIDE]
@@ -25,7 +24,7 @@ def tokenizer_files(checkpoint: Checkpoint) -> list[Path]:
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
-    """See `Checkpoint.has_tokenizer`."""
+    """Whether there is a tokenizer among those files (GGUF: in its metadata)."""
     if checkpoint.gguf_file is not None:
         from .gguf_header import read_gguf_header
 
@@ -33,48 +32,14 @@ def has_tokenizer(checkpoint: Checkpoint) -> bool:
     return any(path.name in TOKENIZERS or path.suffix == ".tiktoken" for path in tokenizer_files(checkpoint))
 
 
-def add_tokenizer(checkpoint: Checkpoint, writer: BundleWriter) -> bool:
-    """See `Checkpoint.add_tokenizer`."""
-    if checkpoint.kind == "hf":
-        for path in tokenizer_files(checkpoint):
-            writer.copy(path, path.name)
-        return has_tokenizer(checkpoint)
-    with tempfile.TemporaryDirectory() as folder:
-        converted = _convert_gguf(checkpoint, Path(folder))
-        for path in sorted(Path(folder).iterdir()):
-            writer.copy(path, path.name)
-    return converted
-
-
-def _convert_gguf(checkpoint: Checkpoint, folder: Path) -> bool:
-    from transformers import AutoTokenizer, GenerationConfig
-
-    from .gguf_reader_patch import quick_gguf
-    from .quiet import quiet
-
-    assert checkpoint.gguf_file is not None
-    with quiet(), quick_gguf(vocabulary=True):
-        config = checkpoint.load_config()
-        config.save_pretrained(folder)
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
-        if not has_tokenizer(checkpoint):
-            return False
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf_file.name)
-        except (ValueError, KeyError, NotImplementedError):  # a kind of tokenizer that transformers cannot convert
-            return False
-        tokenizer.save_pretrained(folder)
-        return True
-
-
 def token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
-    """See `Checkpoint.token_ids`."""
+    """{"eos": list of ids, "bos": id or None, "pad": id or None}; generation_config.json goes first."""
     path = checkpoint.folder / "generation_config.json"
     generation: dict[str, Any] = {}
     if checkpoint.kind == "hf" and path.is_file():
-        from ..files.read_json import _read_json
+        from ..files.read_json import read_json
 
-        generation = _read_json(path)
+        generation = read_json(path)
     found = {}
     for name in ("eos", "bos", "pad"):
         value = generation.get(f"{name}_token_id")

@@ -40,8 +40,8 @@ def command(checkpoint: str, output: Path, json_file: str | None, **options: Any
     of the original steps. The report is also in the output folder, as gqa_convert.json.
     """
     from ..checkpoint.open import open_checkpoint
-    from ..convert.options import ConvertOptions
     from ..convert.conversion import convert
+    from ..convert.options import ConvertOptions
     from .progress import progress
 
     with progress(f"converting {checkpoint}") as bar:

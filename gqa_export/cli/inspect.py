@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..checkpoint.load_config import load_config
 from .tables import aligned, readable_bytes
 from .trust_options import trust_options
 
@@ -45,7 +46,7 @@ def examine(source: str) -> Inspection:
     from ..trace.probe.layer_probe import probe
 
     checkpoint = open_checkpoint(source)
-    spec = probe(checkpoint.load_config())
+    spec = probe(load_config(checkpoint))
     return inspect_checkpoint(source, spec, checkpoint.stored_dtype, *stored_in_checkpoint(checkpoint))
 
 

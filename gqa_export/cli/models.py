@@ -17,8 +17,8 @@ def command(as_json: bool, name: str | None) -> None:
     Each was made small, exported to the targets it lists and compared with PyTorch. Exit code 2 for a NAME that the
     table does not have.
     """
-    from ..errors import GqaExportError
     from ..describe.architectures import AGAIN, table
+    from ..errors import GqaExportError
 
     data = table()
     if name is not None:

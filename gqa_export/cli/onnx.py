@@ -13,8 +13,8 @@ from ..errors import EXIT_DIFFERENT, NotCheckedHere
 from .trust_options import trust_options
 
 if TYPE_CHECKING:
-    from ..export.to_onnx import Export
     from ..export.options import ExportOptions
+    from ..export.to_onnx import Export
 
 
 @click.command(short_help="Export a checkpoint to an ONNX decoder with a KV cache.")
@@ -50,9 +50,9 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, ma
 
     Exit codes: 0 done (and passed), 1 the outputs differ from PyTorch's, 2 bad input.
     """
-    from ..weights.memory_budget import parse_size
     from ..export.options import ExportOptions
     from ..export.to_onnx import export_onnx
+    from ..weights.memory_budget import parse_size
     from .progress import progress
 
     chosen: ExportOptions = ExportOptions(capacity=capacity or 0, cache=cache or "", logits=logits or "",

@@ -48,8 +48,8 @@ def command(source: str, output: Path, attention: str | None, dtype: str, flavor
     Exit codes: 0 done, 2 bad input, 3 this needs a GPU and there is none.
     """
     from ..engine.build import EngineOptions
-    from ..integrations.triton_repository import check_repository, write_repository
     from ..export.to_engine import make_engine
+    from ..integrations.triton_repository import check_repository, write_repository
     from .progress import progress
 
     options = EngineOptions(attention or "", dtype, capacity or 0, flavor, capabilities, max_batch, max_prompt or 0,

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .cases import Case
+from .error_trace import Surroundings, surroundings
 from .logits import LogitTally
 from .metrics import Difference, difference, last_rows, margin
-from .error_trace import Surroundings, surroundings
 
 TRUTH, EAGER, BUNDLE = "truth", "eager", "bundle"
 """names of the runners: the truth, PyTorch in the bundle's number format (the yardstick), the bundle"""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .case_driver import CaseLog, Choice, Measured, quantity
-from .tolerance import Tolerance, tolerance
 from .error_trace import output_errors, step_errors
+from .tolerance import Tolerance, tolerance
 from .verdict import CaseVerdict, KindVerdict, Location
 
 KINDS = ("keys", "values", "logits", "cache")

@@ -12,8 +12,8 @@ import numpy as np
 
 from ..errors import EXIT_DIFFERENT, EXIT_PASSED
 from .case_driver import Choice
-from .logits import LogitMetrics
 from .error_trace import OutputError, StepError, Surroundings
+from .logits import LogitMetrics
 
 SCHEMA_VERSION = 1
 

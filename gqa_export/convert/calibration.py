@@ -10,22 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint.load_model import load_model
 from ..checkpoint.tokenized_text import load_tokenizer, packed, read_text, spread, tokenize
 from ..files.staging import writing_folder
+from ..progress import Progress
 from ..trace import attention_hook, skeleton
 from .assemble import assemble, changed
-from .layer_fit import LayerFit, empty_like
-from .heads import LayerHeads
-from .weight_error import LayerError
-from .pooling import Pooled
 from .checkpoint_writer import Stored, write_checkpoint
+from .heads import LayerHeads
+from .layer_fit import LayerFit, empty_like
+from .pooling import Pooled
 from .structure import Structure, with_kv_heads
+from .weight_error import LayerError
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
 
 LENGTH = 512
-Report = Callable[[str, float | None, float | None], None]
 
 
 def calibration_rows(checkpoint: Checkpoint, config: Any, text: Path, tokens: int) -> torch.Tensor:
@@ -39,7 +40,7 @@ class Calibration:
     """One source model and one text, for any number of key/value heads."""
 
     def __init__(self, checkpoint: Checkpoint, stored: Stored, source: Structure, rows: torch.Tensor,
-                 grouping: str, report: Report) -> None:
+                 grouping: str, report: Progress) -> None:
         from ..trace.probe.layer_probe import probe
 
         self.checkpoint, self.stored, self.source = checkpoint, stored, source
@@ -50,7 +51,7 @@ class Calibration:
             ) -> tuple[list[LayerError], list[Pooled]]:
         """Fit every layer; `keep` is given the tensors of each that change."""
         target, _ = with_kv_heads(self.source, kv_heads)
-        model = self.checkpoint.load_model("auto", attn_implementation=attention_hook.register())
+        model = load_model(self.checkpoint, "auto", attn_implementation=attention_hook.register())
         ghost = skeleton.build(target.config, torch.float32, device="meta", attention=attention_hook.NAME)
         errors: list[LayerError] = []
         groups: list[Pooled] = []

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint.tokenizer import tokenizer_files
 from ..errors import GqaExportError
 from ..weights.sources import MemorySource, Source, StoredSource
 from .heads import read_tensor
-from .structure import Structure
 from .safetensors_writer import size_of, write_safetensors
+from .structure import Structure
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
@@ -86,7 +87,7 @@ def write_checkpoint(folder: Path, stored: Stored, changed: Mapping[str, tuple[i
         write_safetensors(folder / shard, shards[shard], count)
     if (checkpoint.folder / INDEX).is_file():
         _write_index(folder, shards, total)
-    for file in checkpoint.tokenizer_files():
+    for file in tokenizer_files(checkpoint):
         if file.name != "config.json":
             shutil.copyfile(file, folder / file.name)
     config = {**checkpoint.config, **fields}

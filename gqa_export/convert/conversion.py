@@ -6,7 +6,7 @@ Source of the method: Ainslie et al., 2023 (arXiv:2305.13245). Only one layer is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -14,23 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint.load_config import load_config
 from ..errors import GqaExportError
 from ..files.staging import check_folder, writing_folder
+from ..progress import Progress, silent
 from .assemble import assemble, changed
-from .options import ConvertOptions, asked, candidates, check_options, fewest, worst
+from .checkpoint_writer import Stored, write_checkpoint
 from .head_similarity import similar
 from .heads import LayerHeads
-from .weight_error import LayerError, knee, weight_errors
+from .options import ConvertOptions, asked, candidates, check_options, fewest, worst
 from .pooling import Groups, Pooled, contiguous, mappable, pool
-from .checkpoint_writer import Stored, write_checkpoint
 from .structure import Structure, structure_of, with_kv_heads
+from .weight_error import LayerError, knee, weight_errors
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
 
 REPORT = "gqa_convert.json"
 SAMPLED = 8
-Report = Callable[[str, float | None, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,13 @@ class Conversion:
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
-def convert(checkpoint: Checkpoint, output: Path, options: ConvertOptions, report: Report | None = None) -> Conversion:
+def convert(checkpoint: Checkpoint, output: Path, options: ConvertOptions, report: Progress | None = None) -> Conversion:
     """Write the converted checkpoint and say what it cost. Raises GqaExportError; then nothing is left behind."""
-    say = report or (lambda text, done, total: None)
+    say = report or silent
     check_folder(Path(output), force=options.force, marker=REPORT)
     check_options(checkpoint, options)
     say("asking the model where its heads are", None, None)
-    source = structure_of(checkpoint.load_config())
+    source = structure_of(load_config(checkpoint))
     stored = Stored(checkpoint, source)
     counts = candidates(source)
     chosen = asked(options, source)
@@ -99,7 +100,7 @@ def convert(checkpoint: Checkpoint, output: Path, options: ConvertOptions, repor
 
 
 def _convert_calibrated(checkpoint: Checkpoint, output: Path, options: ConvertOptions, source: Structure,
-                        stored: Stored, chosen: tuple[int, ...] | None, say: Report) -> Conversion:
+                        stored: Stored, chosen: tuple[int, ...] | None, say: Progress) -> Conversion:
     from .calibration import Calibration, calibration_rows, write_calibrated
 
     assert options.text is not None
@@ -171,7 +172,7 @@ def pool_layer(heads: LayerHeads, options: ConvertOptions, source: Structure, gr
 
 
 def _errors(source: Structure, stored: Stored, options: ConvertOptions, kv_heads: Sequence[int],
-            say: Report) -> tuple[list[LayerError], list[Groups]]:
+            say: Progress) -> tuple[list[LayerError], list[Groups]]:
     """The error of every layer with so many heads, and which of its heads are pooled together."""
     errors, groups = [], []
     for index, layer in enumerate(source.layers):
@@ -183,7 +184,7 @@ def _errors(source: Structure, stored: Stored, options: ConvertOptions, kv_heads
 
 
 def _curve(source: Structure, stored: Stored, options: ConvertOptions, counts: Sequence[int],
-           chosen: Sequence[int] | None, say: Report) -> dict[int, list[LayerError]]:
+           chosen: Sequence[int] | None, say: Progress) -> dict[int, list[LayerError]]:
     """By number of heads: the errors of all layers if they decide, else of some spread over the model."""
     found: dict[int, list[LayerError]] = {count: [] for count in counts}
     depth = len(source.layers)
@@ -204,7 +205,7 @@ def expand(checkpoint: Checkpoint, output: Path, kv_heads: int, order: Sequence[
     order: a permutation of the new heads, queries and output columns moved along (a test of grouping). Raises
     GqaExportError where the architecture cannot have so many heads.
     """
-    source = structure_of(checkpoint.load_config())
+    source = structure_of(load_config(checkpoint))
     if any(kv_heads % now for now in source.kv_heads):
         raise GqaExportError(f"{kv_heads} key/value heads are no multiple of the model's {source.kv_heads[0]}",
                              checkpoint.source, "repeat every head the same number of times")
@@ -221,4 +222,4 @@ def expand(checkpoint: Checkpoint, output: Path, kv_heads: int, order: Sequence[
 
     with writing_folder(Path(output), marker=REPORT) as folder:
         write_checkpoint(folder, stored, {name: target.shapes[name] for name in owner},
-                         lambda name: layer_tensors(owner[name])[name], fields, lambda text, done, total: None)
+                         lambda name: layer_tensors(owner[name])[name], fields, silent)

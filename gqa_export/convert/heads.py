@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..weights.dtypes import itemsize
 from ..errors import GqaExportError
+from ..weights.dtypes import itemsize
 from ..weights.sources import StoredSource
 from .layout import Heads, LayerLayout
 

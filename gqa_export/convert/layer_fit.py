@@ -21,8 +21,8 @@ from .assemble import assemble
 from .head_similarity import similar
 from .heads import LayerHeads
 from .layout import Heads, LayerLayout
-from .weight_error import LayerError, weight_errors
 from .pooling import Metric, Pooled, contiguous, mappable, pool
+from .weight_error import LayerError, weight_errors
 
 RIDGE = 0.02
 """how strongly the fitted output projection is drawn to the unfitted one, as a part of the features' mean square"""

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import GqaExportError
-from .weight_error import LayerError
 from .pooling import METHODS
 from .structure import Structure
+from .weight_error import LayerError
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint

@@ -7,33 +7,32 @@ TensorRT said while it built: inputs and outputs, plugin layers per profile, ali
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import attention_op
+from ..bundle.engine_facts import ENGINE, EngineFacts, PluginFacts, ProfileFacts
+from ..bundle.integrity import check_files
 from ..bundle.manifest import MODEL, FileFact, Manifest, read_manifest
 from ..bundle.writer import check_output, writing_bundle
-from ..bundle.integrity import check_files
-from ..files.sha256 import file_sha256
-from ..bundle.engine_facts import ENGINE, EngineFacts, PluginFacts, ProfileFacts
-from ..errors import GqaExportError, NotCheckedHere
 from ..environment.machine import nvidia
-from ..targets import TARGETS
 from ..environment.tensorrt_libraries import CANONICAL, Library
+from ..errors import GqaExportError, NotCheckedHere
+from ..files.sha256 import file_sha256
+from ..progress import Progress, silent
+from ..targets import TARGETS
 from . import inspect_build
-from .choose_library import Choice, choose
 from .build_job import Built, Job, KernelFiles
-from .kernels import Compiled, compile_kernels, wanted_variants, weight_bytes_read
 from .build_log import lacks_kernel, read_log
-from .run_child import run_job
+from .choose_library import Choice, choose
+from .kernels import Compiled, compile_kernels, wanted_variants, weight_bytes_read
 from .profiles import make_profiles
+from .run_child import run_job
 
 if TYPE_CHECKING:
     import onnx
 
-Report = Callable[[str, float | None, float | None], None]
 WEIGHT_FILES = (".onnx", ".data", ".safetensors")
 
 
@@ -70,7 +69,7 @@ def attention_of(manifest: Manifest) -> str:
     target = TARGETS.get(manifest.target)
     if target is None or not target.engine:
         return ""
-    return "plugin" if target.attention == f"{contract.DOMAIN}::{contract.OP}" else "native"
+    return "plugin" if target.attention == f"{attention_op.DOMAIN}::{attention_op.OP}" else "native"
 
 
 def check_bundle(bundle: Path, manifest: Manifest, options: EngineOptions) -> str:
@@ -115,10 +114,10 @@ def check_request(output: Path, options: EngineOptions, kind: str) -> Choice:
 
 
 def build_engine(bundle: Path, output: Path, options: EngineOptions | None = None,
-                 report: Report | None = None) -> EngineBuild:
+                 report: Progress | None = None) -> EngineBuild:
     """Build an engine bundle at `output`. Raises GqaExportError (NotCheckedHere where a GPU is needed and there is
     none); then nothing of it is left behind."""
-    options, say = options or EngineOptions(), report or (lambda text, done, total: None)
+    options, say = options or EngineOptions(), report or silent
     manifest = read_manifest(bundle)
     kind = check_bundle(bundle, manifest, options)
     choice = check_request(output, options, kind)
@@ -147,7 +146,7 @@ def build_engine(bundle: Path, output: Path, options: EngineOptions | None = Non
     return EngineBuild(output, manifest, facts, (*choice.notes, *notes))
 
 
-def _kernels(model: onnx.ModelProto, bundle: Path, manifest: Manifest, choice: Choice, say: Report) -> Compiled:
+def _kernels(model: onnx.ModelProto, bundle: Path, manifest: Manifest, choice: Choice, say: Progress) -> Compiled:
     variants = wanted_variants(model, manifest.capacity, manifest.dtype)
     if not variants:
         raise GqaExportError("the bundle's graph has no attention layer of the plugin", str(bundle / MODEL),
@@ -170,7 +169,7 @@ def _job(bundle: Path, engine: Path, choice: Choice, profiles: tuple[ProfileFact
                options.workspace_mb << 20)
 
 
-def _build(job: Job, library: Library, log: Path, say: Report) -> tuple[Built, Job, str]:
+def _build(job: Job, library: Library, log: Path, say: Progress) -> tuple[Built, Job, str]:
     """Build; once more, with attention that may be taken apart, where TensorRT has no kernel of its own for it."""
     try:
         built = run_job(job, library, log, say)

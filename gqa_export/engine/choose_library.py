@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import GqaExportError, NotCheckedHere
 from ..environment.machine import nvidia
 from ..environment.tensorrt_libraries import Library, find, is_there
+from ..errors import GqaExportError, NotCheckedHere
 
 RTX_CAPABILITIES = (75, 80, 86, 89, 120, 121)
 RTX_DEFAULT = (80, 89, 120)

@@ -6,8 +6,8 @@ The network's own answers and the build log are all there is on a machine that c
 from __future__ import annotations
 
 from ..bundle.manifest import Manifest
-from ..graph_io import TensorFact, past_names, present_names
 from ..errors import GqaExportError
+from ..graph_io import TensorFact, past_names, present_names
 from .build_job import Built, Tensor
 from .build_log import Log
 

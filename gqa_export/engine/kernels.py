@@ -11,13 +11,14 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import GqaExportError
+from ..progress import Progress
 
 if TYPE_CHECKING:
     import onnx
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 CACHE = "GQA_EXPORT_KERNEL_CACHE"
 SOURCES = ("append", "cubin", "decode", "plan", "prefill", "primitives")
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-Report = Callable[[str, float | None, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def toolchain() -> str:
                              ) from error
 
 
-def compile_kernels(variants: Iterable[Variant], capabilities: Iterable[int], report: Report) -> Compiled:
+def compile_kernels(variants: Iterable[Variant], capabilities: Iterable[int], report: Progress) -> Compiled:
     """Compile what the cache does not have. Raises GqaExportError for a missing Triton or an unknown capability."""
     from gqa_plugins.grouped_attention.cubin import Cubin, compile_variant
     from gqa_plugins.grouped_attention.fields import pack

@@ -5,10 +5,10 @@ One profile over both serves neither well: TensorRT tunes for its middle. The ca
 
 from __future__ import annotations
 
-from ..bundle.manifest import Manifest
-from ..graph_io import BATCH, SEQUENCE
 from ..bundle.engine_facts import DECODE, PREFILL, ProfileFacts
+from ..bundle.manifest import Manifest
 from ..errors import GqaExportError
+from ..graph_io import BATCH, SEQUENCE
 
 MOST_PROMPT = 4096
 USUAL_PROMPT = 512

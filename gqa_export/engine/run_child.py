@@ -6,19 +6,18 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import GqaExportError
 from ..environment.tensorrt_libraries import Library, visible
+from ..errors import GqaExportError
+from ..progress import Progress
 from .build_job import SEE_LOG, Built, Job
 from .build_log import last_lines
 
-Report = Callable[[str, float | None, float | None], None]
 MODULE = "gqa_export.engine.build_child"
 
 
-def run_job(job: Job, library: Library, log: Path, report: Report, module: str = MODULE) -> Built:
+def run_job(job: Job, library: Library, log: Path, report: Progress, module: str = MODULE) -> Built:
     """Build in a child process whose every printed line goes to `log`. Raises GqaExportError; the child is never left
     behind."""
     with visible(library) as environment, log.open("w", encoding="utf-8") as lines:
@@ -39,7 +38,7 @@ def _with_path(environment: dict[str, str]) -> dict[str, str]:
     return {**environment, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
-def _listen(child: subprocess.Popen[str], job: Job, log: Path, report: Report) -> Built:
+def _listen(child: subprocess.Popen[str], job: Job, log: Path, report: Progress) -> Built:
     assert child.stdin is not None
     assert child.stdout is not None
     result: dict | None = None

@@ -15,8 +15,9 @@ from typing import Any
 
 from .. import __version__
 from . import machine
-from .import_probe import Imported
+from .import_probe import Imported, try_imports
 from .machine import Machine
+from .packages import NOT_INSTALLED, installed_names, installed_version
 
 OLDEST_PYTHON, FIRST_UNKNOWN_PYTHON = (3, 11), (3, 14)
 
@@ -137,7 +138,7 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Examine this machine and this Python."""
-    imported = machine.try_imports(package.modules for package in PACKAGES)
+    imported = try_imports(package.modules for package in PACKAGES)
     states = tuple(package_state(package, imported[package.modules[0]]) for package in PACKAGES)
     here = machine.describe_machine()
     providers = imported["onnxruntime"].providers
@@ -149,9 +150,9 @@ def package_state(package: Package, imported: Imported) -> PackageState:
     """What is known of a package: its version, and why it cannot be used, if it cannot."""
     version = imported.version
     for name in TWINS.get(package.name, (package.name,)):
-        version = machine.installed_version(name) or version
+        version = installed_version(name) or version
     if imported.error and not version:
-        return PackageState(package.name, "", machine.NOT_INSTALLED)
+        return PackageState(package.name, "", NOT_INSTALLED)
     wrong = [] if imported.error else unmet(package.requirement, version)
     return PackageState(package.name, version, imported.error or (f"needs {', '.join(wrong)}" if wrong else ""))
 
@@ -201,7 +202,7 @@ def find_problems(here: Machine, providers: tuple[str, ...], environment: Mappin
         problems.append(Answer(f"Python {here.python} is not supported", False, "gqa-export is made for 3.11 to 3.13",
                                "make a virtual environment with one of those"))
     for module in ("onnxruntime", "onnxruntime-genai"):
-        rivals = [name for name in machine.installed_names(module) if name in TWINS[module]]
+        rivals = [name for name in installed_names(module) if name in TWINS[module]]
         if len(rivals) > 1:
             keep = next((name for name in rivals if name != module), rivals[0]) if here.gpus else rivals[0]
             problems.append(Answer(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..bundle.manifest import DATA, MODEL
+from ..checkpoint.tokenizer import tokenizer_files
+from ..progress import Progress, silent
+from ..targets import TARGETS, Target
 from ..weights.dtypes import cast
+from ..weights.layout import Arrangement, arrange
 from ..weights.memory_budget import Budget, peak_bytes
+from ..weights.sources import MemorySource
 from .options import ExportOptions
 from .prepare import Prepared, prepare
-from ..weights.layout import Arrangement, arrange
-from ..targets import TARGETS, Target
-from ..weights.sources import MemorySource
 
 SAMPLE_BYTES = 48 << 20
 
@@ -47,10 +48,10 @@ class Plan:
 
 
 def dry_run(source: str | Path, options: ExportOptions, output: Path | None = None,
-            report: Callable[[str, float | None, float | None], None] | None = None) -> Plan:
+            report: Progress | None = None) -> Plan:
     """Do all of an export but the writing. Raises what the export would raise before it writes."""
     started = time.perf_counter()
-    ready = prepare(source, options, report or (lambda text, done, total: None), Budget(options.max_ram), output)
+    ready = prepare(source, options, report or silent, Budget(options.max_ram), output)
     plan = arrange(ready.lowered.model, ready.store, ready.options.weights)
     model_bytes = ready.lowered.model.ByteSize()
     prepared = time.perf_counter() - started
@@ -62,7 +63,7 @@ def dry_run(source: str | Path, options: ExportOptions, output: Path | None = No
         files.append((DATA, plan.bytes_copied, " and ".join(sorted(kinds)) + f", {len(plan.streams)} tensors"))
     how = "hard link to the checkpoint's file" if ready.options.weights == "link" else "used where it lies"
     files += [(name, path.stat().st_size, how) for name, path in plan.files.items()]
-    files += [(path.name, path.stat().st_size, "copied") for path in ready.checkpoint.tokenizer_files()]
+    files += [(path.name, path.stat().st_size, "copied") for path in tokenizer_files(ready.checkpoint)]
     spec = ready.traced.spec
     title = (f"{ready.checkpoint.source}: {spec.architecture}, {len(spec.layers)} layers, target {ready.target.name}, "
              f"{ready.dtype}, {ready.options.cache} cache, capacity {ready.traced.capacity}")

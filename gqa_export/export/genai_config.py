@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..bundle.manifest import MODEL, Manifest
-from ..graph_io import ATTENTION_MASK, INPUT_IDS, LOGITS, past_names, present_names
 from ..errors import GqaExportError
+from ..graph_io import ATTENTION_MASK, INPUT_IDS, LOGITS, past_names, present_names
 from ..spec import AttentionSpec
 from ..targets import get_target
 

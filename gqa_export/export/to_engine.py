@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from ..bundle.manifest import MANIFEST
-from ..engine.build import EngineBuild, EngineOptions, build_engine
-from ..engine.build import check_request
+from ..engine.build import EngineBuild, EngineOptions, build_engine, check_request
+from ..progress import Progress
 
 __all__ = ["EngineBuild", "EngineOptions", "build_engine", "make_engine"]
 
-Report = Callable[[str, float | None, float | None], None]
 DEFAULT_ATTENTION = "plugin"
 
 
-def make_engine(source: str, output: Path, options: EngineOptions, report: Report) -> EngineBuild:
+def make_engine(source: str, output: Path, options: EngineOptions, report: Progress) -> EngineBuild:
     """source: a bundle folder of a TensorRT target, else a checkpoint, which is exported into a temporary bundle
     beside the output first. Raises GqaExportError; then nothing is left behind."""
     if (Path(source) / MANIFEST).is_file():

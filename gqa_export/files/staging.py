@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import GqaExportError
-from .resume import Claimed, abandoned, remove, stage
 from .atomic_replace import replace_folder, undisturbed
+from .resume import Claimed, abandoned, remove, stage
 
 _unfinished: list[Claimed] = []
 

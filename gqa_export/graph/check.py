@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import onnx
 
-from ..graph_io import TensorFact
 from ..errors import GqaExportError
+from ..graph_io import TensorFact
 from .match import RECIPE
 
 MAX_IR_VERSION = 13

@@ -25,7 +25,7 @@ INPUTS = (("input_ids", "TYPE_INT32", "-1", False), ("max_new_tokens", "TYPE_INT
 OUTPUTS = (("token", "TYPE_INT32", "1"),)
 MODEL = '''"""Made by gqa-export: the engine bundle beside this file, served by gqa_export.integrations.triton_backend."""
 
-from gqa_export.serving import TritonPythonModel
+from gqa_export.integrations.triton_backend import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''

@@ -178,7 +178,7 @@ def function_proto(opset: int) -> onnx.FunctionProto:
                         attributes=", ".join(attention_op.ATTRIBUTE_NAMES), inputs=", ".join(attention_op.INPUT_NAMES),
                         outputs=", ".join(attention_op.OUTPUT_NAMES))
     function = onnx.parser.parse_function(text)
-    function.doc_string = f"grouped-query attention over a key/value cache, contract version {contract.VERSION}"
+    function.doc_string = f"grouped-query attention over a key/value cache, contract version {attention_op.VERSION}"
     return function
 
 
@@ -235,5 +235,5 @@ def _check_call(node: onnx.NodeProto) -> None:
     wrong += [f"attribute {name} is absent" for name in attention_op.ATTRIBUTE_NAMES if name not in names]
     wrong += [f"attribute {name} is unknown" for name in sorted(names.difference(attention_op.ATTRIBUTE_NAMES))]
     if wrong:
-        raise GqaExportError(f"the function body of {contract.OP} cannot stand for this call: {', '.join(wrong)}",
+        raise GqaExportError(f"the function body of {attention_op.OP} cannot stand for this call: {', '.join(wrong)}",
                              f"node {node.name!r}", "use a target that has the op itself, or rotate outside the op")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from ..graph import edit
 from ..graph.match import const_value, is_op, is_output, produced_by, producer
+from .context import Context
 
 SWAP = [0, 2, 1, 3]
 
 
-def norms_before_transposes(graph: gs.Graph, context: Any) -> int:
+def norms_before_transposes(graph: gs.Graph, context: Context) -> int:
     """norm(Transpose(x)) -> Transpose(norm(x)) for the swap of heads and tokens: the norm runs along the last axis."""
     count = 0
     for node in list(graph.nodes):
@@ -28,7 +27,7 @@ def norms_before_transposes(graph: gs.Graph, context: Any) -> int:
     return count
 
 
-def unreshape(graph: gs.Graph, context: Any) -> int:
+def unreshape(graph: gs.Graph, context: Context) -> int:
     """Take out Transposes that cancel, Reshapes of Reshapes and Reshapes to the shape that is already there."""
     count = 0
     for node in list(graph.toposort().nodes):

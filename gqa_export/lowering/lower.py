@@ -1,70 +1,21 @@
 """Lowering: the canonical model into the dialect of a target, by that target's list of passes.
 
-The folder is the registry: target `x-y` is the row `x-y` of `table.py` and the module `x_y.py`, which has `PREPARE`
-(passes over an onnx_ir Model, weights detached and every value typed; None: not asked for) and `PASSES` (passes over
-a graphsurgeon Graph).
+A target is a row of `gqa_export.targets`, whose `dialect` is a module of this package. That module has `PREPARE` (passes
+over an onnx_ir Model, weights detached and every value typed; None: not needed) and `PASSES` (passes over a
+graphsurgeon Graph).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..spec import Fallback
-from ..spec import AttentionSpec, ModelSpec
-from ..targets import TARGETS, Target, get_target
+from ..spec import ModelSpec
+from ..targets import Target, get_target
+from .context import Context, Lowered, LowerOptions
 
 if TYPE_CHECKING:
     import onnx
-
-__all__ = ["TARGETS", "Context", "LowerOptions", "Lowered", "Target", "get_target", "lower"]
-
-
-@dataclass(frozen=True)
-class LowerOptions:
-    """What the caller asks for. capacity: tokens of a static cache, and rows of rotary tables in both modes.
-    logits: "all" or "last". packed: weights are copied, so matrices may be joined (False: used as stored)."""
-
-    target: str
-    cache: str = "growing"
-    capacity: int = 4096
-    logits: str = "all"
-    provider: str = "cpu"
-    packed: bool = True
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """The model in its dialect, weights still recipes; layers that fell back; the count of each pass; remarks, one
-    line each, on what is right but not as fast as it could be."""
-
-    model: onnx.ModelProto
-    fallbacks: tuple[Fallback, ...]
-    counts: dict[str, int]
-    remarks: tuple[str, ...] = ()
-
-
-@dataclass
-class Context:
-    """What the passes share. `notes` is for passes of one target among themselves; `lower` adds `model`, the
-    canonical ModelProto."""
-
-    spec: ModelSpec
-    target: Target
-    options: LowerOptions
-    fallbacks: list[Fallback] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    def layer(self, number: int) -> AttentionSpec:
-        """The spec of layer `number`."""
-        return next(layer for layer in self.spec.layers if layer.layer == number)
-
-    def fall_back(self, layer: int, reason: str) -> None:
-        """Record that `layer` does not become the target's attention op."""
-        self.fallbacks.append(Fallback(layer, self.target.attention, self.target.fallback, reason))
 
 
 def lower(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions,
@@ -82,8 +33,8 @@ def lower(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions,
     from .prepare import prepare
 
     target = get_target(options.target)
-    context = Context(spec, target, options, notes={"model": model})
-    dialect = import_module(f".{options.target.replace('-', '_')}", __package__)
+    context = Context(spec, target, options, model)
+    dialect = import_module(f".{target.dialect}", __package__)
     say = progress or (lambda stage: None)
     if dialect.PREPARE is not None:
         say("fusing")

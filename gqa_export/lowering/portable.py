@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .context import Context
 from .attention_function import attach_function, is_call
+from .context import Context
 
 if TYPE_CHECKING:
     import onnx

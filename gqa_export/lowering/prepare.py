@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import onnx
 
-from .. import graph_io, attention_op
+from .. import attention_op, graph_io
 from ..graph.passes import Pass, run_passes
+from .context import Context
 
 logger = logging.getLogger(__name__)
 
 
-def infer_shapes(model: onnx.ModelProto, context: Any) -> int:
+def infer_shapes(model: onnx.ModelProto, context: Context) -> int:
     """Give every value its type and shape, which the rules ask for; counts the attention outputs typed by contract."""
     pasts = {graph_io.past_names(layer.layer)[0]: layer for layer in context.spec.layers}
     elements = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
@@ -27,7 +27,7 @@ def infer_shapes(model: onnx.ModelProto, context: Any) -> int:
         if node.op_type != attention_op.OP or node.domain != attention_op.DOMAIN or node.input[place] not in pasts:
             continue
         layer = pasts[node.input[place]]
-        shape = [graph_io.BATCH, graph_io.SEQUENCE, layer.num_heads * layer.value_head_size]
+        shape: list[str | int | None] = [graph_io.BATCH, graph_io.SEQUENCE, layer.num_heads * layer.value_head_size]
         typed = onnx.helper.make_tensor_value_info(node.output[0], elements[node.input[place]], shape)
         (known.get(node.output[0]) or model.graph.value_info.add()).CopyFrom(typed)
         count += 1
@@ -41,7 +41,7 @@ def infer_shapes(model: onnx.ModelProto, context: Any) -> int:
 INFER = Pass("infer_shapes", infer_shapes, expect=lambda context: len(context.spec.layers))
 
 
-def prepare(model: onnx.ModelProto, passes: Sequence[Pass], context: Any) -> onnx.ModelProto:
+def prepare(model: onnx.ModelProto, passes: Sequence[Pass], context: Context) -> onnx.ModelProto:
     """A copy of `model`, typed, after `passes` over it as an onnx_ir Model. Weights stay recipes; the order of real
     inputs is kept."""
     copy = onnx.ModelProto()

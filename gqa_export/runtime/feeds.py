@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..graph_io import ATTENTION_MASK, INPUT_IDS, NEW_LENGTHS, PAST_LENGTHS
 from ..errors import GqaExportError
+from ..graph_io import ATTENTION_MASK, INPUT_IDS, NEW_LENGTHS, PAST_LENGTHS
 
 
 def check_feed(input_ids: np.ndarray, new_lengths: np.ndarray | None, lengths: np.ndarray, capacity: int,

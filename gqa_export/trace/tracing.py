@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..spec import ModelSpec
+from .traced import Traced
 
 if TYPE_CHECKING:
-    import onnx
-
-
-@dataclass(frozen=True)
-class Traced:
-    """The canonical model and how it came about.
-
-    traced_layers: how many decoder layers torch.export saw. whole_because: "" if the rest were stamped, else why
-    every layer was traced. rope_regime: "short" or "long" where `longrope` was fixed by the capacity. tied: groups of
-    names of one tensor. converts: transformers renames or merges tensors on load. capacity: what it was traced for.
-    """
-
-    model: onnx.ModelProto
-    spec: ModelSpec
-    traced_layers: int
-    whole_because: str
-    rope_regime: str
-    tied: tuple[tuple[str, ...], ...]
-    converts: bool
-    capacity: int
+    pass
 
 
 def trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str = "all", interface: str = "mask",
@@ -51,10 +32,10 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
     import torch
 
     from . import attention_hook, skeleton
-    from .capture import canonical, export, simplify, decoder_module
-    from .stamping import layer_kinds, stamp
+    from .capture import canonical, decoder_module, export, simplify
     from .probe import rotary
     from .probe.layer_probe import probe, refuse_mixing
+    from .stamping import layer_kinds, stamp
 
     name, torch_dtype = attention_hook.register(), getattr(torch, dtype)
     rotary.check_rope(config.get_text_config())

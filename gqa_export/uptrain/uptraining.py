@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.load_config import load_config
+from ..checkpoint.load_model import load_model
+from ..checkpoint.tokenizer import tokenizer_files
 from ..errors import GqaExportError
 from ..files.staging import check_folder, disk_errors, writing_folder
+from ..progress import Progress, silent
 from .curve import Point, picture, split_log
 from .options import UptrainOptions, steps_of
 from .rows import EVAL, TRAIN, Rows, prepare
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
 
 REPORT, PICTURE, SETTINGS = "gqa_uptrain.json", "gqa_uptrain.svg", "settings.json"
-Report = Callable[[str, float | None, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,13 @@ def work_folder(output: Path) -> Path:
     return output.resolve().parent / f".{output.name}.uptrain"
 
 
-def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, report: Report | None = None,
+def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, report: Progress | None = None,
             restart: bool = False) -> Uptraining:
     """Train and write the result. Raises GqaExportError; the output is then not there, what was trained is kept for
     the next start (`restart` throws it away)."""
     import torch
 
-    say = report or (lambda text, done, total: None)
+    say = report or silent
     output = Path(output)
     check_folder(output, force=options.force, marker=REPORT)
     if checkpoint.kind == "gguf":
@@ -70,7 +72,7 @@ def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, repor
 
     with disk_errors(work), quiet():
         _open_work(work, checkpoint, options, restart)
-        config = checkpoint.load_config()
+        config = load_config(checkpoint)
         longest = int(getattr(config, "max_position_embeddings", 0) or options.length)
         if options.length > longest:
             raise GqaExportError(f"rows of {options.length} tokens are longer than the model's {longest} positions",
@@ -86,7 +88,7 @@ def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, repor
         steps = steps_of(options, len(train), settings.world_size)
         settings = arguments(options, work, steps, resuming=found is not None)
         say("loading the model", None, None)
-        model = checkpoint.load_model("fp32", attn_implementation="sdpa")
+        model = load_model(checkpoint, "fp32", attn_implementation="sdpa")
         model.config.use_cache = False  # type: ignore[union-attr]
         trainer = DistillingTrainer(
             model, settings, train_dataset=train, eval_dataset=held, callbacks=[Watch(say)],
@@ -126,11 +128,11 @@ def _teacher(options: UptrainOptions, config: Any, *, bf16: bool) -> Any:
     from ..checkpoint.open import open_checkpoint
 
     teacher = open_checkpoint(options.teacher)
-    size = teacher.load_config().vocab_size
+    size = load_config(teacher).vocab_size
     if size != config.vocab_size:
         raise GqaExportError(f"the teacher's vocabulary of {size} is not the student's of {config.vocab_size}",
                              options.teacher, "use the checkpoint that was converted as the teacher")
-    return teacher.load_model("bf16" if bf16 else "fp32", attn_implementation="sdpa")
+    return load_model(teacher, "bf16" if bf16 else "fp32", attn_implementation="sdpa")
 
 
 def _quiet(trainer: Any) -> None:
@@ -159,7 +161,7 @@ def _write(checkpoint: Checkpoint, model: Any, state: dict[str, Any], dtype: Any
         model.to(dtype)
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
         model.save_pretrained(folder, state_dict=state)
-        for file in [*checkpoint.tokenizer_files(), checkpoint.folder / "gqa_convert.json"]:
+        for file in [*tokenizer_files(checkpoint), checkpoint.folder / "gqa_convert.json"]:
             if file.name != "config.json" and file.is_file():
                 shutil.copyfile(file, folder / file.name)
         (folder / REPORT).write_text(result.to_json(), encoding="utf-8")

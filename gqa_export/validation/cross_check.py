@@ -12,22 +12,22 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .suite_setting import asked_of
-from ..bundle.manifest import Manifest, read_manifest
+from ..bundle.attention_claims import check_claims
 from ..bundle.integrity import check_files
-from ..compare.suite import STEPS, plan_battery
+from ..bundle.manifest import Manifest, read_manifest
 from ..compare.judge import judge
-from .refusals import judge_refusals
+from ..compare.suite import STEPS, plan_battery
 from ..compare.tolerance import EPSILON
 from ..compare.verdict import Verdict
-from ..errors import GqaExportError
-from ..bundle.attention_claims import check_claims
-from ..runtime.session import Session
-from .sessions import Poison, Sides, bundle_session, choose_bundle_provider, load_engine
-from ..progress import Report
-from .run_cases import run_cases
-from .reference import runnable
 from ..environment.versions import versions
+from ..errors import GqaExportError
+from ..progress import Progress, silent
+from ..runtime.session import Session
+from .reference import runnable
+from .refusals import judge_refusals
+from .run_cases import run_cases
+from .sessions import Poison, Sides, bundle_session, choose_bundle_provider, load_engine
+from .suite_setting import asked_of
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class _Opened:
 
 
 def cross_check(bundles: Sequence[Path], *, level: str = "quick", steps: int = 0, provider: str = "auto",
-                as_dtype: str | None = None, progress: Report | None = None) -> list[Verdict]:
+                as_dtype: str | None = None, progress: Progress | None = None) -> list[Verdict]:
     """Compare every bundle but the first with the first, case by case; one verdict each.
 
     Raises GqaExportError for bundles that are damaged or not of one model (naming layer and fact), NotCheckedHere
     for one that this machine cannot run.
     """
-    report = progress or (lambda *_: None)
+    report = progress or silent
     manifests = [read_manifest(folder) for folder in bundles]
     for folder, manifest in zip(bundles, manifests):
         check_files(folder, manifest)
@@ -63,7 +63,7 @@ def cross_check(bundles: Sequence[Path], *, level: str = "quick", steps: int = 0
         return [_compare(opened[0], other, level, steps, notes, report) for other in opened[1:]]
 
 
-def _compare(first: _Opened, other: _Opened, level: str, steps: int, notes: list[str], report: Report) -> Verdict:
+def _compare(first: _Opened, other: _Opened, level: str, steps: int, notes: list[str], report: Progress) -> Verdict:
     began = time.perf_counter()
     smaller = min(first.manifest.capacity, other.manifest.capacity)
     setting = asked_of(replace(other.manifest, capacity=smaller), other.folder, steps or STEPS.get(level, 32))
@@ -83,7 +83,7 @@ def _compare(first: _Opened, other: _Opened, level: str, steps: int, notes: list
 
 
 def _open(stack: ExitStack, folder: Path, manifest: Manifest, provider: str, as_dtype: str | None, notes: list[str],
-          report: Report) -> _Opened:
+          report: Progress) -> _Opened:
     from ..targets import get_target
 
     built, target = manifest.engine, get_target(manifest.target)

@@ -18,8 +18,8 @@ from onnx import TensorProto
 
 from ..bundle.manifest import DATA, MANIFEST, MODEL, Manifest, read_manifest
 from ..bundle.writer import HashingFile
-from ..graph_io import TensorFact
 from ..errors import GqaExportError, NotCheckedHere
+from ..graph_io import TensorFact
 
 BLOCK_BYTES = 1 << 24
 ALIGNMENT = 64

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from ..bundle.manifest import Manifest
-from ..graph_io import LOGITS, past_names, present_names
 from ..errors import GqaExportError
-from ..targets import Target
+from ..graph_io import LOGITS, past_names, present_names
 from ..runtime.feeds import step_feed
 from ..runtime.ort.backend import numpy_dtype
 from ..runtime.session import Session
+from ..targets import Target
 
 INPUTS, OUTPUTS = "inputs.json", "outputs.json"
 RUNNER = "gqa-export PyTorch"

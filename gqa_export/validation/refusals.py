@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import GqaExportError
 from ..compare.suite import REFUSALS
 from ..compare.verdict import CaseVerdict, KindVerdict, Location
+from ..errors import GqaExportError
 
 REFUSAL = "refusal"
 

@@ -23,10 +23,10 @@ from polygraphy.common import TensorMetadata
 
 from ..bundle.manifest import Manifest
 from ..graph_io import ATTENTION_MASK, INPUT_IDS, NEW_LENGTHS, PAST_LENGTHS, past_names
-from ..spec import AttentionSpec, ModelSpec
 from ..runtime.ort.backend import Infer
 from ..runtime.ort.loading import open_session
 from ..runtime.session import Session, Step
+from ..spec import AttentionSpec, ModelSpec
 
 
 class SessionRunner(BaseRunner):

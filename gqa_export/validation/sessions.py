@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle.manifest import Manifest
+from ..checkpoint.load_model import load_model
 from ..errors import GqaExportError, NotCheckedHere
 from ..runtime.session import Session
 
@@ -48,7 +49,7 @@ def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
 
     from ..runtime.torch_session import TorchSession
 
-    model = checkpoint.load_model(manifest.dtype if ran_dtype != manifest.dtype else "float32")
+    model = load_model(checkpoint, manifest.dtype if ran_dtype != manifest.dtype else "float32")
     numbers, room = sum(parameter.numel() for parameter in model.parameters()), psutil.virtual_memory().available
     if numbers * 8 > room:
         raise NotCheckedHere(f"the comparison needs {numbers * 8 / 1e9:.0f} GB of memory, {room / 1e9:.0f} are free",
@@ -61,7 +62,7 @@ def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
                      "tolerance is assumed, not measured")
         return truth, None, truth_dtype
     if ran_dtype != "float32":
-        model = checkpoint.load_model(ran_dtype)
+        model = load_model(checkpoint, ran_dtype)
     return truth, TorchSession(model, manifest.capacity, ran_dtype, spec=manifest.spec), truth_dtype
 
 
@@ -108,8 +109,8 @@ def what_it_shows(truth: Any, where: str) -> dict[str, object]:
 
 def choose_bundle_provider(manifest: Manifest, asked: str, ran_dtype: str) -> str:
     """"cpu" or "cuda" for asked "auto", "cpu" or "cuda"; NotCheckedHere where the bundle cannot run on it."""
-    from ..targets import get_target, on_cpu
     from ..runtime.ort.loading import choose_provider
+    from ..targets import get_target, on_cpu
 
     target = get_target(manifest.target)
     if target.engine:

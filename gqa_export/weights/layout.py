@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..bundle.manifest import DATA, FileFact
 from ..bundle.writer import BundleWriter
-from .dtypes import cast, itemsize
 from ..checkpoint.safetensors_header import header_sha256
 from ..errors import GqaExportError
+from .dtypes import cast, itemsize
 from .sources import RECIPE, Source, StoredSource, WeightStore, recipe_of
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gqa_export.checkpoint.load_config import load_config
 from gqa_export.errors import GqaExportError
 
 SUPPORTED, REFUSED, WRONG, FAILED = "supported", "refused", "wrong", "failed"
@@ -122,11 +123,11 @@ def features_of(spec: Any) -> list[str]:
 
 def prove_depth(checkpoint: Path) -> str:
     """How depth is made: stamped and equal to the full trace by structural hash, or traced whole, and why."""
+    from evidence.output_hashes import output_hashes
     from gqa_export.checkpoint.open import open_checkpoint
     from gqa_export.trace.tracing import trace
-    from evidence.output_hashes import output_hashes
 
-    config = open_checkpoint(checkpoint, text_only=multimodal(checkpoint)).load_config()
+    config = load_config(open_checkpoint(checkpoint, text_only=multimodal(checkpoint)))
     options: dict[str, Any] = {"dtype": "float32", "cache": "growing", "capacity": CAPACITY}
     stamped = trace(config, **options)
     if stamped.whole_because:

@@ -14,9 +14,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.gguf_header import read_gguf_header
+from gqa_export.checkpoint.load_model import load_model
+from gqa_export.checkpoint.open import open_checkpoint
+from gqa_export.checkpoint.tokenizer import has_tokenizer, token_ids, tokenizer_files
 from gqa_export.errors import GqaExportError
+from gqa_export.export.tokenizer_files import add_tokenizer
 from gqa_export.weights.sources import MemorySource, WeightStore
 
 LAYER = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -75,13 +78,13 @@ def write_gguf(path, *, dtype=np.float32, architecture="llama", metadata=(), ext
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_a_gguf_file_is_the_model_it_was_made_from(tmp_path, dtype, capfd):
-    original = open_checkpoint(write_gguf(tmp_path / "tiny.gguf", dtype=dtype)).load_model("fp32")
+    original = load_model(open_checkpoint(write_gguf(tmp_path / "tiny.gguf", dtype=dtype)), "fp32")
     capfd.readouterr()
     checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
-    model = checkpoint.load_model("fp32")
+    model = load_model(checkpoint, "fp32")
     assert capfd.readouterr() == ("", "")
     assert (checkpoint.kind, checkpoint.stored_dtype) == ("gguf", np.dtype(dtype).name)
-    assert checkpoint.tokenizer_files() == []
+    assert tokenizer_files(checkpoint) == []
     assert checkpoint.config["model_type"] == "llama"
     assert getattr(model.config, "quantization_config", None) is None
     ids = torch.randint(4, 300, (1, 50))
@@ -94,7 +97,7 @@ def test_a_gguf_file_is_the_model_it_was_made_from(tmp_path, dtype, capfd):
 def test_a_second_load_shares_the_dequantized_tensors_and_may_have_fewer_layers(tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
     checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
-    whole, part = checkpoint.load_model(), checkpoint.load_model(num_hidden_layers=2)
+    whole, part = load_model(checkpoint), load_model(checkpoint, num_hidden_layers=2)
     assert len(part.model.layers) == 2
     assert whole.model.embed_tokens.weight.data_ptr() == part.model.embed_tokens.weight.data_ptr()
     store = WeightStore.from_module(checkpoint, whole)
@@ -128,9 +131,9 @@ def test_a_gguf_without_a_tokenizer_that_can_be_converted_gives_its_configuratio
 
     write_gguf(tmp_path / "tiny.gguf", tokenizer=kind, tokens=["a"] * 320 if kind else ())
     checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
-    assert checkpoint.has_tokenizer() is (kind is not None)
+    assert has_tokenizer(checkpoint) is (kind is not None)
     with writing_bundle(tmp_path / "bundle") as writer:
-        assert checkpoint.add_tokenizer(writer) is False
+        assert add_tokenizer(checkpoint, writer) is False
     assert {path.name for path in (tmp_path / "bundle").iterdir()} == {"config.json", "generation_config.json"}
 
 
@@ -138,7 +141,7 @@ def test_an_overwritten_file_is_read_again(tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
     assert open_checkpoint(tmp_path / "tiny.gguf").stored_dtype == "float32"
     write_gguf(tmp_path / "tiny.gguf", dtype=np.float16)
-    assert open_checkpoint(tmp_path / "tiny.gguf").load_model().dtype == torch.float16
+    assert load_model(open_checkpoint(tmp_path / "tiny.gguf")).dtype == torch.float16
 
 
 @pytest.mark.parametrize(
@@ -169,7 +172,7 @@ def test_a_missing_tensor_is_refused_by_name(tmp_path):
     content = (tmp_path / "tiny.gguf").read_bytes()
     (tmp_path / "tiny.gguf").write_bytes(content.replace(b"blk.1.attn_k.weight", b"blk.1.attn_x.weight"))
     with pytest.raises(GqaExportError, match=r"lacks model\.layers\.1\.self_attn\.k_proj\.weight"):
-        open_checkpoint(tmp_path / "tiny.gguf").load_model()
+        load_model(open_checkpoint(tmp_path / "tiny.gguf"))
 
 
 @pytest.mark.parametrize("content", [b"", b"GGU", b"PK\x03\x04 a zip file", b"ggml" + bytes(100)])
@@ -255,14 +258,14 @@ def test_the_real_file_loads_dequantized_and_speaks(tmp_path):
 
     checkpoint = open_checkpoint(smollm2())
     assert checkpoint.config == AutoConfig.from_pretrained(smollm2().parent, gguf_file=smollm2().name).to_dict()
-    assert checkpoint.token_ids() == {"eos": [2], "bos": 1, "pad": 2}
-    model = checkpoint.load_model()
+    assert token_ids(checkpoint) == {"eos": [2], "bos": 1, "pad": 2}
+    model = load_model(checkpoint)
     tensor = next(tensor for tensor in gguf.GGUFReader(smollm2()).tensors if tensor.name == "token_embd.weight")
     expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     np.testing.assert_array_equal(model.model.embed_tokens.weight.detach().numpy(), expected)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with writing_bundle(tmp_path / "bundle") as writer:
-        assert checkpoint.add_tokenizer(writer) is True
+        assert add_tokenizer(checkpoint, writer) is True
         assert {"tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"} <= set(writer.files)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "bundle")
     question = [{"role": "user", "content": "What is the capital of France?"}]

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gqa_export.checkpoint.load_config import load_config
+from gqa_export.checkpoint.load_model import load_model, load_skeleton
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.errors import GqaExportError
 
@@ -27,8 +29,8 @@ def test_a_decoder_loads_whole_and_gives_the_logits_that_transformers_gives(name
 
     checkpoint = tiny(tmp_path, name)
     capfd.readouterr()
-    model = checkpoint.load_model()
-    skeleton = checkpoint.load_skeleton()
+    model = load_model(checkpoint)
+    skeleton = load_skeleton(checkpoint)
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
     assert not model.training
@@ -45,13 +47,13 @@ def test_a_decoder_loads_whole_and_gives_the_logits_that_transformers_gives(name
 def test_fewer_layers_can_be_loaded_and_lists_of_one_value_a_layer_follow(tmp_path, capfd):
     checkpoint = tiny(tmp_path, "gemma3")
     capfd.readouterr()
-    model = checkpoint.load_model("fp64", num_hidden_layers=2)
+    model = load_model(checkpoint, "fp64", num_hidden_layers=2)
     assert capfd.readouterr() == ("", "")
     assert len(model.model.layers) == 2
     assert model.config.layer_types == ["sliding_attention"] * 2
     assert model.dtype == torch.float64
     with pytest.raises(KeyError, match="no_such_field"):
-        checkpoint.load_model(no_such_field=1)
+        load_model(checkpoint, no_such_field=1)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_fewer_layers_can_be_loaded_and_lists_of_one_value_a_layer_follow(tmp_pa
 def test_what_is_no_grouped_attention_decoder_is_refused_by_its_config(name, says, tmp_path):
     folder = gqa_models.write_tiny(name, tmp_path)
     with pytest.raises(GqaExportError) as refusal:
-        open_checkpoint(folder).load_skeleton()
+        load_skeleton(open_checkpoint(folder))
     assert says in refusal.value.what
     assert "decoder-only" in refusal.value.fix
 
@@ -97,7 +99,7 @@ def test_the_same_is_seen_in_the_module_tree_alone(name, says, tmp_path):
 def test_a_recurrent_parameter_and_a_layer_without_attention_are_seen(tmp_path):
     from gqa_export.checkpoint.refusals import refuse_modules
 
-    model = tiny(tmp_path, "llama").load_model()
+    model = load_model(tiny(tmp_path, "llama"))
     model.model.layers[1].mlp.A_log = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(GqaExportError, match="layer 1 is not grouped attention alone: LlamaMLP carries a recurrent"):
         refuse_modules(model, "here")
@@ -110,7 +112,7 @@ def test_a_recurrent_parameter_and_a_layer_without_attention_are_seen(tmp_path):
 def test_an_encoder_beside_the_decoder_is_called_one(tmp_path):
     from gqa_export.checkpoint.refusals import refuse_modules
 
-    model = tiny(tmp_path, "llama").load_model()
+    model = load_model(tiny(tmp_path, "llama"))
     model.model.vision = torch.nn.Sequential(torch.nn.Conv2d(3, 8, kernel_size=14))
     with pytest.raises(GqaExportError, match="Sequential holds a convolution over 14 tokens outside of the decoder"):
         refuse_modules(model, "here")
@@ -129,7 +131,7 @@ def edit(checkpoint, **values):
 def test_cross_attention_is_refused(tmp_path):
     checkpoint = edit(tiny(tmp_path, "bert"), add_cross_attention=True)
     with pytest.raises(GqaExportError, match="cross-attention"):
-        checkpoint.load_config()
+        load_config(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,7 @@ def test_cross_attention_is_refused(tmp_path):
 def test_an_unknown_architecture_or_one_without_a_language_head_is_refused(values, says, tmp_path):
     checkpoint = edit(tiny(tmp_path, "llama"), **values)
     with pytest.raises(GqaExportError) as refusal:
-        checkpoint.load_model()
+        load_model(checkpoint)
     assert says in refusal.value.what
     assert refusal.value.fix
 
@@ -170,7 +172,7 @@ def rewrite(checkpoint, change):
 def test_a_missing_tensor_is_refused_by_name(name, gone, named, tmp_path):
     checkpoint = rewrite(tiny(tmp_path, name), lambda tensors: tensors.pop(gone))
     with pytest.raises(GqaExportError) as refusal:
-        checkpoint.load_model()
+        load_model(checkpoint)
     assert named in refusal.value.what
 
 
@@ -180,13 +182,13 @@ def test_a_wholly_missing_expert_is_refused(tmp_path):
             del tensors[name]
 
     with pytest.raises(GqaExportError, match=r"experts.down_proj \(3, 64, 128\) instead of \(4, 64, 128\)"):
-        rewrite(tiny(tmp_path, "mixtral"), drop).load_model()
+        load_model(rewrite(tiny(tmp_path, "mixtral"), drop))
 
 
 def test_a_tied_head_need_not_be_in_the_file(tmp_path):
     checkpoint = tiny(tmp_path, "llama_tied")
     assert "lm_head.weight" not in checkpoint.tensors
-    model = checkpoint.load_model()
+    model = load_model(checkpoint)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -195,7 +197,7 @@ def test_a_tensor_of_another_shape_is_refused_with_both_shapes(tmp_path):
         tensors["model.norm.weight"] = tensors["model.norm.weight"][:32].clone()
 
     with pytest.raises(GqaExportError, match=r"model.norm.weight \(32,\) instead of \(64,\)"):
-        rewrite(tiny(tmp_path, "llama"), shrink).load_model()
+        load_model(rewrite(tiny(tmp_path, "llama"), shrink))
 
 
 def test_glassllm_as_a_checkpoint_is_the_model_of_its_package(tmp_path):
@@ -210,7 +212,7 @@ def test_glassllm_as_a_checkpoint_is_the_model_of_its_package(tmp_path):
     theirs = GlassLM.load(glassllm_weights(), dtype=np.float64)
     ids = np.random.default_rng(0).integers(4, 1024, (2, 100))
     with torch.no_grad():
-        ours = checkpoint.load_model("fp64")(torch.tensor(ids)).logits.numpy()
+        ours = load_model(checkpoint, "fp64")(torch.tensor(ids)).logits.numpy()
     # transformers computes rotary angles in fp32: 100 positions * 6e-8 relative, amplified by logits of size 20
     assert np.abs(ours - theirs(ids).data).max() < 5e-5
     tokenizer, original = AutoTokenizer.from_pretrained(tmp_path), Tokenizer.load(

@@ -10,8 +10,11 @@ import sys
 import gqa_models
 import pytest
 
+from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
+from gqa_export.checkpoint.tokenizer import has_tokenizer, token_ids
 from gqa_export.errors import GqaExportError
+from gqa_export.export.tokenizer_files import add_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def refused(source, says, fix):
 
 
 def test_a_folder_opens_with_its_facts_and_without_importing_torch(llama):
-    code = ("import sys; from gqa_export.checkpoint import open_checkpoint; c = open_checkpoint(sys.argv[1]);"
+    code = ("import sys; from gqa_export.checkpoint.open import open_checkpoint; c = open_checkpoint(sys.argv[1]);"
             "assert not {'torch', 'transformers', 'onnx', 'numpy'} & set(sys.modules);"
             "print(c.kind, c.stored_dtype, len(c.tensors), c.config['model_type'])")
     done = subprocess.run([sys.executable, "-c", code, str(llama)], capture_output=True, text=True, check=True)
@@ -69,16 +72,16 @@ def test_the_stored_dtype_is_that_of_the_tensors_even_when_the_config_says_other
     folder = edit_config(gqa_models.write_tiny("llama", tmp_path, dtype="bfloat16"), dtype="float32")
     checkpoint = open_checkpoint(folder)
     assert checkpoint.stored_dtype == "bfloat16"
-    assert str(checkpoint.load_model().dtype) == "torch.bfloat16"
+    assert str(load_model(checkpoint).dtype) == "torch.bfloat16"
 
 
 def test_shards_are_read_as_one(copy):
     import torch
 
-    whole = open_checkpoint(copy).load_model().state_dict()
+    whole = load_model(open_checkpoint(copy)).state_dict()
     checkpoint = open_checkpoint(shard(copy))
     assert len({tensor.path for tensor in checkpoint.tensors.values()}) == 2
-    parts = checkpoint.load_model().state_dict()
+    parts = load_model(checkpoint).state_dict()
     assert set(parts) == set(whole)
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
@@ -99,7 +102,7 @@ def hub_cache(root, folder):
 
 def test_a_hub_snapshot_made_of_symbolic_links_opens(llama, tmp_path):
     checkpoint = open_checkpoint(hub_cache(tmp_path, llama))
-    assert checkpoint.load_model().config.model_type == "llama"
+    assert load_model(checkpoint).config.model_type == "llama"
 
 
 def test_a_hub_id_in_the_local_cache_opens_without_a_network(llama, tmp_path, monkeypatch):
@@ -107,7 +110,7 @@ def test_a_hub_id_in_the_local_cache_opens_without_a_network(llama, tmp_path, mo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     checkpoint = open_checkpoint("some/model")
     assert (checkpoint.source, len(checkpoint.tensors)) == ("some/model", 30)
-    assert checkpoint.load_model().config.num_hidden_layers == 3
+    assert load_model(checkpoint).config.num_hidden_layers == 3
 
 
 def test_an_unknown_hub_id_offline_says_that_the_hub_is_unreachable(tmp_path, monkeypatch):
@@ -141,7 +144,7 @@ def test_a_hub_that_does_not_answer_or_refuses_is_reported(tmp_path, status, say
         server.server_close()
     else:
         thread.start()
-    code = ("import sys; from gqa_export.checkpoint import open_checkpoint\n"
+    code = ("import sys; from gqa_export.checkpoint.open import open_checkpoint\n"
             "try: open_checkpoint('some/model')\nexcept Exception as error: print(type(error).__name__, error)")
     environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HUB_OFFLINE": "0",
                    "HF_HOME": str(tmp_path)}
@@ -189,13 +192,13 @@ def test_a_config_that_cannot_be_read_is_refused(copy):
 def test_a_config_that_transformers_reads_and_cannot_build_is_refused(copy):
     edit_config(copy, hidden_act="no_such_activation")
     with pytest.raises(GqaExportError, match="transformers cannot load the model: KeyError"):
-        open_checkpoint(copy).load_model()
+        load_model(open_checkpoint(copy))
 
 
 def test_a_config_with_nonsense_values_is_refused_without_a_traceback_of_transformers(copy):
     edit_config(copy, hidden_size="many")
     with pytest.raises(GqaExportError, match=r"config\.json says hidden_size 'many'"):
-        open_checkpoint(copy).load_model()
+        load_model(open_checkpoint(copy))
 
 
 def test_a_peft_adapter_is_refused(copy):
@@ -263,23 +266,23 @@ def test_tokenizer_files_travel_and_a_checkpoint_without_tokenizer_says_so(copy,
     from gqa_export.bundle.writer import writing_bundle
 
     (copy / "chat_template.jinja").write_text("{{ messages }}")
-    assert open_checkpoint(copy).has_tokenizer() is False
+    assert has_tokenizer(open_checkpoint(copy)) is False
     with writing_bundle(tmp_path / "without") as writer:
-        assert open_checkpoint(copy).add_tokenizer(writer) is False
+        assert add_tokenizer(open_checkpoint(copy), writer) is False
     (copy / "tokenizer.json").write_text("{}")
     (copy / "tokenizer_config.json").write_text("{}")
     (copy / "unrelated.txt").write_text("x")
-    assert open_checkpoint(copy).has_tokenizer() is True
+    assert has_tokenizer(open_checkpoint(copy)) is True
     with writing_bundle(tmp_path / "with") as writer:
-        assert open_checkpoint(copy).add_tokenizer(writer) is True
+        assert add_tokenizer(open_checkpoint(copy), writer) is True
     assert {path.name for path in (tmp_path / "with").iterdir()} == {
         "config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
 
 
 def test_token_ids_come_from_the_generation_config_first_and_eos_is_always_a_list(copy):
-    assert open_checkpoint(copy).token_ids() == {"eos": [2], "bos": 1, "pad": 0}
+    assert token_ids(open_checkpoint(copy)) == {"eos": [2], "bos": 1, "pad": 0}
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8], "pad_token_id": None}))
-    assert open_checkpoint(copy).token_ids() == {"eos": [7, 8], "bos": 1, "pad": 0}
+    assert token_ids(open_checkpoint(copy)) == {"eos": [7, 8], "bos": 1, "pad": 0}
     (copy / "generation_config.json").unlink()
-    assert open_checkpoint(edit_config(copy, eos_token_id=None)).token_ids()["eos"] == []
+    assert token_ids(open_checkpoint(edit_config(copy, eos_token_id=None)))["eos"] == []

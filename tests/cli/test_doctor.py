@@ -15,11 +15,11 @@ import pytest
 from click.testing import CliRunner
 
 import gqa_export
-from gqa_export.environment import doctor, machine
 from gqa_export.cli import main
+from gqa_export.environment import doctor, import_probe, machine
 from gqa_export.environment.doctor import ABILITIES, BASIC, PACKAGES, PackageState
-from gqa_export.environment.machine import Gpu, Machine
 from gqa_export.environment.import_probe import Imported
+from gqa_export.environment.machine import Gpu, Machine
 
 ROOT = Path(gqa_export.__file__).parent.parent
 HERE = Machine("3.11.7", "python", "Linux", "some processor", 2, 8 << 30, 4 << 30, "", ())
@@ -38,9 +38,9 @@ class OnlyClick(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, OnlyClick())
-from gqa_export import machine
-machine.PROBE = open(sys.argv[1]).read() + machine.PROBE
-machine.installed_version = lambda name: ""
+from gqa_export.environment import doctor, import_probe
+import_probe.PROBE = open(sys.argv[1]).read() + import_probe.PROBE
+doctor.installed_version = lambda name: ""
 from gqa_export.cli import main
 main.main(["doctor", *sys.argv[2:]])
 """
@@ -162,7 +162,7 @@ def test_a_package_that_ends_the_process_is_named_and_the_others_are_still_exami
     (tmp_path / "gqa_test_raises.py").write_text("raise OSError('libsomething.so: cannot open')\n")
     (tmp_path / "gqa_test_works.py").write_text("__version__ = '1.5'\n")
     monkeypatch.syspath_prepend(tmp_path)
-    found = machine.try_imports([("gqa_test_kills",), ("gqa_test_raises",), ("gqa_test_missing", "gqa_test_works")])
+    found = import_probe.try_imports([("gqa_test_kills",), ("gqa_test_raises",), ("gqa_test_missing", "gqa_test_works")])
     assert found["gqa_test_kills"].error == "importing it ended the process with code 7"
     assert found["gqa_test_raises"].error == "OSError: libsomething.so: cannot open"
     assert found["gqa_test_missing"] == Imported("", "1.5")

@@ -13,13 +13,12 @@ from click.testing import CliRunner
 
 from gqa_export import graph_io
 from gqa_export.bundle.manifest import MODEL, Manifest
-from gqa_export.spec import Fallback
 from gqa_export.bundle.writer import writing_bundle
 from gqa_export.cli import main
 from gqa_export.cli.inspect import numbers
 from gqa_export.cli.tables import aligned, readable_bytes
 from gqa_export.describe.inspection import cache_costs, kind_of_attention, layer_groups
-from gqa_export.spec import AttentionSpec, ModelSpec
+from gqa_export.spec import AttentionSpec, Fallback, ModelSpec
 
 LAYER = AttentionSpec(0, 8, 2, 16, 12, 0.25)
 SPEC = ModelSpec("llama", "LlamaForCausalLM", 100, 64, 8192, "default",

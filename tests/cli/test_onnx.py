@@ -119,18 +119,18 @@ def test_damaged_weights_are_refused_and_nothing_is_left(tiny, tmp_path, damage)
 
 
 def test_a_full_disk_is_reported_and_leaves_nothing(tiny, tmp_path, monkeypatch):
-    from gqa_export.bundle import manifest
+    from gqa_export.bundle import writer
 
     def full(self, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(manifest.HashingFile, "write", full)
+    monkeypatch.setattr(writer.HashingFile, "write", full)
     refused(export(tiny, "-o", tmp_path / "bundle"), "disk is full")
     assert left_over(tmp_path) == []
 
 
 def test_an_interrupt_leaves_the_old_bundle(tiny, tmp_path, monkeypatch):
-    from gqa_export.bundle import manifest
+    from gqa_export.bundle import writer
 
     out = tmp_path / "bundle"
     assert export(tiny, "-o", out, "--no-validate").exit_code == 0
@@ -139,7 +139,7 @@ def test_an_interrupt_leaves_the_old_bundle(tiny, tmp_path, monkeypatch):
     def interrupted(self, manifest):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(manifest.BundleWriter, "finish", interrupted)
+    monkeypatch.setattr(writer.BundleWriter, "finish", interrupted)
     assert export(tiny, "-o", out, "--no-validate", "--force").exit_code == 130
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert left_over(tmp_path) == ["bundle"]

@@ -11,8 +11,8 @@ import gqa_models
 import pytest
 from click.testing import CliRunner
 
-from gqa_export.environment import tensorrt_libraries
 from gqa_export.cli import main
+from gqa_export.environment import tensorrt_libraries
 from gqa_export.environment.machine import nvidia
 
 NEEDS_RTX = pytest.mark.skipif(not tensorrt_libraries.is_there("rtx"),

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gqa_export.checkpoint.load_model import load_model
 from gqa_export.compare.cases import Plan, plan_cases
 from gqa_export.compare.judge import judge
 from gqa_export.compare.verdict import Verdict
 from gqa_export.runtime.session import Step
-from gqa_export.validation.sessions import Sides
 from gqa_export.spec import AttentionSpec, ModelSpec
 from gqa_export.validation.run_cases import run_cases
+from gqa_export.validation.sessions import Sides
 
 CAPACITY = 96
 STEPS = 32
@@ -33,7 +34,7 @@ def tiny(tmp_path_factory) -> Callable:
 
     def load(name: str) -> Any:
         if name not in loaded:
-            loaded[name] = open_checkpoint(write_tiny(name, tmp_path_factory.mktemp(name))).load_model("float32")
+            loaded[name] = load_model(open_checkpoint(write_tiny(name, tmp_path_factory.mktemp(name))), "float32")
         return loaded[name]
 
     return load

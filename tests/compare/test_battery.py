@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gqa_export.compare.suite import BATTERY, DRIFT_STEPS, LEVELS, Setting, plan_battery
 from gqa_export.compare.logits import LogitTally, log_softmax
-from gqa_export.validation.refusals import judge_refusals
+from gqa_export.compare.suite import BATTERY, DRIFT_STEPS, LEVELS, Setting, plan_battery
 from gqa_export.errors import GqaExportError
 from gqa_export.runtime.feeds import check_feed
 from gqa_export.runtime.session import Step
-from gqa_export.validation.sessions import Sides
 from gqa_export.spec import AttentionSpec, ModelSpec
+from gqa_export.validation.refusals import judge_refusals
 from gqa_export.validation.run_cases import run_cases
+from gqa_export.validation.sessions import Sides
 
 from .conftest import Scripted, verdict_of
 

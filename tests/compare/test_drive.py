@@ -9,9 +9,9 @@ import pytest
 
 from gqa_export.compare.cases import plan_cases
 from gqa_export.compare.tolerance import CAP_ULPS, EPSILON
-from gqa_export.validation.sessions import Sides
 from gqa_export.runtime.torch_session import TorchSession
 from gqa_export.validation.run_cases import run_cases
+from gqa_export.validation.sessions import Sides
 
 from .conftest import CAPACITY, Scripted, scripted_verdict, torch_spec, verdict_of
 
@@ -120,8 +120,8 @@ def test_a_near_tie_is_reported_as_a_tie_and_the_walk_goes_on_with_the_truth():
             logits[close[0]], logits[close[1]] = truth_row[close[0]] - 1e-6, truth_row[close[0]] + 1e-6
 
     from gqa_export.compare.cases import plan_cases
-    from gqa_export.validation.sessions import Sides
     from gqa_export.validation.run_cases import run_cases
+    from gqa_export.validation.sessions import Sides
 
     from .conftest import STEPS, verdict_of
 
@@ -190,8 +190,8 @@ def test_a_cache_that_was_overwritten_later_is_found_at_the_end():
 def test_a_bundle_that_gives_only_the_last_logits_is_compared_on_those():
     from gqa_export.compare.cases import plan_cases
     from gqa_export.runtime.session import Step
-    from gqa_export.validation.sessions import Sides
     from gqa_export.validation.run_cases import run_cases
+    from gqa_export.validation.sessions import Sides
 
     from .conftest import verdict_of
 
@@ -215,8 +215,8 @@ def test_a_bundle_that_gives_only_the_last_logits_is_compared_on_those():
 
 def test_without_room_for_a_yardstick_rounding_passes_and_errors_do_not():
     from gqa_export.compare.cases import plan_cases
-    from gqa_export.validation.sessions import Sides
     from gqa_export.validation.run_cases import run_cases
+    from gqa_export.validation.sessions import Sides
 
     from .conftest import verdict_of
 

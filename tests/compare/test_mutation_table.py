@@ -6,15 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from glassllm_checkpoint import write_glassllm
-from gqa_models import write_tiny
-
-import gqa_export
 from evidence.mutations.contradictions import CONTRADICTIONS
 from evidence.mutations.kinds import MUTATIONS
-from gqa_export.errors import GqaExportError
-from gqa_export.export.options import ExportOptions
-from gqa_export.export.to_onnx import export_onnx
 from evidence.mutations.table import (
     Row,
     contradiction_rows,
@@ -25,6 +18,13 @@ from evidence.mutations.table import (
     shares,
     table,
 )
+from glassllm_checkpoint import write_glassllm
+from gqa_models import write_tiny
+
+import gqa_export
+from gqa_export.errors import GqaExportError
+from gqa_export.export.options import ExportOptions
+from gqa_export.export.to_onnx import export_onnx
 
 ROOT = Path(gqa_export.__file__).parent.parent
 DATA = json.loads((ROOT / "docs" / "benchmarks" / "mutations.json").read_text())

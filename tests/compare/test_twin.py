@@ -11,11 +11,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from gqa_export.bundle.manifest import DATA, MANIFEST, MODEL, FileFact, Manifest, read_manifest
-from gqa_export.graph_io import TensorFact
 from gqa_export.errors import GqaExportError, NotCheckedHere
+from gqa_export.graph_io import TensorFact
+from gqa_export.spec import ModelSpec
 from gqa_export.validation import fp32_twin as twin_module
 from gqa_export.validation.fp32_twin import write_twin
-from gqa_export.spec import ModelSpec
 
 NUMPY = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 ONNX = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}

@@ -8,6 +8,8 @@ import gqa_models
 import pytest
 from small_text import SENTENCES, byte_tokenizer
 
+from gqa_export.checkpoint.load_model import load_model
+
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
@@ -45,7 +47,7 @@ def logits():
     from gqa_export.checkpoint.open import open_checkpoint
 
     def run(folder: Path) -> torch.Tensor:
-        model = open_checkpoint(folder).load_model("fp32")
+        model = load_model(open_checkpoint(folder), "fp32")
         ids = torch.randint(4, 250, (2, 40), generator=torch.Generator().manual_seed(7))
         with torch.no_grad():
             return model(ids).logits  # type: ignore[operator]

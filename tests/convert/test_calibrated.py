@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
-from gqa_export.convert.options import ConvertOptions
 from gqa_export.convert.conversion import convert, expand
+from gqa_export.convert.options import ConvertOptions
 
 
 def options(text_file, **more) -> ConvertOptions:
@@ -21,7 +22,7 @@ def hidden_error(folder, other, text_file) -> float:
     ids = tokenize(load_tokenizer(folder), text_file.read_text())[301:701]
     rows = torch.from_numpy(ids.astype("int64")).reshape(4, 100)
     with torch.no_grad():
-        states = [open_checkpoint(place).load_model("fp32").base_model(rows).last_hidden_state
+        states = [load_model(open_checkpoint(place), "fp32").base_model(rows).last_hidden_state
                   for place in (folder, other)]
     return float((states[1] - states[0]).norm() / states[0].norm())
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from gqa_export.checkpoint.open import open_checkpoint
-from gqa_export.convert.options import ConvertOptions
 from gqa_export.convert.conversion import convert
 from gqa_export.convert.head_similarity import partition
-from gqa_export.convert.weight_error import knee
+from gqa_export.convert.options import ConvertOptions
 from gqa_export.convert.pooling import pool_free, pool_pairs
+from gqa_export.convert.weight_error import knee
 
 
 def random(*shape: int) -> torch.Tensor:

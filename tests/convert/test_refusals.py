@@ -8,8 +8,8 @@ import json
 import pytest
 
 from gqa_export.checkpoint.open import open_checkpoint
-from gqa_export.convert.options import ConvertOptions
 from gqa_export.convert.conversion import convert, expand
+from gqa_export.convert.options import ConvertOptions
 from gqa_export.errors import GqaExportError
 
 

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from gqa_export.bundle.engine_facts import ENGINE, EngineFacts, PluginFacts, ProfileFacts
 from gqa_export.bundle.manifest import MANIFEST, FileFact, Manifest
 from gqa_export.graph_io import TensorFact
-from gqa_export.bundle.engine_facts import ENGINE, EngineFacts, PluginFacts, ProfileFacts
 from gqa_export.spec import ModelSpec
 
 LAYERS, CAPACITY, VOCABULARY, BATCH, PROMPT, HEAD = 2, 16, 50, 3, 4, 2

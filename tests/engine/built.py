@@ -13,10 +13,10 @@ from pathlib import Path
 from gqa_plugins.grouped_attention import fields
 
 from gqa_export import attention_op
-from gqa_export.bundle.manifest import read_manifest
-from gqa_export.graph_io import past_names, present_names
-from gqa_export.engine.build import EngineBuild, EngineOptions, build_engine
 from gqa_export.bundle.engine_facts import ENGINE
+from gqa_export.bundle.manifest import read_manifest
+from gqa_export.engine.build import EngineBuild, EngineOptions, build_engine
+from gqa_export.graph_io import past_names, present_names
 
 CAPABILITIES = (80, 89, 120)
 BATCH, PROMPT = 2, 32

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from gqa_export.bundle.engine_facts import EngineFacts
 from gqa_export.bundle.manifest import Manifest
 from gqa_export.bundle.writer import writing_bundle
-from gqa_export.graph_io import graph_inputs, graph_outputs
-from gqa_export.engine.build import EngineOptions, build_engine
 from gqa_export.engine import build
-from gqa_export.engine.choose_library import Choice
-from gqa_export.engine.inspect_build import TYPES, check, expected_aliases
+from gqa_export.engine.build import EngineOptions, build_engine
 from gqa_export.engine.build_job import Built, Tensor
 from gqa_export.engine.build_log import Layer, Log
+from gqa_export.engine.choose_library import Choice
+from gqa_export.engine.inspect_build import TYPES, check, expected_aliases
 from gqa_export.engine.profiles import make_profiles
-from gqa_export.bundle.engine_facts import EngineFacts
-from gqa_export.errors import GqaExportError, NotCheckedHere
-from gqa_export.spec import AttentionSpec, ModelSpec
 from gqa_export.environment.tensorrt_libraries import Library
+from gqa_export.errors import GqaExportError, NotCheckedHere
+from gqa_export.graph_io import graph_inputs, graph_outputs
+from gqa_export.spec import AttentionSpec, ModelSpec
 
 LAYERS = tuple(AttentionSpec(number, 4, 2, 32, 48, 0.125) for number in range(2))
 SPEC = ModelSpec("llama", "LlamaForCausalLM", 100, 64, 512, "default", LAYERS)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from gqa_export.environment import tensorrt_libraries
 from gqa_export.engine import choose_library as module
 from gqa_export.engine.choose_library import choose
-from gqa_export.errors import GqaExportError, NotCheckedHere
+from gqa_export.environment import tensorrt_libraries
 from gqa_export.environment.machine import Gpu
+from gqa_export.errors import GqaExportError, NotCheckedHere
 
 
 @pytest.fixture

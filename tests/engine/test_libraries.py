@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from gqa_export.environment import tensorrt_libraries
-from gqa_export.errors import GqaExportError
 from gqa_export.environment.tensorrt_libraries import Library, bare_names, find, preload, visible
+from gqa_export.errors import GqaExportError
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 
 from gqa_export.engine.build_job import Built, Job, KernelFiles, Tensor
 from gqa_export.engine.run_child import MODULE, run_job
-from gqa_export.errors import GqaExportError
 from gqa_export.environment.tensorrt_libraries import Library
+from gqa_export.errors import GqaExportError
 
 LIBRARY = Library("rtx", "tensorrt_rtx", "1.7", ())
 JOB = Job("rtx", "tensorrt_rtx_bindings", "tensorrt_rtx", "model.onnx", "model.engine", (80, 89),

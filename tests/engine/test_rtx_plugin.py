@@ -9,8 +9,8 @@ import onnx
 import pytest
 
 from gqa_export.bundle.manifest import read_manifest
-from gqa_export.files.sha256 import file_sha256
 from gqa_export.errors import GqaExportError
+from gqa_export.files.sha256 import file_sha256
 
 from .built import build, check_plugin
 

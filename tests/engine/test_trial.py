@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
 from evidence import gpu_benchmark
-from gqa_export.bundle.engine_facts import EngineFacts
 from evidence.gpu_benchmark import try_engines
+
+from gqa_export.bundle.engine_facts import EngineFacts
 from gqa_export.errors import GqaExportError, NotCheckedHere
 
 from .test_build import MANIFEST

@@ -11,12 +11,12 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from gqa_export.integrations import triton_backend
+from gqa_export.bundle.engine_facts import EngineFacts
 from gqa_export.bundle.manifest import Manifest
 from gqa_export.bundle.writer import writing_bundle
-from gqa_export.integrations.triton_repository import check_repository, write_repository
-from gqa_export.bundle.engine_facts import EngineFacts
 from gqa_export.errors import GqaExportError
+from gqa_export.integrations import triton_backend
+from gqa_export.integrations.triton_repository import check_repository, write_repository
 from gqa_export.spec import ModelSpec
 
 SPEC = ModelSpec("llama", "LlamaForCausalLM", 16, 8, 64, "default", ())

@@ -9,8 +9,8 @@ import re
 import onnx
 import pytest
 
-from gqa_export.bundle.manifest import DATA, MANIFEST, MODEL, read_manifest
 from gqa_export.bundle.integrity import check_files
+from gqa_export.bundle.manifest import DATA, MANIFEST, MODEL, read_manifest
 from gqa_export.errors import GqaExportError
 from gqa_export.runtime.ort.session import OrtSession
 from gqa_export.validation.validate import validate

@@ -15,14 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from gqa_export.bundle.manifest import FileFact, Manifest
 from gqa_export.bundle.integrity import check_files
-from gqa_export.graph_io import graph_inputs, graph_outputs
+from gqa_export.bundle.manifest import FileFact, Manifest
+from gqa_export.bundle.manifest_rules import LARGEST, inside
+from gqa_export.checkpoint.gguf_header import read_gguf_header
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.safetensors_header import read_header
-from gqa_export.checkpoint.gguf_header import read_gguf_header
+from gqa_export.checkpoint.tokenizer import token_ids
 from gqa_export.errors import GqaExportError
-from gqa_export.bundle.manifest_rules import LARGEST, inside
+from gqa_export.graph_io import graph_inputs, graph_outputs
 from gqa_export.report.baseline import Baseline
 from gqa_export.spec import AttentionSpec, ModelSpec
 
@@ -219,7 +220,7 @@ def test_opening_a_checkpoint_with_any_value_in_its_configuration(tmp_path, name
     with suppress(GqaExportError):
         opened = open_checkpoint(tmp_path)
         assert opened.stored_dtype == "float32"
-        opened.token_ids()
+        token_ids(opened)
 
 
 @FUZZ

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from gqa_export.bundle.integrity import check_files
 from gqa_export.bundle.manifest import MANIFEST, MODEL, FileFact, Manifest, read_manifest
 from gqa_export.bundle.writer import HashingFile, writing_bundle
-from gqa_export.bundle.integrity import check_files
 from gqa_export.errors import GqaExportError
 from gqa_export.files.staging import writing_folder
 from gqa_export.spec import ModelSpec
@@ -28,7 +28,8 @@ WRITER = '''
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may be started with it ignored
 from pathlib import Path
-from gqa_export.bundle import MODEL, Manifest, writing_bundle
+from gqa_export.bundle.manifest import MODEL, Manifest
+from gqa_export.bundle.writer import writing_bundle
 from gqa_export.spec import ModelSpec
 output, inplace = Path(sys.argv[1]), sys.argv[2] == "inplace"
 version = int(sys.argv[3])

@@ -12,8 +12,7 @@ import pytest
 
 from gqa_export.compare.verdict import SCHEMA_VERSION
 from gqa_export.errors import GqaExportError, NotCheckedHere
-from gqa_export.report.outcome import Outcome
-from gqa_export.report.reports import Reports
+from gqa_export.files.write_text import write_text
 from gqa_export.report import outcome as outcome_module
 from gqa_export.report.baseline import Baseline, key_of
 from gqa_export.report.github import markdown
@@ -21,7 +20,8 @@ from gqa_export.report.html import page
 from gqa_export.report.json_schema import SCHEMA_FILE
 from gqa_export.report.json_schema import text as json_text
 from gqa_export.report.junit import text as junit_text
-from gqa_export.files.write_text import write_text
+from gqa_export.report.outcome import Outcome
+from gqa_export.report.reports import Reports
 
 from .schema import misfit
 

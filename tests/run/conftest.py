@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gqa_export.checkpoint.load_model import load_model
+
 CAPACITY = 48
 VOCABULARY = 320
 END = 2
@@ -52,7 +54,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def model(checkpoint) -> Any:
     from gqa_export.checkpoint.open import open_checkpoint
 
-    return open_checkpoint(checkpoint).load_model("float32")
+    return load_model(open_checkpoint(checkpoint), "float32")
 
 
 @pytest.fixture(scope="session")

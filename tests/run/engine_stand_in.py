@@ -19,10 +19,10 @@ import onnxruntime
 import torch
 from gqa_plugins.grouped_attention import fields
 
+from gqa_export.bundle.engine_facts import DECODE, ENGINE, PREFILL, EngineFacts, PluginFacts, ProfileFacts
 from gqa_export.bundle.manifest import MANIFEST, FileFact, Manifest, read_manifest
 from gqa_export.files.sha256 import file_sha256
 from gqa_export.graph_io import past_names, present_names
-from gqa_export.bundle.engine_facts import DECODE, ENGINE, PREFILL, EngineFacts, PluginFacts, ProfileFacts
 
 VERSION = "9.9.9"
 CAPABILITY = 89

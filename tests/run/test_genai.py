@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from gqa_export.spec import Fallback
 from gqa_export.bundle.manifest import read_manifest
 from gqa_export.errors import GqaExportError
+from gqa_export.export.genai_config import FILE, genai_config, misfit
 from gqa_export.runtime.generate import generate
 from gqa_export.runtime.ort.session import OrtSession
-from gqa_export.export.genai_config import FILE, genai_config, misfit
+from gqa_export.spec import Fallback
 from gqa_export.targets import get_target
 
 PROMPT = [5, 6, 7, 40, 41]

@@ -9,8 +9,8 @@ import pytest
 
 from gqa_export.bundle.manifest import read_manifest
 from gqa_export.errors import GqaExportError, NotCheckedHere
-from gqa_export.runtime.ort.session import OrtSession
 from gqa_export.runtime.ort.loading import choose_provider
+from gqa_export.runtime.ort.session import OrtSession
 
 ALL = {"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")}
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from evidence.raw_decode_loop import RawDecoder, interleave
 
 from gqa_export.errors import GqaExportError
 from gqa_export.runtime.generate import generate
 from gqa_export.runtime.ort.session import OrtSession
-from evidence.raw_decode_loop import RawDecoder, interleave
 
 
 def test_interleaved_graphs_give_the_tokens_of_the_session_and_a_time_per_step(bundle) -> None:

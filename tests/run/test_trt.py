@@ -13,17 +13,17 @@ import torch
 from click.testing import CliRunner
 from gqa_plugins.grouped_attention import tensorrt as plugin
 
-from gqa_export.environment import tensorrt_libraries
+from gqa_export.bundle.engine_facts import PluginFacts, ProfileFacts
 from gqa_export.bundle.manifest import MANIFEST, read_manifest
 from gqa_export.cli import main
-from gqa_export.bundle.engine_facts import PluginFacts, ProfileFacts
+from gqa_export.environment import tensorrt_libraries
 from gqa_export.errors import GqaExportError, NotCheckedHere
-from gqa_export.runtime.tensorrt import check, device
 from gqa_export.runtime.generate import generate
 from gqa_export.runtime.open_session import open_bundle
-from gqa_export.runtime.torch_session import TorchSession
-from gqa_export.runtime.tensorrt.session import EngineSession
+from gqa_export.runtime.tensorrt import check
 from gqa_export.runtime.tensorrt.check import check_bundle, check_device, import_flavor
+from gqa_export.runtime.tensorrt.session import EngineSession
+from gqa_export.runtime.torch_session import TorchSession
 from gqa_export.validation.reference import _interpreted
 from gqa_export.validation.validate import validate
 

@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from gqa_export import graph_io, attention_op
-from gqa_export.runtime.feeds import attention_mask
-from gqa_export.spec import AttentionSpec, ModelSpec
+from gqa_export import attention_op, graph_io
 from gqa_export.lowering.context import Lowered, LowerOptions
 from gqa_export.lowering.lower import lower
+from gqa_export.runtime.feeds import attention_mask
+from gqa_export.spec import AttentionSpec, ModelSpec
 
 from .one_op import Attributes, session, truth
 

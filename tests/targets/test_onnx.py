@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from gqa_export import graph_io, attention_op
-from gqa_export.runtime.feeds import attention_mask
-from gqa_export.lowering.onnx import fusions
+from gqa_export import attention_op, graph_io
 from gqa_export.lowering.attention_function import is_call
+from gqa_export.lowering.onnx import fusions
+from gqa_export.runtime.feeds import attention_mask
 
 from .attention_only import TOKENS, AttentionOnly
 from .one_op import Attributes, assert_same, session
@@ -145,7 +145,7 @@ def test_fp16_asks_for_an_fp32_softmax_and_stays_close():
 def test_what_attention_cannot_hold_falls_back_to_the_function(softcap, sinks, reason):
     model = AttentionOnly(Attributes(softcap=softcap), "onnx", sinks=sinks)
     (fallback,) = model.lowered.fallbacks
-    assert (fallback.layer, fallback.wanted, fallback.used) == (0, "Attention", f"{contract.DOMAIN}::{contract.OP}")
+    assert (fallback.layer, fallback.wanted, fallback.used) == (0, "Attention", f"{attention_op.DOMAIN}::{attention_op.OP}")
     assert reason in fallback.reason
     assert [function.name for function in model.lowered.model.functions] == [attention_op.OP]
     cache, past, new, ids = model.empty_cache(2, 0), np.array([0, 0]), np.array([4, 2]), np.arange(8).reshape(2, 4)

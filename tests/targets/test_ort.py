@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from gqa_export import graph_io, attention_op
+from gqa_export import attention_op, graph_io
 from gqa_export.spec import Fallback
 
 from .whole_model import Decoder, canonical, eager, lowered, truth, with_weights

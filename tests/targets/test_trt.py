@@ -13,15 +13,15 @@ from gqa_plugins.grouped_attention import fields
 from onnx import helper
 from shared_reference import reference_of
 
-from gqa_export import graph_io, attention_op
+from gqa_export import attention_op, graph_io
 from gqa_export.bundle.manifest import MANIFEST, read_manifest
 from gqa_export.errors import GqaExportError, NotCheckedHere
 from gqa_export.export.options import ExportOptions
 from gqa_export.export.to_onnx import export_onnx
-from gqa_export.spec import AttentionSpec
-from gqa_export.targets import TARGETS
 from gqa_export.lowering.tensorrt import interpret
 from gqa_export.lowering.tensorrt.common import refuse_layers
+from gqa_export.spec import AttentionSpec
+from gqa_export.targets import TARGETS
 from gqa_export.validation.validate import validate
 
 from .trt_bundles import CAPACITY, bundle, changed, checkpoint, graph

@@ -19,10 +19,10 @@ import transformers
 
 from gqa_export import graph_io
 from gqa_export.graph.match import RECIPE
-from gqa_export.runtime.feeds import attention_mask
-from gqa_export.spec import ModelSpec
 from gqa_export.lowering.context import Lowered, LowerOptions
 from gqa_export.lowering.lower import lower
+from gqa_export.runtime.feeds import attention_mask
+from gqa_export.spec import ModelSpec
 from gqa_export.trace.tracing import trace
 
 CAPACITY = 64

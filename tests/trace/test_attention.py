@@ -6,12 +6,13 @@ import gqa_models
 import pytest
 import torch
 
+from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.errors import GqaExportError
 from gqa_export.trace import attention_hook
 from gqa_export.trace.capture import decoder_module
-from gqa_export.trace.probe.mask_window import window_of
 from gqa_export.trace.probe.layer_probe import probe
+from gqa_export.trace.probe.mask_window import window_of
 
 
 def causal(batch, head, query, key):
@@ -56,8 +57,8 @@ def test_an_unknown_attention_argument_is_refused_by_name():
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_the_wrapped_decoder_with_its_cache_outside_equals_the_model(tmp_path, name):
     checkpoint = open_checkpoint(gqa_models.write_tiny(name, tmp_path / name))
-    truth = checkpoint.load_model("float64")
-    model = checkpoint.load_model("float64", attn_implementation=attention_hook.register())
+    truth = load_model(checkpoint, "float64")
+    model = load_model(checkpoint, "float64", attn_implementation=attention_hook.register())
     spec = probe(model.config)
     decoder = decoder_module.Decoder(model, spec, cache="growing", logits="all", interface="mask")
     generator = torch.Generator().manual_seed(11)
@@ -79,7 +80,7 @@ def test_the_wrapped_decoder_with_its_cache_outside_equals_the_model(tmp_path, n
 
 def test_left_padding_gives_nan_logits_for_that_row_alone(tmp_path):
     checkpoint = open_checkpoint(gqa_models.write_tiny("llama", tmp_path / "m"))
-    model = checkpoint.load_model(attn_implementation=attention_hook.register())
+    model = load_model(checkpoint, attn_implementation=attention_hook.register())
     spec = probe(model.config)
     decoder = decoder_module.Decoder(model, spec, cache="growing", logits="all", interface="mask")
     empty = [torch.zeros(2, 2, 0, 16) for _ in range(2 * len(spec.layers))]

@@ -8,14 +8,14 @@ import gqa_models
 import onnx
 import pytest
 import torch
+from evidence.output_hashes import output_hashes
 from gqa_models.shrink import write_small
 from transformers import AutoConfig
 
 from gqa_export.errors import GqaExportError
-from gqa_export.trace.capture import capture, export, translate, functionalize
-from gqa_export.trace.tracing import trace
+from gqa_export.trace.capture import capture, export, functionalize, translate
 from gqa_export.trace.capture.capture import Input, NotCaptured
-from evidence.output_hashes import output_hashes
+from gqa_export.trace.tracing import trace
 
 
 def config_of(name, folder, **overrides):

@@ -9,13 +9,14 @@ import pytest
 import torch
 from gqa_models.shrink import small_config, write_small
 
+from gqa_export.checkpoint.load_config import load_config
+from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.errors import GqaExportError
 from gqa_export.trace import attention_hook
-from gqa_export.trace.probe import mask_window, layer_probe
-from gqa_export.trace.patches import registry
 from gqa_export.trace.capture import decoder_module
-from gqa_export.trace.patches import alibi, experts
+from gqa_export.trace.patches import alibi, experts, registry
+from gqa_export.trace.probe import layer_probe, mask_window
 
 
 def original(place: str):
@@ -84,13 +85,13 @@ REWORDED = ("bloom", "mpt", "dbrx", "jetmoe", "longcat_flash", "diffllama", "dee
 @pytest.mark.parametrize("name", REWORDED)
 def test_a_patched_model_with_a_cache_of_its_own_computes_what_transformers_does(name, tmp_path):
     checkpoint = open_checkpoint(write_small(name, tmp_path / name))
-    config, ids = checkpoint.load_config(), torch.randint(5, 300, (1, 37), generator=torch.Generator().manual_seed(5))
+    config, ids = load_config(checkpoint), torch.randint(5, 300, (1, 37), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        whole = checkpoint.load_model("float64")(input_ids=ids).logits
-        yardstick = checkpoint.load_model("float32")(input_ids=ids).logits
+        whole = load_model(checkpoint, "float64")(input_ids=ids).logits
+        yardstick = load_model(checkpoint, "float32")(input_ids=ids).logits
     with registry.applied(config), torch.no_grad():
         spec = layer_probe.probe(config)
-        model = checkpoint.load_model("float32", attn_implementation=attention_hook.register())
+        model = load_model(checkpoint, "float32", attn_implementation=attention_hook.register())
         decoder = decoder_module.Decoder(model, spec, cache="growing", logits="all", interface="mask")
         past = [torch.zeros(1, layer.kv_num_heads, 0, size) for layer in spec.layers
                 for size in (layer.head_size, layer.value_head_size)]

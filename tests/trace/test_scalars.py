@@ -11,8 +11,8 @@ from onnx import numpy_helper
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig
 
-from gqa_export.trace.tracing import trace
 from gqa_export.trace.capture.scalars import keep_exact
+from gqa_export.trace.tracing import trace
 
 OPS = {"times": lambda x: x * 0.22, "number first": lambda x: 1.702 * x, "over": lambda x: x / 0.3}
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gqa_models
 import pytest
+from evidence.output_hashes import output_hashes
 from transformers import AutoConfig
 
 from gqa_export.trace.tracing import trace
-from evidence.output_hashes import output_hashes
 
 
 def both(folder, **options):

@@ -14,13 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
-from gqa_export.uptrain.options import UptrainOptions
-from gqa_export.uptrain.uptraining import uptrain
 from gqa_export.uptrain.curve import Point, picture, split_log
-from gqa_export.uptrain.options import steps_of
+from gqa_export.uptrain.options import UptrainOptions, steps_of
 from gqa_export.uptrain.trainer import divergence, last_checkpoint
-from gqa_export.uptrain.uptraining import work_folder
+from gqa_export.uptrain.uptraining import uptrain, work_folder
 
 
 def options(book, **more) -> UptrainOptions:
@@ -67,7 +66,7 @@ def test_reported_perplexity_is_that_of_the_model(plain, book):
     held = ids[int(len(ids) * 0.9):]
     rows = held[: len(held) // 32 * 32].reshape(-1, 32)
     rows = torch.from_numpy(rows[np.linspace(0, len(rows) - 1, 8).round().astype(int)].astype("int64"))
-    model = open_checkpoint(folder).load_model("fp32")
+    model = load_model(open_checkpoint(folder), "fp32")
     with torch.no_grad():
         loss = model(input_ids=rows, labels=rows).loss
     assert float(loss.exp()) == pytest.approx(result.perplexity_after, rel=0.01)

@@ -13,29 +13,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from ... import graph_io, attention_op
+from ... import attention_op, graph_io
 from ...graph import edit, match
+from ...graph.node_builder import INT64, Nodes, heads_first
 from ...spec import AttentionSpec
 from ..context import Context
-
-INT64 = onnx.TensorProto.INT64
-
-
-class Nodes:
-    """Adds nodes whose names start with `scope/`; numbers in the argument list become int64 constants."""
-
-    def __init__(self, graph: gs.Graph, scope: str) -> None:
-        self.graph, self.scope = graph, scope
-
-    def __call__(self, label: str, op: str, *inputs: gs.Tensor | int | list[int], **attrs: Any) -> gs.Tensor:
-        """Append `op`; its one output is `scope/label.0`."""
-        tensors = [self._constant(f"{self.scope}/{label}.in{i}", x) if isinstance(x, (int, list)) else x
-                   for i, x in enumerate(inputs)]
-        return edit.add_node(self.graph, op, tensors, name=f"{self.scope}/{label}", attrs=attrs)[0]
-
-    @staticmethod
-    def _constant(name: str, value: int | list[int]) -> gs.Constant:
-        return edit.constant(name, np.array(value, np.int64))
 
 
 class Lengths:
@@ -44,9 +26,7 @@ class Lengths:
     def __init__(self, graph: gs.Graph, call: gs.Node, context: Context) -> None:
         self.node = node = Nodes(graph, "lengths")
         self.growing = context.options.cache == "growing"
-        element = next(v.type.tensor_type.elem_type for v in context.notes["model"].graph.output
-                       if v.name == graph_io.LOGITS)
-        self.element = element
+        self.element = context.element
         ids, past = match.only_input(graph, graph_io.INPUT_IDS), call.inputs[attention_op.input_index("past_key")]
         self.batch = node("batch", "Shape", ids, start=0, end=1)
         self.steps = node("steps", "Shape", ids, start=1, end=2)
@@ -170,7 +150,7 @@ def lower_attention(graph: gs.Graph, context: Context) -> int:
 
 def _lower_call(graph: gs.Graph, call: gs.Node, layer: AttentionSpec, lengths: Lengths) -> None:
     scope, _, name = call.name.rpartition("/")
-    node = Nodes(graph, f"{scope}/{name.replace(contract.OP, 'Attention')}")
+    node = Nodes(graph, f"{scope}/{name.replace(attention_op.OP, 'Attention')}")
     heads, kv_heads = layer.num_heads, layer.kv_num_heads
     inputs, (flat_output, *present_outputs) = list(call.inputs), list(call.outputs)
     edit.remove(call)
@@ -210,12 +190,3 @@ def _scatter(node: Nodes, label: str, past: gs.Tensor, new: gs.Tensor, kv_heads:
     return node(f"present_{label}", "TensorScatter", past, update, lengths.start_B, axis=2)
 
 
-def heads_first(node: Nodes, label: str, flat_BSX: gs.Tensor, heads: int, size: int) -> gs.Tensor:
-    """[B, S, heads * size] as [B, heads, S, size]; where the graph made the former from the latter, the latter."""
-    reshape = match.produced_by(flat_BSX, "Reshape")
-    if reshape is not None:
-        transpose = match.produced_by(reshape.inputs[0], "Transpose")
-        if transpose is not None and list(transpose.attrs.get("perm", [])) == [0, 2, 1, 3]:
-            return transpose.inputs[0]
-    split = node(f"{label}/heads", "Reshape", flat_BSX, [0, 0, heads, size])
-    return node(f"{label}/heads_first", "Transpose", split, perm=[0, 2, 1, 3])

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...graph.passes import Pass
-from ..context import Context
 from ..attention_function import attach_function, is_call
+from ..context import Context
 from .attention import lower_attention
 from .fusions import fuse_rms_norm, fuse_rotary
 

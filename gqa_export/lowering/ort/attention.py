@@ -7,15 +7,14 @@ both cache modes and rotates by the same lengths, so rotary tables need no posit
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from ... import graph_io, attention_op
+from ... import attention_op, graph_io
 from ...graph import edit
 from ...graph.match import const_value, only_input
+from ..context import Context
 from ..rotary.fold import calls, layer_of, tables
 
 DOMAIN = "com.microsoft"
@@ -23,12 +22,12 @@ OP = "GroupQueryAttention"
 QUERY, PAST_VALUE, SINKS = (attention_op.input_index(name) for name in ("query", "past_value", "sinks"))
 
 
-def holdable(context: Any) -> int:
+def holdable(context: Context) -> int:
     """How many layers the target's attention op can hold."""
     return sum(not context.target.cannot_hold(layer) for layer in context.spec.layers)
 
 
-def lower_attention(graph: gs.Graph, context: Any) -> int:
+def lower_attention(graph: gs.Graph, context: Context) -> int:
     """Rewrite every layer the op can hold; the others stay the canonical op and are recorded as fallbacks."""
     count = 0
     lengths: list[gs.Tensor] = []
@@ -40,8 +39,8 @@ def lower_attention(graph: gs.Graph, context: Any) -> int:
             context.fall_back(layer.layer, reason)
             continue
         lengths = lengths or _lengths(graph)
-        rotation = context.notes.get("rotation", {}).get(layer.layer)
-        cos, sin = tables(graph, rotation, context.notes["element"], known) if rotation else (None, None)
+        rotation = context.rotations.get(layer.layer)
+        cos, sin = tables(graph, rotation, context.element, known) if rotation else (None, None)
         sinks = const_value(node.inputs[SINKS])
         head_sink = None if sinks is not None and np.isneginf(sinks).all() else node.inputs[SINKS]
         attrs = {"num_heads": layer.num_heads, "kv_num_heads": layer.kv_num_heads, "scale": float(node.attrs["scale"]),

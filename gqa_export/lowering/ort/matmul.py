@@ -5,8 +5,6 @@ Source: onnxruntime docs/ContribOperators.md. Nothing is read: joined weights ar
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx_graphsurgeon as gs
 
 from ...graph import edit
@@ -21,10 +19,11 @@ from ...graph.match import (
     scalar,
     sole_consumer,
 )
+from ..context import Context
 from .attention import DOMAIN, OP
 
 
-def transposed_products(graph: gs.Graph, context: Any) -> int:
+def transposed_products(graph: gs.Graph, context: Context) -> int:
     """MatMul(x, Transpose(weight)) -> FusedMatMul(x, weight, transB=1)."""
     count = 0
     for node in graph.nodes:
@@ -39,7 +38,7 @@ def transposed_products(graph: gs.Graph, context: Any) -> int:
     return count
 
 
-def pack_projections(graph: gs.Graph, context: Any) -> int:
+def pack_projections(graph: gs.Graph, context: Context) -> int:
     """One product for query, key and value where weights are copied anyway, or where they were one already."""
     if not context.target.packed_projections:
         return 0
@@ -54,7 +53,7 @@ def pack_projections(graph: gs.Graph, context: Any) -> int:
     return count
 
 
-def _joined_before(node: gs.Node, context: Any) -> gs.Tensor | None:
+def _joined_before(node: gs.Node, context: Context) -> gs.Tensor | None:
     """The tensor [B, S, (H + 2K) * D] of which a node's query, key and value are the consecutive parts."""
     size = node.inputs[3].shape[3]
     heads, groups = node.attrs["num_heads"], node.attrs["kv_num_heads"]
@@ -133,7 +132,7 @@ def _joined_weight(name: str, weights: list[gs.Tensor]) -> gs.Constant:
                            [rows, *weights[0].shape[1:]])
 
 
-def silu(graph: gs.Graph, context: Any) -> int:
+def silu(graph: gs.Graph, context: Context) -> int:
     """x * sigmoid(x) -> com.microsoft::QuickGelu(alpha=1), which ONNX Runtime would make of it when loading."""
     count = 0
     for node in list(graph.nodes):

@@ -9,16 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 from ...graph.rules import narrowed
+from ..context import Context
 
 
-def fuse_norms(model: Any, context: Any) -> int:
+def fuse_norms(model: Any, context: Context) -> int:
     """x / sqrt(mean(x^2) + e) * w -> SimplifiedLayerNormalization."""
     from onnxscript.rewriter.ort_fusions.rms_normalization import rms_normalization_ruleset
 
     return narrowed(rms_normalization_ruleset.rules).apply_to_model(model)
 
 
-def settle_types(model: Any, context: Any) -> int:
+def settle_types(model: Any, context: Context) -> int:
     """Make the fused norms of low precision models well typed: the rule looks through the Casts around a norm.
 
     The fused op's result has its scale's type. x is cast to that type (Gemma's fp32 scale: the norm stays fp32); a
@@ -56,7 +57,7 @@ def _cast(ir: Any, norm: Any, value: Any, dtype: Any, *, after: bool) -> Any:
     return cast.outputs[0]
 
 
-def fuse_skip_norms(model: Any, context: Any) -> int:
+def fuse_skip_norms(model: Any, context: Context) -> int:
     """norm(x + skip), the sum still in use -> com.microsoft::SkipSimplifiedLayerNormalization."""
     from onnxscript.rewriter.ort_fusions.skip_normalization import skip_rms_normalization_ruleset
 
@@ -68,7 +69,7 @@ def fuse_skip_norms(model: Any, context: Any) -> int:
     return count
 
 
-def clean(model: Any, context: Any) -> int:
+def clean(model: Any, context: Context) -> int:
     """Drop what the rules left behind and name the new nodes by the module whose weight they read."""
     from onnx_ir.passes import common
 

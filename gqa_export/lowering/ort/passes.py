@@ -7,15 +7,13 @@ cannot hold stays the canonical op, whose function then comes with the model.
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx
 
-from ... import graph_io
 from ...graph.passes import Pass
 from .. import attention_function, head_axes
-from . import attention, position_guard, matmul, norms
+from ..context import Context
 from ..rotary import fold
+from . import attention, matmul, norms, position_guard
 
 PREPARE = [
     Pass("fuse_norms", norms.fuse_norms),
@@ -25,16 +23,7 @@ PREPARE = [
 ]
 
 
-def note_element(graph: Any, context: Any) -> int:
-    """Note the model's float type for the passes that follow."""
-    model = context.notes["model"]
-    context.notes["element"] = next(value.type.tensor_type.elem_type for value in model.graph.output
-                                    if value.name == graph_io.LOGITS)
-    return 1
-
-
 PASSES = [
-    Pass("note_element", note_element, expect=lambda context: 1),
     Pass("silu", matmul.silu),
     Pass("norms_before_transposes", head_axes.norms_before_transposes),
     Pass("rotary_inside", fold.fold_rotary),
@@ -46,7 +35,7 @@ PASSES = [
 ]
 
 
-def finish(model: onnx.ModelProto, context: Any) -> onnx.ModelProto:
+def finish(model: onnx.ModelProto, context: Context) -> onnx.ModelProto:
     """Add the function that layers which fell back still call."""
     if any(attention_function.is_call(node) for node in model.graph.node):
         attention_function.attach_function(model)

@@ -5,8 +5,6 @@ A row of ones and zeros has its ones first exactly if their number exceeds the i
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -14,16 +12,17 @@ import onnx_graphsurgeon as gs
 from ... import graph_io
 from ...graph import edit
 from ...graph.match import is_op, only_input, produced_by, scalar
+from ..context import Context
 
 
-def lean_guard(graph: gs.Graph, context: Any) -> int:
+def lean_guard(graph: gs.Graph, context: Context) -> int:
     """Replace hidden + Unsqueeze(Where(bad, NaN, 0)) by a test of the mask's last columns and one Where."""
     count = 0
     for node in list(graph.nodes):
         hidden = _guarded(node)
         if hidden is None:
             continue
-        place, element = node.name.rpartition("/")[0], context.notes["element"]
+        place, element = node.name.rpartition("/")[0], context.element
         good_B11 = _ones_first(graph)
         output = node.outputs[0]
         edit.remove(node)

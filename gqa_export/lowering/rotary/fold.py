@@ -11,11 +11,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from ... import graph_io, attention_op
+from ... import attention_op, graph_io
 from ...errors import GqaExportError
 from ...graph import edit
 from ...graph.match import is_op
 from .. import head_axes
+from ..context import Context
 from .find import Finder, position_ids
 from .verify import Rotation
 
@@ -28,7 +29,7 @@ def calls(graph: gs.Graph) -> list[gs.Node]:
     return [node for node in graph.nodes if is_op(node, attention_op.OP, attention_op.DOMAIN)]
 
 
-def layer_of(node: gs.Node, context: Any) -> Any:
+def layer_of(node: gs.Node, context: Context) -> Any:
     """The spec of the layer whose past a canonical node reads."""
     for layer in context.spec.layers:
         if node.inputs[PAST_KEY].name == graph_io.past_names(layer.layer)[0]:
@@ -37,14 +38,14 @@ def layer_of(node: gs.Node, context: Any) -> Any:
                          "pass a canonical model made by this version of gqa-export")
 
 
-def fold_rotary(graph: gs.Graph, context: Any) -> int:
+def fold_rotary(graph: gs.Graph, context: Context) -> int:
     """Find each layer's rotation and, where the op can do it, let the op read what comes before it; counts layers.
 
-    `notes["rotation"]` keeps the rotation of each such layer, `remarks` says why another one stays outside.
+    `rotations` keeps the rotation of each such layer, `remarks` says why another one stays outside.
     """
     nodes = calls(graph)
     finder = Finder(graph, position_ids([node.inputs[PAST_LENGTHS] for node in nodes]), context.options.capacity)
-    rotations: dict[int, Rotation] = context.notes.setdefault("rotation", {})
+    rotations: dict[int, Rotation] = context.rotations
     outside = 0
     for node in nodes:
         layer = layer_of(node, context)
@@ -58,13 +59,13 @@ def fold_rotary(graph: gs.Graph, context: Any) -> int:
             rotations[layer.layer] = query[1]
             for place, (region, rotation), heads in ((QUERY, query, layer.num_heads), (KEY, key, layer.kv_num_heads)):
                 node.inputs[place] = head_axes.flat(graph, region.source, rotation.layout, heads * layer.head_size,
-                                                     f"{node.name}.{contract.INPUT_NAMES[place]}")
+                                                     f"{node.name}.{attention_op.INPUT_NAMES[place]}")
     context.counts["rotary_outside"] = outside
     edit.tidy(graph)
     return len(rotations)
 
 
-def _why_outside(query: Any, key: Any, layer: Any, context: Any) -> str:
+def _why_outside(query: Any, key: Any, layer: Any, context: Context) -> str:
     for found, which in ((query, "query"), (key, "key")):
         if not isinstance(found, tuple):
             return f"{which}: {found or 'is not rotated'}"

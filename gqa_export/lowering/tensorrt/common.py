@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx_graphsurgeon as gs
 
-from ... import graph_io
+from ... import graph_io, targets
 from ...graph.passes import Pass
-from ..ort import passes
-from ... import targets
+from ..context import Context
 
 
-def refuse_layers(graph: gs.Graph, context: Any) -> int:
+def refuse_layers(graph: gs.Graph, context: Context) -> int:
     """Refuse a model with a layer that the target's attention cannot hold."""
     targets.refuse_layers(context.spec.layers, context.target)
     return 0
 
 
-def literal_capacity(graph: gs.Graph, context: Any) -> int:
+def literal_capacity(graph: gs.Graph, context: Context) -> int:
     """Put the number for the named axis of every cache input and output; counts them."""
     count = 0
     for tensor in (*graph.inputs, *graph.outputs):
@@ -32,5 +29,4 @@ PREPARE: list[Pass] = []
 FIRST = [
     Pass("refuse_layers", refuse_layers, expect=lambda context: 0),
     Pass("literal_capacity", literal_capacity, expect=lambda context: 4 * len(context.spec.layers)),
-    Pass("note_element", passes.note_element, expect=lambda context: 1),
 ]

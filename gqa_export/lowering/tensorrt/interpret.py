@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ... import graph_io, attention_op
+from ... import attention_op, graph_io
 from ...errors import GqaExportError
 from ..attention_function import attach_function, is_call
 from .plugin import PRESENCE

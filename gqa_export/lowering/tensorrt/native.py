@@ -8,25 +8,24 @@ would pass the end of the cache get NaN logits. Dimensions as in `gqa_export.att
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from ... import graph_io, attention_op
+from ... import attention_op, graph_io
 from ...graph import edit, match
+from ...graph.node_builder import INT64, Nodes, heads_first
 from ...graph.passes import Pass
 from ...spec import AttentionSpec
 from .. import head_axes
-from ...graph.node_builder import Nodes, heads_first
 from ..rotary.fold import calls, layer_of
 from .common import FIRST, PREPARE  # noqa: F401 PREPARE is this target's too
 
 if TYPE_CHECKING:
     from ..context import Context
 
-INT64 = onnx.TensorProto.INT64
 OPSET = 24
 
 
@@ -72,7 +71,7 @@ class Lengths:
         return self._masks[window]
 
 
-def lower_attention(graph: gs.Graph, context: Any) -> int:
+def lower_attention(graph: gs.Graph, context: Context) -> int:
     """Every call -> two TensorScatters and one Attention; then NaN logits for sequences that cannot be."""
     nodes = calls(graph)
     lengths = Lengths(graph, nodes[0])
@@ -81,14 +80,14 @@ def lower_attention(graph: gs.Graph, context: Any) -> int:
     logits = next(tensor for tensor in graph.outputs if tensor.name == graph_io.LOGITS)
     maker, honest = logits.inputs[0], gs.Variable("lengths/logits", logits.dtype)
     maker.outputs[next(i for i, out in enumerate(maker.outputs) if out is logits)] = honest
-    nan = edit.constant("lengths/nan", np.array(np.nan, np.float32), context.notes["element"])
+    nan = edit.constant("lengths/nan", np.array(np.nan, np.float32), context.element)
     edit.add_node(graph, "Where", [lengths.broken_B11, nan, honest], name="lengths/loud", outputs=[logits])
     return len(nodes)
 
 
 def _lower_call(graph: gs.Graph, call: gs.Node, layer: AttentionSpec, lengths: Lengths) -> None:
     scope, _, name = call.name.rpartition("/")
-    node = Nodes(graph, f"{scope}/{name.replace(contract.OP, 'Attention')}")
+    node = Nodes(graph, f"{scope}/{name.replace(attention_op.OP, 'Attention')}")
     inputs, (output, *presents) = dict(zip(attention_op.INPUT_NAMES, call.inputs)), list(call.outputs)
     edit.remove(call)
     query = heads_first(node, "query", inputs["query"], layer.num_heads, layer.head_size)

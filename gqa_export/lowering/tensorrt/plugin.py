@@ -7,8 +7,6 @@ the op can do. The rest of the graph stays standard ops as traced: TensorRT fuse
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -16,6 +14,7 @@ from ... import attention_op
 from ...graph.match import const_value
 from ...graph.passes import Pass
 from .. import head_axes
+from ..context import Context
 from ..rotary.fold import calls, fold_rotary, layer_of, tables
 from .common import FIRST, PREPARE  # noqa: F401 PREPARE is this target's too
 
@@ -25,14 +24,14 @@ PRESENCE = {"has_new": "key", "has_rotary": "cos", "has_sinks": "sinks"}
 """int attributes of the node: whether that input (and its pair) is among its inputs"""
 
 
-def lower_attention(graph: gs.Graph, context: Any) -> int:
+def lower_attention(graph: gs.Graph, context: Context) -> int:
     """Drop the inputs that say nothing, give each call its rotary tables and what TensorRT finds the plugin by."""
     known: dict[bytes, tuple[gs.Tensor, gs.Tensor]] = {}
     nodes = calls(graph)
     for node in nodes:
-        rotation = context.notes.get("rotation", {}).get(layer_of(node, context).layer)
+        rotation = context.rotations.get(layer_of(node, context).layer)
         inputs: dict[str, gs.Tensor | None] = dict(zip(attention_op.INPUT_NAMES, node.inputs))
-        cos, sin = tables(graph, rotation, context.notes["element"], known) if rotation else (None, None)
+        cos, sin = tables(graph, rotation, context.element, known) if rotation else (None, None)
         inputs.update(cos=cos, sin=sin)
         sinks = const_value(inputs["sinks"]) if inputs.get("sinks") is not None else None
         if sinks is not None and np.isneginf(sinks).all():

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...bundle.manifest import MODEL, Manifest
 from ...bundle.integrity import check_files
-from ...graph_io import TensorFact
+from ...bundle.manifest import MODEL, Manifest
 from ...errors import GqaExportError, NotCheckedHere
+from ...graph_io import TensorFact
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

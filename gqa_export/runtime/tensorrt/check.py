@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...bundle.manifest import Manifest, read_manifest
-from ...bundle.integrity import check_files
-from ...graph_io import INPUT_IDS, LOGITS, NEW_LENGTHS, PAST_LENGTHS, past_names, present_names
 from ...bundle.engine_facts import DECODE, FLAVORS, PREFILL, REBUILD, EngineFacts
+from ...bundle.integrity import check_files
+from ...bundle.manifest import Manifest, read_manifest
 from ...errors import GqaExportError, NotCheckedHere
+from ...graph_io import INPUT_IDS, LOGITS, NEW_LENGTHS, PAST_LENGTHS, past_names, present_names
 
 BUILD = "make one of it with `gqa-export trt BUNDLE -o ENGINE_BUNDLE`"
 

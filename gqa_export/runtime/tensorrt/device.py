@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle.manifest import Manifest
-from ...graph_io import INPUT_IDS, LOGITS, NEW_LENGTHS, PAST_LENGTHS, past_names, present_names
 from ...bundle.engine_facts import DECODE, PREFILL, REBUILD
+from ...bundle.manifest import Manifest
 from ...errors import GqaExportError
+from ...graph_io import INPUT_IDS, LOGITS, NEW_LENGTHS, PAST_LENGTHS, past_names, present_names
 
 
 def cuda_device(number: int) -> Any:

@@ -63,10 +63,9 @@ class EngineSession:
         checked = check_bundle(folder)
         check_device(checked.facts, device, str(folder))
         module = import_flavor(checked.facts, str(folder))
-        from . import device
+        from .device import DeviceBackend, cuda_device
 
-        backend = device.DeviceBackend(module, Path(folder), checked.manifest, device.cuda_device(device),
-                                           cuda_graph)
+        backend = DeviceBackend(module, Path(folder), checked.manifest, cuda_device(device), cuda_graph)
         return cls(checked.manifest, backend)
 
     @property

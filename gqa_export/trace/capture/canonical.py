@@ -10,7 +10,7 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 
-from ... import graph_io, attention_op
+from ... import attention_op, graph_io
 from ...spec import ModelSpec
 
 IR_VERSION = 10

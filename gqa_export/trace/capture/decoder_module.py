@@ -13,8 +13,8 @@ import torch
 
 from ...errors import GqaExportError
 from ...spec import AttentionSpec, ModelSpec
-from . import custom_op  # noqa: F401 registers the torch op
 from ..attention_hook import Call, recording
+from . import custom_op  # noqa: F401 registers the torch op
 
 
 class Decoder(torch.nn.Module):

@@ -15,7 +15,7 @@ def _same_as_eager(table: str):
     return lambda _original, module: getattr(module, table)["eager"]
 
 
-PATCHES = tuple(Patch(module, f"{table}[{attention.NAME}]", _same_as_eager(table), WHY) for module, table in (
+PATCHES = tuple(Patch(module, f"{table}[{attention_hook.NAME}]", _same_as_eager(table), WHY) for module, table in (
     ("gptj.modeling_gptj", "GPTJ_ATTENTION_CLASSES"),
     ("gpt_neo.modeling_gpt_neo", "GPT_NEO_ATTENTION_CLASSES"),
     ("falcon.modeling_falcon", "FALCON_ATTENTION_CLASSES"),

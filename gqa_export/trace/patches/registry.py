@@ -48,7 +48,7 @@ class Patch:
 @cache
 def registry() -> tuple[Patch, ...]:
     """All patches."""
-    return tuple(patch for file in FILES for patch in importlib.import_module(f".{file}", __name__).PATCHES)
+    return tuple(patch for file in FILES for patch in importlib.import_module(f".{file}", __package__).PATCHES)
 
 
 def digest(function: Any) -> str:

@@ -13,9 +13,9 @@ import torch
 from ...errors import GqaExportError
 from ...spec import AttentionSpec, ModelSpec
 from .. import attention_hook, skeleton
-from . import mask_window, rotary
-from ..patches import registry
 from ..attention_hook import Call
+from ..patches import registry
+from . import mask_window, rotary
 
 TOKENS = 8
 LONGEST_GRID = 1 << 17

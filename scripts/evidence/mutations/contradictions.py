@@ -13,9 +13,9 @@ from pathlib import Path
 
 import onnx
 
+from evidence.mutations.mutation import sign
 from gqa_export.bundle.manifest import DATA, MANIFEST, MODEL, Manifest, read_manifest
 from gqa_export.graph_io import past_names, present_names
-from evidence.mutations.mutation import sign
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto, helper
 
-from gqa_export.graph_io import present_names
+from evidence.mutations.mutation import Broken, Mutation, NotHere
 from evidence.mutations.of_rotary import (
     positions_clamped,
     rotary_backwards,
@@ -30,7 +30,7 @@ from evidence.mutations.of_weights import (
     query_norm_dropped,
     weight_row,
 )
-from evidence.mutations.mutation import Broken, Mutation, NotHere
+from gqa_export.graph_io import present_names
 
 L = 1
 

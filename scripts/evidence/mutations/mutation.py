@@ -16,10 +16,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from gqa_export.bundle.attention_claims import attention_facts
 from gqa_export.bundle.manifest import MANIFEST, MODEL, FileFact, Manifest, read_manifest
 from gqa_export.files.sha256 import file_sha256
 from gqa_export.graph_io import present_names
-from gqa_export.bundle.attention_claims import attention_facts
 
 
 class NotHere(Exception):

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from gqa_export.spec import ModelSpec
 from gqa_export.runtime.feeds import check_feed
 from gqa_export.runtime.session import Session, Step
+from gqa_export.spec import ModelSpec
 
 Key = tuple[bytes, ...]
 

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gqa_export.bundle.manifest import read_manifest
-from gqa_export.compare.suite import BATTERY, LEVELS
 from evidence.mutations.contradictions import CONTRADICTIONS, Contradiction, contradict
 from evidence.mutations.kinds import MUTATIONS
 from evidence.mutations.mutation import Mutation, NotHere, break_bundle
+from gqa_export.bundle.manifest import read_manifest
+from gqa_export.compare.suite import BATTERY, LEVELS
 from gqa_export.errors import GqaExportError
 from gqa_export.validation.reference import Reference, open_reference
 from gqa_export.validation.validate import validate

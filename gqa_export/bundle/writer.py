@@ -1,0 +1,134 @@
+"""Writing a bundle: staged beside its place and renamed when complete, so that whatever stops an export leaves either
+the old bundle or the new one. sha256 of every file we write is taken while writing. What a killed process left
+half-written is taken up by the next export of the same (`files.resume`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import GqaExportError
+from ..files.atomic_replace import move_files, replace_folder
+from ..files.resume import JOURNAL, Journal, take_over
+from ..files.staging import check_folder, disk_errors, staging_folder
+from .manifest import MANIFEST, FileFact, Manifest, read_manifest
+
+
+class HashingFile:
+    """A file being written whose sha256 is known when it is closed. `tell()` is the number of bytes written.
+
+    key: what decides its bytes. With one, a journal is kept, and what a killed process left of the same file (in one
+    of `leftovers`) is taken over: `tell()` is then not 0 at the start, but at an offset that was passed to `mark`.
+    """
+
+    def __init__(self, path: Path, key: str = "", leftovers: Iterable[Any] = ()) -> None:
+        self.path, self.size, self._hash = path, 0, hashlib.sha256()
+        self._journal = None
+        if key:
+            self.size, self._hash = take_over(leftovers, path.name, key, path)
+            self._journal = Journal(path.with_name(path.name + JOURNAL), key)
+            self.mark()
+        self._file = open(path, "ab" if self.size else "xb")  # noqa: SIM115 closed by close()
+
+    def mark(self) -> None:
+        """A place where writing could be taken up again."""
+        if self._journal is not None:
+            if hasattr(self, "_file"):
+                self._file.flush()
+            self._journal.note(self.size, self._hash)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append bytes."""
+        self._hash.update(data)
+        self._file.write(data)
+        self.size += len(data) if isinstance(data, bytes) else data.nbytes
+        return self.size
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.size
+
+    def close(self) -> FileFact:
+        """Close and say what was written."""
+        self._file.close()
+        if self._journal is not None:
+            self._journal.close()
+        return FileFact(self.size, self._hash.hexdigest())
+
+
+class BundleWriter:
+    """Collects the files of one bundle in a staging folder. Use through `writing_bundle`."""
+
+    def __init__(self, staging: Path, leftovers: Iterable[Any] = ()) -> None:
+        self.staging, self.leftovers = staging, tuple(leftovers)
+        self.files: dict[str, FileFact] = {}
+
+    @contextmanager
+    def open(self, name: str, key: str = "") -> Iterator[HashingFile]:
+        """Write one file, hashed on the way. key: see `HashingFile`."""
+        file = HashingFile(self.staging / name, key, self.leftovers)
+        try:
+            yield file
+        finally:
+            fact = file.close()
+        self.files[name] = fact
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write one whole file."""
+        with self.open(name) as file:
+            file.write(content)
+
+    def copy(self, source: Path, name: str) -> None:
+        """Copy one small file (tokenizer, config)."""
+        self.write(name, Path(source).read_bytes())
+
+    def record(self, name: str, fact: FileFact) -> None:
+        """Note a file that we did not write (linked or already in place)."""
+        self.files[name] = fact
+
+    def finish(self, manifest: Manifest) -> Manifest:
+        """Write the manifest, last, with the facts of every file."""
+        manifest = replace(manifest, files=dict(self.files))
+        (self.staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        return manifest
+
+
+@contextmanager
+def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) -> Iterator[BundleWriter]:
+    """Stage a bundle for `output`; on success it appears there at once, on any failure nothing of it stays.
+
+    inplace: `output` is an existing checkpoint folder; new files are moved into it one by one, the manifest last,
+    and none that exists may be replaced unless it is a file of an earlier bundle and `force` is given.
+    Raises GqaExportError for a non-empty output without `force`, an unwritable place, a full disk.
+    """
+    output = Path(os.path.abspath(output))
+    if not inplace:
+        check_output(output, force)
+    parent = output if inplace else output.parent
+    with disk_errors(output), staging_folder(output, parent) as (staging, leftovers):
+        yield BundleWriter(staging, leftovers)
+        if inplace:
+            _move_into(staging, output, force)
+        else:
+            replace_folder(staging, output)
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Refuse, before any work, an output that must not be replaced."""
+    check_folder(output, force=force, marker=MANIFEST)
+
+
+def _move_into(staging: Path, output: Path, force: bool) -> None:
+    names = sorted(p.name for p in staging.iterdir() if p.name != MANIFEST)
+    ours = set(read_manifest(output).files) if (output / MANIFEST).is_file() else set()
+    for name in names + [MANIFEST]:
+        if (output / name).exists() and not (force and (name in ours or name == MANIFEST)):
+            raise GqaExportError(f"{name} exists in the checkpoint folder and would be replaced", str(output),
+                                 "remove it, or pass --force if it came from an earlier export")
+    move_files([*names, MANIFEST], staging, output)

@@ -1,0 +1,30 @@
+"""What an opened checkpoint is: data only. `open`, `load_config`, `load_model` and `tokenizer` work on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .safetensors_header import StoredTensor
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. Only headers were read, and neither torch nor transformers imported for a folder.
+
+    source: what the user gave. folder: where its files are. config: config.json (GGUF: as transformers reads it).
+    stored_dtype: the float type most bytes have, "bfloat16" (GGUF: what it is dequantized to unless stored plain).
+    tensors: every tensor of the safetensors files; empty for GGUF and pickles. pickles: the files, if allowed.
+    text_only: of a multimodal model only the language model is meant.
+    """
+
+    source: str
+    folder: Path
+    kind: str
+    gguf_file: Path | None
+    config: dict[str, Any] = field(repr=False)
+    stored_dtype: str = "float32"
+    tensors: dict[str, StoredTensor] = field(default_factory=dict, repr=False)
+    pickles: tuple[Path, ...] = ()
+    text_only: bool = False

@@ -1,0 +1,33 @@
+"""transformers without its progress bars and warnings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet() -> Iterator[list[str]]:
+    """No progress bars, load reports or warnings of transformers: they are collected in the list instead.
+
+    Its settings are restored afterwards.
+    """
+    from transformers.utils import logging as hf
+
+    said: list[str] = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    hf.set_verbosity(logging.WARNING)
+    hf.disable_default_handler()
+    hf.add_handler(listener)
+    hf.disable_progress_bar()
+    try:
+        yield said
+    finally:
+        hf.remove_handler(listener)
+        hf.enable_default_handler()
+        hf.set_verbosity(level)
+        if bars:
+            hf.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""What this machine and this Python have: processor, memory, GPUs, packages, TensorRT's libraries."""

@@ -1,0 +1,1 @@
+"""The export: checkpoint -> trace -> lowering -> weights -> bundle, and from a bundle to an engine."""

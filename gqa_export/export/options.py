@@ -1,0 +1,31 @@
+"""What an export is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..weights.layout import Mode
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+DEFAULT_CAPACITY = 4096
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `gqa-export onnx` takes. dtype: "auto" is the checkpoint's. capacity 0: min(the model's, 4096).
+    cache and logits "": the target's own. max_ram: bytes this process may occupy, 0 is no limit. text_only: of a
+    multimodal model the language model alone."""
+
+    target: str = "ort"
+    dtype: str = "auto"
+    cache: str = ""
+    capacity: int = 0
+    weights: Mode = "copy"
+    logits: str = ""
+    provider: str = "auto"
+    force: bool = False
+    hash_full: bool = False
+    max_ram: int = 0
+    text_only: bool = False

@@ -1,0 +1,147 @@
+"""Everything about an export that is known before a byte is written: opened, traced, lowered, weights found."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.load_config import load_config
+from ..checkpoint.load_model import load_model
+from ..errors import GqaExportError
+from ..progress import Progress
+from ..weights.dtypes import itemsize
+from ..weights.memory_budget import Budget
+from ..weights.sources import WeightStore
+from .options import DEFAULT_CAPACITY, DTYPES, ExportOptions
+
+if TYPE_CHECKING:
+    from ..checkpoint.checkpoint import Checkpoint
+    from ..lowering.context import Lowered
+    from ..targets import Target
+    from ..trace.traced import Traced
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything about an export that is known before a byte is written. Options are resolved."""
+
+    checkpoint: Checkpoint
+    options: ExportOptions
+    dtype: str
+    target: Target
+    traced: Traced
+    trace_kept: bool
+    lowered: Lowered
+    store: WeightStore
+
+
+def prepare(source: str | Path, options: ExportOptions, say: Progress, budget: Budget,
+            output: Path | None = None) -> Prepared:
+    """Open, trace and lower a checkpoint. output: None where nothing will be written."""
+    from ..checkpoint.open import open_checkpoint
+    from ..lowering.context import LowerOptions
+    from ..lowering.lower import lower
+    from ..targets import get_target
+
+    target = get_target(options.target)
+    options = replace(options, cache=options.cache or target.caches[0], logits=options.logits or target.logits[0])
+    if options.cache not in target.caches:
+        raise GqaExportError(f"target {target.name} has no {options.cache} cache", "--cache",
+                             f"use --cache {target.caches[0]}")
+    if options.logits not in target.logits:
+        raise GqaExportError(f"target {target.name} does not give {options.logits} logits", "--logits",
+                             f"use --logits {target.logits[0]}")
+    say("reading the checkpoint", None, None)
+    checkpoint = open_checkpoint(source, text_only=options.text_only)
+    if options.weights == "inplace" and output is not None and output.resolve() != checkpoint.folder.resolve():
+        raise GqaExportError("--weights inplace writes the graph into the checkpoint folder, and -o is another one",
+                             str(output), f"use -o {checkpoint.folder}")
+    if options.weights != "copy" and checkpoint.kind == "gguf":
+        raise GqaExportError("a GGUF file's tensors are dequantized on the way, so they cannot be used where they are",
+                             checkpoint.source, "use --weights copy")
+    dtype = checkpoint.stored_dtype if options.dtype == "auto" else DTYPES[options.dtype]
+    if dtype not in DTYPES.values():
+        raise GqaExportError(f"weights of type {dtype} have no ONNX decoder", checkpoint.source,
+                             "choose a type with --dtype fp32|fp16|bf16")
+    traced, kept = traced_model(checkpoint, options, dtype, target, say)
+    budget.check("tracing")
+    lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits,
+                            pick_provider(options.provider, dtype, target), packed=options.weights == "copy")
+    lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None))
+    budget.check("lowering")
+    return Prepared(checkpoint, options, dtype, target, traced, kept, lowered, weight_store(checkpoint, traced, budget))
+
+
+def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, target: Target,
+                 say: Progress) -> tuple[Traced, bool]:
+    """The canonical model of a checkpoint, and whether it was kept from an earlier export (then PyTorch is not
+    even imported: whatever its configuration could be refused for, it was not refused then)."""
+    from ..trace import trace_cache
+
+    asked = {"dtype": dtype, "cache": options.cache, "capacity": options.capacity, "logits": options.logits,
+             "interface": target.interface, "text_only": options.text_only}
+    place = trace_cache.place_of({"kind": checkpoint.kind, **checkpoint.config}, asked)
+    known = trace_cache.load(place) if place else None
+    if known:
+        return known, True
+    from ..checkpoint.refusals import refuse_modules
+    from ..targets import refuse_layers
+    from ..trace.tracing import trace
+
+    say("tracing", None, None)
+    config = load_config(checkpoint)
+    traced = trace(config, dtype=dtype, cache=options.cache, capacity=_capacity(options.capacity, config),
+                   logits=options.logits, interface=target.interface,
+                   inspect=lambda module: refuse_modules(module, checkpoint.source, checkpoint.text_only),
+                   accept=lambda spec: refuse_layers(spec.layers, target))
+    if place:
+        trace_cache.keep(place, traced)
+    return traced, False
+
+
+def _capacity(asked: int, config: Any) -> int:
+    longest = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 0)
+    longest = longest if longest > 0 else DEFAULT_CAPACITY  # XLNet's is -1
+    if asked > longest:
+        raise GqaExportError(f"capacity {asked} is beyond the model's {longest} positions", "--capacity",
+                             f"use --capacity {longest} or less")
+    return asked or min(longest, DEFAULT_CAPACITY)
+
+
+def pick_provider(provider: str, dtype: str, target: Target) -> str:
+    """"cpu" or "cuda"; "auto" is CUDA where onnxruntime has it and the target's kernels there take this dtype."""
+    if provider != "auto":
+        return provider
+    from importlib.util import find_spec
+
+    if dtype not in target.dtypes.get("cuda", ()) or find_spec("onnxruntime") is None:
+        return "cpu"
+    import onnxruntime
+
+    return "cuda" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
+
+
+def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> WeightStore:
+    """Where every weight of a traced model is. The checkpoint is loaded only if names alone do not tell; then all
+    that is not used as it is stored is held in memory, for which `budget` must have room."""
+    from ..weights.sources import RECIPE, StoredSource, recipe_of
+
+    wanted = {recipe_of(tensor).removeprefix(RECIPE): tuple(tensor.dims)
+              for tensor in traced.model.graph.initializer if recipe_of(tensor)}
+    stored = checkpoint.tensors
+    aliases = {}
+    ambiguous = False
+    for group in traced.tied:
+        there = [name for name in group if name in stored]
+        ambiguous |= len(there) > 1
+        aliases.update({name: there[0] for name in group if there and name not in stored})
+    plain = not traced.converts and not ambiguous and all(
+        (real := aliases.get(name, name)) in stored and stored[real].shape == shape for name, shape in wanted.items())
+    if plain:
+        return WeightStore({name: StoredSource(tensor) for name, tensor in stored.items()}, aliases)
+    elements = sum(math.prod(shape) for shape in wanted.values())
+    budget.need(elements * itemsize(checkpoint.stored_dtype), "loading the model (its tensors are merged or "
+                "dequantized, so they cannot be streamed)")
+    return WeightStore.from_module(checkpoint, load_model(checkpoint, "auto"))

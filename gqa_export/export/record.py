@@ -1,0 +1,57 @@
+"""What a bundle says of itself: its manifest, and genai_config.json where onnxruntime-genai can load it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .. import graph_io
+from ..bundle.manifest import Manifest
+from ..checkpoint.tokenizer import token_ids
+from ..environment.versions import versions
+from ..targets import get_target
+from . import genai_config
+from .options import ExportOptions
+
+if TYPE_CHECKING:
+    from ..bundle.writer import BundleWriter
+    from ..checkpoint.checkpoint import Checkpoint
+    from ..lowering.context import Lowered
+    from ..trace.traced import Traced
+    from ..weights.layout import Placement
+
+RECORDED = ("gqa-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnx-graphsurgeon")
+"""the packages whose versions decide what an export writes"""
+
+
+def manifest_of(checkpoint: Checkpoint, traced: Traced, lowered: Lowered, options: ExportOptions, dtype: str,
+                has_tokenizer: bool) -> Manifest:
+    """The manifest of an export; the writer adds the files."""
+    target = get_target(options.target)
+    axis = traced.capacity if target.literal_capacity else graph_io.CAPACITY
+    return Manifest(
+        target=options.target, dtype=dtype, cache=options.cache, capacity=traced.capacity, logits=options.logits,
+        weights=options.weights, spec=traced.spec,
+        inputs=graph_io.graph_inputs(traced.spec, dtype, options.cache, target.interface, axis),
+        outputs=graph_io.graph_outputs(traced.spec, dtype, options.cache, options.logits, axis),
+        fallbacks=lowered.fallbacks,
+        source={"checkpoint": checkpoint.source, "kind": checkpoint.kind, "dtype": checkpoint.stored_dtype,
+                "rope_regime": traced.rope_regime, "traced_layers": traced.traced_layers,
+                "text_only": checkpoint.text_only},
+        tokens={**token_ids(checkpoint), "tokenizer": has_tokenizer}, versions=versions(RECORDED, absent="unknown"))
+
+
+def with_bytes(manifest: Manifest, placement: Placement) -> Manifest:
+    """The manifest with how many bytes of weights were written, and how many are used where they are."""
+    return replace(manifest, bytes_copied=placement.bytes_copied, bytes_linked=placement.bytes_linked)
+
+
+def add_genai(writer: BundleWriter, manifest: Manifest, provider: str, notes: list[str]) -> None:
+    """Write genai_config.json, or note why onnxruntime-genai cannot load this bundle."""
+    reason = genai_config.misfit(manifest)
+    if reason:
+        notes.append(f"no {genai_config.FILE}: {reason}")
+        return
+    config = genai_config.genai_config(manifest, provider)
+    writer.write(genai_config.FILE, (json.dumps(config, indent=1) + "\n").encode())

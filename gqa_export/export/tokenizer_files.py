@@ -1,0 +1,48 @@
+"""The tokenizer's files of a bundle: copied from the checkpoint's folder, or made from a GGUF file's metadata."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..checkpoint.load_config import load_config
+from ..checkpoint.tokenizer import has_tokenizer, tokenizer_files
+
+if TYPE_CHECKING:
+    from ..bundle.writer import BundleWriter
+    from ..checkpoint.checkpoint import Checkpoint
+
+
+def add_tokenizer(checkpoint: Checkpoint, writer: BundleWriter) -> bool:
+    """Put the tokenizer's files into a bundle. False: the checkpoint has none, or none that can be converted."""
+    if checkpoint.kind == "hf":
+        for path in tokenizer_files(checkpoint):
+            writer.copy(path, path.name)
+        return has_tokenizer(checkpoint)
+    with tempfile.TemporaryDirectory() as folder:
+        converted = _convert_gguf(checkpoint, Path(folder))
+        for path in sorted(Path(folder).iterdir()):
+            writer.copy(path, path.name)
+    return converted
+
+
+def _convert_gguf(checkpoint: Checkpoint, folder: Path) -> bool:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from .gguf_reader_patch import quick_gguf
+    from .quiet import quiet
+
+    assert checkpoint.gguf_file is not None
+    with quiet(), quick_gguf(vocabulary=True):
+        config = load_config(checkpoint)
+        config.save_pretrained(folder)
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        if not has_tokenizer(checkpoint):
+            return False
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf_file.name)
+        except (ValueError, KeyError, NotImplementedError):  # a kind of tokenizer that transformers cannot convert
+            return False
+        tokenizer.save_pretrained(folder)
+        return True

@@ -1,0 +1,29 @@
+"""A text file that is replaced as a whole."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import GqaExportError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or leave the old one: it appears at once. GqaExportError where that is not possible."""
+    staged = ""
+    try:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.absolute().parent, prefix=f".{path.name}.",
+                                         delete=False) as file:
+            staged = file.name
+            file.write(text)
+        os.chmod(staged, 0o644)
+        os.replace(staged, path)
+    except OSError as error:
+        raise GqaExportError(f"cannot write the file: {error.strerror}", str(path),
+                             "free some space, or name another file") from error
+    finally:
+        with suppress(OSError):
+            if staged:
+                os.unlink(staged)

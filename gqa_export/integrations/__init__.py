@@ -1,0 +1,1 @@
+"""Where other programs call gqa-export: pytest, NVIDIA Triton."""

@@ -1,0 +1,1 @@
+"""The canonical model -> the dialect of a target: one list of passes a target."""

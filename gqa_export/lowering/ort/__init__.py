@@ -1,0 +1,1 @@
+"""Target `ort`: GroupQueryAttention and the other fused operators of ONNX Runtime."""

@@ -1,0 +1,1 @@
+"""Rotary embedding: found in the canonical graph, verified by evaluation, folded into the attention op."""

@@ -1,0 +1,1 @@
+"""Targets `trt-plugin` and `trt-native`."""

@@ -1,0 +1,1 @@
+"""Engine bundles, run by TensorRT or TensorRT for RTX on a GPU."""

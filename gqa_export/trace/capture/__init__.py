@@ -1,0 +1,1 @@
+"""The recorded run of a decoder, translated to the canonical ONNX graph."""

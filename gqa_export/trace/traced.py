@@ -1,0 +1,30 @@
+"""What a trace gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..spec import ModelSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The canonical model and how it came about.
+
+    traced_layers: how many decoder layers torch.export saw. whole_because: "" if the rest were stamped, else why
+    every layer was traced. rope_regime: "short" or "long" where `longrope` was fixed by the capacity. tied: groups of
+    names of one tensor. converts: transformers renames or merges tensors on load. capacity: what it was traced for.
+    """
+
+    model: onnx.ModelProto
+    spec: ModelSpec
+    traced_layers: int
+    whole_because: str
+    rope_regime: str
+    tied: tuple[tuple[str, ...], ...]
+    converts: bool
+    capacity: int

@@ -1,0 +1,90 @@
+"""What a bundle is compared with, and what of the bundle is run: the checkpoint in PyTorch; the bundle itself, its fp32
+twin, or an engine's graph in a form that ONNX Runtime can run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..bundle.manifest import MANIFEST, MODEL, Manifest
+from ..progress import Progress
+from ..runtime.session import Session
+from ..targets import get_target, on_cpu
+from .sessions import pytorch_sessions, what_it_shows
+
+if TYPE_CHECKING:
+    from ..targets import Target
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A checkpoint opened for comparison: the truth, the yardstick, the truth's number format, its model, and what it
+    shows of itself."""
+
+    truth: Session
+    eager: Session | None
+    truth_dtype: str
+    model: Any
+    shown: dict[str, object]
+
+
+def runnable(stack: ExitStack, folder: Path, manifest: Manifest, ran_dtype: str, notes: list[str],
+             report: Progress) -> tuple[Manifest, Path, Target]:
+    """What is run for a bundle, while `stack` is open: the bundle itself, its fp32 twin where another format is
+    asked for, and of an engine's graph, as long as no engine was built, a form that ONNX Runtime can run."""
+
+    ran, where, target = manifest, folder, get_target(manifest.target)
+    if ran_dtype != manifest.dtype:
+        report("widening to fp32", None, None)
+        ran, where = stack.enter_context(_twin(folder))
+    if target.engine and manifest.engine is None:
+        ran, where = stack.enter_context(_interpreted(where, ran, notes))
+        target = on_cpu(target)
+    return ran, where, target
+
+
+def open_reference(against: str | Path, manifest: Manifest, ran_dtype: str, notes: list[str]) -> Reference:
+    """Open a checkpoint for bundles like this one, run in this number format."""
+    from ..bundle.source_checkpoint import open_for
+
+    truth, eager, truth_dtype = pytorch_sessions(open_for(manifest, against), manifest, ran_dtype, notes)
+    return Reference(truth, eager, truth_dtype, truth.model, what_it_shows(truth, str(against)))
+
+
+@contextmanager
+def _twin(folder: Path) -> Iterator[tuple[Manifest, Path]]:
+    from .fp32_twin import write_twin
+
+    with tempfile.TemporaryDirectory(prefix="gqa-export-twin-") as place:
+        yield write_twin(folder, Path(place)), Path(place)
+
+
+@contextmanager
+def _interpreted(folder: Path, manifest: Manifest, notes: list[str]) -> Iterator[tuple[Manifest, Path]]:
+    """A folder with the bundle's graph as ONNX Runtime can run it, its weights linked (copied where that fails)."""
+    import onnx
+
+    from ..lowering.tensorrt.interpret import interpret
+
+    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    count = interpret(model)
+    how = f"{count} plugin nodes interpreted by the op's function body" if count else "as it is"
+    notes.append(f"the ONNX graph was run in fp32 by ONNX Runtime, {how}: no TensorRT engine was built or run")
+    with tempfile.TemporaryDirectory(prefix="gqa-export-interpreted-") as place:
+        for name in set(manifest.files) - {MODEL}:
+            source, copy = (folder / name).resolve(), Path(place) / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, copy)
+            except OSError:
+                shutil.copyfile(source, copy)
+        onnx.save(model, str(Path(place) / MODEL))
+        stand_in = replace(manifest, files={name: fact for name, fact in manifest.files.items() if name != MODEL})
+        (Path(place) / MANIFEST).write_text(stand_in.to_json(), encoding="utf-8")
+        yield stand_in, Path(place)

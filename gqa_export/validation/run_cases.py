@@ -1,0 +1,92 @@
+"""Runs the cases of a plan: the fp64 reference, the same-dtype baseline and the bundle walk in step, through
+Polygraphy's Comparator."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ..compare.case_driver import BUNDLE, EAGER, TRUTH, CaseDriver, CaseLog
+from ..compare.cases import Case, Plan
+from ..compare.judge import doubtful, judge
+from ..progress import Progress
+from .sessions import Sides
+
+REDRAWS = (1, 2, 3)
+"""seeds: a case that fails narrowly is held against the largest of four draws of PyTorch's rounding errors"""
+
+
+def run_cases(sides: Sides, plan: Plan, *, last_only: bool = False, report: Progress | None = None,
+              dtype: str = "float32", notes: list[str] | None = None) -> list[CaseLog]:
+    """Run every case of a plan through the Comparator and return what was measured. dtype: the format that is run;
+    notes: where is said whose yardstick was measured again."""
+    total, done = sum(case.feeds for case in plan.cases), 0
+    logs = []
+    for case in plan.cases:
+        def tick(name: str = case.name) -> None:
+            nonlocal done
+            done += 1
+            if report is not None:
+                report(f"comparing: {name}", done, total)
+
+        if case.poison and sides.poison is None:
+            continue
+        if sides.poison is not None:
+            sides.poison(case.poison)
+        with limited(sides, case.capacity):
+            log = run_case(sides, case, last_only, tick)
+            if sides.eager is not None and doubtful(judge(log, dtype)):
+                measure_again(sides, log, last_only)
+                (notes if notes is not None else []).append(
+                    f"case {case.name}: nearer to its bounds than one measurement of PyTorch's rounding can tell; "
+                    f"measured {1 + len(REDRAWS)} times")
+            logs.append(log)
+    return logs
+
+
+def measure_again(sides: Sides, log: CaseLog, last_only: bool) -> None:
+    """Let the yardsticks of a case be the largest of several draws of PyTorch's rounding errors."""
+    eager: Any = sides.eager
+    for seed in REDRAWS:
+        with eager.redrawn(seed):
+            drawn = run_case(sides, log.case, last_only, lambda: None).yardstick or {}
+        log.yardstick = {name: max(known, drawn.get(name, 0.0)) for name, known in (log.yardstick or {}).items()}
+
+
+@contextmanager
+def limited(sides: Sides, capacity: int) -> Iterator[None]:
+    """Inside, no cache of any side holds more than `capacity` tokens (0: as they are)."""
+    sessions: list[Any] = [side for side in (sides.truth, sides.eager, sides.bundle) if side is not None]
+    before = [session.capacity for session in sessions]
+    try:
+        for session in sessions if capacity else ():
+            session.capacity = capacity
+        yield
+    finally:
+        for session, whole in zip(sessions, before):
+            session.capacity = whole
+
+
+def run_case(sides: Sides, case: Case, last_only: bool, tick: Callable[[], None]) -> CaseLog:
+    """Run one case. Polygraphy streams: a step's arrays are dropped before the next one runs."""
+    from polygraphy.comparator import Comparator
+    from polygraphy.logger import G_LOGGER
+
+    from .session_runner import SessionRunner
+
+    began = time.perf_counter()
+    others = [SessionRunner(sides.bundle, BUNDLE, last_only=last_only, single=case.single)]
+    if sides.eager is not None:
+        others.insert(0, SessionRunner(sides.eager, EAGER, free=False, last_only=last_only))
+    pairs = [(0, 1)] if len(others) == 1 else [(0, 1), (1, 2), (0, 2)]
+    runners = [SessionRunner(sides.truth, TRUTH, last_only=last_only, beside=others if sides.beside else ()), *others]
+    driver = CaseDriver(case, np.concatenate(case.prompts), tick)
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        stream = Comparator.run(runners, data_loader=driver.feeds(), streaming=True)
+        Comparator.compare_accuracy(stream, comparisons=pairs, compare_func=driver.compare)
+    driver.log.seconds = time.perf_counter() - began
+    return driver.log
