@@ -1,7 +1,7 @@
 """The op `gqa::GroupedQueryAttention`, version 1: its ordered inputs, outputs and attributes, as data.
 
 Every place that spells the op out (the torch op and its fake, the ONNX function body, the TensorRT plugin, the
-documentation) is held to these tables by `tests/test_contract.py`. A change of signature bumps `VERSION`.
+documentation) is held to these tables by `tests/test_attention_op.py`. A change of signature bumps `VERSION`.
 
 Dimension key: B batch, S new tokens (padded on the right), P length of the past axis (growing: any; static: C),
 C cache capacity, H query heads, K key/value heads (H % K == 0), D head size of queries and keys, E of values,

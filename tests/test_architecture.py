@@ -16,25 +16,26 @@ ROOT = Path(gqa_export.__file__).parent.parent
 PACKAGE = ROOT / "gqa_export"
 PLUGINS = ROOT / "plugins"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *PLUGINS.rglob("*.py"), *(ROOT / "models").rglob("*.py")])
-STAGES = {"bisect", "checkpoint", "trace", "graph", "targets", "engine", "run", "compare", "report", "convert",
-          "uptrain"}
-# Stages may import the targets' table (facts, no code) and, below graph, nothing of another stage.
-LENDS = {("graph", "targets.table"), ("run", "targets.table"), ("trace", "targets.table"), ("engine", "targets.table"),
-         ("targets", "graph"), ("trace", "graph"),
-         # a report tells of verdicts
-         ("report", "compare.verdict"), ("report", "compare.trail"),
-         # a conversion asks the model's own attention where its heads are
-         ("convert", "checkpoint"), ("convert", "trace.attention"), ("convert", "trace.skeleton"),
-         ("convert", "trace.probe"), ("uptrain", "checkpoint"),
-         # a bisection is a comparison of its own: it opens both sides, and judges with the same tolerance
-         ("bisect", "checkpoint"), ("bisect", "run"), ("bisect", "compare.tolerance")}
-FOUNDATIONS = {"leftovers", "swap", "manifest_rules", "memory", "errors", "contract", "spec", "cache_io",
-               "engine_facts", "bundle", "output_folder"}
+SCRIPTS = ROOT / "scripts"
+ORDER = (
+    ("errors", "spec", "attention_op", "progress"),
+    ("graph_io", "targets", "files", "environment", "compare"),
+    ("graph", "checkpoint", "report"),
+    ("trace", "lowering", "bundle", "uptrain"),
+    ("weights", "engine", "runtime", "describe"),
+    ("export", "convert", "validation"),
+    ("bisect", "integrations", "api"),
+    ("cli", "__main__"),
+)
+"""the rooms of gqa_export: each imports rooms of its own line and of the lines above, and no two import one another"""
+FOUNDATIONS = ("errors", "progress", "spec", "attention_op", "graph_io", "targets")
+"""modules at the root; with `api` and what Python itself asks for there is nothing else"""
 NEVER = {
+    "bundle": {"torch", "onnxruntime", "tensorrt"},
     "checkpoint": {"onnx", "onnxruntime", "tensorrt", "onnx_ir", "onnxscript"},
     "trace": {"onnxruntime", "tensorrt"},
     "graph": {"torch"},
-    "targets": {"torch"},
+    "lowering": {"torch"},
     "engine": {"torch", "onnxruntime"},
     "compare": {"torch", "onnxruntime", "tensorrt"},
     "report": {"torch", "onnx", "onnxruntime", "tensorrt", "polygraphy"},
@@ -63,54 +64,86 @@ def imports(path: Path, *, top_only: bool = False) -> set[str]:
     return found
 
 
-def stage_of(module: str) -> str:
-    """`gqa_export.runtime.ort.session.OrtSession` -> `run`; "" for what is in no stage."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[0] == "gqa_export" and parts[1] in STAGES else ""
+def modules() -> dict[str, Path]:
+    """Every module of gqa_export by its dotted name; a package is its `__init__`."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
-def stage_files() -> list[tuple[str, Path]]:
-    return [(path.relative_to(PACKAGE).parts[0], path) for path in SOURCES
-            if PACKAGE in path.parents and path.relative_to(PACKAGE).parts[0] in STAGES]
+def imported_modules() -> dict[str, set[str]]:
+    """For every module of gqa_export the modules of gqa_export that it imports, wherever in the file it does."""
+    known = modules()
+    found: dict[str, set[str]] = {}
+    for name, path in known.items():
+        names = {target for target in imports(path) if target.split(".")[0] == "gqa_export"}
+        found[name] = {target if target in known else target.rpartition(".")[0] for target in names}
+    return found
 
 
-def test_no_stage_imports_another() -> None:
-    wrong = []
-    for stage, path in stage_files():
-        for module in imports(path):
-            other = stage_of(module)
-            lent = any(stage == borrower and module.removeprefix("gqa_export.").startswith(what)
-                       for borrower, what in LENDS)
-            if other and other != stage and not lent:
-                wrong.append(f"{name_of(path)} imports {module}")
+def room_of(module: str) -> str:
+    """`gqa_export.runtime.ort.session` -> `runtime`; "" for gqa_export itself."""
+    return (module.split(".")[1:2] or [""])[0]
+
+
+def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """The circles of a graph (its strongly connected parts of two or more), each sorted."""
+    import networkx
+
+    graph = networkx.DiGraph([(start, end) for start, ends in arrows.items() for end in ends if start != end])
+    return [sorted(part) for part in networkx.strongly_connected_components(graph) if len(part) > 1]
+
+
+def room_arrows() -> dict[str, set[str]]:
+    """For every room the other rooms that it imports."""
+    found: dict[str, set[str]] = {}
+    for module, targets in imported_modules().items():
+        found.setdefault(room_of(module), set()).update({room_of(target) for target in targets} - {""})
+    found.pop("", None)
+    return {room: others - {room} for room, others in found.items()}
+
+
+def test_the_root_holds_the_foundations_the_api_and_packages() -> None:
+    loose = {path.stem for path in PACKAGE.glob("*.py")}
+    assert loose == {"__init__", "__main__", "api", *FOUNDATIONS}
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders | loose - {"__init__"} == {room for line in ORDER for room in line}
+
+
+def test_rooms_import_rooms_of_their_own_line_or_above() -> None:
+    rank = {room: place for place, line in enumerate(ORDER) for room in line}
+    wrong = [f"{room} imports {other}" for room, others in room_arrows().items() for other in others
+             if rank[other] > rank[room]]
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_imports_form_no_circle_of_rooms_and_none_of_files() -> None:
+    assert not circles(room_arrows())
+    assert not circles(imported_modules())
+
+
+def test_a_circle_is_found_and_a_chain_is_not_one() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": {"c"}}) == []
+
+
+def test_nothing_that_users_install_imports_the_evidence() -> None:
+    wrong = [f"{name_of(path)} imports {module}" for path in SOURCES for module in imports(path)
+             if module.split(".")[0] in {"evidence", "scripts", "tests"}]
     assert not wrong, "\n".join(wrong)
 
 
-def test_stages_stay_away_from_the_packages_of_others() -> None:
-    wrong = [f"{name_of(path)} imports {module}" for stage, path in stage_files() for module in imports(path)
-             if module.split(".")[0] in NEVER.get(stage, set())]
+def test_rooms_stay_away_from_the_packages_of_others() -> None:
+    wrong = [f"{module} imports {other}" for module, path in modules().items() for other in imports(path)
+             if other.split(".")[0] in NEVER.get(room_of(module), set())]
     assert not wrong, "\n".join(wrong)
 
 
 def test_foundations_import_the_standard_library_only() -> None:
-    wrong = []
-    for name in sorted(FOUNDATIONS):
-        for module in imports(PACKAGE / f"{name}.py"):
-            top = module.split(".")[0]
-            if top != "gqa_export" and top not in sys.stdlib_module_names:
-                wrong.append(f"{name}.py imports {module}")
-            if top == "gqa_export" and module.split(".")[1] not in FOUNDATIONS:
-                wrong.append(f"{name}.py imports {module}")
-    assert not wrong, "\n".join(wrong)
-
-
-def test_only_pipeline_validation_and_the_command_line_see_several_stages() -> None:
-    allowed = {"asked.py", "crosscheck.py", "matrix.py", "proof.py", "pipeline.py", "validation.py"}
-    wrong = []
-    for path in PACKAGE.glob("*.py"):
-        stages = {stage_of(module) for module in imports(path)} - {""}
-        if len(stages) > 1 and path.name not in allowed:
-            wrong.append(f"{name_of(path)} sees {sorted(stages)}")
+    wrong = [f"{name}.py imports {module}" for name in FOUNDATIONS for module in imports(PACKAGE / f"{name}.py")
+             if module.split(".")[0] not in {"gqa_export", *sys.stdlib_module_names}]
     assert not wrong, "\n".join(wrong)
 
 
@@ -152,11 +185,13 @@ def test_nothing_asks_for_the_name_of_a_model_or_target() -> None:
     assert not wrong, "ask for a fact instead:\n" + "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_module_is_short_and_says_what_it_is(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= LONGEST_MODULE
-    assert not text or ast.get_docstring(ast.parse(text)), "a module opens by saying what it is"
+def test_modules_are_short_and_say_what_they_are() -> None:
+    texts = {path: path.read_text(encoding="utf-8") for path in [*SOURCES, *(SCRIPTS / "evidence").rglob("*.py")]}
+    long = [f"{name_of(path)} has {lines} lines" for path, text in texts.items()
+            if (lines := len(text.splitlines())) > LONGEST_MODULE]
+    silent = [f"{name_of(path)} has no docstring" for path, text in texts.items()
+              if not ast.get_docstring(ast.parse(text))]
+    assert not long + silent, "\n".join(long + silent)
 
 
 def public_definitions(tree: ast.Module) -> list[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
@@ -168,11 +203,11 @@ def public_definitions(tree: ast.Module) -> list[ast.FunctionDef | ast.AsyncFunc
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if PACKAGE in p.parents], ids=name_of)
-def test_everything_public_has_a_docstring(path: Path) -> None:
-    missing = [node.name for node in public_definitions(ast.parse(path.read_text(encoding="utf-8")))
+def test_everything_public_has_a_docstring() -> None:
+    missing = [f"{name_of(path)}: {node.name}" for path in modules().values()
+               for node in public_definitions(ast.parse(path.read_text(encoding="utf-8")))
                if not ast.get_docstring(node)]
-    assert not missing
+    assert not missing, "\n".join(missing)
 
 
 def modules_loaded_by(arguments: list[str]) -> set[str]:

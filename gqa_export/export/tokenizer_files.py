@@ -30,8 +30,8 @@ def add_tokenizer(checkpoint: Checkpoint, writer: BundleWriter) -> bool:
 def _convert_gguf(checkpoint: Checkpoint, folder: Path) -> bool:
     from transformers import AutoTokenizer, GenerationConfig
 
-    from .gguf_reader_patch import quick_gguf
-    from .quiet import quiet
+    from ..checkpoint.gguf_reader_patch import quick_gguf
+    from ..checkpoint.quiet import quiet
 
     assert checkpoint.gguf_file is not None
     with quiet(), quick_gguf(vocabulary=True):

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from gqa_export.cli import main
 from gqa_export.describe.architectures import ENDS, counts, document, known_names, missing, table
 
-DOCS = Path(__file__).parent.parent / "docs" / "models.md"
+DOCS = Path(__file__).parent.parent.parent / "docs" / "models.md"
 AGAIN = "python scripts/matrix.py --resume"
 
 
