@@ -1,7 +1,8 @@
-"""The one exception of the project: what went wrong, where, and what to do next.
+"""The exceptions of the project: what went wrong, where, and what to do next.
 
-Every refusal that a user can meet is a `GqaExportError`; the command line prints it as three lines and exits
-with its `exit_code`. Exit codes: 0 passed, 1 outputs differ, 2 bad input, 3 could not be checked here.
+Every refusal that a user can meet is a `GqaExportError`. The command line prints it and exits with its `exit_code`:
+0 passed, 1 outputs differ, 2 bad input, 3 could not be checked here. Programs and tests tell refusals apart by their
+kind (the class) and by `code`, which stays the same when a message is worded anew; docs/errors.md lists every code.
 """
 
 from __future__ import annotations
@@ -19,15 +20,20 @@ def first_line(error: BaseException) -> str:
 
 
 class GqaExportError(Exception):
-    """A refusal with its cause, place and remedy.
+    """A refusal with its cause, place and remedy; the base of all kinds, and the kind of a wrong option or setting.
 
-    what: one sentence, the cause. where: file, layer, node or argument. fix: what the user does next.
+    Attributes:
+        code: stable name of the cause, such as "E-BUNDLE-HASH".
+        what: one sentence, the cause: what was expected and what was found.
+        where: file, layer, node or argument.
+        fix: what the user does next.
+        exit_code: of the command that ends with this.
     """
 
     exit_code = EXIT_BAD_INPUT
 
-    def __init__(self, what: str, where: str = "", fix: str = "") -> None:
-        self.what, self.where, self.fix = what, where, fix
+    def __init__(self, what: str, where: str = "", fix: str = "", *, code: str = "") -> None:
+        self.what, self.where, self.fix, self.code = what, where, fix, code
         super().__init__(what)
 
     def __str__(self) -> str:
@@ -38,8 +44,30 @@ class GqaExportError(Exception):
             lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
-        return type(self), (self.what, self.where, self.fix)
+    def __reduce__(self) -> tuple[object, ...]:
+        return _remade, (type(self), self.what, self.where, self.fix, self.code)
+
+
+def _remade(kind: type[GqaExportError], what: str, where: str, fix: str, code: str) -> GqaExportError:
+    return kind(what, where, fix, code=code)
+
+
+class InvalidCheckpoint(GqaExportError):
+    """A checkpoint that cannot be read as one: files missing, damaged, contradictory or in a refused format."""
+
+
+class UnsupportedModel(GqaExportError):
+    """A sound checkpoint whose model cannot be exported, or not as asked: a layer, a mask, an argument, a target."""
+
+
+class InvalidBundle(GqaExportError):
+    """A bundle that is damaged, is not what its manifest says, or does not belong to the checkpoint it is held to."""
+
+
+class OutputDiffers(GqaExportError):
+    """A comparison came to its end and the bundle's outputs are not PyTorch's. The bundle must not be used."""
+
+    exit_code = EXIT_DIFFERENT
 
 
 class NotCheckedHere(GqaExportError):

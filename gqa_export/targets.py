@@ -103,9 +103,10 @@ class Target:
 
 
 _ROWS = (
-    Target(name="ort", dialect="ort.passes", attention="com.microsoft::GroupQueryAttention", fallback="gqa::GroupedQueryAttention",
-           opset=23, ir_version=10, caches=("growing", "static"), interface="mask",
-           value_head_size_differs=False, head_size_multiple=8, shares_buffer=True, chunks_alone=True, empty_alone=True,
+    Target(name="ort", dialect="ort.passes", attention="com.microsoft::GroupQueryAttention",
+           fallback="gqa::GroupedQueryAttention", opset=23, ir_version=10, caches=("growing", "static"),
+           interface="mask", value_head_size_differs=False, head_size_multiple=8, shares_buffer=True, chunks_alone=True,
+           empty_alone=True,
            rotary_inside=True, rotary_head_multiple=16, rotary_half_multiple=8, packed_projections=True, genai=True,
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")})),
     Target(name="onnx", dialect="onnx.passes", attention="Attention", fallback="gqa::GroupedQueryAttention",

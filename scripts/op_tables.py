@@ -12,7 +12,8 @@ BEGIN, END = "<!-- tables from gqa_export/attention_op.py: begin -->", "<!-- end
 
 def tables() -> str:
     """Inputs, outputs and attributes as Markdown."""
-    lines = [f"`{attention_op.DOMAIN}::{attention_op.OP}`, version {attention_op.VERSION}.", "", "| # | input | shape | type | |",
+    lines = [f"`{attention_op.DOMAIN}::{attention_op.OP}`, version {attention_op.VERSION}.", "",
+             "| # | input | shape | type | |",
              "|---|---|---|---|---|"]
     for number, port in enumerate(attention_op.INPUTS):
         name = f"`{port.name}`{' (optional)' if port.optional else ''}"
@@ -21,7 +22,8 @@ def tables() -> str:
     for number, port in enumerate(attention_op.OUTPUTS):
         lines.append(f"| {number} | `{port.name}` | [{', '.join(port.shape)}] | {port.type} | {port.meaning} |")
     lines += ["", "| attribute | type | |", "|---|---|---|"]
-    lines += [f"| `{attribute.name}` | {attribute.type} | {attribute.meaning} |" for attribute in attention_op.ATTRIBUTES]
+    lines += [f"| `{attribute.name}` | {attribute.type} | {attribute.meaning} |"
+              for attribute in attention_op.ATTRIBUTES]
     return "\n".join(lines)
 
 

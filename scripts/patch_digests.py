@@ -1,4 +1,5 @@
-"""Writes gqa_export/trace/patches/source_digests.py: the digest of every function of transformers that a patch replaces.
+"""Writes gqa_export/trace/patches/source_digests.py: the digest of every function of transformers that a patch
+replaces.
 
 Run it after reading each function that changed (`git diff` of what it writes names them), and never to make an error
 go away: the digest is the promise that somebody looked.
@@ -30,7 +31,7 @@ def main() -> None:
             found = inspect.getattr_static(found, part)
         rows[patch.place] = registry.digest(found)
     lines = [f'    "{place}": "{value}",\n' for place, value in sorted(rows.items())]
-    Path(registry.__file__).with_name("seen.py").write_text(HEAD + "".join(lines) + "}\n")
+    Path(registry.__file__).with_name("source_digests.py").write_text(HEAD + "".join(lines) + "}\n")
     print(f"{len(rows)} places")
 
 

@@ -90,7 +90,8 @@ def test_onnx_schema_of_the_trace_is_the_contract() -> None:
     from gqa_export.trace.capture.custom_op import onnx_schema
 
     schema = onnx_schema()
-    assert (schema.domain, schema.name, schema.since_version) == (attention_op.DOMAIN, attention_op.OP, attention_op.VERSION)
+    assert (schema.domain, schema.name, schema.since_version) == (attention_op.DOMAIN, attention_op.OP,
+                                                                   attention_op.VERSION)
     assert tuple(port.name for port in schema.inputs) == attention_op.INPUT_NAMES
     assert tuple(port.name for port in schema.outputs) == attention_op.OUTPUT_NAMES
     assert set(schema.attributes) == set(attention_op.ATTRIBUTE_NAMES)

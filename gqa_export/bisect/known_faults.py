@@ -1,8 +1,7 @@
 """What a wrong output looks like, in words: hypotheses that are tried with PyTorch's own numbers.
 
-A hypothesis is believed if it explains the output as well as rounding would. Dimensions as in `gqa_export.attention_op`;
-everything in fp64.
-"""
+A hypothesis is believed if it explains the output as well as rounding would. Dimensions as in
+`gqa_export.attention_op`; everything in fp64. """
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ BESIDE = ("config.json", "tokenizer_config.json", "generation_config.json", "spe
 
 
 def tokenizer_files(checkpoint: Checkpoint) -> list[Path]:
-    """Tokenizer, chat template, generation configuration and config.json, as far as the folder has them. A GGUF file has
-    none: everything is inside it."""
+    """Tokenizer, chat template, generation configuration and config.json, as far as the folder has them. A GGUF file
+    has none: everything is inside it."""
     if checkpoint.kind == "gguf":
         return []
     named = [checkpoint.folder / name for name in TOKENIZERS + BESIDE]

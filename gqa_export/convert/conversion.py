@@ -60,7 +60,8 @@ class Conversion:
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
-def convert(checkpoint: Checkpoint, output: Path, options: ConvertOptions, report: Progress | None = None) -> Conversion:
+def convert(checkpoint: Checkpoint, output: Path, options: ConvertOptions,
+            report: Progress | None = None) -> Conversion:
     """Write the converted checkpoint and say what it cost. Raises GqaExportError; then nothing is left behind."""
     say = report or silent
     check_folder(Path(output), force=options.force, marker=REPORT)

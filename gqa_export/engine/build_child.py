@@ -1,4 +1,5 @@
-"""The process that builds: `python -m gqa_export.engine.build_child`, a job on standard input, messages on standard output.
+"""The process that builds: `python -m gqa_export.engine.build_child`, a job on standard input, messages on standard
+output.
 
 A process of its own because TensorRT's parser ends the process when it cannot find its own library, because the
 search path for it must be set before a process starts, and because whatever else goes wrong in there must not take

@@ -1,8 +1,7 @@
 """What gqa-export can do here, what is missing and the command that gets it, and which packages clash.
 
-A judgement of facts that `gqa_export.environment.machine` gathers; standard library only, so that it works where nothing else
-does.
-"""
+A judgement of facts that `gqa_export.environment.machine` gathers; standard library only, so that it works where
+nothing else does. """
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ def tidy(graph: gs.Graph) -> int:
 
 
 def new_weight(name: str, recipe: str, dtype: Any, shape: Sequence[int]) -> gs.Constant:
-    """A constant without bytes that `gqa_export.weights.sources` will fill. recipe: `NAME`, or `A+B+C` for tensors joined
-    along axis 0. dtype: numpy dtype or ONNX element type. shape: of the whole."""
+    """A constant without bytes that `gqa_export.weights.sources` will fill. recipe: `NAME`, or `A+B+C` for tensors
+    joined along axis 0. dtype: numpy dtype or ONNX element type. shape: of the whole."""
     proto = onnx.TensorProto(name=name, dims=list(shape), data_location=onnx.TensorProto.EXTERNAL,
                              data_type=_element_type(dtype))
     proto.external_data.add(key="location", value=RECIPE + recipe)

@@ -23,7 +23,7 @@ VERSION = "1"
 INPUTS = (("input_ids", "TYPE_INT32", "-1", False), ("max_new_tokens", "TYPE_INT32", "1", True),
           ("temperature", "TYPE_FP32", "1", True), ("seed", "TYPE_INT64", "1", True))
 OUTPUTS = (("token", "TYPE_INT32", "1"),)
-MODEL = '''"""Made by gqa-export: the engine bundle beside this file, served by gqa_export.integrations.triton_backend."""
+MODEL = '''"""Made by gqa-export: the engine bundle beside this file, run by gqa_export.integrations.triton_backend."""
 
 from gqa_export.integrations.triton_backend import TritonPythonModel
 

@@ -1,9 +1,8 @@
 """Lowering: the canonical model into the dialect of a target, by that target's list of passes.
 
-A target is a row of `gqa_export.targets`, whose `dialect` is a module of this package. That module has `PREPARE` (passes
-over an onnx_ir Model, weights detached and every value typed; None: not needed) and `PASSES` (passes over a
-graphsurgeon Graph).
-"""
+A target is a row of `gqa_export.targets`, whose `dialect` is a module of this package. That module has `PREPARE`
+(passes over an onnx_ir Model, weights detached and every value typed; None: not needed) and `PASSES` (passes over a
+graphsurgeon Graph). """
 
 from __future__ import annotations
 

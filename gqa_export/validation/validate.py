@@ -29,7 +29,8 @@ from .suite_setting import asked_of
 
 def validate(bundle: Path | str, against: str | Path, *, level: str = "quick", steps: int = 0,
              text: Path | None = None, provider: str = "auto", as_dtype: str | None = None, full_hash: bool = False,
-             check_hashes: bool = True, progress: Progress | None = None, reference: Reference | None = None) -> Verdict:
+             check_hashes: bool = True, progress: Progress | None = None,
+             reference: Reference | None = None) -> Verdict:
     """Compare a bundle with the checkpoint it was made from.
 
     level, steps: which cases of `compare.battery`, and how many decode steps each (0: the level's own). text: a file

@@ -1,8 +1,7 @@
 """The public entry: grouped-query attention over a static KV cache, from PyTorch.
 
-Tensors as in `gqa_export.attention_op`. On CUDA through Triton; on a CPU through Triton's interpreter (TRITON_INTERPRET=1
-before the first import); anywhere, slowly, in plain PyTorch with backend="reference".
-"""
+Tensors as in `gqa_export.attention_op`. On CUDA through Triton; on a CPU through Triton's interpreter
+(TRITON_INTERPRET=1 before the first import); anywhere, slowly, in plain PyTorch with backend="reference". """
 
 from __future__ import annotations
 

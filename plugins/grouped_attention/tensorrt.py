@@ -3,11 +3,11 @@
     register(trt, kernels)     once per process, before an ONNX file with the node is parsed
     register(trt)              once per process, before an engine is deserialized
 
-Inputs, outputs, attributes and serialized fields as `fields` says; dimensions as in `gqa_export.attention_op`. The present
-tensors are the memory of the past ones (aliased outputs). fp16, bf16 or fp32 for everything but the lengths (int32),
-linear layout. Building needs no GPU: the kernels are compiled before (`Kernels`); running launches them through the
-CUDA driver. Raises nothing silently: TensorRT swallows what a callback raises, so the first error is kept in `failure`.
-"""
+Inputs, outputs, attributes and serialized fields as `fields` says; dimensions as in `gqa_export.attention_op`. The
+present tensors are the memory of the past ones (aliased outputs). fp16, bf16 or fp32 for everything but the lengths
+(int32), linear layout. Building needs no GPU: the kernels are compiled before (`Kernels`); running launches them
+through the CUDA driver. Raises nothing silently: TensorRT swallows what a callback raises, so the first error is kept
+in `failure`. """
 
 from __future__ import annotations
 

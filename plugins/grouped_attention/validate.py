@@ -1,8 +1,7 @@
 """Every refusal of the grouped-attention entry, with the argument's name and the shapes. Never triton, never a launch.
 
-Dimensions as in `gqa_export.attention_op`. What cannot be known without reading the device (lengths) is a function of its
-own, `check_lengths`, because reading it is a synchronisation that a CUDA graph capture forbids.
-"""
+Dimensions as in `gqa_export.attention_op`. What cannot be known without reading the device (lengths) is a function of
+its own, `check_lengths`, because reading it is a synchronisation that a CUDA graph capture forbids. """
 
 from __future__ import annotations
 

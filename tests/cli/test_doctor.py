@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 import gqa_export
 from gqa_export.cli import main
-from gqa_export.environment import doctor, import_probe, machine
+from gqa_export.environment import doctor, import_probe
 from gqa_export.environment.doctor import ABILITIES, BASIC, PACKAGES, PackageState
 from gqa_export.environment.import_probe import Imported
 from gqa_export.environment.machine import Gpu, Machine
@@ -124,7 +124,7 @@ def test_a_gpu_beside_a_cpu_build_of_onnxruntime_is_a_problem_with_a_fix() -> No
 
 def test_onnxruntime_beside_onnxruntime_gpu_is_a_clash(monkeypatch) -> None:
     installed = ["onnxruntime", "onnxruntime-genai", "onnxruntime-gpu"]
-    monkeypatch.setattr(machine, "installed_names", lambda prefix: [n for n in installed if n.startswith(prefix)])
+    monkeypatch.setattr(doctor, "installed_names", lambda prefix: [n for n in installed if n.startswith(prefix)])
     on_gpu = doctor.find_problems(WITH_GPU, ("CUDAExecutionProvider", *CPU), {})
     assert [problem.what for problem in on_gpu] == ["onnxruntime and onnxruntime-gpu are both installed"]
     assert on_gpu[0].fix.endswith("pip uninstall -y onnxruntime onnxruntime-gpu && "
@@ -162,7 +162,8 @@ def test_a_package_that_ends_the_process_is_named_and_the_others_are_still_exami
     (tmp_path / "gqa_test_raises.py").write_text("raise OSError('libsomething.so: cannot open')\n")
     (tmp_path / "gqa_test_works.py").write_text("__version__ = '1.5'\n")
     monkeypatch.syspath_prepend(tmp_path)
-    found = import_probe.try_imports([("gqa_test_kills",), ("gqa_test_raises",), ("gqa_test_missing", "gqa_test_works")])
+    found = import_probe.try_imports([("gqa_test_kills",), ("gqa_test_raises",),
+                                      ("gqa_test_missing", "gqa_test_works")])
     assert found["gqa_test_kills"].error == "importing it ended the process with code 7"
     assert found["gqa_test_raises"].error == "OSError: libsomething.so: cannot open"
     assert found["gqa_test_missing"] == Imported("", "1.5")

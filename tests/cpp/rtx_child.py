@@ -1,5 +1,6 @@
 """Builds an engine of two attention layers with the C++ plugin: a process of its own, started with the library's folder
-on the search path (see `gqa_export.environment.tensorrt_libraries`). Arguments: module, plugin library, where the engine goes."""
+on the search path (see `gqa_export.environment.tensorrt_libraries`). Arguments: module, plugin
+library, where the engine goes."""
 
 from __future__ import annotations
 

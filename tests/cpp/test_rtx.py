@@ -63,8 +63,8 @@ def test_engine_builds_with_the_cpp_plugin_and_carries_its_kernels(tensorrt_prog
             assert data.count(f"{key.kernel} {key.capability} {key.sha256}\n".encode()) == 2
 
 
-def test_build_without_kernels_fails_with_the_plugins_words(tensorrt_programs: Programs, rtx: tensorrt_libraries.Library,
-                                                            tmp_path: Path) -> None:
+def test_build_without_kernels_fails_with_the_plugins_words(tensorrt_programs: Programs,
+                                                            rtx: tensorrt_libraries.Library, tmp_path: Path) -> None:
     done = build(rtx, tensorrt_programs.plugin_library, tmp_path / "engine", GQA_KERNELS=str(tmp_path / "nowhere"))
     assert done.returncode != 0
     assert "GQA_KERNELS names no folder" in done.stdout + done.stderr

@@ -58,7 +58,8 @@ def check_plugin(built: EngineBuild, bundle: Path, variants: int) -> None:
     check(built, bundle, "plugin")
     facts, data = built.facts, (built.folder / ENGINE).read_bytes()
     assert facts.plugin is not None
-    assert (facts.plugin.namespace, facts.plugin.name, facts.plugin.version) == (attention_op.DOMAIN, attention_op.OP, "1")
+    named = (facts.plugin.namespace, facts.plugin.name, facts.plugin.version)
+    assert named == (attention_op.DOMAIN, attention_op.OP, "1")
     assert facts.plugin_layers == len(built.manifest.spec.layers)
     assert data.count(fields.MAGIC + b"\n") == 1
     start = data.index(fields.MAGIC + b"\n")

@@ -162,7 +162,8 @@ def test_folders_of_other_verbs_are_exchanged_the_same_way(tmp_path, monkeypatch
         with writing_folder(output, force=True, marker="marker") as staging:
             (staging / "marker").write_text(version)
         assert (output / "marker").read_text() == version
-    monkeypatch.setattr("gqa_export.files.atomic_replace.exchange", lambda *_: False)  # a file system that cannot exchange names
+    # a file system that cannot exchange names
+    monkeypatch.setattr("gqa_export.files.atomic_replace.exchange", lambda *_: False)
     with writing_folder(output, force=True, marker="marker") as staging:
         (staging / "marker").write_text("3")
     assert (output / "marker").read_text() == "3"

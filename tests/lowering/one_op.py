@@ -32,10 +32,12 @@ def op_model(attributes: Attributes, dtype: int = TensorProto.FLOAT, opset: int 
     given = [port for port in attention_op.INPUTS if port.name not in ("cos", "sin")]
     inputs = [helper.make_tensor_value_info(port.name, TensorProto.INT32 if port.type == "int32" else dtype,
                                             [None] * len(port.shape)) for port in given]
-    outputs = [helper.make_tensor_value_info(port.name, dtype, [None] * len(port.shape)) for port in attention_op.OUTPUTS]
+    outputs = [helper.make_tensor_value_info(port.name, dtype, [None] * len(port.shape))
+               for port in attention_op.OUTPUTS]
     names = [port.name for port in given]
     node = helper.make_node(attention_op.OP, [name if name in names else "" for name in attention_op.INPUT_NAMES],
-                            list(attention_op.OUTPUT_NAMES), name="call", domain=attention_op.DOMAIN, **asdict(attributes))
+                            list(attention_op.OUTPUT_NAMES), name="call", domain=attention_op.DOMAIN,
+                            **asdict(attributes))
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(attention_op.DOMAIN, attention_op.VERSION)]
     graph = helper.make_graph([node], "one_op", inputs, outputs)
     return helper.make_model(graph, opset_imports=imports, ir_version=10)

@@ -145,7 +145,8 @@ def test_fp16_asks_for_an_fp32_softmax_and_stays_close():
 def test_what_attention_cannot_hold_falls_back_to_the_function(softcap, sinks, reason):
     model = AttentionOnly(Attributes(softcap=softcap), "onnx", sinks=sinks)
     (fallback,) = model.lowered.fallbacks
-    assert (fallback.layer, fallback.wanted, fallback.used) == (0, "Attention", f"{attention_op.DOMAIN}::{attention_op.OP}")
+    op = f"{attention_op.DOMAIN}::{attention_op.OP}"
+    assert (fallback.layer, fallback.wanted, fallback.used) == (0, "Attention", op)
     assert reason in fallback.reason
     assert [function.name for function in model.lowered.model.functions] == [attention_op.OP]
     cache, past, new, ids = model.empty_cache(2, 0), np.array([0, 0]), np.array([4, 2]), np.arange(8).reshape(2, 4)

@@ -17,7 +17,8 @@ ALL = {"has_new": 1, "has_rotary": 1, "has_sinks": 1}
 
 
 def test_creation_fields_are_the_contract_s_attributes_and_three_flags() -> None:
-    assert [name for name, _ in fields.CREATION] == [*attention_op.ATTRIBUTE_NAMES, "has_rotary", "has_sinks", "has_new"]
+    assert [name for name, _ in fields.CREATION] == [
+        *attention_op.ATTRIBUTE_NAMES, "has_rotary", "has_sinks", "has_new"]
     assert {kind for _, kind in fields.CREATION} == {"int32", "float32"}
     assert fields.NAME == attention_op.OP
     assert fields.NAMESPACE == attention_op.DOMAIN

@@ -70,12 +70,13 @@ def gpu(monkeypatch):
     """A pretended GPU with a pretended TensorRT: (bundle) -> its session; `.device` is the log."""
     device = Device()
     pretend_cuda(monkeypatch, device)
-    monkeypatch.setattr(device, "cuda_device", lambda number: torch.device("cpu"))
+    monkeypatch.setattr("gqa_export.runtime.tensorrt.device.cuda_device", lambda number: torch.device("cpu"))
     monkeypatch.setattr(plugin, "register", lambda trt: None)
     monkeypatch.setattr(plugin, "failures", [])
 
     def load(folder: Path, **options) -> EngineSession:
-        monkeypatch.setattr("gqa_export.runtime.tensorrt.session.import_flavor", lambda facts, where: module(device, folder))
+        monkeypatch.setattr("gqa_export.runtime.tensorrt.session.import_flavor",
+                            lambda facts, where: module(device, folder))
         return EngineSession.load(folder, **options)
 
     load.device = device

@@ -54,8 +54,8 @@ def interpret(model: onnx.ModelProto) -> int:
             del inputs["cos"], inputs["sin"]
         if "sinks" not in inputs:
             inputs["sinks"] = _no_sinks(model.graph, attributes["num_heads"])
-        call = helper.make_node(attention_op.OP, [inputs.get(name, "") for name in attention_op.INPUT_NAMES], node.output,
-                                name=node.name, domain=attention_op.DOMAIN)
+        call = helper.make_node(attention_op.OP, [inputs.get(name, "") for name in attention_op.INPUT_NAMES],
+                                node.output, name=node.name, domain=attention_op.DOMAIN)
         while not call.input[-1]:
             call.input.pop()
         call.attribute.extend(each for each in node.attribute if each.name in attention_op.ATTRIBUTE_NAMES)

@@ -1,9 +1,8 @@
 """An engine bundle as a session: lengths on the host, every refusal before the run, the cache written in place.
 
-Dimensions as in `gqa_export.attention_op`; V vocabulary. The engine answers with the logits of each row's last valid token
-alone. A step with more new tokens than the engine takes at once is cut into pieces, each over the cache of the ones
-before; a row whose padding could pass the end of a cache that padding is written into runs by itself.
-"""
+Dimensions as in `gqa_export.attention_op`; V vocabulary. The engine answers with the logits of each row's last valid
+token alone. A step with more new tokens than the engine takes at once is cut into pieces, each over the cache of the
+ones before; a row whose padding could pass the end of a cache that padding is written into runs by itself. """
 
 from __future__ import annotations
 

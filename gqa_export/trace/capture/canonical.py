@@ -1,9 +1,8 @@
 """From a traced, simplified module to the canonical ONNX model: weights by recipe, names with places, plain shapes.
 
 Every weight is an initializer without bytes: its external location is the recipe `weights:NAME` (see
-`gqa_export.weights.sources`). Every node's name starts with the module it came from, because graphsurgeon keeps names but
-not metadata.
-"""
+`gqa_export.weights.sources`). Every node's name starts with the module it came from, because graphsurgeon keeps names
+but not metadata. """
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def capture(module: torch.nn.Module, inputs: Sequence[Input], table: Mapping[Any
         stack.enter_context(_scopes(module))
         graph = _record(run, table, weights, examples)
         functionalize.settle(graph.graph)
-        if functionalize.writes(graph.graph):  # a model that fills a part of a tensor: recorded again as a chain of new ones
+        if functionalize.writes(graph.graph):  # a part of a tensor is filled: recorded again as a chain of new ones
             graph = _record(torch.func.functionalize(run), table, weights, examples)
     check_guards(environment, roles, points)
     names = [*weights, *[given.name for given in inputs]]

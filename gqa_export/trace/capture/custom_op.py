@@ -50,7 +50,8 @@ def onnx_schema():
         inputs=[OpSchema.FormalParameter(p.name, kinds[p.type], p.meaning, param_option=optional if p.optional
                                          else single) for p in attention_op.INPUTS],
         outputs=[OpSchema.FormalParameter(p.name, kinds[p.type], p.meaning) for p in attention_op.OUTPUTS],
-        attributes=[OpSchema.Attribute(a.name, types[a.type], a.meaning, required=True) for a in attention_op.ATTRIBUTES],
+        attributes=[OpSchema.Attribute(a.name, types[a.type], a.meaning, required=True)
+                    for a in attention_op.ATTRIBUTES],
         type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "")])
 
 
