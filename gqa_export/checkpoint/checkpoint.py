@@ -16,7 +16,8 @@ class Checkpoint:
     source: what the user gave. folder: where its files are. config: config.json (GGUF: as transformers reads it).
     stored_dtype: the float type most bytes have, "bfloat16" (GGUF: what it is dequantized to unless stored plain).
     tensors: every tensor of the safetensors files; empty for GGUF and pickles. pickles: the files, if allowed.
-    text_only: of a multimodal model only the language model is meant.
+    text_only: of a multimodal model only the language model is meant. model: the transformers model itself where a
+    program holds it in memory; then `folder` has everything but weights. revision: the commit of a hub id, else "".
     """
 
     source: str
@@ -28,3 +29,8 @@ class Checkpoint:
     tensors: dict[str, StoredTensor] = field(default_factory=dict, repr=False)
     pickles: tuple[Path, ...] = ()
     text_only: bool = False
+    model: Any = field(default=None, repr=False, compare=False)
+    revision: str = ""
+
+    def __str__(self) -> str:
+        return self.source

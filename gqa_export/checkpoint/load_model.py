@@ -12,6 +12,7 @@ from .checkpoint import Checkpoint
 from .gguf_config import gguf_facts, identity
 from .gguf_reader_patch import quick_gguf
 from .load_config import load_config
+from .memory_model import model_of
 from .pickle_weights import read_pickles
 from .quiet import quiet
 from .refusals import refuse_modules
@@ -47,6 +48,8 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
 
     name = checkpoint.stored_dtype if dtype == "auto" else DTYPES.get(dtype, dtype)
     config = load_config(checkpoint, **config_overrides)
+    if checkpoint.model is not None:
+        return model_of(checkpoint, name, config, attn_implementation)
     kwargs: dict[str, Any] = {"dtype": getattr(torch, name), "attn_implementation": attn_implementation,
                               "experts_implementation": "batched_mm", "ignore_mismatched_sizes": True,
                               "output_loading_info": True}

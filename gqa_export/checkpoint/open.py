@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import GqaExportError
 from ..files.read_json import read_json
@@ -15,27 +16,36 @@ from .pickle_weights import pickle_files
 from .refusals import refuse_quantized, refuse_raw_config
 from .safetensors_header import StoredTensor, read_header
 
-if TYPE_CHECKING:
-
-    pass
-
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
+"""files of a hub repository that a checkpoint consists of"""
+COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FIX_FOLDER = "give a folder with config.json and .safetensors files, a hub id such as org/name, or a .gguf file"
 
 
-def open_checkpoint(source: str | Path, *, text_only: bool = False) -> Checkpoint:
-    """Open a checkpoint folder, hub id or .gguf file. Every refusal is a GqaExportError with its remedy.
+def open_checkpoint(source: str | Path, *, text_only: bool = False, revision: str | None = None) -> Checkpoint:
+    """Open a checkpoint folder, hub id or .gguf file.
 
-    text_only: a multimodal model is taken for the language model in it, which is given token ids alone.
+    Args:
+        source: folder, hub id such as "org/name", or path of a .gguf file.
+        text_only: a multimodal model is taken for the language model in it, which is given token ids alone.
+        revision: branch, tag or commit of a hub id; None is the hub's main branch.
+
+    Raises:
+        GqaExportError: for everything that is not a decoder checkpoint that can be read here, with its remedy.
     """
     path = Path(source).expanduser()
+    if revision is not None and path.exists():
+        raise GqaExportError("a revision is a branch, tag or commit of the hub, and this is a local path", str(source),
+                             "leave out --revision, or give a hub id", code="E-OPTION-REVISION")
     if path.is_dir():
         return _open_folder(str(source), path, text_only)
     if path.is_file():
         return _open_file(str(source), path)
     if isinstance(source, str) and HUB_ID.fullmatch(source) and not source.endswith(".gguf"):
-        return _open_folder(source, _download(source), text_only)
+        folder = _download(source, revision)
+        return replace(_open_folder(source, folder, text_only), revision=_commit(folder))
     raise GqaExportError("no such file or folder", str(source), FIX_FOLDER)
 
 
@@ -121,12 +131,16 @@ def _stored_dtype(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> s
     return named if named in ("float32", "float16", "bfloat16", "float64") else "float32"
 
 
-def _download(hub_id: str) -> Path:
+def _commit(snapshot: Path) -> str:
+    """The commit of a snapshot in the hub's cache, which names its folder; "" if it is named otherwise."""
+    return snapshot.name if COMMIT.fullmatch(snapshot.name) else ""
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt",
-                                                              "*.tiktoken"], ignore_patterns=["*/*"]))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=WANTED, ignore_patterns=["*/*"]))
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         replies = [getattr(cause, "response", None) for cause in (error, error.__cause__)]
         reply: Any = next((reply for reply in replies if reply is not None), None)

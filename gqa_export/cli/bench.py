@@ -11,6 +11,7 @@ import click
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ..objects.choices import Provider
     from ..runtime.benchmark import Speed
 
 
@@ -25,17 +26,18 @@ if TYPE_CHECKING:
 @click.option("--low-memory", is_flag=True, help="Leave the weights in their files.")
 @click.option("--threads", type=int, default=0, show_default=True, help="0 lets ONNX Runtime choose.")
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the figures as JSON; - is standard output.")
-def command(bundle: Path, prompt_tokens: int, new_tokens: int, batch: int, repeat: int, provider: str,
+def command(bundle: Path, prompt_tokens: int, new_tokens: int, batch: int, repeat: int, provider: Provider,
             low_memory: bool, threads: int, json_file: str | None) -> None:
     """Measure BUNDLE on random prompts, end tokens not honoured."""
     from rich.console import Console
 
-    from ..runtime.benchmark import measure
+    from .. import api
     from .progress import progress
 
     with progress(f"measuring {bundle.name}") as bar:
-        speed = measure(bundle, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repeat=repeat,
-                        provider=provider, low_memory=low_memory, threads=threads, report=bar.report)
+        speed = api.open_bundle(bundle).benchmark(
+            prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repeat=repeat, provider=provider,
+            low_memory=low_memory, threads=threads, progress=bar.report)
     figures = json.dumps(speed.to_dict(), indent=1)
     if json_file == "-":
         click.echo(figures)

@@ -15,12 +15,12 @@ def command(bundle: Path, against: str) -> None:
 
     Exit codes: 0 nothing found, 1 something is wrong, 2 bad input, 3 could not be checked here.
     """
-    from ..bisect.bisection import bisect
+    from .. import api
     from .progress import progress
 
     with progress(f"bisecting {bundle.name}") as bar:
         bar.report("feeding every layer from PyTorch", None, None)
-        found = bisect(bundle, against)
+        found = api.open_bundle(bundle).bisect(against)
     click.echo(f"probes: {', '.join(found.probes)}")
     if found.finding is None:
         click.echo("every op of every layer is within rounding of PyTorch")

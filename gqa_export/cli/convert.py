@@ -39,13 +39,11 @@ def command(checkpoint: str, output: Path, json_file: str | None, **options: Any
     The method is that of Ainslie et al., 2023: pool the heads of a group, then `gqa-export uptrain` for a small part
     of the original steps. The report is also in the output folder, as gqa_convert.json.
     """
-    from ..checkpoint.open import open_checkpoint
-    from ..convert.conversion import convert
-    from ..convert.options import ConvertOptions
+    from .. import api
     from .progress import progress
 
     with progress(f"converting {checkpoint}") as bar:
-        result = convert(open_checkpoint(checkpoint), output, ConvertOptions(**options), bar.report)
+        result = api.convert(checkpoint, output, progress=bar.report, **options)
     text = json.dumps(asdict(result), indent=1)
     if json_file == "-":
         click.echo(text)

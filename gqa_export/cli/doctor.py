@@ -21,11 +21,11 @@ def command(as_json: bool) -> None:
 
     Exit code 0: exporting and validating on the CPU can run here. 3: they cannot.
     """
-    from ..environment.doctor import diagnose
+    from .. import api
     from .progress import progress
 
     with progress("looking around"):
-        found = diagnose()
+        found = api.doctor()
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(describe(found)))
     raise SystemExit(EXIT_PASSED if found.ready else EXIT_NOT_CHECKED)
 

@@ -4,61 +4,34 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ..checkpoint.load_config import load_config
 from .tables import aligned, readable_bytes
-from .trust_options import trust_options
+from .trust_options import revision_option, trust_options
 
 if TYPE_CHECKING:
-    from ..checkpoint.checkpoint import Checkpoint
     from ..describe.inspection import Inspection, LayerGroup
 
 
 @click.command(short_help="Show the attention layers and the KV-cache cost of a bundle or checkpoint.")
 @click.argument("source", metavar="BUNDLE|CHECKPOINT")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@revision_option
 @trust_options
-def command(source: str, as_json: bool) -> None:
+def command(source: str, as_json: bool, revision: str | None, allow_pickle: bool) -> None:
     """Show each layer's attention and the bytes of the KV cache, against the same model as MHA and as MQA.
 
     A checkpoint's facts come from what each layer passes to attention when the model is called, not from its name.
     """
+    from .. import api
     from .progress import progress
 
     with progress(f"inspecting {Path(source).name}"):
-        found = examine(source)
+        found = api.inspect(source, revision=revision, allow_pickle=allow_pickle)
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(describe(found)))
-
-
-def examine(source: str) -> Inspection:
-    """Inspect a bundle (a folder with a manifest) or a checkpoint (anything else)."""
-    from ..bundle.manifest import MANIFEST, read_manifest
-    from ..describe.inspection import inspect_bundle, inspect_checkpoint
-
-    if (Path(source) / MANIFEST).is_file():
-        return inspect_bundle(Path(source), read_manifest(source))
-    from ..checkpoint.open import open_checkpoint
-    from ..trace.probe.layer_probe import probe
-
-    checkpoint = open_checkpoint(source)
-    spec = probe(load_config(checkpoint))
-    return inspect_checkpoint(source, spec, checkpoint.stored_dtype, *stored_in_checkpoint(checkpoint))
-
-
-def stored_in_checkpoint(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Elements and bytes of the stored tensors; of a GGUF file, its (quantized) size."""
-    if checkpoint.gguf_file is not None:
-        from ..checkpoint.gguf_header import read_gguf_header
-
-        header = read_gguf_header(checkpoint.gguf_file)
-        return sum(prod(shape) for _, shape in header.tensors.values()), checkpoint.gguf_file.stat().st_size
-    tensors = checkpoint.tensors.values()
-    return sum(prod(tensor.shape) for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
 
 
 def describe(found: Inspection) -> list[str]:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import EXIT_DIFFERENT, NotCheckedHere
-from .trust_options import trust_options
+from .trust_options import revision_option, trust_options
 
 if TYPE_CHECKING:
-    from ..export.options import ExportOptions
-    from ..export.to_onnx import Export
+    from ..objects.bundle import Bundle
+    from ..objects.choices import Provider
 
 
 @click.command(short_help="Export a checkpoint to an ONNX decoder with a KV cache.")
@@ -43,39 +43,30 @@ if TYPE_CHECKING:
 @click.option("--max-ram", default=None, metavar="SIZE", help="Stop rather than occupy more memory than this (1GB).")
 @click.option("--text-only", is_flag=True, help="Of a multimodal model: the language model alone, for token ids.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, its size, time and memory; write nothing.")
+@revision_option
 @trust_options
-def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, max_ram: str | None,
-            capacity: int | None, cache: str | None, logits: str | None, **options: Any) -> None:
+def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, provider: Provider, hash_full: bool,
+            force: bool, allow_pickle: bool, revision: str | None, **options: Any) -> None:
     """Export CHECKPOINT (a folder, a hub id or a .gguf file) to an ONNX bundle.
 
     Exit codes: 0 done (and passed), 1 the outputs differ from PyTorch's, 2 bad input.
     """
-    from ..export.options import ExportOptions
-    from ..export.to_onnx import export_onnx
-    from ..weights.memory_budget import parse_size
+    from .. import api
     from .progress import progress
 
-    chosen: ExportOptions = ExportOptions(capacity=capacity or 0, cache=cache or "", logits=logits or "",
-                                          max_ram=parse_size(max_ram) if max_ram else 0, **options)
+    options.update(provider=provider, revision=revision, allow_pickle=allow_pickle)
     if dry_run:
-        raise SystemExit(_dry_run(checkpoint, chosen, output))
+        with progress(f"looking at {checkpoint}") as bar, no_collection():
+            plan = api.plan_export(checkpoint, output, progress=bar.report, **options)
+        click.echo("\n".join(plan.lines()))
+        return
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     with progress(f"exporting {checkpoint}") as bar, no_collection():
-        export = export_onnx(checkpoint, output, chosen, bar.report)
-    describe(export)
+        bundle = api.export(checkpoint, output, full_hash=hash_full, force=force, progress=bar.report, **options)
+    describe(bundle)
     if check:
-        raise SystemExit(_validate(export, checkpoint, chosen.provider))
-
-
-def _dry_run(checkpoint: str, chosen: ExportOptions, output: Path | None) -> int:
-    from ..export.dry_run import dry_run
-    from .progress import progress
-
-    with progress(f"looking at {checkpoint}") as bar, no_collection():
-        plan = dry_run(checkpoint, chosen, output, bar.report)
-    click.echo("\n".join(plan.lines()))
-    return 0
+        raise SystemExit(_validate(bundle, checkpoint, provider, allow_pickle))
 
 
 @contextmanager
@@ -91,10 +82,11 @@ def no_collection() -> Iterator[None]:
         gc.enable()
 
 
-def describe(export: Export) -> None:
-    """Say what was written, and everything that is not as asked."""
-    manifest = export.manifest
-    click.echo(f"{export.folder}: {manifest.target}, {manifest.dtype}, {manifest.cache} cache, capacity "
+def describe(bundle: Bundle) -> None:
+    """Say what was written, and everything that is not as the options said."""
+    manifest, export = bundle.manifest, bundle.exported
+    assert export is not None
+    click.echo(f"{bundle.folder}: {manifest.target}, {manifest.dtype}, {manifest.cache} cache, capacity "
                f"{manifest.capacity}, {len(manifest.spec.layers)} layers, {export.nodes} nodes")
     click.echo(f"  weights: {manifest.bytes_copied / 1e6:,.1f} MB written, {manifest.bytes_linked / 1e6:,.1f} MB used "
                "where they are")
@@ -109,16 +101,16 @@ def describe(export: Export) -> None:
         click.echo(f"  note: {note}")
 
 
-def _validate(export: Export, checkpoint: str, provider: str) -> int:
+def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle: bool) -> int:
     from rich.console import Console
 
     from ..report.console import print_verdict
-    from ..validation.validate import validate
     from .progress import progress
 
     try:
         with progress("validating") as bar:
-            verdict = validate(export.folder, checkpoint, provider=provider, check_hashes=False, progress=bar.report)
+            verdict = bundle.validate(checkpoint, provider=provider, check_hashes=False, allow_pickle=allow_pickle,
+                                      progress=bar.report)
     except NotCheckedHere as reason:
         click.echo(f"  not validated: {reason.what}" + (f" ({reason.fix})" if reason.fix else ""))
         return 0

@@ -15,8 +15,8 @@ class Bar(Protocol):
     def report(self, text: str, done: float | None = None, total: float | None = None) -> None:
         """Say what is being done and, where it is known, how much of it (in any unit)."""
 
-    def advance(self, amount: float = 1) -> None:
-        """That much more is done."""
+    def close(self) -> None:
+        """Take the line away now, because something else is printed from here on."""
 
 
 class SilentBar:
@@ -25,8 +25,8 @@ class SilentBar:
     def report(self, text: str, done: float | None = None, total: float | None = None) -> None:
         """Say nothing."""
 
-    def advance(self, amount: float = 1) -> None:
-        """Say nothing."""
+    def close(self) -> None:
+        """Nothing to take away."""
 
 
 class RichBar:
@@ -39,9 +39,9 @@ class RichBar:
         """Change the text, and the bar where `total` is known."""
         self._bars.update(self._task, description=text, completed=done, total=total)
 
-    def advance(self, amount: float = 1) -> None:
-        """Move the bar."""
-        self._bars.advance(self._task, amount)
+    def close(self) -> None:
+        """Stop drawing and erase the line."""
+        self._bars.stop()
 
 
 @contextmanager

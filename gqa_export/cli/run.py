@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from ..bundle.manifest import Manifest
-    from ..runtime.generate import GenerationResult
-    from ..runtime.text import BundleText
+    from ..objects.choices import Provider
+    from ..runtime.completion import Completion
+    from .progress import Bar
 
 
 @click.command(short_help="Let a bundle answer a prompt.")
@@ -32,94 +32,58 @@ if TYPE_CHECKING:
 @click.option("--threads", type=int, default=0, show_default=True, help="0 lets ONNX Runtime choose.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming.")
 def command(bundle: Path, prompt: str | None, token_ids: str | None, chat: bool, system: str | None,
-            max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int | None, provider: str,
+            max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int | None, provider: Provider,
             low_memory: bool, threads: int, as_json: bool) -> None:
     """Continue a prompt with BUNDLE: the text goes to standard output as it comes, the speed to standard error.
 
     Stops at any of the model's end tokens, at --max-new-tokens, or when the cache is full.
     """
-    from ..bundle.manifest import read_manifest
-    from ..runtime.generate import Sampling, generate
-    from ..runtime.open_session import open_bundle
-    from ..runtime.text import BundleText, has_tokenizer
+    from .. import api
     from .progress import progress
 
-    manifest = read_manifest(bundle)
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    text = BundleText(bundle) if prompt is not None or has_tokenizer(bundle) else None
-    ids = prompt_ids(prompt, token_ids, chat, system, text)
-    with progress(f"loading {bundle.name}"):
-        session = open_bundle(bundle, provider, low_memory=low_memory, threads=threads)
-    stream = text.stream() if text is not None else None
-    show = (lambda piece: None) if as_json else (lambda piece: click.echo(piece, nl=False))
-    result = generate(session, [ids], max_new_tokens, manifest.tokens.get("eos", ()),
-                      token_printer(show, stream.push if stream is not None else None), sampling=sampling)
+    opened = api.open_bundle(bundle)
+    ids = parse_ids(token_ids) if token_ids is not None else None
+    with progress(f"loading {bundle.name}") as bar:
+        done = opened.complete(
+            prompt, token_ids=ids, chat=chat, system=system, max_new_tokens=max_new_tokens, temperature=temperature,
+            top_k=top_k, top_p=top_p, seed=seed, provider=provider, low_memory=low_memory, threads=threads,
+            on_text=None if as_json else shown_after(bar))
     if as_json:
-        click.echo(json.dumps(summary(result, ids, text), indent=1))
+        click.echo(json.dumps(done.to_dict(), indent=1))
         return
-    click.echo(stream.flush() if stream is not None else "")
-    click.echo(statistics(result, manifest), err=True)
+    click.echo()
+    click.echo(statistics(done, opened.manifest.capacity), err=True)
 
 
-def prompt_ids(prompt: str | None, token_ids: str | None, chat: bool, system: str | None,
-               text: BundleText | None) -> list[int]:
-    """The prompt's token ids. Raises GqaExportError unless exactly one of prompt and token_ids is usable."""
+def shown_after(bar: Bar) -> Callable[[str], None]:
+    """Print each piece of text; the first one ends the progress line."""
+
+    def show(piece: str) -> None:
+        bar.close()
+        click.echo(piece, nl=False)
+
+    return show
+
+
+def parse_ids(text: str) -> list[int]:
+    """Token ids written as 1,2,3."""
     from ..errors import GqaExportError
 
-    if (prompt is None) == (token_ids is None):
-        raise GqaExportError("give either --prompt or --token-ids", "gqa-export run",
-                             'for example --prompt "The sea is"')
-    if (token_ids is not None and chat) or (system is not None and not chat):
-        raise GqaExportError("--system belongs to --chat, and --chat to --prompt", "gqa-export run",
-                             "give --chat and --prompt together")
-    if token_ids is not None:
-        try:
-            return [int(part) for part in token_ids.replace(",", " ").split()]
-        except ValueError as error:
-            raise GqaExportError(f"not a list of whole numbers: {token_ids!r}", "--token-ids",
-                                 "write it like 1,2,3") from error
-    assert text is not None
-    assert prompt is not None
-    if not chat:
-        return text.encode(prompt)
-    opening = [{"role": "system", "content": system}] if system is not None else []
-    return text.encode_chat([*opening, {"role": "user", "content": prompt}])
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise GqaExportError(f"expected whole numbers, got {text!r}", "--token-ids", "write them like 1,2,3",
+                             code="E-OPTION-TOKEN-IDS") from error
 
 
-def token_printer(show: Callable[[str], None], push: Callable[[int], str] | None) -> Callable[[int, int], None]:
-    """What to do with each new token: print the text it completes, or its number where there is no tokenizer."""
-
-    def on_token(_row: int, token: int) -> None:
-        piece = push(token) if push is not None else f"{token} "
-        if piece:
-            show(piece)
-
-    return on_token
-
-
-def summary(result: GenerationResult, prompt: list[int], text: BundleText | None) -> dict[str, object]:
-    """The whole run as plain data."""
-    return {
-        "text": text.decode(result.tokens[0]) if text is not None else None,
-        "prompt_tokens": prompt,
-        "tokens": result.tokens[0],
-        "finish": result.finish[0],
-        "prefill_s": result.prefill_s,
-        "decode_s": result.decode_s,
-        "prefill_tokens_per_s": result.prefill_tokens_per_s,
-        "decode_tokens_per_s": result.tokens_per_s,
-    }
-
-
-def statistics(result: GenerationResult, manifest: Manifest) -> str:
+def statistics(done: Completion, capacity: int) -> str:
     """One line on the speed, and one on a cache that ran full."""
     from ..runtime.generate import FULL
 
-    count = len(result.tokens[0])
-    speed = f", decode {result.tokens_per_s:.1f} tokens/s" if result.decode_steps else ""
-    line = (f"prompt {result.prompt_tokens} tokens, {result.prefill_tokens_per_s:.1f} tokens/s; "
-            f"{count} new token{'s' if count != 1 else ''}{speed}; stopped: {result.finish[0]}")
-    if result.finish[0] == FULL:
-        line += (f"\nthe cache of {manifest.capacity} tokens is full: export with a larger --capacity for a longer "
-                 "answer")
+    count = len(done.tokens)
+    speed = f", decode {done.decode_tokens_per_s:.1f} tokens/s" if done.decode_steps else ""
+    line = (f"prompt {len(done.prompt_tokens)} tokens, {done.prefill_tokens_per_s:.1f} tokens/s; "
+            f"{count} new token{'s' if count != 1 else ''}{speed}; stopped: {done.finish}")
+    if done.finish == FULL:
+        line += f"\nthe cache of {capacity} tokens is full: export with a larger --capacity for a longer answer"
     return line

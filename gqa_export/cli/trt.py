@@ -11,6 +11,7 @@ from .trust_options import trust_options
 
 if TYPE_CHECKING:
     from ..engine.build import EngineBuild
+    from ..objects.choices import Attention, Dtype, Flavor
 
 
 @click.command(short_help="Build a TensorRT engine, with the attention plugin or without.")
@@ -40,25 +41,28 @@ if TYPE_CHECKING:
               help="Also write a Triton Inference Server model repository there.")
 @click.option("--force", is_flag=True, help="Replace an earlier bundle.")
 @trust_options
-def command(source: str, output: Path, attention: str | None, dtype: str, flavor: str, capabilities: tuple[str, ...],
-            max_batch: int, max_prompt: int | None, capacity: int | None, timing_cache: Path | None,
-            strip_weights: bool, workspace_mb: int | None, triton_repository: Path | None, force: bool) -> None:
+def command(source: str, output: Path, attention: Attention | None, dtype: Dtype, flavor: Flavor,
+            capabilities: tuple[str, ...], max_batch: int, max_prompt: int | None, capacity: int | None, timing_cache: Path | None,
+            strip_weights: bool, workspace_mb: int | None, triton_repository: Path | None, allow_pickle: bool,
+            force: bool) -> None:
     """Build an engine from BUNDLE (of target trt-plugin or trt-native) or CHECKPOINT (exported on the way).
 
     Exit codes: 0 done, 2 bad input, 3 this needs a GPU and there is none.
     """
-    from ..engine.build import EngineOptions
-    from ..export.to_engine import make_engine
+    from .. import api
     from ..integrations.triton_repository import check_repository, write_repository
     from .progress import progress
 
-    options = EngineOptions(attention or "", dtype, capacity or 0, flavor, capabilities, max_batch, max_prompt or 0,
-                            timing_cache, strip_weights, workspace_mb or 0, force)
     if triton_repository is not None:
         check_repository(triton_repository, output.name)
     with progress(f"building an engine of {source}") as bar:
-        build = make_engine(source, output, options, bar.report)
-    describe(build)
+        bundle = api.build_engine(
+            source, output, attention=attention, dtype=dtype, capacity=capacity, flavor=flavor,
+            compute_capability=capabilities, max_batch=max_batch, max_prompt=max_prompt, timing_cache=timing_cache,
+            strip_weights=strip_weights, workspace_mb=workspace_mb, allow_pickle=allow_pickle, force=force,
+            progress=bar.report)
+    assert bundle.built is not None
+    describe(bundle.built)
     if triton_repository is not None:
         click.echo(f"  Triton model repository: {write_repository(triton_repository, output)}")
 

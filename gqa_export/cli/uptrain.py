@@ -62,14 +62,11 @@ def command(checkpoint: str, output: Path, restart: bool, json_file: str | None,
 
     Several GPUs or machines: `accelerate launch -m gqa_export uptrain ...`.
     """
-    from ..checkpoint.open import open_checkpoint
-    from ..uptrain.options import UptrainOptions
-    from ..uptrain.uptraining import uptrain
+    from .. import api
     from .progress import progress
 
-    given = {name: value for name, value in options.items() if value is not None}
     with progress(f"uptraining {checkpoint}") as bar:
-        result = uptrain(open_checkpoint(checkpoint), output, UptrainOptions(**given), bar.report, restart)
+        result = api.uptrain(checkpoint, output, restart=restart, progress=bar.report, **options)
     text = json.dumps(asdict(result), indent=1)
     if json_file == "-":
         click.echo(text)

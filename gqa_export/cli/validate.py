@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from .report_options import report_options
-from .trust_options import trust_options
+from .trust_options import revision_option, trust_options
 
 if TYPE_CHECKING:
+    from ..objects.choices import Level, Provider
     from ..report.reports import Reports
 
 
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 @click.option("--steps", type=click.IntRange(1), help="Decode steps of each case  [default: 32]")
 @click.option("--hash", "full_hash", is_flag=True, help="Compute the sha256 of every file, however large.")
 @report_options
+@revision_option
 @trust_options
-def command(bundles: tuple[Path, ...], against: str | None, as_dtype: str | None, provider: str, level: str,
-            text: Path | None, steps: int | None, full_hash: bool, reports: Reports) -> None:
+def command(bundles: tuple[Path, ...], against: str | None, as_dtype: Literal["fp32"] | None, provider: Provider,
+            level: Level, text: Path | None, steps: int | None, full_hash: bool, revision: str | None,
+            allow_pickle: bool, reports: Reports) -> None:
     """Compare BUNDLES with the checkpoint they were made from: logits, every new key and value, the whole cache.
     Several are compared with one another too.
 
@@ -37,9 +40,8 @@ def command(bundles: tuple[Path, ...], against: str | None, as_dtype: str | None
     """
     from rich.console import Console
 
+    from .. import api
     from ..report.console import print_verdict
-    from ..validation.cross_check import cross_check
-    from ..validation.validate import validate
     from .progress import progress
 
     if against is None and len(bundles) == 1:
@@ -49,12 +51,13 @@ def command(bundles: tuple[Path, ...], against: str | None, as_dtype: str | None
         for bundle in bundles:
             say_what_was_checked(bundle)
             with progress(f"validating {bundle.name}") as bar:
-                verdicts.append(validate(bundle, against, level=level, steps=steps or 0, text=text, provider=provider,
-                                         as_dtype=as_dtype, full_hash=full_hash, progress=bar.report))
+                verdicts.append(api.open_bundle(bundle).validate(
+                    against, level=level, steps=steps, text=text, provider=provider, as_dtype=as_dtype,
+                    full_hash=full_hash, revision=revision, allow_pickle=allow_pickle, progress=bar.report))
     if len(bundles) > 1:
         with progress("comparing the bundles with one another") as bar:
-            verdicts += cross_check(bundles, level=level, steps=steps or 0, provider=provider, as_dtype=as_dtype,
-                                    progress=bar.report)
+            verdicts += api.cross_check(bundles, level=level, steps=steps, provider=provider, as_dtype=as_dtype,
+                                        progress=bar.report)
     for verdict in verdicts:
         print_verdict(verdict, Console())
     outcome = reports.finish([str(bundle) for bundle in bundles], against or str(bundles[0]), verdicts)

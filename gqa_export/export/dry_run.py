@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..bundle.manifest import DATA, MODEL
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.tokenizer import tokenizer_files
 from ..progress import Progress, silent
 from ..targets import TARGETS, Target
@@ -47,7 +48,7 @@ class Plan:
         return [*out, "  nothing was written"]
 
 
-def dry_run(source: str | Path, options: ExportOptions, output: Path | None = None,
+def dry_run(source: str | Path | Checkpoint, options: ExportOptions, output: Path | None = None,
             report: Progress | None = None) -> Plan:
     """Do all of an export but the writing. Raises what the export would raise before it writes."""
     started = time.perf_counter()

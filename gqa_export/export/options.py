@@ -16,7 +16,7 @@ DEFAULT_CAPACITY = 4096
 class ExportOptions:
     """What `gqa-export onnx` takes. dtype: "auto" is the checkpoint's. capacity 0: min(the model's, 4096).
     cache and logits "": the target's own. max_ram: bytes this process may occupy, 0 is no limit. text_only: of a
-    multimodal model the language model alone."""
+    multimodal model the language model alone. revision: branch, tag or commit of a hub id, None is its main branch."""
 
     target: str = "ort"
     dtype: str = "auto"
@@ -29,3 +29,4 @@ class ExportOptions:
     hash_full: bool = False
     max_ram: int = 0
     text_only: bool = False
+    revision: str | None = None

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.load_config import load_config
 from ..checkpoint.load_model import load_model
+from ..checkpoint.open import open_checkpoint
 from ..errors import GqaExportError
 from ..progress import Progress
 from ..weights.dtypes import itemsize
@@ -17,7 +19,6 @@ from ..weights.sources import WeightStore
 from .options import DEFAULT_CAPACITY, DTYPES, ExportOptions
 
 if TYPE_CHECKING:
-    from ..checkpoint.checkpoint import Checkpoint
     from ..lowering.context import Lowered
     from ..targets import Target
     from ..trace.traced import Traced
@@ -37,10 +38,9 @@ class Prepared:
     store: WeightStore
 
 
-def prepare(source: str | Path, options: ExportOptions, say: Progress, budget: Budget,
+def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progress, budget: Budget,
             output: Path | None = None) -> Prepared:
     """Open, trace and lower a checkpoint. output: None where nothing will be written."""
-    from ..checkpoint.open import open_checkpoint
     from ..lowering.context import LowerOptions
     from ..lowering.lower import lower
     from ..targets import get_target
@@ -54,13 +54,17 @@ def prepare(source: str | Path, options: ExportOptions, say: Progress, budget: B
         raise GqaExportError(f"target {target.name} does not give {options.logits} logits", "--logits",
                              f"use --logits {target.logits[0]}")
     say("reading the checkpoint", None, None)
-    checkpoint = open_checkpoint(source, text_only=options.text_only)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
+        source, text_only=options.text_only, revision=options.revision)
     if options.weights == "inplace" and output is not None and output.resolve() != checkpoint.folder.resolve():
         raise GqaExportError("--weights inplace writes the graph into the checkpoint folder, and -o is another one",
                              str(output), f"use -o {checkpoint.folder}")
     if options.weights != "copy" and checkpoint.kind == "gguf":
         raise GqaExportError("a GGUF file's tensors are dequantized on the way, so they cannot be used where they are",
                              checkpoint.source, "use --weights copy")
+    if options.weights != "copy" and checkpoint.model is not None:
+        raise GqaExportError("the weights of a model in memory are in no file that a graph could point into",
+                             checkpoint.source, 'use weights="copy"', code="E-OPTION-WEIGHTS")
     dtype = checkpoint.stored_dtype if options.dtype == "auto" else DTYPES[options.dtype]
     if dtype not in DTYPES.values():
         raise GqaExportError(f"weights of type {dtype} have no ONNX decoder", checkpoint.source,
@@ -141,6 +145,8 @@ def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> Weig
         (real := aliases.get(name, name)) in stored and stored[real].shape == shape for name, shape in wanted.items())
     if plain:
         return WeightStore({name: StoredSource(tensor) for name, tensor in stored.items()}, aliases)
+    if checkpoint.model is not None:
+        return WeightStore.from_module(checkpoint, checkpoint.model)
     elements = sum(math.prod(shape) for shape in wanted.values())
     budget.need(elements * itemsize(checkpoint.stored_dtype), "loading the model (its tensors are merged or "
                 "dequantized, so they cannot be streamed)")

@@ -36,7 +36,8 @@ def manifest_of(checkpoint: Checkpoint, traced: Traced, lowered: Lowered, option
         inputs=graph_io.graph_inputs(traced.spec, dtype, options.cache, target.interface, axis),
         outputs=graph_io.graph_outputs(traced.spec, dtype, options.cache, options.logits, axis),
         fallbacks=lowered.fallbacks,
-        source={"checkpoint": checkpoint.source, "kind": checkpoint.kind, "dtype": checkpoint.stored_dtype,
+        source={"checkpoint": checkpoint.source, "kind": "memory" if checkpoint.model is not None else checkpoint.kind,
+                "revision": checkpoint.revision, "dtype": checkpoint.stored_dtype,
                 "rope_regime": traced.rope_regime, "traced_layers": traced.traced_layers,
                 "text_only": checkpoint.text_only},
         tokens={**token_ids(checkpoint), "tokenizer": has_tokenizer}, versions=versions(RECORDED, absent="unknown"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..bundle.manifest import MODEL, Manifest
 from ..bundle.writer import check_output, writing_bundle
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.tokenizer import has_tokenizer
 from ..progress import Progress, silent
 from ..weights.layout import place
@@ -31,7 +32,7 @@ class Export:
     notes: tuple[str, ...]
 
 
-def export_onnx(source: str | Path, output: str | Path, options: ExportOptions | None = None,
+def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: ExportOptions | None = None,
                 report: Progress | None = None) -> Export:
     """Export a checkpoint into a new bundle folder. Raises GqaExportError; then nothing of it is left behind."""
     options, say = options or ExportOptions(), report or silent

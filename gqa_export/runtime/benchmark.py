@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from ..bundle.manifest import read_manifest
 from ..errors import GqaExportError
+from ..progress import Progress, silent
 from .generate import generate
 from .open_session import open_bundle
 
@@ -52,7 +52,7 @@ class Speed:
 
 def measure(folder: Path | str, *, prompt_tokens: int, new_tokens: int, batch: int, repeat: int,
             provider: str = "auto", low_memory: bool = False, threads: int = 0,
-            report: Callable[[str], None] = lambda text: None) -> Speed:
+            report: Progress | None = None) -> Speed:
     """Load a bundle and run random prompts (seeded) of `prompt_tokens` for `new_tokens` steps, `repeat` times.
 
     End tokens are not honoured: every repeat does the same work. One short run before them is not counted.
@@ -66,17 +66,18 @@ def measure(folder: Path | str, *, prompt_tokens: int, new_tokens: int, batch: i
                              "use smaller --prompt-tokens or --new-tokens, or export with a larger --capacity")
     before = anonymous_mib()
     started = time.perf_counter()
-    report("loading")
+    say = report or silent
+    say("loading", None, None)
     session = open_bundle(folder, provider, low_memory=low_memory, threads=threads)
     load_s = time.perf_counter() - started
     random = np.random.default_rng(0)
     prompts = random.integers(0, manifest.spec.vocabulary, (batch, prompt_tokens)).tolist()
-    report("warming up")
+    say("warming up", None, None)
     generate(session, prompts, min(new_tokens, 2))
     loaded = anonymous_mib()
     results = []
     for number in range(repeat):
-        report(f"run {number + 1} of {repeat}")
+        say(f"run {number + 1} of {repeat}", number, repeat)
         results.append(generate(session, prompts, new_tokens))
     prefill = tuple(result.prefill_tokens_per_s for result in results)
     decode = tuple(result.tokens_per_s for result in results)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bundle.manifest import MANIFEST, MODEL, Manifest
+from ..checkpoint.checkpoint import Checkpoint
 from ..progress import Progress
 from ..runtime.session import Session
 from ..targets import get_target, on_cpu
@@ -49,7 +50,7 @@ def runnable(stack: ExitStack, folder: Path, manifest: Manifest, ran_dtype: str,
     return ran, where, target
 
 
-def open_reference(against: str | Path, manifest: Manifest, ran_dtype: str, notes: list[str]) -> Reference:
+def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dtype: str, notes: list[str]) -> Reference:
     """Open a checkpoint for bundles like this one, run in this number format."""
     from ..bundle.source_checkpoint import open_for
 

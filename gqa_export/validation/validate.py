@@ -13,6 +13,7 @@ from pathlib import Path
 from ..bundle.attention_claims import check_claims
 from ..bundle.integrity import check_belongs, check_files
 from ..bundle.manifest import read_manifest
+from ..checkpoint.checkpoint import Checkpoint
 from ..compare.judge import judge
 from ..compare.suite import STEPS, plan_battery
 from ..compare.verdict import Verdict
@@ -27,7 +28,7 @@ from .sessions import Sides, bundle_session, choose_bundle_provider, is_large, l
 from .suite_setting import asked_of
 
 
-def validate(bundle: Path | str, against: str | Path, *, level: str = "quick", steps: int = 0,
+def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str = "quick", steps: int = 0,
              text: Path | None = None, provider: str = "auto", as_dtype: str | None = None, full_hash: bool = False,
              check_hashes: bool = True, progress: Progress | None = None,
              reference: Reference | None = None) -> Verdict:

@@ -73,7 +73,7 @@ class MemorySource:
         if hasattr(value, "detach"):
             import torch
 
-            value = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         flat: Any = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
         for start in range(0, flat.nbytes, CHUNK_BYTES):
             yield memoryview(flat[start : start + CHUNK_BYTES])

@@ -1,0 +1,240 @@
+"""The public Python API: `import gqa_export as gqa`. The command line calls nothing else.
+
+Importing it imports nothing heavy; each call imports what it needs. Options are keyword-only, and None means "not
+given": the default of the target or of the model. Every refusal is a `GqaExportError` with a stable `code`.
+
+Threads: functions may be called from several threads as long as no two write the same output folder; exports share
+process-wide settings of transformers, so run one at a time. A `Session` belongs to one thread at a time.
+Nothing is printed: progress goes to the `progress` callback (what is done, how much, of how much), the rest to
+`logging`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import GqaExportError
+from .objects.bundle import Bundle
+from .objects.choices import (
+    Attention,
+    Cache,
+    Dtype,
+    Flavor,
+    Grouping,
+    Level,
+    Logits,
+    Method,
+    Place,
+    Provider,
+    Target,
+    Weights,
+)
+from .objects.session import Session
+from .objects.sources import opened, path_of, pickles_allowed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .compare.verdict import Verdict
+    from .convert.conversion import Conversion
+    from .describe.inspection import Inspection
+    from .environment.doctor import Diagnosis
+    from .export.dry_run import Plan
+    from .export.options import ExportOptions
+    from .progress import Progress
+    from .uptrain.uptraining import Uptraining
+
+__all__ = ["Bundle", "Session", "build_engine", "convert", "cross_check", "doctor", "export", "inspect", "open_bundle",
+           "plan_export", "uptrain"]
+
+
+def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "ort", dtype: Dtype = "auto",
+           cache: Cache | None = None, capacity: int | None = None, weights: Weights = "copy",
+           logits: Logits | None = None, provider: Provider = "auto", revision: str | None = None,
+           tokenizer: PreTrainedTokenizerBase | None = None, full_hash: bool = False, max_ram: int | str | None = None,
+           text_only: bool = False, allow_pickle: bool = False, force: bool = False,
+           progress: Progress | None = None) -> Bundle:
+    """Export a decoder to ONNX. Nothing is compared yet: `Bundle.validate` does that.
+
+    Args:
+        source: checkpoint folder, hub id, .gguf file, or a transformers model in memory: then the configuration is
+            the model's, and the weights are those of its `state_dict`.
+        output: bundle folder to write; it appears complete or not at all.
+        target: what attention becomes. dtype: number format of weights and cache; "auto" is the checkpoint's.
+        cache: presents are pasts plus the new tokens, or buffers of fixed capacity; None is the target's default.
+        capacity: longest sequence in tokens; None is the model's, at most 4096.
+        weights: "copy" writes one file, "link" links the checkpoint's, "inplace" writes the graph beside them.
+        logits: of every new token or of each row's last one; None is the target's default.
+        provider: where it is to run; "auto" is CUDA if it is there.
+        revision: branch, tag or commit of a hub id; None is its main branch. The manifest names the commit.
+        tokenizer: of a model in memory; a checkpoint's own is found.
+        full_hash: sha256 of linked weight files too. max_ram: stop rather than occupy more, in bytes or as "1GB".
+        text_only: of a multimodal model the language model alone. allow_pickle: also read weights from pickle files.
+        force: replace an earlier bundle.
+
+    Raises:
+        InvalidCheckpoint, UnsupportedModel, GqaExportError: nothing is left behind then.
+    """
+    from .export.to_onnx import export_onnx
+
+    options = _export_options(target, dtype, cache, capacity, weights, logits, provider, revision, full_hash, max_ram,
+                              text_only, force)
+    _refuse_tokenizer(source, tokenizer)
+    with pickles_allowed(allow_pickle), opened(source, tokenizer, text_only=text_only) as place:
+        done = export_onnx(place, output, options, progress)
+    return Bundle(done.folder, done.manifest, exported=done)
+
+
+def plan_export(source: Place | PreTrainedModel, output: Place | None = None, *, target: Target = "ort",
+                dtype: Dtype = "auto", cache: Cache | None = None, capacity: int | None = None,
+                weights: Weights = "copy", logits: Logits | None = None, provider: Provider = "auto",
+                revision: str | None = None, max_ram: int | str | None = None, text_only: bool = False,
+                allow_pickle: bool = False, progress: Progress | None = None) -> Plan:
+    """Do all of an export but the writing: what it would write, its size, time and memory. Arguments as of `export`."""
+    from .export.dry_run import dry_run
+
+    options = _export_options(target, dtype, cache, capacity, weights, logits, provider, revision, False, max_ram,
+                              text_only, False)
+    with pickles_allowed(allow_pickle), opened(source, text_only=text_only) as place:
+        return dry_run(place, options, path_of(output), progress)
+
+
+def open_bundle(folder: Place) -> Bundle:
+    """A bundle that is there. Only its manifest is read; `InvalidBundle` if it has none or a damaged one."""
+    from .bundle.manifest import read_manifest
+
+    return Bundle(Path(folder), read_manifest(folder))
+
+
+def build_engine(source: Place, output: Place, *, attention: Attention | None = None, dtype: Dtype = "auto",
+                 capacity: int | None = None, flavor: Flavor = "auto", compute_capability: Sequence[str] = (),
+                 max_batch: int = 1, max_prompt: int | None = None, timing_cache: Place | None = None,
+                 strip_weights: bool = False, workspace_mb: int | None = None, allow_pickle: bool = False,
+                 force: bool = False, progress: Progress | None = None) -> Bundle:
+    """Build a TensorRT engine from a bundle of a TensorRT target, or from a checkpoint, which is exported on the way.
+
+    Args:
+        source: bundle folder, or checkpoint folder, hub id or .gguf file. output: engine bundle folder to write.
+        attention: the grouped-attention plugin or TensorRT's own attention; None is the bundle's, plugin for a
+            checkpoint. dtype, capacity: for a checkpoint, as of `export`.
+        flavor: "tensorrt" builds on the target GPU, "rtx" (TensorRT for RTX) on any machine; "auto" takes what is here.
+        compute_capability: GPUs the engine is for, such as ["8.9"]; empty is the flavor's default.
+        max_batch: sequences at once. max_prompt: new tokens at once; None is the capacity, at most 4096.
+        timing_cache: file that TensorRT's timings are read from and added to.
+        strip_weights: leave the weights out. workspace_mb: most scratch memory of a layer; None is TensorRT's choice.
+
+    Raises:
+        GqaExportError and its kinds, `NotCheckedHere` where a GPU is needed and there is none; nothing is left behind.
+    """
+    from .engine.build import EngineOptions
+    from .export.to_engine import make_engine
+    from .progress import silent
+
+    options = EngineOptions(attention or "", dtype, capacity or 0, flavor, tuple(compute_capability), max_batch,
+                            max_prompt or 0, path_of(timing_cache), strip_weights, workspace_mb or 0, force)
+    with pickles_allowed(allow_pickle):
+        built = make_engine(str(source), Path(output), options, progress or silent)
+    return Bundle(built.folder, built.manifest, built=built)
+
+
+def cross_check(bundles: Sequence[Place], *, level: Level = "quick", steps: int | None = None,
+                provider: Provider = "auto", as_dtype: str | None = None,
+                progress: Progress | None = None) -> list[Verdict]:
+    """Compare bundles of one checkpoint with one another, without PyTorch: the first is the measure of the others."""
+    from .validation.cross_check import cross_check as check
+
+    return check([Path(bundle) for bundle in bundles], level=level, steps=steps or 0, provider=provider,
+                 as_dtype=as_dtype, progress=progress)
+
+
+def inspect(source: Place, *, revision: str | None = None, allow_pickle: bool = False) -> Inspection:
+    """The attention layers of a bundle or checkpoint and what its KV cache costs, against the same model as MHA and
+    as MQA. No weight is read."""
+    from .describe.examine import examine
+
+    with pickles_allowed(allow_pickle):
+        return examine(source, revision=revision)
+
+
+def convert(checkpoint: Place, output: Place, *, kv_heads: int | Sequence[int] | str, method: Method = "mean",
+            grouping: Grouping = "contiguous", max_error: float | None = None, text: Place | None = None,
+            tokens: int = 4096, seed: int = 0, allow_pickle: bool = False, force: bool = False,
+            progress: Progress | None = None) -> Conversion:
+    """Write a checkpoint with fewer key/value heads: MHA to GQA to MQA.
+
+    Args:
+        checkpoint: folder or hub id. output: checkpoint folder to write.
+        kv_heads: heads of every layer, of each layer, or "auto": the fewest within `max_error`.
+        method: how a group of heads becomes one; "calibrated" needs `text`. grouping: which heads are pooled.
+        max_error: with "auto", the largest relative error of a layer's attention output.
+        text, tokens: a UTF-8 file, and how many of its tokens are used. seed: of method "random".
+
+    Source: Ainslie et al., 2023 (arXiv:2305.13245).
+    """
+    from .checkpoint.open import open_checkpoint
+    from .convert.conversion import convert as pool
+    from .convert.options import ConvertOptions
+
+    heads = kv_heads if isinstance(kv_heads, str) else ",".join(
+        map(str, [kv_heads] if isinstance(kv_heads, int) else kv_heads))
+    options = ConvertOptions(heads, method, grouping, max_error, path_of(text), tokens, seed, force)
+    with pickles_allowed(allow_pickle):
+        return pool(open_checkpoint(checkpoint), Path(output), options, progress)
+
+
+def uptrain(checkpoint: Place, output: Place, *, text: str, eval_text: str | None = None, held_out: float = 0.1,
+            steps: int | None = None, fraction: float | None = None, pretraining_steps: int | None = None,
+            length: int = 512, batch: int = 8, accumulate: int = 1, learning_rate: float = 2e-4, warmup: float = 0.05,
+            weight_decay: float = 0.1, teacher: Place | None = None, distill_weight: float = 0.5,
+            temperature: float = 1.0, bf16: bool = False, gradient_checkpointing: bool = False, seed: int = 0,
+            eval_steps: int | None = None, eval_rows: int = 64, log_steps: int = 1, save_steps: int | None = None,
+            restart: bool = False, allow_pickle: bool = False, force: bool = False,
+            progress: Progress | None = None) -> Uptraining:
+    """Continue the pre-training of a checkpoint that `convert` wrote. A run that was killed goes on when called again.
+
+    Args:
+        text: a UTF-8 file or "hub:NAME[:CONFIG[:SPLIT]]". eval_text: for evaluation; None is the end of `text`,
+            `held_out` of it.
+        steps: optimizer steps; or fraction of pretraining_steps; or neither: once through the text.
+        length, batch, accumulate: tokens of a row, rows per device at once, batches that make one step.
+        learning_rate, warmup, weight_decay: of AdamW; the rate follows a cosine.
+        teacher: also learn from this model's distribution, with `distill_weight` at `temperature`.
+        eval_steps, eval_rows, log_steps, save_steps: how often and on how much; None: ten times in all.
+        restart: throw an unfinished run away instead of going on with it.
+    """
+    from .checkpoint.open import open_checkpoint
+    from .uptrain.options import UptrainOptions
+    from .uptrain.uptraining import uptrain as train
+
+    options = UptrainOptions(
+        text, eval_text or "", held_out, steps or 0, fraction or 0.0, pretraining_steps or 0, length, batch, accumulate,
+        learning_rate, warmup, weight_decay, str(teacher or ""), distill_weight, temperature, bf16,
+        gradient_checkpointing, seed, eval_steps or 0, eval_rows, log_steps, save_steps or 0, force)
+    with pickles_allowed(allow_pickle):
+        return train(open_checkpoint(checkpoint), Path(output), options, progress, restart)
+
+
+def doctor() -> Diagnosis:
+    """What is installed, what can run here, what is missing and the command that installs it."""
+    from .environment.doctor import diagnose
+
+    return diagnose()
+
+
+def _export_options(target: Target, dtype: Dtype, cache: Cache | None, capacity: int | None, weights: Weights,
+                    logits: Logits | None, provider: Provider, revision: str | None, full_hash: bool,
+                    max_ram: int | str | None, text_only: bool, force: bool) -> ExportOptions:
+    from .export.options import ExportOptions
+    from .weights.memory_budget import parse_size
+
+    most = parse_size(max_ram) if isinstance(max_ram, str) else max_ram or 0
+    return ExportOptions(target, dtype, cache or "", capacity or 0, weights, logits or "", provider, force, full_hash,
+                         most, text_only, revision)
+
+
+def _refuse_tokenizer(source: Place | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    if tokenizer is not None and isinstance(source, str | Path):
+        raise GqaExportError("a checkpoint brings its own tokenizer; one was given beside it", str(source),
+                             "leave out tokenizer, or export the model in memory", code="E-OPTION-TOKENIZER")

@@ -1,0 +1,156 @@
+"""A bundle as the public API hands it out: what can be done with a folder that an export or a build wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from .choices import Flavor, Level, Place, Provider
+from .session import Session
+from .sources import opened, path_of, pickles_allowed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..bisect.bisection import Bisection
+    from ..bundle.manifest import Manifest
+    from ..compare.verdict import Verdict
+    from ..engine.build import EngineBuild
+    from ..export.to_onnx import Export
+    from ..progress import Progress
+    from ..runtime.benchmark import Speed
+    from ..runtime.completion import Completion
+    from ..runtime.session import Session as InnerSession
+    from ..runtime.text import BundleText
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle folder: `model.onnx` (or an engine), weights, manifest, tokenizer. Only the manifest is in memory.
+
+    Attributes:
+        folder: where it is.
+        manifest: what it says of itself.
+        exported: what the export did, notes and fallbacks included; None for a bundle that was opened or built.
+        built: what the engine build did; None for a bundle that was opened or exported.
+    """
+
+    folder: Path
+    manifest: Manifest
+    exported: Export | None = None
+    built: EngineBuild | None = None
+
+    def validate(self, against: Place | PreTrainedModel, *, level: Level = "quick", steps: int | None = None,
+                 text: Place | None = None, provider: Provider = "auto", as_dtype: Literal["fp32"] | None = None,
+                 full_hash: bool = False, check_hashes: bool = True, revision: str | None = None,
+                 allow_pickle: bool = False, progress: Progress | None = None) -> Verdict:
+        """Compare the bundle with PyTorch, step by step: logits, every new key and value, the whole cache.
+
+        Args:
+            against: the checkpoint it was made from, or the model in memory.
+            level: which cases are run. steps: decode steps of each case; None is the level's number.
+            text: a UTF-8 file whose perplexity is measured too.
+            provider: where ONNX Runtime runs the bundle; "auto" is CUDA if it is there.
+            as_dtype: "fp32" checks the fp32 twin of a bf16 or fp16 bundle.
+            full_hash: compute the sha256 of every file, however large. check_hashes: False checks sizes only.
+            revision: of a hub id; None is the commit that the manifest names.
+            allow_pickle: also read weights from pickle files; no code of theirs is run.
+
+        Returns:
+            The verdict: `passed`, `compared`, `cases`, `to_json()`; `check()` raises `OutputDiffers` if it failed.
+
+        Raises:
+            InvalidBundle: the bundle is damaged or belongs to another checkpoint.
+            NotCheckedHere: this machine cannot run the comparison.
+        """
+        from ..bundle.source_checkpoint import open_for
+        from ..validation.validate import validate
+
+        with pickles_allowed(allow_pickle), opened(against) as source:
+            checkpoint = open_for(self.manifest, source, revision)
+            return validate(self.folder, checkpoint, level=level, steps=steps or 0, text=path_of(text),
+                            provider=provider, as_dtype=as_dtype, full_hash=full_hash, check_hashes=check_hashes,
+                            progress=progress)
+
+    def session(self, *, provider: Provider = "auto", low_memory: bool = False, threads: int | None = None) -> Session:
+        """Open the bundle for running: in ONNX Runtime, or in TensorRT if it holds an engine.
+
+        Args:
+            provider: "auto" is CUDA if it is there. low_memory: leave the weights in their files, a tenth slower.
+            threads: of ONNX Runtime; None lets it choose. An engine takes none of the three.
+        """
+        return Session(self._open(provider, low_memory, threads))
+
+    def complete(self, prompt: str | None = None, *, token_ids: Sequence[int] | None = None, chat: bool = False,
+                 system: str | None = None, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0,
+                 top_p: float = 1.0, seed: int | None = None, provider: Provider = "auto", low_memory: bool = False,
+                 threads: int | None = None, session: Session | None = None,
+                 on_text: Callable[[str], None] | None = None, progress: Progress | None = None) -> Completion:
+        """Continue a prompt, and tell what was fed, what came, and how fast.
+
+        Args:
+            prompt: text. token_ids: the prompt as ids instead; needs no tokenizer.
+            chat: put the prompt into the model's chat template, with `system` as the system message.
+            max_new_tokens: stop after so many. temperature: 0 is greedy. top_k: 0 is all. top_p: 1 is all.
+            seed: makes sampling repeatable.
+            session: one that is open already (it is reset); else one is opened with the three options before it.
+            on_text: called with each piece of text as it comes.
+        """
+        from ..runtime.completion import complete, prompt_ids
+        from ..runtime.generate import Sampling
+
+        sampling, text = Sampling(temperature, top_k, top_p, seed), self._text(prompt is not None)
+        ids = prompt_ids(prompt, None if token_ids is None else list(token_ids), chat, system, text)
+        if progress is not None:
+            progress(f"loading {self.folder.name}", None, None)
+        inner = session.inner if session is not None else self._open(provider, low_memory, threads)
+        return complete(inner, ids, text, max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text,
+                        end_tokens=self.manifest.tokens.get("eos", ()))
+
+    def generate(self, prompt: str, *, max_new_tokens: int = 128, chat: bool = False, system: str | None = None,
+                 temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None,
+                 session: Session | None = None) -> str:
+        """The text that `complete` continues a prompt with. Arguments as there."""
+        done = self.complete(prompt, max_new_tokens=max_new_tokens, chat=chat, system=system, temperature=temperature,
+                             top_k=top_k, top_p=top_p, seed=seed, session=session)
+        return done.text or ""
+
+    def benchmark(self, *, prompt_tokens: int = 128, new_tokens: int = 64, batch: int = 1, repeat: int = 3,
+                  provider: Provider = "auto", low_memory: bool = False, threads: int | None = None,
+                  progress: Progress | None = None) -> Speed:
+        """Load time, tokens per second and memory, on random prompts; medians of `repeat` runs."""
+        from ..runtime.benchmark import measure
+
+        return measure(self.folder, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repeat=repeat,
+                       provider=provider, low_memory=low_memory, threads=threads or 0, report=progress)
+
+    def bisect(self, against: Place) -> Bisection:
+        """Find the first layer and operator whose output is out of tolerance, each fed with PyTorch's own inputs."""
+        from ..bisect.bisection import bisect
+
+        return bisect(self.folder, str(against))
+
+    def build_engine(self, output: Place, *, flavor: Flavor = "auto", compute_capability: Sequence[str] = (),
+                     max_batch: int = 1, max_prompt: int | None = None, timing_cache: Place | None = None,
+                     strip_weights: bool = False, workspace_mb: int | None = None, force: bool = False,
+                     progress: Progress | None = None) -> Bundle:
+        """Build a TensorRT engine of this bundle, whose target is trt-plugin or trt-native. Arguments as of
+        `gqa_export.build_engine`."""
+        from ..engine.build import EngineOptions, build_engine
+
+        options = EngineOptions("", "auto", 0, flavor, tuple(compute_capability), max_batch, max_prompt or 0,
+                                path_of(timing_cache), strip_weights, workspace_mb or 0, force)
+        built = build_engine(self.folder, Path(output), options, progress)
+        return Bundle(built.folder, built.manifest, built=built)
+
+    def _open(self, provider: str, low_memory: bool, threads: int | None) -> InnerSession:
+        from ..runtime.open_session import open_bundle as open_inner
+
+        return open_inner(self.folder, provider, low_memory=low_memory, threads=threads or 0)
+
+    def _text(self, wanted: bool) -> BundleText | None:
+        from ..runtime.text import BundleText, has_tokenizer
+
+        return BundleText(self.folder) if wanted or has_tokenizer(self.folder) else None

@@ -1,0 +1,62 @@
+"""A running bundle as the public API hands it out: token ids in, logits out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from ..runtime.session import Session as InnerSession
+
+
+class Session:
+    """A decoder with its KV cache inside. Made by `Bundle.session`; belongs to one thread at a time."""
+
+    def __init__(self, inner: InnerSession) -> None:
+        self.inner = inner
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that one sequence may reach."""
+        return self.inner.capacity
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens in the cache of each sequence, [batch]. A copy."""
+        return self.inner.lengths
+
+    def reset(self, batch: int = 1) -> None:
+        """Empty the cache, for `batch` sequences."""
+        self.inner.reset(batch)
+
+    def step(self, ids: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> npt.NDArray[np.float32]:
+        """Feed new tokens and get their logits.
+
+        Args:
+            ids: token ids [batch, new], each row padded on the right. The batch is that of the last `reset`; while the
+                cache is empty, a step of another batch size resets it first.
+            lengths: how many ids of each row are real, [batch]; None: all of them.
+
+        Returns:
+            Logits [batch, new, vocabulary], or [batch, 1, vocabulary] of each row's last real token if the bundle was
+            exported so. Rows at and past `lengths` mean nothing.
+
+        Raises:
+            GqaExportError: before anything is run, for a row that would pass the capacity, an id outside the
+                vocabulary, or shapes that do not fit.
+        """
+        import numpy
+
+        rows = numpy.asarray(ids, dtype=numpy.int64)
+        new = None if lengths is None else numpy.asarray(lengths, dtype=numpy.int64)
+        if rows.ndim == 2 and len(rows) != len(self.inner.lengths) and not self.inner.lengths.any():
+            self.inner.reset(len(rows))
+        logits: npt.NDArray[np.float32] = self.inner.step(rows, new).logits
+        return logits
+
+    def cache(self) -> list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
+        """Of each layer the keys [batch, kv_heads, tokens, head_size] and values [batch, kv_heads, tokens,
+        value_head_size]. Of row b, only the first `lengths[b]` tokens mean something."""
+        return self.inner.cache()

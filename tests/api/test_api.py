@@ -1,0 +1,209 @@
+"""The public API as a program uses it: `import gqa_export as gqa`."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gqa_models import write_tiny
+
+import gqa_export as gqa
+from gqa_export import api
+from gqa_export.bundle.manifest import DATA, MODEL
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny Llama as a saved checkpoint."""
+    return write_tiny("llama", tmp_path_factory.mktemp("api") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def bundle(folder, tmp_path_factory) -> gqa.Bundle:
+    """It, exported from its folder."""
+    return gqa.export(folder, tmp_path_factory.mktemp("api") / "bundle")
+
+
+def load(folder: Path):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = ("import sys, gqa_export as gqa\nassert 'Bundle' in dir(gqa)\n"
+            "print(sorted({'torch', 'numpy', 'onnx', 'transformers', 'click', 'pydantic'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_everything_promised_is_there_and_a_misspelt_name_is_an_attribute_error() -> None:
+    assert {name for name in gqa.__all__ if getattr(gqa, name) is None} == set()
+    assert set(api.__all__) <= set(gqa.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'exprot'"):
+        _ = gqa.exprot  # type: ignore[attr-defined]
+
+
+def test_options_are_keyword_only_and_no_signature_says_any() -> None:
+    functions = [getattr(api, name) for name in api.__all__ if inspect.isfunction(getattr(api, name))]
+    functions += [member for kind in (api.Bundle, api.Session)
+                  for name, member in vars(kind).items() if inspect.isfunction(member) and not name.startswith("_")]
+    assert len(functions) > 15
+    for function in functions:
+        parameters = inspect.signature(function).parameters.values()
+        words = " ".join(str(each.annotation) for each in parameters) + str(inspect.signature(function).return_annotation)
+        assert "Any" not in words, function
+        given = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD and each.default is not each.empty]
+        assert {each.name for each in given} <= {"output", "prompt", "lengths", "batch"}, function
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_model_in_memory_is_exported_as_from_its_folder_to_the_byte(name, tmp_path) -> None:
+    saved = write_tiny(name, tmp_path / name)
+    model = load(saved)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    from_folder = gqa.export(saved, tmp_path / "a")
+    from_memory = gqa.export(model, tmp_path / "b")
+    for file in (MODEL, DATA):
+        assert (from_memory.folder / file).read_bytes() == (from_folder.folder / file).read_bytes(), file
+    assert from_memory.manifest.spec == from_folder.manifest.spec
+    assert from_memory.manifest.tokens == from_folder.manifest.tokens
+    assert from_memory.manifest.source["kind"] == "memory"
+    verdict = from_memory.validate(against=model, steps=2)
+    assert verdict.passed
+    assert verdict.max_abs_logits == from_folder.validate(saved, steps=2).max_abs_logits
+    assert all(bool((model.state_dict()[key] == tensor).all()) for key, tensor in before.items())
+
+
+def test_a_model_in_bf16_and_in_training_mode_is_exported_in_another_format(folder, tmp_path) -> None:
+    import torch
+
+    model = load(folder).to(torch.bfloat16).train()
+    bundle = gqa.export(model, tmp_path / "out", dtype="fp32")
+    assert model.training
+    assert model.dtype == torch.bfloat16
+    assert bundle.manifest.source["dtype"] == "bfloat16"
+    assert bundle.validate(against=model, steps=2).passed
+
+
+def test_weights_changed_in_memory_are_the_ones_exported_and_validation_sees_it(folder, tmp_path) -> None:
+    import torch
+
+    model = load(folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    changed = gqa.export(model, tmp_path / "out")
+    assert changed.validate(against=model, steps=2).passed
+    assert not changed.validate(against=folder, steps=2).passed
+
+
+def test_what_the_configuration_does_not_describe_is_refused_by_name(folder, tmp_path) -> None:
+    import torch
+
+    def expect(code: str, model) -> None:
+        with pytest.raises(gqa.UnsupportedModel) as refusal:
+            gqa.export(model, tmp_path / "out")
+        assert refusal.value.code == code
+        assert refusal.value.fix
+        assert not (tmp_path / "out").exists()
+
+    patched = load(folder)
+    patched.model.layers[1].mlp.forward = lambda x: x
+    expect("E-MODEL-PATCHED", patched)
+    wider = load(folder)
+    wider.model.layers[0].mlp.down_proj = torch.nn.Linear(
+        wider.config.intermediate_size, wider.config.hidden_size, bias=True)
+    expect("E-MODEL-STRUCTURE", wider)
+    expect("E-MODEL-META", load(folder).to("meta"))
+    expect("E-MODEL-KIND", torch.nn.Linear(2, 2))
+
+
+def test_a_tokenizer_beside_a_folder_and_links_to_memory_are_refused(folder, tmp_path) -> None:
+    with pytest.raises(gqa.GqaExportError) as refusal:
+        gqa.export(folder, tmp_path / "out", tokenizer=object())  # type: ignore[arg-type]
+    assert refusal.value.code == "E-OPTION-TOKENIZER"
+    with pytest.raises(gqa.GqaExportError) as refusal:
+        gqa.export(load(folder), tmp_path / "out", weights="link")
+    assert refusal.value.code == "E-OPTION-WEIGHTS"
+
+
+def test_two_exports_one_after_the_other_and_calls_of_every_kind_in_one_process(folder, tmp_path) -> None:
+    first = gqa.export(folder, tmp_path / "one")
+    second = gqa.export(folder, tmp_path / "two", target="portable", cache="static", capacity=64)
+    third = gqa.export(folder, tmp_path / "three")
+    assert (first.folder / MODEL).read_bytes() == (third.folder / MODEL).read_bytes()
+    assert second.manifest.capacity == 64
+    assert [verdict.passed for verdict in gqa.cross_check([first.folder, third.folder], steps=2)] == [True]
+    assert gqa.open_bundle(tmp_path / "one").manifest == first.manifest
+    assert len(gqa.inspect(folder).spec.layers) == len(gqa.inspect(first.folder).spec.layers) == 3
+    assert gqa.plan_export(folder).lines()
+
+
+def test_a_session_gives_logits_of_every_new_token_and_keeps_its_cache(bundle) -> None:
+    vocabulary = bundle.manifest.spec.vocabulary
+    session = bundle.session(provider="cpu")
+    whole = session.step([[5, 6, 7, 8], [9, 10, 0, 0]], [4, 2])
+    assert whole.shape == (2, 4, vocabulary)
+    assert session.lengths.tolist() == [4, 2]
+    one = bundle.session(provider="cpu")
+    pieces = [one.step([[token]]) for token in (5, 6, 7, 8)]
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1)[0], whole[0], atol=2e-5)  # fp32, another order of sums
+    assert one.cache()[0][0].shape[2] >= 4
+    with pytest.raises(gqa.GqaExportError):
+        one.step([[1], [2]])  # two rows over a cache of one
+
+
+def test_sessions_in_two_threads_do_not_disturb_each_other(bundle) -> None:
+    prompts, alone, together = ([[3, 4, 5]], [[11, 12, 13]]), {}, {}
+    for number, prompt in enumerate(prompts):
+        alone[number] = bundle.session(provider="cpu", threads=1).step(prompt)
+
+    def run(number: int) -> None:
+        session = bundle.session(provider="cpu", threads=1)
+        for _ in range(20):
+            session.reset(1)
+            together[number] = session.step(prompts[number])
+
+    workers = [threading.Thread(target=run, args=(number,)) for number in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for number in (0, 1):
+        np.testing.assert_array_equal(together[number], alone[number])
+
+
+def test_a_completion_says_what_was_fed_and_what_came(bundle) -> None:
+    pieces: list[str] = []
+    done = bundle.complete(token_ids=[5, 6, 7], max_new_tokens=4, provider="cpu", on_text=pieces.append)
+    again = bundle.complete(token_ids=[5, 6, 7], max_new_tokens=4, session=bundle.session(provider="cpu"))
+    assert done.prompt_tokens == [5, 6, 7]
+    assert done.tokens == again.tokens
+    assert "".join(pieces).split() == [str(token) for token in done.tokens]  # no tokenizer: the numbers
+    assert done.text is None
+    with pytest.raises(gqa.GqaExportError) as refusal:
+        bundle.complete()
+    assert refusal.value.code == "E-OPTION-PROMPT"
+
+
+def test_progress_is_a_callback_and_nothing_is_printed(folder, tmp_path, capfd) -> None:
+    told: list[tuple[str, float | None, float | None]] = []
+
+    def progress(text: str, done: float | None, total: float | None) -> None:
+        told.append((text, done, total))
+
+    gqa.export(folder, tmp_path / "out", progress=progress).validate(folder, steps=2, progress=progress)
+    assert {"writing weights", "loading the checkpoint"} <= {text for text, *_ in told}
+    assert capfd.readouterr() == ("", "")
+
+
+def test_conversion_through_the_api_equals_the_option_strings(folder, tmp_path) -> None:
+    one = gqa.convert(folder, tmp_path / "one", kv_heads=1)
+    assert set(one.kv_heads) == {1}
+    with pytest.raises(gqa.GqaExportError):
+        gqa.convert(folder, tmp_path / "three", kv_heads=[3, 3, 3])
