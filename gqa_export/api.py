@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .compare.verdict import Verdict
-    from .convert.conversion import Conversion
+    from .conversion.convert import Conversion
     from .describe.inspection import Inspection
     from .environment.doctor import Diagnosis
-    from .export.dry_run import Plan
-    from .export.options import ExportOptions
+    from .exporting.dry_run import Plan
+    from .exporting.options import ExportOptions
     from .progress import Progress
-    from .uptrain.uptraining import Uptraining
+    from .uptraining.uptrain import Uptraining
 
 __all__ = ["Bundle", "Session", "build_engine", "convert", "cross_check", "doctor", "export", "inspect", "open_bundle",
            "plan_export", "uptrain"]
@@ -77,7 +77,7 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
     Raises:
         InvalidCheckpoint, UnsupportedModel, GqaExportError: nothing is left behind then.
     """
-    from .export.to_onnx import export_onnx
+    from .exporting.to_onnx import export_onnx
 
     options = _export_options(target, dtype, cache, capacity, weights, logits, provider, revision, full_hash, max_ram,
                               text_only, force)
@@ -93,7 +93,7 @@ def plan_export(source: Place | PreTrainedModel, output: Place | None = None, *,
                 revision: str | None = None, max_ram: int | str | None = None, text_only: bool = False,
                 allow_pickle: bool = False, progress: Progress | None = None) -> Plan:
     """Do all of an export but the writing: what it would write, its size, time and memory. Arguments as of `export`."""
-    from .export.dry_run import dry_run
+    from .exporting.dry_run import dry_run
 
     options = _export_options(target, dtype, cache, capacity, weights, logits, provider, revision, False, max_ram,
                               text_only, False)
@@ -129,7 +129,7 @@ def build_engine(source: Place, output: Place, *, attention: Attention | None = 
         GqaExportError and its kinds, `NotCheckedHere` where a GPU is needed and there is none; nothing is left behind.
     """
     from .engine.build import EngineOptions
-    from .export.to_engine import make_engine
+    from .exporting.to_engine import make_engine
     from .progress import silent
 
     options = EngineOptions(attention or "", dtype, capacity or 0, flavor, tuple(compute_capability), max_batch,
@@ -174,8 +174,8 @@ def convert(checkpoint: Place, output: Place, *, kv_heads: int | Sequence[int] |
     Source: Ainslie et al., 2023 (arXiv:2305.13245).
     """
     from .checkpoint.open import open_checkpoint
-    from .convert.conversion import convert as pool
-    from .convert.options import ConvertOptions
+    from .conversion.convert import convert as pool
+    from .conversion.options import ConvertOptions
 
     heads = kv_heads if isinstance(kv_heads, str) else ",".join(
         map(str, [kv_heads] if isinstance(kv_heads, int) else kv_heads))
@@ -205,8 +205,8 @@ def uptrain(checkpoint: Place, output: Place, *, text: str, eval_text: str | Non
         restart: throw an unfinished run away instead of going on with it.
     """
     from .checkpoint.open import open_checkpoint
-    from .uptrain.options import UptrainOptions
-    from .uptrain.uptraining import uptrain as train
+    from .uptraining.options import UptrainOptions
+    from .uptraining.uptrain import uptrain as train
 
     options = UptrainOptions(
         text, eval_text or "", held_out, steps or 0, fraction or 0.0, pretraining_steps or 0, length, batch, accumulate,
@@ -226,7 +226,7 @@ def doctor() -> Diagnosis:
 def _export_options(target: Target, dtype: Dtype, cache: Cache | None, capacity: int | None, weights: Weights,
                     logits: Logits | None, provider: Provider, revision: str | None, full_hash: bool,
                     max_ram: int | str | None, text_only: bool, force: bool) -> ExportOptions:
-    from .export.options import ExportOptions
+    from .exporting.options import ExportOptions
     from .weights.memory_budget import parse_size
 
     most = parse_size(max_ram) if isinstance(max_ram, str) else max_ram or 0

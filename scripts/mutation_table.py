@@ -17,8 +17,8 @@ from evidence.mutations.contradictions import CONTRADICTIONS
 from evidence.mutations.kinds import MUTATIONS
 from evidence.mutations.table import STEPS, Row, Sample, contradiction_rows, open_sample, prove, shares, table, to_dict
 
-from gqa_export.export.options import ExportOptions
-from gqa_export.export.to_onnx import export_onnx
+from gqa_export.exporting.options import ExportOptions
+from gqa_export.exporting.to_onnx import export_onnx
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (("llama", "ort", "growing"), ("mistral", "ort", "growing"), ("gemma2", "ort", "growing"),

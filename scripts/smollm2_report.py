@@ -26,8 +26,8 @@ import gqa_models
 import numpy as np
 
 from gqa_export.checkpoint.load_model import load_model
-from gqa_export.export.options import ExportOptions
-from gqa_export.export.to_onnx import export_onnx
+from gqa_export.exporting.options import ExportOptions
+from gqa_export.exporting.to_onnx import export_onnx
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 NEW_TOKENS = 128

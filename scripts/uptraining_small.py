@@ -22,11 +22,11 @@ from typing import Any
 import click
 
 from gqa_export.checkpoint.open import open_checkpoint
-from gqa_export.convert.conversion import convert
-from gqa_export.convert.options import ConvertOptions
-from gqa_export.uptrain.curve import Point, picture
-from gqa_export.uptrain.options import UptrainOptions
-from gqa_export.uptrain.uptraining import uptrain
+from gqa_export.conversion.convert import convert
+from gqa_export.conversion.options import ConvertOptions
+from gqa_export.uptraining.curve import Point, picture
+from gqa_export.uptraining.options import UptrainOptions
+from gqa_export.uptraining.uptrain import uptrain
 
 ALPHA = 0.05
 NAME = "uptraining_small"
@@ -96,8 +96,8 @@ def trained(source: Path, output: Path, text: Path, plan: Plan, *, fraction: flo
 def measured(checkpoint: Path, bundle: Path, plan: Plan) -> dict[str, float]:
     """Cache bytes and decode speed of the exported ONNX model, which is compared with PyTorch first."""
     from gqa_export.bundle.manifest import read_manifest
-    from gqa_export.export.options import ExportOptions
-    from gqa_export.export.to_onnx import export_onnx
+    from gqa_export.exporting.options import ExportOptions
+    from gqa_export.exporting.to_onnx import export_onnx
     from gqa_export.runtime.benchmark import measure
     from gqa_export.validation.validate import validate
 

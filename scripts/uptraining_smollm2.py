@@ -24,11 +24,11 @@ import click
 from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.tokenized_text import load_tokenizer, packed, read_text, spread, tokenize
-from gqa_export.convert.conversion import convert, expand
-from gqa_export.convert.options import ConvertOptions
-from gqa_export.uptrain.curve import Point, picture
-from gqa_export.uptrain.options import UptrainOptions
-from gqa_export.uptrain.uptraining import uptrain
+from gqa_export.conversion.convert import convert, expand
+from gqa_export.conversion.options import ConvertOptions
+from gqa_export.uptraining.curve import Point, picture
+from gqa_export.uptraining.options import UptrainOptions
+from gqa_export.uptraining.uptrain import uptrain
 
 NAME = "uptraining"
 HELD_OUT = 0.1

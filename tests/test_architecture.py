@@ -21,10 +21,10 @@ ORDER = (
     ("errors", "spec", "attention_op", "progress"),
     ("graph_io", "targets", "files", "environment", "compare"),
     ("graph", "checkpoint", "report"),
-    ("trace", "lowering", "bundle", "uptrain"),
+    ("trace", "lowering", "bundle", "uptraining"),
     ("weights", "engine", "runtime", "describe"),
-    ("export", "convert", "validation"),
-    ("bisect", "integrations", "api"),
+    ("exporting", "conversion", "validation"),
+    ("bisect", "integrations", "objects", "api"),
     ("cli", "__main__"),
 )
 """the rooms of gqa_export: each imports rooms of its own line and of the lines above, and no two import one another"""
@@ -39,8 +39,8 @@ NEVER = {
     "engine": {"torch", "onnxruntime"},
     "compare": {"torch", "onnxruntime", "tensorrt"},
     "report": {"torch", "onnx", "onnxruntime", "tensorrt", "polygraphy"},
-    "convert": {"onnx", "onnxruntime", "tensorrt", "onnx_ir", "onnxscript"},
-    "uptrain": {"onnx", "onnxruntime", "tensorrt", "onnx_ir", "onnxscript"},
+    "conversion": {"onnx", "onnxruntime", "tensorrt", "onnx_ir", "onnxscript"},
+    "uptraining": {"onnx", "onnxruntime", "tensorrt", "onnx_ir", "onnxscript"},
 }
 LONGEST_MODULE = 300
 

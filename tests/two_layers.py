@@ -18,8 +18,8 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def bundle(checkpoint, tmp_path_factory) -> Path:
     """Its bundle for `ort`, capacity 128."""
-    from gqa_export.export.options import ExportOptions
-    from gqa_export.export.to_onnx import export_onnx
+    from gqa_export.exporting.options import ExportOptions
+    from gqa_export.exporting.to_onnx import export_onnx
 
     folder = tmp_path_factory.mktemp("bundle") / "tiny"
     export_onnx(checkpoint, folder, ExportOptions(capacity=128))

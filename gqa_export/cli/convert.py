@@ -12,7 +12,7 @@ import click
 from .trust_options import trust_options
 
 if TYPE_CHECKING:
-    from ..convert.conversion import Conversion
+    from ..conversion.convert import Conversion
 
 
 @click.command(short_help="Give a checkpoint fewer key/value heads: MHA to GQA to MQA.")

@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Replace an earlier bundle.")
 @trust_options
 def command(source: str, output: Path, attention: Attention | None, dtype: Dtype, flavor: Flavor,
-            capabilities: tuple[str, ...], max_batch: int, max_prompt: int | None, capacity: int | None, timing_cache: Path | None,
-            strip_weights: bool, workspace_mb: int | None, triton_repository: Path | None, allow_pickle: bool,
-            force: bool) -> None:
+            capabilities: tuple[str, ...], max_batch: int, max_prompt: int | None, capacity: int | None,
+            timing_cache: Path | None, strip_weights: bool, workspace_mb: int | None, triton_repository: Path | None,
+            allow_pickle: bool, force: bool) -> None:
     """Build an engine from BUNDLE (of target trt-plugin or trt-native) or CHECKPOINT (exported on the way).
 
     Exit codes: 0 done, 2 bad input, 3 this needs a GPU and there is none.

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .. import __version__
 from . import machine
 from .import_probe import Imported, try_imports
 from .machine import Machine
@@ -141,7 +140,7 @@ def diagnose() -> Diagnosis:
     states = tuple(package_state(package, imported[package.modules[0]]) for package in PACKAGES)
     here = machine.describe_machine()
     providers = imported["onnxruntime"].providers
-    return Diagnosis(__version__, here, states, providers, judge_abilities(states, here, providers),
+    return Diagnosis(installed_version("gqa-export"), here, states, providers, judge_abilities(states, here, providers),
                      find_problems(here, providers, os.environ))
 
 

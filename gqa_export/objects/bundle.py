@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..bundle.manifest import Manifest
     from ..compare.verdict import Verdict
     from ..engine.build import EngineBuild
-    from ..export.to_onnx import Export
+    from ..exporting.to_onnx import Export
     from ..progress import Progress
     from ..runtime.benchmark import Speed
     from ..runtime.completion import Completion

@@ -82,8 +82,8 @@ def add_depth(known: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 
 
 def _one(row: Row, checkpoint: Path, bundle: Path, target: str, cache: str) -> None:
-    from gqa_export.export.options import ExportOptions
-    from gqa_export.export.to_onnx import export_onnx
+    from gqa_export.exporting.options import ExportOptions
+    from gqa_export.exporting.to_onnx import export_onnx
     from gqa_export.validation.validate import validate
 
     text_only = multimodal(checkpoint)

@@ -13,7 +13,7 @@ from typing import Any
 
 from gqa_export.environment.tensorrt_libraries import SOURCES, is_there
 from gqa_export.errors import GqaExportError
-from gqa_export.export.to_engine import EngineOptions, make_engine
+from gqa_export.exporting.to_engine import EngineOptions, make_engine
 
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 ATTENTIONS = ("plugin", "native")

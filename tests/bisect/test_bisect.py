@@ -19,8 +19,8 @@ from gqa_export.bisect.match_tensors import Place, absolute, agreed, find, relat
 from gqa_export.bisect.torch_layers import Attended
 from gqa_export.bundle.manifest import MODEL
 from gqa_export.errors import GqaExportError
-from gqa_export.export.options import ExportOptions
-from gqa_export.export.to_onnx import export_onnx
+from gqa_export.exporting.options import ExportOptions
+from gqa_export.exporting.to_onnx import export_onnx
 
 SAMPLES = (("llama", "ort"), ("mistral", "ort"), ("gemma2", "ort"), ("gpt_oss", "ort"), ("qwen3", "ort"),
            ("llama", "portable"), ("mistral", "onnx"))

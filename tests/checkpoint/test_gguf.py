@@ -19,7 +19,7 @@ from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.tokenizer import has_tokenizer, token_ids, tokenizer_files
 from gqa_export.errors import GqaExportError
-from gqa_export.export.tokenizer_files import add_tokenizer
+from gqa_export.exporting.tokenizer_files import add_tokenizer
 from gqa_export.weights.sources import MemorySource, WeightStore
 
 LAYER = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",

@@ -14,7 +14,7 @@ from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.tokenizer import has_tokenizer, token_ids
 from gqa_export.errors import GqaExportError
-from gqa_export.export.tokenizer_files import add_tokenizer
+from gqa_export.exporting.tokenizer_files import add_tokenizer
 
 
 @pytest.fixture(scope="module")

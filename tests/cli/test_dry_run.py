@@ -10,8 +10,8 @@ import gqa_models
 import pytest
 
 from gqa_export.errors import GqaExportError
-from gqa_export.export.options import ExportOptions
-from gqa_export.export.to_onnx import export_onnx
+from gqa_export.exporting.options import ExportOptions
+from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.weights.memory_budget import Budget, parse_size, peak_bytes
 
 

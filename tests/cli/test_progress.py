@@ -13,7 +13,7 @@ import sys
 from gqa_export.cli.progress import progress
 with progress("writing weights", total=4) as bar:
     bar.report("writing more weights", 1, 4)
-    bar.advance(2)
+    bar.close()
 print("rich" in sys.modules)
 """
 

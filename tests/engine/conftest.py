@@ -33,8 +33,8 @@ def tiny_bundle(tmp_path_factory):
     """
     from gqa_models import write_tiny
 
-    from gqa_export.export.options import ExportOptions
-    from gqa_export.export.to_onnx import export_onnx
+    from gqa_export.exporting.options import ExportOptions
+    from gqa_export.exporting.to_onnx import export_onnx
 
     made: dict[tuple[str, str, str], Path] = {}
 

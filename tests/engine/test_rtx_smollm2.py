@@ -25,8 +25,8 @@ def smollm2() -> Path:
 @pytest.mark.parametrize(("attention", "dtype"), [("plugin", "fp16"), ("native", "fp16"), ("plugin", "bf16"),
                                                   ("plugin", "fp32")])
 def test_a_real_model(rtx, smollm2, tmp_path, attention: str, dtype: str) -> None:
-    from gqa_export.export.options import ExportOptions
-    from gqa_export.export.to_onnx import export_onnx
+    from gqa_export.exporting.options import ExportOptions
+    from gqa_export.exporting.to_onnx import export_onnx
 
     bundle = tmp_path / "bundle"
     export_onnx(smollm2, bundle, ExportOptions(target=f"trt-{attention}", dtype=dtype, capacity=1024))

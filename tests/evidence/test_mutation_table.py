@@ -23,8 +23,8 @@ from gqa_models import write_tiny
 
 import gqa_export
 from gqa_export.errors import GqaExportError
-from gqa_export.export.options import ExportOptions
-from gqa_export.export.to_onnx import export_onnx
+from gqa_export.exporting.options import ExportOptions
+from gqa_export.exporting.to_onnx import export_onnx
 
 ROOT = Path(gqa_export.__file__).parent.parent
 DATA = json.loads((ROOT / "docs" / "benchmarks" / "mutations.json").read_text())

@@ -14,15 +14,15 @@ from safetensors.numpy import load_file, save_file
 
 from gqa_export.bundle.manifest import DATA
 from gqa_export.bundle.writer import writing_bundle
-from gqa_export.export.options import ExportOptions
-from gqa_export.export.to_onnx import export_onnx
+from gqa_export.exporting.options import ExportOptions
+from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.files import resume
 
 KILLED = """
 import sys, time
 from gqa_export.files import resume
-from gqa_export.export.options import ExportOptions
-from gqa_export.export.to_onnx import export_onnx
+from gqa_export.exporting.options import ExportOptions
+from gqa_export.exporting.to_onnx import export_onnx
 resume.EVERY_BYTES = 4096
 def report(text, done, total):
     if text == "writing weights" and done > total * 0.7:

@@ -20,8 +20,8 @@ from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.pickle_permission import Trust, trust, trusting
 from gqa_export.checkpoint.pickle_weights import SINGLE
 from gqa_export.errors import GqaExportError
-from gqa_export.export.options import ExportOptions
-from gqa_export.export.to_onnx import export_onnx
+from gqa_export.exporting.options import ExportOptions
+from gqa_export.exporting.to_onnx import export_onnx
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from shared_reference import reference_of
 from gqa_export import attention_op, graph_io
 from gqa_export.bundle.manifest import MANIFEST, read_manifest
 from gqa_export.errors import GqaExportError, NotCheckedHere
-from gqa_export.export.options import ExportOptions
-from gqa_export.export.to_onnx import export_onnx
+from gqa_export.exporting.options import ExportOptions
+from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.lowering.tensorrt import interpret
 from gqa_export.lowering.tensorrt.common import refuse_layers
 from gqa_export.spec import AttentionSpec

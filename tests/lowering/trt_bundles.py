@@ -13,8 +13,8 @@ import gqa_models
 import onnx
 
 from gqa_export.bundle.manifest import MANIFEST, MODEL, FileFact, read_manifest
-from gqa_export.export.options import ExportOptions
-from gqa_export.export.to_onnx import export_onnx
+from gqa_export.exporting.options import ExportOptions
+from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.files.sha256 import file_sha256
 
 CAPACITY = 96

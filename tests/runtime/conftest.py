@@ -60,8 +60,8 @@ def model(checkpoint) -> Any:
 @pytest.fixture(scope="session")
 def bundle(checkpoint, tmp_path_factory) -> Callable[..., Path]:
     """(target, cache, logits="all") -> the folder of that export; not to be changed, see `copied`."""
-    from gqa_export.export.options import ExportOptions
-    from gqa_export.export.to_onnx import export_onnx
+    from gqa_export.exporting.options import ExportOptions
+    from gqa_export.exporting.to_onnx import export_onnx
 
     made: dict[tuple[str, str, str], Path] = {}
 

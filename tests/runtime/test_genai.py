@@ -9,7 +9,7 @@ import pytest
 
 from gqa_export.bundle.manifest import read_manifest
 from gqa_export.errors import GqaExportError
-from gqa_export.export.genai_config import FILE, genai_config, misfit
+from gqa_export.exporting.genai_config import FILE, genai_config, misfit
 from gqa_export.runtime.generate import generate
 from gqa_export.runtime.ort.session import OrtSession
 from gqa_export.spec import Fallback

@@ -10,8 +10,8 @@ import sys
 import gqa_models
 import pytest
 
-from gqa_export.export.options import ExportOptions
-from gqa_export.export.to_onnx import export_onnx
+from gqa_export.exporting.options import ExportOptions
+from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.trace import trace_cache
 
 
@@ -60,7 +60,7 @@ def test_a_changed_configuration_or_option_is_another_trace(tmp_path, traces):
 def test_a_kept_trace_needs_no_pytorch(tmp_path, traces):
     folder = gqa_models.write_tiny("llama", tmp_path / "llama")
     export(folder, tmp_path / "a")
-    code = ("import sys\nfrom gqa_export.export.to_onnx import export_onnx\n"
+    code = ("import sys\nfrom gqa_export.exporting.to_onnx import export_onnx\n"
             "done = export_onnx(sys.argv[1], sys.argv[2])\n"
             "print(done.trace_kept, 'torch' in sys.modules, 'transformers' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path / "b")], capture_output=True,

@@ -16,8 +16,8 @@ from gqa_models import write_tiny
 
 from gqa_export.bundle.manifest import DATA, MANIFEST, MODEL, FileFact, read_manifest
 from gqa_export.errors import GqaExportError, NotCheckedHere
-from gqa_export.export.options import ExportOptions
-from gqa_export.export.to_onnx import export_onnx
+from gqa_export.exporting.options import ExportOptions
+from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.files.sha256 import file_sha256
 from gqa_export.validation.validate import validate
 

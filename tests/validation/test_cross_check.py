@@ -14,8 +14,8 @@ from gqa_models import write_tiny
 
 from gqa_export.bundle.manifest import MANIFEST, read_manifest
 from gqa_export.errors import GqaExportError
-from gqa_export.export.options import ExportOptions
-from gqa_export.export.to_onnx import export_onnx
+from gqa_export.exporting.options import ExportOptions
+from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.validation.cross_check import cross_check
 
 STEPS = 4

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from gqa_export.checkpoint.open import open_checkpoint
-from gqa_export.convert.conversion import convert, expand
-from gqa_export.convert.options import ConvertOptions
+from gqa_export.conversion.convert import convert, expand
+from gqa_export.conversion.options import ConvertOptions
 
 FAMILIES = ["llama", "qwen2", "phi3", "gpt_oss", "gemma2", "cohere"]
 """separate and packed projections, biases, sinks, windows, interleaved rotary"""

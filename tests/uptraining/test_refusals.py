@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from gqa_export import cli
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.errors import GqaExportError
-from gqa_export.uptrain.options import UptrainOptions
-from gqa_export.uptrain.uptraining import uptrain
+from gqa_export.uptraining.options import UptrainOptions
+from gqa_export.uptraining.uptrain import uptrain
 
 
 def refused(student, tmp_path, text, **options) -> GqaExportError:
@@ -83,7 +83,7 @@ def test_a_full_disk_leaves_no_output_and_what_was_trained(student, tmp_path, bo
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "no")
 
-    monkeypatch.setattr("gqa_export.uptrain.uptraining.shutil.copyfile", full)
+    monkeypatch.setattr("gqa_export.uptraining.uptrain.shutil.copyfile", full)
     error = refused(student, tmp_path, book)
     assert error.what.startswith("the disk is full")
     assert [path.name for path in (tmp_path / "parent").iterdir()] == [".out.uptrain"]
@@ -97,7 +97,7 @@ def test_a_data_set_needs_its_package(student, tmp_path, monkeypatch):
 
 
 def test_documents_of_a_data_set_are_joined_by_the_end_token(student, monkeypatch):
-    from gqa_export.uptrain.rows import tokens_of
+    from gqa_export.uptraining.rows import tokens_of
 
     asked = []
 

@@ -7,8 +7,8 @@ import torch
 
 from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
-from gqa_export.convert.conversion import convert, expand
-from gqa_export.convert.options import ConvertOptions
+from gqa_export.conversion.convert import convert, expand
+from gqa_export.conversion.options import ConvertOptions
 
 
 def options(text_file, **more) -> ConvertOptions:

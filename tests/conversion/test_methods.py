@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from gqa_export.checkpoint.open import open_checkpoint
-from gqa_export.convert.conversion import convert
-from gqa_export.convert.head_similarity import partition
-from gqa_export.convert.options import ConvertOptions
-from gqa_export.convert.pooling import pool_free, pool_pairs
-from gqa_export.convert.weight_error import knee
+from gqa_export.conversion.convert import convert
+from gqa_export.conversion.head_similarity import partition
+from gqa_export.conversion.options import ConvertOptions
+from gqa_export.conversion.pooling import pool_free, pool_pairs
+from gqa_export.conversion.weight_error import knee
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_heads_turned_by_what_commutes_with_rotary_are_pooled_without_error(tiny
     """Two copies of each head, one turned in every rotary plane and in its values: nothing is lost."""
     from safetensors.torch import load_file, save_file
 
-    from gqa_export.convert.conversion import expand
+    from gqa_export.conversion.convert import expand
 
     folder = tiny("llama", num_hidden_layers=2)
     expand(open_checkpoint(folder), tmp_path / "mha", 4)

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
-from gqa_export.uptrain.curve import Point, picture, split_log
-from gqa_export.uptrain.options import UptrainOptions, steps_of
-from gqa_export.uptrain.trainer import divergence, last_checkpoint
-from gqa_export.uptrain.uptraining import uptrain, work_folder
+from gqa_export.uptraining.curve import Point, picture, split_log
+from gqa_export.uptraining.options import UptrainOptions, steps_of
+from gqa_export.uptraining.trainer import divergence, last_checkpoint
+from gqa_export.uptraining.uptrain import uptrain, work_folder
 
 
 def options(book, **more) -> UptrainOptions:
@@ -151,7 +151,7 @@ def test_divergence_is_kullback_and_leiblers():
 
 def test_rows_are_the_text_and_nothing_else(student, book, tmp_path):
     from gqa_export.checkpoint.tokenized_text import load_tokenizer
-    from gqa_export.uptrain.rows import EVAL, TRAIN, prepare
+    from gqa_export.uptraining.rows import EVAL, TRAIN, prepare
 
     prepare(student, tmp_path, options(book), 320)
     train_rows, held = np.load(tmp_path / TRAIN), np.load(tmp_path / EVAL)

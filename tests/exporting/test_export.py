@@ -8,8 +8,8 @@ from glassllm_checkpoint import write_glassllm
 from shared_reference import reference_of
 
 from gqa_export.errors import EXIT_PASSED
-from gqa_export.export.options import ExportOptions
-from gqa_export.export.to_onnx import export_onnx
+from gqa_export.exporting.options import ExportOptions
+from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.validation.validate import validate
 
 EVERY_TARGET = ("ort", "onnx", "portable")

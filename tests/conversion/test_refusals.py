@@ -8,8 +8,8 @@ import json
 import pytest
 
 from gqa_export.checkpoint.open import open_checkpoint
-from gqa_export.convert.conversion import convert, expand
-from gqa_export.convert.options import ConvertOptions
+from gqa_export.conversion.convert import convert, expand
+from gqa_export.conversion.options import ConvertOptions
 from gqa_export.errors import GqaExportError
 
 
@@ -203,7 +203,7 @@ def test_a_disk_that_ends_or_refuses_leaves_nothing(method, number, says, tiny, 
     def write(*_):
         raise OSError(number, "no")
 
-    monkeypatch.setattr("gqa_export.convert.checkpoint_writer.write_safetensors", write)
+    monkeypatch.setattr("gqa_export.conversion.checkpoint_writer.write_safetensors", write)
     error = refused(tiny("llama", num_hidden_layers=1), tmp_path, kv_heads="1", method=method, text=text_file)
     assert says in error.what
 
