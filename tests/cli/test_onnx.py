@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from gqa_export.cli import main
+from gqa_export.errors import NotCheckedHere
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +61,24 @@ def test_an_export_is_validated_unless_told_otherwise(tiny, tmp_path):
     assert "passed" in result.output.lower()
 
 
-def test_bf16_on_a_cpu_is_exported_and_said_to_be_unchecked(tmp_path):
+def test_bf16_on_a_cpu_is_compared_as_its_fp32_twin_and_that_is_said(tmp_path):
     checkpoint = gqa_models.write_tiny("llama", tmp_path / "checkpoint", dtype="bfloat16")
     result = export(checkpoint, "-o", tmp_path / "bundle", "--provider", "cpu")
-    assert result.exit_code == 0
-    assert "not validated" in result.output
-    assert "--dtype fp32" in result.output
+    assert result.exit_code == 0, result.output
+    assert "fp32 twin" in result.output
+    assert "passed" in result.output.lower()
+
+
+def test_an_export_of_which_nothing_can_be_compared_here_is_no_success(tiny, tmp_path, monkeypatch):
+    def unable(*_args, **_options):
+        raise NotCheckedHere("the comparison needs 900 GB of memory, 1 is free", "there", "use a larger machine")
+
+    monkeypatch.setattr("gqa_export.validation.validate.validate", unable)
+    for dtype in ("fp32", "fp16"):
+        result = export(tiny, "-o", tmp_path / dtype, "--dtype", dtype)
+        assert result.exit_code == 3, result.output
+        assert "900 GB" in result.output
+        assert (tmp_path / dtype / "gqa_export.json").is_file()
 
 
 def test_a_non_empty_output_is_refused_and_force_replaces_bundles_only(tiny, tmp_path):
