@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 from evidence.architecture_check import REFUSED, SUPPORTED, check
 from gqa_models.shrink import write_small
 
+import gqa_export as gqa
+from gqa_export.bundle.manifest import MODEL
 from gqa_export.describe.architectures import known_names
 
 # What each is here for: patched forward (BERT's shape, BART's, Falcon, RoFormer), patched `_attn` with a window of its
@@ -28,6 +31,19 @@ def test_an_architecture_is_exported_and_equals_pytorch(name, tmp_path):
     row = check(name, known_names()[name], write_small(name, tmp_path / name), targets=("ort",),
                 caches=("growing",), depth=False)
     assert row.verdict == SUPPORTED, row.reason
+
+
+def test_an_epsilon_of_1e_8_stays_in_the_graph(tmp_path):
+    """Helium's own value. A small model with 1e-5 hid that smaller ones were taken for 0 and removed."""
+    folder = write_small("helium", tmp_path / "helium", rms_norm_eps=1e-8)
+    row = check("helium", known_names()["helium"], folder, targets=("ort", "portable"), caches=("growing",),
+                depth=False)
+    assert row.verdict == SUPPORTED, row.reason
+    bundle = gqa.export(folder, tmp_path / "bundle")
+    graph = onnx.load(str(bundle.folder / MODEL), load_external_data=False).graph
+    epsilons = [attribute.f for node in graph.node for attribute in node.attribute if attribute.name == "epsilon"]
+    norms = 2 * len(bundle.manifest.spec.layers) + 1
+    assert epsilons == pytest.approx([1e-8] * norms, rel=1e-6)  # an fp32 attribute
 
 
 @pytest.mark.parametrize(("name", "word"), REFUSED_SLICE.items())

@@ -27,10 +27,9 @@ def simplify(model: ir.Model) -> None:
     from onnx_ir.passes import common
     from onnxscript import optimizer, rewriter
 
-    from ...graph.rules import narrowed
+    from ...graph.rules import usual_rules
 
-    usual = getattr(rewriter, "_DEFAULT_REWRITE_RULES", None)  # what `rewrite` takes when it is given none
-    rules = narrowed(usual) if usual else None
+    rules = usual_rules()
     common.InlinePass()(model)
     for _ in range(2):
         optimizer.fold_constants(model, onnx_shape_inference=True)
