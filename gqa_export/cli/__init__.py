@@ -106,25 +106,33 @@ def fail(error: BaseException, *, debug: bool) -> NoReturn:
 
 def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and message of an exception."""
-    if isinstance(error, GqaExportError):
-        return error.exit_code, str(error) + (f"\n  code: {error.code}" if error.code else "")
+    refusal = as_refusal(error)
+    if refusal is not None:
+        return refusal.exit_code, str(refusal) + (f"\n  code: {refusal.code}" if refusal.code else "")
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return EXIT_INTERRUPTED, "interrupted"
     if isinstance(error, click.ClickException):
         return EXIT_BAD_INPUT, error.format_message()  # click's own code 1 means "outputs differ" here
     if isinstance(error, OSError) and error.errno == errno.EPIPE:
         return EXIT_BROKEN_PIPE, ""
-    if is_out_of_memory(error):
-        fix = "close other programs, use a machine with more memory, or export with --weights link"
-        return EXIT_BAD_INPUT, str(GqaExportError("the machine has no memory left for this", fix=fix))
-    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("gqa_"):
-        package = error.name.split(".")[0]
-        wanted = f"gqa-export[{EXTRA_OF[package]}]" if package in EXTRA_OF else package
-        what = f"the Python package {package} is not installed"
-        return EXIT_BAD_INPUT, str(GqaExportError(what, fix=f"pip install '{wanted}' (see `gqa-export doctor`)"))
     kept = keep_traceback(error)
     report = f"report it with the traceback in {kept}" if kept else "rerun with --debug and report the traceback"
     return EXIT_BUG, f"{first_line(error)}\n  this is a bug in gqa-export; {report}"
+
+
+def as_refusal(error: BaseException) -> GqaExportError | None:
+    """The refusal that an exception is or stands for: no memory, a package that is not installed. Else None."""
+    if isinstance(error, GqaExportError):
+        return error
+    if is_out_of_memory(error):
+        return GqaExportError("the machine has no memory left for this", code="E-ENV-MEMORY",
+                              fix="close other programs, use a machine with more memory, or export with --weights link")
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("gqa_"):
+        package = error.name.split(".")[0]
+        wanted = f"gqa-export[{EXTRA_OF[package]}]" if package in EXTRA_OF else package
+        return GqaExportError(f"the Python package {package} is not installed", code="E-ENV-PACKAGE",
+                              fix=f"pip install '{wanted}' (see `gqa-export doctor`)")
+    return None
 
 
 def keep_traceback(error: BaseException) -> str:

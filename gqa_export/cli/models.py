@@ -24,7 +24,8 @@ def command(as_json: bool, name: str | None) -> None:
     if name is not None:
         if name not in data["rows"]:
             raise GqaExportError(f"the table has no architecture {name!r}", "gqa-export models",
-                                 f"`gqa-export models` lists all; for a newer transformers {AGAIN}")
+                                 f"`gqa-export models` lists all; for a newer transformers {AGAIN}",
+                                 code="E-OPTION-ARCHITECTURE")
         data = {**data, "rows": {name: data["rows"][name]}}
     if as_json:
         click.echo(json.dumps(data, indent=1))

@@ -17,11 +17,12 @@ def choose_backend(device: torch.device, backend: str | None) -> str:
     """The backend's name, or a refusal that says what would work on this device. Never a silent substitute."""
     if backend is not None and backend not in BACKENDS:
         raise GqaExportError(f"backend {backend!r} is unknown", where="grouped_query_attention, argument backend",
-                             fix=f"use one of {', '.join(map(repr, BACKENDS))}, or None")
+                             fix=f"use one of {', '.join(map(repr, BACKENDS))}, or None", code="E-OPTION-BACKEND")
     if backend != "reference" and device.type != "cuda" and not plan.interpreting():
         raise GqaExportError(f"query is on {device}, where the Triton kernels do not run",
                              where="grouped_query_attention, argument query",
-                             fix='move it to CUDA, pass backend="reference", or set TRITON_INTERPRET=1 (slow)')
+                             fix='move it to CUDA, pass backend="reference", or set TRITON_INTERPRET=1 (slow)',
+                             code="E-ENV-NO-GPU")
     return backend or "triton"
 
 
@@ -54,7 +55,8 @@ def grouped_query_attention(
     if wanted and torch.is_grad_enabled():
         raise GqaExportError("a gradient is wanted through a cache that is written in place",
                              where="grouped_query_attention",
-                             fix="call it under torch.no_grad(), or use gqa_plugins.grouped_attention.attend")
+                             fix="call it under torch.no_grad(), or use gqa_plugins.grouped_attention.attend",
+                             code="E-RUN-GRADIENT")
     _check_lengths_where_possible(past_lengths, new_lengths, sizes, cos, max_length)
     output = ops.attend_in_place(query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin, sinks,
                                  num_heads, kv_num_heads, scale, softcap, window, rotary_interleaved,

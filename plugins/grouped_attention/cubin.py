@@ -104,7 +104,8 @@ class Cubin:
         lines = head.decode("ascii", errors="replace").split("\n")
         fix = "compile it again: python -m gqa_plugins.grouped_attention.cubin --help"
         if lines[0] != MAGIC or not separator:
-            raise GqaExportError(f"not a kernel file of this version: it does not begin with '{MAGIC}'", where, fix)
+            raise GqaExportError(f"not a kernel file of this version: it does not begin with '{MAGIC}'", where, fix,
+                                 code="E-ENGINE-KERNEL-FILE")
         facts: dict[str, str] = {}
         arguments, constants = [], {}
         for line in lines[1:]:
@@ -120,12 +121,13 @@ class Cubin:
         try:
             if len(code) != int(facts["code_bytes"]) or hashlib.sha256(code).hexdigest() != facts["code_sha256"]:
                 raise GqaExportError("the kernel file is cut short or altered: its code does not match its sha256",
-                                     where, fix)
+                                     where, fix, code="E-ENGINE-KERNEL-FILE")
             return cls(facts["kernel"], facts["name"], int(facts["capability"]), int(facts["shared_bytes"]),
                        int(facts["threads"]), int(facts["tile_rows"]), tuple(arguments), constants, code,
                        int(facts["scratch_pointers"]))
         except (KeyError, ValueError) as error:
-            raise GqaExportError(f"the kernel file's lines are incomplete: {error}", where, fix) from error
+            raise GqaExportError(f"the kernel file's lines are incomplete: {error}", where, fix,
+                                 code="E-ENGINE-KERNEL-FILE") from error
 
 
 def model_variants(*, heads: int, kv_heads: int, head: int, dtype: str, value_head: int | None = None,
@@ -137,16 +139,19 @@ def model_variants(*, heads: int, kv_heads: int, head: int, dtype: str, value_he
     """
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise GqaExportError(f"{heads} query heads cannot be grouped over {kv_heads} key/value heads", "--heads",
-                             "heads must be a multiple of kv-heads")
+                             "heads must be a multiple of kv-heads", code="E-OPTION-HEADS")
     if dtype not in plan.DTYPE_BYTES:
-        raise GqaExportError(f"dtype {dtype!r} is unknown", "--dtype", f"use one of {', '.join(plan.DTYPE_BYTES)}")
+        raise GqaExportError(f"dtype {dtype!r} is unknown", "--dtype", f"use one of {', '.join(plan.DTYPE_BYTES)}",
+                             code="E-OPTION-DTYPE")
     value_size = head if value_head is None else value_head
     for flag, size in (("--head-size", head), ("--value-head-size", value_size)):
         if not 1 <= size <= 256:
-            raise GqaExportError(f"head size {size} is outside 1 .. 256", flag, "the kernels stop at 256")
+            raise GqaExportError(f"head size {size} is outside 1 .. 256", flag, "the kernels stop at 256",
+                                 code="E-OPTION-HEAD-SIZE")
     if rotary_size % 2 or not 0 <= rotary_size <= head:
         raise GqaExportError(f"rotary size {rotary_size} does not fit head size {head}", "--rotary-size",
-                             "it is even and at most the head size; 0: queries and keys come rotated")
+                             "it is even and at most the head size; 0: queries and keys come rotated",
+                             code="E-OPTION-ROTARY-SIZE")
     group = heads // kv_heads
     variants = [Variant("append", dtype, group, head, value_size, rotary_half=rotary_size // 2,
                         interleaved=interleaved and rotary_size > 0)]
@@ -177,25 +182,27 @@ def _recipe(variant: Variant, capability: int) -> tuple[Any, Any, dict[str, Any]
     if variant.kernel == "combine":
         values = decode.combine_constants(group=variant.group, value_head=variant.value_head, sinks=variant.sinks)
         return decode.combine_kernel, decode.COMBINE_ARGUMENTS, values, decode.COMBINE_WARPS, decode.COMBINE_STAGES, 1
-    raise GqaExportError(f"kernel {variant.kernel!r} is unknown", "Variant.kernel", f"use one of {', '.join(KERNELS)}")
+    raise GqaExportError(f"kernel {variant.kernel!r} is unknown", "Variant.kernel", f"use one of {', '.join(KERNELS)}",
+                         code="E-ENGINE-KERNEL-UNKNOWN")
 
 
 def compile_variant(variant: Variant, capability: int) -> Cubin:
     """Compile one variant for one capability (80, 86, ... 121). No GPU or driver is needed. Raises GqaExportError."""
     if capability not in plan.CAPABILITIES:
         raise GqaExportError(f"compute capability {capability} is not supported", "--capability",
-                             f"use one of {', '.join(map(str, plan.CAPABILITIES))}")
+                             f"use one of {', '.join(map(str, plan.CAPABILITIES))}", code="E-OPTION-CAPABILITY")
     try:
         import triton
     except ImportError as error:
         raise GqaExportError("Triton is not installed", "gqa_plugins.grouped_attention.cubin",
-                             "pip install 'gqa-export[plugins]'") from error
+                             "pip install 'gqa-export[plugins]'", code="E-ENV-TRITON") from error
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     if plan.interpreting():
         raise GqaExportError("kernels cannot be compiled in a process that interprets them",
-                             "environment variable TRITON_INTERPRET", "unset it and start again")
+                             "environment variable TRITON_INTERPRET", "unset it and start again",
+                             code="E-ENV-TRITON-INTERPRET")
     kernel, arguments, constants, warps, stages, tile_rows = _recipe(variant, capability)
     kinds = {name: kind.replace("T", variant.dtype) for name, kind in arguments}
     signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
@@ -210,7 +217,8 @@ def compile_variant(variant: Variant, capability: int) -> Cubin:
         raise GqaExportError(
             f"{variant.name} for {capability} needs {facts.shared} bytes of shared memory and "
             f"{facts.global_scratch_size} of scratch; the launcher gives {plan.SHARED_KIB[capability] * 1024} and none",
-            "gqa_plugins.grouped_attention.plan.choose_tiles", "report it: the tile table is wrong for this shape")
+            "gqa_plugins.grouped_attention.plan.choose_tiles", "report it: the tile table is wrong for this shape",
+                             code="E-ENGINE-KERNEL-SHARED")
     return Cubin(variant.kernel, facts.name, capability, facts.shared, warps * 32, tile_rows,
                  tuple(kinds.items()), {name: _text(value) for name, value in constants.items()}, compiled.asm["cubin"])
 
@@ -237,7 +245,8 @@ def parse_capability(text: str) -> int:
     digits = text.lower().removeprefix("sm_").replace(".", "")
     if not digits.isdigit() or int(digits) not in plan.CAPABILITIES:
         raise GqaExportError(f"compute capability {text!r} is not supported", "--capability",
-                             f"use one of {', '.join(f'{c // 10}.{c % 10}' for c in plan.CAPABILITIES)}")
+                             f"use one of {', '.join(f'{c // 10}.{c % 10}' for c in plan.CAPABILITIES)}",
+                             code="E-OPTION-CAPABILITY")
     return int(digits)
 
 

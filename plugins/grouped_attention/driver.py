@@ -46,7 +46,8 @@ def bindings() -> Any:
         from cuda.bindings import driver
     except ImportError as error:
         raise GqaExportError("the engine's attention layers are launched through cuda-bindings, which is missing",
-                             "cuda.bindings.driver", "pip install 'gqa-export[plugins]'") from error
+                             "cuda.bindings.driver", "pip install 'gqa-export[plugins]'",
+                             code="E-ENV-CUDA-BINDINGS") from error
     return driver
 
 
@@ -56,7 +57,7 @@ def _call(name: str, *arguments: Any) -> Any:
     if int(status) != 0:
         what = getattr(status, "name", str(status))
         raise GqaExportError(f"the CUDA driver refused {name}: {what}", "the engine's attention layers",
-                             "see `gqa-export doctor`; a driver of CUDA 13 or newer is needed")
+                             "see `gqa-export doctor`; a driver of CUDA 13 or newer is needed", code="E-ENGINE-DRIVER")
     return results[0] if len(results) == 1 else results
 
 

@@ -40,7 +40,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from gqa_export.attention_op import ATTRIBUTES, DOMAIN, INPUTS, OP, OUTPUT_NAMES, VERSION
-from gqa_export.errors import GqaExportError
+from gqa_export.errors import InvalidBundle
 
 NAME = OP
 PLUGIN_VERSION = "1"
@@ -94,20 +94,21 @@ def parse_keys(data: bytes, where: str = "plugin field keys") -> tuple[Key, ...]
     for line in lines[:-1]:
         match = KEY_LINE.fullmatch(line)
         if match is None:
-            raise GqaExportError(f"the engine names a kernel in a way that is not understood: {line[:80]!r}", where,
-                                 REBUILD)
+            raise InvalidBundle(f"the engine names a kernel in a way that is not understood: {line[:80]!r}", where,
+                                REBUILD, code="E-ENGINE-KERNEL-KEYS")
         found.append(Key(match[1], int(match[2]), match[3]))
     if lines[-1]:
-        raise GqaExportError("the engine's list of kernels is cut short", where, REBUILD)
+        raise InvalidBundle("the engine's list of kernels is cut short", where, REBUILD, code="E-ENGINE-KERNEL-KEYS")
     return tuple(found)
 
 
 def check_contract_version(version: int, where: str = "plugin field contract_version") -> None:
     """Refuse a layer that was serialized for another version of the op."""
     if version != CONTRACT_VERSION:
-        raise GqaExportError(f"the engine's attention layers follow version {version} of the op, this plugin follows "
-                             f"{CONTRACT_VERSION}", where,
-                             f"{REBUILD} of this version, or load it with the plugin it was built with")
+        raise InvalidBundle(f"the engine's attention layers follow version {version} of the op, this plugin follows "
+                            f"{CONTRACT_VERSION}", where,
+                            f"{REBUILD} of this version, or load it with the plugin it was built with",
+                             code="E-ENGINE-OP-VERSION")
 
 
 def pack(files: Iterable[bytes]) -> bytes:
@@ -122,20 +123,23 @@ def unpack(container: bytes, where: str = "plugin field cubins") -> dict[str, by
     header, separator, rest = container.partition(b"\n\n")
     lines = header.split(b"\n")
     if lines[0] != MAGIC or not separator:
-        raise GqaExportError(f"the engine's kernels are not in a container of this version: it does not begin with "
-                             f"'{MAGIC.decode()}'", where, REBUILD)
+        raise InvalidBundle(f"the engine's kernels are not in a container of this version: it does not begin with "
+                            f"'{MAGIC.decode()}'", where, REBUILD, code="E-ENGINE-KERNEL-CONTAINER")
     files, start = {}, 0
     for line in lines[1:]:
         match = re.fullmatch(rb"([0-9a-f]{64}) ([0-9]+)", line)
         if match is None:
-            raise GqaExportError("the header of the engine's kernels is damaged", where, REBUILD)
+            raise InvalidBundle("the header of the engine's kernels is damaged", where, REBUILD,
+                                 code="E-ENGINE-KERNEL-CONTAINER")
         name, size = match[1].decode(), int(match[2])
         data = rest[start:start + size]
         if hashlib.sha256(data).hexdigest() != name:
-            raise GqaExportError(f"the engine's kernel {name[:12]} is cut short or altered", where, REBUILD)
+            raise InvalidBundle(f"the engine's kernel {name[:12]} is cut short or altered", where, REBUILD,
+                                 code="E-ENGINE-KERNEL-CONTAINER")
         files[name], start = data, start + size
     if start != len(rest):
-        raise GqaExportError(f"{len(rest) - start} bytes follow the engine's kernels", where, REBUILD)
+        raise InvalidBundle(f"{len(rest) - start} bytes follow the engine's kernels", where, REBUILD,
+                             code="E-ENGINE-KERNEL-CONTAINER")
     return files
 
 
@@ -157,8 +161,9 @@ class CubinStore:
         with self._lock:
             data = self._files.get(sha256)
         if data is None:
-            raise GqaExportError(f"kernel {sha256[:12]} is in no layer that was loaded: the engine's carrying layer is "
-                                 "missing or was not restored", "plugin field cubins", REBUILD)
+            raise InvalidBundle(f"kernel {sha256[:12]} is in no layer that was loaded: the engine's carrying layer is "
+                                "missing or was not restored", "plugin field cubins", REBUILD,
+                                 code="E-ENGINE-KERNEL-ABSENT")
         return data
 
 

@@ -25,7 +25,7 @@ from gqa_plugins.grouped_attention import plan
 from gqa_plugins.grouped_attention.cubin import Cubin, Variant
 from gqa_plugins.grouped_attention.fields import CREATION, REBUILD, Key
 
-from gqa_export.errors import GqaExportError
+from gqa_export.errors import InvalidBundle
 
 SM_BOUND = 256  # more SMs than this are not filled by splits: the workspace is sized before the GPU is known
 ALIGNMENT = 256
@@ -54,8 +54,9 @@ class Layer:
         names = [name for name, _ in CREATION]
         odd = sorted(set(values).symmetric_difference(names))
         if odd:
-            raise GqaExportError(f"the attention layer lacks or does not know: {', '.join(odd)}", where,
-                                 "export the bundle again with this version: `gqa-export onnx --target trt-plugin`")
+            raise InvalidBundle(f"the attention layer lacks or does not know: {', '.join(odd)}", where,
+                                "export the bundle again with this version: `gqa-export onnx --target trt-plugin`",
+                                 code="E-ENGINE-LAYER-FIELDS")
         layer = cls(**{name: (float if kind == "float32" else int)(values[name]) for name, kind in CREATION})
         wrong = ""
         if layer.kv_num_heads < 1 or layer.num_heads < 1 or layer.num_heads % layer.kv_num_heads:
@@ -65,7 +66,8 @@ class Layer:
         elif layer.window < 0 or layer.softcap < 0:
             wrong = "window and softcap are 0 or more"
         if wrong:
-            raise GqaExportError(wrong, where, "export the bundle again: `gqa-export onnx --target trt-plugin`")
+            raise InvalidBundle(wrong, where, "export the bundle again: `gqa-export onnx --target trt-plugin`",
+                                code="E-ENGINE-LAYER-VALUES")
         return layer
 
     @property
@@ -141,9 +143,10 @@ def pick(keys: Iterable[Key], capability: int) -> dict[str, Key]:
     if not chosen or {key.kernel for key in keys} != set(chosen):
         there = ", ".join(sorted({f"{key.capability // 10}.{key.capability % 10}" for key in keys})) or "none"
         dotted = f"{capability // 10}.{capability % 10}"
-        raise GqaExportError(f"this GPU has compute capability {dotted}, the engine carries kernels for {there}",
-                             "the engine's attention layers",
-                             f"build it with `gqa-export trt BUNDLE -o DIR --compute-capability {dotted}`")
+        raise InvalidBundle(f"this GPU has compute capability {dotted}, the engine carries kernels for {there}",
+                            "the engine's attention layers",
+                            f"build it with `gqa-export trt BUNDLE -o DIR --compute-capability {dotted}`",
+                             code="E-ENGINE-CAPABILITY")
     return chosen
 
 
@@ -155,13 +158,15 @@ def check_cubin(cubin: Cubin, layer: Layer, sizes: Sizes) -> None:
                 "INTERLEAVED": int(bool(layer.rotary_interleaved and layer.has_rotary))}
     for name, value in expected.items():
         if name in cubin.constants and int(cubin.constants[name]) != value:
-            raise GqaExportError(f"kernel {cubin.kernel} was compiled for {name} = {cubin.constants[name]}, "
-                                 f"the layer has {value}", "the engine's attention layers", REBUILD)
+            raise InvalidBundle(f"kernel {cubin.kernel} was compiled for {name} = {cubin.constants[name]}, "
+                                f"the layer has {value}", "the engine's attention layers", REBUILD,
+                                 code="E-ENGINE-KERNEL-MISMATCH")
     kinds = dict(cubin.arguments)
     for name in ("query_ptr", "output_ptr"):
         if kinds.get(name, f"*{sizes.dtype}") != f"*{sizes.dtype}":
-            raise GqaExportError(f"kernel {cubin.kernel} was compiled for {kinds[name][1:]}, the layer has "
-                                 f"{sizes.dtype}", "the engine's attention layers", REBUILD)
+            raise InvalidBundle(f"kernel {cubin.kernel} was compiled for {kinds[name][1:]}, the layer has "
+                                f"{sizes.dtype}", "the engine's attention layers", REBUILD,
+                                 code="E-ENGINE-KERNEL-MISMATCH")
 
 
 def _visible(layer: Layer, sizes: Sizes, steps: int) -> int:
@@ -246,7 +251,8 @@ def launches(layer: Layer, sizes: Sizes, cubins: Mapping[str, Cubin], pointers: 
 def _launch(cubin: Cubin, grid: tuple[int, int, int], values: Mapping[str, int | float]) -> Launch:
     unknown = [name for name, _ in cubin.arguments if name not in values]
     if unknown:
-        raise GqaExportError(f"kernel {cubin.kernel} takes arguments that this plugin does not know: "
-                             f"{', '.join(unknown)}", "the engine's attention layers", REBUILD)
+        raise InvalidBundle(f"kernel {cubin.kernel} takes arguments that this plugin does not know: "
+                            f"{', '.join(unknown)}", "the engine's attention layers", REBUILD,
+                             code="E-ENGINE-KERNEL-MISMATCH")
     return Launch(cubin, grid, tuple((kind, values[name]) for name, kind in cubin.arguments))
 

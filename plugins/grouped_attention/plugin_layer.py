@@ -13,7 +13,7 @@ from gqa_plugins.grouped_attention import fields, launch
 from gqa_plugins.grouped_attention.fields import Key
 from gqa_plugins.grouped_attention.launch import Layer, Sizes
 
-from gqa_export.errors import GqaExportError
+from gqa_export.errors import InvalidBundle
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Kernels:
         found = []
         for kernel, variant in launch.variants(layer, sizes).items():
             if variant.name not in self.keys:
-                raise GqaExportError(f"kernel {variant.name} was not compiled for this engine", "Kernels.keys",
-                                     "report it: the attention layers of the graph and of its manifest differ")
+                raise InvalidBundle(f"kernel {variant.name} was not compiled for this engine", "Kernels.keys",
+                                    "report it: the attention layers of the graph and of its manifest differ",
+                                     code="E-ENGINE-KERNEL-MISSING")
             found += [Key(kernel, capability, sha) for capability, sha in self.keys[variant.name].items()]
         return tuple(sorted(found))
 
@@ -74,7 +75,8 @@ class State:
         left = dict(values)
         missing = [name for name, _ in fields.SERIALIZED_ONLY if name not in left and name not in fields.OPTIONAL]
         if missing:
-            raise GqaExportError(f"the attention layer lacks {', '.join(missing)}", where, fields.REBUILD)
+            raise InvalidBundle(f"the attention layer lacks {', '.join(missing)}", where, fields.REBUILD,
+                                 code="E-ENGINE-LAYER-FIELDS")
         fields.check_contract_version(int(left.pop("contract_version")), where)
         keys = fields.parse_keys(left.pop("keys"), where)
         fields.STORE.add(left.pop("cubins", fields.pack(())))
@@ -93,5 +95,6 @@ def check_shapes(state: State, dims: Sequence[Sequence[int]]) -> None:
     if found_heads != kv_heads:
         wrong.append(f"past_key has {found_heads} heads, expected {kv_heads}")
     if wrong:
-        raise GqaExportError("; ".join(wrong), "attention layer",
-                             "export the bundle again: `gqa-export onnx --target trt-plugin`")
+        raise InvalidBundle("; ".join(wrong), "attention layer",
+                            "export the bundle again: `gqa-export onnx --target trt-plugin`",
+                            code="E-ENGINE-LAYER-SHAPES")

@@ -21,7 +21,7 @@ from gqa_plugins.grouped_attention import driver, fields, launch
 from gqa_plugins.grouped_attention.launch import Layer, Sizes
 from gqa_plugins.grouped_attention.plugin_layer import Kernels, State, check_shapes
 
-from gqa_export.errors import GqaExportError
+from gqa_export.errors import GqaExportError, InvalidBundle
 
 LENGTHS = ("past_lengths", "new_lengths")
 ALIAS = {"present_key": "past_key", "present_value": "past_value"}
@@ -40,7 +40,7 @@ def discover() -> ModuleType:
         except (ImportError, OSError):
             continue
     raise GqaExportError("neither TensorRT nor TensorRT-RTX can be imported", "gqa_plugins.grouped_attention.tensorrt",
-                         "pip install 'gqa-export[trt]' or 'gqa-export[rtx]'")
+                         "pip install 'gqa-export[trt]' or 'gqa-export[rtx]'", code="E-ENV-TENSORRT")
 
 
 def register(trt: ModuleType | None = None, kernels: Kernels | None = None) -> Any:
@@ -68,7 +68,8 @@ def noted(method: Callable) -> Callable:
             raise
         except Exception as error:
             failures.append(GqaExportError(f"{type(error).__name__}: {error}", f"plugin callback {method.__name__}",
-                                           "report it with the command that led here"))
+                                           "report it with the command that led here",
+                                           code="E-ENGINE-CALLBACK"))
             raise
     return call
 
@@ -218,8 +219,9 @@ def _plugin_class(trt: ModuleType, kinds: Mapping[str, Any]) -> type:
             results = dict(zip(self.state.outputs, outputs, strict=True))
             for present, past in ALIAS.items():
                 if present in results and results[present] != pointers[past]:
-                    raise GqaExportError(f"TensorRT gave {present} other memory than {past}: the cache would not be "
-                                         "written in place", "attention layer", "report it with the engine's manifest")
+                    raise InvalidBundle(f"TensorRT gave {present} other memory than {past}: the cache would not be "
+                                        "written in place", "attention layer", "report it with the engine's manifest",
+                                         code="E-ENGINE-ALIAS")
             pointers["output"] = results["output"]
             for one in launch.launches(self.state.layer, sizes, loaded.cubins, pointers, workspace,
                                        loaded.device.sm_count):

@@ -37,7 +37,8 @@ def _shape(tensor: torch.Tensor) -> str:
 
 
 def _refuse(argument: str, what: str, fix: str) -> GqaExportError:
-    return GqaExportError(f"{argument}: {what}", where=f"grouped_query_attention, argument {argument}", fix=fix)
+    return GqaExportError(f"{argument}: {what}", where=f"grouped_query_attention, argument {argument}", fix=fix,
+                          code="E-RUN-ARGUMENT")
 
 
 def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], letters: str) -> None:
