@@ -111,8 +111,8 @@ def open_bundle(folder: Place) -> Bundle:
 def build_engine(source: Place, output: Place, *, attention: Attention | None = None, dtype: Dtype = "auto",
                  capacity: int | None = None, flavor: Flavor = "auto", compute_capability: Sequence[str] = (),
                  max_batch: int = 1, max_prompt: int | None = None, timing_cache: Place | None = None,
-                 strip_weights: bool = False, workspace_mb: int | None = None, allow_pickle: bool = False,
-                 force: bool = False, progress: Progress | None = None) -> Bundle:
+                 strip_weights: bool = False, workspace_mb: int | None = None, revision: str | None = None,
+                 allow_pickle: bool = False, force: bool = False, progress: Progress | None = None) -> Bundle:
     """Build a TensorRT engine from a bundle of a TensorRT target, or from a checkpoint, which is exported on the way.
 
     Args:
@@ -124,6 +124,7 @@ def build_engine(source: Place, output: Place, *, attention: Attention | None = 
         max_batch: sequences at once. max_prompt: new tokens at once; None is the capacity, at most 4096.
         timing_cache: file that TensorRT's timings are read from and added to.
         strip_weights: leave the weights out. workspace_mb: most scratch memory of a layer; None is TensorRT's choice.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
         GqaExportError and its kinds, `NotCheckedHere` where a GPU is needed and there is none; nothing is left behind.
@@ -135,7 +136,7 @@ def build_engine(source: Place, output: Place, *, attention: Attention | None = 
     options = EngineOptions(attention or "", dtype, capacity or 0, flavor, tuple(compute_capability), max_batch,
                             max_prompt or 0, path_of(timing_cache), strip_weights, workspace_mb or 0, force)
     with pickles_allowed(allow_pickle):
-        built = make_engine(str(source), Path(output), options, progress or silent)
+        built = make_engine(str(source), Path(output), options, progress or silent, revision)
     return Bundle(built.folder, built.manifest, built=built)
 
 
@@ -160,12 +161,12 @@ def inspect(source: Place, *, revision: str | None = None, allow_pickle: bool = 
 
 def convert(checkpoint: Place, output: Place, *, kv_heads: int | Sequence[int] | str, method: Method = "mean",
             grouping: Grouping = "contiguous", max_error: float | None = None, text: Place | None = None,
-            tokens: int = 4096, seed: int = 0, allow_pickle: bool = False, force: bool = False,
-            progress: Progress | None = None) -> Conversion:
+            tokens: int = 4096, seed: int = 0, revision: str | None = None, allow_pickle: bool = False,
+            force: bool = False, progress: Progress | None = None) -> Conversion:
     """Write a checkpoint with fewer key/value heads: MHA to GQA to MQA.
 
     Args:
-        checkpoint: folder or hub id. output: checkpoint folder to write.
+        checkpoint: folder or hub id, of `revision`. output: checkpoint folder to write.
         kv_heads: heads of every layer, of each layer, or "auto": the fewest within `max_error`.
         method: how a group of heads becomes one; "calibrated" needs `text`. grouping: which heads are pooled.
         max_error: with "auto", the largest relative error of a layer's attention output.
@@ -181,7 +182,7 @@ def convert(checkpoint: Place, output: Place, *, kv_heads: int | Sequence[int] |
         map(str, [kv_heads] if isinstance(kv_heads, int) else kv_heads))
     options = ConvertOptions(heads, method, grouping, max_error, path_of(text), tokens, seed, force)
     with pickles_allowed(allow_pickle):
-        return pool(open_checkpoint(checkpoint), Path(output), options, progress)
+        return pool(open_checkpoint(checkpoint, revision=revision), Path(output), options, progress)
 
 
 def uptrain(checkpoint: Place, output: Place, *, text: str, eval_text: str | None = None, held_out: float = 0.1,

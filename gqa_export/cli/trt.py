@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .trust_options import trust_options
+from .trust_options import revision_option, trust_options
 
 if TYPE_CHECKING:
     from ..engine.build import EngineBuild
@@ -40,11 +40,12 @@ if TYPE_CHECKING:
 @click.option("--triton-repository", type=click.Path(path_type=Path, file_okay=False), default=None,
               help="Also write a Triton Inference Server model repository there.")
 @click.option("--force", is_flag=True, help="Replace an earlier bundle.")
+@revision_option
 @trust_options
 def command(source: str, output: Path, attention: Attention | None, dtype: Dtype, flavor: Flavor,
             capabilities: tuple[str, ...], max_batch: int, max_prompt: int | None, capacity: int | None,
             timing_cache: Path | None, strip_weights: bool, workspace_mb: int | None, triton_repository: Path | None,
-            allow_pickle: bool, force: bool) -> None:
+            revision: str | None, allow_pickle: bool, force: bool) -> None:
     """Build an engine from BUNDLE (of target trt-plugin or trt-native) or CHECKPOINT (exported on the way).
 
     Exit codes: 0 done, 2 bad input, 3 this needs a GPU and there is none.
@@ -59,8 +60,8 @@ def command(source: str, output: Path, attention: Attention | None, dtype: Dtype
         bundle = api.build_engine(
             source, output, attention=attention, dtype=dtype, capacity=capacity, flavor=flavor,
             compute_capability=capabilities, max_batch=max_batch, max_prompt=max_prompt, timing_cache=timing_cache,
-            strip_weights=strip_weights, workspace_mb=workspace_mb, allow_pickle=allow_pickle, force=force,
-            progress=bar.report)
+            strip_weights=strip_weights, workspace_mb=workspace_mb, revision=revision, allow_pickle=allow_pickle,
+            force=force, progress=bar.report)
     assert bundle.built is not None
     describe(bundle.built)
     if triton_repository is not None:

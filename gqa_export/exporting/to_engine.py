@@ -14,9 +14,10 @@ __all__ = ["EngineBuild", "EngineOptions", "build_engine", "make_engine"]
 DEFAULT_ATTENTION = "plugin"
 
 
-def make_engine(source: str, output: Path, options: EngineOptions, report: Progress) -> EngineBuild:
+def make_engine(source: str, output: Path, options: EngineOptions, report: Progress,
+                revision: str | None = None) -> EngineBuild:
     """source: a bundle folder of a TensorRT target, else a checkpoint, which is exported into a temporary bundle
-    beside the output first. Raises GqaExportError; then nothing is left behind."""
+    beside the output first. revision: of a hub id. Raises GqaExportError; then nothing is left behind."""
     if (Path(source) / MANIFEST).is_file():
         return build_engine(Path(source), output, options, report)
     from .options import ExportOptions
@@ -28,5 +29,5 @@ def make_engine(source: str, output: Path, options: EngineOptions, report: Progr
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.partial-", dir=output.absolute().parent) as folder:
         bundle = Path(folder, "bundle")
         export_onnx(source, bundle, ExportOptions(target=f"trt-{kind}", dtype=options.dtype,
-                                                  capacity=options.capacity), report)
+                                                  capacity=options.capacity, revision=revision), report)
         return build_engine(bundle, output, options, report)
