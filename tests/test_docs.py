@@ -174,16 +174,6 @@ def load_script(name: str):
     return module
 
 
-def test_page_of_errors_lists_every_refusal_in_the_source() -> None:
-    script = load_script("error_tables")
-    assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run scripts/error_tables.py"
-
-
-def test_every_refusal_has_a_fix() -> None:
-    script = load_script("error_tables")
-    assert not [f"{r.module}:{r.line} {r.what}" for r in script.all_refusals() if not r.fix]
-
-
 def test_picture_is_what_its_script_draws() -> None:
     script = load_script("picture")
     assert script.OUTPUT.read_text(encoding="utf-8") == script.picture(), "run scripts/picture.py"
