@@ -81,10 +81,14 @@ AREAS: dict[str, tuple[str, str]] = {
 }
 HEAD = """# Every error, by its code
 
-Made from the source by `scripts/error_tables.py`. An error is printed as three lines: the cause, the place (file,
-layer, node or argument) and the fix. In Python it is a `GqaExportError` with `.code`, `.what`, `.where` and `.fix`; the
-column *kind* names its class. Codes stay the same when messages are reworded: test and branch on codes. `...` stands
-for what differs from case to case. Exit code 2 is bad input, 3 is "could not be checked here".
+Made from the source by `scripts/error_tables.py`. An error is printed as four lines: the cause, the place (file,
+layer, node or argument), the fix and the code. In Python it is a `GqaExportError` with `.what`, `.where`, `.fix` and
+`.code`; the column *kind* names its class. Codes stay the same when messages are reworded: test and branch on codes.
+`...` stands for what differs from case to case. The column *exit* is the exit code of the command: 2 is bad input, 3 is
+"could not be checked here".
+
+An error without a code that ends with exit code 70 is a bug of gqa-export. The message names a file with the traceback:
+please report it.
 """
 
 
