@@ -24,7 +24,7 @@ def command(bundle: Path, against: str) -> None:
         found = api.open_bundle(bundle).bisect(against)
     click.echo(f"probes: {', '.join(found.probes)}")
     if found.finding is None:
-        click.echo("every op of every layer is within rounding of PyTorch")
+        click.echo("every operator of every layer is within tolerance")
     else:
-        click.echo(f"first wrong: {found.finding}")
+        click.echo(f"first out of tolerance: {found.finding}")
     raise SystemExit(found.exit_code)

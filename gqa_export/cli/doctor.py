@@ -24,7 +24,7 @@ def command(as_json: bool) -> None:
     from .. import api
     from .progress import progress
 
-    with progress("looking around"):
+    with progress("checking this machine"):
         found = api.doctor()
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(describe(found)))
     raise SystemExit(EXIT_PASSED if found.ready else EXIT_NOT_CHECKED)

@@ -60,7 +60,7 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, pr
 
     options.update(provider=provider, revision=revision, allow_pickle=allow_pickle)
     if dry_run:
-        with progress(f"looking at {checkpoint}") as bar, no_collection():
+        with progress(f"planning the export of {checkpoint}") as bar, no_collection():
             plan = api.plan_export(checkpoint, output, progress=bar.report, **options)
         click.echo("\n".join(plan.lines()))
         return
@@ -94,7 +94,7 @@ def describe(bundle: Bundle) -> None:
                f"{manifest.capacity}, {len(manifest.spec.layers)} layers, {export.nodes} nodes")
     click.echo(f"  weights: {manifest.bytes_copied / 1e6:,.1f} MB written, {manifest.bytes_linked / 1e6:,.1f} MB used "
                "where they are")
-    click.echo("  trace: kept from an earlier export of this configuration" if export.trace_kept else
+    click.echo("  trace: from the trace cache" if export.trace_kept else
                f"  trace: {export.traced_layers} of {len(manifest.spec.layers)} layers traced, the others are copies"
                if export.traced_layers < len(manifest.spec.layers) else "  trace: every layer traced" +
                (f" ({export.whole_because})" if export.whole_because else ""))

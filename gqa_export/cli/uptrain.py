@@ -75,6 +75,6 @@ def command(checkpoint: str, output: Path, restart: bool, json_file: str | None,
                f"{result.perplexity_before:.2f} -> {result.perplexity_after:.2f}")
     click.echo(f"  the curve: {result.folder}/gqa_uptrain.json and gqa_uptrain.svg")
     if result.resumed_at is not None:
-        click.echo(f"  went on from step {result.resumed_at}")
+        click.echo(f"  resumed at step {result.resumed_at}")
     if json_file is not None:
         Path(json_file).write_text(text + "\n", encoding="utf-8")
