@@ -106,9 +106,12 @@ def test_every_command_of_a_page_runs(page: Path, checkpoint: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text(encoding="utf-8")], ids=name_of)
-def test_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+def test_python_of_a_page_runs(page: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """All blocks of the page are one program, run in a folder that holds the tiny model."""
+    (tmp_path / checkpoint.name).symlink_to(checkpoint)
+    program = "".join(re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S))
     script = tmp_path / "page.py"
-    script.write_text("".join(re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)))
+    script.write_text(program.replace("CHECKPOINT", checkpoint.name))
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
@@ -166,22 +169,34 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
     assert not broken
 
 
+def exists(module: str) -> bool:
+    """Whether a dotted name is a module or package of the source, a name of the API or something inside of a module."""
+    place, api = ROOT.joinpath(*module.split(".")), [f"gqa_export.{name}" for name in gqa_export.__all__]
+    return place.is_dir() or module in api or any(p.with_suffix(".py").is_file() for p in (place, place.parent))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_and_modules_named_on_a_page_exist(page: Path) -> None:
+    text = re.sub(r"^\| `gqa_export\.[^|]*\|", "|", page.read_text(encoding="utf-8"), flags=re.M)  # old import paths
+    files_named = re.findall(r"`((?:gqa_export|plugins|models|scripts|tests)/[\w./-]+)`", text)
+    modules = re.findall(r"[`\s](gqa_export(?!\.json)(?:\.\w+)+)", text)
+    wrong = [name for name in files_named if not (ROOT / name).exists()]
+    wrong += [name for name in modules if not exists(name)]
+    assert not wrong
+
+
+def test_a_module_that_does_not_exist_is_noticed() -> None:
+    names = ("gqa_export.bundle", "gqa_export.export", "gqa_export.runtime.generate.Sampling", "gqa_export.pipeline",
+             "gqa_export.run.ort", "gqa_export.bundle.nothing")
+    assert [name for name in names if not exists(name)] == list(names[3:])
+
+
 def load_script(name: str):
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
-
-
-def test_page_of_errors_lists_every_refusal_in_the_source() -> None:
-    script = load_script("error_tables")
-    assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run scripts/error_tables.py"
-
-
-def test_every_refusal_has_a_fix() -> None:
-    script = load_script("error_tables")
-    assert not [f"{r.module}:{r.line} {r.what}" for r in script.all_refusals() if not r.fix]
 
 
 def test_picture_is_what_its_script_draws() -> None:

@@ -28,14 +28,14 @@ VERBS: dict[str, str] = {
     "onnx": "Export a checkpoint to an ONNX decoder with a KV cache.",
     "trt": "Build a TensorRT engine, with the attention plugin or without.",
     "validate": "Compare a bundle with PyTorch, step by step.",
-    "bisect": "Name the first layer and op that differ from PyTorch.",
-    "run": "Let a bundle answer a prompt.",
+    "bisect": "Find the first layer and operator whose output is out of tolerance.",
+    "run": "Generate text from a prompt.",
     "bench": "Measure load time, tokens per second and memory.",
-    "convert": "Give a checkpoint fewer key/value heads: MHA to GQA to MQA.",
+    "convert": "Reduce the key/value heads of a checkpoint: MHA to GQA to MQA.",
     "uptrain": "Continue pre-training after a conversion.",
     "inspect": "Show the attention layers and the KV-cache cost of a bundle or checkpoint.",
     "models": "List the architectures that were checked, and why others are refused.",
-    "doctor": "Show what is installed, what can run here and what is missing.",
+    "doctor": "List what this machine can run and how to install what is missing.",
 }
 
 # Packages that an installation may lack, and the extra of gqa-export that brings each.
@@ -51,7 +51,7 @@ EXTRA_OF: dict[str, str] = {
 
 
 def set_debug(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
-    """Remember `--debug`, wherever on the line it stood."""
+    """Record `--debug`, wherever it is on the line."""
     if value:
         ctx.meta[DEBUG] = True
 
@@ -85,7 +85,7 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the verb; turn whatever it raises into a message and an exit code."""
+        """Run the verb; turn an exception into a message and an exit code."""
         try:
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.UsageError):
@@ -95,7 +95,7 @@ class LazyGroup(click.Group):
 
 
 def fail(error: BaseException, *, debug: bool) -> NoReturn:
-    """Print what happened on standard error, and raise SystemExit with the exit code that belongs to it."""
+    """Print the error on standard error, and raise SystemExit with its exit code."""
     code, message = explain(error)
     if debug:
         traceback.print_exception(error)
@@ -154,7 +154,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 main = LazyGroup(
     name="gqa-export",
-    help="Grouped-query attention decoders from PyTorch to ONNX, proved right.",
+    help="Export decoders with grouped-query attention to ONNX and TensorRT, and check them against PyTorch.",
     params=[debug_option()],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 @click.command(short_help="Measure load time, tokens per second and memory.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of the prompt.")
-@click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens decoded after it.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
-@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Medians of so many runs.")
+@click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens to decode after it.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences per step.")
+@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs, for the medians.")
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-              help="Where it runs; auto is CUDA if it is there.")
+              help="Where the bundle runs; auto is CUDA if it is available.")
 @click.option("--low-memory", is_flag=True, help="Leave the weights in their files.")
-@click.option("--threads", type=int, default=0, show_default=True, help="0 lets ONNX Runtime choose.")
+@click.option("--threads", type=int, default=0, show_default=True, help="Threads of ONNX Runtime; 0 lets it choose.")
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the figures as JSON; - is standard output.")
 def command(bundle: Path, prompt_tokens: int, new_tokens: int, batch: int, repeat: int, provider: Provider,
             low_memory: bool, threads: int, json_file: str | None) -> None:
-    """Measure BUNDLE on random prompts, end tokens not honoured."""
+    """Measure BUNDLE on random prompts. End tokens do not stop the decoding."""
     from rich.console import Console
 
     from .. import api

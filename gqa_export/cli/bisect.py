@@ -1,4 +1,4 @@
-"""`gqa-export bisect`: the first layer and op of a bundle that is wrong, and what the error looks like."""
+"""`gqa-export bisect`: the first layer and operator that is out of tolerance, and the known fault that fits."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 import click
 
 
-@click.command(short_help="Name the first layer and op that differ from PyTorch.")
+@click.command(short_help="Find the first layer and operator whose output is out of tolerance.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--against", required=True, metavar="CHECKPOINT", help="Folder, hub id or GGUF file it was made from.")
+@click.option("--against", required=True, metavar="CHECKPOINT",
+              help="Checkpoint that it was exported from: folder, hub id or GGUF file.")
 def command(bundle: Path, against: str) -> None:
-    """Feed every layer of BUNDLE with PyTorch's own inputs and name the first op whose output is off.
+    """Feed every layer of BUNDLE with PyTorch's own inputs; find the first operator whose output is out of tolerance.
 
-    Exit codes: 0 nothing found, 1 something is wrong, 2 bad input, 3 could not be checked here.
+    Exit codes: 0 all outputs are within tolerance, 1 one is not, 2 bad input, 3 could not be checked here.
     """
     from .. import api
     from .progress import progress
@@ -23,7 +24,7 @@ def command(bundle: Path, against: str) -> None:
         found = api.open_bundle(bundle).bisect(against)
     click.echo(f"probes: {', '.join(found.probes)}")
     if found.finding is None:
-        click.echo("every op of every layer is within rounding of PyTorch")
+        click.echo("every operator of every layer is within tolerance")
     else:
-        click.echo(f"first wrong: {found.finding}")
+        click.echo(f"first out of tolerance: {found.finding}")
     raise SystemExit(found.exit_code)

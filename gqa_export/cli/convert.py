@@ -15,30 +15,30 @@ if TYPE_CHECKING:
     from ..conversion.convert import Conversion
 
 
-@click.command(short_help="Give a checkpoint fewer key/value heads: MHA to GQA to MQA.")
+@click.command(short_help="Reduce the key/value heads of a checkpoint: MHA to GQA to MQA.")
 @click.argument("checkpoint")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
 @click.option("--kv-heads", required=True, metavar="K|K,K,...|auto",
-              help="Key/value heads of every layer, of each layer, or the fewest within --max-error.")
+              help="Key/value heads: one number, one for each layer, or the fewest within --max-error.")
 @click.option("--method", type=click.Choice(["mean", "first", "random", "svd", "calibrated"]), default="mean",
               show_default=True, help="How a group of heads becomes one; calibrated needs --text.")
 @click.option("--grouping", type=click.Choice(["contiguous", "similarity"]), default="contiguous", show_default=True,
-              help="Which heads are pooled: neighbours, or those most alike (queries move along).")
+              help="Which heads are pooled: neighbours, or those most alike (queries are reordered with them).")
 @click.option("--max-error", type=click.FloatRange(0, min_open=True), default=None,
-              help="With auto: largest relative error of a layer's attention output.")
+              help="Largest relative error of a layer's attention output, for --kv-heads auto.")
 @click.option("--text", type=click.Path(path_type=Path), default=None, help="UTF-8 text for --method calibrated.")
 @click.option("--tokens", type=click.IntRange(16), default=4096, show_default=True,
-              help="Tokens of the text that are used, spread over it.")
-@click.option("--seed", type=int, default=0, show_default=True, help="For --method random.")
+              help="Tokens that are used, spread over the text.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of --method random.")
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the report as JSON; - is standard output.")
 @click.option("--force", is_flag=True, help="Replace an earlier conversion.")
 @revision_option
 @trust_options
 def command(checkpoint: str, output: Path, json_file: str | None, **options: Any) -> None:
-    """Write CHECKPOINT (a folder or a hub id) with fewer key/value heads, as an ordinary Hugging Face checkpoint.
+    """Reduce the key/value heads of CHECKPOINT (a folder or a hub id) and write an ordinary Hugging Face checkpoint.
 
-    The method is that of Ainslie et al., 2023: pool the heads of a group, then `gqa-export uptrain` for a small part
-    of the original steps. The report is also in the output folder, as gqa_convert.json.
+    The method is from Ainslie et al., 2023: pool the heads of a group, then train for a small part of the original
+    steps with `gqa-export uptrain`. The output folder also holds the report, as gqa_convert.json.
     """
     from .. import api
     from .progress import progress
@@ -55,7 +55,7 @@ def command(checkpoint: str, output: Path, json_file: str | None, **options: Any
 
 
 def describe(result: Conversion) -> None:
-    """Say what was written and what it cost."""
+    """Print what was written and the errors of each layer."""
     from .tables import aligned, readable_bytes
 
     before, after = readable_bytes(result.cache_bytes_before), readable_bytes(result.cache_bytes)

@@ -1,4 +1,4 @@
-"""`gqa-export doctor`: what is installed, what can run here, what is missing and how to get it."""
+"""`gqa-export doctor`: what is installed, what can run here, and how to install what is missing."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from ..environment.doctor import Diagnosis
 
 
-@click.command(short_help="Show what is installed, what can run here and what is missing.")
+@click.command(short_help="List what this machine can run and how to install what is missing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def command(as_json: bool) -> None:
-    """Show what is installed, what can run here, what is missing and the command that gets it.
+    """List what is installed, what this machine can run, and the command that installs what is missing.
 
-    Exit code 0: exporting and validating on the CPU can run here. 3: they cannot.
+    Exit codes: 0 exporting and validating on the CPU can run here, 3 they cannot.
     """
     from .. import api
     from .progress import progress
 
-    with progress("looking around"):
+    with progress("checking this machine"):
         found = api.doctor()
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(describe(found)))
     raise SystemExit(EXIT_PASSED if found.ready else EXIT_NOT_CHECKED)

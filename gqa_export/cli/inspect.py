@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def command(source: str, as_json: bool, revision: str | None, allow_pickle: bool) -> None:
     """Show each layer's attention and the bytes of the KV cache, against the same model as MHA and as MQA.
 
-    A checkpoint's facts come from what each layer passes to attention when the model is called, not from its name.
+    For a checkpoint, the model is called once and each layer's arguments of attention are recorded.
     """
     from .. import api
     from .progress import progress

@@ -12,10 +12,10 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print the whole table as JSON.")
 @click.argument("name", required=False)
 def command(as_json: bool, name: str | None) -> None:
-    """Show every causal language model that transformers knows and what came of exporting it; NAME shows one.
+    """List every causal language model of transformers with the result of its export; NAME shows one.
 
-    Each was made small, exported to the targets it lists and compared with PyTorch. Exit code 2 for a NAME that the
-    table does not have.
+    A small model of each was exported to the listed targets and compared with PyTorch. Exit code 2 if the table does
+    not have NAME.
     """
     from ..describe.architectures import AGAIN, table
     from ..errors import GqaExportError

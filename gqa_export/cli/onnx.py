@@ -1,4 +1,4 @@
-"""`gqa-export onnx`: a checkpoint becomes an ONNX bundle, compared with PyTorch before it is called done."""
+"""`gqa-export onnx`: export a checkpoint to an ONNX bundle and compare it with PyTorch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.argument("checkpoint")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle folder to write.")
 @click.option("--target", type=click.Choice(["ort", "onnx", "portable", "trt-plugin", "trt-native"]), default="ort",
-              show_default=True, help="What attention becomes; see the README.")
+              show_default=True, help="Runtime that the graph is for; the README lists them.")
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True,
               help="Number format of weights and cache; auto is the checkpoint's.")
 @click.option("--cache", type=click.Choice(["growing", "static"]), default=None,
@@ -31,28 +31,28 @@ if TYPE_CHECKING:
 @click.option("--capacity", type=click.IntRange(1), default=None,
               help="Longest sequence in tokens.  [default: the model's, at most 4096]")
 @click.option("--weights", type=click.Choice(["copy", "link", "inplace"]), default="copy", show_default=True,
-              help="One file of our own, hard links to the checkpoint's, or the graph beside them.")
+              help="Copy into one file, hard-link the checkpoint's files, or write the graph beside them.")
 @click.option("--logits", type=click.Choice(["all", "last"]), default=None,
-              help="Logits of every new token, or of each row's last one.  [default: the target's; last for trt-*, "
-                   "else all]")
+              help="Return logits of every new token, or of each row's last one.  [default: the target's; last for "
+                   "trt-*, else all]")
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-              help="Where it is to run; auto is CUDA if it is there.")
+              help="Where the bundle will run; auto is CUDA if it is available.")
 @click.option("--validate/--no-validate", "check", default=True, show_default=True,
-              help="Compare the bundle with PyTorch afterwards.")
-@click.option("--hash", "hash_full", is_flag=True, help="sha256 of linked weight files too, however large.")
+              help="Compare the bundle with PyTorch after the export.")
+@click.option("--hash", "hash_full", is_flag=True, help="Compute the sha256 of linked weight files too, however large.")
 @click.option("--force", is_flag=True, help="Replace an earlier bundle.")
-@click.option("--max-ram", default=None, metavar="SIZE", help="Stop rather than occupy more memory than this (1GB).")
-@click.option("--text-only", is_flag=True, help="Of a multimodal model: the language model alone, for token ids.")
-@click.option("--dry-run", is_flag=True, help="Say what would be written, its size, time and memory; write nothing.")
+@click.option("--max-ram", default=None, metavar="SIZE", help="Memory budget (1GB): stop before more is allocated.")
+@click.option("--text-only", is_flag=True, help="Export only the language model of a multimodal model, for token ids.")
+@click.option("--dry-run", is_flag=True, help="Print what would be written, its size, time and memory; write nothing.")
 @revision_option
 @trust_options
 def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, provider: Provider, hash_full: bool,
             force: bool, allow_pickle: bool, revision: str | None, **options: Any) -> None:
     """Export CHECKPOINT (a folder, a hub id or a .gguf file) to an ONNX bundle.
 
-    What this machine cannot run in its own number format (bf16 on a CPU) is compared as its fp32 twin.
+    If this machine cannot run the bundle's number format (bf16 on a CPU), its fp32 twin is compared.
 
-    Exit codes: 0 done (and passed), 1 the outputs differ from PyTorch's, 2 bad input, 3 written, but nothing could be
+    Exit codes: 0 exported (and passed), 1 the outputs differ from PyTorch's, 2 bad input, 3 written, but could not be
     compared here.
     """
     from .. import api
@@ -60,7 +60,7 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, pr
 
     options.update(provider=provider, revision=revision, allow_pickle=allow_pickle)
     if dry_run:
-        with progress(f"looking at {checkpoint}") as bar, no_collection():
+        with progress(f"planning the export of {checkpoint}") as bar, no_collection():
             plan = api.plan_export(checkpoint, output, progress=bar.report, **options)
         click.echo("\n".join(plan.lines()))
         return
@@ -87,14 +87,14 @@ def no_collection() -> Iterator[None]:
 
 
 def describe(bundle: Bundle) -> None:
-    """Say what was written, and everything that is not as the options said."""
+    """Print what was written, fallbacks and notes."""
     manifest, export = bundle.manifest, bundle.exported
     assert export is not None
     click.echo(f"{bundle.folder}: {manifest.target}, {manifest.dtype}, {manifest.cache} cache, capacity "
                f"{manifest.capacity}, {len(manifest.spec.layers)} layers, {export.nodes} nodes")
     click.echo(f"  weights: {manifest.bytes_copied / 1e6:,.1f} MB written, {manifest.bytes_linked / 1e6:,.1f} MB used "
                "where they are")
-    click.echo("  trace: kept from an earlier export of this configuration" if export.trace_kept else
+    click.echo("  trace: from the trace cache" if export.trace_kept else
                f"  trace: {export.traced_layers} of {len(manifest.spec.layers)} layers traced, the others are copies"
                if export.traced_layers < len(manifest.spec.layers) else "  trace: every layer traced" +
                (f" ({export.whole_because})" if export.whole_because else ""))

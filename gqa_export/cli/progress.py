@@ -1,4 +1,4 @@
-"""Progress of anything that takes over two seconds: a bar on standard error, nothing where that is no terminal."""
+"""A progress bar on standard error; silent where standard error is not a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of `validate` that name what it leaves on paper. Imports the standard library and click only."""
+"""The options of `validate` that write reports. Imports the standard library and click only."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 OPTIONS = {
     "json": click.option("--json", "json", type=FILE, help="Write the verdict as JSON."),
     "junit": click.option("--junit", "junit", type=FILE, help="Write the verdict as JUnit XML."),
-    "html": click.option("--html", "html", type=FILE, help="Write the verdict as a page that needs nothing else."),
+    "html": click.option("--html", "html", type=FILE, help="Write the verdict as one HTML page without scripts."),
     "github": click.option("--github-summary", "github", is_flag=True,
-                           help="Append the verdict to the summary of this step of GitHub Actions."),
+                           help="Append the verdict to the summary of this GitHub Actions step."),
     "baseline": click.option("--baseline", "baseline", type=FILE,
-                             help="Fail too where the errors are clearly above those in this file."),
+                             help="Also fail if the errors are clearly larger than those in this file."),
     "update_baseline": click.option("--update-baseline", "update_baseline", is_flag=True,
-                                    help="Put the errors of this run into --baseline FILE."),
+                                    help="Write the errors of this run into --baseline FILE."),
 }
 POLYGRAPHY = click.option("--polygraphy", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-                          help="First write PyTorch's answers there, for `polygraphy run`.")
+                          help="First write PyTorch's outputs there, for `polygraphy run`.")
 
 
 def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command these options; it takes them as one argument `reports`, a `report.Reports`. What they ask for is
-    checked before the command begins, and written too if it ends in a refusal."""
+    """Give a command these options; it takes them as one argument `reports`, a `report.Reports`. They are checked
+    before the command begins. Reports are also written if it ends in a refusal."""
 
     @wraps(command)
     def wrapped(*args: Any, **given: Any) -> Any:

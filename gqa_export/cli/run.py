@@ -1,4 +1,4 @@
-"""`gqa-export run`: let a bundle answer a prompt."""
+"""`gqa-export run`: generate text from a prompt."""
 
 from __future__ import annotations
 
@@ -15,28 +15,30 @@ if TYPE_CHECKING:
     from .progress import Bar
 
 
-@click.command(short_help="Let a bundle answer a prompt.")
+@click.command(short_help="Generate text from a prompt.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt", help="The text to continue, or with --chat the question.")
-@click.option("--token-ids", metavar="1,2,3", help="The prompt as token ids; needs no tokenizer.")
+@click.option("--token-ids", metavar="1,2,3", help="The prompt as token ids, for a bundle without a tokenizer.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option("--system", help="The system message of --chat.")
-@click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Stop after so many.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=int, default=0, show_default=True, help="Sample among so many; 0 is all.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample among the most probable.")
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Stop after this many tokens.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="Sampling temperature; 0 is greedy.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="Sample among this many best tokens; 0 is all.")
+@click.option("--top-p", type=float, default=1.0, show_default=True,
+              help="Sample among the most probable tokens with this total probability.")
+@click.option("--seed", type=int, help="Seed of the sampling, to repeat it.")
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-              help="Where it runs; auto is CUDA if it is there.")
-@click.option("--low-memory", is_flag=True, help="Leave the weights in their files: slower by about a tenth.")
-@click.option("--threads", type=int, default=0, show_default=True, help="0 lets ONNX Runtime choose.")
+              help="Where the bundle runs; auto is CUDA if it is available.")
+@click.option("--low-memory", is_flag=True, help="Leave the weights in their files; about a tenth slower.")
+@click.option("--threads", type=int, default=0, show_default=True, help="Threads of ONNX Runtime; 0 lets it choose.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming.")
 def command(bundle: Path, prompt: str | None, token_ids: str | None, chat: bool, system: str | None,
             max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int | None, provider: Provider,
             low_memory: bool, threads: int, as_json: bool) -> None:
-    """Continue a prompt with BUNDLE: the text goes to standard output as it comes, the speed to standard error.
+    """Continue a prompt with BUNDLE. The text is written to standard output as it is generated, the speed to standard
+    error.
 
-    Stops at any of the model's end tokens, at --max-new-tokens, or when the cache is full.
+    Decoding stops at any of the model's end tokens, at --max-new-tokens, or when the cache is full.
     """
     from .. import api
     from .progress import progress

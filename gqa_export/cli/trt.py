@@ -1,4 +1,4 @@
-"""`gqa-export trt`: a TensorRT bundle or a checkpoint becomes an engine bundle."""
+"""`gqa-export trt`: build an engine bundle from a TensorRT bundle or a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True,
               help="Number format of weights and cache; auto is the bundle's or checkpoint's.")
 @click.option("--flavor", type=click.Choice(["auto", "tensorrt", "rtx"]), default="auto", show_default=True,
-              help="TensorRT builds on the target GPU, TensorRT for RTX on any machine.")
+              help="TensorRT builds on the target GPU; TensorRT for RTX builds on any machine.")
 @click.option("--compute-capability", "capabilities", multiple=True, metavar="X.Y",
-              help="GPUs the engine is for, repeatable; `current` is the one here.  [default: 8.0, 8.9, 12.0 for rtx, "
-                   "the one here for tensorrt]")
-@click.option("--max-batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
+              help="Compute capability of the target GPUs, repeatable; `current` is this machine's.  [default: 8.0, "
+                   "8.9, 12.0 for rtx; this machine's for tensorrt]")
+@click.option("--max-batch", type=click.IntRange(1), default=1, show_default=True, help="Most sequences per step.")
 @click.option("--max-prompt", type=click.IntRange(1), default=None,
-              help="New tokens at once.  [default: the capacity, at most 4096]")
+              help="Most new tokens per step.  [default: the capacity, at most 4096]")
 @click.option("--capacity", type=click.IntRange(1), default=None,
               help="Longest sequence in tokens; a bundle's is fixed.  [default: the model's, at most 4096]")
 @click.option("--timing-cache", type=click.Path(path_type=Path, dir_okay=False),
-              help="File that TensorRT's timings are read from and added to.")
-@click.option("--strip-weights", is_flag=True, help="Leave the weights out: the engine must be refitted before use.")
+              help="File with TensorRT's timings; new ones are added.")
+@click.option("--strip-weights", is_flag=True, help="Build without weights; refit the engine before use.")
 @click.option("--workspace", "workspace_mb", type=click.IntRange(1), default=None, metavar="MB",
-              help="Most scratch memory of a layer.  [default: TensorRT's]")
+              help="Largest scratch memory of a layer.  [default: TensorRT's]")
 @click.option("--triton-repository", type=click.Path(path_type=Path, file_okay=False), default=None,
               help="Also write a Triton Inference Server model repository there.")
 @click.option("--force", is_flag=True, help="Replace an earlier bundle.")
@@ -48,7 +48,7 @@ def command(source: str, output: Path, attention: Attention | None, dtype: Dtype
             revision: str | None, allow_pickle: bool, force: bool) -> None:
     """Build an engine from BUNDLE (of target trt-plugin or trt-native) or CHECKPOINT (exported on the way).
 
-    Exit codes: 0 done, 2 bad input, 3 this needs a GPU and there is none.
+    Exit codes: 0 built, 2 bad input, 3 the build needs a GPU, which this machine lacks.
     """
     from .. import api
     from ..integrations.triton_repository import check_repository, write_repository
@@ -69,7 +69,7 @@ def command(source: str, output: Path, attention: Attention | None, dtype: Dtype
 
 
 def describe(build: EngineBuild) -> None:
-    """Say what was built, and everything that is not as asked."""
+    """Print what was built, and notes."""
     manifest, facts = build.manifest, build.facts
     made_for = ", ".join(f"{number // 10}.{number % 10}" for number in facts.compute_capabilities)
     click.echo(f"{build.folder}: {facts.flavor} {facts.version} engine for {made_for}, {manifest.dtype}, "

@@ -5,6 +5,6 @@ from __future__ import annotations
 import click
 
 trust_options = click.option("--allow-pickle", is_flag=True,
-                             help="Also read weights from pickle files; no code is run.")
+                             help="Also read weights from pickle files; their code is not run.")
 revision_option = click.option("--revision", default=None, metavar="REV",
                                help="Branch, tag or commit of a hub id.  [default: its main branch]")

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Compare a bundle with PyTorch, step by step.")
 @click.argument("bundles", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--against", metavar="CHECKPOINT", help="Folder, hub id or GGUF file they were made from; may be left "
-              "out to compare several bundles with one another only.")
+@click.option("--against", metavar="CHECKPOINT", help="Checkpoint that they were exported from: folder, hub id or "
+              "GGUF file. Without it, several bundles are compared with one another only.")
 @click.option("--as", "as_dtype", type=click.Choice(["fp32"]), help="Check the fp32 twin of a bf16 or fp16 bundle.")
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="Where ONNX Runtime runs the bundle.")
 @click.option("--level", type=click.Choice(["quick", "full"]), default="quick", show_default=True,
-              help="How many cases: a minute's worth, or all of them.")
+              help="Which cases: those of a minute, or all.")
 @click.option("--text", type=click.Path(path_type=Path, dir_okay=False), help="Also measure perplexity on this file.")
-@click.option("--steps", type=click.IntRange(1), help="Decode steps of each case  [default: 32]")
+@click.option("--steps", type=click.IntRange(1), help="Decode steps of each case.  [default: 32]")
 @click.option("--hash", "full_hash", is_flag=True, help="Compute the sha256 of every file, however large.")
 @report_options
 @revision_option
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 def command(bundles: tuple[Path, ...], against: str | None, as_dtype: Literal["fp32"] | None, provider: Provider,
             level: Level, text: Path | None, steps: int | None, full_hash: bool, revision: str | None,
             allow_pickle: bool, reports: Reports) -> None:
-    """Compare BUNDLES with the checkpoint they were made from: logits, every new key and value, the whole cache.
-    Several are compared with one another too.
+    """Compare BUNDLES with their checkpoint: logits, every new key and value, the whole cache. Several bundles are also
+    compared with one another.
 
-    Exit codes: 0 passed, 1 outputs differ (or drifted from the baseline), 2 bad input, 3 could not be checked here.
+    Exit codes: 0 passed, 1 the outputs differ (or drifted from the baseline), 2 bad input, 3 could not be checked here.
     """
     from rich.console import Console
 

@@ -64,10 +64,10 @@ def document(data: dict[str, Any]) -> str:
     lines = [
         "# Architectures", "",
         "Written by `scripts/matrix.py`; do not edit. The same table: `gqa-export models`, with `--json` as data.", "",
-        f"transformers knows {len(data['rows'])} causal language models by name. Of each a small random model was "
-        "made, exported (fp32) and compared with PyTorch in fp64 on a CPU: prompts longer than the attention window, "
-        "decode steps, ragged batches, poisoned cache tails. *Supported* means that every target and cache in the row "
-        "passed. A row that is not supported is refused by name at export, or caught by the comparison that "
+        f"transformers has {len(data['rows'])} causal language models by name. A small random model of each was made, "
+        "exported (fp32) and compared with PyTorch in fp64 on a CPU: prompts longer than the attention window, decode "
+        "steps, ragged batches, garbage in the unused cache. *Supported* means that every target and cache in the row "
+        "passed. A model that is not supported is refused by name at export, or fails the comparison that "
         "`gqa-export onnx` makes afterwards.", "",
         f"**{how['supported']} supported**, {how['refused']} refused, {how['wrong']} differ from PyTorch, "
         f"{how['failed']} fail in another way, {how['unchecked']} not checked. {data['date']}, {made_with}.", "",
