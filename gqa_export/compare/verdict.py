@@ -15,7 +15,7 @@ from .case_driver import Choice
 from .error_trace import OutputError, StepError, Surroundings
 from .logits import LogitMetrics
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class KindVerdict:
     output: str
     max_abs: float
     bound: float
-    yardstick: float
+    same_dtype_baseline: float
     basis: str
     first: Location | None
     around: Surroundings | None = None
@@ -73,8 +73,8 @@ class KindVerdict:
 
 @dataclass(frozen=True)
 class CaseVerdict:
-    """One case. ties: best tokens that differ where the truth's own preference is below the bound of the logits.
-    outputs, trail: the errors of every output and of every step. entry: the line of the battery it belongs to."""
+    """One case. ties: best tokens that differ where the reference's own preference is below the bound of the logits.
+    outputs, trail: the errors of every output and of every step. entry: the line of the suite it belongs to."""
 
     name: str
     purpose: str
@@ -120,7 +120,7 @@ class Verdict:
     target: str
     dtype: str
     checked_dtype: str
-    truth_dtype: str
+    reference_dtype: str
     provider: str
     cache: str
     capacity: int
@@ -142,7 +142,7 @@ class Verdict:
 
     @property
     def max_abs_logits(self) -> float:
-        """Largest |logit difference| to PyTorch (the truth) in all cases."""
+        """Largest |logit difference| to PyTorch (the reference) in all cases."""
         return max((kind.max_abs for case in self.cases for kind in case.kinds if kind.kind == "logits"),
                    default=float("nan"))
 

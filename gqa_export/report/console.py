@@ -31,8 +31,8 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
 def _cells(case: CaseVerdict, kind: KindVerdict) -> tuple[Text, ...]:
     best = f"{case.top1_agreed}/{case.rows}" if kind.kind == "logits" else ""
     ok = kind.passed and not (kind.kind == "logits" and case.parted)
-    return (Text(kind.kind), Text(f"{kind.max_abs:.2e}"), Text(f"{kind.bound:.2e}"), Text(f"{kind.yardstick:.2e}"),
-            Text(best), Text("ok", "green") if ok else Text("DIFFERS", "bold red"))
+    numbers = (Text(f"{number:.2e}") for number in (kind.max_abs, kind.bound, kind.same_dtype_baseline))
+    return (Text(kind.kind), *numbers, Text(best), Text("ok", "green") if ok else Text("DIFFERS", "bold red"))
 
 
 def details(verdict: Verdict) -> list[str]:
@@ -51,6 +51,6 @@ def details(verdict: Verdict) -> list[str]:
     eager = verdict.max_abs_logits_eager
     beside = "" if eager is None else f", to PyTorch {verdict.checked_dtype} eager {eager:.2e}"
     lines.append(f"{'PASSED' if verdict.passed else 'DIFFERENT'}: max |logit difference| to PyTorch "
-                 f"{verdict.truth_dtype} {verdict.max_abs_logits:.2e}{beside}; {len(verdict.cases)} cases, "
+                 f"{verdict.reference_dtype} {verdict.max_abs_logits:.2e}{beside}; {len(verdict.cases)} cases, "
                  f"{verdict.seconds:.1f} s")
     return lines

@@ -65,8 +65,8 @@ def _row(case: CaseVerdict, kind: KindVerdict) -> str:
     best = f"{case.top1_agreed}/{case.rows}" if kind.kind == "logits" else ""
     good = kind.passed and not (kind.kind == "logits" and case.parted)
     alone = sum(each.kind == kind.kind for each in case.kinds) == 1
-    spoken = kind.kind if alone else _plain(kind.output)
-    return (f"| {_plain(case.name)} | {spoken} | {kind.max_abs:.2e} | {kind.bound:.2e} | {best} | "
+    label = kind.kind if alone else _plain(kind.output)
+    return (f"| {_plain(case.name)} | {label} | {kind.max_abs:.2e} | {kind.bound:.2e} | {best} | "
             f"{'ok' if good else '**DIFFERS**'} |")
 
 

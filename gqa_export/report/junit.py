@@ -39,7 +39,7 @@ def _suite(verdict: Verdict, outcome: Outcome) -> Element:
     suite.set("time", f"{verdict.seconds:.3f}")
     properties = SubElement(suite, "properties")
     facts = {"against": verdict.against, "target": verdict.target, "dtype": verdict.dtype, "provider": verdict.provider,
-             "checked_dtype": verdict.checked_dtype, "truth_dtype": verdict.truth_dtype, "cache": verdict.cache,
+             "checked_dtype": verdict.checked_dtype, "reference_dtype": verdict.reference_dtype, "cache": verdict.cache,
              "capacity": verdict.capacity, **verdict.versions, **environment()}
     for name, value in facts.items():
         SubElement(properties, "property", name=name, value=_clean(str(value)))

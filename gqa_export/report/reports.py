@@ -15,7 +15,7 @@ from .outcome import Outcome
 
 @dataclass(frozen=True)
 class Reports:
-    """The files that were asked for. github: append to the summary of a step of GitHub Actions."""
+    """The files that are wanted. github: append to the summary of a step of GitHub Actions."""
 
     json: Path | None = None
     junit: Path | None = None

@@ -64,7 +64,7 @@ class BundleText:
         names: dict[str, Any] = {name: _content(value) for name, value in self.config.items()
                                  if name.endswith("_token")}
         try:
-            # one conversation in; out come its text and the spans of the answers, which nobody asked for
+            # one conversation in; its text comes out, and the spans of the answers, which are not used
             rendered: Any = render_jinja_template([list(messages)], chat_template=template,
                                                   add_generation_prompt=True,
                                                   **{name: text for name, text in names.items() if text is not None})

@@ -1,6 +1,6 @@
-"""What a battery must know of a bundle and of the checkpoint behind it, gathered where neither can hide it.
+"""What a suite must know of a bundle and of the checkpoint behind it, gathered where neither can hide it.
 
-A window that an exporter lost is in no manifest; so the checkpoint's own configuration is asked too.
+A window that an exporter lost is in no manifest; so the checkpoint's own configuration is read too.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ..errors import GqaExportError
 
 SAMPLE = ("The water of a river that reaches the sea has travelled for weeks. Most of it fell as rain, some as snow, "
           "and a little of it has been here before.")
-LOUD = 6
+LARGEST = 6
 
 
-def asked_of(manifest: Manifest, folder: Path, steps: int, text: Path | None = None, model: Any = None) -> Setting:
-    """The setting of a bundle's battery. model: the checkpoint's, for what its configuration and embedding say.
+def setting_of(manifest: Manifest, folder: Path, steps: int, text: Path | None = None, model: Any = None) -> Setting:
+    """The setting of a bundle's suite. model: the checkpoint's, for what its configuration and embedding say.
 
     Raises GqaExportError for a text where the bundle has no tokenizer, or that is too short or not there.
     """
@@ -30,7 +30,7 @@ def asked_of(manifest: Manifest, folder: Path, steps: int, text: Path | None = N
     special = _special(manifest)
     config = model.config.to_dict() if model is not None else {}
     return Setting(manifest.spec, manifest.capacity, steps, tuple(_windows(config)), _original_positions(config),
-                   special, _loud(model, special) if model is not None else (), _encoded(folder, SAMPLE),
+                   special, _largest_embeddings(model, special) if model is not None else (), _encoded(folder, SAMPLE),
                    _read(folder, text) if text is not None else None,
                    literal=get_target(manifest.target).literal_capacity)
 
@@ -42,7 +42,7 @@ def _special(manifest: Manifest) -> tuple[int, ...]:
 
 
 def _windows(config: dict[str, Any]) -> Iterator[int]:
-    """Whole numbers of a configuration, at any depth, whose name speaks of a window."""
+    """Whole numbers of a configuration, at any depth, whose name contains `window`."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _windows(value)
@@ -57,10 +57,10 @@ def _original_positions(config: dict[str, Any]) -> int:
     return max((int(table.get("original_max_position_embeddings") or 0) for table in tables), default=0)
 
 
-def _loud(model: Any, special: tuple[int, ...]) -> tuple[int, ...]:
+def _largest_embeddings(model: Any, special: tuple[int, ...]) -> tuple[int, ...]:
     """Ids whose embeddings are the longest vectors, the longest first."""
     order = model.get_input_embeddings().weight.detach().float().norm(dim=1).argsort(descending=True).tolist()
-    return tuple(i for i in order[: LOUD + len(special)] if i not in special)[:LOUD]
+    return tuple(i for i in order[: LARGEST + len(special)] if i not in special)[:LARGEST]
 
 
 def _encoded(folder: Path, text: str) -> np.ndarray | None:

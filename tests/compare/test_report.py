@@ -31,7 +31,7 @@ def test_the_terminal_says_where_it_first_diverged_and_ends_with_the_verdict(bad
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     print_verdict(bad, console)
     text = console.export_text()
-    assert "first divergence: case long, step 13 (decode), logits, batch 0, token 60, id 7: got nan" in text
+    assert "first divergence: case teacher_forced, step 13 (decode), logits, batch 0, token 60, id 7: got nan" in text
     assert text.strip().splitlines()[-1].startswith("DIFFERENT: max |logit difference|")
 
 

@@ -80,7 +80,7 @@ def test_json_follows_the_schema_that_others_rely_on(good, bad, several):
     """A key that goes or changes its meaning is a new SCHEMA_VERSION."""
     data = strict(json_text(outcome(good, bad) if several else outcome(bad)))
     assert misfit(data, SCHEMA) == ""
-    assert SCHEMA_VERSION == data["schema_version"] == 1
+    assert SCHEMA_VERSION == data["schema_version"] == 2
     assert (data["passed"], data["exit_code"]) == (False, 1)
     assert len(data["verdicts"]) == 2 if several else data["bundle"] == bad.bundle
 
@@ -150,7 +150,7 @@ def test_the_page_is_whole_draws_every_case_and_needs_nothing_else(good, bad):
     assert policy.startswith("default-src 'none'")
     assert "DIFFERENT" in found.words
     assert "python" in found.words
-    assert "first divergence: case long" in found.words
+    assert "first divergence: case teacher_forced" in found.words
 
 
 def test_the_page_shows_both_sides_around_the_worst_element(bad):
@@ -219,7 +219,7 @@ def test_a_drift_within_the_tolerance_fails(good, tmp_path):
     assert drifted.passed
     found = asked.finish(["b"], "c", [drifted])
     assert (found.exit_code, found.word, len(found.drifts)) == (1, "DRIFTED", 1)
-    assert "case long, logits are off by" in str(found.drifts[0])
+    assert "case teacher_forced, logits are off by" in str(found.drifts[0])
     root = ElementTree.fromstring(junit_text(found))
     assert root.get("failures") == "1"
     assert "DRIFTED" in Page(page(found)).words

@@ -16,24 +16,25 @@ BUNDLES = [("ort", "growing"), ("ort", "static"), ("onnx", "static"), ("portable
 
 
 @pytest.fixture(scope="module")
-def truth(model):
+def reference(model):
     session = TorchSession(model, CAPACITY, "fp64")
     return {steps: drive(session, steps) for steps in (ALONE, RAGGED)}
 
 
 @pytest.fixture(scope="module")
-def rounding(model, truth) -> float:
+def rounding(model, reference) -> float:
     """What fp32 itself costs: the largest error of PyTorch eager in fp32 on the same steps."""
     session = TorchSession(model, CAPACITY, "fp32")
-    return max(largest_difference(drive(session, steps), truth[steps]) for steps in truth)
+    return max(largest_difference(drive(session, steps), reference[steps]) for steps in reference)
 
 
 @pytest.mark.parametrize(("target", "cache"), BUNDLES)
 @pytest.mark.parametrize("steps", [ALONE, RAGGED], ids=["alone", "ragged"])
-def test_a_bundle_follows_pytorch_through_chunks_and_ragged_rows(bundle, truth, rounding, target, cache, steps) -> None:
+def test_a_bundle_follows_pytorch_through_chunks_and_ragged_rows(
+        bundle, reference, rounding, target, cache, steps) -> None:
     got = drive(OrtSession.load(bundle(target, cache), "cpu"), steps)
     # the same sums in another order: a small multiple of what eager loses itself
-    assert largest_difference(got, truth[steps]) < 8 * rounding
+    assert largest_difference(got, reference[steps]) < 8 * rounding
 
 
 @pytest.mark.parametrize(("target", "cache"), BUNDLES)
@@ -83,11 +84,11 @@ def test_a_step_without_new_tokens_changes_nothing(bundle) -> None:
 
 
 def test_logits_last_gives_the_last_valid_row(bundle, model, rounding) -> None:
-    session, truth = OrtSession.load(bundle("ort", "growing", "last"), "cpu"), TorchSession(model, CAPACITY, "fp64")
+    session, reference = OrtSession.load(bundle("ort", "growing", "last"), "cpu"), TorchSession(model, CAPACITY, "fp64")
     ids, new = np.arange(12).reshape(2, 6) + 3, np.array([6, 2])
     session.reset(2)
-    truth.reset(2)
-    got, expected = session.step(ids, new).logits, truth.step(ids, new).logits
+    reference.reset(2)
+    got, expected = session.step(ids, new).logits, reference.step(ids, new).logits
     assert got.shape == (2, 1, VOCABULARY)
     assert np.abs(got[:, 0] - expected[[0, 1], [5, 1]]).max() < 8 * rounding
 

@@ -1,4 +1,4 @@
-"""The truth itself: fp64 throughout, rows that do not meet, the caller's model left alone."""
+"""The reference itself: fp64 throughout, rows that do not meet, the caller's model left alone."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ def test_an_engine_is_validated_like_any_bundle(engine, gpu, checkpoint, target)
     gpu(folder)
     verdict = validate(folder, checkpoint, steps=6)
     assert verdict.passed, str(verdict.first)
-    assert {"long", "free", "ragged", "poisoned"} <= {case.name for case in verdict.cases}
+    assert {"teacher_forced", "free_running", "ragged", "garbage_tail"} <= {case.name for case in verdict.cases}
     assert (verdict.provider, verdict.checked_dtype) == ("rtx", "float32")
     assert not [note for note in verdict.notes if "interpreted" in note]
 

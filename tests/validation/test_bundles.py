@@ -119,8 +119,8 @@ def one_weight(folder: Path) -> None:
 def test_an_exported_bundle_passes(bundles, checkpoints, name, target, cache):
     verdict = validate(bundles(name, target=target, cache=cache), checkpoints(name), steps=STEPS)
     assert verdict.passed, str(verdict.first)
-    assert [case.name for case in verdict.cases] == ["long", "free", "ragged", "poisoned", "full", "special",
-                                                     "refusals"]
+    assert [case.name for case in verdict.cases] == ["teacher_forced", "free_running", "ragged", "garbage_tail",
+                                                     "last_slots", "special", "refusals"]
     # far below: the bound is a few times PyTorch's own rounding
     assert verdict.max_abs_logits < 1e-4
 
@@ -163,7 +163,7 @@ def test_a_low_precision_bundle_is_checked_as_its_fp32_twin(bundles, checkpoints
     assert verdict.passed, str(verdict.first)
     assert verdict.checked_dtype == "float32"
     assert verdict.dtype != "float32"
-    assert verdict.max_abs_logits < 1e-4  # the truth has the same rounded weights
+    assert verdict.max_abs_logits < 1e-4  # the reference has the same rounded weights
 
 
 def test_the_twin_of_a_wrong_graph_is_wrong_too(bundles, checkpoints, tmp_path):
@@ -231,7 +231,7 @@ def test_exit_code_1_when_outputs_differ(bundles, checkpoints, tmp_path):
     one_weight(folder)
     done = command(folder, "--against", checkpoints("llama"), "--steps", STEPS)
     assert done.returncode == 1, done.stderr
-    assert "first divergence: case long, step 0 (prefill), layer" in done.stdout
+    assert "first divergence: case teacher_forced, step 0 (prefill), layer" in done.stdout
 
 
 def test_exit_code_2_when_the_graph_is_not_what_its_manifest_says(bundles, checkpoints, tmp_path):

@@ -32,17 +32,17 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def choose_provider(asked: str, dtype: str, dtypes: Mapping[str, Sequence[str]]) -> str:
-    """"cpu" or "cuda" for asked "auto", "cpu" or "cuda"; NotCheckedHere if it is not here or cannot run `dtype`.
+def choose_provider(wanted: str, dtype: str, dtypes: Mapping[str, Sequence[str]]) -> str:
+    """"cpu" or "cuda" for a wanted "auto", "cpu" or "cuda"; NotCheckedHere if it is not here or cannot run `dtype`.
 
     dtypes: per provider, what the target's kernels take. auto takes CUDA where it is there and can.
     """
-    if asked not in ("auto", *PROVIDERS):
-        raise GqaExportError(f"unknown provider {asked!r}", "--provider", f"one of auto, {', '.join(PROVIDERS)}")
+    if wanted not in ("auto", *PROVIDERS):
+        raise GqaExportError(f"unknown provider {wanted!r}", "--provider", f"one of auto, {', '.join(PROVIDERS)}")
     available = import_onnxruntime().get_available_providers()
     dtype = DTYPES.get(dtype, dtype)
     has_cuda = PROVIDERS["cuda"] in available
-    provider = asked if asked != "auto" else "cuda" if has_cuda and dtype in dtypes.get("cuda", ()) else "cpu"
+    provider = wanted if wanted != "auto" else "cuda" if has_cuda and dtype in dtypes.get("cuda", ()) else "cpu"
     if PROVIDERS[provider] not in available:
         raise NotCheckedHere(f"the {provider} provider of ONNX Runtime is not available here",
                              f"providers: {', '.join(available)}",

@@ -84,10 +84,10 @@ def _check_plugin(facts: EngineFacts, where: str) -> None:
     if facts.plugin is None:
         raise GqaExportError("the manifest does not say which plugin the engine's attention needs", where, REBUILD)
     fields.check_contract_version(facts.plugin.contract_version, where)
-    asked = (facts.plugin.name, facts.plugin.version, facts.plugin.namespace)
+    wanted = (facts.plugin.name, facts.plugin.version, facts.plugin.namespace)
     here = (fields.NAME, fields.PLUGIN_VERSION, fields.NAMESPACE)
-    if asked != here:
-        raise GqaExportError(f"the engine asks for the plugin {asked[2]}::{asked[0]} version {asked[1]}; this "
+    if wanted != here:
+        raise GqaExportError(f"the engine asks for the plugin {wanted[2]}::{wanted[0]} version {wanted[1]}; this "
                              f"gqa-export has {here[2]}::{here[0]} version {here[1]}", where,
                              f"{REBUILD} of this version, or install the gqa-export that built it")
 

@@ -48,7 +48,7 @@ class EngineSession:
         self.max_batch, self.max_prompt = facts.max_batch, facts.max_prompt
         self.backend = backend
         self._pads = get_target(manifest.target).writes_padding
-        self._poison: tuple[float, ...] = ()
+        self._garbage: tuple[float, ...] = ()
         self._last: Any = None
         self.reset(1)
 
@@ -122,14 +122,14 @@ class EngineSession:
         """Per layer (key [B, K, C, D], value [B, K, C, E]), copies."""
         return self.backend.cache()
 
-    def poison(self, values: tuple[float, ...]) -> None:
-        """From now on, fill what the cache holds beyond the lengths with these before every call; none: leave it."""
-        self._poison = values
+    def fill_garbage(self, values: tuple[float, ...]) -> None:
+        """Fill the cache beyond the lengths with these values, in turn, before every later call; (): leave it."""
+        self._garbage = values
 
     def _piece(self, ids: np.ndarray, new: np.ndarray) -> np.ndarray:
         """Logits [B, 1, V] of at most `max_prompt` new tokens per row; the lengths move on."""
-        if self._poison:
-            self.backend.fill_tail(self._lengths, self._poison)
+        if self._garbage:
+            self.backend.fill_tail(self._lengths, self._garbage)
         if must_run_alone(self._lengths, new, ids.shape[1], capacity=self.capacity if self._pads else None,
                           chunks_alone=False, empty_alone=False):
             logits = np.zeros((len(new), 1, self.spec.vocabulary), np.float32)

@@ -54,8 +54,8 @@ def _layer(**facts) -> Callable[[Path], None]:
     """The manifest says something else of layer 1. A fact may be a function of the layer."""
     def change(manifest: Manifest) -> Manifest:
         layers = list(manifest.spec.layers)
-        said = {name: fact(layers[1]) if callable(fact) else fact for name, fact in facts.items()}
-        layers[1] = replace(layers[1], **said)
+        changed = {name: fact(layers[1]) if callable(fact) else fact for name, fact in facts.items()}
+        layers[1] = replace(layers[1], **changed)
         return replace(manifest, spec=replace(manifest.spec, layers=tuple(layers)))
     return _claim(change)
 

@@ -1,4 +1,4 @@
-"""Breaks a good bundle on purpose, as exporters have broken theirs, to show what the battery catches.
+"""Breaks a good bundle on purpose, as exporters have broken theirs, to show what the suite catches.
 
 A mutation changes the graph or the weights of a copy; then the manifest is made to agree again (hashes, sizes, the
 layers' scale, softcap and window), so that nothing but the behaviour is wrong. `Contradiction`s are the opposite:
