@@ -80,8 +80,8 @@ def bisect(bundle: Path, against: str | Path) -> Bisection:
 
     manifest = read_manifest(bundle)
     if manifest.engine is not None:
-        raise GqaExportError("an engine has no nodes to look into", str(bundle),
-                             "bisect the ONNX bundle that it was built from")
+        raise GqaExportError("bisect needs a graph, and an engine does not show its nodes", str(bundle),
+                             "bisect the ONNX bundle that it was built from", code="E-VALIDATE-BISECT-ENGINE")
     check_files(bundle, manifest)
     check_claims(bundle, manifest)
     with ExitStack() as stack:

@@ -59,8 +59,10 @@ def mark(folder: Path, prefix: str, layers: int) -> Marked:
                 owned[number].append(name)
     if not all(owned.values()):
         missing = [number for number, names in owned.items() if not names]
-        raise GqaExportError(f"no node of the graph is named after layer {missing[0]}", f"{folder / MODEL}, {prefix}",
-                             "use `gqa-export validate`; a graph without module scopes cannot be bisected")
+        raise GqaExportError(f"bisect tells layers by the names of nodes, and none is named after layer {missing[0]}",
+                             f"{folder / MODEL}, {prefix}",
+                             "use `gqa-export validate`; a graph without module scopes cannot be bisected",
+                             code="E-VALIDATE-BISECT-NAMES")
     carried: list[list[str]] = [[] for _ in range(layers + 1)]
     attention: dict[int, str] = {}
     for number, node in zip(layer_of, graph.node):

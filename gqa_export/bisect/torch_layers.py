@@ -59,8 +59,9 @@ def layer_list(model: Any, count: int) -> tuple[str, Any]:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return name, module
-    raise GqaExportError(f"the model has no list of {count} layers to look into", type(model).__name__,
-                         "use `gqa-export validate`, which compares the outputs")
+    raise GqaExportError(f"bisect looks into a list of {count} layers, which this model does not have",
+                         type(model).__name__, "use `gqa-export validate`, which compares the outputs",
+                         code="E-VALIDATE-BISECT-LAYERS")
 
 
 def watch_row(session: Any, layers: Any, past: np.ndarray, new: np.ndarray) -> RowReference:

@@ -72,8 +72,8 @@ def plan_cases(spec: ModelSpec, capacity: int, *, steps: int = 32, original_posi
     Raises GqaExportError if the capacity is too small to hold a prompt and a step.
     """
     if capacity < 8:
-        raise GqaExportError(f"a cache of {capacity} tokens is too small to validate", "capacity",
-                             "export with a larger --capacity")
+        raise GqaExportError(f"a comparison needs a cache of at least 8 tokens, this one holds {capacity}", "capacity",
+                             "export with a larger --capacity", code="E-VALIDATE-CAPACITY")
     notes: list[str] = []
     if steps > capacity // 2:
         notes.append(f"{capacity // 2} decode steps instead of {steps}: the cache holds {capacity} tokens")

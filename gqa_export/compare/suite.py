@@ -210,7 +210,8 @@ SUITE: tuple[Entry, ...] = (
 def plan_suite(setting: Setting, level: str = "quick") -> Plan:
     """The cases of a level. Raises GqaExportError for an unknown level or a cache too small to hold a case."""
     if level not in LEVELS:
-        raise GqaExportError(f"unknown level {level!r}", "--level", f"one of {', '.join(LEVELS)}")
+        raise GqaExportError(f"unknown level {level!r}", "--level", f"use one of {', '.join(LEVELS)}",
+                             code="E-OPTION-LEVEL")
     core = plan_cases(setting.spec, setting.capacity, steps=setting.steps, special=setting.special,
                       original_positions=setting.original_positions, text_ids=setting.sample,
                       nan_tail_safe=setting.nan_tail_safe, windows=setting.windows)

@@ -1,21 +1,25 @@
-"""The judgement as data: per case, per kind of output, and where it first went wrong.
+"""The judgement as data: what was compared, per case and kind of output, and where it first went wrong.
 
 `Verdict.to_dict` is the schema of `--json`; `SCHEMA_VERSION` counts its incompatible changes.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ..errors import EXIT_DIFFERENT, EXIT_PASSED
+from ..errors import EXIT_DIFFERENT, EXIT_PASSED, OutputDiffers
 from .case_driver import Choice
 from .error_trace import OutputError, StepError, Surroundings
 from .logits import LogitMetrics
 
 SCHEMA_VERSION = 2
+COMPARED = (("logits", {"logits"}), ("new keys and values", {"keys", "values"}), ("cache", {"cache"}),
+            ("refusals", {"refusal"}))
+"""words in which a verdict tells what was compared, and the kinds of output that must have been measured"""
 
 
 @dataclass(frozen=True)
@@ -110,10 +114,27 @@ class CaseVerdict:
         """The verdict on the logits."""
         return next(kind for kind in self.kinds if kind.kind == "logits")
 
+    @property
+    def wrong_token(self) -> str:
+        """The step of a free run whose best token is wrong, in words; "" where there is none."""
+        if self.parted is None:
+            return ""
+        choice = self.parted
+        return (f"case {self.name}, step {choice.step}, batch {choice.row}: best token {choice.got}, expected "
+                f"{choice.expected} (preferred by {choice.margin:.3g}, no tie)")
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """The whole validation. dtype: the bundle's number format; checked_dtype: the one that was run (`--as`)."""
+    """The whole validation.
+
+    Attributes:
+        bundle, against: folders, or the name of a checkpoint.
+        dtype: the bundle's number format. checked_dtype: the one that was run (`--as`). reference_dtype: PyTorch's.
+        provider: of ONNX Runtime, or the flavour of an engine. cache: "growing" or "static". capacity: in tokens.
+        cases: in the order in which they ran. notes: what a reader must know, such as what was not compared.
+        versions: of the packages that took part. level: "quick" or "full".
+    """
 
     bundle: str
     against: str
@@ -141,6 +162,41 @@ class Verdict:
         return EXIT_PASSED if self.passed else EXIT_DIFFERENT
 
     @property
+    def compared(self) -> tuple[str, ...]:
+        """What was measured in this run, in words: "logits", "new keys and values" (of every step), "cache" (all of it,
+        at the end), "refusals", "best tokens" (of a free run), "perplexity" (of a given text). What is not named was
+        not compared."""
+        measured = {kind.kind for case in self.cases for kind in case.kinds}
+        found = [words for words, kinds in COMPARED if kinds <= measured]
+        if any(case.free and case.rows for case in self.cases):
+            found.append("best tokens")
+        if any(case.metrics is not None and case.metrics.perplexity is not None for case in self.cases):
+            found.append("perplexity")
+        return tuple(found)
+
+    @property
+    def failure(self) -> str:
+        """The first thing that went wrong, in words; "" for a verdict that passed."""
+        if self.passed:
+            return ""
+        wrong = next((case for case in self.cases if not case.passed), None)
+        if wrong is None:
+            return "no case was run"
+        return wrong.wrong_token if wrong.first is None else str(wrong.first)
+
+    def check(self) -> Verdict:
+        """This verdict, if it passed.
+
+        Raises:
+            OutputDiffers: it did not pass; `what` is the first failure.
+        """
+        if not self.passed:
+            raise OutputDiffers(f"the bundle's outputs differ from the reference's: {self.failure}", self.bundle,
+                                f"find the layer: gqa-export bisect {self.bundle} --against {self.against}",
+                                code="E-VALIDATE-DIFFERS")
+        return self
+
+    @property
     def max_abs_logits(self) -> float:
         """Largest |logit difference| to PyTorch (the reference) in all cases."""
         return max((kind.max_abs for case in self.cases for kind in case.kinds if kind.kind == "logits"),
@@ -166,10 +222,15 @@ class Verdict:
             cases.append(row | {"passed": case.passed, "first": asdict(case.first) if case.first else None})
         data = asdict(self) | {
             "schema_version": SCHEMA_VERSION, "passed": self.passed, "exit_code": self.exit_code,
+            "compared": self.compared,
             "max_abs_logits": self.max_abs_logits, "max_abs_logits_eager": self.max_abs_logits_eager,
             "first": asdict(self.first) if self.first else None, "cases": cases,
         }
         return _plain(data)
+
+    def to_json(self) -> str:
+        """`to_dict` as a JSON document."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
 
 def _plain(data: Any) -> Any:

@@ -34,12 +34,14 @@ __all__ = ["TritonPythonModel"]
 def check_repository(repository: Path, name: str) -> None:
     """Refuse, before any work, a model name that Triton cannot have or a place that is taken by something else."""
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-        raise GqaExportError(f"Triton cannot name a model {name!r}", "--triton-repository",
-                             "give the engine bundle (-o) a name of letters, digits, - and _")
+        raise GqaExportError(f"Triton does not accept {name!r} as the name of a model", "--triton-repository",
+                             "give the engine bundle (-o) a name of letters, digits, - and _",
+                             code="E-OPTION-TRITON-NAME")
     model = repository / name
     if model.exists() and not (model / VERSION / "engine" / MANIFEST).is_file():
         raise GqaExportError("the repository has another model of that name", str(model),
-                             "choose another folder with --triton-repository, or another name with -o")
+                             "choose another folder with --triton-repository, or another name with -o",
+                             code="E-FILE-TRITON-MODEL")
 
 
 def write_repository(repository: Path, bundle: Path) -> Path:
@@ -48,7 +50,8 @@ def write_repository(repository: Path, bundle: Path) -> Path:
     check_repository(repository, name)
     facts = read_manifest(bundle).engine
     if facts is None:
-        raise GqaExportError("only an engine bundle can be served", str(bundle), "build one with `gqa-export trt`")
+        raise GqaExportError("Triton can serve an engine bundle only", str(bundle), "build one with `gqa-export trt`",
+                             code="E-OPTION-TRITON-ENGINE")
     model = repository / name
     staging = repository / f".{name}.partial"
     shutil.rmtree(staging, ignore_errors=True)

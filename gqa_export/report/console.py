@@ -42,12 +42,11 @@ def details(verdict: Verdict) -> list[str]:
         if case.first is not None:
             lines.append(f"first divergence: {case.first}")
         if case.parted is not None:
-            c = case.parted
-            lines.append(f"case {case.name}, step {c.step}, batch {c.row}: best token {c.got}, expected {c.expected} "
-                         f"(preferred by {c.margin:.3g}, no tie)")
+            lines.append(case.wrong_token)
         lines += [f"case {case.name}, step {c.step}, batch {c.row}: a tie between tokens {c.expected} and {c.got} "
                   f"(margin {c.margin:.3g})" for c in case.ties]
     lines += [f"note: {note}" for note in verdict.notes]
+    lines.append(f"compared: {', '.join(verdict.compared) or 'nothing'}")
     eager = verdict.max_abs_logits_eager
     beside = "" if eager is None else f", to PyTorch {verdict.checked_dtype} eager {eager:.2e}"
     lines.append(f"{'PASSED' if verdict.passed else 'DIFFERENT'}: max |logit difference| to PyTorch "

@@ -30,9 +30,10 @@ class Reports:
                              ("--baseline", self.baseline if self.update_baseline else None)):
             if path is not None and not path.absolute().parent.is_dir():
                 raise GqaExportError(f"the folder of the file does not exist: {path.absolute().parent}", option,
-                                     "make the folder first")
+                                     "make the folder first", code="E-REPORT-FOLDER")
         if self.update_baseline and self.baseline is None:
-            raise GqaExportError("there is no baseline to update", "--update-baseline", "name it with --baseline FILE")
+            raise GqaExportError("--update-baseline needs a baseline to write", "--update-baseline",
+                                 "name it with --baseline FILE", code="E-OPTION-UPDATE-BASELINE")
         if self.github:
             from .github import summary_file
 

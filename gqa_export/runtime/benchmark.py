@@ -61,9 +61,10 @@ def measure(folder: Path | str, *, prompt_tokens: int, new_tokens: int, batch: i
     manifest = read_manifest(folder)
     # the last new token is never fed
     if prompt_tokens + new_tokens - 1 > manifest.capacity:
-        raise GqaExportError(f"{prompt_tokens} prompt and {new_tokens} new tokens do not fit the cache of "
-                             f"{manifest.capacity}", str(folder),
-                             "use smaller --prompt-tokens or --new-tokens, or export with a larger --capacity")
+        raise GqaExportError(f"the cache holds {manifest.capacity} tokens, and {prompt_tokens} prompt and {new_tokens} "
+                             "new tokens do not fit", str(folder),
+                             "use smaller --prompt-tokens or --new-tokens, or export with a larger --capacity",
+                             code="E-RUN-CAPACITY")
     before = anonymous_mib()
     started = time.perf_counter()
     say = report or silent

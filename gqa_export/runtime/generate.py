@@ -37,8 +37,8 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
         ):
             if not good:
-                raise GqaExportError(f"{name} {getattr(self, name)} is out of range",
-                                     "--" + name.replace("_", "-"), fix)
+                raise GqaExportError(f"{name} is out of range: {getattr(self, name)}",
+                                     "--" + name.replace("_", "-"), f"use {fix}", code="E-OPTION-SAMPLING")
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,9 @@ def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens:
     def take(logits: np.ndarray) -> None:
         active = np.array([not f for f in finish])
         if np.isnan(logits[active]).any():
-            raise GqaExportError("the logits are not numbers", f"after {len(max(tokens, key=len))} new tokens",
-                                 "compare the bundle with its checkpoint: gqa-export validate BUNDLE --against ...")
+            raise GqaExportError("the logits are NaN", f"after {len(max(tokens, key=len))} new tokens",
+                                 "compare the bundle with its checkpoint: gqa-export validate BUNDLE --against ...",
+                                 code="E-RUN-NAN")
         for row, token in enumerate(choose(logits).tolist()):
             if finish[row]:
                 continue
@@ -122,12 +123,14 @@ def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens:
 
 def _check(lengths: np.ndarray, capacity: int, max_new_tokens: int) -> None:
     if len(lengths) == 0 or lengths.min() == 0:
-        raise GqaExportError("a prompt has no tokens", "prompt", "give at least one token")
+        raise GqaExportError("a prompt is empty", "prompt", "give at least one token", code="E-RUN-PROMPT")
     if max_new_tokens < 1:
-        raise GqaExportError(f"max_new_tokens is {max_new_tokens}", "--max-new-tokens", "ask for at least one")
+        raise GqaExportError(f"max_new_tokens must be at least 1, got {max_new_tokens}", "--max-new-tokens",
+                             "generate at least one token", code="E-OPTION-MAX-NEW-TOKENS")
     if lengths.max() > capacity:
         raise GqaExportError(f"the prompt has {int(lengths.max())} tokens, and the cache holds {capacity}", "prompt",
-                             f"shorten it, or export with --capacity {int(lengths.max()) + max_new_tokens} or more")
+                             f"shorten it, or export with --capacity {int(lengths.max()) + max_new_tokens} or more",
+                             code="E-RUN-CAPACITY")
 
 
 def _prefill(session: Session, prompts: Sequence[Sequence[int]], lengths: np.ndarray, piece: int) -> np.ndarray:

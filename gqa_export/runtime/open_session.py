@@ -20,7 +20,8 @@ def open_bundle(folder: Path | str, provider: str = "auto", *, low_memory: bool 
         return OrtSession.load(folder, provider, low_memory=low_memory, threads=threads)
     for option, given in (("--provider", provider != "auto"), ("--low-memory", low_memory), ("--threads", threads)):
         if given:
-            raise GqaExportError("an engine runs on the GPU, as it was built", option, f"leave out {option}")
+            raise GqaExportError("an engine runs as it was built, on the GPU", option, f"leave out {option}",
+                                 code="E-OPTION-ENGINE")
     from .tensorrt.session import EngineSession
 
     return EngineSession.load(folder)

@@ -54,7 +54,7 @@ class TorchSession:
         """The spec it was given; GqaExportError if none was."""
         if self._spec is None:
             raise GqaExportError("this PyTorch session was made without a spec", "TorchSession",
-                                 "pass spec=manifest.spec")
+                                 "pass spec=manifest.spec", code="E-RUN-SPEC")
         return self._spec
 
     @property

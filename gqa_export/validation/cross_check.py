@@ -20,7 +20,7 @@ from ..compare.suite import STEPS, plan_suite
 from ..compare.tolerance import EPSILON
 from ..compare.verdict import Verdict
 from ..environment.versions import versions
-from ..errors import GqaExportError
+from ..errors import InvalidBundle
 from ..progress import Progress, silent
 from ..runtime.session import Session
 from .reference import runnable
@@ -104,12 +104,14 @@ def _same_model(first: Manifest, other: Manifest, where: str) -> None:
     for name in ("model_type", "vocabulary", "hidden_size"):
         one, two = getattr(first.spec, name), getattr(other.spec, name)
         if one != two:
-            raise GqaExportError(f"the bundles are not of one model: {name} is {one} and {two}", where, fix)
+            raise InvalidBundle(f"the bundles belong to different models: {name} is {one} and {two}", where, fix,
+                                code="E-VALIDATE-MODELS")
     if len(first.spec.layers) != len(other.spec.layers):
-        raise GqaExportError(f"the bundles are not of one model: {len(first.spec.layers)} and "
-                             f"{len(other.spec.layers)} layers", where, fix)
+        raise InvalidBundle(f"the bundles belong to different models: {len(first.spec.layers)} and "
+                            f"{len(other.spec.layers)} layers", where, fix, code="E-VALIDATE-MODELS")
     for a, b in zip(first.spec.layers, other.spec.layers):
         for name, value in asdict(a).items():
             if value != getattr(b, name):
-                raise GqaExportError(f"the bundles disagree on layer {a.layer}: {name} is {value} and "
-                                     f"{getattr(b, name)}", where, "export again: one of them is wrong")
+                raise InvalidBundle(f"the bundles disagree on layer {a.layer}: {name} is {value} and "
+                                    f"{getattr(b, name)}", where, "export both again: one of them is wrong",
+                                    code="E-VALIDATE-LAYERS")

@@ -33,9 +33,10 @@ STATIC_TOKENS = 16
 def check_target(manifest: Manifest, target: Target) -> None:
     """Refuse a bundle whose graph Polygraphy cannot run this way."""
     if target.engine or manifest.dtype == "bfloat16":
-        why = "bf16 does not pass through numpy" if not target.engine else f"{target.name} updates its cache in place"
-        raise GqaExportError(f"no files for Polygraphy: {why}", "--polygraphy",
-                             "export with --target ort, onnx or portable and --dtype fp32 for it")
+        why = "numpy does not know bf16" if not target.engine else f"{target.name} updates its cache in place"
+        raise GqaExportError(f"files for Polygraphy cannot be written for this bundle: {why}", "--polygraphy",
+                             "export with --target ort, onnx or portable and --dtype fp32 for it",
+                             code="E-OPTION-POLYGRAPHY")
 
 
 def write_files(folder: Path, reference: Session, manifest: Manifest, seed: int = 11) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..bundle.manifest import Manifest
 from ..checkpoint.load_model import load_model
-from ..errors import GqaExportError, NotCheckedHere
+from ..errors import GqaExportError, InvalidCheckpoint, NotCheckedHere
 from ..runtime.session import Session
 
 FillGarbage = Callable[[tuple[float, ...]], None]
@@ -54,7 +54,7 @@ def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
     numbers, room = sum(parameter.numel() for parameter in model.parameters()), psutil.virtual_memory().available
     if numbers * 8 > room:
         raise NotCheckedHere(f"the comparison needs {numbers * 8 / 1e9:.0f} GB of memory, {room / 1e9:.0f} are free",
-                             checkpoint.source, "validate on a machine with more memory")
+                             checkpoint.source, "validate on a machine with more memory", code="E-VALIDATE-MEMORY")
     # fp64 beside fp32, and the bundle's own weights
     reference_dtype = "float64" if numbers * 16 <= room else "float32"
     reference = TorchSession(model, manifest.capacity, reference_dtype, spec=manifest.spec)
@@ -96,8 +96,8 @@ def observed_facts(reference: Any, where: str) -> dict[str, object]:
     reference.reset(1)
     logits = reference.step(np.zeros((1, 1), np.int64)).logits
     if not np.isfinite(logits).all():
-        raise GqaExportError("the checkpoint itself gives NaN or infinite logits", where,
-                             "check its weights; there is nothing to compare with")
+        raise InvalidCheckpoint("the checkpoint's own logits are NaN or infinite", where,
+                                "check its weights; there is nothing to compare with", code="E-CKPT-NAN")
     pairs = reference.cache()
     shown: dict[str, object] = {"model_type": reference.model.config.model_type, "vocabulary": logits.shape[-1],
                                 "layers": len(pairs)}
@@ -121,7 +121,7 @@ def choose_bundle_provider(manifest: Manifest, wanted: str, ran_dtype: str) -> s
     except NotCheckedHere as error:
         if ran_dtype in ("float16", "bfloat16"):
             raise NotCheckedHere(error.what, error.where, "export with --dtype fp32, or check the fp32 twin of this "
-                                 "graph with `validate --as fp32`") from error
+                                 "graph with `validate --as fp32`", code=error.code) from error
         raise
 
 
@@ -131,7 +131,8 @@ def load_engine(folder: Path, provider: str, as_dtype: str | None) -> tuple[Sess
 
     for option, given in (("--as", as_dtype), ("--provider", provider != "auto")):
         if given:
-            raise GqaExportError("an engine is compared as it was built, on the GPU", option, f"leave out {option}")
+            raise GqaExportError("an engine is compared as it was built, on the GPU", option, f"leave out {option}",
+                                 code="E-OPTION-ENGINE")
     session = EngineSession.load(folder)
     return session, session.fill_garbage
 

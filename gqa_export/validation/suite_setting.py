@@ -13,7 +13,8 @@ import numpy as np
 
 from ..bundle.manifest import Manifest
 from ..compare.suite import Setting
-from ..errors import GqaExportError
+from ..errors import GqaExportError, first_line
+from ..runtime.text import JSON, open_tokenizer
 
 SAMPLE = ("The water of a river that reaches the sea has travelled for weeks. Most of it fell as rain, some as snow, "
           "and a little of it has been here before.")
@@ -64,22 +65,23 @@ def _largest_embeddings(model: Any, special: tuple[int, ...]) -> tuple[int, ...]
 
 
 def _encoded(folder: Path, text: str) -> np.ndarray | None:
-    """Token ids of a text, None where the bundle carries no tokenizer."""
-    if not (folder / "tokenizer.json").is_file():
+    """Token ids of a text, None where the bundle carries no tokenizer.json."""
+    if not (folder / JSON).is_file():
         return None
-    from tokenizers import Tokenizer
-
-    return np.array(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids, np.int64)
+    return np.array(open_tokenizer(folder).encode(text, True), np.int64)
 
 
 def _read(folder: Path, path: Path) -> np.ndarray:
     try:
         ids = _encoded(folder, path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise GqaExportError(f"the text cannot be read: {error}", str(path), "give a text file in UTF-8") from error
+        raise GqaExportError(f"the text cannot be read: {first_line(error)}", str(path), "give a text file in UTF-8",
+                             code="E-OPTION-TEXT-FILE") from error
     if ids is None:
-        raise GqaExportError("the bundle has no tokenizer, so a text cannot be made into tokens", str(folder),
-                             "leave out --text, or export a checkpoint that has a tokenizer")
+        raise GqaExportError("--text needs a tokenizer, and the bundle has none", str(folder),
+                             "leave out --text, or export a checkpoint that has a tokenizer",
+                             code="E-VALIDATE-TOKENIZER")
     if len(ids) < 2:
-        raise GqaExportError(f"a text of {len(ids)} tokens has no perplexity", str(path), "give a longer text")
+        raise GqaExportError(f"perplexity needs at least 2 tokens, and the text has {len(ids)}", str(path),
+                             "give a longer text", code="E-OPTION-TEXT-SHORT")
     return ids

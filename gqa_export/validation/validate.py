@@ -43,7 +43,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
     """
 
     if as_dtype not in (None, "fp32"):
-        raise GqaExportError(f"--as {as_dtype} is not offered", "--as", "use --as fp32")
+        raise GqaExportError(f"--as accepts fp32 only, got {as_dtype!r}", "--as", "use --as fp32", code="E-OPTION-AS")
     began, folder, report = time.perf_counter(), Path(bundle), progress or silent
     report("checking the bundle's files", None, None)
     manifest = read_manifest(folder)

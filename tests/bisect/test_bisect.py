@@ -12,13 +12,13 @@ import pytest
 from evidence.mutations.kinds import MUTATIONS
 from evidence.mutations.mutation import Mutation, NotHere, break_bundle
 from gqa_models import write_tiny
+from refusal import refused
 
 from gqa_export.bisect.bisection import END, bisect
 from gqa_export.bisect.known_faults import attend, rounding_words
 from gqa_export.bisect.match_tensors import Place, absolute, agreed, find, relative
 from gqa_export.bisect.torch_layers import Attended
 from gqa_export.bundle.manifest import MODEL
-from gqa_export.errors import GqaExportError
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 
@@ -112,7 +112,7 @@ def test_a_graph_without_module_scopes_is_refused(samples, tmp_path):
         node.name = f"n{number}"
     onnx.save(model, str(tmp_path / "b" / MODEL))
     sign(tmp_path / "b", read_manifest(tmp_path / "b"))
-    with pytest.raises(GqaExportError, match="no node of the graph is named after layer 0"):
+    with refused("E-VALIDATE-BISECT-NAMES"):
         bisect(tmp_path / "b", checkpoint)
 
 

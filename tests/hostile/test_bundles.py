@@ -8,6 +8,7 @@ import re
 
 import onnx
 import pytest
+from refusal import refused
 
 from gqa_export.bundle.integrity import check_files
 from gqa_export.bundle.manifest import DATA, MANIFEST, MODEL, read_manifest
@@ -138,9 +139,8 @@ def test_a_graph_that_fails_while_it_runs_is_a_refusal_too(copied):
     change_graph(copied, sabotage)
     import numpy as np
 
-    with pytest.raises(GqaExportError) as refusal:
+    with refused("E-RUN-FAILED"):
         OrtSession.load(copied, "cpu").step(np.full((1, 3), 7))
-    assert "ONNX Runtime" in refusal.value.what
 
 
 @pytest.mark.parametrize(("change", "names"), [

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from gqa_models import write_tiny
+from refusal import refused
 
 from gqa_export.bundle.manifest import DATA, MANIFEST, MODEL, FileFact, read_manifest
 from gqa_export.errors import GqaExportError, NotCheckedHere
@@ -172,11 +173,11 @@ def test_the_twin_of_a_wrong_graph_is_wrong_too(bundles, checkpoints, tmp_path):
 
 
 def test_bf16_on_a_cpu_is_not_checked_and_never_a_pass(bundles, checkpoints):
-    with pytest.raises(NotCheckedHere) as caught:
+    with refused("E-ENV-KERNELS", NotCheckedHere) as refusal:
         validate(bundles("llama", target="portable", dtype="bf16"), checkpoints("llama"), provider="cpu")
-    assert caught.value.exit_code == 3
-    assert "--dtype fp32" in caught.value.fix
-    assert "--as fp32" in caught.value.fix
+    assert refusal.error.exit_code == 3
+    assert "--dtype fp32" in refusal.error.fix
+    assert "--as fp32" in refusal.error.fix
 
 
 @pytest.mark.parametrize(("other", "named"), [("qwen3", "model type"), ("llama_mha", "cached key 0")])

@@ -75,8 +75,9 @@ class EngineSession:
     def reset(self, batch: int) -> None:
         """An empty, zeroed cache for `batch` sequences, at most `max_batch`."""
         if not 1 <= batch <= self.max_batch:
-            raise GqaExportError(f"{batch} sequences at once, and the engine takes 1 to {self.max_batch}", "batch",
-                                 f"feed fewer, or build the engine with --max-batch {max(batch, 1)}")
+            raise GqaExportError(f"the engine takes 1 to {self.max_batch} sequences at once, got {batch}", "batch",
+                                 f"feed fewer, or build the engine with --max-batch {max(batch, 1)}",
+                                 code="E-RUN-BATCH")
         self._lengths = np.zeros(batch, dtype=np.int64)
         self._last = None
         self.backend.allocate(batch)
@@ -107,7 +108,7 @@ class EngineSession:
         one = np.ones(len(self._lengths), np.int64)
         if tuple(token_ids.shape) != (len(one), 1):
             raise GqaExportError(f"token_ids has shape {list(token_ids.shape)}, expected [{len(one)}, 1]", "token_ids",
-                                 "pass one new token for every sequence of the batch")
+                                 "pass one new token for every sequence of the batch", code="E-RUN-SHAPE")
         check_feed(np.zeros((len(one), 1), np.int64), one, self._lengths, self.capacity, self.spec.vocabulary)
         self._last = self.backend.run(token_ids, self._lengths.astype(np.int32), one.astype(np.int32), 0)
         self._lengths = self._lengths + 1

@@ -120,7 +120,8 @@ def prove(samples: Sequence[Sample], work: Path, tell: Callable[[Row], None] = l
         failed = judge_damage(sample, sample.bundle)["full"]
         if failed:
             raise GqaExportError(f"the undamaged bundle {sample.name} fails: {', '.join(failed)}",
-                                 str(sample.bundle), "prove the suite on a bundle that passes")
+                                 str(sample.bundle), "prove the suite on a bundle that passes",
+                                 code="E-VALIDATE-SAMPLE")
     rows = []
     for mutation in kinds:
         row = mutation_row(mutation, samples, work, judge_quick_first if quick_first else judge_damage)
