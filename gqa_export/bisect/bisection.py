@@ -71,8 +71,20 @@ class Bisection:
 
 
 def bisect(bundle: Path, against: str | Path) -> Bisection:
-    """Find the first wrong layer and op of a bundle. Raises GqaExportError for a bundle or graph that cannot be
-    looked into, NotCheckedHere where PyTorch does not fit."""
+    """Find the first layer and operator of a bundle whose output is out of tolerance.
+
+    Args:
+        bundle: folder of a bundle with a graph.
+        against: the checkpoint it was made from.
+
+    Returns:
+        What was found, or that these probes found nothing.
+
+    Raises:
+        InvalidBundle: the bundle is damaged.
+        GqaExportError: it holds an engine, or the names of its nodes do not tell the layers.
+        NotCheckedHere: PyTorch does not fit in memory.
+    """
     from ..bundle.attention_claims import check_claims
     from ..bundle.source_checkpoint import open_for
     from ..validation.reference import runnable

@@ -69,7 +69,7 @@ def mark(folder: Path, prefix: str, layers: int) -> Marked:
         place = number if number >= 0 else layers
         for name in node.input:
             from_outside = name in owner and owner[name] != number
-            # the model's end takes over from the last layers only; what shared nodes read is no residual stream
+            # the model's end takes over from the last layers only; what shared nodes read is not the residual stream
             if from_outside and (number >= 0 or owner[name] >= 0) and name not in carried[place]:
                 carried[place].append(name)
         if number >= 0 and "Attention" in node.op_type:

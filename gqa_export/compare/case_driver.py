@@ -1,7 +1,7 @@
 """Drives one case through Polygraphy's Comparator, step by step, and keeps what was measured.
 
 `CaseDriver.feeds` is the Comparator's data loader, `CaseDriver.compare` its comparison function. Both look at the
-same state: the loader is asked for the next step only after the last one was compared, so it can feed the
+same state: the loader makes the next step only after the last one was compared, so it can feed the
 reference's own greedy tokens, and go on with them where a free run parted. Nothing of a step's arrays is kept.
 """
 

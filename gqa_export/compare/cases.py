@@ -65,11 +65,19 @@ class Plan:
 def plan_cases(spec: ModelSpec, capacity: int, *, steps: int = 32, original_positions: int = 0,
                special: Iterable[int] = (), text_ids: np.ndarray | None = None, nan_tail_safe: bool = False,
                seed: int = 20, windows: Iterable[int] = ()) -> Plan:
-    """Choose cases for a decoder. original_positions: what a scaled rotary was trained for, 0 if not scaled.
-    nan_tail_safe: whether what lies in the cache beyond the lengths may be NaN. windows: beside those of the spec,
-    which may have lost one.
+    """Choose the first cases for a decoder.
 
-    Raises GqaExportError if the capacity is too small to hold a prompt and a step.
+    Args:
+        spec: the decoder. capacity: of the bundle's cache, in tokens. steps: decode steps of each case.
+        original_positions: what a scaled rotary was trained for; 0: not scaled.
+        special: ids that random prompts avoid.
+        text_ids: a sample of text; None: the bundle has no tokenizer.
+        nan_tail_safe: whether the cache beyond the lengths may be NaN.
+        seed: of the random prompts.
+        windows: beside those of the spec, which may have lost one.
+
+    Raises:
+        GqaExportError: the capacity is too small to hold a prompt and a step.
     """
     if capacity < 8:
         raise GqaExportError(f"a comparison needs a cache of at least 8 tokens, this one holds {capacity}", "capacity",

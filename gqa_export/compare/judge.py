@@ -11,8 +11,8 @@ KINDS = ("keys", "values", "logits", "cache")
 
 
 NEAR = 4.0
-"""A baseline is one draw of PyTorch's rounding errors, and for inputs that amplify them it may come out small by luck:
-on SmolLM2, prompt of 41 random tokens, with one thread a fourth of what three other draws gave."""
+"""A same-dtype baseline is one draw of PyTorch's rounding errors, and for inputs that amplify them it may come out
+small by luck: on SmolLM2, prompt of 41 random tokens, with one thread a fourth of what three other draws gave."""
 
 
 def doubtful(verdict: CaseVerdict) -> bool:

@@ -34,7 +34,7 @@ class LogitMetrics:
 
 
 class LogitTally:
-    """Adds up what `LogitMetrics` says, step by step; keeps one row of logits per side at most."""
+    """Adds up what `LogitMetrics` holds, step by step; keeps one row of logits per side at most."""
 
     def __init__(self) -> None:
         self.tokens, self.max_rel, self.kl, self.max_kl, self.top1, self.top5 = 0, 0.0, 0.0, 0.0, 0.0, 0.0

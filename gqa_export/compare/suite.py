@@ -1,7 +1,7 @@
 """The suite: every case by name, the known failure it is aimed at, the level that runs it, and what builds it.
 
 `quick` is made to run in a minute on a small real model; `full` adds what needs thousands of tokens, or what the
-quick cases imply but do not show by themselves. A builder that has no room says so in a note and gives no case.
+quick cases imply but do not show by themselves. A builder that has no room writes a note and gives no case.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .cases import LOGIT_ELEMENTS, Case, Plan, TokenIds, plan_cases
 
 LEVELS = ("quick", "full")
 STEPS = {"quick": 32, "full": 32}
-"""decode steps of each case where the caller does not say"""
+"""decode steps of each case where the caller gives no number"""
 EDGE = 24
 """capacity of the case that fills its cache: a smaller one than the bundle's, so that it costs nothing"""
 DRIFT_STEPS = 1024
@@ -208,7 +208,15 @@ SUITE: tuple[Entry, ...] = (
 
 
 def plan_suite(setting: Setting, level: str = "quick") -> Plan:
-    """The cases of a level. Raises GqaExportError for an unknown level or a cache too small to hold a case."""
+    """The cases of a level.
+
+    Args:
+        setting: of the bundle; takes notes on what had no room.
+        level: "quick", or "full", which contains the cases of "quick".
+
+    Raises:
+        GqaExportError: the level is unknown, or the cache is too small to hold a case.
+    """
     if level not in LEVELS:
         raise GqaExportError(f"unknown level {level!r}", "--level", f"use one of {', '.join(LEVELS)}",
                              code="E-OPTION-LEVEL")

@@ -30,7 +30,7 @@ ASSUMED_ULPS = 48.0
 
 @dataclass(frozen=True)
 class Tolerance:
-    """`bound` is what |got - expected| may reach; `basis` says which of the three numbers decided it."""
+    """`bound` is what |got - expected| may reach; `basis` names what decided it: "baseline", "floor" or "cap"."""
 
     bound: float
     baseline: float
@@ -38,7 +38,13 @@ class Tolerance:
 
 
 def tolerance(baseline: float | None, scale: float, dtype: str) -> Tolerance:
-    """The bound for one output whose largest true value is `scale`. `baseline` None: it could not be measured."""
+    """The bound for one output.
+
+    Args:
+        baseline: the same-dtype baseline of that output; None: it could not be measured, and is assumed.
+        scale: the largest value of the reference.
+        dtype: number format that was run: "float32", "float16" or "bfloat16".
+    """
     ulp = EPSILON[dtype] * scale
     if baseline is None:
         baseline = ASSUMED_ULPS * ulp

@@ -24,7 +24,14 @@ COMPARED = (("logits", {"logits"}), ("new keys and values", {"keys", "values"}),
 
 @dataclass(frozen=True)
 class Location:
-    """One element by name. axes: batch, token (its place in the sequence), head, feature; or batch, token, id."""
+    """One element by name.
+
+    Attributes:
+        step, phase: "prefill", "decode", or "cache": the whole cache at the end.
+        output: such as "layer 3 key" or "logits".
+        axes: batch, token (its place in the sequence), head, feature; or batch, token, id.
+        max_abs: how far off it is. bound: how far it may be. nonfinite: elements that are NaN or infinite.
+    """
 
     case: str
     step: int
@@ -57,8 +64,16 @@ class Location:
 
 @dataclass(frozen=True)
 class KindVerdict:
-    """All outputs of one kind in one case; the numbers are those of the output nearest to (or farthest past) its
-    bound. first: where it first exceeded it. around: both sides around its largest error (none where there is none)."""
+    """All outputs of one kind in one case; the numbers are those of the output nearest to (or farthest past) its bound.
+
+    Attributes:
+        kind: "keys", "values", "logits", "cache" or "refusal".
+        max_abs: the largest |got - expected|. bound: what it may reach.
+        same_dtype_baseline: the largest error of PyTorch in the number format that was run. basis: what decided the
+            bound: "baseline", "floor" or "cap".
+        first: where it first exceeded the bound; None: nowhere.
+        around: both sides around the largest error; None where there is none.
+    """
 
     kind: str
     output: str
@@ -77,8 +92,17 @@ class KindVerdict:
 
 @dataclass(frozen=True)
 class CaseVerdict:
-    """One case. ties: best tokens that differ where the reference's own preference is below the bound of the logits.
-    outputs, trail: the errors of every output and of every step. entry: the line of the suite it belongs to."""
+    """One case.
+
+    Attributes:
+        free: each side fed its own best token.
+        rows: best tokens that were compared. top1_agreed: those that were the same.
+        ties: best tokens that differ where the reference's own preference is below the bound of the logits.
+        parted: the first best token of a free run that differs and is not a tie.
+        eager_logits: largest difference of the logits to PyTorch in the number format that was run.
+        outputs, trail: the errors of every output and of every step.
+        entry: the line of the suite it belongs to.
+    """
 
     name: str
     purpose: str

@@ -42,7 +42,7 @@ class Reports:
             Baseline.read(self.baseline)
 
     def finish(self, bundles: Sequence[str], against: str, verdicts: Sequence[Verdict]) -> Outcome:
-        """Hold the verdicts against the baseline (or put them into it), write every file, say how it ended."""
+        """Hold the verdicts against the baseline (or put them into it), write every file, tell how it ended."""
         drifts: tuple[Drift, ...] = ()
         notes: tuple[str, ...] = ()
         if self.baseline is not None and self.update_baseline:

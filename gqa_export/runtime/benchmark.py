@@ -53,10 +53,20 @@ class Speed:
 def measure(folder: Path | str, *, prompt_tokens: int, new_tokens: int, batch: int, repeat: int,
             provider: str = "auto", low_memory: bool = False, threads: int = 0,
             report: Progress | None = None) -> Speed:
-    """Load a bundle and run random prompts (seeded) of `prompt_tokens` for `new_tokens` steps, `repeat` times.
+    """Load a bundle and measure how fast it reads and writes.
 
     End tokens are not honoured: every repeat does the same work. One short run before them is not counted.
-    Raises GqaExportError if prompt and answer do not fit the bundle's capacity, NotCheckedHere as `open_bundle`.
+
+    Args:
+        folder: of the bundle.
+        prompt_tokens: length of the random prompts (seeded). new_tokens: written after each. batch: prompts at once.
+        repeat: runs that are counted.
+        provider, low_memory, threads: as of `open_bundle`.
+        report: called with what is done, how much, of how much.
+
+    Raises:
+        GqaExportError: prompt and answer do not fit the bundle's capacity.
+        InvalidBundle, NotCheckedHere: as `open_bundle`.
     """
     manifest = read_manifest(folder)
     # the last new token is never fed
@@ -67,18 +77,18 @@ def measure(folder: Path | str, *, prompt_tokens: int, new_tokens: int, batch: i
                              code="E-RUN-CAPACITY")
     before = anonymous_mib()
     started = time.perf_counter()
-    say = report or silent
-    say("loading", None, None)
+    progress = report or silent
+    progress("loading", None, None)
     session = open_bundle(folder, provider, low_memory=low_memory, threads=threads)
     load_s = time.perf_counter() - started
     random = np.random.default_rng(0)
     prompts = random.integers(0, manifest.spec.vocabulary, (batch, prompt_tokens)).tolist()
-    say("warming up", None, None)
+    progress("warming up", None, None)
     generate(session, prompts, min(new_tokens, 2))
     loaded = anonymous_mib()
     results = []
     for number in range(repeat):
-        say(f"run {number + 1} of {repeat}", number, repeat)
+        progress(f"run {number + 1} of {repeat}", number, repeat)
         results.append(generate(session, prompts, new_tokens))
     prefill = tuple(result.prefill_tokens_per_s for result in results)
     decode = tuple(result.tokens_per_s for result in results)

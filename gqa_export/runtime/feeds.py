@@ -14,7 +14,20 @@ from ..graph_io import ATTENTION_MASK, INPUT_IDS, NEW_LENGTHS, PAST_LENGTHS
 
 def check_feed(input_ids: np.ndarray, new_lengths: np.ndarray | None, lengths: np.ndarray, capacity: int,
                vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ids [B, S] and new lengths [B], both int64, of a step that may run; GqaExportError for one that may not."""
+    """Refuse a step that must not run.
+
+    Args:
+        input_ids: integers `[batch, new]`, padded on the right.
+        new_lengths: `[batch]`, valid ids of each row; None: all.
+        lengths: `[batch]`, tokens in the cache.
+        capacity: tokens that a sequence may reach. vocabulary: ids are below it.
+
+    Returns:
+        The ids (0 in the padding) and the new lengths, both int64.
+
+    Raises:
+        GqaExportError: the shapes do not fit, an id is outside the vocabulary, a sequence would exceed the capacity.
+    """
     ids = np.asarray(input_ids)
     batch = len(lengths)
     if ids.ndim != 2 or ids.shape[0] != batch or ids.shape[1] == 0:
@@ -60,7 +73,7 @@ def attention_mask(lengths: np.ndarray, new: np.ndarray, past: int, sequence: in
 
 def step_feed(interface: str, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray,
               past: int) -> dict[str, np.ndarray]:
-    """All inputs of a step but the cache, by name. interface: "mask" or "lengths", as in `cache_io.graph_inputs`.
+    """All inputs of a step but the cache, by name. interface: "mask" or "lengths", as in `graph_io.graph_inputs`.
     past: length of the past axis as far as the mask is to reach."""
     if interface == "lengths":
         return {INPUT_IDS: ids.astype(np.int32), PAST_LENGTHS: lengths.astype(np.int32),

@@ -74,11 +74,21 @@ class GenerationResult:
 def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens: int,
              eos_token_ids: Collection[int] = (), on_token: Callable[[int, int], None] | None = None, *,
              sampling: Sampling | None = None, prefill_piece: int = PREFILL_PIECE) -> GenerationResult:
-    """Continue each prompt until an end token, the token limit or a full cache. The session is reset first.
+    """Continue each prompt until an end token, the token limit or a full cache.
 
-    prompts: token ids per sequence, of any lengths >= 1. on_token(sequence, token) is called as soon as a token is
-    known, end tokens included. A sequence that is done rides along with the others; its cache is of no use after.
-    Raises GqaExportError before running anything if a prompt is empty or does not fit the session's capacity.
+    A sequence that is done rides along with the others; its cache is of no use after.
+
+    Args:
+        session: reset first.
+        prompts: token ids of each sequence, one or more.
+        max_new_tokens: of each sequence.
+        eos_token_ids: a sequence ends with one of these.
+        on_token: called with (sequence, token) as soon as a token is known, end tokens included.
+        sampling: how a token is chosen; None is greedy.
+        prefill_piece: tokens of a prompt that are fed at once.
+
+    Raises:
+        GqaExportError: before anything is run, for a prompt that is empty or does not fit; and for NaN logits.
     """
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     _check(lengths, session.capacity, max_new_tokens)

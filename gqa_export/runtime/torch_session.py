@@ -1,4 +1,4 @@
-"""The reference: PyTorch eager, one sequence at a time, unpadded, each with a cache of its own.
+"""The reference of every comparison: PyTorch eager, one sequence at a time, unpadded, each with a cache of its own.
 
 Padding cannot influence a row that never sees any. `DynamicCache()` is made without a config: with one, it drops
 what lies outside a sliding window, and there would be nothing to compare a full cache with. Dimensions as in

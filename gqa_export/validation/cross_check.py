@@ -1,7 +1,7 @@
-"""Compares bundles of one checkpoint among each other: the first is the measure of the others. No PyTorch is needed.
+"""Compares bundles of one checkpoint with one another: the first is the reference of the others. No PyTorch is needed.
 
-What is left out when the checkpoint is: there is no baseline, so the tolerance is the assumed one, and an error that
-all bundles share cannot show.
+What is lost without the checkpoint: there is no same-dtype baseline, so the tolerance is the assumed one, and an error
+that all bundles share cannot show.
 """
 
 from __future__ import annotations
@@ -43,10 +43,18 @@ class _Opened:
 
 def cross_check(bundles: Sequence[Path], *, level: str = "quick", steps: int = 0, provider: str = "auto",
                 as_dtype: str | None = None, progress: Progress | None = None) -> list[Verdict]:
-    """Compare every bundle but the first with the first, case by case; one verdict each.
+    """Compare every bundle but the first with the first, case by case.
 
-    Raises GqaExportError for bundles that are damaged or not of one model (naming layer and fact), NotCheckedHere
-    for one that this machine cannot run.
+    Args:
+        bundles: folders, two or more; the first is the reference.
+        level, steps, provider, as_dtype, progress: as of `gqa_export.validation.validate.validate`.
+
+    Returns:
+        One verdict for each bundle but the first.
+
+    Raises:
+        InvalidBundle: a bundle is damaged, or the bundles belong to different models; layer and fact are named.
+        NotCheckedHere: this machine cannot run one of them.
     """
     report = progress or silent
     manifests = [read_manifest(folder) for folder in bundles]

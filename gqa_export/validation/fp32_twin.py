@@ -29,10 +29,19 @@ TYPE_ATTRIBUTES = ("to", "dtype", "softmax_precision")
 
 
 def write_twin(bundle: Path, folder: Path) -> Manifest:
-    """Write the fp32 twin of `bundle` into the empty `folder` and return its manifest.
+    """Write the fp32 twin of a bundle.
 
-    Raises GqaExportError for a bundle that is not fp16 or bf16 or whose data cannot be read, NotCheckedHere if
-    `folder` has no room for it.
+    Args:
+        bundle: folder of an fp16 or bf16 bundle.
+        folder: an empty folder to write into.
+
+    Returns:
+        The twin's manifest.
+
+    Raises:
+        InvalidBundle: the weights are cut short or lie outside the bundle.
+        GqaExportError: the bundle is neither fp16 nor bf16.
+        NotCheckedHere: `folder` has no room for the twin.
     """
     manifest = read_manifest(bundle)
     if manifest.dtype not in LOW:

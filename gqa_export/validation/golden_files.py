@@ -40,7 +40,17 @@ def check_target(manifest: Manifest, target: Target) -> None:
 
 
 def write_files(folder: Path, reference: Session, manifest: Manifest, seed: int = 11) -> float:
-    """Write both files into a folder (made if needed); return the largest number in them. reference: PyTorch."""
+    """Write both files.
+
+    Args:
+        folder: made if needed.
+        reference: PyTorch's session of the checkpoint.
+        manifest: of the bundle that Polygraphy will run.
+        seed: of the random token ids.
+
+    Returns:
+        The largest number in the files, which a tolerance is made of.
+    """
     from polygraphy.comparator import RunResults
     from polygraphy.comparator.struct import IterationResult
     from polygraphy.json import save_json

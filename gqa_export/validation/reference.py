@@ -54,7 +54,18 @@ def runnable(stack: ExitStack, folder: Path, manifest: Manifest, ran_dtype: str,
 
 
 def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dtype: str, notes: list[str]) -> Reference:
-    """Open a checkpoint for bundles like this one, run in this number format."""
+    """Open a checkpoint for comparison with bundles like this one.
+
+    Args:
+        against: checkpoint folder, hub id, .gguf file, or a checkpoint that is open.
+        manifest: of the bundle.
+        ran_dtype: number format in which the bundle is run: "float32", "float16" or "bfloat16".
+        notes: takes a line where there is no room for fp64.
+
+    Raises:
+        InvalidCheckpoint: it cannot be read, or its own logits are NaN.
+        NotCheckedHere: two fp32 models do not fit in memory.
+    """
     from ..bundle.source_checkpoint import open_for
 
     session, eager, dtype = pytorch_sessions(open_for(manifest, against), manifest, ran_dtype, notes)

@@ -1,7 +1,7 @@
 """What must be refused, or answered with NaN, never with plausible numbers: judged like a case.
 
-A refusal is a `GqaExportError` raised before anything ran. Left padding cannot reach a session of ours, so the graph
-itself is asked, where it takes a mask.
+A refusal is a `GqaExportError` raised before anything ran. Left padding cannot reach a session of ours, so it is fed
+to the graph itself, where it takes a mask.
 """
 
 from __future__ import annotations
@@ -20,9 +20,15 @@ REFUSAL = "refusal"
 
 
 def judge_refusals(session: Any, *, resizable: bool = True) -> CaseVerdict:
-    """Ask `session` (a `Session`, and `left_padded` where it has it) for what it must not answer.
+    """Feed a session what it must refuse.
 
-    resizable: its capacity may be set to less."""
+    Args:
+        session: a `Session`; where it has `left_padded`, the graph is fed left padding too.
+        resizable: whether the session's capacity may be set to less.
+
+    Returns:
+        A case with one kind for each thing that must be refused.
+    """
     began = time.perf_counter()
     checks = [
         ("one token over the capacity", _refuses(session, np.zeros((1, session.capacity + 1), np.int64))),

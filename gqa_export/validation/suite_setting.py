@@ -22,9 +22,16 @@ LARGEST = 6
 
 
 def setting_of(manifest: Manifest, folder: Path, steps: int, text: Path | None = None, model: Any = None) -> Setting:
-    """The setting of a bundle's suite. model: the checkpoint's, for what its configuration and embedding say.
+    """The setting of a bundle's suite.
 
-    Raises GqaExportError for a text where the bundle has no tokenizer, or that is too short or not there.
+    Args:
+        manifest, folder: of the bundle.
+        steps: decode steps of each case.
+        text: a UTF-8 file to measure perplexity on; None: no such case.
+        model: the checkpoint's module, for its configuration and embedding; None where only bundles are compared.
+
+    Raises:
+        GqaExportError: the text cannot be read or is too short, or the bundle has no tokenizer for it.
     """
     from ..targets import get_target
 

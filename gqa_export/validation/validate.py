@@ -34,14 +34,29 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
              reference: Reference | None = None) -> Verdict:
     """Compare a bundle with the checkpoint it was made from.
 
-    level, steps: which cases of `compare.suite`, and how many decode steps each (0: the level's own). text: a file
-    whose perplexity is measured too, with the bundle's tokenizer. as_dtype "fp32": check the fp32 twin of a bf16 or
-    fp16 bundle (of an engine's ONNX that is done always, plugin nodes interpreted). full_hash: sha256 of every file
-    whatever its size; check_hashes False: only sizes (right after an export). reference: the checkpoint, already
-    opened. Raises GqaExportError for a bundle that
-    is damaged or belongs to another checkpoint, NotCheckedHere where this machine cannot run it.
-    """
+    Args:
+        bundle: its folder.
+        against: checkpoint folder, hub id, .gguf file, or a checkpoint that is open.
+        level: "quick" or "full", which cases of `gqa_export.compare.suite` are run.
+        steps: decode steps of each case; 0 is the level's own number.
+        text: a UTF-8 file whose perplexity is measured too, with the bundle's tokenizer.
+        provider: "cpu", "cuda" or "auto", where ONNX Runtime runs the bundle.
+        as_dtype: "fp32" checks the fp32 twin of a bf16 or fp16 bundle; an engine's graph always runs in fp32, its
+            plugin nodes interpreted.
+        full_hash: compute sha256 of every file, whatever its size.
+        check_hashes: False checks sizes only (right after an export).
+        progress: called with what is done, how much, of how much.
+        reference: the checkpoint, already opened by `open_reference`.
 
+    Returns:
+        The verdict, passed or not; a difference does not raise (`Verdict.check` does).
+
+    Raises:
+        InvalidBundle: the bundle is damaged, or belongs to another checkpoint.
+        InvalidCheckpoint: the checkpoint cannot be read, or its own logits are NaN.
+        NotCheckedHere: this machine cannot run the bundle, or has no memory for PyTorch.
+        GqaExportError: an option does not fit the bundle.
+    """
     if as_dtype not in (None, "fp32"):
         raise GqaExportError(f"--as accepts fp32 only, got {as_dtype!r}", "--as", "use --as fp32", code="E-OPTION-AS")
     began, folder, report = time.perf_counter(), Path(bundle), progress or silent

@@ -2,7 +2,7 @@
 
 Both targets and both caches go through the normal pipeline and the normal validation, at small size. Every way in
 which this can end is a verdict: `supported`, `refused` (with the reason), `wrong` (outputs differ from PyTorch's) or
-`failed` (something raised that is no refusal). The last two are bugs.
+`failed` (an exception that is not a refusal). The last two are bugs.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from refusal import refused
 
 from gqa_export.bisect.bisection import END, bisect
 from gqa_export.bisect.known_faults import attend, rounding_words
-from gqa_export.bisect.match_tensors import Place, absolute, agreed, find, relative
+from gqa_export.bisect.match_tensors import Place, agreed, find, relative
 from gqa_export.bisect.torch_layers import Attended
 from gqa_export.bundle.manifest import MODEL
 from gqa_export.exporting.options import ExportOptions
@@ -116,10 +116,11 @@ def test_a_graph_without_module_scopes_is_refused(samples, tmp_path):
         bisect(tmp_path / "b", checkpoint)
 
 
-def test_names_are_made_relative_to_a_layer_and_back():
+def test_names_relative_to_their_layer_are_the_same_in_every_layer():
     name = "model.layers.2.mlp/Add_0.0"
     assert relative(name, "model.layers", 3) == "model.layers.-1.mlp/Add_0.0"
-    assert absolute(relative(name, "model.layers", 3), "model.layers", 3) == name
+    assert relative(name, "model.layers", 2) == relative(name.replace("2", "12"), "model.layers", 12)
+    assert relative("model.layers.2/x", "layers", 2) != relative("model.layers.3/x", "layers", 2)
 
 
 def test_a_point_is_found_among_the_columns_of_a_joined_matrix():

@@ -50,10 +50,18 @@ class OrtSession:
              config: dict[str, str] | None = None, target: Target | None = None) -> OrtSession:
         """Open a bundle.
 
-        provider: "auto", "cpu" or "cuda". infer: run the graph with this callable (dict of arrays in, dict of
-        arrays out) instead of a session of ONNX Runtime. capacity: tokens per sequence, at most the bundle's
-        (default). low_memory, threads, config: see `ort_load.open_session`. target: another row than the manifest's
-        (`table.on_cpu`). Raises GqaExportError, NotCheckedHere.
+        Args:
+            folder: of the bundle.
+            provider: "auto", "cpu" or "cuda".
+            infer: runs the graph (dict of arrays in, dict of arrays out) in place of a session of ONNX Runtime.
+            capacity: tokens per sequence, at most the bundle's; None is the bundle's.
+            low_memory, threads, config: see `gqa_export.runtime.ort.loading.open_session`.
+            target: another row of the table than the manifest's (`gqa_export.targets.on_cpu`).
+
+        Raises:
+            InvalidBundle: the bundle is damaged, or its graph is not the manifest's.
+            NotCheckedHere: this machine cannot run it.
+            GqaExportError: the bundle's target does not run in ONNX Runtime, or the capacity is too large.
         """
         manifest = read_manifest(folder)
         target = target or get_target(manifest.target)
@@ -135,7 +143,7 @@ class OrtSession:
         self._past = ran.present
         after = int((self._lengths + new).max())
         if not self._static and after < longest + ids.shape[1]:
-            # ragged rows leave columns that belong to nobody: cut them, or they grow with every step
+            # ragged rows leave columns without a token: cut them, or they grow with every step
             self._past = [self._backend.upload(self._backend.download(t)[:, :, :after]) for t in self._past]
         return ran.logits
 

@@ -54,10 +54,17 @@ class EngineSession:
 
     @classmethod
     def load(cls, folder: Path | str, *, device: int = 0, cuda_graph: bool = True) -> EngineSession:
-        """Open an engine bundle on CUDA device `device`.
+        """Open an engine bundle.
 
-        cuda_graph: decode steps are captured once per batch size and replayed. Raises GqaExportError for a bundle
-        that is damaged, another flavour, version, capability or plugin; NotCheckedHere where there is no GPU.
+        Args:
+            folder: of the engine bundle.
+            device: number of the CUDA device.
+            cuda_graph: capture decode steps once per batch size and replay them.
+
+        Raises:
+            InvalidBundle: the bundle is damaged, or for another library version, GPU or plugin.
+            GqaExportError: another flavour of TensorRT is installed, or the device does not exist.
+            NotCheckedHere: there is no GPU here.
         """
         checked = check_bundle(folder)
         check_device(checked.facts, device, str(folder))
