@@ -18,18 +18,10 @@ from ..runtime.feeds import step_feed
 from .known_faults import attention_words, linear_words, rotation_words, rounding_words
 from .marked_graph import Marked, force, keep_residual, mark, open_graph, present_of, run, show_all
 from .match_tensors import Place, agreed, bound_of, columns, find, flat, relative
+from .probes import Probe, probes
 from .torch_layers import LayerReference, RowReference, layer_list, watch_row
 
-LONGEST = 512
 EMBEDDING, END = "embedding", "final norm and head"
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Rows of (past ids, new ids), fed as one step."""
-
-    name: str
-    rows: tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
 @dataclass(frozen=True)
@@ -109,25 +101,6 @@ def bisect(bundle: Path, against: str | Path) -> Bisection:
             if finding is not None:
                 return Bisection(finding, done, search.hidden)
         return Bisection(None, done, search.hidden)
-
-
-def probes(manifest: Manifest) -> list[Probe]:
-    """A prompt past every window that fits, a decode step, a piece after a past, rows of different length."""
-    random = np.random.default_rng(23)
-    windows = [layer.window for layer in manifest.spec.layers if layer.window]
-    most = min(manifest.capacity, LONGEST)
-    length = min(max([32, *(window + 8 for window in windows if window + 8 < most)]), most - 4)
-
-    def ids(count: int) -> np.ndarray:
-        return random.integers(0, manifest.spec.vocabulary, count)
-
-    long, short, none = ids(length), ids(max(1, length // 3)), np.zeros(0, np.int64)
-    found = [Probe("prompt", ((none, long),)), Probe("decode", ((long[:-1], long[-1:]),)),
-             Probe("piece", ((long[:-3], long[-3:]),)), Probe("ragged prompt", ((none, long), (none, short))),
-             Probe("ragged decode", ((long[:-1], long[-1:]), (short[:-1], short[-1:])))]
-    if manifest.capacity <= LONGEST and length < manifest.capacity:
-        found.append(Probe("whole cache", ((none, ids(manifest.capacity)),)))
-    return found
 
 
 class _Search:

@@ -99,13 +99,12 @@ def measure(folder: Path | str, *, prompt_tokens: int, new_tokens: int, batch: i
 
 
 def anonymous_mib() -> float | None:
-    """Resident memory of this process that no file backs, in MiB; Linux only."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    sizes = [int(line.split()[1]) for line in lines if line.startswith("RssAnon:")]
-    return sizes[0] / 1024 if sizes else None
+    """Resident memory of this process that no file backs, in MiB; None where the system does not tell (not Linux)."""
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    shared = getattr(memory, "shared", None)
+    return None if shared is None else (memory.rss - shared) / MIB
 
 
 def peak_mib() -> float | None:
