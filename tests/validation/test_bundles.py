@@ -141,13 +141,13 @@ def test_a_wrong_graph_is_caught_and_the_place_named(bundles, checkpoints, tmp_p
     assert verdict.first.output == place, str(verdict.first)
 
 
-@pytest.mark.parametrize(("change", "name", "said"), [
-    (scale_of_layer_1, "llama", "layer 1: the graph's scale"), (window_one_longer, "mistral", "layer 0: the graph's"),
-    (window_dropped, "mistral", "layer 0: the graph's"), (softcap_dropped, "gemma2", "layer 0: the graph's softcap"),
+@pytest.mark.parametrize(("change", "name", "facts"), [
+    (scale_of_layer_1, "llama", "layer 1.*scale"), (window_one_longer, "mistral", "layer 0.*window"),
+    (window_dropped, "mistral", "layer 0.*window"), (softcap_dropped, "gemma2", "layer 0.*softcap"),
 ], ids=lambda value: getattr(value, "__name__", ""))
-def test_a_graph_that_contradicts_its_manifest_is_refused_by_layer(bundles, checkpoints, tmp_path, change, name, said):
+def test_a_graph_that_contradicts_its_manifest_is_refused_by_layer(bundles, checkpoints, tmp_path, change, name, facts):
     folder = broken(bundles(name, target="ort"), tmp_path / "b", change)
-    with pytest.raises(GqaExportError, match=said):
+    with pytest.raises(GqaExportError, match=facts):
         validate(folder, checkpoints(name), steps=STEPS)
 
 
@@ -180,7 +180,7 @@ def test_bf16_on_a_cpu_is_not_checked_and_never_a_pass(bundles, checkpoints):
     assert "--as fp32" in refusal.error.fix
 
 
-@pytest.mark.parametrize(("other", "named"), [("qwen3", "model type"), ("llama_mha", "cached key 0")])
+@pytest.mark.parametrize(("other", "named"), [("qwen3", "qwen3"), ("llama_mha", "key 0")])
 def test_a_bundle_of_another_checkpoint_is_refused_by_name(bundles, checkpoints, other, named):
     with pytest.raises(GqaExportError, match=named) as caught:
         validate(bundles("llama", target="ort"), checkpoints(other))
@@ -192,13 +192,13 @@ def test_a_changed_file_is_refused_by_name(bundles, checkpoints, tmp_path):
     data = bytearray((tmp_path / "b" / DATA).read_bytes())
     data[1000] ^= 1
     (tmp_path / "b" / DATA).write_bytes(data)
-    with pytest.raises(GqaExportError, match=rf"content of {DATA} is not what its manifest says"):
+    with pytest.raises(GqaExportError, match=f"{DATA}.*sha256"):
         validate(tmp_path / "b", checkpoints("llama"))
     (tmp_path / "b" / DATA).write_bytes(data[:-4])
-    with pytest.raises(GqaExportError, match=rf"{DATA} has \d+ bytes, its manifest says"):
+    with pytest.raises(GqaExportError, match=f"{DATA}.*{len(data)}"):
         validate(tmp_path / "b", checkpoints("llama"))
     (tmp_path / "b" / DATA).unlink()
-    with pytest.raises(GqaExportError, match=f"{DATA} is missing"):
+    with pytest.raises(GqaExportError, match=DATA):
         validate(tmp_path / "b", checkpoints("llama"))
 
 
@@ -208,7 +208,7 @@ def test_a_manifest_that_names_files_outside_is_refused(bundles, checkpoints, tm
     (tmp_path / "secret").write_bytes(b"1")
     text = replace(manifest, files={**manifest.files, "../secret": FileFact(1)}).to_json()
     (tmp_path / "b" / MANIFEST).write_text(text)
-    with pytest.raises(GqaExportError, match="outside the bundle"):
+    with pytest.raises(GqaExportError, match=r"\.\./secret"):
         validate(tmp_path / "b", checkpoints("llama"))
 
 
