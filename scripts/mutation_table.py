@@ -1,4 +1,4 @@
-"""The mutation table: good bundles broken on purpose, and which case of the battery catches each kind.
+"""The mutation table: good bundles broken on purpose, and which case of the suite catches each kind.
 
     python scripts/mutation_table.py                              # tiny models: docs/trust.md, mutations.json
     python scripts/mutation_table.py --checkpoint smollm2.gguf    # a real model: mutations_smollm2.json, .md
@@ -48,7 +48,7 @@ def tiny_samples(work: Path, wanted=TINY) -> list[Sample]:
 @click.option("--capacity", default=256, show_default=True, help="Capacity of the real model's bundle.")
 @click.option("--only", multiple=True, help="A kind of damage; the other rows of the committed table stay.")
 def main(checkpoint: Path | None, capacity: int, only: tuple[str, ...]) -> None:
-    """Break bundles, run the battery, write the table."""
+    """Break bundles, run the suite, write the table."""
     behaviour = [kind for kind in MUTATIONS if not only or kind.name in only]
     against = [kind for kind in CONTRADICTIONS if not only or kind.name in only]
     if len(behaviour) + len(against) < len(only):
@@ -61,7 +61,7 @@ def main(checkpoint: Path | None, capacity: int, only: tuple[str, ...]) -> None:
             export_onnx(checkpoint, work / "bundle", ExportOptions(target="ort", dtype="fp32", capacity=capacity))
             samples = [open_sample(checkpoint.stem, work / "bundle", checkpoint)]
         rows = prove(samples, work, lambda row: click.echo(f"{row.kind}: {row.caught}"), behaviour,
-                     thrifty=checkpoint is not None) if behaviour else []
+                     quick_first=checkpoint is not None) if behaviour else []
         rows += contradiction_rows(samples[0], work, against)
     if only:
         rows = merged(rows, OUT / f"{REAL if checkpoint else NAME}.json")
@@ -78,8 +78,8 @@ def merged(rows: list[Row], committed: Path) -> list[Row]:
 
 def write(rows: list[Row], samples: list[str], *, real: bool) -> None:
     """Put the rows where they belong."""
-    said = "; ".join(f"`{level}` catches {share:.0%}" for level, share in shares(rows).items())
-    text = f"{len(rows)} kinds of damage: {said}.\n\n{table(rows)}\n"
+    caught = "; ".join(f"`{level}` catches {share:.0%}" for level, share in shares(rows).items())
+    text = f"{len(rows)} kinds of damage: {caught}.\n\n{table(rows)}\n"
     name = REAL if real else NAME
     data = to_dict(rows, samples)
     (OUT / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

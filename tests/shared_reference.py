@@ -21,5 +21,5 @@ def reference_of(checkpoint: Path, manifest: Manifest, ran_dtype: str = "float32
         _opened.clear()
         known = open_reference(checkpoint, manifest, ran_dtype, [])
         eager = None if known.eager is None else ReplayedSession(known.eager)
-        _opened[key] = replace(known, truth=ReplayedSession(known.truth), eager=eager)
+        _opened[key] = replace(known, session=ReplayedSession(known.session), eager=eager)
     return _opened[key]

@@ -18,18 +18,10 @@ from ..runtime.feeds import step_feed
 from .known_faults import attention_words, linear_words, rotation_words, rounding_words
 from .marked_graph import Marked, force, keep_residual, mark, open_graph, present_of, run, show_all
 from .match_tensors import Place, agreed, bound_of, columns, find, flat, relative
-from .torch_layers import LayerTruth, RowTruth, layer_list, watch_row
+from .probes import Probe, probes
+from .torch_layers import LayerReference, RowReference, layer_list, watch_row
 
-LONGEST = 512
 EMBEDDING, END = "embedding", "final norm and head"
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Rows of (past ids, new ids), fed as one step."""
-
-    name: str
-    rows: tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
 @dataclass(frozen=True)
@@ -71,8 +63,20 @@ class Bisection:
 
 
 def bisect(bundle: Path, against: str | Path) -> Bisection:
-    """Find the first wrong layer and op of a bundle. Raises GqaExportError for a bundle or graph that cannot be
-    looked into, NotCheckedHere where PyTorch does not fit."""
+    """Find the first layer and operator of a bundle whose output is out of tolerance.
+
+    Args:
+        bundle: folder of a bundle with a graph.
+        against: the checkpoint it was made from.
+
+    Returns:
+        What was found, or that these probes found nothing.
+
+    Raises:
+        InvalidBundle: the bundle is damaged.
+        GqaExportError: it holds an engine, or the names of its nodes do not tell the layers.
+        NotCheckedHere: PyTorch does not fit in memory.
+    """
     from ..bundle.attention_claims import check_claims
     from ..bundle.source_checkpoint import open_for
     from ..validation.reference import runnable
@@ -80,16 +84,16 @@ def bisect(bundle: Path, against: str | Path) -> Bisection:
 
     manifest = read_manifest(bundle)
     if manifest.engine is not None:
-        raise GqaExportError("an engine has no nodes to look into", str(bundle),
-                             "bisect the ONNX bundle that it was built from")
+        raise GqaExportError("bisect needs a graph, and an engine does not show its nodes", str(bundle),
+                             "bisect the ONNX bundle that it was built from", code="E-VALIDATE-BISECT-ENGINE")
     check_files(bundle, manifest)
     check_claims(bundle, manifest)
     with ExitStack() as stack:
         stack.enter_context(torch_threads(manifest))
         ran, where, target = runnable(stack, bundle, manifest, "float32", [], silent)
-        truth, _, _ = pytorch_sessions(open_for(manifest, against), manifest, "float32", [])
-        prefix, layers = layer_list(truth.model, len(manifest.spec.layers))
-        search = _Search(ran, where, target.interface, truth, layers, prefix)
+        reference, _, _ = pytorch_sessions(open_for(manifest, against), manifest, "float32", [])
+        prefix, layers = layer_list(reference.model, len(manifest.spec.layers))
+        search = _Search(ran, where, target.interface, reference, layers, prefix)
         done: list[str] = []
         for probe in probes(manifest):
             done.append(probe.name)
@@ -99,38 +103,20 @@ def bisect(bundle: Path, against: str | Path) -> Bisection:
         return Bisection(None, done, search.hidden)
 
 
-def probes(manifest: Manifest) -> list[Probe]:
-    """A prompt past every window that fits, a decode step, a piece after a past, rows of different length."""
-    random = np.random.default_rng(23)
-    windows = [layer.window for layer in manifest.spec.layers if layer.window]
-    most = min(manifest.capacity, LONGEST)
-    length = min(max([32, *(window + 8 for window in windows if window + 8 < most)]), most - 4)
-
-    def ids(count: int) -> np.ndarray:
-        return random.integers(0, manifest.spec.vocabulary, count)
-
-    long, short, none = ids(length), ids(max(1, length // 3)), np.zeros(0, np.int64)
-    found = [Probe("prompt", ((none, long),)), Probe("decode", ((long[:-1], long[-1:]),)),
-             Probe("piece", ((long[:-3], long[-3:]),)), Probe("ragged prompt", ((none, long), (none, short))),
-             Probe("ragged decode", ((long[:-1], long[-1:]), (short[:-1], short[-1:])))]
-    if manifest.capacity <= LONGEST and length < manifest.capacity:
-        found.append(Probe("whole cache", ((none, ids(manifest.capacity)),)))
-    return found
-
-
 class _Search:
-    """A bundle's graph and the truth beside it. The graph is cut once, at the first probe."""
+    """A bundle's graph and the reference beside it. The graph is cut once, at the first probe."""
 
-    def __init__(self, manifest: Manifest, folder: Path, interface: str, truth: Any, layers: Any, prefix: str) -> None:
+    def __init__(self, manifest: Manifest, folder: Path, interface: str, reference: Any, layers: Any,
+                 prefix: str) -> None:
         self.manifest, self.folder, self.interface = manifest, folder, interface
-        self.truth, self.layers, self.prefix = truth, layers, prefix
+        self.reference, self.layers, self.prefix = reference, layers, prefix
         self.marked: Marked | None = None
         self.session: Any = None
         self.hidden: list[str] = []
 
     def look(self, probe: Probe) -> Finding | None:
         """The first wrong op in one probe."""
-        rows = [watch_row(self.truth, self.layers, past, new) for past, new in probe.rows]
+        rows = [watch_row(self.reference, self.layers, past, new) for past, new in probe.rows]
         tokens = [len(new) for _, new in probe.rows]
         feed = self._feed(probe, rows)
         size = (len(rows), max(tokens), rows[0].layers[0].hidden.shape[1])
@@ -149,7 +135,7 @@ class _Search:
         found = run(self.session, feed)
         return self._judge(probe, rows, tokens, found)
 
-    def _feed(self, probe: Probe, rows: list[RowTruth]) -> dict[str, np.ndarray]:
+    def _feed(self, probe: Probe, rows: list[RowReference]) -> dict[str, np.ndarray]:
         lengths = np.array([len(past) for past, _ in probe.rows])
         new = np.array([len(ids) for _, ids in probe.rows])
         ids = np.zeros((len(rows), new.max()), np.int64)
@@ -166,7 +152,7 @@ class _Search:
                 feed[name] = past
         return feed
 
-    def _judge(self, probe: Probe, rows: list[RowTruth], tokens: list[int],
+    def _judge(self, probe: Probe, rows: list[RowReference], tokens: list[int],
                found: dict[str, np.ndarray]) -> Finding | None:
         assert self.marked is not None
         first = self._sum(found, 0)
@@ -184,7 +170,7 @@ class _Search:
         return _worst(probe, len(self.layers), END, [row.logits[-1:] if last else row.logits for row in rows],
                       [logits[b, :1 if last else n] for b, n in enumerate(tokens)])
 
-    def _places(self, row: RowTruth, tokens: int, found: dict[str, np.ndarray]) -> dict[str, Place]:
+    def _places(self, row: RowReference, tokens: int, found: dict[str, np.ndarray]) -> dict[str, Place]:
         """Where each point is, agreed among the layers."""
         per_layer: dict[str, list[list[Place]]] = {}
         for number, layer in enumerate(row.layers):
@@ -204,7 +190,7 @@ class _Search:
                 if name in found and found[name].ndim >= 3 and found[name].shape[0] > b
                 and found[name].dtype.kind == "f"}
 
-    def _layer(self, probe: Probe, number: int, rows: list[RowTruth], tokens: list[int],
+    def _layer(self, probe: Probe, number: int, rows: list[RowReference], tokens: list[int],
                found: dict[str, np.ndarray], places: dict[str, Place]) -> Finding | None:
         assert self.marked is not None
         for name in rows[0].layers[number].points:
@@ -236,7 +222,7 @@ class _Search:
         return _worst(probe, number, "output", [row.layers[number].output for row in rows],
                       [carried[b, :n] for b, n in enumerate(tokens)])
 
-    def _cached(self, number: int, name: str, rows: list[RowTruth],
+    def _cached(self, number: int, name: str, rows: list[RowReference],
                 found: dict[str, np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         kind = int(name.endswith(".value"))
         tensor = found[present_of(self.manifest.spec.layers[number].layer)[kind]]
@@ -249,23 +235,23 @@ class _Search:
         names = self.marked.carried[place]
         return np.sum([found[name].astype(np.float64) for name in names], axis=0) if names else None
 
-    def _words(self, number: int, name: str, truth: LayerTruth, expected: np.ndarray, got: np.ndarray) -> str:
+    def _words(self, number: int, name: str, reference: LayerReference, expected: np.ndarray, got: np.ndarray) -> str:
         layer = self.manifest.spec.layers[number]
-        if name.endswith(".attention") and truth.attended is not None:
-            return attention_words(truth.attended, expected, got)
+        if name.endswith(".attention") and reference.attended is not None:
+            return attention_words(reference.attended, expected, got)
         if name.endswith((".key", ".value")):
             heads = layer.kv_num_heads
             apart = [x.reshape(len(x), heads, -1).swapaxes(0, 1) for x in (expected, got)]
-            return rotation_words(apart[0], apart[1], self._straight(name, truth, apart[0].shape))
-        if name in truth.weights:
-            return linear_words(truth.inputs[name], *truth.weights[name], expected, got, layer.head_size)
+            return rotation_words(apart[0], apart[1], self._straight(name, reference, apart[0].shape))
+        if name in reference.weights:
+            return linear_words(reference.inputs[name], *reference.weights[name], expected, got, layer.head_size)
         return rounding_words(expected, got)
 
-    def _straight(self, name: str, truth: LayerTruth, shape: tuple[int, ...]) -> np.ndarray | None:
+    def _straight(self, name: str, reference: LayerReference, shape: tuple[int, ...]) -> np.ndarray | None:
         """Keys before rotation [K, T, D], if the whole cache was written in this step and a projection shows them."""
         heads, tokens, size = shape
         for part in ("k_norm", "k_proj"):
-            values = truth.points.get(f"{name.rpartition('.')[0]}.{part}")
+            values = reference.points.get(f"{name.rpartition('.')[0]}.{part}")
             rows = flat(values, tokens) if values is not None else None
             if rows is not None and rows.shape[1] == heads * size and name.endswith(".key"):
                 return rows.reshape(tokens, heads, size).swapaxes(0, 1)

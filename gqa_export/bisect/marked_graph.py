@@ -59,15 +59,17 @@ def mark(folder: Path, prefix: str, layers: int) -> Marked:
                 owned[number].append(name)
     if not all(owned.values()):
         missing = [number for number, names in owned.items() if not names]
-        raise GqaExportError(f"no node of the graph is named after layer {missing[0]}", f"{folder / MODEL}, {prefix}",
-                             "use `gqa-export validate`; a graph without module scopes cannot be bisected")
+        raise GqaExportError(f"bisect tells layers by the names of nodes, and none is named after layer {missing[0]}",
+                             f"{folder / MODEL}, {prefix}",
+                             "use `gqa-export validate`; a graph without module scopes cannot be bisected",
+                             code="E-VALIDATE-BISECT-NAMES")
     carried: list[list[str]] = [[] for _ in range(layers + 1)]
     attention: dict[int, str] = {}
     for number, node in zip(layer_of, graph.node):
         place = number if number >= 0 else layers
         for name in node.input:
             from_outside = name in owner and owner[name] != number
-            # the model's end takes over from the last layers only; what shared nodes read is no residual stream
+            # the model's end takes over from the last layers only; what shared nodes read is not the residual stream
             if from_outside and (number >= 0 or owner[name] >= 0) and name not in carried[place]:
                 carried[place].append(name)
         if number >= 0 and "Attention" in node.op_type:

@@ -28,11 +28,6 @@ def relative(name: str, prefix: str, layer: int) -> str:
     return re.sub(rf"{re.escape(prefix)}\.(\d+)", lambda m: f"{prefix}.{int(m[1]) - layer:+d}", name)
 
 
-def absolute(name: str, prefix: str, layer: int) -> str:
-    """The inverse of `relative`."""
-    return re.sub(rf"{re.escape(prefix)}\.([+-]\d+)", lambda m: f"{prefix}.{int(m[1]) + layer}", name)
-
-
 def flat(values: np.ndarray, tokens: int) -> np.ndarray | None:
     """[S, W] of what is [S, W], [S, H, D] or [H, S, D]; None for another shape."""
     if values.ndim == 2 and values.shape[0] == tokens:

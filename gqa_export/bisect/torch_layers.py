@@ -1,6 +1,6 @@
 """What PyTorch computes inside each decoder layer: inputs, the output of every module, the arguments of attention.
 
-One row at a time, unpadded, in the truth's number format. Dimensions as in `gqa_export.attention_op`; a point is
+One row at a time, unpadded, in the reference's number format. Dimensions as in `gqa_export.attention_op`; a point is
 [S, W], whatever heads it has flattened into W.
 """
 
@@ -33,7 +33,7 @@ class Attended:
 
 
 @dataclass
-class LayerTruth:
+class LayerReference:
     """A layer: hidden states in and out [S, hidden], points by name in the order of computation, weights of its
     linear modules by the same names ([out, in], bias or None), its attention."""
 
@@ -46,10 +46,10 @@ class LayerTruth:
 
 
 @dataclass
-class RowTruth:
+class RowReference:
     """A row: its layers, what the model's end is fed with and gives, and the cache after it, per layer [K, T, D]."""
 
-    layers: list[LayerTruth]
+    layers: list[LayerReference]
     logits: np.ndarray
     cache: list[tuple[np.ndarray, np.ndarray]]
 
@@ -59,22 +59,23 @@ def layer_list(model: Any, count: int) -> tuple[str, Any]:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return name, module
-    raise GqaExportError(f"the model has no list of {count} layers to look into", type(model).__name__,
-                         "use `gqa-export validate`, which compares the outputs")
+    raise GqaExportError(f"bisect looks into a list of {count} layers, which this model does not have",
+                         type(model).__name__, "use `gqa-export validate`, which compares the outputs",
+                         code="E-VALIDATE-BISECT-LAYERS")
 
 
-def watch_row(session: Any, layers: Any, past: np.ndarray, new: np.ndarray) -> RowTruth:
-    """Feed `past` (ids [P], may be empty) and then `new` (ids [S]) to the truth's session; record the second step."""
+def watch_row(session: Any, layers: Any, past: np.ndarray, new: np.ndarray) -> RowReference:
+    """Feed `past` (ids [P], may be empty), then `new` (ids [S]) to the reference's session; record the second step."""
     session.reset(1)
     if len(past):
         session.step(past[None])
-    found = [LayerTruth(np.zeros(0)) for _ in layers]
+    found = [LayerReference(np.zeros(0)) for _ in layers]
     with _hooks(layers, found), _attention(layers, found):
         step = session.step(new[None])
     cache = [(key[0], value[0]) for key, value in session.cache()]
     for number, layer in enumerate(found):
         layer.points = _with_cache(layer.points, cache[number], len(past)) if number < len(cache) else layer.points
-    return RowTruth(found, step.logits[0], cache)
+    return RowReference(found, step.logits[0], cache)
 
 
 def _with_cache(points: dict[str, np.ndarray], pair: tuple[np.ndarray, np.ndarray], past: int) -> dict[str, np.ndarray]:
@@ -90,15 +91,15 @@ def _with_cache(points: dict[str, np.ndarray], pair: tuple[np.ndarray, np.ndarra
 
 
 @contextmanager
-def _hooks(layers: Any, found: list[LayerTruth]) -> Iterator[None]:
+def _hooks(layers: Any, found: list[LayerReference]) -> Iterator[None]:
     handles = []
     for number, layer in enumerate(layers):
         record = found[number]
 
-        def enter(_: Any, args: Any, kwargs: Any, record: LayerTruth = record) -> None:
+        def enter(_: Any, args: Any, kwargs: Any, record: LayerReference = record) -> None:
             record.hidden = _flat(args[0] if args else kwargs["hidden_states"])
 
-        def leave(_: Any, __: Any, result: Any, record: LayerTruth = record) -> None:
+        def leave(_: Any, __: Any, result: Any, record: LayerReference = record) -> None:
             record.output = _flat(_first(result))
 
         handles += [layer.register_forward_pre_hook(enter, with_kwargs=True), layer.register_forward_hook(leave)]
@@ -113,7 +114,7 @@ def _hooks(layers: Any, found: list[LayerTruth]) -> Iterator[None]:
             handle.remove()
 
 
-def _point(record: LayerTruth, name: str, attention: str) -> Any:
+def _point(record: LayerReference, name: str, attention: str) -> Any:
     def hook(module: Any, args: Any, result: Any) -> None:
         output = _first(result)
         if not isinstance(output, torch.Tensor) or output.ndim < 3:
@@ -139,9 +140,9 @@ def _attention_name(layer: Any) -> str:
 
 
 @contextmanager
-def _attention(layers: Any, found: list[LayerTruth]) -> Iterator[None]:
+def _attention(layers: Any, found: list[LayerReference]) -> Iterator[None]:
     """Inside, the eager attention of the layers' own modules notes what it is called with."""
-    owners: dict[int, LayerTruth] = {}
+    owners: dict[int, LayerReference] = {}
     files = set()
     for number, layer in enumerate(layers):
         for module in layer.modules():

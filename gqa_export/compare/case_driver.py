@@ -1,8 +1,8 @@
 """Drives one case through Polygraphy's Comparator, step by step, and keeps what was measured.
 
 `CaseDriver.feeds` is the Comparator's data loader, `CaseDriver.compare` its comparison function. Both look at the
-same state: the loader is asked for the next step only after the last one was compared, so it can feed the truth's
-own greedy tokens, and go on with them where a free run parted. Nothing of a step's arrays is kept.
+same state: the loader makes the next step only after the last one was compared, so it can feed the
+reference's own greedy tokens, and go on with them where a free run parted. Nothing of a step's arrays is kept.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .error_trace import Surroundings, surroundings
 from .logits import LogitTally
 from .metrics import Difference, difference, last_rows, margin
 
-TRUTH, EAGER, BUNDLE = "truth", "eager", "bundle"
-"""names of the runners: the truth, PyTorch in the bundle's number format (the yardstick), the bundle"""
+REFERENCE, EAGER, BUNDLE = "reference", "eager", "bundle"
+"""names of the runners: PyTorch in fp64, PyTorch in the bundle's number format (the same-dtype baseline), the bundle"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Choice:
-    """A row whose best token differs. margin: how much the truth prefers its own."""
+    """A row whose best token differs. margin: how much the reference prefers its own."""
 
     step: int
     row: int
@@ -49,15 +49,16 @@ class Choice:
 
 @dataclass
 class CaseLog:
-    """What a case gave. bundle: every output of every step in the order of computation. yardstick: per output, the
-    largest error of PyTorch in the bundle's format; None where it was not run. eager_logits: largest difference of
-    the bundle's logits to PyTorch in the bundle's format. worst: per output, the surroundings of its largest gap."""
+    """What a case gave. bundle: every output of every step in the order of computation. baseline: per output, the
+    largest error of PyTorch in the bundle's format (the same-dtype baseline); None where it was not run. eager_logits:
+    largest difference of the bundle's logits to PyTorch in the bundle's format. worst: per output, the surroundings of
+    its largest gap."""
 
     case: Case
     tally: LogitTally = field(default_factory=LogitTally)
     bundle: list[Measured] = field(default_factory=list)
     worst: dict[str, Surroundings] = field(default_factory=dict)
-    yardstick: dict[str, float] | None = None
+    baseline: dict[str, float] | None = None
     eager_logits: float | None = None
     rows: int = 0
     agreed: int = 0
@@ -117,7 +118,7 @@ class CaseDriver:
         return pieces
 
     def _tokens(self) -> np.ndarray:
-        """The truth's greedy token of every row; rows that bring more tokens take them from the filler."""
+        """The reference's greedy token of every row; rows that bring more tokens take them from the filler."""
         ids = np.zeros((self.case.batch, max(1, int(self.new_lengths.max()))), np.int64)
         for row, count in enumerate(self.new_lengths):
             ids[row, :count] = np.resize(np.roll(self.filler, self.step + row), count)
@@ -125,53 +126,53 @@ class CaseDriver:
                 ids[row, 0] = self.next_tokens[row]
         return ids
 
-    def compare(self, truth: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> OrderedDict:
+    def compare(self, reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> OrderedDict:
         """Measure one runner against another. Polygraphy calls this for every pair at every step."""
-        pair = (truth.runner_name, other.runner_name)  # type: ignore[attr-defined]
+        pair = (reference.runner_name, other.runner_name)  # type: ignore[attr-defined]
         if pair == (EAGER, BUNDLE):
-            found = difference(truth["logits"], other["logits"]).max_abs
+            found = difference(reference["logits"], other["logits"]).max_abs
             self.log.eager_logits = max(self.log.eager_logits or 0.0, found)
             return OrderedDict()
-        if pair == (TRUTH, EAGER):
-            yardstick = self.log.yardstick = self.log.yardstick or {}
-            for name in truth:
+        if pair == (REFERENCE, EAGER):
+            baseline = self.log.baseline = self.log.baseline or {}
+            for name in reference:
                 if name != "fed":
-                    found = difference(truth[name], other[name]).max_abs
-                    yardstick[quantity(name)] = max(yardstick.get(quantity(name), 0.0), found)
+                    found = difference(reference[name], other[name]).max_abs
+                    baseline[quantity(name)] = max(baseline.get(quantity(name), 0.0), found)
             return OrderedDict()
-        self._choose(truth["logits"], other["logits"])
-        self._tally(truth["logits"], other["logits"])
+        self._choose(reference["logits"], other["logits"])
+        self._tally(reference["logits"], other["logits"])
         results: OrderedDict[str, Measured] = OrderedDict()
-        for name in truth:
+        for name in reference:
             if name == "fed":
-                if not np.array_equal(truth[name], other[name]):
-                    raise RuntimeError("the two sides were fed different tokens")
+                if not np.array_equal(reference[name], other[name]):
+                    raise RuntimeError("the reference and the bundle were fed different tokens")
                 continue
             phase = "cache" if name.startswith("cache.") else self.phase
             tokens = tuple(int(n) for n in (self.lengths if phase != "cache" else np.zeros_like(self.lengths)))
             # a name of our own: Polygraphy takes statistics of whole arrays for names it knows
-            one = Measured(self.step, phase, name, difference(truth[name], other[name]), tokens)
+            one = Measured(self.step, phase, name, difference(reference[name], other[name]), tokens)
             results[f"difference of {name}"] = one
             if one.difference.max_abs > self._most.get(name, 0.0):
                 self._most[name] = one.difference.max_abs
-                self.log.worst[name] = surroundings(name, truth[name], other[name], one.difference, tokens)
+                self.log.worst[name] = surroundings(name, reference[name], other[name], one.difference, tokens)
         self.log.bundle.extend(results.values())
         return results
 
-    def _tally(self, truth_BSV: np.ndarray, other_BSV: np.ndarray) -> None:
+    def _tally(self, reference_BSV: np.ndarray, other_BSV: np.ndarray) -> None:
         """Add up what the logits mean as predictions; where only the last are given, those."""
-        whole = truth_BSV.shape[1] == self._block.shape[1]
+        whole = reference_BSV.shape[1] == self._block.shape[1]
         for row, count in enumerate(self.new_lengths.tolist()):
             if not count:
                 continue
-            sides = [side[row, : count if whole else 1] for side in (truth_BSV, other_BSV)]
+            sides = [side[row, : count if whole else 1] for side in (reference_BSV, other_BSV)]
             self.log.tally.add(*sides)
             if self.case.perplexity and whole:
                 self.log.tally.read(self._block[row, :count], *sides)
 
-    def _choose(self, truth_BSV: np.ndarray, other_BSV: np.ndarray) -> None:
-        """Note the best tokens of both sides; the truth's are the next to be fed."""
-        expected, got = (last_rows(x, self.new_lengths) for x in (truth_BSV, other_BSV))
+    def _choose(self, reference_BSV: np.ndarray, other_BSV: np.ndarray) -> None:
+        """Note the best tokens of both sides; the reference's are the next to be fed."""
+        expected, got = (last_rows(x, self.new_lengths) for x in (reference_BSV, other_BSV))
         for row, count in enumerate(self.new_lengths):
             if not count:
                 continue

@@ -20,16 +20,16 @@ REACH = 2048
 """longest prompt made only to pass a rotary scaling's original length; windows are always passed if they fit"""
 RAGGED_REACH = 1024
 """longest row of the ragged case: three rows are run one by one through PyTorch, twice"""
-POISON = (1.0e4, -1.0e4)
-"""content of the cache's tail in the poisoned case: far outside any real key, and still finite in fp16"""
+GARBAGE = (1.0e4, -1.0e4)
+"""content of the cache's tail in the case `garbage_tail`: far outside any real key, and still finite in fp16"""
 
 
 @dataclass(frozen=True)
 class Case:
     """prompts: one id array per row. counts: new tokens per row [B] for each step after the prompt. free: each side
-    feeds its own best token. poison: what fills the cache beyond the lengths, in turn (none: left as it is). single:
+    feeds its own best token. garbage: what fills the cache beyond the lengths, in turn (none: left as it is). single:
     the bundle takes the prompt one token at a time, PyTorch a piece at once. capacity: of every side's cache, 0 is the
-    bundle's own. perplexity: measured over the prompt. entry: its line in the battery."""
+    bundle's own. perplexity: measured over the prompt. entry: its line in the suite."""
 
     name: str
     purpose: str
@@ -37,7 +37,7 @@ class Case:
     counts: tuple[tuple[int, ...], ...]
     chunk: int
     free: bool = False
-    poison: tuple[float, ...] = ()
+    garbage: tuple[float, ...] = ()
     single: bool = False
     capacity: int = 0
     perplexity: bool = False
@@ -65,15 +65,23 @@ class Plan:
 def plan_cases(spec: ModelSpec, capacity: int, *, steps: int = 32, original_positions: int = 0,
                special: Iterable[int] = (), text_ids: np.ndarray | None = None, nan_tail_safe: bool = False,
                seed: int = 20, windows: Iterable[int] = ()) -> Plan:
-    """Choose cases for a decoder. original_positions: what a scaled rotary was trained for, 0 if not scaled.
-    nan_tail_safe: whether what lies in the cache beyond the lengths may be NaN. windows: beside those of the spec,
-    which may have lost one.
+    """Choose the first cases for a decoder.
 
-    Raises GqaExportError if the capacity is too small to hold a prompt and a step.
+    Args:
+        spec: the decoder. capacity: of the bundle's cache, in tokens. steps: decode steps of each case.
+        original_positions: what a scaled rotary was trained for; 0: not scaled.
+        special: ids that random prompts avoid.
+        text_ids: a sample of text; None: the bundle has no tokenizer.
+        nan_tail_safe: whether the cache beyond the lengths may be NaN.
+        seed: of the random prompts.
+        windows: beside those of the spec, which may have lost one.
+
+    Raises:
+        GqaExportError: the capacity is too small to hold a prompt and a step.
     """
     if capacity < 8:
-        raise GqaExportError(f"a cache of {capacity} tokens is too small to validate", "capacity",
-                             "export with a larger --capacity")
+        raise GqaExportError(f"a comparison needs a cache of at least 8 tokens, this one holds {capacity}", "capacity",
+                             "export with a larger --capacity", code="E-VALIDATE-CAPACITY")
     notes: list[str] = []
     if steps > capacity // 2:
         notes.append(f"{capacity // 2} decode steps instead of {steps}: the cache holds {capacity} tokens")
@@ -84,15 +92,15 @@ def plan_cases(spec: ModelSpec, capacity: int, *, steps: int = 32, original_posi
     reach = sorted({w for w in (*windows, *(layer.window for layer in spec.layers)) if 0 < w < capacity})
 
     cases = [
-        _long(ids, room, steps, chunk, reach, original_positions, notes),
-        _free(ids, room, steps, chunk, reach, text_ids),
+        _teacher_forced(ids, room, steps, chunk, reach, original_positions, notes),
+        _free_running(ids, room, steps, chunk, reach, text_ids),
         _ragged(ids, room, steps, chunk, reach, notes),
-        _poisoned(ids, capacity, chunk, (*POISON, float("nan")) if nan_tail_safe else POISON),
+        _garbage_tail(ids, capacity, chunk, (*GARBAGE, float("nan")) if nan_tail_safe else GARBAGE),
     ]
     return Plan(tuple(cases), tuple(notes))
 
 
-def _long(ids: TokenIds, room: int, steps: int, chunk: int, windows: list[int], original: int,
+def _teacher_forced(ids: TokenIds, room: int, steps: int, chunk: int, windows: list[int], original: int,
           notes: list[str]) -> Case:
     length = max([48, *(window + 9 for window in windows)])
     if original and original + 9 <= min(room, REACH):
@@ -101,17 +109,18 @@ def _long(ids: TokenIds, room: int, steps: int, chunk: int, windows: list[int], 
         notes.append(f"no prompt passes the rotary scaling's original {original} positions (limit {REACH})")
     length = min(length, room)
     purpose = f"batch 1, {length} tokens" + (f", past the window of {windows[-1]}" if windows else "")
-    return Case("long", purpose + ", then PyTorch's greedy tokens", (ids(length),), ((1,),) * steps, chunk)
+    return Case("teacher_forced", purpose + ", then PyTorch's greedy tokens", (ids(length),), ((1,),) * steps, chunk)
 
 
-def _free(ids: TokenIds, room: int, steps: int, chunk: int, windows: list[int], text_ids: np.ndarray | None) -> Case:
+def _free_running(ids: TokenIds, room: int, steps: int, chunk: int, windows: list[int],
+                  text_ids: np.ndarray | None) -> Case:
     # the decode steps walk across the smallest window: W - 1, W, W + 1 visible tokens
     length = max(4, windows[0] - steps // 2) if windows else 24
     length = min(length, room, chunk)
     text = text_ids is not None and len(text_ids) >= 4 and not windows
     prompt = text_ids[:room] if text and text_ids is not None else ids(length)
     purpose = f"batch 1, {'text, ' if text else ''}{len(prompt)} tokens, each side feeds its own best token"
-    return Case("free", purpose, (prompt,), ((1,),) * steps, chunk, free=True)
+    return Case("free_running", purpose, (prompt,), ((1,),) * steps, chunk, free=True)
 
 
 def _ragged(ids: TokenIds, room: int, steps: int, chunk: int, windows: list[int], notes: list[str]) -> Case:
@@ -119,8 +128,8 @@ def _ragged(ids: TokenIds, room: int, steps: int, chunk: int, windows: list[int]
     limit = min(RAGGED_REACH, chunk, room - 4)
     if longest > limit:
         if windows and limit < room - 4:
-            notes.append(f"ragged rows stop at {limit} tokens, short of the window of {windows[0]}; the long case "
-                         "passes it")
+            notes.append(f"ragged rows stop at {limit} tokens, short of the window of {windows[0]}; the case "
+                         "teacher_forced passes it")
         longest = max(2, limit)
     prompts = (ids(longest), ids(1), ids(max(2, longest // 3)))
     # two steps are uneven: rows that bring several tokens at once, and a row that brings none
@@ -130,11 +139,12 @@ def _ragged(ids: TokenIds, room: int, steps: int, chunk: int, windows: list[int]
                 "compared with itself alone", prompts, counts, max(chunk, longest))
 
 
-def _poisoned(ids: TokenIds, capacity: int, chunk: int, poison: tuple[float, ...]) -> Case:
+def _garbage_tail(ids: TokenIds, capacity: int, chunk: int, garbage: tuple[float, ...]) -> Case:
     longest = min(capacity - 4, 11)
     prompts = (ids(longest), ids(max(1, longest // 4)))
-    return Case("poisoned", f"batch 2, the cache beyond each row's length filled with {', '.join(map(str, poison))}",
-                prompts, ((1, 1),) * 4, max(chunk, longest), poison=poison)
+    values = ", ".join(map(str, garbage))
+    return Case("garbage_tail", f"batch 2, the cache beyond each row's length filled with {values}", prompts,
+                ((1, 1),) * 4, max(chunk, longest), garbage=garbage)
 
 
 class TokenIds:

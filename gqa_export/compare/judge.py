@@ -11,12 +11,12 @@ KINDS = ("keys", "values", "logits", "cache")
 
 
 NEAR = 4.0
-"""A yardstick is one draw of PyTorch's rounding errors, and for inputs that amplify them it may come out small by luck:
-on SmolLM2, prompt of 41 random tokens, with one thread a fourth of what three other draws gave."""
+"""A same-dtype baseline is one draw of PyTorch's rounding errors, and for inputs that amplify them it may come out
+small by luck: on SmolLM2, prompt of 41 random tokens, with one thread a fourth of what three other draws gave."""
 
 
 def doubtful(verdict: CaseVerdict) -> bool:
-    """Whether a case failed by so little that a lucky yardstick may be why: everything finite, nothing more than NEAR
+    """Whether a case failed by so little that a lucky baseline may be why: everything finite, nothing more than NEAR
     times past its bound."""
     def near(kind: KindVerdict) -> bool:
         return kind.first is not None and not kind.first.nonfinite and kind.max_abs <= NEAR * kind.bound
@@ -30,12 +30,12 @@ def judge(log: CaseLog, dtype: str) -> CaseVerdict:
     scales: dict[str, float] = {}
     for one in log.bundle:
         scales[quantity(one.output)] = max(scales.get(quantity(one.output), 0.0), one.difference.scale)
-    bounds = {name: tolerance(None if log.yardstick is None else log.yardstick[name], scale, dtype)
+    bounds = {name: tolerance(None if log.baseline is None else log.baseline[name], scale, dtype)
               for name, scale in scales.items()}
     kinds = tuple(_judge_kind(kind, [one for one in log.bundle if _kind(one.output) == kind], bounds, log)
                   for kind in KINDS if any(_kind(one.output) == kind for one in log.bundle))
     limits = {name: limit.bound for name, limit in bounds.items()}
-    outputs = output_errors(((spoken(one.output), quantity(one.output), one.step, one.difference.max_abs)
+    outputs = output_errors(((label(one.output), quantity(one.output), one.step, one.difference.max_abs)
                              for one in log.bundle), limits)
     trail = step_errors((one.step, one.phase, _kind(one.output), one.difference.max_abs,
                          limits[quantity(one.output)]) for one in log.bundle)
@@ -65,7 +65,7 @@ def _judge_kind(kind: str, measured: list[Measured], bounds: dict[str, Tolerance
     limit = bounds[quantity(worst.output)]
     found = (_locate(one, bounds[quantity(one.output)].bound, log.case.name) for one in measured)
     where = next((location for location in found if location is not None), None)
-    return KindVerdict(kind, spoken(worst.output), worst.difference.max_abs, limit.bound, limit.yardstick,
+    return KindVerdict(kind, label(worst.output), worst.difference.max_abs, limit.bound, limit.baseline,
                        limit.basis, where, log.worst.get(worst.output))
 
 
@@ -74,7 +74,7 @@ def _locate(one: Measured, bound: float, case: str) -> Location | None:
     if element is None:
         return None
     axes = element.axes | {"token": element.axes["token"] + one.tokens[element.axes["batch"]]}
-    return Location(case, one.step, one.phase, spoken(one.output), axes, element.expected, element.got, element.gap,
+    return Location(case, one.step, one.phase, label(one.output), axes, element.expected, element.got, element.gap,
                     bound, one.difference.nonfinite)
 
 
@@ -84,6 +84,6 @@ def _kind(output: str) -> str:
     return "cache" if output.startswith("cache.") else output.rsplit(".", 1)[1] + "s"
 
 
-def spoken(output: str) -> str:
+def label(output: str) -> str:
     """`layer.7.key` as "layer 7 key", `cache.7.key` as "whole cache of layer 7 key"."""
     return output.replace("cache.", "whole cache of layer.", 1).replace(".", " ")

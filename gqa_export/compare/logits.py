@@ -34,7 +34,7 @@ class LogitMetrics:
 
 
 class LogitTally:
-    """Adds up what `LogitMetrics` says, step by step; keeps one row of logits per side at most."""
+    """Adds up what `LogitMetrics` holds, step by step; keeps one row of logits per side at most."""
 
     def __init__(self) -> None:
         self.tokens, self.max_rel, self.kl, self.max_kl, self.top1, self.top5 = 0, 0.0, 0.0, 0.0, 0.0, 0.0
@@ -68,8 +68,8 @@ class LogitTally:
             wanted = ids_T[1:] if self._last is None else ids_T
             for start in range(0, len(wanted), MOST_TOKENS):
                 rows = slice(start, start + MOST_TOKENS)
-                said = log_softmax(before[rows].astype(np.float64))
-                self._loss[side] -= said[np.arange(len(said)), wanted[rows]].sum()
+                predicted = log_softmax(before[rows].astype(np.float64))
+                self._loss[side] -= predicted[np.arange(len(predicted)), wanted[rows]].sum()
         self._predicted += len(ids_T) - (self._last is None)
         self._last = (np.array(expected_TV[-1]), np.array(got_TV[-1]))
 

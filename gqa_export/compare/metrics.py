@@ -63,12 +63,12 @@ def difference(expected: np.ndarray, got: np.ndarray) -> Difference:
         expected, got = expected.swapaxes(1, 2), got.swapaxes(1, 2)
     tokens, shape = expected.shape[:2], expected.shape[2:]
     count, width = int(np.prod(tokens)), int(np.prod(shape))
-    truth, other = expected.reshape(count, width), got.reshape(count, width)
+    reference, other = expected.reshape(count, width), got.reshape(count, width)
     gap, place = np.zeros(count), np.zeros(count, np.int64)
     values, scale, nonfinite = np.zeros((2, count)), 0.0, 0
     for start in range(0, count, max(1, BLOCK // max(width, 1))):
         rows = slice(start, start + max(1, BLOCK // max(width, 1)))
-        a, b = truth[rows].astype(np.float64), other[rows].astype(np.float64)
+        a, b = reference[rows].astype(np.float64), other[rows].astype(np.float64)
         finite = np.isfinite(a) & np.isfinite(b)
         nonfinite += int(finite.size - finite.sum())
         with np.errstate(invalid="ignore"):
@@ -88,6 +88,6 @@ def last_rows(logits_BSV: np.ndarray, new_lengths_B: np.ndarray) -> np.ndarray:
     return logits_BSV[np.arange(logits_BSV.shape[0]), np.maximum(new_lengths_B - 1, 0)]
 
 
-def margin(truth_V: np.ndarray, other: int) -> float:
-    """How much the truth prefers its own best token to token `other`: >= 0, 0 for a tie."""
-    return float(truth_V.max() - truth_V[other])
+def margin(reference_V: np.ndarray, other: int) -> float:
+    """How much the reference prefers its own best token to token `other`: >= 0, 0 for a tie."""
+    return float(reference_V.max() - reference_V[other])

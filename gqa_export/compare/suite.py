@@ -1,7 +1,7 @@
-"""The battery: every case by name, the known failure it is aimed at, the level that runs it, and what builds it.
+"""The suite: every case by name, the known failure it is aimed at, the level that runs it, and what builds it.
 
 `quick` is made to run in a minute on a small real model; `full` adds what needs thousands of tokens, or what the
-quick cases imply but do not show by themselves. A builder that has no room says so in a note and gives no case.
+quick cases imply but do not show by themselves. A builder that has no room writes a note and gives no case.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .cases import LOGIT_ELEMENTS, Case, Plan, TokenIds, plan_cases
 
 LEVELS = ("quick", "full")
 STEPS = {"quick": 32, "full": 32}
-"""decode steps of each case where the caller does not say"""
+"""decode steps of each case where the caller gives no number"""
 EDGE = 24
 """capacity of the case that fills its cache: a smaller one than the bundle's, so that it costs nothing"""
 DRIFT_STEPS = 1024
@@ -31,7 +31,7 @@ REFUSALS = "refusals"
 @dataclass
 class Setting:
     """What the builders look at. windows: those of the manifest and those that the checkpoint's own configuration
-    names. special: ids that random prompts avoid. loud: ids whose embeddings are largest. literal: the capacity is a
+    names. special: ids that random prompts avoid. largest: ids whose embeddings are largest. literal: the capacity is a
     number in the graph. text: ids of a text that the user gave."""
 
     spec: ModelSpec
@@ -40,7 +40,7 @@ class Setting:
     windows: tuple[int, ...] = ()
     original_positions: int = 0
     special: tuple[int, ...] = ()
-    loud: tuple[int, ...] = ()
+    largest: tuple[int, ...] = ()
     sample: np.ndarray | None = None
     text: np.ndarray | None = None
     nan_tail_safe: bool = False
@@ -62,7 +62,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the battery. aim: the known failure that it is there to catch."""
+    """One line of the suite. aim: the known failure that it is there to catch."""
 
     name: str
     level: str
@@ -74,11 +74,11 @@ def _core(name: str) -> Callable[[Setting], Iterable[Case]]:
     return lambda s: [s.core[name]] if name in s.core else []
 
 
-def _full(s: Setting) -> Iterable[Case]:
+def _last_slots(s: Setting) -> Iterable[Case]:
     if s.literal:
-        return  # its capacity is fixed: the case `brim` fills it
+        return  # its capacity is fixed: the case `full_capacity` fills it
     size = min(EDGE, s.capacity)
-    yield Case("full", f"batch 2, one row fills a cache of {size} tokens exactly", (s.ids(size - 3), s.ids(3)),
+    yield Case("last_slots", f"batch 2, one row fills a cache of {size} tokens exactly", (s.ids(size - 3), s.ids(3)),
                ((1, 1),) * 3, max(s.chunk, size), capacity=size)
 
 
@@ -130,8 +130,8 @@ def _empty(s: Setting) -> Iterable[Case]:
 
 
 def _extreme(s: Setting) -> Iterable[Case]:
-    loud = np.array(s.loud or (0,), np.int64)
-    prompt = np.concatenate([loud, np.repeat(loud[:1], 12), s.ids(4), np.repeat(loud[-1:], 6)])[: s.capacity - 4]
+    strong = np.array(s.largest or (0,), np.int64)
+    prompt = np.concatenate([strong, np.repeat(strong[:1], 12), s.ids(4), np.repeat(strong[-1:], 6)])[: s.capacity - 4]
     yield Case("extreme", "batch 1, the tokens with the largest embeddings, and long runs of one token", (prompt,),
                ((1,),) * 4, s.chunk)
 
@@ -155,11 +155,11 @@ def _drift(s: Setting) -> Iterable[Case]:
                min(64, s.chunk), single=True)
 
 
-def _brim(s: Setting) -> Iterable[Case]:
+def _full_capacity(s: Setting) -> Iterable[Case]:
     if s.capacity > FARTHEST:
         s.notes.append(f"the whole cache of {s.capacity} tokens was not filled: {FARTHEST} at most")
         return
-    yield Case("brim", f"batch 1, fills the whole cache of {s.capacity} tokens", (s.ids(s.capacity - 4),),
+    yield Case("full_capacity", f"batch 1, fills the whole cache of {s.capacity} tokens", (s.ids(s.capacity - 4),),
                ((1,),) * 4, s.chunk)
 
 
@@ -180,14 +180,14 @@ def _text(s: Setting) -> Iterable[Case]:
                perplexity=True)
 
 
-BATTERY: tuple[Entry, ...] = (
-    Entry("long", "quick", "a window dropped or off by one, a rotary scaling ignored, a cache written elsewhere",
-          _core("long")),
-    Entry("free", "quick", "errors too small for one step that change the text", _core("free")),
+SUITE: tuple[Entry, ...] = (
+    Entry("teacher_forced", "quick", "a window dropped or off by one, a rotary scaling ignored, a cache written "
+          "elsewhere", _core("teacher_forced")),
+    Entry("free_running", "quick", "errors too small for one step that change the text", _core("free_running")),
     Entry("ragged", "quick", "right-padded batches garbled; rows that bring several tokens, or none", _core("ragged")),
-    Entry("poisoned", "quick", "what lies beyond the lengths (cache tail, padded ids) leaking into the result",
-          _core("poisoned")),
-    Entry("full", "quick", "the last slots of a static cache overwritten or out of reach", _full),
+    Entry("garbage_tail", "quick", "what lies beyond the lengths (cache tail, padded ids) leaking into the result",
+          _core("garbage_tail")),
+    Entry("last_slots", "quick", "the last slots of a static cache overwritten or out of reach", _last_slots),
     Entry("special", "quick", "a pad or end token in the prompt taken for padding", _special),
     Entry(REFUSALS, "quick", "a token past the capacity, an id out of vocabulary or left padding answered with "
           "plausible numbers", lambda s: ()),
@@ -202,14 +202,24 @@ BATTERY: tuple[Entry, ...] = (
     Entry("beyond", "full", "rotary frequencies past the original length", _beyond),
     Entry("vocabulary", "full", "rows of the embedding exchanged or damaged", _vocabulary),
     Entry("drift", "full", "errors that grow with the number of steps", _drift),
-    Entry("brim", "full", "tables and buffers shorter than the capacity that the manifest promises", _brim),
+    Entry("full_capacity", "full", "tables and buffers shorter than the capacity that the manifest promises",
+          _full_capacity),
 )
 
 
-def plan_battery(setting: Setting, level: str = "quick") -> Plan:
-    """The cases of a level. Raises GqaExportError for an unknown level or a cache too small to hold a case."""
+def plan_suite(setting: Setting, level: str = "quick") -> Plan:
+    """The cases of a level.
+
+    Args:
+        setting: of the bundle; takes notes on what had no room.
+        level: "quick", or "full", which contains the cases of "quick".
+
+    Raises:
+        GqaExportError: the level is unknown, or the cache is too small to hold a case.
+    """
     if level not in LEVELS:
-        raise GqaExportError(f"unknown level {level!r}", "--level", f"one of {', '.join(LEVELS)}")
+        raise GqaExportError(f"unknown level {level!r}", "--level", f"use one of {', '.join(LEVELS)}",
+                             code="E-OPTION-LEVEL")
     core = plan_cases(setting.spec, setting.capacity, steps=setting.steps, special=setting.special,
                       original_positions=setting.original_positions, text_ids=setting.sample,
                       nan_tail_safe=setting.nan_tail_safe, windows=setting.windows)
@@ -217,6 +227,6 @@ def plan_battery(setting: Setting, level: str = "quick") -> Plan:
     setting.notes += core.notes
     setting.steps = min(setting.steps, setting.capacity // 2)
     chosen = LEVELS[: LEVELS.index(level) + 1]
-    cases = [replace(case, entry=entry.name) for entry in BATTERY if entry.level in chosen
+    cases = [replace(case, entry=entry.name) for entry in SUITE if entry.level in chosen
              for case in entry.build(setting)]
     return Plan(tuple(cases), tuple(setting.notes))

@@ -1,15 +1,17 @@
-"""How much difference is rounding: a bound derived from a yardstick, floored and capped by the number format.
+"""How much difference is rounding: a bound derived from the same-dtype baseline, floored and capped by the number
+format.
 
-The yardstick of an output is the error that PyTorch itself makes in the bundle's number format: max |eager in that
-format - eager in fp64| over the same case. A right bundle is another draw of the same rounding errors, in another
-order of summation, so its error is a small multiple of the yardstick; a wrong mask, scale or rotation is not.
+The same-dtype baseline of an output is the error that PyTorch itself makes in the bundle's number format: max |eager
+in that format - eager in fp64| over the same case. A right bundle is another draw of the same rounding errors, in
+another order of summation, so its error is a small multiple of the baseline; that of a wrong mask, scale or rotation
+is not.
 
 FACTOR 8: on tiny Llama (`ort`, `onnx`, `portable`), Mistral, Gemma 2 and GPT-OSS (`ort`), 32 steps, the ratio of the
-bundle's error to the yardstick was at most 3.2; 8 leaves a factor of two for other families' and machines' kernels.
+bundle's error to the baseline was at most 3.2; 8 leaves a factor of two for other families' and machines' kernels.
 FLOOR_ULPS: where eager happens to be nearly exact (few rows, short sums) the ratio has no
 meaning; an fp32 sum of some hundred products, normalised twice per layer, may move by tens of units in the last
 place of the largest value; fp16 and bf16 kernels sum in fp32 and round what they store. CAP_ULPS and CAP_PART bound
-what a yardstick can excuse: a checkpoint whose own low precision is that far off cannot be told from a broken
+what a baseline can excuse: a checkpoint whose own low precision is that far off cannot be told from a broken
 bundle, and is reported as different rather than passed.
 """
 
@@ -23,25 +25,31 @@ FLOOR_ULPS = {"float32": 32.0, "float16": 4.0, "bfloat16": 4.0}
 CAP_ULPS = 1024.0
 CAP_PART = 0.125
 ASSUMED_ULPS = 48.0
-"""stands in for the yardstick, in units in the last place of the largest value, where fp64 does not fit in memory"""
+"""stands in for the baseline, in units in the last place of the largest value, where fp64 does not fit in memory"""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """`bound` is what |got - expected| may reach; `basis` says which of the three numbers decided it."""
+    """`bound` is what |got - expected| may reach; `basis` names what decided it: "baseline", "floor" or "cap"."""
 
     bound: float
-    yardstick: float
+    baseline: float
     basis: str
 
 
-def tolerance(yardstick: float | None, scale: float, dtype: str) -> Tolerance:
-    """The bound for one output whose largest true value is `scale`. `yardstick` None: it could not be measured."""
+def tolerance(baseline: float | None, scale: float, dtype: str) -> Tolerance:
+    """The bound for one output.
+
+    Args:
+        baseline: the same-dtype baseline of that output; None: it could not be measured, and is assumed.
+        scale: the largest value of the reference.
+        dtype: number format that was run: "float32", "float16" or "bfloat16".
+    """
     ulp = EPSILON[dtype] * scale
-    if yardstick is None:
-        yardstick = ASSUMED_ULPS * ulp
-    wanted, floor = FACTOR * yardstick, FLOOR_ULPS[dtype] * ulp
+    if baseline is None:
+        baseline = ASSUMED_ULPS * ulp
+    wanted, floor = FACTOR * baseline, FLOOR_ULPS[dtype] * ulp
     cap = min(CAP_ULPS * ulp, CAP_PART * scale)
     if not wanted <= cap:
-        return Tolerance(cap, yardstick, "cap")
-    return Tolerance(max(wanted, floor), yardstick, "yardstick" if wanted > floor else "floor")
+        return Tolerance(cap, baseline, "cap")
+    return Tolerance(max(wanted, floor), baseline, "baseline" if wanted > floor else "floor")

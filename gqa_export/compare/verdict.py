@@ -1,26 +1,37 @@
-"""The judgement as data: per case, per kind of output, and where it first went wrong.
+"""The judgement as data: what was compared, per case and kind of output, and where it first went wrong.
 
 `Verdict.to_dict` is the schema of `--json`; `SCHEMA_VERSION` counts its incompatible changes.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ..errors import EXIT_DIFFERENT, EXIT_PASSED
+from ..errors import EXIT_DIFFERENT, EXIT_PASSED, OutputDiffers
 from .case_driver import Choice
 from .error_trace import OutputError, StepError, Surroundings
 from .logits import LogitMetrics
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+COMPARED = (("logits", {"logits"}), ("new keys and values", {"keys", "values"}), ("cache", {"cache"}),
+            ("refusals", {"refusal"}))
+"""words in which a verdict tells what was compared, and the kinds of output that must have been measured"""
 
 
 @dataclass(frozen=True)
 class Location:
-    """One element by name. axes: batch, token (its place in the sequence), head, feature; or batch, token, id."""
+    """One element by name.
+
+    Attributes:
+        step, phase: "prefill", "decode", or "cache": the whole cache at the end.
+        output: such as "layer 3 key" or "logits".
+        axes: batch, token (its place in the sequence), head, feature; or batch, token, id.
+        max_abs: how far off it is. bound: how far it may be. nonfinite: elements that are NaN or infinite.
+    """
 
     case: str
     step: int
@@ -53,14 +64,22 @@ class Location:
 
 @dataclass(frozen=True)
 class KindVerdict:
-    """All outputs of one kind in one case; the numbers are those of the output nearest to (or farthest past) its
-    bound. first: where it first exceeded it. around: both sides around its largest error (none where there is none)."""
+    """All outputs of one kind in one case; the numbers are those of the output nearest to (or farthest past) its bound.
+
+    Attributes:
+        kind: "keys", "values", "logits", "cache" or "refusal".
+        max_abs: the largest |got - expected|. bound: what it may reach.
+        same_dtype_baseline: the largest error of PyTorch in the number format that was run. basis: what decided the
+            bound: "baseline", "floor" or "cap".
+        first: where it first exceeded the bound; None: nowhere.
+        around: both sides around the largest error; None where there is none.
+    """
 
     kind: str
     output: str
     max_abs: float
     bound: float
-    yardstick: float
+    same_dtype_baseline: float
     basis: str
     first: Location | None
     around: Surroundings | None = None
@@ -73,8 +92,17 @@ class KindVerdict:
 
 @dataclass(frozen=True)
 class CaseVerdict:
-    """One case. ties: best tokens that differ where the truth's own preference is below the bound of the logits.
-    outputs, trail: the errors of every output and of every step. entry: the line of the battery it belongs to."""
+    """One case.
+
+    Attributes:
+        free: each side fed its own best token.
+        rows: best tokens that were compared. top1_agreed: those that were the same.
+        ties: best tokens that differ where the reference's own preference is below the bound of the logits.
+        parted: the first best token of a free run that differs and is not a tie.
+        eager_logits: largest difference of the logits to PyTorch in the number format that was run.
+        outputs, trail: the errors of every output and of every step.
+        entry: the line of the suite it belongs to.
+    """
 
     name: str
     purpose: str
@@ -110,17 +138,34 @@ class CaseVerdict:
         """The verdict on the logits."""
         return next(kind for kind in self.kinds if kind.kind == "logits")
 
+    @property
+    def wrong_token(self) -> str:
+        """The step of a free run whose best token is wrong, in words; "" where there is none."""
+        if self.parted is None:
+            return ""
+        choice = self.parted
+        return (f"case {self.name}, step {choice.step}, batch {choice.row}: best token {choice.got}, expected "
+                f"{choice.expected} (preferred by {choice.margin:.3g}, no tie)")
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """The whole validation. dtype: the bundle's number format; checked_dtype: the one that was run (`--as`)."""
+    """The whole validation.
+
+    Attributes:
+        bundle, against: folders, or the name of a checkpoint.
+        dtype: the bundle's number format. checked_dtype: the one that was run (`--as`). reference_dtype: PyTorch's.
+        provider: of ONNX Runtime, or the flavour of an engine. cache: "growing" or "static". capacity: in tokens.
+        cases: in the order in which they ran. notes: what a reader must know, such as what was not compared.
+        versions: of the packages that took part. level: "quick" or "full".
+    """
 
     bundle: str
     against: str
     target: str
     dtype: str
     checked_dtype: str
-    truth_dtype: str
+    reference_dtype: str
     provider: str
     cache: str
     capacity: int
@@ -141,8 +186,43 @@ class Verdict:
         return EXIT_PASSED if self.passed else EXIT_DIFFERENT
 
     @property
+    def compared(self) -> tuple[str, ...]:
+        """What was measured in this run, in words: "logits", "new keys and values" (of every step), "cache" (all of it,
+        at the end), "refusals", "best tokens" (of a free run), "perplexity" (of a given text). What is not named was
+        not compared."""
+        measured = {kind.kind for case in self.cases for kind in case.kinds}
+        found = [words for words, kinds in COMPARED if kinds <= measured]
+        if any(case.free and case.rows for case in self.cases):
+            found.append("best tokens")
+        if any(case.metrics is not None and case.metrics.perplexity is not None for case in self.cases):
+            found.append("perplexity")
+        return tuple(found)
+
+    @property
+    def failure(self) -> str:
+        """The first thing that went wrong, in words; "" for a verdict that passed."""
+        if self.passed:
+            return ""
+        wrong = next((case for case in self.cases if not case.passed), None)
+        if wrong is None:
+            return "no case was run"
+        return wrong.wrong_token if wrong.first is None else str(wrong.first)
+
+    def check(self) -> Verdict:
+        """This verdict, if it passed.
+
+        Raises:
+            OutputDiffers: it did not pass; `what` is the first failure.
+        """
+        if not self.passed:
+            raise OutputDiffers(f"the bundle's outputs differ from the reference's: {self.failure}", self.bundle,
+                                f"find the layer: gqa-export bisect {self.bundle} --against {self.against}",
+                                code="E-VALIDATE-DIFFERS")
+        return self
+
+    @property
     def max_abs_logits(self) -> float:
-        """Largest |logit difference| to PyTorch (the truth) in all cases."""
+        """Largest |logit difference| to PyTorch (the reference) in all cases."""
         return max((kind.max_abs for case in self.cases for kind in case.kinds if kind.kind == "logits"),
                    default=float("nan"))
 
@@ -166,10 +246,15 @@ class Verdict:
             cases.append(row | {"passed": case.passed, "first": asdict(case.first) if case.first else None})
         data = asdict(self) | {
             "schema_version": SCHEMA_VERSION, "passed": self.passed, "exit_code": self.exit_code,
+            "compared": self.compared,
             "max_abs_logits": self.max_abs_logits, "max_abs_logits_eager": self.max_abs_logits_eager,
             "first": asdict(self.first) if self.first else None, "cases": cases,
         }
         return _plain(data)
+
+    def to_json(self) -> str:
+        """`to_dict` as a JSON document."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
 
 def _plain(data: Any) -> Any:

@@ -103,9 +103,7 @@ class BundleItem(pytest.Item):
             yield from map(str, drifts)
         for case in verdict.cases:
             if self.check == TOKENS and case.parted is not None:
-                lost = case.parted
-                yield (f"case {case.name}, step {lost.step}, batch {lost.row}: best token {lost.got}, expected "
-                       f"{lost.expected} (preferred by {lost.margin:.3g}, no tie)")
+                yield case.wrong_token
             yield from (str(kind.first) for kind in case.kinds if kind.kind == self.check and kind.first is not None)
             if self.check == REST:
                 yield from (str(kind.first) for kind in case.kinds if kind.kind not in KINDS and kind.first is not None)

@@ -53,7 +53,8 @@ class TritonPythonModel:
 
         prompt = self._value(request, "input_ids")
         if prompt is None or prompt.size == 0:
-            raise GqaExportError("the request has no tokens", "input_ids", "send at least one token id")
+            raise GqaExportError("the prompt of the request is empty", "input_ids", "send at least one token id",
+                                 code="E-RUN-PROMPT")
         seed = self._number(request, "seed", -1)
         sampling = Sampling(float(self._number(request, "temperature", 0.0)), seed=int(seed) if seed >= 0 else None)
 

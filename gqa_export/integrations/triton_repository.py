@@ -4,6 +4,8 @@
     REPOSITORY/NAME/1/model.py          Triton's Python backend: `gqa_export.integrations.triton_backend`
     REPOSITORY/NAME/1/engine/           the engine bundle, hard links where they are possible
 
+model.py names a module of the gqa-export that wrote it: a repository that an earlier version wrote names
+`gqa_export.serving`, which is gone, and is written again with `gqa-export trt ... --triton-repository`.
 Triton's own TensorRT backend gives every output memory of its own, and an engine whose cache is written in place
 needs past and present to be the same memory: hence the Python backend, with the session that does that.
 Source: triton-inference-server/python_backend README (decoupled mode, TritonPythonModel).
@@ -16,6 +18,7 @@ import re
 import shutil
 from pathlib import Path
 
+from .. import __version__
 from ..bundle.manifest import MANIFEST, read_manifest
 from ..errors import GqaExportError
 
@@ -23,7 +26,10 @@ VERSION = "1"
 INPUTS = (("input_ids", "TYPE_INT32", "-1", False), ("max_new_tokens", "TYPE_INT32", "1", True),
           ("temperature", "TYPE_FP32", "1", True), ("seed", "TYPE_INT64", "1", True))
 OUTPUTS = (("token", "TYPE_INT32", "1"),)
-MODEL = '''"""Made by gqa-export: the engine bundle beside this file, run by gqa_export.integrations.triton_backend."""
+MODEL = '''"""Made by gqa-export {version}: the engine bundle beside this file, run by its Triton backend.
+
+After another gqa-export is installed, write the repository again: gqa-export trt ... --triton-repository.
+"""
 
 from gqa_export.integrations.triton_backend import TritonPythonModel
 
@@ -34,12 +40,14 @@ __all__ = ["TritonPythonModel"]
 def check_repository(repository: Path, name: str) -> None:
     """Refuse, before any work, a model name that Triton cannot have or a place that is taken by something else."""
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-        raise GqaExportError(f"Triton cannot name a model {name!r}", "--triton-repository",
-                             "give the engine bundle (-o) a name of letters, digits, - and _")
+        raise GqaExportError(f"Triton does not accept {name!r} as the name of a model", "--triton-repository",
+                             "give the engine bundle (-o) a name of letters, digits, - and _",
+                             code="E-OPTION-TRITON-NAME")
     model = repository / name
     if model.exists() and not (model / VERSION / "engine" / MANIFEST).is_file():
         raise GqaExportError("the repository has another model of that name", str(model),
-                             "choose another folder with --triton-repository, or another name with -o")
+                             "choose another folder with --triton-repository, or another name with -o",
+                             code="E-FILE-TRITON-MODEL")
 
 
 def write_repository(repository: Path, bundle: Path) -> Path:
@@ -48,14 +56,15 @@ def write_repository(repository: Path, bundle: Path) -> Path:
     check_repository(repository, name)
     facts = read_manifest(bundle).engine
     if facts is None:
-        raise GqaExportError("only an engine bundle can be served", str(bundle), "build one with `gqa-export trt`")
+        raise GqaExportError("Triton can serve an engine bundle only", str(bundle), "build one with `gqa-export trt`",
+                             code="E-OPTION-TRITON-ENGINE")
     model = repository / name
     staging = repository / f".{name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
     try:
         (staging / VERSION).mkdir(parents=True)
         shutil.copytree(bundle, staging / VERSION / "engine", copy_function=_link)
-        (staging / VERSION / "model.py").write_text(MODEL, encoding="utf-8")
+        (staging / VERSION / "model.py").write_text(MODEL.format(version=__version__), encoding="utf-8")
         (staging / "config.pbtxt").write_text(config(name), encoding="utf-8")
         if model.exists():
             shutil.rmtree(model)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compare.verdict import CaseVerdict, Verdict
-from ..errors import GqaExportError
+from ..errors import GqaExportError, first_line
 
 FORMAT = 1
 FACTOR = 2.0
@@ -30,11 +30,11 @@ class Drift:
 
     bundle: str
     case: str
-    what: str
+    message: str
 
     def __str__(self) -> str:
         place = f"case {self.case}, " if self.case else ""
-        return f"{self.bundle}: {place}{self.what}"
+        return f"{self.bundle}: {place}{self.message}"
 
 
 def key_of(verdict: Verdict) -> str:
@@ -51,15 +51,18 @@ class Baseline:
 
     @classmethod
     def read(cls, path: Path) -> Baseline:
-        """Read and check a file; GqaExportError for one that is none."""
+        """Read and check a file; GqaExportError where it is not a baseline."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise GqaExportError("there is no such baseline", str(path), REMAKE) from error
+            raise GqaExportError("the baseline does not exist", str(path), REMAKE,
+                                 code="E-REPORT-BASELINE-MISSING") from error
         except (OSError, ValueError, RecursionError) as error:
-            raise GqaExportError(f"the baseline cannot be read: {error}", str(path), REMAKE) from error
+            raise GqaExportError(f"the baseline cannot be read: {first_line(error)}", str(path), REMAKE,
+                                 code="E-REPORT-BASELINE-READ") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT or not _sound(data.get("bundles")):
-            raise GqaExportError("this is not a baseline of this version", str(path), REMAKE)
+            raise GqaExportError(f"this is not a baseline of format {FORMAT}", str(path), REMAKE,
+                                 code="E-REPORT-BASELINE-FORMAT")
         return cls(data["bundles"], str(path))
 
     @classmethod
@@ -83,14 +86,15 @@ class Baseline:
         for verdict in verdicts:
             key = key_of(verdict)
             if key not in self.bundles:
-                raise GqaExportError(f"the baseline does not know {key}", f"{self.where}: {', '.join(self.bundles)}",
-                                     REMAKE)
+                raise GqaExportError(f"the baseline does not contain {key}",
+                                     f"{self.where}: {', '.join(self.bundles)}", REMAKE,
+                                     code="E-REPORT-BASELINE-BUNDLE")
             kept = self.bundles[key]["cases"]
             found = {case.name: case for case in verdict.cases}
             drifts += [Drift(key, name, "it is in the baseline and was not run") for name in kept if name not in found]
-            notes += [f"the baseline does not know case {name} of {key}" for name in found if name not in kept]
+            notes += [f"the baseline does not contain case {name} of {key}" for name in found if name not in kept]
             for name in found.keys() & kept.keys():
-                drifts += [Drift(key, name, what) for what in _drifted(found[name], kept[name])]
+                drifts += [Drift(key, name, message) for message in _drifted(found[name], kept[name])]
         return tuple(drifts), tuple(notes)
 
 

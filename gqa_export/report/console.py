@@ -31,8 +31,8 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
 def _cells(case: CaseVerdict, kind: KindVerdict) -> tuple[Text, ...]:
     best = f"{case.top1_agreed}/{case.rows}" if kind.kind == "logits" else ""
     ok = kind.passed and not (kind.kind == "logits" and case.parted)
-    return (Text(kind.kind), Text(f"{kind.max_abs:.2e}"), Text(f"{kind.bound:.2e}"), Text(f"{kind.yardstick:.2e}"),
-            Text(best), Text("ok", "green") if ok else Text("DIFFERS", "bold red"))
+    numbers = (Text(f"{number:.2e}") for number in (kind.max_abs, kind.bound, kind.same_dtype_baseline))
+    return (Text(kind.kind), *numbers, Text(best), Text("ok", "green") if ok else Text("DIFFERS", "bold red"))
 
 
 def details(verdict: Verdict) -> list[str]:
@@ -42,15 +42,14 @@ def details(verdict: Verdict) -> list[str]:
         if case.first is not None:
             lines.append(f"first divergence: {case.first}")
         if case.parted is not None:
-            c = case.parted
-            lines.append(f"case {case.name}, step {c.step}, batch {c.row}: best token {c.got}, expected {c.expected} "
-                         f"(preferred by {c.margin:.3g}, no tie)")
+            lines.append(case.wrong_token)
         lines += [f"case {case.name}, step {c.step}, batch {c.row}: a tie between tokens {c.expected} and {c.got} "
                   f"(margin {c.margin:.3g})" for c in case.ties]
     lines += [f"note: {note}" for note in verdict.notes]
+    lines.append(f"compared: {', '.join(verdict.compared) or 'nothing'}")
     eager = verdict.max_abs_logits_eager
     beside = "" if eager is None else f", to PyTorch {verdict.checked_dtype} eager {eager:.2e}"
     lines.append(f"{'PASSED' if verdict.passed else 'DIFFERENT'}: max |logit difference| to PyTorch "
-                 f"{verdict.truth_dtype} {verdict.max_abs_logits:.2e}{beside}; {len(verdict.cases)} cases, "
+                 f"{verdict.reference_dtype} {verdict.max_abs_logits:.2e}{beside}; {len(verdict.cases)} cases, "
                  f"{verdict.seconds:.1f} s")
     return lines

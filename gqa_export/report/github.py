@@ -19,8 +19,8 @@ def summary_file() -> Path:
     """Where the summary goes; GqaExportError outside of GitHub Actions."""
     named = os.environ.get(VARIABLE)
     if not named:
-        raise GqaExportError(f"{VARIABLE} is not set: this is no step of GitHub Actions", "--github-summary",
-                             "leave it out here; --html writes a page for people")
+        raise GqaExportError(f"{VARIABLE} is not set: this is not a step of GitHub Actions", "--github-summary",
+                             "leave it out here; --html writes a page for people", code="E-REPORT-GITHUB")
     return Path(named)
 
 
@@ -32,7 +32,7 @@ def append(outcome: Outcome) -> None:
             file.write(markdown(outcome))
     except OSError as error:
         raise GqaExportError(f"cannot write the summary: {error.strerror}", str(path),
-                             f"check what {VARIABLE} names") from error
+                             f"check what {VARIABLE} names", code="E-REPORT-GITHUB-WRITE") from error
 
 
 def markdown(outcome: Outcome) -> str:
@@ -58,15 +58,16 @@ def _bundle(verdict: Verdict) -> list[str]:
             lines.append(_row(case, kind))
     lines.append("")
     lines += [f"- first divergence: {_plain(str(case.first))}" for case in verdict.cases if case.first is not None]
-    return [*lines, *(f"- note: {_plain(note)}" for note in verdict.notes), ""]
+    return [*lines, *(f"- note: {_plain(note)}" for note in verdict.notes),
+            f"- compared: {', '.join(verdict.compared) or 'nothing'}", ""]
 
 
 def _row(case: CaseVerdict, kind: KindVerdict) -> str:
     best = f"{case.top1_agreed}/{case.rows}" if kind.kind == "logits" else ""
     good = kind.passed and not (kind.kind == "logits" and case.parted)
     alone = sum(each.kind == kind.kind for each in case.kinds) == 1
-    spoken = kind.kind if alone else _plain(kind.output)
-    return (f"| {_plain(case.name)} | {spoken} | {kind.max_abs:.2e} | {kind.bound:.2e} | {best} | "
+    label = kind.kind if alone else _plain(kind.output)
+    return (f"| {_plain(case.name)} | {label} | {kind.max_abs:.2e} | {kind.bound:.2e} | {best} | "
             f"{'ok' if good else '**DIFFERS**'} |")
 
 

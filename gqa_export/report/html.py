@@ -42,7 +42,7 @@ def _case(case: CaseVerdict) -> dict[str, Any]:
 def _row(case: CaseVerdict, kind: KindVerdict) -> dict[str, Any]:
     part = share(kind.max_abs, kind.bound)
     alone = sum(each.kind == kind.kind for each in case.kinds) == 1
-    return {"kind": kind, "spoken": kind.kind if alone else kind.output,
+    return {"kind": kind, "label": kind.kind if alone else kind.output,
             "share": f"{part:.3f}" if math.isfinite(part) else "inf",
             "bar": round(100 * min(part, 1.0), 1), "good": kind.passed and not (kind.kind == "logits" and case.parted),
             "best": f"{case.top1_agreed}/{case.rows}" if kind.kind == "logits" else ""}

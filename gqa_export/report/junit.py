@@ -39,8 +39,8 @@ def _suite(verdict: Verdict, outcome: Outcome) -> Element:
     suite.set("time", f"{verdict.seconds:.3f}")
     properties = SubElement(suite, "properties")
     facts = {"against": verdict.against, "target": verdict.target, "dtype": verdict.dtype, "provider": verdict.provider,
-             "checked_dtype": verdict.checked_dtype, "truth_dtype": verdict.truth_dtype, "cache": verdict.cache,
-             "capacity": verdict.capacity, **verdict.versions, **environment()}
+             "checked_dtype": verdict.checked_dtype, "reference_dtype": verdict.reference_dtype, "cache": verdict.cache,
+             "capacity": verdict.capacity, "compared": ", ".join(verdict.compared), **verdict.versions, **environment()}
     for name, value in facts.items():
         SubElement(properties, "property", name=name, value=_clean(str(value)))
     for case in verdict.cases:
@@ -49,7 +49,7 @@ def _suite(verdict: Verdict, outcome: Outcome) -> Element:
     drifts = [drift for drift in outcome.drifts if drift.bundle == key_of(verdict)]
     for drift in drifts:
         test = SubElement(suite, "testcase", classname=f"gqa_export.baseline.{drift.case}", name="drift", time="0")
-        SubElement(test, "failure", type="drift", message=_clean(drift.what))
+        SubElement(test, "failure", type="drift", message=_clean(drift.message))
     SubElement(suite, "system-out").text = _clean("\n".join(verdict.notes))
     return suite
 
@@ -61,7 +61,7 @@ def _test(suite: Element, case: CaseVerdict, kind: KindVerdict) -> None:
                       time=f"{case.seconds / len(case.kinds):.3f}")
     wrong = str(kind.first) if kind.first is not None else ""
     if kind.kind == "logits" and case.parted is not None:
-        wrong = wrong or f"best token {case.parted.got}, expected {case.parted.expected}"
+        wrong = wrong or case.wrong_token
     if wrong:
         SubElement(test, "failure", type="difference", message=_clean(wrong)).text = _clean(case.purpose)
 

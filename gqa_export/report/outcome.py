@@ -14,7 +14,7 @@ from .baseline import Drift
 
 @dataclass(frozen=True)
 class Outcome:
-    """verdicts: one per bundle. drifts: what left the baseline. problem: why there is no verdict."""
+    """verdicts: one per bundle. drifts: what left the baseline. problem: the refusal in place of a verdict."""
 
     bundles: tuple[str, ...]
     against: str

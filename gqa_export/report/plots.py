@@ -1,4 +1,4 @@
-"""Plots as inline SVG, drawn by hand: no library, no script, colours by CSS class, so that they follow the page.
+"""Plots as inline SVG: no library, no script, colours by CSS class, so that they follow the page.
 
 The vertical axis of both is the share of the allowed difference on a logarithmic scale; 1 is the bound, everything
 above it is wrong. What is not finite sits on the upper edge.
@@ -7,11 +7,12 @@ above it is wrong. What is not finite sits on the upper edge.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
 from ..compare.verdict import CaseVerdict
+from .svg import Frame, element, points, text
 
 WIDTH, HEIGHT = 560, 220
 LEFT, RIGHT, TOP, BOTTOM = 54, 10, 12, 34
@@ -55,51 +56,46 @@ def steps(case: CaseVerdict) -> str:
 def _plot(series: Sequence[Series], axis: str, *, lines: bool) -> str:
     xs = [x for each in series for x, _ in each.points]
     ys = [y for each in series for _, y in each.points if math.isfinite(y)]
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
-    low = 10.0 ** math.floor(math.log10(max(LOWEST, min([*ys, 0.1]))))
-    high = 10.0 ** max(1, math.ceil(math.log10(max([*ys, 1.0]))))
+    low = math.floor(math.log10(max(LOWEST, min([*ys, 0.1]))))
+    high = max(1, math.ceil(math.log10(max([*ys, 1.0]))))
     if any(not math.isfinite(y) for each in series for _, y in each.points):
-        high *= 10
+        high += 1
+    frame = Frame(WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, (min(xs), max(max(xs), min(xs) + 1)), (low, high))
 
-    def across(x: float) -> float:
-        return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+    def down(share: float) -> float:
+        share = share if math.isfinite(share) else 10.0**high
+        return frame.down(min(max(math.log10(share) if share > 0 else low, low), high))
 
-    def down(y: float) -> float:
-        y = min(max(y if math.isfinite(y) else high, low), high)
-        return TOP + (math.log10(high) - math.log10(y)) / (math.log10(high) - math.log10(low)) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [_grid(down, low, high), f'<rect class="wrong" x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" '
-             f'height="{down(1.0) - TOP:.1f}"/>',
-             f'<line class="bound" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down(1.0):.1f}" y2="{down(1.0):.1f}"/>']
-    for tick in _ticks(x_low, x_high):
-        parts.append(_text("tick", across(tick), HEIGHT - BOTTOM + 15, str(tick)))
-    parts.append(_text("axis", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, axis))
+    bound = down(1.0)
+    parts = [_grid(frame, low, high),
+             element("rect", class_="wrong", x=LEFT, y=TOP, width=WIDTH - LEFT - RIGHT, height=bound - TOP),
+             element("line", class_="bound", x1=LEFT, x2=WIDTH - RIGHT, y1=bound, y2=bound)]
+    parts += [_label("tick", frame.across(tick), HEIGHT - BOTTOM + 15, str(tick)) for tick in _ticks(*frame.x)]
+    parts.append(_label("axis", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, axis))
     for each in series:
-        places = [(across(x), down(y)) for x, y in each.points]
+        places = [(frame.across(x), down(y)) for x, y in each.points]
         if lines and len(places) > 1:
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            parts.append(f'<polyline class="line {each.name}" points="{path}"/>')
-        radius = 3 if len(places) <= 80 else 1.2
+            parts.append(element("polyline", class_=f"line {each.name}", points=points(places)))
+        radius = "3" if len(places) <= 80 else "1.2"
         for (x, y), title, (_, value) in zip(places, each.titles, each.points):
             bad = "" if value <= 1 else " bad"
-            parts.append(f'<circle class="dot {each.name}{bad}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
-                         f"<title>{escape(title)}</title></circle>")
-    label = escape(f"share of the allowed difference by {axis}: {', '.join(each.name for each in series)}")
-    return (f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">' + "".join(parts)
-            + "</svg>")
+            parts.append(element("circle", element("title", escape(title)), class_=f"dot {each.name}{bad}", cx=x, cy=y,
+                                 r=radius))
+    names = ", ".join(each.name for each in series)
+    return element("svg", "".join(parts), class_="plot", viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img",
+                   aria_label=f"share of the allowed difference by {axis}: {names}")
 
 
-def _text(kind: str, x: float, y: float, what: str) -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y}" text-anchor="middle">{escape(what)}</text>'
+def _label(kind: str, x: float, y: int, words: str) -> str:
+    return text(words, class_=kind, x=x, y=y, text_anchor="middle")
 
 
-def _grid(down: Callable[[float], float], low: float, high: float) -> str:
+def _grid(frame: Frame, low: int, high: int) -> str:
     parts = []
-    for power in range(round(math.log10(low)), round(math.log10(high)) + 1):
-        y = down(10.0**power)
-        label = "allowed" if power == 0 else f"{10.0**power:g}"
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
+    for power in range(low, high + 1):
+        y, words = frame.down(power), "allowed" if power == 0 else f"{10.0**power:g}"
+        parts += [element("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y),
+                  text(words, class_="tick", x=LEFT - 6, y=y + 3.5, text_anchor="end")]
     return "".join(parts)
 
 

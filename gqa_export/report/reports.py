@@ -15,7 +15,7 @@ from .outcome import Outcome
 
 @dataclass(frozen=True)
 class Reports:
-    """The files that were asked for. github: append to the summary of a step of GitHub Actions."""
+    """The files that are wanted. github: append to the summary of a step of GitHub Actions."""
 
     json: Path | None = None
     junit: Path | None = None
@@ -30,9 +30,10 @@ class Reports:
                              ("--baseline", self.baseline if self.update_baseline else None)):
             if path is not None and not path.absolute().parent.is_dir():
                 raise GqaExportError(f"the folder of the file does not exist: {path.absolute().parent}", option,
-                                     "make the folder first")
+                                     "make the folder first", code="E-REPORT-FOLDER")
         if self.update_baseline and self.baseline is None:
-            raise GqaExportError("there is no baseline to update", "--update-baseline", "name it with --baseline FILE")
+            raise GqaExportError("--update-baseline needs a baseline to write", "--update-baseline",
+                                 "name it with --baseline FILE", code="E-OPTION-UPDATE-BASELINE")
         if self.github:
             from .github import summary_file
 
@@ -41,7 +42,7 @@ class Reports:
             Baseline.read(self.baseline)
 
     def finish(self, bundles: Sequence[str], against: str, verdicts: Sequence[Verdict]) -> Outcome:
-        """Hold the verdicts against the baseline (or put them into it), write every file, say how it ended."""
+        """Hold the verdicts against the baseline (or put them into it), write every file, tell how it ended."""
         drifts: tuple[Drift, ...] = ()
         notes: tuple[str, ...] = ()
         if self.baseline is not None and self.update_baseline:

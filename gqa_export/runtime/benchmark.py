@@ -53,31 +53,42 @@ class Speed:
 def measure(folder: Path | str, *, prompt_tokens: int, new_tokens: int, batch: int, repeat: int,
             provider: str = "auto", low_memory: bool = False, threads: int = 0,
             report: Progress | None = None) -> Speed:
-    """Load a bundle and run random prompts (seeded) of `prompt_tokens` for `new_tokens` steps, `repeat` times.
+    """Load a bundle and measure how fast it reads and writes.
 
     End tokens are not honoured: every repeat does the same work. One short run before them is not counted.
-    Raises GqaExportError if prompt and answer do not fit the bundle's capacity, NotCheckedHere as `open_bundle`.
+
+    Args:
+        folder: of the bundle.
+        prompt_tokens: length of the random prompts (seeded). new_tokens: written after each. batch: prompts at once.
+        repeat: runs that are counted.
+        provider, low_memory, threads: as of `open_bundle`.
+        report: called with what is done, how much, of how much.
+
+    Raises:
+        GqaExportError: prompt and answer do not fit the bundle's capacity.
+        InvalidBundle, NotCheckedHere: as `open_bundle`.
     """
     manifest = read_manifest(folder)
     # the last new token is never fed
     if prompt_tokens + new_tokens - 1 > manifest.capacity:
-        raise GqaExportError(f"{prompt_tokens} prompt and {new_tokens} new tokens do not fit the cache of "
-                             f"{manifest.capacity}", str(folder),
-                             "use smaller --prompt-tokens or --new-tokens, or export with a larger --capacity")
+        raise GqaExportError(f"the cache holds {manifest.capacity} tokens, and {prompt_tokens} prompt and {new_tokens} "
+                             "new tokens do not fit", str(folder),
+                             "use smaller --prompt-tokens or --new-tokens, or export with a larger --capacity",
+                             code="E-RUN-CAPACITY")
     before = anonymous_mib()
     started = time.perf_counter()
-    say = report or silent
-    say("loading", None, None)
+    progress = report or silent
+    progress("loading", None, None)
     session = open_bundle(folder, provider, low_memory=low_memory, threads=threads)
     load_s = time.perf_counter() - started
     random = np.random.default_rng(0)
     prompts = random.integers(0, manifest.spec.vocabulary, (batch, prompt_tokens)).tolist()
-    say("warming up", None, None)
+    progress("warming up", None, None)
     generate(session, prompts, min(new_tokens, 2))
     loaded = anonymous_mib()
     results = []
     for number in range(repeat):
-        say(f"run {number + 1} of {repeat}", number, repeat)
+        progress(f"run {number + 1} of {repeat}", number, repeat)
         results.append(generate(session, prompts, new_tokens))
     prefill = tuple(result.prefill_tokens_per_s for result in results)
     decode = tuple(result.tokens_per_s for result in results)
@@ -88,13 +99,12 @@ def measure(folder: Path | str, *, prompt_tokens: int, new_tokens: int, batch: i
 
 
 def anonymous_mib() -> float | None:
-    """Resident memory of this process that no file backs, in MiB; Linux only."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    sizes = [int(line.split()[1]) for line in lines if line.startswith("RssAnon:")]
-    return sizes[0] / 1024 if sizes else None
+    """Resident memory of this process that no file backs, in MiB; None where the system does not tell (not Linux)."""
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    shared = getattr(memory, "shared", None)
+    return None if shared is None else (memory.rss - shared) / MIB
 
 
 def peak_mib() -> float | None:

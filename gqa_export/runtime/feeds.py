@@ -14,21 +14,38 @@ from ..graph_io import ATTENTION_MASK, INPUT_IDS, NEW_LENGTHS, PAST_LENGTHS
 
 def check_feed(input_ids: np.ndarray, new_lengths: np.ndarray | None, lengths: np.ndarray, capacity: int,
                vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ids [B, S] and new lengths [B], both int64, of a step that may run; GqaExportError for one that may not."""
+    """Refuse a step that must not run.
+
+    Args:
+        input_ids: integers `[batch, new]`, padded on the right.
+        new_lengths: `[batch]`, valid ids of each row; None: all.
+        lengths: `[batch]`, tokens in the cache.
+        capacity: tokens that a sequence may reach. vocabulary: ids are below it.
+
+    Returns:
+        The ids (0 in the padding) and the new lengths, both int64.
+
+    Raises:
+        GqaExportError: the shapes do not fit, an id is outside the vocabulary, a sequence would exceed the capacity.
+    """
     ids = np.asarray(input_ids)
     batch = len(lengths)
     if ids.ndim != 2 or ids.shape[0] != batch or ids.shape[1] == 0:
         raise GqaExportError(f"input_ids has shape {list(ids.shape)}, expected [{batch}, S] with S >= 1", "input_ids",
-                             "call reset(batch) with the number of sequences first, and feed at least one token")
+                             "call reset(batch) with the number of sequences first, and feed at least one token",
+                             code="E-RUN-SHAPE")
     if not np.issubdtype(ids.dtype, np.integer):
-        raise GqaExportError(f"input_ids is {ids.dtype}, expected whole numbers", "input_ids", "pass int64 token ids")
+        raise GqaExportError(f"input_ids is {ids.dtype}, expected whole numbers", "input_ids", "pass int64 token ids",
+                             code="E-RUN-TYPE")
     new = np.full(batch, ids.shape[1]) if new_lengths is None else np.asarray(new_lengths)
     if new.shape != (batch,) or not np.issubdtype(new.dtype, np.integer):
         raise GqaExportError(f"new_lengths is {new.dtype} {list(new.shape)}, expected whole numbers [{batch}]",
-                             "new_lengths", "pass one count per sequence")
+                             "new_lengths", "pass one count per sequence; of a tokenizer's attention mask that is "
+                             'mask.sum(axis=1), if the tokenizer pads on the right: padding_side="right"',
+                             code="E-RUN-LENGTHS")
     if new.min() < 0 or new.max() > ids.shape[1]:
         raise GqaExportError(f"new_lengths {new.tolist()} is not within 0..{ids.shape[1]}", "new_lengths",
-                             "count the real tokens of each row of input_ids")
+                             "count the real tokens of each row of input_ids", code="E-RUN-LENGTHS")
     ids, new = ids.astype(np.int64), new.astype(np.int64)
     real = np.arange(ids.shape[1])[None] < new[:, None]
     wrong = real & ((ids < 0) | (ids >= vocabulary))
@@ -36,29 +53,16 @@ def check_feed(input_ids: np.ndarray, new_lengths: np.ndarray | None, lengths: n
         row, column = (int(i) for i in np.argwhere(wrong)[0])
         raise GqaExportError(f"token id {ids[row, column]} is outside the vocabulary of {vocabulary}",
                              f"sequence {row}, new token {column}",
-                             "use the tokenizer of this model; ids start at 0")
+                             "use the tokenizer of this model; ids start at 0", code="E-RUN-VOCABULARY")
     over = lengths + new > capacity
     if over.any():
         row = int(np.argmax(over))
         raise GqaExportError(
             f"the cache holds {capacity} tokens, and sequence {row} would have {int(lengths[row] + new[row])}",
             f"sequence {row}: {int(lengths[row])} tokens in the cache, {int(new[row])} new",
-            f"shorten the prompt, or export with --capacity {int((lengths + new).max())} or more")
+            f"shorten the prompt, or export with --capacity {int((lengths + new).max())} or more",
+            code="E-RUN-CAPACITY")
     return np.where(real, ids, 0), new
-
-
-def check_mask(mask: np.ndarray) -> np.ndarray:
-    """The lengths [B] of a tokenizer's attention mask [B, S]. Refuses padding on the left or inside a row."""
-    mask = np.asarray(mask)
-    if mask.ndim != 2 or not np.isin(mask, (0, 1)).all():
-        raise GqaExportError(f"the attention mask has shape {list(mask.shape)} or values other than 0 and 1",
-                             "attention_mask", "pass the tokenizer's mask: [batch, sequence], 1 is a real token")
-    bad = (np.diff(mask.astype(np.int8), axis=1) > 0).any(axis=1)
-    if bad.any():
-        raise GqaExportError("the prompt is padded on the left; the cache counts tokens from the start of a row",
-                             f"attention_mask, row {int(np.argmax(bad))}",
-                             'make the tokenizer pad on the right: padding_side="right"')
-    return mask.sum(axis=1).astype(np.int64)
 
 
 def attention_mask(lengths: np.ndarray, new: np.ndarray, past: int, sequence: int) -> np.ndarray:
@@ -69,7 +73,7 @@ def attention_mask(lengths: np.ndarray, new: np.ndarray, past: int, sequence: in
 
 def step_feed(interface: str, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray,
               past: int) -> dict[str, np.ndarray]:
-    """All inputs of a step but the cache, by name. interface: "mask" or "lengths", as in `cache_io.graph_inputs`.
+    """All inputs of a step but the cache, by name. interface: "mask" or "lengths", as in `graph_io.graph_inputs`.
     past: length of the past axis as far as the mask is to reach."""
     if interface == "lengths":
         return {INPUT_IDS: ids.astype(np.int32), PAST_LENGTHS: lengths.astype(np.int32),

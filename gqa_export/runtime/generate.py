@@ -37,8 +37,8 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
         ):
             if not good:
-                raise GqaExportError(f"{name} {getattr(self, name)} is out of range",
-                                     "--" + name.replace("_", "-"), fix)
+                raise GqaExportError(f"{name} is out of range: {getattr(self, name)}",
+                                     "--" + name.replace("_", "-"), f"use {fix}", code="E-OPTION-SAMPLING")
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,21 @@ class GenerationResult:
 def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens: int,
              eos_token_ids: Collection[int] = (), on_token: Callable[[int, int], None] | None = None, *,
              sampling: Sampling | None = None, prefill_piece: int = PREFILL_PIECE) -> GenerationResult:
-    """Continue each prompt until an end token, the token limit or a full cache. The session is reset first.
+    """Continue each prompt until an end token, the token limit or a full cache.
 
-    prompts: token ids per sequence, of any lengths >= 1. on_token(sequence, token) is called as soon as a token is
-    known, end tokens included. A sequence that is done rides along with the others; its cache is of no use after.
-    Raises GqaExportError before running anything if a prompt is empty or does not fit the session's capacity.
+    A sequence that is done rides along with the others; its cache is of no use after.
+
+    Args:
+        session: reset first.
+        prompts: token ids of each sequence, one or more.
+        max_new_tokens: of each sequence.
+        eos_token_ids: a sequence ends with one of these.
+        on_token: called with (sequence, token) as soon as a token is known, end tokens included.
+        sampling: how a token is chosen; None is greedy.
+        prefill_piece: tokens of a prompt that are fed at once.
+
+    Raises:
+        GqaExportError: before anything is run, for a prompt that is empty or does not fit; and for NaN logits.
     """
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     _check(lengths, session.capacity, max_new_tokens)
@@ -90,8 +100,9 @@ def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens:
     def take(logits: np.ndarray) -> None:
         active = np.array([not f for f in finish])
         if np.isnan(logits[active]).any():
-            raise GqaExportError("the logits are not numbers", f"after {len(max(tokens, key=len))} new tokens",
-                                 "compare the bundle with its checkpoint: gqa-export validate BUNDLE --against ...")
+            raise GqaExportError("the logits are NaN", f"after {len(max(tokens, key=len))} new tokens",
+                                 "compare the bundle with its checkpoint: gqa-export validate BUNDLE --against ...",
+                                 code="E-RUN-NAN")
         for row, token in enumerate(choose(logits).tolist()):
             if finish[row]:
                 continue
@@ -122,12 +133,14 @@ def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens:
 
 def _check(lengths: np.ndarray, capacity: int, max_new_tokens: int) -> None:
     if len(lengths) == 0 or lengths.min() == 0:
-        raise GqaExportError("a prompt has no tokens", "prompt", "give at least one token")
+        raise GqaExportError("a prompt is empty", "prompt", "give at least one token", code="E-RUN-PROMPT")
     if max_new_tokens < 1:
-        raise GqaExportError(f"max_new_tokens is {max_new_tokens}", "--max-new-tokens", "ask for at least one")
+        raise GqaExportError(f"max_new_tokens must be at least 1, got {max_new_tokens}", "--max-new-tokens",
+                             "generate at least one token", code="E-OPTION-MAX-NEW-TOKENS")
     if lengths.max() > capacity:
         raise GqaExportError(f"the prompt has {int(lengths.max())} tokens, and the cache holds {capacity}", "prompt",
-                             f"shorten it, or export with --capacity {int(lengths.max()) + max_new_tokens} or more")
+                             f"shorten it, or export with --capacity {int(lengths.max()) + max_new_tokens} or more",
+                             code="E-RUN-CAPACITY")
 
 
 def _prefill(session: Session, prompts: Sequence[Sequence[int]], lengths: np.ndarray, piece: int) -> np.ndarray:

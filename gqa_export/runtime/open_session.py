@@ -10,9 +10,18 @@ from .session import Session
 
 
 def open_bundle(folder: Path | str, provider: str = "auto", *, low_memory: bool = False, threads: int = 0) -> Session:
-    """The session of a bundle. provider, low_memory, threads: as of `OrtSession.load`; an engine knows none of them.
+    """Open a bundle for running: a graph in ONNX Runtime, an engine in TensorRT.
 
-    Raises GqaExportError, NotCheckedHere.
+    Args:
+        folder: of the bundle.
+        provider: "cpu", "cuda" or "auto": CUDA if it is there.
+        low_memory: leave the weights in their files, mapped; about 12 % slower.
+        threads: of ONNX Runtime; 0 lets it choose. An engine takes none of the three.
+
+    Raises:
+        InvalidBundle: the bundle is damaged, or an engine is for another GPU or library.
+        NotCheckedHere: this machine cannot run it.
+        GqaExportError: an option that an engine does not take.
     """
     if read_manifest(folder).engine is None:
         from .ort.session import OrtSession
@@ -20,7 +29,8 @@ def open_bundle(folder: Path | str, provider: str = "auto", *, low_memory: bool 
         return OrtSession.load(folder, provider, low_memory=low_memory, threads=threads)
     for option, given in (("--provider", provider != "auto"), ("--low-memory", low_memory), ("--threads", threads)):
         if given:
-            raise GqaExportError("an engine runs on the GPU, as it was built", option, f"leave out {option}")
+            raise GqaExportError("an engine runs as it was built, on the GPU", option, f"leave out {option}",
+                                 code="E-OPTION-ENGINE")
     from .tensorrt.session import EngineSession
 
     return EngineSession.load(folder)

@@ -12,21 +12,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import GqaExportError
+from ..errors import GqaExportError, InvalidBundle, first_line
 
 JSON, CONFIG = "tokenizer.json", "tokenizer_config.json"
 OTHER_FORMATS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 REPLACEMENT = "\ufffd"
 
 
-class _Codec(Protocol):
-    """What a tokenizer must do. `special`: let it add its begin and end tokens."""
+class Codec(Protocol):
+    """What a tokenizer must do."""
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """Text to ids."""
+        """Text to ids. special: let it add its begin and end tokens."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, special tokens left out."""
+
+    def stepper(self) -> Callable[[int], str | None]:
+        """A fresh function from the next id to the text that it completes, None inside a character."""
 
 
 class BundleText:
@@ -35,7 +38,7 @@ class BundleText:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.config = _read(self.folder / CONFIG)
-        self._codec = _open(self.folder)
+        self._codec = open_tokenizer(self.folder)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a plain prompt, with the begin token if this tokenizer adds one."""
@@ -47,7 +50,7 @@ class BundleText:
 
     def stream(self) -> TextStream:
         """A fresh incremental detokeniser."""
-        return TextStream(self._codec.decode)
+        return TextStream(self._codec.stepper(), self._codec.decode)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Ids of a conversation (dicts of role and content) up to where the assistant's answer begins."""
@@ -57,20 +60,21 @@ class BundleText:
         """The conversation as text. Raises GqaExportError if there is no template or it refuses the messages."""
         template = self.chat_template()
         if not template:
-            raise GqaExportError("this model has no chat template", str(self.folder), "leave out --chat")
+            raise GqaExportError("this model has no chat template", str(self.folder), "leave out --chat",
+                                 code="E-RUN-CHAT-TEMPLATE")
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         names: dict[str, Any] = {name: _content(value) for name, value in self.config.items()
                                  if name.endswith("_token")}
         try:
-            # one conversation in; out come its text and the spans of the answers, which nobody asked for
+            # one conversation in; its text comes out, and the spans of the answers, which are not used
             rendered: Any = render_jinja_template([list(messages)], chat_template=template,
                                                   add_generation_prompt=True,
                                                   **{name: text for name, text in names.items() if text is not None})
         except TemplateError as error:
             raise GqaExportError(f"the chat template refuses this conversation: {error}", str(self.folder),
-                                 "try without --system") from error
+                                 "try without --system", code="E-RUN-CHAT-REFUSED") from error
         return str(rendered[0][0])
 
     def chat_template(self) -> str:
@@ -88,52 +92,39 @@ class BundleText:
 class TextStream:
     """Text as tokens arrive. A character whose bytes are spread over several tokens comes out when it is whole.
 
-    Decoding starts two emissions back, so that what a tokenizer does at the start of a text (dropping a space)
-    does not happen in the middle of one, and the cost of a token does not grow with the length of the answer.
+    Args:
+        step: gives the text that a token completes, None inside a character.
+        decode: text of all ids, for what is left at the end.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self._decode = decode
+    def __init__(self, step: Callable[[int], str | None], decode: Callable[[Sequence[int]], str]) -> None:
+        self._step, self._decode = step, decode
         self._ids: list[int] = []
         self._shown = 0
 
     def push(self, token: int) -> str:
         """The text that this token completes; "" if it ends inside a character."""
         self._ids.append(token)
-        text = self._unshown()
-        if not text or text.endswith(REPLACEMENT):
-            return ""
-        self._advance()
+        text = self._step(token) or ""
+        self._shown += len(text)
         return text
 
     def flush(self) -> str:
         """What is left at the end: bytes that never became a character, as U+FFFD."""
-        text = self._unshown()
-        self._advance()
+        text = self._decode(self._ids)[self._shown:]
+        self._shown += len(text)
         return text
-
-    def _unshown(self) -> str:
-        return self._decode(self._ids)[len(self._decode(self._ids[: self._shown])):]
-
-    def _advance(self) -> None:
-        self._ids = self._ids[self._shown:]
-        self._shown = len(self._ids)
 
 
 class _Fast:
-    """`tokenizers` on tokenizer.json. Which special tokens frame a text is that file's word alone, as transformers 5
-    has it: `add_bos_token` and `add_eos_token` of tokenizer_config.json are left over from other formats."""
+    """A tokenizer of the `tokenizers` library. Which special tokens frame a text is that library's word alone, as
+    transformers 5 has it: `add_bos_token` and `add_eos_token` of tokenizer_config.json are left over from other
+    formats."""
 
-    def __init__(self, path: Path) -> None:
-        from tokenizers import Tokenizer
-
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise GqaExportError(f"the tokenizer cannot be read: {error}", str(path),
-                                 "copy it from the checkpoint again, or use --token-ids") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Text to ids."""
@@ -143,18 +134,19 @@ class _Fast:
         """Ids to text."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def stepper(self) -> Callable[[int], str | None]:
+        """See `Codec.stepper`."""
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=True)
+        return lambda token: stream.step(self._tokenizer, token)
+
 
 class _Slow:
-    """transformers' AutoTokenizer, for formats without a tokenizer.json."""
+    """A tokenizer of transformers that the `tokenizers` library does not have, such as one of sentencepiece."""
 
-    def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, ImportError) as error:
-            raise GqaExportError(f"the tokenizer cannot be read: {str(error).strip().splitlines()[0]}", str(folder),
-                                 "use --token-ids") from error
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Text to ids."""
@@ -164,6 +156,22 @@ class _Slow:
         """Ids to text."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def stepper(self) -> Callable[[int], str | None]:
+        """See `Codec.stepper`. Every step decodes the whole answer: these tokenizers cannot go on from a middle."""
+        ids: list[int] = []
+        shown = ""
+
+        def step(token: int) -> str | None:
+            nonlocal shown
+            ids.append(token)
+            text = self.decode(ids)
+            if text.endswith(REPLACEMENT) or not text.startswith(shown):
+                return None
+            piece, shown = text[len(shown):], text
+            return piece
+
+        return step
+
 
 def has_tokenizer(folder: Path | str) -> bool:
     """Whether a folder holds the files of a tokenizer."""
@@ -171,13 +179,36 @@ def has_tokenizer(folder: Path | str) -> bool:
         Path(folder).glob("*.tiktoken"))
 
 
-def _open(folder: Path) -> _Codec:
+def open_tokenizer(folder: Path | str) -> Codec:
+    """The tokenizer of a folder: tokenizer.json by the `tokenizers` library alone, other formats by transformers.
+
+    Raises:
+        InvalidBundle: the files of the tokenizer cannot be read.
+        GqaExportError: the folder has none.
+    """
+    folder = Path(folder)
     if (folder / JSON).is_file():
-        return _Fast(folder / JSON)
+        from tokenizers import Tokenizer
+
+        try:
+            return _Fast(Tokenizer.from_file(str(folder / JSON)))
+        except Exception as error:  # the library raises plain Exception
+            raise InvalidBundle(f"the tokenizer cannot be read: {first_line(error)}", str(folder / JSON),
+                                "copy it from the checkpoint again, or use --token-ids",
+                                code="E-BUNDLE-TOKENIZER") from error
     if not has_tokenizer(folder):
         raise GqaExportError("this bundle has no tokenizer: its checkpoint had none", str(folder),
-                             "pass the prompt as --token-ids 1,2,3")
-    return _Slow(folder)
+                             "pass the prompt as --token-ids 1,2,3", code="E-RUN-TOKENIZER")
+    from ..checkpoint.tokenized_text import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(folder)
+    except GqaExportError as error:
+        raise InvalidBundle(f"the tokenizer cannot be read: {error.what}", str(folder),
+                            "copy its files from the checkpoint again, or use --token-ids",
+                            code="E-BUNDLE-TOKENIZER") from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return _Slow(tokenizer) if backend is None else _Fast(backend)
 
 
 def _content(value: Any) -> str | None:
@@ -193,6 +224,6 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise GqaExportError(f"not valid JSON: {error}", str(path),
-                             "copy the file from the checkpoint again") from error
+        raise InvalidBundle(f"not valid JSON: {error}", str(path), "copy the file from the checkpoint again",
+                            code="E-BUNDLE-JSON") from error
     return data if isinstance(data, dict) else {}

@@ -1,4 +1,4 @@
-"""The truth: PyTorch eager, one sequence at a time, unpadded, each with a cache of its own.
+"""The reference of every comparison: PyTorch eager, one sequence at a time, unpadded, each with a cache of its own.
 
 Padding cannot influence a row that never sees any. `DynamicCache()` is made without a config: with one, it drops
 what lies outside a sliding window, and there would be nothing to compare a full cache with. Dimensions as in
@@ -54,7 +54,7 @@ class TorchSession:
         """The spec it was given; GqaExportError if none was."""
         if self._spec is None:
             raise GqaExportError("this PyTorch session was made without a spec", "TorchSession",
-                                 "pass spec=manifest.spec")
+                                 "pass spec=manifest.spec", code="E-RUN-SPEC")
         return self._spec
 
     @property

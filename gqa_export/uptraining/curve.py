@@ -1,14 +1,16 @@
-"""The curve of a run: what Trainer logged, as data and as a picture (SVG, drawn here)."""
+"""The curve of a run: what Trainer logged, as data and as a picture (SVG)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from math import exp, log
 from typing import Any
 
+from ..report.svg import Frame, element, points, text
+
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 760, 420, 80, 40, 20, 50
+COLORS = ("#1f6fb4", "#c2410c", "#15803d", "#7c3aed", "#525252", "#b8860b", "#be185d")
 MARKS = (1, 1.5, 2, 3, 5, 7)
 
 
@@ -35,45 +37,34 @@ def split_log(history: Sequence[dict[str, Any]]) -> tuple[list[Point], list[Poin
 
 def picture(title: str, curves: Mapping[str, Sequence[Point]], level: tuple[str, float] | None = None) -> str:
     """An SVG: perplexity (log scale) by step, one line per curve. level: a named perplexity to reach, dashed."""
-    points = [point for curve in curves.values() for point in curve]
-    values = [point.loss for point in points] + ([log(level[1])] if level else [])
+    found = [point for curve in curves.values() for point in curve]
+    values = [point.loss for point in found] + ([log(level[1])] if level else [])
     low, high = min(values) - 0.05, max(values) + 0.05
-    last = max(max(point.step for point in points), 1)
-
-    def place(step: float, loss: float) -> str:
-        x = LEFT + (WIDTH - LEFT - RIGHT) * step / last
-        y = TOP + (HEIGHT - TOP - BOTTOM) * (high - loss) / (high - low)
-        return f"{x:.1f},{y:.1f}"
-
-    colors = ("#1f6fb4", "#c2410c", "#15803d", "#7c3aed", "#525252", "#b8860b", "#be185d")
+    last = max(max(point.step for point in found), 1)
+    frame = Frame(WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, (0, last), (low, high))
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-             'font-size="13">', f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-             f'<text x="{LEFT}" y="22" font-size="15">{escape(title)}</text>',
-             f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">optimizer steps</text>',
-             f'<text transform="translate(18,{HEIGHT / 2}) rotate(-90)" text-anchor="middle">perplexity</text>']
+             'font-size="13">', element("rect", width=WIDTH, height=HEIGHT, fill="#ffffff"),
+             text(title, x=LEFT, y=22, font_size=15),
+             text("optimizer steps", x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 12, text_anchor="middle"),
+             text("perplexity", transform=f"translate(18,{HEIGHT / 2}) rotate(-90)", text_anchor="middle")]
     for value in _marks(low, high):
-        x, y = place(0, log(value)).split(",")
-        parts.append(f'<line x1="{x}" y1="{y}" x2="{WIDTH - RIGHT}" y2="{y}" stroke="#e5e5e5"/>')
-        parts.append(f'<text x="{float(x) - 6:.1f}" y="{float(y) + 4:.1f}" text-anchor="end">{value:g}</text>')
+        x, y = frame.place(0, log(value))
+        parts += [element("line", x1=x, y1=y, x2=WIDTH - RIGHT, y2=y, stroke="#e5e5e5"),
+                  text(f"{value:g}", x=x - 6, y=round(y, 1) + 4, text_anchor="end")]
     for part in range(5):
         step = last * part / 4
-        x, _ = place(step, low).split(",")
-        parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{step:.0f}</text>')
+        parts.append(text(f"{step:.0f}", x=frame.across(step), y=HEIGHT - BOTTOM + 18, text_anchor="middle"))
     if level:
-        start, end = place(0, log(level[1])), place(last, log(level[1]))
-        parts.append(f'<polyline points="{start} {end}" stroke="#525252" stroke-dasharray="6 4" fill="none"/>')
-        x, y = end.split(",")
-        parts.append(f'<text x="{x}" y="{float(y) - 5:.1f}" text-anchor="end">{escape(level[0])} {level[1]:.2f}</text>')
+        ends = [frame.place(step, log(level[1])) for step in (0, last)]
+        parts.append(element("polyline", points=points(ends), stroke="#525252", stroke_dasharray="6 4", fill="none"))
+        x, y = ends[1]
+        parts.append(text(f"{level[0]} {level[1]:.2f}", x=x, y=round(y, 1) - 5, text_anchor="end"))
     for number, (name, curve) in enumerate(curves.items()):
-        color = colors[number % len(colors)]
-        line = " ".join(place(point.step, point.loss) for point in curve)
-        parts.append(f'<polyline points="{line}" stroke="{color}" stroke-width="1.6" fill="none"/>')
-        for point in curve if len(curve) <= 40 else ():
-            x, y = place(point.step, point.loss).split(",")
-            parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>')
-        line_y = TOP + 14 + 18 * number
-        parts.append(f'<text x="{WIDTH - RIGHT - 8}" y="{line_y}" text-anchor="end" fill="{color}">'
-                     f"{escape(name)}</text>")
+        color, places = COLORS[number % len(COLORS)], [frame.place(point.step, point.loss) for point in curve]
+        parts.append(element("polyline", points=points(places), stroke=color, stroke_width="1.6", fill="none"))
+        for x, y in places if len(curve) <= 40 else ():
+            parts.append(element("circle", cx=x, cy=y, r=3, fill=color))
+        parts.append(text(name, x=WIDTH - RIGHT - 8, y=TOP + 14 + 18 * number, text_anchor="end", fill=color))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

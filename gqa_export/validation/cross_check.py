@@ -1,7 +1,7 @@
-"""Compares bundles of one checkpoint among each other: the first is the measure of the others. No PyTorch is needed.
+"""Compares bundles of one checkpoint with one another: the first is the reference of the others. No PyTorch is needed.
 
-What is left out when the checkpoint is: there is no yardstick, so the tolerance is the assumed one, and an error that
-all bundles share cannot show.
+What is lost without the checkpoint: there is no same-dtype baseline, so the tolerance is the assumed one, and an error
+that all bundles share cannot show.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from ..bundle.attention_claims import check_claims
 from ..bundle.integrity import check_files
 from ..bundle.manifest import Manifest, read_manifest
 from ..compare.judge import judge
-from ..compare.suite import STEPS, plan_battery
+from ..compare.suite import STEPS, plan_suite
 from ..compare.tolerance import EPSILON
 from ..compare.verdict import Verdict
 from ..environment.versions import versions
-from ..errors import GqaExportError
+from ..errors import InvalidBundle
 from ..progress import Progress, silent
 from ..runtime.session import Session
 from .reference import runnable
 from .refusals import judge_refusals
 from .run_cases import run_cases
-from .sessions import Poison, Sides, bundle_session, choose_bundle_provider, load_engine
-from .suite_setting import asked_of
+from .sessions import FillGarbage, Sessions, bundle_session, choose_bundle_provider, load_engine
+from .suite_setting import setting_of
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,24 @@ class _Opened:
     ran_dtype: str
     provider: str
     session: Session
-    poison: Poison | None
+    fill_garbage: FillGarbage | None
     nan_tail_safe: bool
 
 
 def cross_check(bundles: Sequence[Path], *, level: str = "quick", steps: int = 0, provider: str = "auto",
                 as_dtype: str | None = None, progress: Progress | None = None) -> list[Verdict]:
-    """Compare every bundle but the first with the first, case by case; one verdict each.
+    """Compare every bundle but the first with the first, case by case.
 
-    Raises GqaExportError for bundles that are damaged or not of one model (naming layer and fact), NotCheckedHere
-    for one that this machine cannot run.
+    Args:
+        bundles: folders, two or more; the first is the reference.
+        level, steps, provider, as_dtype, progress: as of `gqa_export.validation.validate.validate`.
+
+    Returns:
+        One verdict for each bundle but the first.
+
+    Raises:
+        InvalidBundle: a bundle is damaged, or the bundles belong to different models; layer and fact are named.
+        NotCheckedHere: this machine cannot run one of them.
     """
     report = progress or silent
     manifests = [read_manifest(folder) for folder in bundles]
@@ -66,17 +74,17 @@ def cross_check(bundles: Sequence[Path], *, level: str = "quick", steps: int = 0
 def _compare(first: _Opened, other: _Opened, level: str, steps: int, notes: list[str], report: Progress) -> Verdict:
     began = time.perf_counter()
     smaller = min(first.manifest.capacity, other.manifest.capacity)
-    setting = asked_of(replace(other.manifest, capacity=smaller), other.folder, steps or STEPS.get(level, 32))
+    setting = setting_of(replace(other.manifest, capacity=smaller), other.folder, steps or STEPS.get(level, 32))
     setting.nan_tail_safe = other.nan_tail_safe
-    setting.literal = setting.literal or asked_of(first.manifest, first.folder, 1).literal
-    plan = plan_battery(setting, level)
-    logs = run_cases(Sides(first.session, None, other.session, other.poison), plan,
+    setting.literal = setting.literal or setting_of(first.manifest, first.folder, 1).literal
+    plan = plan_suite(setting, level)
+    logs = run_cases(Sessions(first.session, None, other.session, other.fill_garbage), plan,
                      last_only="last" in (first.manifest.logits, other.manifest.logits), report=report)
     dtype = max(first.ran_dtype, other.ran_dtype, key=EPSILON.__getitem__)
     refused = judge_refusals(other.session, resizable=not setting.literal)
     return Verdict(
         bundle=str(other.folder), against=str(first.folder), target=other.manifest.target, dtype=other.manifest.dtype,
-        checked_dtype=dtype, truth_dtype=first.ran_dtype, provider=other.provider, cache=other.manifest.cache,
+        checked_dtype=dtype, reference_dtype=first.ran_dtype, provider=other.provider, cache=other.manifest.cache,
         capacity=smaller, cases=(*(judge(log, dtype) for log in logs), refused), level=level,
         notes=(*plan.notes, *notes, "bundle against bundle: the tolerance is assumed, not measured"),
         versions=versions(), seconds=time.perf_counter() - began)
@@ -94,8 +102,8 @@ def _open(stack: ExitStack, folder: Path, manifest: Manifest, provider: str, as_
     ran_dtype = "float32" if as_dtype or target.engine else manifest.dtype
     provider = choose_bundle_provider(manifest, provider, ran_dtype)
     ran, where, target = runnable(stack, folder, manifest, ran_dtype, notes, report)
-    session, poison = stack.enter_context(bundle_session(where, ran, provider, notes, target))
-    return _Opened(folder, manifest, ran_dtype, provider, session, poison, target.nan_tail_safe)
+    session, fill_garbage = stack.enter_context(bundle_session(where, ran, provider, notes, target))
+    return _Opened(folder, manifest, ran_dtype, provider, session, fill_garbage, target.nan_tail_safe)
 
 
 def _same_model(first: Manifest, other: Manifest, where: str) -> None:
@@ -104,12 +112,14 @@ def _same_model(first: Manifest, other: Manifest, where: str) -> None:
     for name in ("model_type", "vocabulary", "hidden_size"):
         one, two = getattr(first.spec, name), getattr(other.spec, name)
         if one != two:
-            raise GqaExportError(f"the bundles are not of one model: {name} is {one} and {two}", where, fix)
+            raise InvalidBundle(f"the bundles belong to different models: {name} is {one} and {two}", where, fix,
+                                code="E-VALIDATE-MODELS")
     if len(first.spec.layers) != len(other.spec.layers):
-        raise GqaExportError(f"the bundles are not of one model: {len(first.spec.layers)} and "
-                             f"{len(other.spec.layers)} layers", where, fix)
+        raise InvalidBundle(f"the bundles belong to different models: {len(first.spec.layers)} and "
+                            f"{len(other.spec.layers)} layers", where, fix, code="E-VALIDATE-MODELS")
     for a, b in zip(first.spec.layers, other.spec.layers):
         for name, value in asdict(a).items():
             if value != getattr(b, name):
-                raise GqaExportError(f"the bundles disagree on layer {a.layer}: {name} is {value} and "
-                                     f"{getattr(b, name)}", where, "export again: one of them is wrong")
+                raise InvalidBundle(f"the bundles disagree on layer {a.layer}: {name} is {value} and "
+                                    f"{getattr(b, name)}", where, "export both again: one of them is wrong",
+                                    code="E-VALIDATE-LAYERS")

@@ -18,7 +18,7 @@ from onnx import TensorProto
 
 from ..bundle.manifest import DATA, MANIFEST, MODEL, Manifest, read_manifest
 from ..bundle.writer import HashingFile
-from ..errors import GqaExportError, NotCheckedHere
+from ..errors import GqaExportError, InvalidBundle, NotCheckedHere
 from ..graph_io import TensorFact
 
 BLOCK_BYTES = 1 << 24
@@ -29,19 +29,29 @@ TYPE_ATTRIBUTES = ("to", "dtype", "softmax_precision")
 
 
 def write_twin(bundle: Path, folder: Path) -> Manifest:
-    """Write the fp32 twin of `bundle` into the empty `folder` and return its manifest.
+    """Write the fp32 twin of a bundle.
 
-    Raises GqaExportError for a bundle that is not fp16 or bf16 or whose data cannot be read, NotCheckedHere if
-    `folder` has no room for it.
+    Args:
+        bundle: folder of an fp16 or bf16 bundle.
+        folder: an empty folder to write into.
+
+    Returns:
+        The twin's manifest.
+
+    Raises:
+        InvalidBundle: the weights are cut short or lie outside the bundle.
+        GqaExportError: the bundle is neither fp16 nor bf16.
+        NotCheckedHere: `folder` has no room for the twin.
     """
     manifest = read_manifest(bundle)
     if manifest.dtype not in LOW:
-        raise GqaExportError(f"a {manifest.dtype} bundle has no fp32 twin", str(bundle), "leave out --as fp32")
+        raise GqaExportError(f"an fp32 twin is made of an fp16 or bf16 bundle, and this one is {manifest.dtype}",
+                             str(bundle), "leave out --as fp32", code="E-OPTION-AS")
     low = LOW[manifest.dtype]
     needed = 2 * sum(fact.size for fact in manifest.files.values())
     if shutil.disk_usage(folder).free < needed:
         raise NotCheckedHere(f"the fp32 twin needs {needed / 1e9:.1f} GB of temporary space", str(folder),
-                             "set TMPDIR to a folder with more room")
+                             "set TMPDIR to a folder with more room", code="E-VALIDATE-SPACE")
     model = onnx.load(str(bundle / MODEL), load_external_data=False)
     data = HashingFile(folder / DATA)
     try:
@@ -98,8 +108,9 @@ def _widen_attributes(node: onnx.NodeProto, low: int, bundle: Path) -> None:
             attribute.i = TensorProto.FLOAT
         for tensor in (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors):
             if tensor.data_location == TensorProto.EXTERNAL:
-                raise GqaExportError("a constant node keeps its value in another file", f"{bundle}, node {node.name}",
-                                     "export the bundle again with this version of gqa-export")
+                raise InvalidBundle("a constant node keeps its value in another file", f"{bundle}, node {node.name}",
+                                    "export the bundle again with this version of gqa-export",
+                                    code="E-BUNDLE-CONSTANT")
             _widen_inline(tensor, low)
 
 
@@ -117,8 +128,8 @@ def _widen_tensor(tensor: TensorProto, low: int, bundle: Path, data: HashingFile
     facts = {entry.key: entry.value for entry in tensor.external_data}
     source, where = bundle / facts["location"], f"{bundle}, tensor {tensor.name}"
     if not source.resolve().is_relative_to(bundle.resolve()):
-        raise GqaExportError(f"the data file {facts['location']} lies outside the bundle", where,
-                             "do not use this bundle; export it again")
+        raise InvalidBundle(f"the data file {facts['location']} lies outside the bundle", where,
+                            "do not use this bundle; export it again", code="E-BUNDLE-OUTSIDE")
     data.write(b"\0" * (-data.tell() % ALIGNMENT))
     start, left = data.tell(), int(facts.get("length", source.stat().st_size - int(facts.get("offset", 0))))
     with source.open("rb") as file:
@@ -126,8 +137,8 @@ def _widen_tensor(tensor: TensorProto, low: int, bundle: Path, data: HashingFile
         while left:
             block = file.read(min(BLOCK_BYTES, left))
             if not block:
-                raise GqaExportError(f"{facts['location']} is shorter than the graph says", where,
-                                     "copy or export the bundle again")
+                raise InvalidBundle(f"{facts['location']} ends {left} bytes before the end of this tensor", where,
+                                    "copy or export the bundle again", code="E-BUNDLE-SHORT")
             left -= len(block)
             data.write(_widen_bytes(block, tensor.data_type) if tensor.data_type == low else block)
     if tensor.data_type == low:

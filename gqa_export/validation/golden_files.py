@@ -33,13 +33,24 @@ STATIC_TOKENS = 16
 def check_target(manifest: Manifest, target: Target) -> None:
     """Refuse a bundle whose graph Polygraphy cannot run this way."""
     if target.engine or manifest.dtype == "bfloat16":
-        why = "bf16 does not pass through numpy" if not target.engine else f"{target.name} updates its cache in place"
-        raise GqaExportError(f"no files for Polygraphy: {why}", "--polygraphy",
-                             "export with --target ort, onnx or portable and --dtype fp32 for it")
+        why = "numpy does not know bf16" if not target.engine else f"{target.name} updates its cache in place"
+        raise GqaExportError(f"files for Polygraphy cannot be written for this bundle: {why}", "--polygraphy",
+                             "export with --target ort, onnx or portable and --dtype fp32 for it",
+                             code="E-OPTION-POLYGRAPHY")
 
 
-def write_files(folder: Path, truth: Session, manifest: Manifest, seed: int = 11) -> float:
-    """Write both files into a folder (made if needed); return the largest number in them. truth: PyTorch."""
+def write_files(folder: Path, reference: Session, manifest: Manifest, seed: int = 11) -> float:
+    """Write both files.
+
+    Args:
+        folder: made if needed.
+        reference: PyTorch's session of the checkpoint.
+        manifest: of the bundle that Polygraphy will run.
+        seed: of the random token ids.
+
+    Returns:
+        The largest number in the files, which a tolerance is made of.
+    """
     from polygraphy.comparator import RunResults
     from polygraphy.comparator.struct import IterationResult
     from polygraphy.json import save_json
@@ -49,13 +60,13 @@ def write_files(folder: Path, truth: Session, manifest: Manifest, seed: int = 11
     feeds: list[OrderedDict] = []
     golden: list[Any] = []
     for _, rows, counts in PLANS:
-        truth.reset(rows)
+        reference.reset(rows)
         for count in counts:
             ids = random.integers(0, manifest.spec.vocabulary, (rows, count))
-            feed, lengths = _feed(truth, manifest, ids, dtype), truth.lengths + count
-            logits = truth.step(ids).logits
+            feed, lengths = _feed(reference, manifest, ids, dtype), reference.lengths + count
+            logits = reference.step(ids).logits
             outputs = OrderedDict({LOGITS: (logits[:, -1:] if manifest.logits == "last" else logits).astype(dtype)})
-            for layer, pair in zip(manifest.spec.layers, truth.cache(), strict=True):
+            for layer, pair in zip(manifest.spec.layers, reference.cache(), strict=True):
                 for name, array in zip(present_names(layer.layer), pair):
                     outputs[name] = _cache(array, int(lengths[0]), manifest, dtype)
             feeds.append(feed)
@@ -69,11 +80,11 @@ def write_files(folder: Path, truth: Session, manifest: Manifest, seed: int = 11
     return max(float(np.abs(array.astype(np.float64)).max(initial=0)) for one in golden for array in one.values())
 
 
-def _feed(truth: Session, manifest: Manifest, ids: np.ndarray, dtype: np.dtype) -> OrderedDict:
-    """What the graph takes for this step: token ids, the mask, the cache as the truth has it."""
-    lengths, past = truth.lengths, int(truth.lengths[0])
+def _feed(reference: Session, manifest: Manifest, ids: np.ndarray, dtype: np.dtype) -> OrderedDict:
+    """What the graph takes for this step: token ids, the mask, the cache as the reference has it."""
+    lengths, past = reference.lengths, int(reference.lengths[0])
     feed = OrderedDict(step_feed("mask", ids, lengths, np.full(len(ids), ids.shape[1]), past))
-    pairs = truth.cache() if past else [None] * len(manifest.spec.layers)
+    pairs = reference.cache() if past else [None] * len(manifest.spec.layers)
     for layer, pair in zip(manifest.spec.layers, pairs, strict=True):
         sizes = (layer.head_size, layer.value_head_size)
         arrays = pair or [np.zeros((len(ids), layer.kv_num_heads, 0, size)) for size in sizes]

@@ -17,7 +17,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..progress import Progress
 from ..runtime.session import Session
 from ..targets import get_target, on_cpu
-from .sessions import pytorch_sessions, what_it_shows
+from .sessions import observed_facts, pytorch_sessions
 
 if TYPE_CHECKING:
     from ..targets import Target
@@ -25,20 +25,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reference:
-    """A checkpoint opened for comparison: the truth, the yardstick, the truth's number format, its model, and what it
-    shows of itself."""
+    """A checkpoint opened for comparison.
 
-    truth: Session
+    session: PyTorch in fp64, the reference (fp32 where fp64 does not fit). eager: PyTorch in the number format that is
+    run, the same-dtype baseline; None where there is no room. dtype: of `session`. model: the module. shown: see
+    `observed_facts`."""
+
+    session: Session
     eager: Session | None
-    truth_dtype: str
+    dtype: str
     model: Any
     shown: dict[str, object]
 
 
 def runnable(stack: ExitStack, folder: Path, manifest: Manifest, ran_dtype: str, notes: list[str],
              report: Progress) -> tuple[Manifest, Path, Target]:
-    """What is run for a bundle, while `stack` is open: the bundle itself, its fp32 twin where another format is
-    asked for, and of an engine's graph, as long as no engine was built, a form that ONNX Runtime can run."""
+    """What is run for a bundle, while `stack` is open: the bundle itself, its fp32 twin where another format
+    is wanted, and of an engine's graph, as long as no engine was built, a form that ONNX Runtime can run."""
 
     ran, where, target = manifest, folder, get_target(manifest.target)
     if ran_dtype != manifest.dtype:
@@ -51,11 +54,22 @@ def runnable(stack: ExitStack, folder: Path, manifest: Manifest, ran_dtype: str,
 
 
 def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dtype: str, notes: list[str]) -> Reference:
-    """Open a checkpoint for bundles like this one, run in this number format."""
+    """Open a checkpoint for comparison with bundles like this one.
+
+    Args:
+        against: checkpoint folder, hub id, .gguf file, or a checkpoint that is open.
+        manifest: of the bundle.
+        ran_dtype: number format in which the bundle is run: "float32", "float16" or "bfloat16".
+        notes: takes a line where there is no room for fp64.
+
+    Raises:
+        InvalidCheckpoint: it cannot be read, or its own logits are NaN.
+        NotCheckedHere: two fp32 models do not fit in memory.
+    """
     from ..bundle.source_checkpoint import open_for
 
-    truth, eager, truth_dtype = pytorch_sessions(open_for(manifest, against), manifest, ran_dtype, notes)
-    return Reference(truth, eager, truth_dtype, truth.model, what_it_shows(truth, str(against)))
+    session, eager, dtype = pytorch_sessions(open_for(manifest, against), manifest, ran_dtype, notes)
+    return Reference(session, eager, dtype, session.model, observed_facts(session, str(against)))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What must be refused, or answered with NaN, never with plausible numbers: judged like a case.
 
-A refusal is a `GqaExportError` raised before anything ran. Left padding cannot reach a session of ours, so the graph
-itself is asked, where it takes a mask.
+A refusal is a `GqaExportError` raised before anything ran. Left padding cannot reach a session of ours, so it is fed
+to the graph itself, where it takes a mask.
 """
 
 from __future__ import annotations
@@ -20,24 +20,30 @@ REFUSAL = "refusal"
 
 
 def judge_refusals(session: Any, *, resizable: bool = True) -> CaseVerdict:
-    """Ask `session` (a `Session`, and `left_padded` where it has it) for what it must not answer.
+    """Feed a session what it must refuse.
 
-    resizable: its capacity may be set to less."""
+    Args:
+        session: a `Session`; where it has `left_padded`, the graph is fed left padding too.
+        resizable: whether the session's capacity may be set to less.
+
+    Returns:
+        A case with one kind for each thing that must be refused.
+    """
     began = time.perf_counter()
-    asked = [
+    checks = [
         ("one token over the capacity", _refuses(session, np.zeros((1, session.capacity + 1), np.int64))),
         ("an id equal to the vocabulary's size", _refuses(session, np.array([[1, session.spec.vocabulary]]))),
         ("a negative id", _refuses(session, np.array([[0, -1]]))),
     ]
     if resizable:
-        asked.append(("a token over the capacity, step by step", _refuses_later(session)))
+        checks.append(("a token over the capacity, step by step", _refuses_later(session)))
     left_padded: Callable[[], np.ndarray | None] | None = getattr(session, "left_padded", None)
     logits = left_padded() if left_padded is not None else None
     if logits is not None:
-        asked.append(("left padding (NaN logits)", bool(np.isnan(logits).all())))
-    kinds = tuple(KindVerdict(REFUSAL, what, 0.0 if good else 1.0, 0.0, 0.0, REFUSAL,
-                              None if good else Location(REFUSALS, 0, REFUSAL, what, {}, 0.0, 1.0, 1.0, 0.0))
-                  for what, good in asked)
+        checks.append(("left padding (NaN logits)", bool(np.isnan(logits).all())))
+    kinds = tuple(KindVerdict(REFUSAL, label, 0.0 if good else 1.0, 0.0, 0.0, REFUSAL,
+                              None if good else Location(REFUSALS, 0, REFUSAL, label, {}, 0.0, 1.0, 1.0, 0.0))
+                  for label, good in checks)
     return CaseVerdict(REFUSALS, "what must be refused", 1, (), 0, False, kinds, 0, 0, (), None, None,
                        time.perf_counter() - began, entry=REFUSALS)
 

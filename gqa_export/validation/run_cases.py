@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from ..compare.case_driver import BUNDLE, EAGER, TRUTH, CaseDriver, CaseLog
+from ..compare.case_driver import BUNDLE, EAGER, REFERENCE, CaseDriver, CaseLog
 from ..compare.cases import Case, Plan
 from ..compare.judge import doubtful, judge
 from ..progress import Progress
-from .sessions import Sides
+from .sessions import Sessions
 
 REDRAWS = (1, 2, 3)
 """seeds: a case that fails narrowly is held against the largest of four draws of PyTorch's rounding errors"""
 
 
-def run_cases(sides: Sides, plan: Plan, *, last_only: bool = False, report: Progress | None = None,
+def run_cases(sessions: Sessions, plan: Plan, *, last_only: bool = False, report: Progress | None = None,
               dtype: str = "float32", notes: list[str] | None = None) -> list[CaseLog]:
     """Run every case of a plan through the Comparator and return what was measured. dtype: the format that is run;
-    notes: where is said whose yardstick was measured again."""
+    notes: takes a line for every case whose baseline was measured again."""
     total, done = sum(case.feeds for case in plan.cases), 0
     logs = []
     for case in plan.cases:
@@ -33,14 +33,14 @@ def run_cases(sides: Sides, plan: Plan, *, last_only: bool = False, report: Prog
             if report is not None:
                 report(f"comparing: {name}", done, total)
 
-        if case.poison and sides.poison is None:
+        if case.garbage and sessions.fill_garbage is None:
             continue
-        if sides.poison is not None:
-            sides.poison(case.poison)
-        with limited(sides, case.capacity):
-            log = run_case(sides, case, last_only, tick)
-            if sides.eager is not None and doubtful(judge(log, dtype)):
-                measure_again(sides, log, last_only)
+        if sessions.fill_garbage is not None:
+            sessions.fill_garbage(case.garbage)
+        with limited(sessions, case.capacity):
+            log = run_case(sessions, case, last_only, tick)
+            if sessions.eager is not None and doubtful(judge(log, dtype)):
+                measure_again(sessions, log, last_only)
                 (notes if notes is not None else []).append(
                     f"case {case.name}: nearer to its bounds than one measurement of PyTorch's rounding can tell; "
                     f"measured {1 + len(REDRAWS)} times")
@@ -48,30 +48,30 @@ def run_cases(sides: Sides, plan: Plan, *, last_only: bool = False, report: Prog
     return logs
 
 
-def measure_again(sides: Sides, log: CaseLog, last_only: bool) -> None:
-    """Let the yardsticks of a case be the largest of several draws of PyTorch's rounding errors."""
-    eager: Any = sides.eager
+def measure_again(sessions: Sessions, log: CaseLog, last_only: bool) -> None:
+    """Let the baselines of a case be the largest of several draws of PyTorch's rounding errors."""
+    eager: Any = sessions.eager
     for seed in REDRAWS:
         with eager.redrawn(seed):
-            drawn = run_case(sides, log.case, last_only, lambda: None).yardstick or {}
-        log.yardstick = {name: max(known, drawn.get(name, 0.0)) for name, known in (log.yardstick or {}).items()}
+            drawn = run_case(sessions, log.case, last_only, lambda: None).baseline or {}
+        log.baseline = {name: max(known, drawn.get(name, 0.0)) for name, known in (log.baseline or {}).items()}
 
 
 @contextmanager
-def limited(sides: Sides, capacity: int) -> Iterator[None]:
-    """Inside, no cache of any side holds more than `capacity` tokens (0: as they are)."""
-    sessions: list[Any] = [side for side in (sides.truth, sides.eager, sides.bundle) if side is not None]
-    before = [session.capacity for session in sessions]
+def limited(sessions: Sessions, capacity: int) -> Iterator[None]:
+    """Inside, no cache holds more than `capacity` tokens (0: as they are)."""
+    present: list[Any] = [one for one in (sessions.reference, sessions.eager, sessions.bundle) if one is not None]
+    before = [session.capacity for session in present]
     try:
-        for session in sessions if capacity else ():
+        for session in present if capacity else ():
             session.capacity = capacity
         yield
     finally:
-        for session, whole in zip(sessions, before):
+        for session, whole in zip(present, before):
             session.capacity = whole
 
 
-def run_case(sides: Sides, case: Case, last_only: bool, tick: Callable[[], None]) -> CaseLog:
+def run_case(sessions: Sessions, case: Case, last_only: bool, tick: Callable[[], None]) -> CaseLog:
     """Run one case. Polygraphy streams: a step's arrays are dropped before the next one runs."""
     from polygraphy.comparator import Comparator
     from polygraphy.logger import G_LOGGER
@@ -79,11 +79,12 @@ def run_case(sides: Sides, case: Case, last_only: bool, tick: Callable[[], None]
     from .session_runner import SessionRunner
 
     began = time.perf_counter()
-    others = [SessionRunner(sides.bundle, BUNDLE, last_only=last_only, single=case.single)]
-    if sides.eager is not None:
-        others.insert(0, SessionRunner(sides.eager, EAGER, free=False, last_only=last_only))
+    others = [SessionRunner(sessions.bundle, BUNDLE, last_only=last_only, single=case.single)]
+    if sessions.eager is not None:
+        others.insert(0, SessionRunner(sessions.eager, EAGER, free=False, last_only=last_only))
     pairs = [(0, 1)] if len(others) == 1 else [(0, 1), (1, 2), (0, 2)]
-    runners = [SessionRunner(sides.truth, TRUTH, last_only=last_only, beside=others if sides.beside else ()), *others]
+    first = SessionRunner(sessions.reference, REFERENCE, last_only=last_only, beside=others if sessions.beside else ())
+    runners = [first, *others]
     driver = CaseDriver(case, np.concatenate(case.prompts), tick)
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         stream = Comparator.run(runners, data_loader=driver.feeds(), streaming=True)

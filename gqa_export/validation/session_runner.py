@@ -1,10 +1,10 @@
 """Polygraphy runners: any session of ours as a stateful `BaseRunner`, and ORT's calls through `OnnxrtRunner`.
 
 The Comparator copies every output of every step, so a runner keeps its cache inside and shows the logits and the
-rows that the step wrote; the whole cache only when asked, at the end. Outputs, in the order of computation:
-layer.{i}.key [B, K, S, D], layer.{i}.value [B, K, S, E], logits [B, S, V] (or [B, 1, V], the last valid token),
-fed int64 [B, S] (the tokens fed), and at the end cache.{i}.key|value [B, K, longest, D|E]. What belongs to no token
-is zero.
+rows that the step wrote; the whole cache only at the end, when the feed's third flag is set. Outputs, in the order of
+computation: layer.{i}.key [B, K, S, D], layer.{i}.value [B, K, S, E], logits [B, S, V] (or [B, 1, V], the last valid
+token), fed int64 [B, S] (the tokens fed), and at the end cache.{i}.key|value [B, K, longest, D|E]. What belongs to no
+token is zero.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from ..spec import AttentionSpec, ModelSpec
 
 
 class SessionRunner(BaseRunner):
-    """Runs a session. free: obey the feed's second flag and feed the session's own best token. last_only: show only
+    """Runs a session. free: feed the session's own best token where the feed's second flag is set. last_only: show only
     the logits of each row's last valid token, as bundles exported with `--logits last` do. single: take the tokens of a
-    step one by one. beside: runners that the Comparator asks next, for the same feed: they begin at once, in threads,
+    step one by one. beside: runners that the Comparator calls next, for the same feed: they begin at once, in threads,
     so that some wait for memory while others interpret Python."""
 
     def __init__(self, session: Session, name: str, *, free: bool = True, last_only: bool = False,
@@ -59,7 +59,7 @@ class SessionRunner(BaseRunner):
         return self._step(feed_dict) if begun is None else begun.result()
 
     def begin(self, feed_dict: Mapping[str, np.ndarray]) -> None:
-        """Begin the step that `infer` will be asked for next."""
+        """Begin the step that the next `infer` will take."""
         self._begun = _threads().submit(self._step, feed_dict)
 
     def _step(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
@@ -143,7 +143,7 @@ def onnxrt_infer(folder: Path, manifest: Manifest, provider: str, threads: int =
         yield infer
 
 
-class PoisonedTail:
+class GarbageTail:
     """Wraps an `infer`: whatever the cache holds beyond the valid tokens is replaced by the values of `fill`, in turn
     (none: left as it is), and the ids of padding by the last one of the vocabulary."""
 
@@ -172,7 +172,7 @@ class PoisonedTail:
             for name in past_names(layer.layer):
                 past_BKPD = feed[name]
                 positions_P = np.arange(past_BKPD.shape[2])
-                poison_P = np.resize(np.array(self._values, past_BKPD.dtype), len(positions_P))
+                garbage_P = np.resize(np.array(self._values, past_BKPD.dtype), len(positions_P))
                 tail_BP = positions_P >= lengths_B[:, None]
-                feed[name] = np.where(tail_BP[:, None, :, None], poison_P[None, None, :, None], past_BKPD)
+                feed[name] = np.where(tail_BP[:, None, :, None], garbage_P[None, None, :, None], past_BKPD)
         return self._infer(feed)

@@ -1,5 +1,5 @@
-"""The sessions of a comparison: PyTorch in fp64 (the truth), PyTorch in the bundle's number format (the yardstick),
-and the bundle in ONNX Runtime, its calls made by Polygraphy's runner."""
+"""The sessions of a comparison: PyTorch in fp64 (the reference), PyTorch in the bundle's number format (the same-dtype
+baseline), and the bundle in ONNX Runtime, its calls made by Polygraphy's runner."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy as np
 
 from ..bundle.manifest import Manifest
 from ..checkpoint.load_model import load_model
-from ..errors import GqaExportError, NotCheckedHere
+from ..errors import GqaExportError, InvalidCheckpoint, NotCheckedHere
 from ..runtime.session import Session
 
-Poison = Callable[[tuple[float, ...]], None]
-"""sets what lies in the cache's tail from now on"""
+FillGarbage = Callable[[tuple[float, ...]], None]
+"""fills the part of the cache beyond the lengths with these values before every later call; (): leaves it as it is"""
 
 
 SMALL_BYTES = 1 << 25
@@ -25,24 +25,25 @@ SMALL_BYTES = 1 << 25
 
 
 @dataclass
-class Sides:
-    """What is compared. eager None: there was no room for it. poison None: the bundle's cache cannot be reached,
-    and no poisoned case is run."""
+class Sessions:
+    """What is compared. eager None: there was no room for it. fill_garbage None: the bundle's cache cannot be
+    reached, and the case `garbage_tail` is not run."""
 
-    truth: Session
+    reference: Session
     eager: Session | None
     bundle: Session
-    poison: Poison | None = None
+    fill_garbage: FillGarbage | None = None
     beside: bool = False
     """run the three at the same time, in threads: worth it for large models"""
 
 
 def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
                      notes: list[str]) -> tuple[Any, Session | None, str]:
-    """PyTorch's sessions over an opened checkpoint: the truth, the yardstick, and the truth's number format.
+    """PyTorch's sessions over an opened checkpoint: the reference, the same-dtype baseline, the reference's number
+    format.
 
     ran_dtype: "float32" for a bf16 bundle means its fp32 twin, which holds the bundle's rounded weights: so does its
-    truth then. Models are loaded in each format, not cast to it: a cast would round the rotary frequencies too.
+    reference then. Models are loaded in each format, not cast to it: a cast would round the rotary frequencies too.
     Raises NotCheckedHere where not even two fp32 models fit in memory.
     """
     import psutil
@@ -53,17 +54,17 @@ def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
     numbers, room = sum(parameter.numel() for parameter in model.parameters()), psutil.virtual_memory().available
     if numbers * 8 > room:
         raise NotCheckedHere(f"the comparison needs {numbers * 8 / 1e9:.0f} GB of memory, {room / 1e9:.0f} are free",
-                             checkpoint.source, "validate on a machine with more memory")
+                             checkpoint.source, "validate on a machine with more memory", code="E-VALIDATE-MEMORY")
     # fp64 beside fp32, and the bundle's own weights
-    truth_dtype = "float64" if numbers * 16 <= room else "float32"
-    truth = TorchSession(model, manifest.capacity, truth_dtype, spec=manifest.spec)
-    if truth_dtype == ran_dtype:
-        notes.append(f"no room for PyTorch in fp64 ({numbers * 16 / 1e9:.0f} GB): the truth is fp32, and the "
+    reference_dtype = "float64" if numbers * 16 <= room else "float32"
+    reference = TorchSession(model, manifest.capacity, reference_dtype, spec=manifest.spec)
+    if reference_dtype == ran_dtype:
+        notes.append(f"no room for PyTorch in fp64 ({numbers * 16 / 1e9:.0f} GB): the reference is fp32, and the "
                      "tolerance is assumed, not measured")
-        return truth, None, truth_dtype
+        return reference, None, reference_dtype
     if ran_dtype != "float32":
         model = load_model(checkpoint, ran_dtype)
-    return truth, TorchSession(model, manifest.capacity, ran_dtype, spec=manifest.spec), truth_dtype
+    return reference, TorchSession(model, manifest.capacity, ran_dtype, spec=manifest.spec), reference_dtype
 
 
 def is_large(manifest: Manifest) -> bool:
@@ -90,64 +91,66 @@ def torch_threads(manifest: Manifest) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def what_it_shows(truth: Any, where: str) -> dict[str, object]:
+def observed_facts(reference: Any, where: str) -> dict[str, object]:
     """What a checkpoint's model shows of itself in one step; see `gqa_export.bundle.integrity.check_belongs`."""
-    truth.reset(1)
-    logits = truth.step(np.zeros((1, 1), np.int64)).logits
+    reference.reset(1)
+    logits = reference.step(np.zeros((1, 1), np.int64)).logits
     if not np.isfinite(logits).all():
-        raise GqaExportError("the checkpoint itself gives NaN or infinite logits", where,
-                             "check its weights; there is nothing to compare with")
-    pairs = truth.cache()
-    shown: dict[str, object] = {"model_type": truth.model.config.model_type, "vocabulary": logits.shape[-1],
+        raise InvalidCheckpoint("the checkpoint's own logits are NaN or infinite", where,
+                                "check its weights; there is nothing to compare with", code="E-CKPT-NAN")
+    pairs = reference.cache()
+    shown: dict[str, object] = {"model_type": reference.model.config.model_type, "vocabulary": logits.shape[-1],
                                 "layers": len(pairs)}
     for number, (key, value) in enumerate(pairs):
         shown[f"key {number}"] = (key.shape[1], key.shape[3])
         shown[f"value {number}"] = (value.shape[1], value.shape[3])
-    truth.reset(1)
+    reference.reset(1)
     return shown
 
 
-def choose_bundle_provider(manifest: Manifest, asked: str, ran_dtype: str) -> str:
-    """"cpu" or "cuda" for asked "auto", "cpu" or "cuda"; NotCheckedHere where the bundle cannot run on it."""
+def choose_bundle_provider(manifest: Manifest, wanted: str, ran_dtype: str) -> str:
+    """"cpu" or "cuda" for a wanted "auto", "cpu" or "cuda"; NotCheckedHere where the bundle cannot run on it."""
     from ..runtime.ort.loading import choose_provider
     from ..targets import get_target, on_cpu
 
     target = get_target(manifest.target)
     if target.engine:
-        return choose_provider(asked, ran_dtype, on_cpu(target).dtypes)
+        return choose_provider(wanted, ran_dtype, on_cpu(target).dtypes)
     try:
-        return choose_provider(asked, ran_dtype, target.dtypes)
+        return choose_provider(wanted, ran_dtype, target.dtypes)
     except NotCheckedHere as error:
         if ran_dtype in ("float16", "bfloat16"):
             raise NotCheckedHere(error.what, error.where, "export with --dtype fp32, or check the fp32 twin of this "
-                                 "graph with `validate --as fp32`") from error
+                                 "graph with `validate --as fp32`", code=error.code) from error
         raise
 
 
-def load_engine(folder: Path, provider: str, as_dtype: str | None) -> tuple[Session, Poison]:
-    """An engine bundle's session, and the handle that poisons its cache. Raises GqaExportError, NotCheckedHere."""
+def load_engine(folder: Path, provider: str, as_dtype: str | None) -> tuple[Session, FillGarbage]:
+    """An engine bundle's session, and what fills its unused cache with garbage. Raises as `EngineSession.load`."""
     from ..runtime.tensorrt.session import EngineSession
 
     for option, given in (("--as", as_dtype), ("--provider", provider != "auto")):
         if given:
-            raise GqaExportError("an engine is compared as it was built, on the GPU", option, f"leave out {option}")
+            raise GqaExportError("an engine is compared as it was built, on the GPU", option, f"leave out {option}",
+                                 code="E-OPTION-ENGINE")
     session = EngineSession.load(folder)
-    return session, session.poison
+    return session, session.fill_garbage
 
 
 @contextmanager
 def bundle_session(folder: Path, manifest: Manifest, provider: str, notes: list[str],
-                   target: Any = None) -> Iterator[tuple[Session, Poison | None]]:
-    """The bundle's session, its calls made by Polygraphy's OnnxrtRunner, and the handle that poisons its cache.
-    target: another row of the table than the manifest's, see `OrtSession.load`."""
+                   target: Any = None) -> Iterator[tuple[Session, FillGarbage | None]]:
+    """The bundle's session, its calls made by Polygraphy's OnnxrtRunner, and what fills its unused cache with
+    garbage. target: another row of the table than the manifest's, see `OrtSession.load`."""
     from ..runtime.ort.session import OrtSession
-    from .session_runner import PoisonedTail, onnxrt_infer
+    from .session_runner import GarbageTail, onnxrt_infer
 
     if manifest.dtype == "bfloat16":
-        notes.append("bf16 does not pass through numpy: ONNX Runtime was called directly, no cache was poisoned")
+        notes.append("numpy does not know bf16: ONNX Runtime was called directly, unused cache was not filled with "
+                     "garbage")
         yield OrtSession.load(folder, provider), None
         return
     threads = 0 if is_large(manifest) else 1
     with onnxrt_infer(folder, manifest, provider, threads) as infer:
-        tail = PoisonedTail(infer, manifest.spec)
+        tail = GarbageTail(infer, manifest.spec)
         yield OrtSession.load(folder, provider, infer=tail, target=target), tail.fill

@@ -1,6 +1,6 @@
-"""What a battery must know of a bundle and of the checkpoint behind it, gathered where neither can hide it.
+"""What a suite must know of a bundle and of the checkpoint behind it, gathered where neither can hide it.
 
-A window that an exporter lost is in no manifest; so the checkpoint's own configuration is asked too.
+A window that an exporter lost is in no manifest; so the checkpoint's own configuration is read too.
 """
 
 from __future__ import annotations
@@ -13,24 +13,32 @@ import numpy as np
 
 from ..bundle.manifest import Manifest
 from ..compare.suite import Setting
-from ..errors import GqaExportError
+from ..errors import GqaExportError, first_line
+from ..runtime.text import JSON, open_tokenizer
 
 SAMPLE = ("The water of a river that reaches the sea has travelled for weeks. Most of it fell as rain, some as snow, "
           "and a little of it has been here before.")
-LOUD = 6
+LARGEST = 6
 
 
-def asked_of(manifest: Manifest, folder: Path, steps: int, text: Path | None = None, model: Any = None) -> Setting:
-    """The setting of a bundle's battery. model: the checkpoint's, for what its configuration and embedding say.
+def setting_of(manifest: Manifest, folder: Path, steps: int, text: Path | None = None, model: Any = None) -> Setting:
+    """The setting of a bundle's suite.
 
-    Raises GqaExportError for a text where the bundle has no tokenizer, or that is too short or not there.
+    Args:
+        manifest, folder: of the bundle.
+        steps: decode steps of each case.
+        text: a UTF-8 file to measure perplexity on; None: no such case.
+        model: the checkpoint's module, for its configuration and embedding; None where only bundles are compared.
+
+    Raises:
+        GqaExportError: the text cannot be read or is too short, or the bundle has no tokenizer for it.
     """
     from ..targets import get_target
 
     special = _special(manifest)
     config = model.config.to_dict() if model is not None else {}
     return Setting(manifest.spec, manifest.capacity, steps, tuple(_windows(config)), _original_positions(config),
-                   special, _loud(model, special) if model is not None else (), _encoded(folder, SAMPLE),
+                   special, _largest_embeddings(model, special) if model is not None else (), _encoded(folder, SAMPLE),
                    _read(folder, text) if text is not None else None,
                    literal=get_target(manifest.target).literal_capacity)
 
@@ -42,7 +50,7 @@ def _special(manifest: Manifest) -> tuple[int, ...]:
 
 
 def _windows(config: dict[str, Any]) -> Iterator[int]:
-    """Whole numbers of a configuration, at any depth, whose name speaks of a window."""
+    """Whole numbers of a configuration, at any depth, whose name contains `window`."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _windows(value)
@@ -57,29 +65,30 @@ def _original_positions(config: dict[str, Any]) -> int:
     return max((int(table.get("original_max_position_embeddings") or 0) for table in tables), default=0)
 
 
-def _loud(model: Any, special: tuple[int, ...]) -> tuple[int, ...]:
+def _largest_embeddings(model: Any, special: tuple[int, ...]) -> tuple[int, ...]:
     """Ids whose embeddings are the longest vectors, the longest first."""
     order = model.get_input_embeddings().weight.detach().float().norm(dim=1).argsort(descending=True).tolist()
-    return tuple(i for i in order[: LOUD + len(special)] if i not in special)[:LOUD]
+    return tuple(i for i in order[: LARGEST + len(special)] if i not in special)[:LARGEST]
 
 
 def _encoded(folder: Path, text: str) -> np.ndarray | None:
-    """Token ids of a text, None where the bundle carries no tokenizer."""
-    if not (folder / "tokenizer.json").is_file():
+    """Token ids of a text, None where the bundle carries no tokenizer.json."""
+    if not (folder / JSON).is_file():
         return None
-    from tokenizers import Tokenizer
-
-    return np.array(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids, np.int64)
+    return np.array(open_tokenizer(folder).encode(text, True), np.int64)
 
 
 def _read(folder: Path, path: Path) -> np.ndarray:
     try:
         ids = _encoded(folder, path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise GqaExportError(f"the text cannot be read: {error}", str(path), "give a text file in UTF-8") from error
+        raise GqaExportError(f"the text cannot be read: {first_line(error)}", str(path), "give a text file in UTF-8",
+                             code="E-OPTION-TEXT-FILE") from error
     if ids is None:
-        raise GqaExportError("the bundle has no tokenizer, so a text cannot be made into tokens", str(folder),
-                             "leave out --text, or export a checkpoint that has a tokenizer")
+        raise GqaExportError("--text needs a tokenizer, and the bundle has none", str(folder),
+                             "leave out --text, or export a checkpoint that has a tokenizer",
+                             code="E-VALIDATE-TOKENIZER")
     if len(ids) < 2:
-        raise GqaExportError(f"a text of {len(ids)} tokens has no perplexity", str(path), "give a longer text")
+        raise GqaExportError(f"perplexity needs at least 2 tokens, and the text has {len(ids)}", str(path),
+                             "give a longer text", code="E-OPTION-TEXT-SHORT")
     return ids

@@ -15,7 +15,7 @@ from ..bundle.integrity import check_belongs, check_files
 from ..bundle.manifest import read_manifest
 from ..checkpoint.checkpoint import Checkpoint
 from ..compare.judge import judge
-from ..compare.suite import STEPS, plan_battery
+from ..compare.suite import STEPS, plan_suite
 from ..compare.verdict import Verdict
 from ..environment.versions import versions
 from ..errors import GqaExportError
@@ -24,8 +24,8 @@ from ..targets import get_target
 from .reference import Reference, open_reference, runnable
 from .refusals import judge_refusals
 from .run_cases import run_cases
-from .sessions import Sides, bundle_session, choose_bundle_provider, is_large, load_engine, torch_threads
-from .suite_setting import asked_of
+from .sessions import Sessions, bundle_session, choose_bundle_provider, is_large, load_engine, torch_threads
+from .suite_setting import setting_of
 
 
 def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str = "quick", steps: int = 0,
@@ -34,16 +34,31 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
              reference: Reference | None = None) -> Verdict:
     """Compare a bundle with the checkpoint it was made from.
 
-    level, steps: which cases of `compare.battery`, and how many decode steps each (0: the level's own). text: a file
-    whose perplexity is measured too, with the bundle's tokenizer. as_dtype "fp32": check the fp32 twin of a bf16 or
-    fp16 bundle (of an engine's ONNX that is done always, plugin nodes interpreted). full_hash: sha256 of every file
-    whatever its size; check_hashes False: only sizes (right after an export). reference: the checkpoint, already
-    opened. Raises GqaExportError for a bundle that
-    is damaged or belongs to another checkpoint, NotCheckedHere where this machine cannot run it.
-    """
+    Args:
+        bundle: its folder.
+        against: checkpoint folder, hub id, .gguf file, or a checkpoint that is open.
+        level: "quick" or "full", which cases of `gqa_export.compare.suite` are run.
+        steps: decode steps of each case; 0 is the level's own number.
+        text: a UTF-8 file whose perplexity is measured too, with the bundle's tokenizer.
+        provider: "cpu", "cuda" or "auto", where ONNX Runtime runs the bundle.
+        as_dtype: "fp32" checks the fp32 twin of a bf16 or fp16 bundle; an engine's graph always runs in fp32, its
+            plugin nodes interpreted.
+        full_hash: compute sha256 of every file, whatever its size.
+        check_hashes: False checks sizes only (right after an export).
+        progress: called with what is done, how much, of how much.
+        reference: the checkpoint, already opened by `open_reference`.
 
+    Returns:
+        The verdict, passed or not; a difference does not raise (`Verdict.check` does).
+
+    Raises:
+        InvalidBundle: the bundle is damaged, or belongs to another checkpoint.
+        InvalidCheckpoint: the checkpoint cannot be read, or its own logits are NaN.
+        NotCheckedHere: this machine cannot run the bundle, or has no memory for PyTorch.
+        GqaExportError: an option does not fit the bundle.
+    """
     if as_dtype not in (None, "fp32"):
-        raise GqaExportError(f"--as {as_dtype} is not offered", "--as", "use --as fp32")
+        raise GqaExportError(f"--as accepts fp32 only, got {as_dtype!r}", "--as", "use --as fp32", code="E-OPTION-AS")
     began, folder, report = time.perf_counter(), Path(bundle), progress or silent
     report("checking the bundle's files", None, None)
     manifest = read_manifest(folder)
@@ -61,18 +76,19 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         known = reference or open_reference(against, manifest, ran_dtype, notes)
         check_belongs(manifest.spec, known.shown, f"{folder} against {against}")
         report("loading the bundle", None, None)
-        session, poison = engine or stack.enter_context(bundle_session(where, ran, provider, notes, target))
-        setting = asked_of(manifest, folder, steps or STEPS.get(level, 32), text, known.model)
+        session, fill_garbage = engine or stack.enter_context(bundle_session(where, ran, provider, notes, target))
+        setting = setting_of(manifest, folder, steps or STEPS.get(level, 32), text, known.model)
         setting.nan_tail_safe = target.nan_tail_safe
-        plan = plan_battery(setting, level)
-        sides = Sides(known.truth, known.eager, session, poison, beside=not built and is_large(manifest))
-        logs = run_cases(sides, plan, last_only=manifest.logits == "last", report=report, dtype=ran_dtype, notes=notes)
+        plan = plan_suite(setting, level)
+        sessions = Sessions(known.session, known.eager, session, fill_garbage, beside=not built and is_large(manifest))
+        logs = run_cases(sessions, plan, last_only=manifest.logits == "last", report=report, dtype=ran_dtype,
+                         notes=notes)
         refused = judge_refusals(session, resizable=not setting.literal)
     if check_hashes and unhashed:
         notes.append(f"sha256 not computed of {', '.join(unhashed)} (--hash computes all)")
     return Verdict(
         bundle=str(folder), against=str(against), target=manifest.target, dtype=manifest.dtype,
-        checked_dtype=ran_dtype, truth_dtype=known.truth_dtype, provider=provider, cache=manifest.cache,
+        checked_dtype=ran_dtype, reference_dtype=known.dtype, provider=provider, cache=manifest.cache,
         capacity=manifest.capacity, cases=(*(judge(log, ran_dtype) for log in logs), refused), level=level,
         notes=(*plan.notes, *notes), versions=versions(), seconds=time.perf_counter() - began)
 

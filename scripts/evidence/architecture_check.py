@@ -2,7 +2,7 @@
 
 Both targets and both caches go through the normal pipeline and the normal validation, at small size. Every way in
 which this can end is a verdict: `supported`, `refused` (with the reason), `wrong` (outputs differ from PyTorch's) or
-`failed` (something raised that is no refusal). The last two are bugs.
+`failed` (an exception that is not a refusal). The last two are bugs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gqa_export.checkpoint.load_config import load_config
-from gqa_export.errors import GqaExportError
+from gqa_export.errors import GqaExportError, first_line
 
 SUPPORTED, REFUSED, WRONG, FAILED = "supported", "refused", "wrong", "failed"
 TARGETS = ("ort", "portable")
@@ -65,7 +65,7 @@ def check(name: str, architecture: str, checkpoint: Path, *, targets: tuple[str,
         row.verdict, row.reason = REFUSED, f"{refusal.what} [{_short(refusal.where, checkpoint)}]"
     except Exception as error:
         row.verdict = FAILED
-        row.reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]} [{_spot(error)}]"
+        row.reason = f"{first_line(error)} [{_spot(error)}]"
     finally:
         row.seconds = round(time.perf_counter() - began, 1)
     return row
@@ -77,7 +77,7 @@ def add_depth(known: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     try:
         return {**known, "depth": prove_depth(checkpoint)}
     except Exception as error:
-        return {**known, "verdict": FAILED, "reason": f"{type(error).__name__}: {str(error)[:300]} [{_spot(error)}]",
+        return {**known, "verdict": FAILED, "reason": f"{first_line(error)} [{_spot(error)}]",
                 "seconds": round(time.perf_counter() - began, 1)}
 
 

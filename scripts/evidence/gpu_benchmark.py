@@ -1,6 +1,6 @@
 """Engines on the GPU at hand: built with every TensorRT that is installed, compared with PyTorch, and timed.
 
-For `scripts/gpu_check.py`. A row says what happened either way: an engine that cannot be built or opened on this card
+For `scripts/gpu_check.py`. A row tells what happened either way: an engine that cannot be built or opened on this card
 has the reason in its note, and nothing is passed that did not run.
 """
 

@@ -61,8 +61,9 @@ class RawDecoder:
         self._others = [port.name for port in inputs if len(port.shape) != 4]
         unknown = set(self._others) - {"input_ids", "attention_mask", "position_ids"}
         if unknown:
-            raise GqaExportError(f"the graph has inputs this loop does not know: {', '.join(sorted(unknown))}",
-                                 str(model), "compare decoders with input_ids, attention_mask and a cache")
+            raise GqaExportError(f"the graph has inputs that this loop does not know: {', '.join(sorted(unknown))}",
+                                 str(model), "compare decoders with input_ids, attention_mask and a cache",
+                                 code="E-RUN-INPUTS")
         past = [port for port in inputs if len(port.shape) == 4]
         present = [port.name for port in outputs if len(port.shape) == 4]
         self._logits = next(port.name for port in outputs if len(port.shape) != 4)
@@ -83,7 +84,8 @@ class RawDecoder:
         """Feed ids; the most probable next token."""
         total = self.length + len(ids)
         if total > self.capacity:
-            raise GqaExportError(f"the buffer holds {self.capacity} tokens", "raw loop", "ask for fewer steps")
+            raise GqaExportError(f"the buffer holds {self.capacity} tokens, and {total} do not fit", "raw loop",
+                                 "take fewer steps", code="E-RUN-CAPACITY")
         feed: dict[str, Any] = {
             "input_ids": np.array([ids], np.int64),
             "attention_mask": self._mask[:, :total],

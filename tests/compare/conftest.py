@@ -17,7 +17,7 @@ from gqa_export.compare.verdict import Verdict
 from gqa_export.runtime.session import Step
 from gqa_export.spec import AttentionSpec, ModelSpec
 from gqa_export.validation.run_cases import run_cases
-from gqa_export.validation.sessions import Sides
+from gqa_export.validation.sessions import Sessions
 
 CAPACITY = 96
 STEPS = 32
@@ -60,9 +60,10 @@ def torch_verdict(model, other, *, dtype: str = "float32", last_only: bool = Fal
 
     spec = torch_spec(model)
     plan = plan_cases(spec, CAPACITY, steps=steps, special=(0, 1, 2))
-    sides = Sides(TorchSession(model, CAPACITY, "float64", spec=spec), TorchSession(model, CAPACITY, dtype, spec=spec),
-                  TorchSession(other, CAPACITY, dtype, spec=spec))
-    return verdict_of(run_cases(sides, plan, last_only=last_only), plan, dtype)
+    sessions = Sessions(TorchSession(model, CAPACITY, "float64", spec=spec),
+                        TorchSession(model, CAPACITY, dtype, spec=spec),
+                        TorchSession(other, CAPACITY, dtype, spec=spec))
+    return verdict_of(run_cases(sessions, plan, last_only=last_only), plan, dtype)
 
 
 def verdict_of(logs, plan: Plan, dtype: str = "float32") -> Verdict:
@@ -139,7 +140,7 @@ class Scripted:
 
 
 def scripted_verdict(bundle: Scripted, *, eager: Scripted | None = None) -> tuple[Verdict, Scripted]:
-    """Judge a scripted bundle against the unedited script; the yardstick's noise is 1e-6."""
-    truth, eager = Scripted(), eager or Scripted(noise=1e-6)
-    plan = plan_cases(truth.spec, 128, steps=STEPS)
-    return verdict_of(run_cases(Sides(truth, eager, bundle), plan), plan), truth
+    """Judge a scripted bundle against the unedited script; the baseline's noise is 1e-6."""
+    reference, eager = Scripted(), eager or Scripted(noise=1e-6)
+    plan = plan_cases(reference.spec, 128, steps=STEPS)
+    return verdict_of(run_cases(Sessions(reference, eager, bundle), plan), plan), reference

@@ -11,7 +11,7 @@ from gqa_export.compare.cases import plan_cases
 from gqa_export.compare.tolerance import CAP_ULPS, EPSILON
 from gqa_export.runtime.torch_session import TorchSession
 from gqa_export.validation.run_cases import run_cases
-from gqa_export.validation.sessions import Sides
+from gqa_export.validation.sessions import Sessions
 
 from .conftest import CAPACITY, Scripted, scripted_verdict, torch_spec, verdict_of
 
@@ -28,7 +28,7 @@ def test_a_bundle_that_rounds_like_pytorch_passes():
     assert verdict.exit_code == 0
     assert verdict.first is None
     assert 0 < verdict.max_abs_logits <= 1e-6
-    assert [c.name for c in verdict.cases] == ["long", "free", "ragged"]
+    assert [c.name for c in verdict.cases] == ["teacher_forced", "free_running", "ragged"]
 
 
 def test_padding_that_holds_nan_is_never_looked_at():
@@ -42,7 +42,7 @@ def test_one_wrong_logit_at_one_step_is_named():
             logits[7] += 1e-3
 
     verdict, _ = scripted_verdict(Scripted(edit))
-    first = case(verdict, "long").first
+    first = case(verdict, "teacher_forced").first
     assert not verdict.passed
     assert verdict.exit_code == 1
     # the long prompt has 48 tokens: position 60 is decode step 13 of the case (the prompt is step 0)
@@ -50,7 +50,7 @@ def test_one_wrong_logit_at_one_step_is_named():
                                                                    {"batch": 0, "token": 60, "id": 7})
     assert first.max_abs == pytest.approx(1e-3)
     assert "token 60" in str(first)
-    assert all(kind.passed for kind in case(verdict, "long").kinds if kind.kind != "logits")
+    assert all(kind.passed for kind in case(verdict, "teacher_forced").kinds if kind.kind != "logits")
 
 
 def test_a_wrong_key_is_named_before_the_logits_it_spoils():
@@ -75,7 +75,7 @@ def test_nan_or_infinity_in_a_valid_row_fails(bad):
             logits[3] = bad
 
     verdict, _ = scripted_verdict(Scripted(edit))
-    first = case(verdict, "long").first
+    first = case(verdict, "teacher_forced").first
     assert first.nonfinite == 1
     assert first.axes["id"] == 3
     assert "NaN or infinite" in str(first)
@@ -88,11 +88,11 @@ def test_nan_in_pytorchs_low_precision_does_not_excuse_the_bundle():
     def wrong(t, logits):
         logits[0] += 0.5
 
-    verdict, truth = scripted_verdict(Scripted(wrong), eager=Scripted(edit))
-    logits = case(verdict, "long").logits
+    verdict, reference = scripted_verdict(Scripted(wrong), eager=Scripted(edit))
+    logits = case(verdict, "teacher_forced").logits
     assert not verdict.passed
     assert logits.basis == "cap"
-    assert logits.bound <= CAP_ULPS * EPSILON["float32"] * np.abs(truth.logit_table).max()
+    assert logits.bound <= CAP_ULPS * EPSILON["float32"] * np.abs(reference.logit_table).max()
 
 
 def tie_at(position, by):
@@ -104,44 +104,44 @@ def tie_at(position, by):
     return edit
 
 
-def test_a_near_tie_is_reported_as_a_tie_and_the_walk_goes_on_with_the_truth():
+def test_a_near_tie_is_reported_as_a_tie_and_the_walk_goes_on_with_the_reference():
     position = FREE_PROMPT + 4
     near = Scripted(noise=1e-6)
     close = near.logit_table[position].argsort()[::-1][:2]
-    # the truth prefers its best token by 2e-6 only, the bundle the other one: below the tolerance of 8e-6
-    truth_row = Scripted().logit_table[position]
+    # the reference prefers its best token by 2e-6 only, the bundle the other one: below the tolerance of 8e-6
+    reference_row = Scripted().logit_table[position]
 
-    def edit_truth(t, logits):
+    def edit_reference(t, logits):
         if t == position:
-            logits[close[1]] = truth_row[close[0]] - 2e-6
+            logits[close[1]] = reference_row[close[0]] - 2e-6
 
     def edit_bundle(t, logits):
         if t == position:
-            logits[close[0]], logits[close[1]] = truth_row[close[0]] - 1e-6, truth_row[close[0]] + 1e-6
+            logits[close[0]], logits[close[1]] = reference_row[close[0]] - 1e-6, reference_row[close[0]] + 1e-6
 
     from gqa_export.compare.cases import plan_cases
     from gqa_export.validation.run_cases import run_cases
-    from gqa_export.validation.sessions import Sides
+    from gqa_export.validation.sessions import Sessions
 
     from .conftest import STEPS, verdict_of
 
-    truth, bundle = Scripted(edit_truth), Scripted(edit_bundle)
-    plan = plan_cases(truth.spec, 128, steps=STEPS)
-    verdict = verdict_of(run_cases(Sides(truth, Scripted(edit_truth, noise=1e-6), bundle), plan), plan)
-    free = case(verdict, "free")
+    reference, bundle = Scripted(edit_reference), Scripted(edit_bundle)
+    plan = plan_cases(reference.spec, 128, steps=STEPS)
+    verdict = verdict_of(run_cases(Sessions(reference, Scripted(edit_reference, noise=1e-6), bundle), plan), plan)
+    free = case(verdict, "free_running")
     assert free.passed
     assert free.parted is None
     assert free.top1_agreed == free.rows - 1
     (tie,) = free.ties
     assert (tie.expected, tie.got) == tuple(close)
     assert tie.margin == pytest.approx(2e-6, rel=1e-3)
-    # both were fed the same tokens to the end: the truth's, once they parted
-    assert all(np.array_equal(a, b) for a, b in zip(truth.fed, bundle.fed))
+    # both were fed the same tokens to the end: the reference's, once they parted
+    assert all(np.array_equal(a, b) for a, b in zip(reference.fed, bundle.fed))
 
 
 def test_another_best_token_that_is_no_tie_fails_the_free_run():
     verdict, _ = scripted_verdict(Scripted(tie_at(FREE_PROMPT + 4, 0.01)))
-    free = case(verdict, "free")
+    free = case(verdict, "free_running")
     assert not free.passed
     assert free.parted is not None
     assert free.parted.step == 5
@@ -166,10 +166,10 @@ def test_in_the_free_run_each_side_feeds_its_own_best_token():
 
 
 def test_the_forced_cases_feed_pytorchs_own_greedy_tokens():
-    _, truth = scripted_verdict(bundle := Scripted(noise=1e-6))
-    assert all(np.array_equal(a, b) for a, b in zip(truth.fed, bundle.fed))
-    decode = [ids for ids in truth.fed if ids.shape == (1, 1)]
-    assert decode[0][0, 0] == truth.logit_table[47].argmax()  # after a prompt of 48
+    _, reference = scripted_verdict(bundle := Scripted(noise=1e-6))
+    assert all(np.array_equal(a, b) for a, b in zip(reference.fed, bundle.fed))
+    decode = [ids for ids in reference.fed if ids.shape == (1, 1)]
+    assert decode[0][0, 0] == reference.logit_table[47].argmax()  # after a prompt of 48
 
 
 def test_a_cache_that_was_overwritten_later_is_found_at_the_end():
@@ -191,7 +191,7 @@ def test_a_bundle_that_gives_only_the_last_logits_is_compared_on_those():
     from gqa_export.compare.cases import plan_cases
     from gqa_export.runtime.session import Step
     from gqa_export.validation.run_cases import run_cases
-    from gqa_export.validation.sessions import Sides
+    from gqa_export.validation.sessions import Sessions
 
     from .conftest import verdict_of
 
@@ -206,17 +206,17 @@ def test_a_bundle_that_gives_only_the_last_logits_is_compared_on_those():
             logits[1] += 1e-3
 
     for edit, passed in ((lambda t, x: None, True), (wrong, False)):
-        truth = Scripted()
-        plan = plan_cases(truth.spec, 128)
-        sides = Sides(truth, Scripted(noise=1e-6), LastOnly(edit))
-        verdict = verdict_of(run_cases(sides, plan, last_only=True), plan)
+        reference = Scripted()
+        plan = plan_cases(reference.spec, 128)
+        sessions = Sessions(reference, Scripted(noise=1e-6), LastOnly(edit))
+        verdict = verdict_of(run_cases(sessions, plan, last_only=True), plan)
         assert verdict.passed is passed
 
 
-def test_without_room_for_a_yardstick_rounding_passes_and_errors_do_not():
+def test_without_room_for_a_baseline_rounding_passes_and_errors_do_not():
     from gqa_export.compare.cases import plan_cases
     from gqa_export.validation.run_cases import run_cases
-    from gqa_export.validation.sessions import Sides
+    from gqa_export.validation.sessions import Sessions
 
     from .conftest import verdict_of
 
@@ -224,9 +224,9 @@ def test_without_room_for_a_yardstick_rounding_passes_and_errors_do_not():
         logits[0] += 1e-3
 
     for bundle, passed in ((Scripted(noise=1e-6), True), (Scripted(wrong), False)):
-        truth = Scripted()
-        plan = plan_cases(truth.spec, 128)
-        assert verdict_of(run_cases(Sides(truth, None, bundle), plan), plan).passed is passed
+        reference = Scripted()
+        plan = plan_cases(reference.spec, 128)
+        assert verdict_of(run_cases(Sessions(reference, None, bundle), plan), plan).passed is passed
 
 
 def test_a_verdict_without_cases_does_not_pass():
@@ -252,7 +252,7 @@ def test_a_narrow_failure_is_held_against_more_draws_of_pytorchs_rounding():
     verdict, _ = scripted_verdict(Scripted(noise=4e-5, seed=5), eager=eager)
     assert verdict.passed, str(verdict.first)
     assert eager.drawn == [1, 2, 3] * len(verdict.cases)
-    assert case(verdict, "long").logits.yardstick == pytest.approx(8e-6, rel=0.1)
+    assert case(verdict, "teacher_forced").logits.same_dtype_baseline == pytest.approx(8e-6, rel=0.1)
 
 
 def test_a_narrow_failure_stays_one_where_every_draw_is_as_small():
@@ -281,8 +281,8 @@ def test_sides_that_run_beside_one_another_are_judged_as_in_turn(tiny):
     plan = plan_cases(spec, CAPACITY, steps=4)
 
     def cases(beside: bool) -> list[dict]:
-        sides = Sides(*(TorchSession(model, CAPACITY, dtype, spec=spec) for dtype in ("fp64", "fp32", "fp32")),
+        sessions = Sessions(*(TorchSession(model, CAPACITY, dtype, spec=spec) for dtype in ("fp64", "fp32", "fp32")),
                       beside=beside)
-        return [replace(judged, seconds=0.0) for judged in verdict_of(run_cases(sides, plan), plan).cases]
+        return [replace(judged, seconds=0.0) for judged in verdict_of(run_cases(sessions, plan), plan).cases]
 
     assert cases(True) == cases(False)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusal import refused
 
 from gqa_export.compare.cases import plan_cases
-from gqa_export.errors import GqaExportError
 from gqa_export.spec import AttentionSpec, ModelSpec
 
 
@@ -40,12 +39,12 @@ def test_32_steps_are_32_steps():
 
 
 def test_the_long_prompt_passes_every_window():
-    case = by_name(plan_cases(spec(16, 100), 512))["long"]
+    case = by_name(plan_cases(spec(16, 100), 512))["teacher_forced"]
     assert len(case.prompts[0]) > 100 + 1
 
 
 def test_the_free_run_walks_across_the_smallest_window():
-    case = by_name(plan_cases(spec(40, 100), 512))["free"]
+    case = by_name(plan_cases(spec(40, 100), 512))["free_running"]
     assert case.free
     assert len(case.prompts[0]) < 40 - 1
     assert len(case.prompts[0]) + len(case.counts) > 40 + 1
@@ -67,7 +66,7 @@ def test_the_ragged_rows_bring_several_tokens_at_once_and_none():
 
 
 def test_the_prompt_passes_the_original_length_of_a_scaled_rotary():
-    case = by_name(plan_cases(spec(), 512, original_positions=128))["long"]
+    case = by_name(plan_cases(spec(), 512, original_positions=128))["teacher_forced"]
     assert len(case.prompts[0]) > 128
 
 
@@ -80,7 +79,7 @@ def test_a_length_that_is_too_far_is_said_not_forgotten():
 def test_a_ragged_window_that_is_too_far_is_said_not_forgotten():
     plan = plan_cases(spec(2048), 8192)
     assert any("ragged" in note and "2048" in note for note in plan.notes)
-    assert len(by_name(plan)["long"].prompts[0]) > 2048
+    assert len(by_name(plan)["teacher_forced"].prompts[0]) > 2048
 
 
 def test_fewer_steps_than_asked_are_said():
@@ -89,7 +88,7 @@ def test_fewer_steps_than_asked_are_said():
 
 
 def test_a_cache_of_a_few_tokens_is_refused():
-    with pytest.raises(GqaExportError, match="too small to validate"):
+    with refused("E-VALIDATE-CAPACITY"):
         plan_cases(spec(), 7)
 
 
@@ -103,13 +102,14 @@ def test_prompts_hold_no_special_tokens_and_are_the_same_every_time():
 
 
 def test_a_huge_vocabulary_is_fed_in_pieces():
-    case = by_name(plan_cases(spec(300, vocabulary=256_000), 512))["long"]
+    case = by_name(plan_cases(spec(300, vocabulary=256_000), 512))["teacher_forced"]
     assert case.chunk * 256_000 <= 1 << 24
     assert case.feeds == -(-len(case.prompts[0]) // case.chunk) + 32
 
 
-def test_the_tail_is_poisoned_with_nan_only_where_that_is_promised():
-    safe, unsafe = (by_name(plan_cases(spec(), 512, nan_tail_safe=flag))["poisoned"].poison for flag in (True, False))
+def test_the_tail_is_filled_with_nan_only_where_that_is_promised():
+    plans = [by_name(plan_cases(spec(), 512, nan_tail_safe=flag)) for flag in (True, False)]
+    safe, unsafe = (plan["garbage_tail"].garbage for plan in plans)
     assert np.isnan(safe).any()
     assert np.isfinite(unsafe).all()
     assert max(unsafe) == 1e4

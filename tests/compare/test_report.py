@@ -1,11 +1,16 @@
-"""What a verdict looks like on the terminal. Files: tests/report."""
+"""What a verdict is to a program and on the terminal. Files: tests/report."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from refusal import refused
 from rich.console import Console
 
+from gqa_export.errors import OutputDiffers
 from gqa_export.report.console import details, print_verdict
 
 from .conftest import Scripted, scripted_verdict
@@ -31,9 +36,39 @@ def test_the_terminal_says_where_it_first_diverged_and_ends_with_the_verdict(bad
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     print_verdict(bad, console)
     text = console.export_text()
-    assert "first divergence: case long, step 13 (decode), logits, batch 0, token 60, id 7: got nan" in text
+    assert "first divergence: case teacher_forced, step 13 (decode), logits, batch 0, token 60, id 7: got nan" in text
     assert text.strip().splitlines()[-1].startswith("DIFFERENT: max |logit difference|")
 
 
 def test_the_last_line_of_a_pass_says_so(good):
     assert details(good)[-1].startswith("PASSED: max |logit difference| to PyTorch float64")
+
+
+def test_a_verdict_names_what_was_compared_and_nothing_else(good):
+    assert good.compared == ("logits", "new keys and values", "cache", "best tokens")
+    forced = replace(good, cases=good.cases[:1])
+    assert forced.compared == ("logits", "new keys and values", "cache")
+    case = good.cases[0]
+    logits = replace(case, kinds=tuple(kind for kind in case.kinds if kind.kind in ("logits", "keys")))
+    assert replace(good, cases=(logits,)).compared == ("logits",)
+    assert replace(good, cases=()).compared == ()
+    assert "compared: logits, new keys and values, cache, best tokens" in details(good)
+    assert "compared: nothing" in details(replace(good, cases=()))
+
+
+def test_check_gives_a_verdict_that_passed_and_raises_for_one_that_did_not(good, bad):
+    assert good.check() is good
+    assert good.failure == ""
+    with refused("E-VALIDATE-DIFFERS", OutputDiffers) as refusal:
+        replace(bad, bundle="out", against="org/name").check()
+    assert "case teacher_forced, step 13 (decode), logits, batch 0, token 60" in refusal.error.what
+    assert (refusal.error.where, refusal.error.exit_code) == ("out", 1)
+    assert "gqa-export bisect out --against org/name" in refusal.error.fix
+    with refused("E-VALIDATE-DIFFERS", OutputDiffers) as refusal:
+        replace(good, cases=()).check()
+    assert "no case was run" in refusal.error.what
+
+
+def test_a_verdict_as_json_is_its_plain_data(bad):
+    assert json.loads(bad.to_json()) == bad.to_dict()
+    assert bad.to_dict()["compared"] == ["logits", "new keys and values", "cache", "best tokens"]

@@ -1,4 +1,4 @@
-"""The battery: its cases by name, what they reach, and the decoders that only they can tell from a good one."""
+"""The suite: its cases by name, what they reach, and the decoders that only they can tell from a good one."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusal import refused
 
 from gqa_export.compare.logits import LogitTally, log_softmax
-from gqa_export.compare.suite import BATTERY, DRIFT_STEPS, LEVELS, Setting, plan_battery
-from gqa_export.errors import GqaExportError
+from gqa_export.compare.suite import DRIFT_STEPS, LEVELS, SUITE, Setting, plan_suite
 from gqa_export.runtime.feeds import check_feed
 from gqa_export.runtime.session import Step
 from gqa_export.spec import AttentionSpec, ModelSpec
 from gqa_export.validation.refusals import judge_refusals
 from gqa_export.validation.run_cases import run_cases
-from gqa_export.validation.sessions import Sides
+from gqa_export.validation.sessions import Sessions
 
 from .conftest import Scripted, verdict_of
 
@@ -26,7 +26,7 @@ def spec(*windows: int, vocabulary: int = 300) -> ModelSpec:
 
 
 def plan(level="full", capacity=256, windows=(0,), **options):
-    return plan_battery(Setting(spec(*windows), capacity, 16, **options), level)
+    return plan_suite(Setting(spec(*windows), capacity, 16, **options), level)
 
 
 def by_name(found):
@@ -38,22 +38,22 @@ def by_name(found):
        vocabulary=st.sampled_from([5, 300, 60_000]), literal=st.booleans(), level=st.sampled_from(LEVELS))
 def test_no_case_of_any_level_ever_exceeds_its_capacity(capacity, window, original, vocabulary, literal, level):
     setting = Setting(spec(window, 0, vocabulary=vocabulary), capacity, 16, original_positions=original,
-                      special=(0, 2), loud=(1, 3), literal=literal)
-    for case in plan_battery(setting, level).cases:
+                      special=(0, 2), largest=(1, 3), literal=literal)
+    for case in plan_suite(setting, level).cases:
         assert case.capacity <= capacity
         for row, prompt in enumerate(case.prompts):
             assert len(prompt) + sum(count[row] for count in case.counts) <= (case.capacity or capacity), case.name
             assert np.isin(prompt, np.arange(vocabulary)).all()
-        assert case.entry in [entry.name for entry in BATTERY]
+        assert case.entry in [entry.name for entry in SUITE]
         # one step's logits of all rows stay near the budget that keeps memory bounded
         assert case.chunk <= max(16, (1 << 24) // vocabulary) or case.batch > 1
 
 
-def test_every_line_of_the_battery_gives_a_case_where_there_is_room():
+def test_every_line_of_the_suite_gives_a_case_where_there_is_room():
     found = {case.entry for case in plan(windows=(16,), capacity=2048, original_positions=64,
                                          text=np.arange(9)).cases}
-    assert found == {entry.name for entry in BATTERY} - {"refusals"}  # those are judged beside the cases
-    assert all(entry.aim for entry in BATTERY)
+    assert found == {entry.name for entry in SUITE} - {"refusals"}  # those are judged beside the cases
+    assert all(entry.aim for entry in SUITE)
 
 
 def test_quick_is_a_part_of_full():
@@ -72,14 +72,14 @@ def test_the_rows_around_a_window_are_one_less_equal_and_one_more_and_four_times
 def test_a_window_that_only_the_checkpoint_names_is_reached_too():
     """An exporter that lost a window wrote a manifest without it."""
     blind, seeing = plan("quick"), plan("quick", windows=(0,))
-    assert len(by_name(blind)["long"].prompts[0]) < 100
-    seeing = plan_battery(Setting(spec(0), 256, 16, windows=(100,)), "quick")
-    assert len(by_name(seeing)["long"].prompts[0]) > 100
+    assert len(by_name(blind)["teacher_forced"].prompts[0]) < 100
+    seeing = plan_suite(Setting(spec(0), 256, 16, windows=(100,)), "quick")
+    assert len(by_name(seeing)["teacher_forced"].prompts[0]) > 100
 
 
 def test_the_edge_is_filled_exactly_and_the_brim_is_the_whole_capacity():
     found = by_name(plan(capacity=300))
-    for name, capacity in (("full", 24), ("brim", 300)):
+    for name, capacity in (("last_slots", 24), ("full_capacity", 300)):
         case = found[name]
         assert len(case.prompts[0]) + sum(count[0] for count in case.counts) == capacity
         assert case.capacity in (0, capacity)
@@ -92,7 +92,7 @@ def test_what_had_no_room_is_said():
 
 
 def test_an_unknown_level_is_refused():
-    with pytest.raises(GqaExportError, match="unknown level 'slow'"):
+    with refused("E-OPTION-LEVEL"):
         plan("slow")
 
 
@@ -108,17 +108,17 @@ class Checked(Scripted):
 
 
 def scripted(bundle, level="full", **options):
-    """The verdict on a scripted decoder over the whole battery."""
-    truth, eager = Checked(), Checked(noise=1e-6)
-    found = plan_battery(Setting(truth.spec, 256, 8, special=(0,), loud=(3, 4), **options), level)
-    return verdict_of(run_cases(Sides(truth, eager, bundle), found), found)
+    """The verdict on a scripted decoder over the whole suite."""
+    reference, eager = Checked(), Checked(noise=1e-6)
+    found = plan_suite(Setting(reference.spec, 256, 8, special=(0,), largest=(3, 4), **options), level)
+    return verdict_of(run_cases(Sessions(reference, eager, bundle), found), found)
 
 
-def test_a_decoder_that_rounds_like_pytorch_passes_the_whole_battery():
+def test_a_decoder_that_rounds_like_pytorch_passes_the_whole_suite():
     verdict = scripted(Checked(noise=1e-6))
     assert verdict.passed, str(verdict.first)
     entries = {case.entry for case in verdict.cases}
-    assert {"stepwise", "drift", "empty", "brim", "vocabulary", "chunks", "permuted"} <= entries
+    assert {"stepwise", "drift", "empty", "full_capacity", "vocabulary", "chunks", "permuted"} <= entries
 
 
 def test_a_fault_after_two_hundred_tokens_is_found_by_full_alone():
@@ -128,26 +128,26 @@ def test_a_fault_after_two_hundred_tokens_is_found_by_full_alone():
 
     assert scripted(Checked(edit), "quick").passed
     verdict = scripted(Checked(edit))
-    assert {case.name for case in verdict.cases if not case.passed} == {"drift", "brim"}
+    assert {case.name for case in verdict.cases if not case.passed} == {"drift", "full_capacity"}
     assert next(case for case in verdict.cases if case.name == "drift").first.axes["token"] == 200
 
 
 def test_tokens_one_by_one_are_compared_with_a_whole_piece():
     bundle = Checked(noise=1e-6)
     scripted(bundle)
-    truth_pieces = by_name(plan(capacity=256))["drift"]
-    assert truth_pieces.single
-    assert truth_pieces.chunk == 64
+    reference_pieces = by_name(plan(capacity=256))["drift"]
+    assert reference_pieces.single
+    assert reference_pieces.chunk == 64
     assert sum(ids.shape == (1, 1) for ids in bundle.fed) > 256  # the drift case alone takes that many single steps
 
 
 def test_drift_is_a_thousand_steps_and_keeps_no_logits_of_them():
-    truth = Checked()
-    setting = Setting(truth.spec, 2048, 8)
-    case = by_name(plan_battery(setting, "full"))["drift"]
+    reference = Checked()
+    setting = Setting(reference.spec, 2048, 8)
+    case = by_name(plan_suite(setting, "full"))["drift"]
     assert len(case.prompts[0]) == DRIFT_STEPS == 1024
     # what a step may hold at once: one piece of logits, whatever the number of steps
-    assert case.chunk * truth.vocabulary < 1 << 24
+    assert case.chunk * reference.vocabulary < 1 << 24
 
 
 def test_whatever_must_be_refused_is_refused():
@@ -223,7 +223,7 @@ def test_the_greedy_prefix_ends_where_the_tokens_part():
             logits[logits.argmin()] = logits.max() + 1
 
     verdict = scripted(Checked(edit), "quick")
-    free = next(case for case in verdict.cases if case.name == "free")
+    free = next(case for case in verdict.cases if case.name == "free_running")
     assert free.metrics.greedy_prefix == 3  # the tokens after positions 23, 24 and 25 were the same
-    same = next(case for case in scripted(Checked(noise=1e-6), "quick").cases if case.name == "free")
+    same = next(case for case in scripted(Checked(noise=1e-6), "quick").cases if case.name == "free_running")
     assert same.metrics.greedy_prefix == 8

@@ -20,9 +20,9 @@ from evidence.mutations.table import (
 )
 from glassllm_checkpoint import write_glassllm
 from gqa_models import write_tiny
+from refusal import refused
 
 import gqa_export
-from gqa_export.errors import GqaExportError
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 
@@ -43,7 +43,7 @@ def test_quick_catches_nine_of_ten_and_full_catches_all():
     for rows in (ROWS, behaviour):
         assert shares(rows)["quick"] >= 0.9
         assert shares(rows)["full"] == 1.0
-    # by a case of the battery: the manifest was made to agree, so nothing was refused beforehand
+    # by a case of the suite: the manifest was made to agree, so nothing was refused beforehand
     assert not [row.kind for row in behaviour for name in row.caught["full"] if name.startswith("refused")]
 
 
@@ -67,7 +67,7 @@ def test_the_page_shows_the_committed_table():
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """A tiny llama for ort, its truth kept."""
+    """A tiny llama for ort, its reference kept."""
     checkpoint = write_tiny("llama", tmp_path_factory.mktemp("ck"))
     bundle = tmp_path_factory.mktemp("b") / "bundle"
     export_onnx(checkpoint, bundle, ExportOptions(target="ort", capacity=128, dtype="fp32"))
@@ -75,10 +75,10 @@ def sample(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("kind", "quick"), [
-    ("scale wrong", {"long", "free", "ragged"}), ("stale tail", {"ragged", "poisoned"}),
-    ("rows leak", {"ragged", "poisoned"}), ("embedding row", {"special"}), ("guard dropped", {"refusals"}),
-    ("newest row lost", {"long"}), ("weight row", {"long", "free", "ragged"}),
-    ("cos, sin in fp16", {"long", "free", "ragged"}), ("tables too short", set()),
+    ("scale wrong", {"teacher_forced", "free_running", "ragged"}), ("stale tail", {"ragged", "garbage_tail"}),
+    ("rows leak", {"ragged", "garbage_tail"}), ("embedding row", {"special"}), ("guard dropped", {"refusals"}),
+    ("newest row lost", {"teacher_forced"}), ("weight row", {"teacher_forced", "free_running", "ragged"}),
+    ("cos, sin in fp16", {"teacher_forced", "free_running", "ragged"}), ("tables too short", set()),
 ])
 def test_damage_is_caught_by_the_case_that_is_aimed_at_it(sample, tmp_path, kind, quick):
     mutation = next(m for m in MUTATIONS if m.name == kind)
@@ -87,12 +87,12 @@ def test_damage_is_caught_by_the_case_that_is_aimed_at_it(sample, tmp_path, kind
     assert row.caught["full"]
     if not quick:
         assert row.caught["quick"] == ()
-        assert {"drift", "brim"} <= set(row.caught["full"])
+        assert {"drift", "full_capacity"} <= set(row.caught["full"])
 
 
 @pytest.fixture(scope="module")
 def real_sample(tmp_path_factory):
-    """glassllm, a small model that was really trained, its truth kept."""
+    """glassllm, a small model that was really trained, its reference kept."""
     pytest.importorskip("glassllm", reason="glassllm is not installed: pip install glassllm==0.1.0")
     checkpoint = write_glassllm(tmp_path_factory.mktemp("glassllm"))
     bundle = tmp_path_factory.mktemp("b") / "bundle"
@@ -101,7 +101,7 @@ def real_sample(tmp_path_factory):
 
 
 def test_damage_to_a_real_small_model_is_caught(real_sample, tmp_path):
-    rows = prove([real_sample], tmp_path, thrifty=True)  # the undamaged bundle is judged first, at `full`
+    rows = prove([real_sample], tmp_path, quick_first=True)  # the undamaged bundle is judged first, at `full`
     assert len(rows) >= 25, "glassllm has no window, sinks, softcap, biases or q norm; the other kinds apply"
     assert shares(rows)["quick"] >= 0.9
     assert [row.kind for row in rows if not row.caught["full"]] == []
@@ -112,7 +112,7 @@ def test_every_contradiction_is_refused_and_names_what_is_wrong(sample, tmp_path
     assert not missed
 
 
-def test_the_truth_is_computed_once_and_replayed_the_same(sample):
+def test_the_reference_is_computed_once_and_replayed_the_same(sample):
     nothing = {"quick": ()}
     assert judge_damage(sample, sample.bundle, "quick") == judge_damage(sample, sample.bundle, "quick") == nothing
 
@@ -133,5 +133,5 @@ def test_a_sample_that_does_not_pass_proves_nothing(sample, tmp_path):
 
     mutation = next(m for m in MUTATIONS if m.name == "scale wrong")
     bad = break_bundle(sample.bundle, tmp_path / "bad", mutation.change)
-    with pytest.raises(GqaExportError, match="the undamaged bundle llama ort fails"):
+    with refused("E-VALIDATE-SAMPLE"):
         prove([replace(sample, bundle=bad)], tmp_path, kinds=())

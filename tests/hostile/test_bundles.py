@@ -8,6 +8,7 @@ import re
 
 import onnx
 import pytest
+from refusal import refused
 
 from gqa_export.bundle.integrity import check_files
 from gqa_export.bundle.manifest import DATA, MANIFEST, MODEL, read_manifest
@@ -29,14 +30,19 @@ def external(model):
     return next(tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL)
 
 
+def first_weight(folder) -> str:
+    """The name of the weight that `point` changes."""
+    return str(external(onnx.load(str(folder / MODEL), load_external_data=False)).name)
+
+
 def point(model, **values) -> None:
     for entry in external(model).external_data:
         entry.value = str(values.get(entry.key, entry.value))
 
 
-def refused_everywhere(folder, checkpoint, says: str) -> None:
-    """By validate, and by whatever runs a bundle; neither says more than it should."""
-    with pytest.raises(GqaExportError, match=says) as refusal:
+def refused_everywhere(folder, checkpoint, fact: str) -> None:
+    """By validate, and by whatever runs a bundle; the refusal names the fact."""
+    with pytest.raises(GqaExportError, match=fact) as refusal:
         validate(folder, checkpoint)
     assert refusal.value.fix
     with pytest.raises(GqaExportError):
@@ -47,13 +53,13 @@ def refused_everywhere(folder, checkpoint, says: str) -> None:
 def test_weights_outside_of_the_bundle_are_refused(copied, checkpoint, location):
     (copied.parent / "secret").write_bytes((copied / DATA).read_bytes())
     change_graph(copied, lambda model: point(model, location=location))
-    refused_everywhere(copied, checkpoint, "which the manifest does not name")
+    refused_everywhere(copied, checkpoint, f"'{re.escape(location)}'")
 
 
 def test_a_file_of_the_bundle_that_the_manifest_does_not_name_is_not_used(copied, checkpoint):
     (copied / "extra.bin").write_bytes((copied / DATA).read_bytes())
     change_graph(copied, lambda model: point(model, location="extra.bin"))
-    with pytest.raises(GqaExportError, match="which the manifest does not name"):
+    with pytest.raises(GqaExportError, match=r"'extra\.bin'"):
         validate(copied, checkpoint)
 
 
@@ -61,13 +67,13 @@ def test_a_file_of_the_bundle_that_the_manifest_does_not_name_is_not_used(copied
                                     {"offset": "x"}], ids=str)
 def test_weights_beyond_the_end_of_their_file_are_refused(copied, checkpoint, values):
     change_graph(copied, lambda model: point(model, **values))
-    with pytest.raises(GqaExportError, match=r"the weight .* (reaches|has)"):
+    with pytest.raises(GqaExportError, match=re.escape(first_weight(copied))):
         validate(copied, checkpoint)
 
 
 def test_absurd_dimensions_are_refused_before_anything_is_allocated(copied, checkpoint):
     change_graph(copied, lambda model: external(model).dims.__setitem__(0, 1 << 60))
-    refused_everywhere(copied, checkpoint, "has .* bytes, not")
+    refused_everywhere(copied, checkpoint, re.escape(first_weight(copied)))
 
 
 def test_a_weight_hidden_in_a_subgraph_is_found(copied, checkpoint):
@@ -83,7 +89,7 @@ def test_a_weight_hidden_in_a_subgraph_is_found(copied, checkpoint):
         model.graph.node.append(node)
 
     change_graph(copied, hide)
-    with pytest.raises(GqaExportError, match=r"'hidden' lies in '\.\./secret'"):
+    with pytest.raises(GqaExportError, match=r"'hidden'.*'\.\./secret'"):
         validate(copied, checkpoint)
 
 
@@ -91,7 +97,7 @@ def test_a_weight_hidden_in_a_subgraph_is_found(copied, checkpoint):
 def test_a_symbolic_link_out_of_the_bundle_is_refused(copied, checkpoint, name):
     os.rename(copied / name, copied.parent / "elsewhere")
     (copied / name).symlink_to(copied.parent / "elsewhere")
-    refused_everywhere(copied, checkpoint, "symbolic link that leaves the bundle")
+    refused_everywhere(copied, checkpoint, re.escape(name))
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/hostname", "a/../../x", "C:\\x", "\\\\host\\share", "a\\..\\..\\x", "",
@@ -103,7 +109,7 @@ def test_names_that_lead_out_of_the_bundle_are_refused_on_any_system(copied, che
 
 def test_a_manifest_that_does_not_vouch_for_the_graph_is_refused(copied, checkpoint):
     edit_manifest(copied, lambda data: data["files"].pop(MODEL))
-    with pytest.raises(GqaExportError, match=f"says nothing of {MODEL}"):
+    with pytest.raises(GqaExportError, match=MODEL):
         validate(copied, checkpoint)
 
 
@@ -112,7 +118,7 @@ def test_a_graph_that_is_not_the_hashed_one_is_refused_even_where_weights_are_no
     data[len(data) // 2] ^= 1
     (copied / MODEL).write_bytes(data)
     for full in (False, True):
-        with pytest.raises(GqaExportError, match="not what its manifest says"):
+        with pytest.raises(GqaExportError, match=f"{MODEL}.*sha256"):
             check_files(copied, read_manifest(copied), hashes=full)
 
 
@@ -120,7 +126,7 @@ def test_a_graph_that_is_not_the_hashed_one_is_refused_even_where_weights_are_no
 def test_a_graph_that_is_no_model_is_refused(copied, checkpoint, content):
     (copied / MODEL).write_bytes(content)
     sign(copied)
-    refused_everywhere(copied, checkpoint, "is not an ONNX model")
+    refused_everywhere(copied, checkpoint, MODEL)
 
 
 def test_a_graph_that_fails_while_it_runs_is_a_refusal_too(copied):
@@ -138,9 +144,8 @@ def test_a_graph_that_fails_while_it_runs_is_a_refusal_too(copied):
     change_graph(copied, sabotage)
     import numpy as np
 
-    with pytest.raises(GqaExportError) as refusal:
+    with refused("E-RUN-FAILED"):
         OrtSession.load(copied, "cpu").step(np.full((1, 3), 7))
-    assert "ONNX Runtime" in refusal.value.what
 
 
 @pytest.mark.parametrize(("change", "names"), [

@@ -10,11 +10,11 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from refusal import refused
 
 from gqa_export.bundle.engine_facts import EngineFacts
 from gqa_export.bundle.manifest import Manifest
 from gqa_export.bundle.writer import writing_bundle
-from gqa_export.errors import GqaExportError
 from gqa_export.integrations import triton_backend
 from gqa_export.integrations.triton_repository import check_repository, write_repository
 from gqa_export.spec import ModelSpec
@@ -126,14 +126,14 @@ def test_a_bad_request_is_answered_with_the_error_and_the_next_is_served(model, 
 
 def test_a_place_that_is_taken_and_a_name_that_cannot_be_are_refused(bundle, tmp_path) -> None:
     (tmp_path / "repository" / "small-llama").mkdir(parents=True)
-    with pytest.raises(GqaExportError, match="another model of that name"):
+    with refused("E-FILE-TRITON-MODEL"):
         check_repository(tmp_path / "repository", "small-llama")
-    with pytest.raises(GqaExportError, match="cannot name a model"):
+    with refused("E-OPTION-TRITON-NAME"):
         check_repository(tmp_path, "small llama")
 
 
 def test_only_an_engine_can_be_served(tmp_path) -> None:
     with writing_bundle(tmp_path / "graph") as writer:
         writer.finish(MANIFEST)
-    with pytest.raises(GqaExportError, match="only an engine bundle"):
+    with refused("E-OPTION-TRITON-ENGINE"):
         write_repository(tmp_path / "repository", tmp_path / "graph")

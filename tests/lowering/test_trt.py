@@ -48,7 +48,7 @@ def test_graph_equals_pytorch_in_every_case_of_validate(name: str, target: str) 
     reference = reference_of(checkpoint(name), read_manifest(bundle(name, target)))
     verdict = validate(bundle(name, target), checkpoint(name), steps=STEPS, reference=reference)
     assert verdict.passed, str(verdict.first)
-    assert {"long", "free", "ragged", "poisoned"} <= {case.name for case in verdict.cases}
+    assert {"teacher_forced", "free_running", "ragged", "garbage_tail"} <= {case.name for case in verdict.cases}
     assert verdict.max_abs_logits < LOGITS
 
 

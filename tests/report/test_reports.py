@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from refusal import refused
 
 from gqa_export.compare.verdict import SCHEMA_VERSION
 from gqa_export.errors import GqaExportError, NotCheckedHere
@@ -80,7 +81,7 @@ def test_json_follows_the_schema_that_others_rely_on(good, bad, several):
     """A key that goes or changes its meaning is a new SCHEMA_VERSION."""
     data = strict(json_text(outcome(good, bad) if several else outcome(bad)))
     assert misfit(data, SCHEMA) == ""
-    assert SCHEMA_VERSION == data["schema_version"] == 1
+    assert SCHEMA_VERSION == data["schema_version"] == 2
     assert (data["passed"], data["exit_code"]) == (False, 1)
     assert len(data["verdicts"]) == 2 if several else data["bundle"] == bad.bundle
 
@@ -136,7 +137,17 @@ def test_junit_has_one_test_per_case_and_kind_and_counts_them(good, bad):
         assert float(test.get("time")) >= 0
     logits = next(test for test in root[1].iter("testcase") if test.get("name") == "logits")
     assert "token 60, id 7" in logits.find("failure").get("message")
-    assert {p.get("name") for p in root[0].find("properties")} >= {"target", "against", "python"}
+    properties = {p.get("name"): p.get("value") for p in root[0].find("properties")}
+    assert properties.keys() >= {"target", "against", "python"}
+    assert properties["compared"] == ", ".join(good.compared)
+
+
+def test_every_report_tells_what_was_compared(good):
+    found, words = outcome(good), ", ".join(good.compared)
+    assert "new keys and values" in words
+    assert strict(json_text(found))["compared"] == list(good.compared)
+    assert words in Page(page(found)).words
+    assert f"compared: {words}" in markdown(found)
 
 
 def test_the_page_is_whole_draws_every_case_and_needs_nothing_else(good, bad):
@@ -150,7 +161,7 @@ def test_the_page_is_whole_draws_every_case_and_needs_nothing_else(good, bad):
     assert policy.startswith("default-src 'none'")
     assert "DIFFERENT" in found.words
     assert "python" in found.words
-    assert "first divergence: case long" in found.words
+    assert "first divergence: case teacher_forced" in found.words
 
 
 def test_the_page_shows_both_sides_around_the_worst_element(bad):
@@ -188,15 +199,15 @@ def test_names_from_outside_are_shown_never_obeyed(bad):
 def test_the_summary_is_appended_and_refused_outside_of_a_step(good, tmp_path, monkeypatch):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     (tmp_path / "summary.md").write_text("before\n")
-    asked = Reports(github=True)
-    asked.check()
-    assert asked.finish(["bundle"], "checkpoint", [good]).exit_code == 0
+    wanted = Reports(github=True)
+    wanted.check()
+    assert wanted.finish(["bundle"], "checkpoint", [good]).exit_code == 0
     text = (tmp_path / "summary.md").read_text()
     assert text.startswith("before\n## ✅ gqa-export validate: PASSED")
     assert text.count("| ok |") == 4 * len(good.cases)
     monkeypatch.delenv("GITHUB_STEP_SUMMARY")
-    with pytest.raises(GqaExportError, match="no step of GitHub Actions"):
-        asked.check()
+    with refused("E-REPORT-GITHUB"):
+        wanted.check()
 
 
 def worse(verdict, factor: float, kind: str = "logits"):
@@ -211,15 +222,15 @@ def test_a_drift_within_the_tolerance_fails(good, tmp_path):
     kept = Reports(baseline=file, update_baseline=True)
     kept.check()
     assert kept.finish(["b"], "c", [good]).exit_code == 0
-    asked = Reports(baseline=file)
-    asked.check()
-    assert asked.finish(["b"], "c", [good]).exit_code == 0
-    assert asked.finish(["b"], "c", [worse(good, 1.5)]).exit_code == 0  # another machine's rounding
+    wanted = Reports(baseline=file)
+    wanted.check()
+    assert wanted.finish(["b"], "c", [good]).exit_code == 0
+    assert wanted.finish(["b"], "c", [worse(good, 1.5)]).exit_code == 0  # another machine's rounding
     drifted = worse(good, 3)
     assert drifted.passed
-    found = asked.finish(["b"], "c", [drifted])
+    found = wanted.finish(["b"], "c", [drifted])
     assert (found.exit_code, found.word, len(found.drifts)) == (1, "DRIFTED", 1)
-    assert "case long, logits are off by" in str(found.drifts[0])
+    assert "case teacher_forced, logits are off by" in str(found.drifts[0])
     root = ElementTree.fromstring(junit_text(found))
     assert root.get("failures") == "1"
     assert "DRIFTED" in Page(page(found)).words
@@ -233,9 +244,9 @@ def test_fewer_best_tokens_and_a_case_that_is_gone_are_drifts_a_new_case_is_a_no
     fewer = replace(good, cases=(replace(good.cases[0], top1_agreed=good.cases[0].top1_agreed - 1), *good.cases[1:]))
     assert "best tokens agree" in str(known.judge([fewer])[0][0])
     gone, _ = known.judge([replace(good, cases=good.cases[1:])])
-    assert [drift.what for drift in gone] == ["it is in the baseline and was not run"]
+    assert [drift.message for drift in gone] == ["it is in the baseline and was not run"]
     new = replace(good, cases=(*good.cases, replace(good.cases[0], name="new")))
-    assert known.judge([new]) == ((), (f"the baseline does not know case new of {key_of(good)}",))
+    assert known.judge([new]) == ((), (f"the baseline does not contain case new of {key_of(good)}",))
 
 
 def test_noise_far_below_the_tolerance_is_no_drift(good, tmp_path):
@@ -268,23 +279,25 @@ def test_a_file_that_is_no_baseline_is_refused_before_the_work(content, tmp_path
     (tmp_path / "b.json").write_text(content)
     with pytest.raises(GqaExportError) as refusal:
         Reports(baseline=tmp_path / "b.json").check()
+    assert refusal.value.code in ("E-REPORT-BASELINE-READ", "E-REPORT-BASELINE-FORMAT")
     assert "--update-baseline" in refusal.value.fix
 
 
 def test_a_baseline_without_this_bundle_is_refused_and_names_those_it_has(good, tmp_path):
     Baseline.update(tmp_path / "b.json", [good])
-    with pytest.raises(GqaExportError, match="does not know") as refusal:
+    with refused("E-REPORT-BASELINE-BUNDLE") as refusal:
         Baseline.read(tmp_path / "b.json").judge([replace(good, provider="cuda")])
-    assert key_of(good) in refusal.value.where
+    assert key_of(good) in refusal.error.where
 
 
-@pytest.mark.parametrize(("asked", "says"), [
-    ({"update_baseline": True}, "no baseline to update"), ({"baseline": "missing.json"}, "no such baseline"),
-    ({"html": "no/such/folder/x.html"}, "folder of the file does not exist"),
+@pytest.mark.parametrize(("options", "code"), [
+    ({"update_baseline": True}, "E-OPTION-UPDATE-BASELINE"),
+    ({"baseline": "missing.json"}, "E-REPORT-BASELINE-MISSING"),
+    ({"html": "no/such/folder/x.html"}, "E-REPORT-FOLDER"),
 ])
-def test_what_cannot_be_written_is_refused_before_the_work(asked, says, tmp_path):
-    given = {name: tmp_path / value if isinstance(value, str) else value for name, value in asked.items()}
-    with pytest.raises(GqaExportError, match=says):
+def test_what_cannot_be_written_is_refused_before_the_work(options, code, tmp_path):
+    given = {name: tmp_path / value if isinstance(value, str) else value for name, value in options.items()}
+    with refused(code):
         Reports(**given).check()
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from gqa_models import write_tiny
+from refusal import refused
 
 from gqa_export.bundle.manifest import DATA, MANIFEST, MODEL, FileFact, read_manifest
 from gqa_export.errors import GqaExportError, NotCheckedHere
@@ -119,8 +120,8 @@ def one_weight(folder: Path) -> None:
 def test_an_exported_bundle_passes(bundles, checkpoints, name, target, cache):
     verdict = validate(bundles(name, target=target, cache=cache), checkpoints(name), steps=STEPS)
     assert verdict.passed, str(verdict.first)
-    assert [case.name for case in verdict.cases] == ["long", "free", "ragged", "poisoned", "full", "special",
-                                                     "refusals"]
+    assert [case.name for case in verdict.cases] == ["teacher_forced", "free_running", "ragged", "garbage_tail",
+                                                     "last_slots", "special", "refusals"]
     # far below: the bound is a few times PyTorch's own rounding
     assert verdict.max_abs_logits < 1e-4
 
@@ -140,13 +141,13 @@ def test_a_wrong_graph_is_caught_and_the_place_named(bundles, checkpoints, tmp_p
     assert verdict.first.output == place, str(verdict.first)
 
 
-@pytest.mark.parametrize(("change", "name", "said"), [
-    (scale_of_layer_1, "llama", "layer 1: the graph's scale"), (window_one_longer, "mistral", "layer 0: the graph's"),
-    (window_dropped, "mistral", "layer 0: the graph's"), (softcap_dropped, "gemma2", "layer 0: the graph's softcap"),
+@pytest.mark.parametrize(("change", "name", "facts"), [
+    (scale_of_layer_1, "llama", "layer 1.*scale"), (window_one_longer, "mistral", "layer 0.*window"),
+    (window_dropped, "mistral", "layer 0.*window"), (softcap_dropped, "gemma2", "layer 0.*softcap"),
 ], ids=lambda value: getattr(value, "__name__", ""))
-def test_a_graph_that_contradicts_its_manifest_is_refused_by_layer(bundles, checkpoints, tmp_path, change, name, said):
+def test_a_graph_that_contradicts_its_manifest_is_refused_by_layer(bundles, checkpoints, tmp_path, change, name, facts):
     folder = broken(bundles(name, target="ort"), tmp_path / "b", change)
-    with pytest.raises(GqaExportError, match=said):
+    with pytest.raises(GqaExportError, match=facts):
         validate(folder, checkpoints(name), steps=STEPS)
 
 
@@ -163,7 +164,7 @@ def test_a_low_precision_bundle_is_checked_as_its_fp32_twin(bundles, checkpoints
     assert verdict.passed, str(verdict.first)
     assert verdict.checked_dtype == "float32"
     assert verdict.dtype != "float32"
-    assert verdict.max_abs_logits < 1e-4  # the truth has the same rounded weights
+    assert verdict.max_abs_logits < 1e-4  # the reference has the same rounded weights
 
 
 def test_the_twin_of_a_wrong_graph_is_wrong_too(bundles, checkpoints, tmp_path):
@@ -172,14 +173,14 @@ def test_the_twin_of_a_wrong_graph_is_wrong_too(bundles, checkpoints, tmp_path):
 
 
 def test_bf16_on_a_cpu_is_not_checked_and_never_a_pass(bundles, checkpoints):
-    with pytest.raises(NotCheckedHere) as caught:
+    with refused("E-ENV-KERNELS", NotCheckedHere) as refusal:
         validate(bundles("llama", target="portable", dtype="bf16"), checkpoints("llama"), provider="cpu")
-    assert caught.value.exit_code == 3
-    assert "--dtype fp32" in caught.value.fix
-    assert "--as fp32" in caught.value.fix
+    assert refusal.error.exit_code == 3
+    assert "--dtype fp32" in refusal.error.fix
+    assert "--as fp32" in refusal.error.fix
 
 
-@pytest.mark.parametrize(("other", "named"), [("qwen3", "model type"), ("llama_mha", "cached key 0")])
+@pytest.mark.parametrize(("other", "named"), [("qwen3", "qwen3"), ("llama_mha", "key 0")])
 def test_a_bundle_of_another_checkpoint_is_refused_by_name(bundles, checkpoints, other, named):
     with pytest.raises(GqaExportError, match=named) as caught:
         validate(bundles("llama", target="ort"), checkpoints(other))
@@ -191,13 +192,13 @@ def test_a_changed_file_is_refused_by_name(bundles, checkpoints, tmp_path):
     data = bytearray((tmp_path / "b" / DATA).read_bytes())
     data[1000] ^= 1
     (tmp_path / "b" / DATA).write_bytes(data)
-    with pytest.raises(GqaExportError, match=rf"content of {DATA} is not what its manifest says"):
+    with pytest.raises(GqaExportError, match=f"{DATA}.*sha256"):
         validate(tmp_path / "b", checkpoints("llama"))
     (tmp_path / "b" / DATA).write_bytes(data[:-4])
-    with pytest.raises(GqaExportError, match=rf"{DATA} has \d+ bytes, its manifest says"):
+    with pytest.raises(GqaExportError, match=f"{DATA}.*{len(data)}"):
         validate(tmp_path / "b", checkpoints("llama"))
     (tmp_path / "b" / DATA).unlink()
-    with pytest.raises(GqaExportError, match=f"{DATA} is missing"):
+    with pytest.raises(GqaExportError, match=DATA):
         validate(tmp_path / "b", checkpoints("llama"))
 
 
@@ -207,7 +208,7 @@ def test_a_manifest_that_names_files_outside_is_refused(bundles, checkpoints, tm
     (tmp_path / "secret").write_bytes(b"1")
     text = replace(manifest, files={**manifest.files, "../secret": FileFact(1)}).to_json()
     (tmp_path / "b" / MANIFEST).write_text(text)
-    with pytest.raises(GqaExportError, match="outside the bundle"):
+    with pytest.raises(GqaExportError, match=r"\.\./secret"):
         validate(tmp_path / "b", checkpoints("llama"))
 
 
@@ -231,7 +232,7 @@ def test_exit_code_1_when_outputs_differ(bundles, checkpoints, tmp_path):
     one_weight(folder)
     done = command(folder, "--against", checkpoints("llama"), "--steps", STEPS)
     assert done.returncode == 1, done.stderr
-    assert "first divergence: case long, step 0 (prefill), layer" in done.stdout
+    assert "first divergence: case teacher_forced, step 0 (prefill), layer" in done.stdout
 
 
 def test_exit_code_2_when_the_graph_is_not_what_its_manifest_says(bundles, checkpoints, tmp_path):

@@ -11,9 +11,10 @@ import pytest
 from evidence.mutations.kinds import scale_wrong, window_longer
 from evidence.mutations.mutation import break_bundle
 from gqa_models import write_tiny
+from refusal import refused
 
 from gqa_export.bundle.manifest import MANIFEST, read_manifest
-from gqa_export.errors import GqaExportError
+from gqa_export.errors import InvalidBundle
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.validation.cross_check import cross_check
@@ -39,7 +40,8 @@ def test_growing_equals_static_and_one_target_another(bundles):
     for verdict in verdicts:
         assert verdict.passed, str(verdict.first)
         assert Path(verdict.against).name == "ort"
-        assert {"long", "ragged", "poisoned", "full", "refusals"} <= {case.name for case in verdict.cases}
+        names = {case.name for case in verdict.cases}
+        assert {"teacher_forced", "ragged", "garbage_tail", "last_slots", "refusals"} <= names
 
 
 @pytest.mark.parametrize("change", [scale_wrong])
@@ -48,8 +50,9 @@ def test_the_odd_one_out_differs(bundles, tmp_path, change):
     manifest = read_manifest(odd)
     honest = read_manifest(bundles["ort"]).spec
     # a graph whose attribute and manifest lie alike is told by the other bundle's manifest
-    with pytest.raises(GqaExportError, match="disagree on layer 1: scale"):
+    with refused("E-VALIDATE-LAYERS", InvalidBundle) as refusal:
         cross_check([bundles["ort"], odd], steps=STEPS)
+    assert "layer 1: scale" in refusal.error.what
     assert manifest.spec != honest
 
 
@@ -65,12 +68,14 @@ def test_a_wrong_weight_shows_between_bundles(bundles, tmp_path):
 
 def test_bundles_of_different_models_are_refused_by_what_tells_them_apart(bundles, tmp_path):
     odd = break_bundle(bundles["ort"], tmp_path / "odd", window_longer)
-    with pytest.raises(GqaExportError, match="disagree on layer 1: window is 16 and 17"):
+    with refused("E-VALIDATE-LAYERS", InvalidBundle) as refusal:
         cross_check([bundles["ort"], odd])
+    assert "layer 1: window is 16 and 17" in refusal.error.what
     manifest = read_manifest(odd)
     (odd / MANIFEST).write_text(replace(manifest, spec=replace(manifest.spec, model_type="llama")).to_json())
-    with pytest.raises(GqaExportError, match="model_type is mistral and llama"):
+    with refused("E-VALIDATE-MODELS", InvalidBundle) as refusal:
         cross_check([bundles["ort"], odd])
+    assert "model_type is mistral and llama" in refusal.error.what
 
 
 def command(*arguments) -> subprocess.CompletedProcess:

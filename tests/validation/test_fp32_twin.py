@@ -9,9 +9,10 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from refusal import refused
 
 from gqa_export.bundle.manifest import DATA, MANIFEST, MODEL, FileFact, Manifest, read_manifest
-from gqa_export.errors import GqaExportError, NotCheckedHere
+from gqa_export.errors import InvalidBundle, NotCheckedHere
 from gqa_export.graph_io import TensorFact
 from gqa_export.spec import ModelSpec
 from gqa_export.validation import fp32_twin as twin_module
@@ -127,7 +128,7 @@ def test_an_fp32_bundle_has_no_twin(folders):
     source, target = folders
     small_bundle(source, "float16")
     (source / MANIFEST).write_text(replace(read_manifest(source), dtype="float32").to_json())
-    with pytest.raises(GqaExportError, match="no fp32 twin"):
+    with refused("E-OPTION-AS"):
         write_twin(source, target)
 
 
@@ -135,7 +136,7 @@ def test_data_outside_the_bundle_is_refused(folders):
     source, target = folders
     (source.parent / "secret").write_bytes(b"x" * 1000)
     small_bundle(source, "bfloat16", location="../secret")
-    with pytest.raises(GqaExportError, match="lies outside the bundle"):
+    with refused("E-BUNDLE-OUTSIDE", InvalidBundle):
         write_twin(source, target)
 
 
@@ -144,7 +145,7 @@ def test_data_cut_short_is_refused(folders):
     small_bundle(source, "bfloat16")
     with open(source / DATA, "r+b") as file:
         file.truncate(20)
-    with pytest.raises(GqaExportError, match="shorter than the graph says"):
+    with refused("E-BUNDLE-SHORT", InvalidBundle):
         write_twin(source, target)
 
 
@@ -155,6 +156,6 @@ def test_no_room_for_the_twin_is_not_a_pass(folders, monkeypatch):
     small_bundle(source, "bfloat16")
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(twin_module.shutil, "disk_usage", lambda path: usage(10, 10, 0))
-    with pytest.raises(NotCheckedHere, match="temporary space") as caught:
+    with refused("E-VALIDATE-SPACE", NotCheckedHere) as refusal:
         write_twin(source, target)
-    assert caught.value.exit_code == 3
+    assert refusal.error.exit_code == 3

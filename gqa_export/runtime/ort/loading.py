@@ -13,7 +13,7 @@ from typing import Any
 
 from ...bundle.integrity import check_files
 from ...bundle.manifest import MODEL, Manifest
-from ...errors import GqaExportError, NotCheckedHere
+from ...errors import GqaExportError, InvalidBundle, NotCheckedHere, first_line
 from ...graph_io import TensorFact
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -28,30 +28,34 @@ def import_onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise NotCheckedHere("onnxruntime is not installed", str(error),
-                             "pip install 'gqa-export[ort]' (or 'gqa-export[gpu]' for an NVIDIA GPU)") from error
+                             "pip install 'gqa-export[ort]' (or 'gqa-export[gpu]' for an NVIDIA GPU)",
+                             code="E-ENV-ONNXRUNTIME") from error
     return onnxruntime
 
 
-def choose_provider(asked: str, dtype: str, dtypes: Mapping[str, Sequence[str]]) -> str:
-    """"cpu" or "cuda" for asked "auto", "cpu" or "cuda"; NotCheckedHere if it is not here or cannot run `dtype`.
+def choose_provider(wanted: str, dtype: str, dtypes: Mapping[str, Sequence[str]]) -> str:
+    """"cpu" or "cuda" for a wanted "auto", "cpu" or "cuda"; NotCheckedHere if it is not here or cannot run `dtype`.
 
     dtypes: per provider, what the target's kernels take. auto takes CUDA where it is there and can.
     """
-    if asked not in ("auto", *PROVIDERS):
-        raise GqaExportError(f"unknown provider {asked!r}", "--provider", f"one of auto, {', '.join(PROVIDERS)}")
+    if wanted not in ("auto", *PROVIDERS):
+        raise GqaExportError(f"unknown provider {wanted!r}", "--provider", f"use one of auto, {', '.join(PROVIDERS)}",
+                             code="E-OPTION-PROVIDER")
     available = import_onnxruntime().get_available_providers()
     dtype = DTYPES.get(dtype, dtype)
     has_cuda = PROVIDERS["cuda"] in available
-    provider = asked if asked != "auto" else "cuda" if has_cuda and dtype in dtypes.get("cuda", ()) else "cpu"
+    provider = wanted if wanted != "auto" else "cuda" if has_cuda and dtype in dtypes.get("cuda", ()) else "cpu"
     if PROVIDERS[provider] not in available:
         raise NotCheckedHere(f"the {provider} provider of ONNX Runtime is not available here",
                              f"providers: {', '.join(available)}",
-                             "pip install 'gqa-export[gpu]' without onnxruntime beside it, or pass --provider cpu")
+                             "pip install 'gqa-export[gpu]' without onnxruntime beside it, or pass --provider cpu",
+                             code="E-ENV-PROVIDER")
     if dtype not in dtypes.get(provider, ()):
         fits = [name for name, good in DTYPES.items() if good in dtypes.get(provider, ())]
         raise NotCheckedHere(f"ONNX Runtime has no {dtype} kernels for this target on the {provider}",
                              f"dtype {dtype}, provider {provider}",
-                             f"export with --dtype {fits[0] if fits else 'fp32'}, or choose another --provider")
+                             f"export with --dtype {fits[0] if fits else 'fp32'}, or choose another --provider",
+                             code="E-ENV-KERNELS")
     return provider
 
 
@@ -78,11 +82,12 @@ def open_session(folder: Path | str, manifest: Manifest, provider: str, *, low_m
     try:
         session = ort.InferenceSession(str(folder / MODEL), options, providers=names)
     except Exception as error:  # onnxruntime's own exceptions share no public base class
-        raise GqaExportError(f"ONNX Runtime cannot open the graph: {str(error).strip().splitlines()[0]}",
-                             str(folder / MODEL), "export the bundle again, or try --target portable") from error
+        raise InvalidBundle(f"ONNX Runtime cannot open the graph: {first_line(error)}", str(folder / MODEL),
+                            "export the bundle again, or try --target portable", code="E-BUNDLE-OPEN") from error
     if PROVIDERS[provider] not in session.get_providers():
         raise NotCheckedHere(f"ONNX Runtime could not start {PROVIDERS[provider]}", "see its message above",
-                             "check the CUDA and cuDNN libraries with `gqa-export doctor`, or pass --provider cpu")
+                             "check the CUDA and cuDNN libraries with `gqa-export doctor`, or pass --provider cpu",
+                             code="E-ENV-PROVIDER")
     check_graph(manifest, [_fact(port) for port in session.get_inputs()],
                 [_fact(port) for port in session.get_outputs()], str(folder / MODEL))
     return session
@@ -93,8 +98,9 @@ def check_graph(manifest: Manifest, inputs: list[TensorFact], outputs: list[Tens
     for kind, stated, found in (("input", manifest.inputs, inputs), ("output", manifest.outputs, outputs)):
         problem = _mismatch(stated, found)
         if problem:
-            raise GqaExportError(f"the graph's {kind}s are not the manifest's: {problem}", where,
-                                 "model.onnx and gqa_export.json belong to different exports: export again")
+            raise InvalidBundle(f"the graph's {kind}s differ from the manifest's: {problem}", where,
+                                "model.onnx and gqa_export.json belong to different exports: export again",
+                                code="E-BUNDLE-INTERFACE")
 
 
 def _mismatch(stated: Iterable[TensorFact], found: list[TensorFact]) -> str:

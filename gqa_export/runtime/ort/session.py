@@ -16,7 +16,7 @@ import numpy as np
 
 from ...bundle.integrity import check_files
 from ...bundle.manifest import MODEL, Manifest, read_manifest
-from ...errors import GqaExportError
+from ...errors import GqaExportError, first_line
 from ...graph_io import ATTENTION_MASK, INPUT_IDS, past_names, present_names
 from ...targets import Target, get_target
 from ..feeds import check_feed, must_run_alone, step_feed, written_rows
@@ -50,21 +50,30 @@ class OrtSession:
              config: dict[str, str] | None = None, target: Target | None = None) -> OrtSession:
         """Open a bundle.
 
-        provider: "auto", "cpu" or "cuda". infer: run the graph with this callable (dict of arrays in, dict of
-        arrays out) instead of a session of ONNX Runtime. capacity: tokens per sequence, at most the bundle's
-        (default). low_memory, threads, config: see `ort_load.open_session`. target: another row than the manifest's
-        (`table.on_cpu`). Raises GqaExportError, NotCheckedHere.
+        Args:
+            folder: of the bundle.
+            provider: "auto", "cpu" or "cuda".
+            infer: runs the graph (dict of arrays in, dict of arrays out) in place of a session of ONNX Runtime.
+            capacity: tokens per sequence, at most the bundle's; None is the bundle's.
+            low_memory, threads, config: see `gqa_export.runtime.ort.loading.open_session`.
+            target: another row of the table than the manifest's (`gqa_export.targets.on_cpu`).
+
+        Raises:
+            InvalidBundle: the bundle is damaged, or its graph is not the manifest's.
+            NotCheckedHere: this machine cannot run it.
+            GqaExportError: the bundle's target does not run in ONNX Runtime, or the capacity is too large.
         """
         manifest = read_manifest(folder)
         target = target or get_target(manifest.target)
         if not target.runs_in_onnxruntime:
             raise GqaExportError(f"a bundle of target {manifest.target} does not run in ONNX Runtime", str(folder),
                                  "build an engine of it with `gqa-export trt`, or export it with --target ort, onnx or "
-                                 "portable to run it here")
+                                 "portable to run it here", code="E-RUN-TARGET")
         capacity = manifest.capacity if capacity is None else capacity
         if not 1 <= capacity <= manifest.capacity:
-            raise GqaExportError(f"a capacity of {capacity} is not within 1..{manifest.capacity}", str(folder),
-                                 "the bundle's own capacity is the limit: export with a larger --capacity")
+            raise GqaExportError(f"capacity must be within 1..{manifest.capacity}, got {capacity}", str(folder),
+                                 "the bundle's own capacity is the limit: export with a larger --capacity",
+                                 code="E-OPTION-CAPACITY")
         pasts = [name for layer in manifest.spec.layers for name in past_names(layer.layer)]
         presents = [name for layer in manifest.spec.layers for name in present_names(layer.layer)]
         dtype = DTYPES.get(manifest.dtype, manifest.dtype)
@@ -87,7 +96,8 @@ class OrtSession:
     def reset(self, batch: int) -> None:
         """An empty cache for `batch` sequences; a static buffer is made anew, zeroed."""
         if batch < 1:
-            raise GqaExportError(f"a batch of {batch}", "reset", "give at least one sequence")
+            raise GqaExportError(f"batch size must be at least 1, got {batch}", "reset", "give at least one sequence",
+                                 code="E-RUN-BATCH")
         self._lengths = np.zeros(batch, dtype=np.int64)
         room = self.capacity if self._static else 0
         sizes = [(layer.kv_num_heads, size) for layer in self.spec.layers
@@ -133,7 +143,7 @@ class OrtSession:
         self._past = ran.present
         after = int((self._lengths + new).max())
         if not self._static and after < longest + ids.shape[1]:
-            # ragged rows leave columns that belong to nobody: cut them, or they grow with every step
+            # ragged rows leave columns without a token: cut them, or they grow with every step
             self._past = [self._backend.upload(self._backend.download(t)[:, :, :after]) for t in self._past]
         return ran.logits
 
@@ -144,9 +154,10 @@ class OrtSession:
         except (GqaExportError, MemoryError):
             raise
         except Exception as error:  # onnxruntime's own exceptions share no public base class
-            raise GqaExportError(f"ONNX Runtime failed while running the graph: {str(error).strip().splitlines()[0]}",
+            raise GqaExportError(f"ONNX Runtime failed while running the graph: {first_line(error)}",
                                  f"{len(ids)} sequences, {ids.shape[1]} new tokens, {past} past",
-                                 "validate the bundle; if it passes, report this message") from error
+                                 "validate the bundle; if it passes, report this message",
+                                 code="E-RUN-FAILED") from error
 
     def _each_row(self, ids: np.ndarray, new: np.ndarray) -> np.ndarray:
         """One call per row that brings something, unpadded; the results put together as if it had been one."""

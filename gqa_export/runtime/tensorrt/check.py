@@ -15,7 +15,7 @@ from typing import Any
 from ...bundle.engine_facts import DECODE, FLAVORS, PREFILL, REBUILD, EngineFacts
 from ...bundle.integrity import check_files
 from ...bundle.manifest import Manifest, read_manifest
-from ...errors import GqaExportError, NotCheckedHere
+from ...errors import GqaExportError, InvalidBundle, NotCheckedHere
 from ...graph_io import INPUT_IDS, LOGITS, NEW_LENGTHS, PAST_LENGTHS, past_names, present_names
 
 BUILD = "make one of it with `gqa-export trt BUNDLE -o ENGINE_BUNDLE`"
@@ -54,24 +54,26 @@ def facts_of(manifest: Manifest, where: str) -> EngineFacts:
     """The engine's facts, held against the rest of the manifest and against this package's plugin."""
     facts = manifest.engine
     if facts is None:
-        raise GqaExportError(f"the bundle holds a graph for {manifest.target}, not an engine", where, BUILD)
+        raise InvalidBundle(f"expected an engine bundle, got a graph for {manifest.target}", where, BUILD,
+                            code="E-ENGINE-MISSING")
     if facts.flavor not in FLAVORS:
-        raise GqaExportError(f"the engine is for {facts.flavor!r}, which is none of {', '.join(FLAVORS)}", where,
-                             REBUILD)
+        raise InvalidBundle(f"unknown engine flavor {facts.flavor!r}, expected one of {', '.join(FLAVORS)}", where,
+                            REBUILD, code="E-ENGINE-FLAVOR")
     if facts.stripped:
-        raise GqaExportError("the engine was built without its weights, and this runtime does not put them back", where,
-                             "build it without --strip-weights")
+        raise InvalidBundle("the engine was built without its weights, and this runtime does not put them back", where,
+                            "build it without --strip-weights", code="E-ENGINE-STRIPPED")
     wanted = {LOGITS: ""} | {present: past for layer in manifest.spec.layers
                              for present, past in zip(present_names(layer.layer), past_names(layer.layer))}
     loose = [name for name, past in wanted.items() if past and facts.aliases.get(name) != past]
     if loose:
-        raise GqaExportError(f"the engine does not write {loose[0]} into the memory of {wanted[loose[0]]}", where,
-                             REBUILD)
+        raise InvalidBundle(f"the engine does not write {loose[0]} into the memory of {wanted[loose[0]]}", where,
+                            REBUILD, code="E-ENGINE-ALIAS")
     for name in (DECODE, PREFILL):
         _, profile = facts.profile(name)
         lacking = [tensor for tensor in (INPUT_IDS, PAST_LENGTHS, NEW_LENGTHS) if tensor not in profile.shapes]
         if lacking:
-            raise GqaExportError(f"the {name} profile says nothing of {lacking[0]}", where, REBUILD)
+            raise InvalidBundle(f"the {name} profile does not name {lacking[0]}", where, REBUILD,
+                                code="E-ENGINE-PROFILE")
     _check_plugin(facts, where)
     return facts
 
@@ -82,14 +84,16 @@ def _check_plugin(facts: EngineFacts, where: str) -> None:
     if facts.attention != "plugin":
         return
     if facts.plugin is None:
-        raise GqaExportError("the manifest does not say which plugin the engine's attention needs", where, REBUILD)
+        raise InvalidBundle("the manifest does not name the plugin that the engine's attention needs", where, REBUILD,
+                            code="E-ENGINE-PLUGIN-MISSING")
     fields.check_contract_version(facts.plugin.contract_version, where)
-    asked = (facts.plugin.name, facts.plugin.version, facts.plugin.namespace)
+    wanted = (facts.plugin.name, facts.plugin.version, facts.plugin.namespace)
     here = (fields.NAME, fields.PLUGIN_VERSION, fields.NAMESPACE)
-    if asked != here:
-        raise GqaExportError(f"the engine asks for the plugin {asked[2]}::{asked[0]} version {asked[1]}; this "
-                             f"gqa-export has {here[2]}::{here[0]} version {here[1]}", where,
-                             f"{REBUILD} of this version, or install the gqa-export that built it")
+    if wanted != here:
+        raise InvalidBundle(f"the engine needs the plugin {wanted[2]}::{wanted[0]} version {wanted[1]}; this "
+                            f"gqa-export has {here[2]}::{here[0]} version {here[1]}", where,
+                            f"{REBUILD} of this version, or install the gqa-export that built it",
+                            code="E-ENGINE-PLUGIN")
 
 
 def _check_kernels(folder: Path, facts: EngineFacts) -> str:
@@ -109,7 +113,8 @@ def _check_kernels(folder: Path, facts: EngineFacts) -> str:
                 if hashlib.sha256(container).hexdigest() == facts.plugin.sha256:
                     return f"{len(sizes)} kernels inside, {len(container) / 1e3:,.0f} kB, sha256 as stated"
             start = data.find(fields.MAGIC + b"\n", start + 1)
-    raise GqaExportError("the engine does not carry the kernels that its manifest names", str(path), REBUILD)
+    raise InvalidBundle("the engine does not carry the kernels that its manifest names", str(path), REBUILD,
+                        code="E-ENGINE-KERNELS")
 
 
 def capabilities(facts: EngineFacts) -> str:
@@ -124,19 +129,20 @@ def check_device(facts: EngineFacts, device: int, where: str) -> None:
     try:
         import torch
     except ImportError as error:
-        raise NotCheckedHere("PyTorch is not installed, which holds the engine's memory", where,
-                             "pip install torch") from error
+        raise NotCheckedHere("an engine's memory is held by PyTorch, which is not installed", where,
+                             "pip install torch", code="E-ENV-TORCH") from error
     if not torch.cuda.is_available():
         raise NotCheckedHere(f"this machine cannot run the engine: PyTorch {torch.__version__} sees no CUDA device",
-                             where, fix)
+                             where, fix, code="E-ENV-GPU")
     if not 0 <= device < torch.cuda.device_count():
-        raise GqaExportError(f"there is no CUDA device {device}: {torch.cuda.device_count()} are here", where,
-                             "count from 0")
+        raise GqaExportError(f"CUDA device {device} does not exist: {torch.cuda.device_count()} are here", where,
+                             "count from 0", code="E-ENV-DEVICE")
     major, minor = torch.cuda.get_device_capability(device)
     if facts.compute_capabilities and 10 * major + minor not in facts.compute_capabilities:
         name = torch.cuda.get_device_name(device)
-        raise GqaExportError(f"the engine is for {capabilities(facts)}, this GPU ({name}) has {major}.{minor}", where,
-                             f"build it again with --compute-capability {major}.{minor}")
+        raise InvalidBundle(f"the engine is for {capabilities(facts)}, this GPU ({name}) has {major}.{minor}", where,
+                            f"build it again with --compute-capability {major}.{minor}",
+                            code="E-ENGINE-COMPUTE-CAPABILITY")
 
 
 def import_flavor(facts: EngineFacts, where: str) -> Any:
@@ -149,12 +155,13 @@ def import_flavor(facts: EngineFacts, where: str) -> Any:
     if here and facts.flavor not in here:
         extra = tensorrt_libraries.SOURCES[facts.flavor].extra
         raise GqaExportError(f"the engine is of {FLAVORS[facts.flavor]}, and only {FLAVORS[here[0]]} is installed",
-                             where, f"pip install 'gqa-export[{extra}]', or build it again with --flavor {here[0]}")
+                             where, f"pip install 'gqa-export[{extra}]', or build it again with --flavor {here[0]}",
+                             code="E-ENV-FLAVOR")
     library = tensorrt_libraries.find(facts.flavor)
     tensorrt_libraries.preload(library)
     module = import_module(library.module)
     if module.__version__ != facts.version:
-        raise GqaExportError(f"the engine was built by {FLAVORS[facts.flavor]} {facts.version}, here is "
-                             f"{module.__version__}: an engine runs only with the version that built it", where,
-                             f"install version {facts.version}, or {REBUILD}")
+        raise InvalidBundle(f"the engine was built by {FLAVORS[facts.flavor]} {facts.version}, here is "
+                            f"{module.__version__}: an engine runs only with the version that built it", where,
+                            f"install version {facts.version}, or {REBUILD}", code="E-ENGINE-VERSION")
     return module

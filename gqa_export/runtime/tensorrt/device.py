@@ -15,7 +15,7 @@ import numpy as np
 
 from ...bundle.engine_facts import DECODE, PREFILL, REBUILD
 from ...bundle.manifest import Manifest
-from ...errors import GqaExportError
+from ...errors import GqaExportError, first_line
 from ...graph_io import INPUT_IDS, LOGITS, NEW_LENGTHS, PAST_LENGTHS, past_names, present_names
 
 
@@ -50,15 +50,18 @@ class DeviceBackend:
             self._logger = trt.Logger(trt.Logger.WARNING)
             self._runtime = trt.Runtime(self._logger)
             self._engine = self._runtime.deserialize_cuda_engine((folder / facts.file).read_bytes())
-            self._sound(self._engine is not None, "cannot be opened", REBUILD)
+            if self._engine is None:
+                raise self._refusal("cannot be opened", REBUILD, code="E-ENGINE-OPEN")
             self._contexts = {}
             for name in (DECODE, PREFILL):
                 context = self._engine.create_execution_context()
-                self._sound(context is not None, "has no room for its working memory on this GPU",
-                            "free memory on the GPU, or build with a smaller --max-prompt, --max-batch or --capacity")
+                if context is None:
+                    raise self._refusal("does not find its working memory on this GPU", "free memory on the GPU, or "
+                                        "build with a smaller --max-prompt, --max-batch or --capacity",
+                                        code="E-ENGINE-MEMORY")
                 number = facts.profile(name)[0]
-                self._sound(context.set_optimization_profile_async(number, self.stream.cuda_stream),
-                            f"refuses its {name} profile", REBUILD)
+                if not context.set_optimization_profile_async(number, self.stream.cuda_stream):
+                    raise self._refusal(f"refuses its {name} profile", REBUILD, code="E-ENGINE-INPUT")
                 self._contexts[name] = context
         self.caches: list[Any] = []
         self._graph: Any = None
@@ -110,8 +113,8 @@ class DeviceBackend:
                 with torch.cuda.graph(graph, stream=self.stream):
                     self._enqueue(DECODE, inputs, 0, self._logits)
             except RuntimeError as error:
-                self._sound(False, f"cannot be captured in a CUDA graph ({str(error).splitlines()[0]})",
-                            "load it with cuda_graph=False")
+                raise self._refusal(f"cannot be captured in a CUDA graph ({first_line(error)})",
+                                    "load it with cuda_graph=False", code="E-ENGINE-CAPTURE") from error
             self._graph = graph
         self._graph.replay()
         return self._logits
@@ -129,21 +132,22 @@ class DeviceBackend:
             context.set_tensor_address(present, part.data_ptr())
         context.set_tensor_address(LOGITS, logits.data_ptr())
         stream = self._torch.cuda.current_stream(self.device).cuda_stream
-        self._sound(context.execute_async_v3(stream), f"did not run ({profile}, {list(inputs[0].shape)})",
-                    "rerun with --debug, and report it with TensorRT's own messages above")
+        if not context.execute_async_v3(stream):
+            raise self._refusal(f"did not run ({profile}, {list(inputs[0].shape)})",
+                                "rerun with --debug, and report it with TensorRT's own messages above",
+                                code="E-ENGINE-RUN")
 
     def _bind(self, context: Any, name: str, tensor: Any) -> None:
-        self._sound(context.set_input_shape(name, tuple(tensor.shape)), f"refuses {name} of {list(tensor.shape)}",
-                    REBUILD)
+        if not context.set_input_shape(name, tuple(tensor.shape)):
+            raise self._refusal(f"refuses {name} of {list(tensor.shape)}", REBUILD, code="E-ENGINE-INPUT")
         context.set_tensor_address(name, tensor.data_ptr())
 
-    def _sound(self, good: Any, what: str, fix: str) -> None:
-        """Raise what a callback of the plugin refused, which TensorRT swallows, or a GqaExportError of our own."""
-        if good:
-            return
+    def _refusal(self, message: str, fix: str, *, code: str) -> Exception:
+        """What a callback of the plugin refused, which TensorRT swallows; else an error of our own."""
         if self._failures:
-            raise self._failures[0]
-        raise GqaExportError(f"the engine {what}", self._where, fix)
+            refused: Exception = self._failures[0]
+            return refused
+        return GqaExportError(f"the engine {message}", self._where, fix, code=code)
 
     def host(self, logits: Any) -> np.ndarray:
         """See `EngineBackend.host`."""

@@ -48,16 +48,23 @@ class EngineSession:
         self.max_batch, self.max_prompt = facts.max_batch, facts.max_prompt
         self.backend = backend
         self._pads = get_target(manifest.target).writes_padding
-        self._poison: tuple[float, ...] = ()
+        self._garbage: tuple[float, ...] = ()
         self._last: Any = None
         self.reset(1)
 
     @classmethod
     def load(cls, folder: Path | str, *, device: int = 0, cuda_graph: bool = True) -> EngineSession:
-        """Open an engine bundle on CUDA device `device`.
+        """Open an engine bundle.
 
-        cuda_graph: decode steps are captured once per batch size and replayed. Raises GqaExportError for a bundle
-        that is damaged, another flavour, version, capability or plugin; NotCheckedHere where there is no GPU.
+        Args:
+            folder: of the engine bundle.
+            device: number of the CUDA device.
+            cuda_graph: capture decode steps once per batch size and replay them.
+
+        Raises:
+            InvalidBundle: the bundle is damaged, or for another library version, GPU or plugin.
+            GqaExportError: another flavour of TensorRT is installed, or the device does not exist.
+            NotCheckedHere: there is no GPU here.
         """
         checked = check_bundle(folder)
         check_device(checked.facts, device, str(folder))
@@ -75,8 +82,9 @@ class EngineSession:
     def reset(self, batch: int) -> None:
         """An empty, zeroed cache for `batch` sequences, at most `max_batch`."""
         if not 1 <= batch <= self.max_batch:
-            raise GqaExportError(f"{batch} sequences at once, and the engine takes 1 to {self.max_batch}", "batch",
-                                 f"feed fewer, or build the engine with --max-batch {max(batch, 1)}")
+            raise GqaExportError(f"the engine takes 1 to {self.max_batch} sequences at once, got {batch}", "batch",
+                                 f"feed fewer, or build the engine with --max-batch {max(batch, 1)}",
+                                 code="E-RUN-BATCH")
         self._lengths = np.zeros(batch, dtype=np.int64)
         self._last = None
         self.backend.allocate(batch)
@@ -107,7 +115,7 @@ class EngineSession:
         one = np.ones(len(self._lengths), np.int64)
         if tuple(token_ids.shape) != (len(one), 1):
             raise GqaExportError(f"token_ids has shape {list(token_ids.shape)}, expected [{len(one)}, 1]", "token_ids",
-                                 "pass one new token for every sequence of the batch")
+                                 "pass one new token for every sequence of the batch", code="E-RUN-SHAPE")
         check_feed(np.zeros((len(one), 1), np.int64), one, self._lengths, self.capacity, self.spec.vocabulary)
         self._last = self.backend.run(token_ids, self._lengths.astype(np.int32), one.astype(np.int32), 0)
         self._lengths = self._lengths + 1
@@ -122,14 +130,14 @@ class EngineSession:
         """Per layer (key [B, K, C, D], value [B, K, C, E]), copies."""
         return self.backend.cache()
 
-    def poison(self, values: tuple[float, ...]) -> None:
-        """From now on, fill what the cache holds beyond the lengths with these before every call; none: leave it."""
-        self._poison = values
+    def fill_garbage(self, values: tuple[float, ...]) -> None:
+        """Fill the cache beyond the lengths with these values, in turn, before every later call; (): leave it."""
+        self._garbage = values
 
     def _piece(self, ids: np.ndarray, new: np.ndarray) -> np.ndarray:
         """Logits [B, 1, V] of at most `max_prompt` new tokens per row; the lengths move on."""
-        if self._poison:
-            self.backend.fill_tail(self._lengths, self._poison)
+        if self._garbage:
+            self.backend.fill_tail(self._lengths, self._garbage)
         if must_run_alone(self._lengths, new, ids.shape[1], capacity=self.capacity if self._pads else None,
                           chunks_alone=False, empty_alone=False):
             logits = np.zeros((len(new), 1, self.spec.vocabulary), np.float32)

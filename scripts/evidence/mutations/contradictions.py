@@ -20,7 +20,7 @@ from gqa_export.graph_io import past_names, present_names
 
 @dataclass(frozen=True)
 class Contradiction:
-    """change(folder) breaks a copy of a bundle; `names` must be in what the refusal says."""
+    """change(folder) breaks a copy of a bundle; `names` must be in the refusal."""
 
     name: str
     change: Callable[[Path], None]
@@ -51,17 +51,17 @@ def _claim(change: Callable[[Manifest], Manifest]) -> Callable[[Path], None]:
 
 
 def _layer(**facts) -> Callable[[Path], None]:
-    """The manifest says something else of layer 1. A fact may be a function of the layer."""
+    """The manifest states something else about layer 1. A fact may be a function of the layer."""
     def change(manifest: Manifest) -> Manifest:
         layers = list(manifest.spec.layers)
-        said = {name: fact(layers[1]) if callable(fact) else fact for name, fact in facts.items()}
-        layers[1] = replace(layers[1], **said)
+        changed = {name: fact(layers[1]) if callable(fact) else fact for name, fact in facts.items()}
+        layers[1] = replace(layers[1], **changed)
         return replace(manifest, spec=replace(manifest.spec, layers=tuple(layers)))
     return _claim(change)
 
 
 def _signed(change: Callable[[onnx.ModelProto], None]) -> Callable[[Path], None]:
-    """The graph says something else, its hash repaired."""
+    """The graph is another one, its hash repaired."""
     def edit(folder: Path) -> None:
         model = onnx.load(str(folder / MODEL), load_external_data=False)
         change(model)

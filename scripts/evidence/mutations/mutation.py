@@ -1,8 +1,8 @@
-"""Breaks a good bundle on purpose, as exporters have broken theirs, to show what the battery catches.
+"""Breaks a good bundle on purpose, as exporters have broken theirs, to show what the suite catches.
 
 A mutation changes the graph or the weights of a copy; then the manifest is made to agree again (hashes, sizes, the
 layers' scale, softcap and window), so that nothing but the behaviour is wrong. `Contradiction`s are the opposite:
-behaviour aside, files or graph are not what the manifest says. Dimensions as in `gqa_export.attention_op`.
+behaviour aside, files or graph differ from the manifest. Dimensions as in `gqa_export.attention_op`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class NotHere(Exception):
 @dataclass(frozen=True)
 class Mutation:
     """One way to break a bundle. place: the layer (-1: none in particular) and the op whose output is first wrong, as
-    `bisect` names it. words: the pattern that `bisect` may say. whole: no single layer is to blame."""
+    `bisect` names it. words: the pattern that `bisect` may name. whole: no single layer is to blame."""
 
     name: str
     breaks: str

@@ -1,4 +1,5 @@
-"""A session that answers from memory what it was asked before: many bundles against one truth cost one truth.
+"""A session that repeats its answers to earlier feeds from memory: many bundles are compared with one reference, which
+is computed once.
 
 The answers of a deterministic decoder depend on what it was fed since the reset, and on nothing else. Everything is
 kept, so this is for small models and repeated cases.

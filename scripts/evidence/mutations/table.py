@@ -1,6 +1,6 @@
-"""The proof of the battery: every kind of damage done to good bundles, and which case caught it at which level.
+"""The proof of the suite: every kind of damage done to good bundles, and which case caught it at which level.
 
-One row per kind. A kind is tried on the first bundle that has what it breaks; the truth is computed once per
+One row per kind. A kind is tried on the first bundle that has what it breaks; the reference is computed once per
 checkpoint and replayed. `docs/trust.md` shows the table, `docs/benchmarks/mutations.json` holds it.
 """
 
@@ -16,7 +16,7 @@ from evidence.mutations.contradictions import CONTRADICTIONS, Contradiction, con
 from evidence.mutations.kinds import MUTATIONS
 from evidence.mutations.mutation import Mutation, NotHere, break_bundle
 from gqa_export.bundle.manifest import read_manifest
-from gqa_export.compare.suite import BATTERY, LEVELS
+from gqa_export.compare.suite import LEVELS, SUITE
 from gqa_export.errors import GqaExportError
 from gqa_export.validation.reference import Reference, open_reference
 from gqa_export.validation.validate import validate
@@ -46,13 +46,13 @@ class Row:
 
 
 def open_sample(name: str, bundle: Path, checkpoint: Path) -> Sample:
-    """Load a bundle's checkpoint; what PyTorch says is kept."""
+    """Load a bundle's checkpoint; PyTorch's answers are kept."""
     from evidence.mutations.replayed_session import ReplayedSession
 
     manifest = read_manifest(bundle)
     known = open_reference(checkpoint, manifest, manifest.dtype, [])
     return Sample(name, bundle, checkpoint, replace(
-        known, truth=ReplayedSession(known.truth),
+        known, session=ReplayedSession(known.session),
         eager=None if known.eager is None else ReplayedSession(known.eager)))
 
 
@@ -66,13 +66,13 @@ def judge_damage(sample: Sample, broken: Path, level: str = "full") -> dict[str,
         verdict = validate(broken, sample.checkpoint, level=level, steps=STEPS, reference=sample.reference)
     except GqaExportError as error:
         return dict.fromkeys(levels, (f"refused: {error.what.splitlines()[0]}",))
-    ranks = {entry.name: LEVELS.index(entry.level) for entry in BATTERY}
+    ranks = {entry.name: LEVELS.index(entry.level) for entry in SUITE}
     failed = [case for case in verdict.cases if not case.passed]
     return {name: tuple(case.name for case in failed if ranks[case.entry] <= rank)
             for rank, name in enumerate(levels)}
 
 
-def judge_thriftily(sample: Sample, broken: Path) -> dict[str, tuple[str, ...]]:
+def judge_quick_first(sample: Sample, broken: Path) -> dict[str, tuple[str, ...]]:
     """Like `judge_damage`, but `full` is run only where `quick` caught nothing: it contains the cases of `quick`."""
     caught = judge_damage(sample, broken, "quick")
     return {**caught, "full": caught["quick"]} if caught["quick"] else judge_damage(sample, broken)
@@ -101,29 +101,30 @@ def contradiction_rows(sample: Sample, work: Path,
         folder = contradict(sample.bundle, work / "contradiction", one)
         try:
             validate(folder, sample.checkpoint, steps=STEPS, reference=sample.reference)
-            said = ""
+            message = ""
         except GqaExportError as error:
-            said = str(error).replace(str(work) + "/", "")
-        named = bool(said) and all(word in said for word in one.names)
+            message = str(error).replace(str(work) + "/", "")
+        named = bool(message) and all(word in message for word in one.names)
         yield Row(one.name, "files or graph against the manifest", sample.name,
-                  {level: (f"refused: {said.splitlines()[0]}",) if named else () for level in LEVELS})
+                  {level: (f"refused: {message.splitlines()[0]}",) if named else () for level in LEVELS})
         shutil.rmtree(folder)
 
 
 def prove(samples: Sequence[Sample], work: Path, tell: Callable[[Row], None] = lambda row: None,
-          kinds: Iterable[Mutation] = MUTATIONS, *, thrifty: bool = False) -> list[Row]:
+          kinds: Iterable[Mutation] = MUTATIONS, *, quick_first: bool = False) -> list[Row]:
     """All rows, mutations first. Good bundles are judged before: a sample that does not pass proves nothing.
 
-    thrifty: see `judge_thriftily`; for real models, of which `full` takes minutes.
+    quick_first: see `judge_quick_first`; for real models, of which `full` takes minutes.
     """
     for sample in samples:
         failed = judge_damage(sample, sample.bundle)["full"]
         if failed:
             raise GqaExportError(f"the undamaged bundle {sample.name} fails: {', '.join(failed)}",
-                                 str(sample.bundle), "prove the battery on a bundle that passes")
+                                 str(sample.bundle), "prove the suite on a bundle that passes",
+                                 code="E-VALIDATE-SAMPLE")
     rows = []
     for mutation in kinds:
-        row = mutation_row(mutation, samples, work, judge_thriftily if thrifty else judge_damage)
+        row = mutation_row(mutation, samples, work, judge_quick_first if quick_first else judge_damage)
         if row is not None:
             rows.append(row)
             tell(row)
@@ -146,9 +147,9 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         quick, full = row.caught["quick"], row.caught["full"]
         added = tuple(name for name in full if name not in quick)
-        lines.append(f"| {row.kind} | {row.breaks} | {row.sample} | {_spoken(quick)} | {_spoken(added)} |")
+        lines.append(f"| {row.kind} | {row.breaks} | {row.sample} | {_names(quick)} | {_names(added)} |")
     return "\n".join(lines)
 
 
-def _spoken(names: Sequence[str]) -> str:
+def _names(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "-"
