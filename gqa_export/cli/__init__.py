@@ -34,6 +34,7 @@ VERBS: dict[str, str] = {
     "uptrain": "Continue pre-training after a conversion.",
     "inspect": "Show the attention layers and the KV-cache cost of a bundle or checkpoint.",
     "models": "List the architectures that were checked, and why others are refused.",
+    "demo": "Fetch a small real model, export it, compare it with PyTorch, ask it something.",
     "doctor": "Show what is installed, what can run here and what is missing.",
 }
 
