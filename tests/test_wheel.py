@@ -24,6 +24,8 @@ from small_text import byte_tokenizer
 import gqa_export
 from gqa_export.cli import VERBS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(gqa_export.__file__).parent.parent
 API = ROOT / "docs" / "api.md"
 FOLDERS = {"gqa_export": "gqa_export", "gqa_models": "models", "gqa_plugins": "plugins"}

