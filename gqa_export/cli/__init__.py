@@ -35,6 +35,7 @@ VERBS: dict[str, str] = {
     "uptrain": "Continue pre-training after a conversion.",
     "inspect": "Show the attention layers and the KV-cache cost of a bundle or checkpoint.",
     "models": "List the architectures that were checked, and why others are refused.",
+    "demo": "Fetch a small real model, export it, compare it with PyTorch, generate an answer.",
     "doctor": "List what this machine can run and how to install what is missing.",
 }
 
