@@ -1,9 +1,8 @@
 """The exceptions of the project: what went wrong, where, and what to do next.
 
 Every refusal that a user can meet is a `GqaExportError`. The command line prints it and exits with its `exit_code`:
-0 passed, 1 outputs differ, 2 bad input, 3 could not be checked here; 70 is a bug of gqa-export. Programs and tests
-tell refusals apart by their kind (the class) and by `code`, which stays the same when a message is worded anew;
-docs/errors.md lists every code.
+0 passed, 1 outputs differ, 2 bad input, 3 could not be checked here. Programs and tests tell refusals apart by their
+kind (the class) and by `code`, which stays the same when a message is worded anew; docs/errors.md lists every code.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ EXIT_PASSED = 0
 EXIT_DIFFERENT = 1
 EXIT_BAD_INPUT = 2
 EXIT_NOT_CHECKED = 3
-EXIT_BUG = 70
-"""an error of gqa-export itself (EX_SOFTWARE of sysexits.h), so that it is told from bad input"""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,8 +1,8 @@
 """The command line: `gqa-export VERB ...`. This module imports the standard library and click, nothing else.
 
 Every verb is a module `gqa_export.cli.<verb>` that defines a click command named `command`, imported when the verb
-is used. Exit codes as in `gqa_export.errors`: 0 passed, 1 outputs differ, 2 bad input, 3 could not be checked here, 70
-a bug of gqa-export; 130 interrupted.
+is used. Exit codes as in `gqa_export.errors`: 0 passed, 1 outputs differ, 2 bad input (or a bug of ours), 3 could not
+be checked here; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import errno
 import importlib
 import os
 import sys
-import tempfile
 import traceback
 from typing import Any, NoReturn
 
 import click
 
 from .. import __version__
-from ..errors import EXIT_BAD_INPUT, EXIT_BUG, GqaExportError, first_line
+from ..errors import EXIT_BAD_INPUT, GqaExportError
 
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
@@ -107,7 +106,7 @@ def fail(error: BaseException, *, debug: bool) -> NoReturn:
 def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and message of an exception."""
     if isinstance(error, GqaExportError):
-        return error.exit_code, str(error) + (f"\n  code: {error.code}" if error.code else "")
+        return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return EXIT_INTERRUPTED, "interrupted"
     if isinstance(error, click.ClickException):
@@ -122,21 +121,9 @@ def explain(error: BaseException) -> tuple[int, str]:
         wanted = f"gqa-export[{EXTRA_OF[package]}]" if package in EXTRA_OF else package
         what = f"the Python package {package} is not installed"
         return EXIT_BAD_INPUT, str(GqaExportError(what, fix=f"pip install '{wanted}' (see `gqa-export doctor`)"))
-    kept = keep_traceback(error)
-    report = f"report it with the traceback in {kept}" if kept else "rerun with --debug and report the traceback"
-    return EXIT_BUG, f"{first_line(error)}\n  this is a bug in gqa-export; {report}"
-
-
-def keep_traceback(error: BaseException) -> str:
-    """Write the traceback of a bug into a new file and return its path; "" where no file can be written."""
-    try:
-        handle, name = tempfile.mkstemp(prefix="gqa-export-traceback-", suffix=".txt")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(f"gqa-export {__version__}, Python {sys.version.split()[0]}: {' '.join(sys.argv)}\n\n")
-            traceback.print_exception(error, file=file)
-    except OSError:
-        return ""
-    return name
+    cause = (str(error).strip().splitlines() or ["no message"])[0]
+    where = "this is a bug in gqa-export; rerun with --debug and report the traceback"
+    return EXIT_BAD_INPUT, f"{type(error).__name__}: {cause}\n  {where}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -157,7 +144,7 @@ def entry() -> NoReturn:
     """The `gqa-export` program: run, flush, and leave at once (tearing PyTorch down takes a second otherwise)."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    code: Any = EXIT_BUG
+    code: Any = EXIT_BAD_INPUT
     try:
         main.main(prog_name="gqa-export")
     except SystemExit as ending:
@@ -169,4 +156,4 @@ def entry() -> NoReturn:
         sys.stderr.flush()
     except OSError:
         code = code or EXIT_BAD_INPUT
-    os._exit(code if isinstance(code, int) else EXIT_BUG)
+    os._exit(code if isinstance(code, int) else EXIT_BAD_INPUT)

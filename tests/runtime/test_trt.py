@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from gqa_plugins.grouped_attention import tensorrt as plugin
+from refusal import refused
 
 from gqa_export.bundle.engine_facts import PluginFacts, ProfileFacts
 from gqa_export.bundle.manifest import MANIFEST, read_manifest
@@ -250,10 +251,10 @@ def test_a_changed_engine_is_refused_by_its_sha256_before_tensorrt_sees_it(engin
     data = bytearray((folder / "model.engine").read_bytes())
     data[-1] ^= 1
     (folder / "model.engine").write_bytes(data)
-    with pytest.raises(GqaExportError, match=r"content of model.engine is not what its manifest says \(sha256\)"):
+    with refused("E-BUNDLE-HASH"):
         gpu(folder)
     (folder / "model.engine").unlink()
-    with pytest.raises(GqaExportError, match=r"the bundle has no model.engine"):
+    with refused("E-BUNDLE-FILE"):
         gpu(folder)
 
 
@@ -262,7 +263,7 @@ def test_a_manifest_of_another_shape_is_refused(engine) -> None:
     data = json.loads((folder / MANIFEST).read_text())
     del data["engine"]["profiles"]
     (folder / MANIFEST).write_text(json.dumps(data))
-    with pytest.raises(GqaExportError, match="not a valid bundle manifest"):
+    with refused("E-BUNDLE-MANIFEST"):
         check_bundle(folder)
 
 
