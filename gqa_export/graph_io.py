@@ -9,8 +9,9 @@ BNSH: [B, K, T, D].
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
-from .spec import ModelSpec
+from .spec import STRICT, Count, Limits, ModelSpec, Text
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
@@ -29,9 +30,11 @@ CAPACITY = "capacity"
 class TensorFact:
     """A graph input or output: numpy-style dtype name and shape; a string in the shape is a named axis."""
 
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    name: Text
+    dtype: Text
+    shape: Annotated[tuple[Count | Text, ...], Limits(max_length=8, fail_fast=True)]
 
 
 def past_names(layer: int) -> tuple[str, str]:

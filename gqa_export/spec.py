@@ -6,8 +6,47 @@ from a model's name. Dimensions as in `gqa_export.attention_op`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+LARGEST = 1 << 31
+"""The largest dimension of a model that is read from a file: no product of two overflows 64 bits."""
+MOST_LAYERS = 1 << 14
+STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+"""How pydantic reads a frozen dataclass from a file: no unknown field, no conversion of types, finite numbers only."""
+
+
+class Limits:
+    """Bounds of a value that is read from a file, for `Annotated`: the keywords of pydantic's core schema (ge, le,
+    max_length, pattern, ...). They bind readers (`gqa_export.bundle.manifest`) and the JSON schema that is generated,
+    not the constructor. The standard library is enough until something is read."""
+
+    def __init__(self, **limits: Any) -> None:
+        self.limits = limits
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {**handler(source), **self.limits}
+
+
+class OneOf:
+    """A closed set of values, for `Annotated`; as `Limits`."""
+
+    def __init__(self, *values: str | int) -> None:
+        self.values = values
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> dict[str, Any]:
+        return {"type": "literal", "expected": list(self.values)}
+
+
+FAIL_FAST = Limits(fail_fast=True)
+"""for collections: the first wrong entry ends the reading"""
+Text = Annotated[str, Limits(max_length=4096, pattern="^[^\\u0000-\\u0008\\u000b-\\u001f\\u007f]*$")]
+"""without the characters that end a file name or drive a terminal"""
+Count = Annotated[int, Limits(ge=0, le=LARGEST)]
+Size = Annotated[int, Limits(ge=1, le=LARGEST)]
+Heads = Annotated[int, Limits(ge=1, le=1 << 20)]
+Layer = Annotated[int, Limits(ge=0, le=MOST_LAYERS)]
 
 
 @dataclass(frozen=True)
@@ -16,14 +55,16 @@ class AttentionSpec:
     own cache holds these keys and values too (not so where it holds latents, or another layer's), so that the two
     caches can be compared; the logits always are."""
 
-    layer: int
-    num_heads: int
-    kv_num_heads: int
-    head_size: int
-    value_head_size: int
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    layer: Layer
+    num_heads: Heads
+    kv_num_heads: Heads
+    head_size: Heads
+    value_head_size: Heads
     scale: float
     softcap: float = 0.0
-    window: int = 0
+    window: Count = 0
     sinks: bool = False
     cached_alike: bool = True
 
@@ -36,13 +77,15 @@ class AttentionSpec:
 class ModelSpec:
     """A whole decoder. `max_positions` is the longest sequence it was made for; `rope` its rotary type or ""."""
 
-    model_type: str
-    architecture: str
-    vocabulary: int
-    hidden_size: int
-    max_positions: int
-    rope: str
-    layers: tuple[AttentionSpec, ...]
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    model_type: Text
+    architecture: Text
+    vocabulary: Size
+    hidden_size: Count
+    max_positions: Count
+    rope: Text
+    layers: Annotated[tuple[AttentionSpec, ...], Limits(max_length=MOST_LAYERS, fail_fast=True)]
 
     def cache_bytes_per_token(self, element_bytes: int) -> int:
         """Bytes of keys and values that one token adds to the whole cache."""
@@ -63,7 +106,9 @@ class ModelSpec:
 class Fallback:
     """A layer that the target's best op could not hold: what was wanted, what was used, why. layer -1: the model."""
 
-    layer: int
-    wanted: str
-    used: str
-    reason: str
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    layer: Annotated[int, Limits(ge=-1, le=MOST_LAYERS)]
+    wanted: Text
+    used: Text
+    reason: Text

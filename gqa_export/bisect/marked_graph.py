@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from ..bundle.graph_file import read_graph
 from ..bundle.manifest import MODEL
 from ..errors import GqaExportError
 from ..graph_io import present_names
@@ -42,7 +43,7 @@ def mark(folder: Path, prefix: str, layers: int) -> Marked:
 
     Raises GqaExportError where the node names do not tell the layers.
     """
-    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    model = read_graph(folder)
     graph = model.graph
     pattern = re.compile(rf"(?:^|/){re.escape(prefix)}\.(\d+)(?=[./])")
     layer_of = [int(found[1]) if (found := pattern.search(node.name)) else -1 for node in graph.node]

@@ -1,21 +1,25 @@
-"""What a bundle says of its TensorRT engine: the entry `engine` of `gqa_export.json`. Written by the builder, read by
+"""A bundle's facts of its TensorRT engine: the entry `engine` of `gqa_export.json`. Written by the builder, read by
 every runtime, Python and C++, before it touches the engine.
 
-An engine bundle is a folder with `model.engine`, `gqa_export.json` and the tokenizer's files. Everything else that
-its manifest says (target, dtype, capacity, spec, inputs, outputs) is that of the ONNX bundle it was built from.
+An engine bundle is a folder with `model.engine`, `gqa_export.json` and the tokenizer's files. The rest of its
+manifest (target, dtype, capacity, spec, inputs, outputs) is that of the ONNX bundle it was built from.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from ..errors import GqaExportError
+from ..errors import InvalidBundle
+from ..spec import FAIL_FAST, STRICT, Count, Layer, Limits, Text
 
 ENGINE = "model.engine"
 FLAVORS = {"tensorrt": "TensorRT", "rtx": "TensorRT for RTX"}
 DECODE, PREFILL = "decode", "prefill"
 REBUILD = "build the engine again with `gqa-export trt`"
+MOST_PROFILES = 16
+Capability = Annotated[int, Limits(ge=1, le=10_000)]
+Shape = Annotated[tuple[Count, ...], Limits(max_length=8, fail_fast=True)]
 
 
 @dataclass(frozen=True)
@@ -23,19 +27,23 @@ class PluginFacts:
     """The plugin that an engine's attention layers ask for: how the registry finds it, the version of the op, and
     sha256 of the kernels that the engine carries (of the container, see `gqa_plugins.grouped_attention.fields`)."""
 
-    name: str
-    version: str
-    namespace: str
-    contract_version: int
-    sha256: str
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    name: Text
+    version: Text
+    namespace: Text
+    contract_version: Count
+    sha256: Text
 
 
 @dataclass(frozen=True)
 class ProfileFacts:
     """One optimization profile. shapes: input name -> (min, opt, max), each the whole shape."""
 
-    name: str
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    name: Text
+    shapes: Annotated[dict[Text, tuple[Shape, Shape, Shape]], FAIL_FAST]
 
     def most(self, tensor: str, axis: int) -> int:
         """The largest size of an axis of an input."""
@@ -50,36 +58,27 @@ class EngineFacts:
     decomposed: TensorRT had no kernel of its own for native attention and took it apart (slower). stripped: weights
     are not inside. build: what the build log showed, for people."""
 
-    flavor: str
-    version: str
-    compute_capabilities: tuple[int, ...]
-    attention: str
-    profiles: tuple[ProfileFacts, ...]
-    aliases: dict[str, str]
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    flavor: Text
+    version: Text
+    compute_capabilities: Annotated[tuple[Capability, ...], Limits(max_length=64, fail_fast=True)]
+    attention: Text
+    profiles: Annotated[tuple[ProfileFacts, ...], Limits(max_length=MOST_PROFILES, fail_fast=True)]
+    aliases: Annotated[dict[Text, Text], FAIL_FAST]
     plugin: PluginFacts | None = None
-    plugin_layers: int = 0
+    plugin_layers: Layer = 0
     decomposed: bool = False
     stripped: bool = False
-    file: str = ENGINE
+    file: Text = ENGINE
     build: dict[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> EngineFacts:
-        """The inverse of dataclasses.asdict; KeyError or TypeError on data of another shape."""
-        plugin = data.get("plugin")
-        profiles = tuple(
-            ProfileFacts(each["name"], {name: (tuple(low), tuple(usual), tuple(high))
-                                        for name, (low, usual, high) in each["shapes"].items()})
-            for each in data["profiles"])
-        return cls(**{**data, "plugin": PluginFacts(**plugin) if plugin else None, "profiles": profiles,
-                      "compute_capabilities": tuple(data["compute_capabilities"])})
-
     def profile(self, name: str) -> tuple[int, ProfileFacts]:
-        """Number and facts of a profile; GqaExportError if there is none of that name."""
+        """Number and facts of a profile. InvalidBundle where the engine has none of that name."""
         for number, profile in enumerate(self.profiles):
             if profile.name == name:
                 return number, profile
-        raise GqaExportError(f"the engine has no {name} profile", "gqa_export.json", REBUILD)
+        raise InvalidBundle(f"the engine has no {name} profile", "gqa_export.json", REBUILD, code="E-BUNDLE-PROFILE")
 
     @property
     def max_batch(self) -> int:

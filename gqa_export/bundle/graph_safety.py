@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import GqaExportError
+from ..errors import InvalidBundle
+from .graph_file import read_graph
 from .manifest import MODEL, Manifest
 
 if TYPE_CHECKING:
@@ -21,24 +22,23 @@ NOT_SAFE = "do not use this bundle; export it again from a checkpoint you trust"
 
 
 def check_graph_files(folder: Path, manifest: Manifest) -> None:
-    """Refuse a graph that is no ONNX model, or whose weights lie outside the manifest's files, reach beyond their end
-    or have another length than their shape. Nothing to do for an engine."""
+    """Check where the weights of a bundle's graph lie. Nothing to do for an engine.
+
+    Raises:
+        InvalidBundle: the graph is not an ONNX model, or a weight lies outside the manifest's files, reaches beyond
+            their end or has another length than its shape.
+    """
     if manifest.engine is not None:
         return
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    path = folder / MODEL
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, OSError, ValueError, RuntimeError) as error:
-        raise GqaExportError(f"{MODEL} is not an ONNX model: {error}", str(path), NOT_SAFE) from error
+    model = read_graph(folder)
     if not model.graph.output:
-        raise GqaExportError(f"{MODEL} is not an ONNX model: it has no outputs", str(path), NOT_SAFE)
+        raise InvalidBundle(f"{MODEL} is not an ONNX model: it has no outputs", str(folder / MODEL), NOT_SAFE,
+                            code="E-BUNDLE-GRAPH")
     for tensor in _tensors(model):
         wrong = _wrong(tensor, manifest)
         if wrong:
-            raise GqaExportError(f"the weight {tensor.name[:200]!r} {wrong}", str(path), NOT_SAFE)
+            raise InvalidBundle(f"the weight {tensor.name[:200]!r} {wrong}", str(folder / MODEL), NOT_SAFE,
+                                code="E-BUNDLE-WEIGHT")
 
 
 def _wrong(tensor: onnx.TensorProto, manifest: Manifest) -> str:
@@ -49,16 +49,16 @@ def _wrong(tensor: onnx.TensorProto, manifest: Manifest) -> str:
         return f"has the shape {list(tensor.dims)}"
     if tensor.data_location != TensorProto.EXTERNAL:
         return ""
-    said = {entry.key: entry.value for entry in tensor.external_data}
-    location = said.get("location", "")
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
     if location not in manifest.files:
         return f"lies in {location[:200]!r}, which the manifest does not name"
     try:
-        offset = int(said.get("offset", "0"))
-        length = int(said.get("length", str(manifest.files[location].size - offset)))
+        offset = int(entries.get("offset", "0"))
+        length = int(entries.get("length", str(manifest.files[location].size - offset)))
         wanted = math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     except (ValueError, KeyError):
-        return "has no sound offset, length or type"
+        return "has an offset, length or type that cannot be read"
     if offset < 0 or length < 0 or offset + length > manifest.files[location].size:
         return f"reaches from byte {offset} to {offset + length} of {location}, which has fewer"
     return "" if length == wanted else f"of shape {list(tensor.dims)} has {length} bytes, not {wanted}"

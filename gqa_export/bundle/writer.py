@@ -55,7 +55,7 @@ class HashingFile:
         return self.size
 
     def close(self) -> FileFact:
-        """Close and say what was written."""
+        """Close; size and sha256 of what was written."""
         self._file.close()
         if self._journal is not None:
             self._journal.close()
@@ -103,9 +103,14 @@ class BundleWriter:
 def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) -> Iterator[BundleWriter]:
     """Stage a bundle for `output`; on success it appears there at once, on any failure nothing of it stays.
 
-    inplace: `output` is an existing checkpoint folder; new files are moved into it one by one, the manifest last,
-    and none that exists may be replaced unless it is a file of an earlier bundle and `force` is given.
-    Raises GqaExportError for a non-empty output without `force`, an unwritable place, a full disk.
+    Args:
+        output: the bundle's folder.
+        force: replace an earlier result.
+        inplace: `output` is an existing checkpoint folder; new files are moved into it one by one, the manifest last,
+            and none that exists may be replaced unless it is a file of an earlier bundle and `force` is given.
+
+    Raises:
+        GqaExportError: the output is not empty (without `force`) or cannot be written, or the disk is full.
     """
     output = Path(os.path.abspath(output))
     if not inplace:
@@ -130,5 +135,5 @@ def _move_into(staging: Path, output: Path, force: bool) -> None:
     for name in names + [MANIFEST]:
         if (output / name).exists() and not (force and (name in ours or name == MANIFEST)):
             raise GqaExportError(f"{name} exists in the checkpoint folder and would be replaced", str(output),
-                                 "remove it, or pass --force if it came from an earlier export")
+                                 "remove it, or pass --force if it came from an earlier export", code="E-FILE-EXISTS")
     move_files([*names, MANIFEST], staging, output)

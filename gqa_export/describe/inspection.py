@@ -12,8 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..bundle.manifest import MODEL, Manifest
-from ..errors import GqaExportError
+from ..bundle.graph_file import read_graph
+from ..bundle.manifest import Manifest
 from ..spec import AttentionSpec, ModelSpec
 
 ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}
@@ -105,14 +105,8 @@ def stored_in_graph(folder: Path) -> tuple[int, int]:
     Only the graph is read. Raises GqaExportError if there is none or it cannot be parsed.
     """
     import onnx
-    from google.protobuf.message import DecodeError
 
-    path = folder / MODEL
-    try:
-        graph = onnx.load(str(path), load_external_data=False).graph
-    except (OSError, DecodeError) as error:
-        raise GqaExportError(f"the bundle's graph cannot be read: {error}", str(path),
-                             "copy the bundle again, or export it again") from error
+    graph = read_graph(folder).graph
     seen: set[tuple[str, ...]] = set()
     elements = size = 0
     for tensor in graph.initializer:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from .. import attention_op
 from ..bundle.engine_facts import ENGINE, EngineFacts, PluginFacts, ProfileFacts
+from ..bundle.graph_file import read_graph
 from ..bundle.integrity import check_files
 from ..bundle.manifest import MODEL, FileFact, Manifest, read_manifest
 from ..bundle.writer import check_output, writing_bundle
@@ -124,10 +125,8 @@ def build_engine(bundle: Path, output: Path, options: EngineOptions | None = Non
     profiles = make_profiles(manifest, options.max_batch, options.max_prompt)
     say("checking the bundle", None, None)
     check_files(bundle, manifest)
-    import onnx
-
     with tempfile.TemporaryDirectory(prefix="gqa-engine-") as scratch:
-        model = onnx.load(str(bundle / MODEL), load_external_data=False)
+        model = read_graph(bundle)
         compiled = _kernels(model, bundle, manifest, choice, say) if kind == "plugin" else None
         with writing_bundle(output, force=options.force) as writer:
             job = _job(bundle, writer.staging / ENGINE, choice, profiles, options, compiled, Path(scratch))

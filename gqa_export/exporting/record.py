@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from .. import graph_io
-from ..bundle.manifest import Manifest
+from ..bundle.manifest import Manifest, Tokens
 from ..checkpoint.tokenizer import token_ids
 from ..environment.versions import versions
 from ..targets import get_target
@@ -40,7 +40,8 @@ def manifest_of(checkpoint: Checkpoint, traced: Traced, lowered: Lowered, option
                 "revision": checkpoint.revision, "dtype": checkpoint.stored_dtype,
                 "rope_regime": traced.rope_regime, "traced_layers": traced.traced_layers,
                 "text_only": checkpoint.text_only},
-        tokens={**token_ids(checkpoint), "tokenizer": has_tokenizer}, versions=versions(RECORDED, absent="unknown"))
+        tokens=cast(Tokens, {**token_ids(checkpoint), "tokenizer": has_tokenizer}),
+        versions=versions(RECORDED, absent="unknown"))
 
 
 def with_bytes(manifest: Manifest, placement: Placement) -> Manifest:

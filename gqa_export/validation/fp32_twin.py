@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from ..bundle.graph_file import read_graph
 from ..bundle.manifest import DATA, MANIFEST, MODEL, Manifest, read_manifest
 from ..bundle.writer import HashingFile
 from ..errors import GqaExportError, InvalidBundle, NotCheckedHere
@@ -52,7 +53,7 @@ def write_twin(bundle: Path, folder: Path) -> Manifest:
     if shutil.disk_usage(folder).free < needed:
         raise NotCheckedHere(f"the fp32 twin needs {needed / 1e9:.1f} GB of temporary space", str(folder),
                              "set TMPDIR to a folder with more room", code="E-VALIDATE-SPACE")
-    model = onnx.load(str(bundle / MODEL), load_external_data=False)
+    model = read_graph(bundle)
     data = HashingFile(folder / DATA)
     try:
         for tensor in _initializers(model):

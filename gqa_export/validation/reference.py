@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..bundle.graph_file import read_graph
 from ..bundle.manifest import MANIFEST, MODEL, Manifest
 from ..checkpoint.checkpoint import Checkpoint
 from ..progress import Progress
@@ -87,7 +88,7 @@ def _interpreted(folder: Path, manifest: Manifest, notes: list[str]) -> Iterator
 
     from ..lowering.tensorrt.interpret import interpret
 
-    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    model = read_graph(folder)
     count = interpret(model)
     how = f"{count} plugin nodes interpreted by the op's function body" if count else "as it is"
     notes.append(f"the ONNX graph was run in fp32 by ONNX Runtime, {how}: no TensorRT engine was built or run")

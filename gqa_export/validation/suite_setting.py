@@ -45,7 +45,8 @@ def setting_of(manifest: Manifest, folder: Path, steps: int, text: Path | None =
 
 def _special(manifest: Manifest) -> tuple[int, ...]:
     """Ids that random prompts avoid."""
-    found = [manifest.tokens.get(name) for name in ("eos", "bos", "pad")]
+    tokens = manifest.tokens
+    found = [tokens.get("eos"), tokens.get("bos"), tokens.get("pad")]
     return tuple(int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids]))
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from gqa_export.bundle.integrity import check_files
 from gqa_export.bundle.manifest import FileFact, Manifest
-from gqa_export.bundle.manifest_rules import LARGEST, inside
+from gqa_export.bundle.manifest_rules import inside
 from gqa_export.checkpoint.gguf_header import read_gguf_header
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.safetensors_header import read_header
@@ -25,7 +25,7 @@ from gqa_export.checkpoint.tokenizer import token_ids
 from gqa_export.errors import GqaExportError
 from gqa_export.graph_io import graph_inputs, graph_outputs
 from gqa_export.report.baseline import Baseline
-from gqa_export.spec import AttentionSpec, ModelSpec
+from gqa_export.spec import LARGEST, AttentionSpec, ModelSpec
 
 FUZZ = settings(max_examples=100, deadline=2000, derandomize=True, database=None,
                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -74,7 +74,7 @@ def test_a_changed_bundle_fails_with_the_cause_and_without_a_traceback(bundle, c
 def test_what_cannot_be_checked_fails_and_says_why(checkpoint, tmp_path):
     done = run(tmp_path, "--gqa-bundle", tmp_path / "nowhere", "--gqa-against", checkpoint, "-k", "keys")
     assert done.returncode == 1
-    assert "no such bundle folder" in done.stdout
+    assert "the bundle folder does not exist" in done.stdout
     assert "fix:" in done.stdout
     assert "skipped" not in done.stdout
 

@@ -68,37 +68,36 @@ def test_weights_that_are_gone_or_cut_short_are_refused(copied) -> None:
     data = copied / "model.onnx.data"
     whole = data.read_bytes()
     data.write_bytes(whole[:-16])
-    with pytest.raises(GqaExportError, match=str(len(whole))):
+    with refused("E-BUNDLE-FILE-SIZE"):
         OrtSession.load(copied)
     data.unlink()
-    with pytest.raises(GqaExportError, match=r"model\.onnx\.data"):
+    with refused("E-BUNDLE-FILE"):
         OrtSession.load(copied)
 
 
 def test_a_graph_that_onnxruntime_cannot_read_is_refused(copied) -> None:
     graph = copied / "model.onnx"
     graph.write_bytes(b"\xff" * graph.stat().st_size)
-    with pytest.raises(GqaExportError) as refusal:
+    with refused("E-BUNDLE-HASH") as refusal:
         OrtSession.load(copied)
-    assert "model.onnx" in refusal.value.where
+    assert "model.onnx" in refusal.error.where
 
 
-@pytest.mark.parametrize(("change", "fact"), [
-    (lambda facts: facts[:-1], "past_key_values.1.value"),
-    (lambda facts: [*facts, {"name": "more", "dtype": "float32", "shape": [1]}], "more"),
-    (lambda facts: [{**facts[0], "dtype": "int32"}, *facts[1:]], "input_ids is int64.*int32"),
-    (lambda facts: [*facts[:-1], {**facts[-1], "shape": ["batch", 2, "past_sequence", 8]}],
-     "past_key_values.1.value.*\\[2, 16\\]"),
-    (lambda facts: [{**facts[0], "shape": ["batch", 4]}, *facts[1:]], "input_ids"),
-    (lambda facts: [{**facts[0], "shape": ["batch"]}, *facts[1:]], "input_ids"),
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda facts: facts[:-1], "inputs lack past_key_values.1.value"),
+    (lambda facts: [*facts, {"name": "more", "dtype": "float32", "shape": [1]}], "more is missing"),
+    (lambda facts: [{**facts[0], "dtype": "int32"}, *facts[1:]], "input_ids is int64, stated int32"),
+    (lambda facts: [*facts[:-1], {**facts[-1], "shape": ["batch", 2, "past_sequence", 8]}], "its layer needs"),
+    (lambda facts: [{**facts[0], "shape": ["batch", 4]}, *facts[1:]], "stated"),
+    (lambda facts: [{**facts[0], "shape": ["batch"]}, *facts[1:]], "stated"),
 ])
 @pytest.mark.parametrize("injected", [False, True])
-def test_a_graph_that_is_not_the_manifests_is_refused(copied, edit_manifest, change, fact, injected) -> None:
+def test_a_graph_that_is_not_the_manifests_is_refused(copied, edit_manifest, change, message, injected) -> None:
     from dataclasses import asdict
 
     facts = [asdict(fact) for fact in read_manifest(copied).inputs]
     edit_manifest(inputs=change(facts))
-    with pytest.raises(GqaExportError, match=fact) as refusal:
+    with pytest.raises(GqaExportError, match=message) as refusal:
         OrtSession.load(copied, infer=(lambda feed: {}) if injected else None)
     # by the graph, or already by a rule of the manifest
     assert refusal.value.code == "E-BUNDLE-INTERFACE" or "gqa_export.json" in refusal.value.where
@@ -111,8 +110,7 @@ def test_a_bundle_for_tensorrt_does_not_run_in_onnxruntime(edit_manifest) -> Non
 
 
 def test_a_folder_without_a_manifest_is_no_bundle(tmp_path) -> None:
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(GqaExportError) as refusal:
-            OrtSession.load(folder)
-        assert str(folder) in refusal.value.where
-        assert refusal.value.fix
+    with refused("E-BUNDLE-MISSING"):
+        OrtSession.load(tmp_path)
+    with refused("E-BUNDLE-MISSING"):
+        OrtSession.load(tmp_path / "nowhere")

@@ -141,14 +141,15 @@ def test_a_wrong_graph_is_caught_and_the_place_named(bundles, checkpoints, tmp_p
     assert verdict.first.output == place, str(verdict.first)
 
 
-@pytest.mark.parametrize(("change", "name", "facts"), [
-    (scale_of_layer_1, "llama", "layer 1.*scale"), (window_one_longer, "mistral", "layer 0.*window"),
-    (window_dropped, "mistral", "layer 0.*window"), (softcap_dropped, "gemma2", "layer 0.*softcap"),
+@pytest.mark.parametrize(("change", "name", "place"), [
+    (scale_of_layer_1, "llama", "layer 1: scale"), (window_one_longer, "mistral", "layer 0: window"),
+    (window_dropped, "mistral", "layer 0: window"), (softcap_dropped, "gemma2", "layer 0: softcap"),
 ], ids=lambda value: getattr(value, "__name__", ""))
-def test_a_graph_that_contradicts_its_manifest_is_refused_by_layer(bundles, checkpoints, tmp_path, change, name, facts):
+def test_a_graph_that_contradicts_its_manifest_is_refused_by_layer(bundles, checkpoints, tmp_path, change, name, place):
     folder = broken(bundles(name, target="ort"), tmp_path / "b", change)
-    with pytest.raises(GqaExportError, match=facts):
+    with refused("E-BUNDLE-CLAIM") as refusal:
         validate(folder, checkpoints(name), steps=STEPS)
+    assert place in refusal.error.what
 
 
 def test_one_changed_weight_is_caught(bundles, checkpoints, tmp_path):
@@ -192,14 +193,15 @@ def test_a_changed_file_is_refused_by_name(bundles, checkpoints, tmp_path):
     data = bytearray((tmp_path / "b" / DATA).read_bytes())
     data[1000] ^= 1
     (tmp_path / "b" / DATA).write_bytes(data)
-    with pytest.raises(GqaExportError, match=f"{DATA}.*sha256"):
+    with refused("E-BUNDLE-HASH") as hashed:
         validate(tmp_path / "b", checkpoints("llama"))
     (tmp_path / "b" / DATA).write_bytes(data[:-4])
-    with pytest.raises(GqaExportError, match=f"{DATA}.*{len(data)}"):
+    with refused("E-BUNDLE-FILE-SIZE") as cut:
         validate(tmp_path / "b", checkpoints("llama"))
     (tmp_path / "b" / DATA).unlink()
-    with pytest.raises(GqaExportError, match=DATA):
+    with refused("E-BUNDLE-FILE") as gone:
         validate(tmp_path / "b", checkpoints("llama"))
+    assert all(DATA in refusal.error.what for refusal in (hashed, cut, gone))
 
 
 def test_a_manifest_that_names_files_outside_is_refused(bundles, checkpoints, tmp_path):
@@ -208,7 +210,7 @@ def test_a_manifest_that_names_files_outside_is_refused(bundles, checkpoints, tm
     (tmp_path / "secret").write_bytes(b"1")
     text = replace(manifest, files={**manifest.files, "../secret": FileFact(1)}).to_json()
     (tmp_path / "b" / MANIFEST).write_text(text)
-    with pytest.raises(GqaExportError, match=r"\.\./secret"):
+    with refused("E-BUNDLE-OUTSIDE"):
         validate(tmp_path / "b", checkpoints("llama"))
 
 
@@ -239,7 +241,7 @@ def test_exit_code_2_when_the_graph_is_not_what_its_manifest_says(bundles, check
     folder = broken(bundles("llama", target="ort"), tmp_path / "b", scale_of_layer_1)
     done = command(folder, "--against", checkpoints("llama"), "--steps", STEPS)
     assert done.returncode == 2
-    assert "layer 1: the graph's scale is 0.2525, the manifest says 0.25" in done.stderr
+    assert "layer 1: scale is 0.2525 in the graph, 0.25 in the manifest" in done.stderr
 
 
 def test_exit_code_2_for_bad_input(bundles, tmp_path):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...bundle.graph_file import read_graph
 from ...bundle.integrity import check_files
 from ...bundle.manifest import MODEL, Manifest
 from ...errors import GqaExportError, InvalidBundle, NotCheckedHere, first_line
@@ -132,9 +133,7 @@ def _fact(port: Any) -> TensorFact:
 
 def graph_facts(model: Path) -> tuple[list[TensorFact], list[TensorFact]]:
     """Inputs and outputs of an ONNX file, read without its weights; for callers that run the graph themselves."""
-    import onnx
-
-    graph = onnx.load(str(model), load_external_data=False).graph
+    graph = read_graph(model).graph
     initializers = {tensor.name for tensor in graph.initializer}
     inputs = [port for port in graph.input if port.name not in initializers]
     return [_onnx_fact(port) for port in inputs], [_onnx_fact(port) for port in graph.output]
