@@ -73,8 +73,8 @@ def _check_hashes(folder: Path, files: dict[str, FileFact], full: bool) -> list[
 def _header(path: Path) -> str:
     try:
         return header_sha256(path)
-    except ValueError as error:
-        return f"unreadable: {error}"
+    except GqaExportError as error:
+        return f"unreadable: {error.what}"
 
 
 def check_belongs(spec: ModelSpec, shown: Mapping[str, object], where: str) -> None:

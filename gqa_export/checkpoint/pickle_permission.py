@@ -1,4 +1,4 @@
-"""What the person at the command line allows a checkpoint to be, beyond data: nothing, unless said so.
+"""What the user allows a checkpoint to be beyond data: nothing, unless an option allows it.
 
 Checkpoints are opened in several stages; the permission is set once, around the whole command.
 """

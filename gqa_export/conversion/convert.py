@@ -22,7 +22,7 @@ from .assemble import assemble, changed
 from .checkpoint_writer import Stored, write_checkpoint
 from .head_similarity import similar
 from .heads import LayerHeads
-from .options import ConvertOptions, asked, candidates, check_options, fewest, worst
+from .options import ConvertOptions, candidates, check_options, fewest, heads_per_layer, worst
 from .pooling import Groups, Pooled, contiguous, mappable, pool
 from .structure import Structure, structure_of, with_kv_heads
 from .weight_error import LayerError, knee, weight_errors
@@ -62,15 +62,30 @@ class Conversion:
 
 def convert(checkpoint: Checkpoint, output: Path, options: ConvertOptions,
             report: Progress | None = None) -> Conversion:
-    """Write the converted checkpoint and say what it cost. Raises GqaExportError; then nothing is left behind."""
+    """Write a checkpoint with fewer key/value heads, and report what it cost. On an error nothing is left behind.
+
+    Args:
+        checkpoint: an opened Hugging Face checkpoint with safetensors.
+        output: folder to write; it must not exist, or be an earlier result and `options.force` set.
+        options: see `ConvertOptions`.
+        report: progress; None reports nothing.
+
+    Returns:
+        Errors of every layer, cache sizes, groups; the same is in gqa_convert.json beside the weights.
+
+    Raises:
+        GqaExportError: an option is wrong, or no number of heads keeps the error within `max_error`.
+        InvalidCheckpoint: tensors are missing or have another shape.
+        UnsupportedModel: keys and values of the architecture cannot be pooled.
+    """
     say = report or silent
     check_folder(Path(output), force=options.force, marker=REPORT)
     check_options(checkpoint, options)
-    say("asking the model where its heads are", None, None)
+    say("finding the heads in the model's weights", None, None)
     source = structure_of(load_config(checkpoint))
     stored = Stored(checkpoint, source)
     counts = candidates(source)
-    chosen = asked(options, source)
+    chosen = heads_per_layer(options, source)
     if options.method == "calibrated":
         return _convert_calibrated(checkpoint, Path(output), options, source, stored, chosen, say)
     if chosen:
@@ -203,13 +218,22 @@ def _curve(source: Structure, stored: Stored, options: ConvertOptions, counts: S
 def expand(checkpoint: Checkpoint, output: Path, kv_heads: int, order: Sequence[int] | None = None) -> None:
     """The inverse, exact: every key/value head repeated until there are `kv_heads`. The model computes the same.
 
-    order: a permutation of the new heads, queries and output columns moved along (a test of grouping). Raises
-    GqaExportError where the architecture cannot have so many heads.
+    Args:
+        checkpoint: an opened Hugging Face checkpoint.
+        output: folder to write.
+        kv_heads: a multiple of the present number.
+        order: a permutation of the new heads, queries and output columns moved along (a test of grouping); None keeps
+            their order.
+
+    Raises:
+        GqaExportError: `kv_heads` is not a multiple of the present number.
+        UnsupportedModel: the architecture cannot have so many heads.
     """
     source = structure_of(load_config(checkpoint))
     if any(kv_heads % now for now in source.kv_heads):
-        raise GqaExportError(f"{kv_heads} key/value heads are no multiple of the model's {source.kv_heads[0]}",
-                             checkpoint.source, "repeat every head the same number of times")
+        raise GqaExportError(f"{kv_heads} key/value heads are not a multiple of the model's {source.kv_heads[0]}",
+                             checkpoint.source, "repeat every head the same number of times",
+                             code="E-CONVERT-NOT-A-MULTIPLE")
     stored = Stored(checkpoint, source)
     target, fields = with_kv_heads(source, [kv_heads] * len(source.layers))
     order = list(order if order is not None else range(kv_heads))

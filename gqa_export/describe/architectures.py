@@ -24,7 +24,8 @@ def table() -> dict[str, Any]:
 
     path = Path(gqa_models.__file__).parent / "matrix.json"
     if not path.is_file():
-        raise GqaExportError("the table of architectures is missing from this installation", str(path), AGAIN)
+        raise GqaExportError("the table of architectures is missing from this installation", str(path), AGAIN,
+                             code="E-ENV-TABLE-MISSING")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.manifest import MODEL, Manifest
-from ..errors import GqaExportError
+from ..errors import InvalidBundle
 from ..spec import AttentionSpec, ModelSpec
 
 ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}
@@ -111,8 +111,8 @@ def stored_in_graph(folder: Path) -> tuple[int, int]:
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
     except (OSError, DecodeError) as error:
-        raise GqaExportError(f"the bundle's graph cannot be read: {error}", str(path),
-                             "copy the bundle again, or export it again") from error
+        raise InvalidBundle(f"the bundle's graph cannot be read: {error}", str(path),
+                            "copy the bundle again, or export it again", code="E-BUNDLE-GRAPH-UNREADABLE") from error
     seen: set[tuple[str, ...]] = set()
     elements = size = 0
     for tensor in graph.initializer:

@@ -39,15 +39,15 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
 
     name, torch_dtype = attention_hook.register(), getattr(torch, dtype)
     rotary.check_rope(config.get_text_config())
-    ghost = skeleton.build(config, torch_dtype, device="meta", attention=name)
+    meta_model = skeleton.build(config, torch_dtype, device="meta", attention=name)
     if inspect:
-        inspect(ghost)
-    spec = probe(config, ghost)
+        inspect(meta_model)
+    spec = probe(config, meta_model)
     if accept:
         accept(spec)
-    stack = layer_kinds.stack_of(ghost, spec) if stamping else None
-    prints = layer_kinds.prints(ghost, stack) if stack else ()
-    del ghost
+    stack = layer_kinds.stack_of(meta_model, spec) if stamping else None
+    prints = layer_kinds.prints(meta_model, stack) if stack else ()
+    del meta_model
     whole_because = "" if stack else "no layers that are alike" if stamping else "asked for"
     while True:
         short = layer_kinds.shorten(config, max(stack.traced) + 1) if stack else config

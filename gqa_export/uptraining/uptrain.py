@@ -57,8 +57,24 @@ def work_folder(output: Path) -> Path:
 
 def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, report: Progress | None = None,
             restart: bool = False) -> Uptraining:
-    """Train and write the result. Raises GqaExportError; the output is then not there, what was trained is kept for
-    the next start (`restart` throws it away)."""
+    """Train a checkpoint and write the result. On an error the output is not written, and what was trained is kept for
+    the next start.
+
+    Args:
+        checkpoint: an opened Hugging Face checkpoint.
+        output: folder to write; it must not exist, or be an earlier result and `options.force` set.
+        options: see `UptrainOptions`.
+        report: progress, in steps; None reports nothing.
+        restart: throw away what an unfinished run has trained.
+
+    Returns:
+        The curve and both perplexities; the same is in gqa_uptrain.json beside the weights.
+
+    Raises:
+        GqaExportError: options contradict one another or an unfinished run, the text cannot be read, or the training
+            diverged.
+        InvalidCheckpoint: the checkpoint's tokenizer cannot be loaded, or does not belong to the model.
+    """
     import torch
 
     say = report or silent
@@ -66,7 +82,7 @@ def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, repor
     check_folder(output, force=options.force, marker=REPORT)
     if checkpoint.kind == "gguf":
         raise GqaExportError("a GGUF file cannot be trained", checkpoint.source,
-                             "give the original Hugging Face checkpoint folder")
+                             "give the original Hugging Face checkpoint folder", code="E-UPTRAIN-GGUF")
     work = work_folder(output)
     from ..checkpoint.quiet import quiet
 
@@ -76,7 +92,7 @@ def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, repor
         longest = int(getattr(config, "max_position_embeddings", 0) or options.length)
         if options.length > longest:
             raise GqaExportError(f"rows of {options.length} tokens are longer than the model's {longest} positions",
-                                 "--length", f"use --length {longest} or less")
+                                 "--length", f"use --length {longest} or less", code="E-UPTRAIN-LENGTH")
         from .trainer import DistillingTrainer, Watch, arguments, last_checkpoint
 
         found = last_checkpoint(work)
@@ -116,8 +132,9 @@ def _open_work(work: Path, checkpoint: Checkpoint, options: UptrainOptions, rest
     if (work / SETTINGS).is_file() and (work / SETTINGS).read_text(encoding="utf-8") != settings:
         before = json.loads((work / SETTINGS).read_text(encoding="utf-8"))
         other = sorted(name for name, value in json.loads(settings).items() if before.get(name) != value)
-        raise GqaExportError(f"an unfinished run with other settings is there (different: {', '.join(other)})",
-                             str(work), "repeat its settings to go on, or pass --restart to throw it away")
+        raise GqaExportError(f"an unfinished run has other settings (different: {', '.join(other)})", str(work),
+                             "repeat its settings to go on, or pass --restart to throw it away",
+                             code="E-UPTRAIN-OTHER-SETTINGS")
     work.mkdir(parents=True, exist_ok=True)
     (work / SETTINGS).write_text(settings, encoding="utf-8")
 
@@ -130,8 +147,9 @@ def _teacher(options: UptrainOptions, config: Any, *, bf16: bool) -> Any:
     teacher = open_checkpoint(options.teacher)
     size = load_config(teacher).vocab_size
     if size != config.vocab_size:
-        raise GqaExportError(f"the teacher's vocabulary of {size} is not the student's of {config.vocab_size}",
-                             options.teacher, "use the checkpoint that was converted as the teacher")
+        raise GqaExportError(f"the teacher's vocabulary has {size} tokens, the student's {config.vocab_size}",
+                             options.teacher, "use the checkpoint that was converted as the teacher",
+                             code="E-UPTRAIN-TEACHER")
     return load_model(teacher, "bf16" if bf16 else "fp32", attn_implementation="sdpa")
 
 

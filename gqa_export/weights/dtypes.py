@@ -1,4 +1,4 @@
-"""Converting the bytes of a tensor from one float type to another, loudly: no value becomes infinite unseen."""
+"""Number formats of weights, and converting from one to another: a value that would become infinite is an error."""
 
 from __future__ import annotations
 
@@ -25,9 +25,19 @@ def itemsize(name: str) -> int:
 
 
 def cast(data: memoryview, source: str, target: str, name: str) -> memoryview:
-    """Little-endian elements of type `source` as bytes of type `target`, rounded to nearest even.
+    """Convert elements of one float type to another, rounded to nearest even.
 
-    GqaExportError naming the tensor `name` when a finite value would overflow, or when either is no float type.
+    Args:
+        data: little-endian elements of type `source`.
+        source: numpy (ml_dtypes) name of their type.
+        target: numpy (ml_dtypes) name of the type to convert to.
+        name: of the tensor, for the message.
+
+    Returns:
+        The bytes of the converted elements; `data` itself if the types are equal.
+
+    Raises:
+        GqaExportError: a finite value does not fit the new type, or a type is not a float type.
     """
     if source == target:
         return data
@@ -35,7 +45,7 @@ def cast(data: memoryview, source: str, target: str, name: str) -> memoryview:
 
     if source not in FLOATS or target not in FLOATS:
         raise GqaExportError(f"cannot convert {name} from {source} to {target}", name,
-                             "export with --dtype auto, which keeps the stored types")
+                             "export with --dtype auto, which keeps the stored types", code="E-WEIGHTS-CONVERT")
     values = np.frombuffer(data, numpy_dtype(source))
     if source == "bfloat16":  # its bits are the upper half of a float32's
         values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
@@ -47,5 +57,5 @@ def cast(data: memoryview, source: str, target: str, name: str) -> memoryview:
             if overflow.any():
                 worst = float(np.abs(values[overflow]).max())
                 raise GqaExportError(f"{name} has a value of {worst:.6g}, which {target} cannot hold", name,
-                                     "export with --dtype fp32 or --dtype bf16")
+                                     "export with --dtype fp32 or --dtype bf16", code="E-WEIGHTS-OVERFLOW")
     return memoryview(result.view(np.uint8))

@@ -3,7 +3,7 @@
 Graph stages hold no weights. An initializer says EXTERNAL with the location `weights:NAME`, or `weights:A+B+C` for
 rows concatenated along axis 0. `WeightStore` knows where each name's bytes are: in a checkpoint's file
 (`StoredSource`) or made by a function, one tensor at a time (`MemorySource`: merged, dequantized, computed).
-`placement` streams them into `model.onnx.data` or points the graph into the checkpoint's own files.
+`layout` streams them into `model.onnx.data` or points the graph into the checkpoint's own files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.safetensors_header import StoredTensor
-from ..errors import GqaExportError
+from ..errors import InvalidCheckpoint
 
 if TYPE_CHECKING:
     import onnx
@@ -51,8 +51,9 @@ class StoredSource:
             while left:
                 count = file.readinto(buffer[: min(left, len(buffer))])
                 if not count:
-                    raise GqaExportError("the file became shorter while it was read", str(self.tensor.path),
-                                         "export again once nothing else writes to the checkpoint")
+                    raise InvalidCheckpoint("the file became shorter while it was read", str(self.tensor.path),
+                                            "export again once nothing else writes to the checkpoint",
+                                            code="E-WEIGHTS-FILE-CHANGED")
                 left -= count
                 yield buffer[:count]
 
@@ -98,12 +99,17 @@ class WeightStore:
         self.sources[name] = source
 
     def sources_of(self, recipe: str) -> tuple[Source, ...]:
-        """The sources of a recipe, in order; GqaExportError for a name that is not known."""
+        """The sources of a recipe, in order.
+
+        Raises:
+            InvalidCheckpoint: the recipe names a tensor that the checkpoint does not have.
+        """
         names = recipe.removeprefix(RECIPE).split("+")
         for name in names:
             if name not in self.sources:
-                raise GqaExportError(f"the graph asks for the weight {name!r}, which the checkpoint does not have",
-                                     recipe, "check that config.json and the weights belong together")
+                raise InvalidCheckpoint(f"the graph uses the weight {name!r}, which the checkpoint does not have",
+                                        recipe, "check that config.json and the weights belong together",
+                                        code="E-WEIGHTS-UNKNOWN")
         return tuple(self.sources[name] for name in names)
 
     @classmethod

@@ -71,7 +71,7 @@ def capture(module: torch.nn.Module, inputs: Sequence[Input], table: Mapping[Any
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     environment = ShapeEnv(duck_shape=True)
-    # Which line of a model asked for a size is said in messages only; to find it, PyTorch imports its compiler.
+    # Which line of a model needed a size appears in messages only; to find it, PyTorch imports its compiler.
     environment._get_stack_summary = lambda *given, **named: (SLoc(None, None), "")  # type: ignore[method-assign]
     fake = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
     fake.cache_enabled = False  # two layers ask too little twice for what keeping every answer costs
@@ -184,9 +184,9 @@ def check_guards(environment: Any, roles: Mapping[Any, str], points: Sequence[Ma
         symbols = [symbol for symbol in roles if symbol in guard.free_symbols]
         for sizes in dict.fromkeys(tuple(point[roles[symbol]] for symbol in symbols) for point in points):
             if guard.xreplace(dict(zip(symbols, map(sympy.Integer, sizes)))) != True:  # noqa: E712
-                said = guard.xreplace({symbol: sympy.Symbol(roles[symbol]) for symbol in symbols})
+                readable = guard.xreplace({symbol: sympy.Symbol(roles[symbol]) for symbol in symbols})
                 at = ", ".join(f"{roles[symbol]} = {size}" for symbol, size in zip(symbols, sizes))
-                raise NotCaptured(f"tracing took a branch that other sizes do not take: {said} fails at {at}")
+                raise NotCaptured(f"tracing took a branch that other sizes do not take: {readable} fails at {at}")
 
 
 def sizes(growing: bool, edges: Sequence[int] = (), longest: int = 0) -> list[dict[str, int]]:

@@ -69,7 +69,7 @@ PICKS = frozenset({"embedding", "index", "gather", "index_select", "_to_copy", "
 
 
 REDUCES = frozenset({"aten::sum", "aten::mean", "aten::prod"})
-"""ops that PyTorch computes in fp32 whatever they are given: said by a Cast on either side"""
+"""ops that PyTorch computes in fp32 whatever they are given: written as a Cast on either side"""
 
 
 def mixes_types(graph: torch.fx.GraphModule) -> bool:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from ...errors import GqaExportError
+from ...errors import UnsupportedModel
 from .source_digests import SEEN
 
 FILES = ("alibi", "attention_forward", "attention_method", "attention_table", "deepseek_v2", "diffllama", "experts",
@@ -108,9 +108,9 @@ def _put(patch: Patch) -> Callable[[], None]:
         owner = getattr(owner, part)
     original = inspect.getattr_static(owner, name)
     if digest(original) != SEEN.get(patch.place):
-        raise GqaExportError(f"this transformers has other code in {patch.path} than the patch of it was written for",
-                             f"transformers.models.{patch.module}",
-                             "install the transformers version that `gqa-export models` names, or export another "
-                             "architecture")
+        raise UnsupportedModel(f"the installed transformers has other code in {patch.path} than the code that this "
+                               "patch replaces", f"transformers.models.{patch.module}",
+                               "install the transformers version that `gqa-export models` names, or export another "
+                               "architecture", code="E-MODEL-PATCH-STALE")
     setattr(owner, name, patch.make(original, module))
     return lambda: setattr(owner, name, original)
