@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..checkpoint.decoder_layers import layer_lists
 from ..errors import GqaExportError
 
 
@@ -56,9 +57,8 @@ class RowTruth:
 
 def layer_list(model: Any, count: int) -> tuple[str, Any]:
     """Name and ModuleList of the decoder's layers. Raises GqaExportError where there is none of that length."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return name, module
+    for found in layer_lists(model, count):
+        return found
     raise GqaExportError(f"the model has no list of {count} layers to look into", type(model).__name__,
                          "use `gqa-export validate`, which compares the outputs")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import GqaExportError, InvalidCheckpoint, first_line
+from ..spec import FLOATS
 from .checkpoint import Checkpoint
 from .gguf_config import gguf_facts, identity
 from .gguf_reader_patch import quick_gguf
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
 
 def load_skeleton(checkpoint: Checkpoint, **config_overrides: Any) -> torch.nn.Module:
@@ -54,7 +54,7 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
     import torch
     from transformers import AutoModelForCausalLM
 
-    name = checkpoint.stored_dtype if dtype == "auto" else DTYPES.get(dtype, dtype)
+    name = checkpoint.stored_dtype if dtype == "auto" else FLOATS.get(dtype, dtype)
     config = load_config(checkpoint, **config_overrides)
     if checkpoint.model is not None:
         return model_of(checkpoint, name, config, attn_implementation)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import GqaExportError, InvalidCheckpoint
 from ..files.read_json import read_json
+from ..spec import FLOATS
 from .checkpoint import Checkpoint
 from .pickle_permission import trust
 from .pickle_weights import pickle_files
@@ -136,7 +137,7 @@ def _stored_dtype(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> s
     if sizes:
         return sizes.most_common(1)[0][0]
     named = config.get("dtype") or config.get("torch_dtype")
-    return named if named in ("float32", "float16", "bfloat16", "float64") else "float32"
+    return str(named) if named in FLOATS.values() else "float32"
 
 
 def _commit(snapshot: Path) -> str:

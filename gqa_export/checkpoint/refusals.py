@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import InvalidCheckpoint, UnsupportedModel
+from .decoder_layers import layer_lists
 
 if TYPE_CHECKING:
     import torch
@@ -131,10 +132,7 @@ def _place(name: str) -> str:
 
 
 def _decoder_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    import torch
-
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth > 0:
-            return [(f"{name}.{number}", layer) for number, layer in enumerate(module)]
+    for name, layers in layer_lists(model, depth):
+        return [(f"{name}.{number}", layer) for number, layer in enumerate(layers)]
     return []

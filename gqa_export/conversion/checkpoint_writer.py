@@ -13,6 +13,7 @@ import torch
 
 from ..checkpoint.tokenizer import tokenizer_files
 from ..errors import InvalidCheckpoint, UnsupportedModel
+from ..spec import FLOATS
 from ..weights.sources import MemorySource, Source, StoredSource
 from .heads import read_tensor
 from .safetensors_writer import size_of, write_safetensors
@@ -47,7 +48,7 @@ class Stored:
                                         f"{structure.shapes[name]}", str(tensor.path), "config.json and the weights "
                                         "must belong together: download the checkpoint again",
                                         code="E-CKPT-TENSORS-SHAPE")
-            if tensor.dtype not in ("float64", "float32", "float16", "bfloat16"):
+            if tensor.dtype not in FLOATS.values():
                 raise UnsupportedModel(f"{name} is stored as {tensor.dtype}: the checkpoint is quantized",
                                        str(tensor.path), "convert the original, unquantized checkpoint",
                                        code="E-MODEL-QUANTIZED")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..environment.versions import versions as installed_versions
 from ..errors import GqaExportError
 
 AGAIN = "run `python scripts/matrix.py --resume` and commit what it writes"
@@ -37,14 +37,8 @@ def known_names() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a row depends on."""
-    found = {}
-    for name in ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "onnx-ir"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    """Versions of the installed packages that a row depends on."""
+    return installed_versions(("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "onnx-ir"))
 
 
 def missing(rows: dict[str, Any], names: dict[str, str]) -> list[str]:

@@ -13,10 +13,11 @@ from ..checkpoint.load_model import load_model
 from ..checkpoint.open import open_checkpoint
 from ..errors import GqaExportError, UnsupportedModel
 from ..progress import Progress
+from ..spec import DTYPES
 from ..weights.dtypes import itemsize
 from ..weights.memory_budget import Budget
 from ..weights.sources import WeightStore
-from .options import DEFAULT_CAPACITY, DTYPES, ExportOptions
+from .options import DEFAULT_CAPACITY, ExportOptions
 
 if TYPE_CHECKING:
     from ..lowering.context import Lowered

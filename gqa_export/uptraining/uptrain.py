@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.load_config import load_config
 from ..checkpoint.load_model import load_model
 from ..checkpoint.tokenizer import tokenizer_files
+from ..environment.versions import versions
 from ..errors import GqaExportError
 from ..files.staging import check_folder, disk_errors, writing_folder
 from ..progress import Progress, silent
@@ -162,14 +163,12 @@ def _quiet(trainer: Any) -> None:
 
 def _result(checkpoint: Checkpoint, output: Path, options: UptrainOptions, steps: int, processes: int,
             history: list[dict[str, Any]], found: Path | None) -> Uptraining:
-    from importlib.metadata import version
-
     train, held = split_log(history)
     tokens = steps * options.batch * options.accumulate * options.length * processes
     return Uptraining(str(output), checkpoint.source, steps, tokens, held[0].perplexity, held[-1].perplexity,
                       tuple(train), tuple(held), json.loads(options.settings()),
                       int(found.name.rpartition("-")[2]) if found else None, date.today().isoformat(),
-                      {name: version(name) for name in ("torch", "transformers", "accelerate")})
+                      versions(("torch", "transformers", "accelerate")))
 
 
 def _write(checkpoint: Checkpoint, model: Any, state: dict[str, Any], dtype: Any, output: Path,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import GqaExportError
+from ..spec import FLOATS
 
-FLOATS = ("float64", "float32", "float16", "bfloat16")
 LIMITS = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38}
 """up to here no finite value rounds to infinity; beyond, and for a NaN, every element is looked at"""
 
@@ -43,7 +43,7 @@ def cast(data: memoryview, source: str, target: str, name: str) -> memoryview:
         return data
     import numpy as np
 
-    if source not in FLOATS or target not in FLOATS:
+    if not {source, target} <= set(FLOATS.values()):
         raise GqaExportError(f"cannot convert {name} from {source} to {target}", name,
                              "export with --dtype auto, which keeps the stored types", code="E-WEIGHTS-CONVERT")
     values = np.frombuffer(data, numpy_dtype(source))

@@ -19,6 +19,7 @@ from ..bundle.manifest import DATA, FileFact
 from ..bundle.writer import BundleWriter
 from ..checkpoint.safetensors_header import header_sha256
 from ..errors import GqaExportError, InvalidCheckpoint
+from ..files.sha256 import file_sha256
 from .dtypes import cast, itemsize
 from .sources import RECIPE, Source, StoredSource, WeightStore, recipe_of
 
@@ -221,8 +222,5 @@ def _check_inside(path: Path, folder: Path) -> None:
 
 def _file_fact(path: Path, hash_full: bool) -> FileFact:
     stat = path.stat()
-    whole = ""
-    if hash_full:
-        with open(path, "rb") as file:
-            whole = hashlib.file_digest(file, "sha256").hexdigest()
+    whole = file_sha256(path) if hash_full else ""
     return FileFact(stat.st_size, whole, stat.st_mtime_ns, header_sha256(path))
