@@ -12,12 +12,13 @@ from collections.abc import Callable
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from ..spec import DTYPES
+
 Rule = Callable[[Any], bool]
 
 LARGEST = 1 << 31
 """no dimension of a model reaches this"""
 MOST_LAYERS = 1 << 14
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MOST_BYTES = 1 << 53
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
