@@ -27,7 +27,7 @@ def gguf_facts(path: str, mtime_ns: int) -> tuple[transformers.PretrainedConfig,
 
     header = read_gguf_header(Path(path))
     try:
-        # a file that does not say its vocabulary size has it in the list of tokens alone
+        # a file without the size of its vocabulary has it in the list of tokens alone
         with quiet(), quick_gguf(vocabulary=header.about_model("vocab_size") is None):
             config = AutoConfig.from_pretrained(Path(path).parent, gguf_file=Path(path).name, local_files_only=True)
     except Exception as error:

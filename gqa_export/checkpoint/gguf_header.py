@@ -1,4 +1,4 @@
-"""What a GGUF file says about itself: metadata, and the name, type, shape and place of each tensor. No weights.
+"""The header of a GGUF file: metadata, and the name, type, shape and place of each tensor. No weights.
 
 Lists in the metadata (the vocabulary) are skipped, which is why this takes milliseconds.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md

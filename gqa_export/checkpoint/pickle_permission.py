@@ -13,8 +13,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Trust:
-    """pickle: weights may be pickle files, read by PyTorch's restricted unpickler (tensors only, no code). Code that
-    comes with a checkpoint is never run: there is no permission for that."""
+    """What is allowed. Code that comes with a checkpoint is never run: there is not a permission for that.
+
+    Attributes:
+        pickle: weights may be pickle files, read by PyTorch's restricted unpickler (tensors only, no code).
+    """
 
     pickle: bool = False
 

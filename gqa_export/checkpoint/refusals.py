@@ -71,7 +71,17 @@ def refuse_quantized(method: str, where: str) -> NoReturn:
 
 
 def refuse_config(config: Any, where: str, text_only: bool = False) -> None:
-    """Refusals from a transformers configuration, whose derived fields (`layer_types`) are filled in."""
+    """Refuse what a transformers configuration shows, whose derived fields (`layer_types`) are filled in.
+
+    Args:
+        config: a transformers configuration.
+        where: the checkpoint, for the message.
+        text_only: of a multimodal model only the language model is wanted.
+
+    Raises:
+        InvalidCheckpoint: a size is absurd.
+        UnsupportedModel: a layer is not grouped attention, or what `refuse_raw_config` refuses.
+    """
     refuse_raw_config(config.to_dict(), where, text_only)
     config = config.get_text_config()
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):

@@ -31,7 +31,15 @@ DAMAGED = "the file is truncated or damaged: download or copy it again and compa
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: `nbytes` little-endian bytes at `offset` (from the start of the file)."""
+    """A tensor in a file.
+
+    Attributes:
+        path: the file.
+        offset: of its first byte, from the start of the file.
+        nbytes: of its little-endian elements.
+        dtype: numpy (ml_dtypes) name.
+        shape: as stored.
+    """
 
     path: Path
     offset: int

@@ -92,7 +92,7 @@ def packed(ids: np.ndarray, length: int, where: str) -> np.ndarray:
 
 
 def spread(rows: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` rows, evenly spread over all."""
+    """At most `count` of the rows [rows, length], evenly spread over all."""
     if len(rows) <= count:
         return rows
     return rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]

@@ -79,7 +79,7 @@ class Calibration:
                 return tuple(half(value, which) for value in values)
             return values
 
-        def answered(*given: Any, **named: Any) -> Any:
+        def replaced(*given: Any, **named: Any) -> Any:
             layer = len(errors)
             self.report(f"fitting layer {layer}", layer, len(self.source.layers))
             first, second = ((half(given, which), {name: half(value, which) for name, value in named.items()})
@@ -97,7 +97,7 @@ class Calibration:
             both = torch.cat((wanted, got))
             return (both, *result[1:]) if isinstance(result, tuple) else both
 
-        return answered
+        return replaced
 
 
 @contextmanager

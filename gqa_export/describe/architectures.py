@@ -19,7 +19,11 @@ ENDS = ("supported", "refused", "wrong", "failed", "unchecked")
 
 
 def table() -> dict[str, Any]:
-    """The whole table: `rows` by name, `versions` it was made with, `date`."""
+    """The whole table: `rows` by name, `versions` it was made with, `date`.
+
+    Raises:
+        GqaExportError: the file is missing from this installation.
+    """
     import gqa_models
 
     path = Path(gqa_models.__file__).parent / "matrix.json"
@@ -53,7 +57,7 @@ def counts(data: dict[str, Any]) -> dict[str, int]:
 
 
 def document(data: dict[str, Any]) -> str:
-    """docs/models.md."""
+    """The text of docs/models.md for a table."""
     how = counts(data)
     made_with = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
     lines = [

@@ -19,7 +19,7 @@ from ..errors import GqaExportError, UnsupportedModel
 
 NAME = "gqa_export"
 
-# Arguments that reach attention but say nothing about its result once mask, scale, softcap and sinks are known.
+# Arguments that reach attention but do not change its result once mask, scale, softcap and sinks are known.
 # `sliding_window`, `is_causal`: eager attention, the reference, uses the mask alone, and so does the probe.
 WITHOUT_EFFECT = frozenset({
     "dropout", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions",
@@ -30,7 +30,19 @@ WITHOUT_EFFECT = frozenset({
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call as a layer made it. query [B, H, S, D], key [B, K, S, D], value [B, K, S, E]."""
+    """One attention call as a layer made it.
+
+    Attributes:
+        module: the layer's attention module.
+        layer: the layer's number.
+        query: [batch, heads, tokens, head_size], already rotated.
+        key: [batch, kv_heads, tokens, head_size], already rotated.
+        value: [batch, kv_heads, tokens, value_head_size].
+        mask: the tagged mask; None or untagged where the model made its own.
+        scale: factor of the scores.
+        softcap: limit of the scores, 0 is none.
+        sinks: [heads], one extra logit per head; None is none.
+    """
 
     module: torch.nn.Module
     layer: int
@@ -45,7 +57,7 @@ class Call:
 
 @dataclass(frozen=True)
 class MaskTag:
-    """What a mask was asked to be: transformers' mask function and whether it needs vmap."""
+    """The arguments of a mask: transformers' mask function and whether it needs vmap."""
 
     function: Callable[..., Any]
     use_vmap: bool
@@ -53,7 +65,7 @@ class MaskTag:
 
 
 class Recorder(Protocol):
-    """Somebody who answers attention calls."""
+    """Computes the attention calls of a model."""
 
     def attend(self, call: Call) -> torch.Tensor:
         """Return the attention output [B, S, H, E]."""
@@ -64,8 +76,12 @@ _recorders: list[tuple[Recorder, torch.Tensor | None]] = []
 
 @contextmanager
 def recording(recorder: Recorder, position_ids: torch.Tensor | None = None) -> Iterator[None]:
-    """Let `recorder` answer the attention calls made inside the block, on tokens at `position_ids` [B, S] (only patched
-    models ask for them)."""
+    """Let a recorder compute the attention calls made inside the block.
+
+    Args:
+        recorder: its `attend` is given every call.
+        position_ids: [batch, tokens], the position of each new token in its sequence; only patched models need them.
+    """
     _recorders.append((recorder, position_ids))
     try:
         yield

@@ -47,7 +47,7 @@ def build(config: Any, dtype: torch.dtype, *, device: str = "cpu", attention: st
 
 
 def _keep_in_fp32(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """The parameters that transformers loads in fp32 whatever is asked (norms of GPT-OSS in fp16, a router's bias)."""
+    """The parameters that transformers loads in fp32 whatever the dtype (norms of GPT-OSS in fp16, a router's bias)."""
     patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]  # type: ignore[operator]
     if not patterns:
         return

@@ -84,4 +84,4 @@ def prepare(folder: Path, work: Path, options: UptrainOptions, vocabulary: int) 
                                                                       options.eval_text or options.text)
     np.save(work / TRAIN, train)
     np.save(work / f"partial-{EVAL}", held)
-    (work / f"partial-{EVAL}").rename(work / EVAL)  # last, and at once: its presence says that both are whole
+    (work / f"partial-{EVAL}").rename(work / EVAL)  # last, and at once: its presence means that both are whole

@@ -31,7 +31,22 @@ REPORT, PICTURE, SETTINGS = "gqa_uptrain.json", "gqa_uptrain.svg", "settings.jso
 
 @dataclass(frozen=True)
 class Uptraining:
-    """What a run did. Perplexities are e to the mean loss on the held-out rows; tokens: of all steps together."""
+    """What a run did.
+
+    Attributes:
+        folder: the trained checkpoint.
+        source: what was trained.
+        steps: optimizer steps.
+        tokens: of all steps together.
+        perplexity_before: e to the mean loss on the held-out rows, before the first step.
+        perplexity_after: the same after the last.
+        train: training losses by step.
+        held_out: losses on the held-out rows by step.
+        settings: the options that change what is trained.
+        resumed_at: the step at which an earlier start ended; None for a run in one piece.
+        date: ISO 8601.
+        versions: of torch, transformers and accelerate.
+    """
 
     folder: str
     source: str
@@ -78,7 +93,7 @@ def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, repor
     """
     import torch
 
-    say = report or silent
+    progress = report or silent
     output = Path(output)
     check_folder(output, force=options.force, marker=REPORT)
     if checkpoint.kind == "gguf":
@@ -99,16 +114,16 @@ def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, repor
         found = last_checkpoint(work)
         settings = arguments(options, work, 1, resuming=found is not None)
         with settings.main_process_first(desc="tokenizing"):
-            say("tokenizing the text", None, None)
+            progress("tokenizing the text", None, None)
             prepare(checkpoint.folder, work, options, config.vocab_size)
         train, held = Rows(work / TRAIN), Rows(work / EVAL, options.eval_rows)
         steps = steps_of(options, len(train), settings.world_size)
         settings = arguments(options, work, steps, resuming=found is not None)
-        say("loading the model", None, None)
+        progress("loading the model", None, None)
         model = load_model(checkpoint, "fp32", attn_implementation="sdpa")
         model.config.use_cache = False  # type: ignore[union-attr]
         trainer = DistillingTrainer(
-            model, settings, train_dataset=train, eval_dataset=held, callbacks=[Watch(say)],
+            model, settings, train_dataset=train, eval_dataset=held, callbacks=[Watch(progress)],
             teacher=_teacher(options, config, bf16=options.bf16), weight=options.distill_weight,
             temperature=options.temperature)
         _quiet(trainer)

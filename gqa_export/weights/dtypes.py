@@ -20,7 +20,7 @@ def numpy_dtype(name: str) -> Any:
 
 
 def itemsize(name: str) -> int:
-    """Bytes of one element."""
+    """Bytes of one element of a type, by its numpy (ml_dtypes) name."""
     return int(numpy_dtype(name).itemsize)
 
 

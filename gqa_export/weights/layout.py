@@ -32,7 +32,13 @@ Mode = Literal["copy", "link", "inplace"]
 
 @dataclass(frozen=True)
 class Placement:
-    """bytes_copied are in `model.onnx.data`, bytes_linked in the checkpoint's own files; `files` names all of them."""
+    """Where the weights of a bundle are.
+
+    Attributes:
+        bytes_copied: in `model.onnx.data`.
+        bytes_linked: in the checkpoint's own files.
+        files: names of all of these files.
+    """
 
     bytes_copied: int
     bytes_linked: int
@@ -71,8 +77,17 @@ class Arrangement:
 
 
 def arrange(model: onnx.ModelProto, store: WeightStore, mode: Mode) -> Arrangement:
-    """Decide for every initializer with a recipe where its bytes will be; see `place`. What is used where it lies is
-    pointed there in `model`."""
+    """Decide for every initializer with a recipe where its bytes will be, without writing a byte.
+
+    Args:
+        model: the lowered graph; initializers that use a checkpoint's file are pointed there.
+        store: where each weight is.
+        mode: see `place`.
+
+    Raises:
+        InvalidCheckpoint: the checkpoint does not have a tensor, or has it in another shape.
+        GqaExportError: two files of the checkpoint have one name.
+    """
     from onnx import helper
 
     linked_files: dict[str, Path] = {}

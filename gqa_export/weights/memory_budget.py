@@ -37,12 +37,16 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `limit` bytes of physical memory for this process; 0 is no limit."""
+    """A limit of the physical memory of this process.
+
+    Attributes:
+        limit: bytes; 0 is unlimited.
+    """
 
     limit: int = 0
 
     def check(self, doing: str) -> None:
-        """Stop if the process has grown beyond the limit."""
+        """Raise GqaExportError if the process has grown beyond the limit. doing: the work, for the message."""
         peak = peak_bytes() if self.limit else 0
         if peak > self.limit:
             raise GqaExportError(f"{doing} took {peak / 1e9:.2f} GB of memory, --max-ram allows {self.limit / 1e9:.2f}",
@@ -50,7 +54,7 @@ class Budget:
                                  code="E-ENV-MEMORY")
 
     def need(self, more: int, doing: str) -> None:
-        """Refuse, before it begins, what would take `more` bytes beyond what is occupied."""
+        """Raise GqaExportError, before it begins, for work that takes `more` bytes beyond what is occupied."""
         have = peak_bytes() if self.limit else 0
         if self.limit and have + more > self.limit:
             raise GqaExportError(f"{doing} needs {more / 1e9:.2f} GB beside the {have / 1e9:.2f} GB in use, --max-ram "

@@ -1,6 +1,6 @@
 """Weights by name: where their bytes are.
 
-Graph stages hold no weights. An initializer says EXTERNAL with the location `weights:NAME`, or `weights:A+B+C` for
+Graph stages hold no weights. An initializer is EXTERNAL with the location `weights:NAME`, or `weights:A+B+C` for
 rows concatenated along axis 0. `WeightStore` knows where each name's bytes are: in a checkpoint's file
 (`StoredSource`) or made by a function, one tensor at a time (`MemorySource`: merged, dequantized, computed).
 `layout` streams them into `model.onnx.data` or points the graph into the checkpoint's own files.
@@ -60,7 +60,13 @@ class StoredSource:
 
 @dataclass(frozen=True, eq=False)
 class MemorySource:
-    """A tensor made on demand: `make()` gives a torch tensor or numpy array of this dtype and shape."""
+    """A tensor made on demand.
+
+    Attributes:
+        make: gives a torch tensor or numpy array of this dtype and shape.
+        dtype: numpy (ml_dtypes) name.
+        shape: of the tensor.
+    """
 
     make: Callable[[], Any]
     dtype: str
@@ -84,7 +90,12 @@ Source = StoredSource | MemorySource
 
 
 class WeightStore:
-    """name -> source. Two names may have one source (tied weights): it is then placed once."""
+    """Where every weight is. Two names may have one source (tied weights): it is then placed once.
+
+    Args:
+        sources: name -> source.
+        aliases: further names of weights, name -> name in `sources`.
+    """
 
     def __init__(self, sources: dict[str, Source], aliases: dict[str, str] | None = None) -> None:
         self.sources = dict(sources)
@@ -114,10 +125,14 @@ class WeightStore:
 
     @classmethod
     def from_module(cls, checkpoint: Checkpoint, module: torch.nn.Module) -> WeightStore:
-        """What each parameter and persistent buffer of a loaded module is: stored as it is, or only in memory.
+        """Where each parameter and persistent buffer of a loaded module is: stored as it is, or only in memory.
 
         Stored means: same name and shape in the file, and the same bytes (after the module's dtype conversion) at
         its start, middle and end. Names of the file that the module does not have are stored too.
+
+        Args:
+            checkpoint: that the module was loaded from.
+            module: with its weights.
         """
         sources: dict[str, Source] = {name: StoredSource(tensor) for name, tensor in checkpoint.tensors.items()}
         seen: dict[tuple[Any, ...], Source] = {}

@@ -50,9 +50,9 @@ def plain_reshapes(model: ir.Model) -> int:
     return count
 
 
-def ask_the_first(model: ir.Model) -> None:
-    """Sizes are asked of the first input that has that shape: every layer's cache has the same one, and which of them
-    a trace recorded is chance."""
+def read_sizes_from_the_first(model: ir.Model) -> None:
+    """Read sizes from the first input that has that shape: every layer's cache has the same one, and which of them a
+    trace recorded is chance."""
     first: dict[tuple[str, ...], ir.Value] = {}
     for value in model.graph.inputs:
         if value.shape is not None:

@@ -122,7 +122,7 @@ def _record(run: Any, table: Mapping[Any, Any], weights: Any,
 
 
 def _hoist_sizes(graph: torch.fx.Graph, placeholders: list[torch.fx.Node]) -> None:
-    """A size of an input belongs to no module, though it is recorded in the first that asks for it."""
+    """A size of an input belongs to no module, though it is recorded in the first that reads it."""
     after = placeholders[-1]
     for node in list(graph.nodes):
         if node.target is torch.ops.aten.sym_size.int and node.args[0].op == "placeholder":
@@ -192,7 +192,7 @@ def check_guards(environment: Any, roles: Mapping[Any, str], points: Sequence[Ma
 def sizes(growing: bool, edges: Sequence[int] = (), longest: int = 0) -> list[dict[str, int]]:
     """The sizes at which guards are tried: all of a grid, with `edges` (windows, capacity) among the lengths.
 
-    longest: tokens that the model has positions for, 0 is any number. It is asked for so many and no more: a table of
+    longest: tokens that the model has positions for, 0 is any number. No more are tried: a table of
     positions that it would make longer (XGLM) is as good as fixed.
     """
     lengths = sorted({*PAST, *[edge + step for edge in (*edges, longest) for step in (-1, 0, 1) if edge + step > 0]})

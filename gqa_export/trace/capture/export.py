@@ -107,7 +107,7 @@ def _stock(decoder: Decoder, inputs: list[Input], outputs: list[str]) -> ir.Mode
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings from the tracing machinery: they speak of its internals, not of the user's model."""
+    """No warnings from the tracing machinery: they are about its internals, not about the user's model."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch")]
     levels = [logger.level for logger in loggers]
     # torch writes a structured log of every symbolic step for whoever listens, and any root handler counts as

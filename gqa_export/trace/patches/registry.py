@@ -1,12 +1,12 @@
 """The one seam for models whose own code hides what a trace needs: functions put in the place of transformers' own.
 
 Most models need none of it. A patch replaces one function (or one entry of a table) while a model is probed and
-traced, and never else: the truth that a bundle is compared with runs transformers as it is. A patch may say something
-in other words (the attention interface instead of two products and a softmax; positions per row instead of a count);
-it may not change what is computed. Each file here holds one such rewording and lists its places in `PATCHES`.
+traced, and never else: the reference that a bundle is compared with runs transformers as it is. A patch may compute
+something in another way (the attention interface instead of two products and a softmax; positions per row instead of a
+count); it may not change what is computed. Each file here holds one such rewriting and lists its places in `PATCHES`.
 
-A place names a module of transformers and a dotted path in it. `seen.py` holds the start of the sha256 of the source
-that each patch was written for: another transformers with other code there is refused, not guessed at.
+A place names a module of transformers and a dotted path in it. `source_digests` holds the start of the sha256 of the
+source that each patch was written for: another transformers with other code there is refused, not guessed at.
 """
 
 from __future__ import annotations

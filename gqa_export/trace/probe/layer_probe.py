@@ -104,7 +104,19 @@ def listen_with_cache(model: torch.nn.Module) -> tuple[dict[int, Call], set[int]
 
 
 def listen(model: torch.nn.Module, use_cache: bool = False, **cache: Any) -> dict[int, Call]:
-    """Run the model once on a few tokens and return its attention calls by layer."""
+    """Run a model once on a few tokens.
+
+    Args:
+        model: with our attention, on any device, "meta" included.
+        use_cache: as the model's own argument.
+        **cache: further arguments of the model, such as past_key_values.
+
+    Returns:
+        Its attention calls by layer.
+
+    Raises:
+        UnsupportedModel: the model does not run as a decoder, or what its attention calls are refused for.
+    """
     listener = _Listener()
     device = next(model.parameters()).device
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
