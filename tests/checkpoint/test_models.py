@@ -38,10 +38,10 @@ def test_a_decoder_loads_whole_and_gives_the_logits_that_transformers_gives(name
     assert {key: value.shape for key, value in skeleton.state_dict().items()} == {
         key: value.shape for key, value in model.state_dict().items()}
     assert all(parameter.is_meta for parameter in skeleton.parameters())
-    truth = AutoModelForCausalLM.from_pretrained(checkpoint.folder, attn_implementation="eager").eval()
+    reference = AutoModelForCausalLM.from_pretrained(checkpoint.folder, attn_implementation="eager").eval()
     ids = torch.randint(4, 300, (2, 40))
     with torch.no_grad():
-        difference = (model(ids).logits - truth(ids).logits).abs().max().item()
+        difference = (model(ids).logits - reference(ids).logits).abs().max().item()
     assert difference < 1e-5  # fp32; only the order in which experts are summed may differ
 
 

@@ -60,7 +60,7 @@ def test_an_unknown_attention_argument_is_refused_by_name():
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_the_wrapped_decoder_with_its_cache_outside_equals_the_model(tmp_path, name):
     checkpoint = open_checkpoint(gqa_models.write_tiny(name, tmp_path / name))
-    truth = load_model(checkpoint, "float64")
+    reference = load_model(checkpoint, "float64")
     model = load_model(checkpoint, "float64", attn_implementation=attention_hook.register())
     spec = probe(model.config)
     decoder = decoder_module.Decoder(model, spec, cache="growing", logits="all", interface="mask")
@@ -75,7 +75,7 @@ def test_the_wrapped_decoder_with_its_cache_outside_equals_the_model(tmp_path, n
         mask = torch.cat([(rows < lengths[:, None]).long(), torch.ones(2, 1, dtype=torch.long)], 1)
         decoded, *_ = decoder(step, mask, *present)
         for b, length in enumerate(lengths.tolist()):
-            whole = truth(input_ids=torch.cat([tokens[b, :length], step[b]])[None]).logits[0]
+            whole = reference(input_ids=torch.cat([tokens[b, :length], step[b]])[None]).logits[0]
             # fp64 on both sides; attention's softmax inside eager models is fp32 by their own code.
             torch.testing.assert_close(logits[b, :length], whole[:-1], atol=2e-5, rtol=1e-5)
             torch.testing.assert_close(decoded[b, 0], whole[-1], atol=2e-5, rtol=1e-5)

@@ -104,17 +104,17 @@ def test_a_data_set_needs_its_package(student, tmp_path, monkeypatch):
 def test_documents_of_a_data_set_are_joined_by_the_end_token(student, monkeypatch):
     from gqa_export.uptraining.rows import tokens_of
 
-    asked = []
+    calls = []
 
     def load_dataset(name, config, split, streaming):
-        asked.append((name, config, split, streaming))
+        calls.append((name, config, split, streaming))
         return [{"text": "ab"}, {"text": "c"}]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     tokenizer = type("T", (), {"eos_token_id": 7, "__call__": lambda self, text, **_: {
         "input_ids": [ord(letter) for letter in text]}})()
     assert tokens_of("hub:org/name:en:validation", tokenizer).tolist() == [97, 98, 7, 99]
-    assert asked == [("org/name", "en", "validation", True)]
+    assert calls == [("org/name", "en", "validation", True)]
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **__: [{"body": ""}]))
     with refused("E-UPTRAIN-DATA-SET") as refusal:
         tokens_of("hub:org/name", tokenizer)

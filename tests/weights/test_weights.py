@@ -133,8 +133,8 @@ def test_onnx_runtime_runs_the_graph_from_every_placement(llama, tmp_path, mode)
     placement, files = export(model, store, output, mode, checkpoint)
     x = np.random.normal(size=(1, 64)).astype(np.float32)
     packed = torch.cat([tensors[f"{ATTENTION}{letter}_proj.weight"] for letter in "qkv"])
-    truth = [packed, *(tensors[name.replace("lm_head", "model.embed_tokens")] for name in names)]
-    for got, weight in zip(run(output, x), truth, strict=True):
+    reference = [packed, *(tensors[name.replace("lm_head", "model.embed_tokens")] for name in names)]
+    for got, weight in zip(run(output, x), reference, strict=True):
         np.testing.assert_allclose(got, x @ weight.numpy().T, atol=1e-5)  # fp32, 64 terms of size one
     qkv, matrices, tied = 128 * 64 * 4, (64 + 32) * 64 * 4, 320 * 64 * 4
     if mode == "copy":
@@ -186,8 +186,8 @@ def test_adjacent_rows_are_linked_as_one_tensor(opened, tmp_path):
     assert (placement.bytes_copied, placement.bytes_linked) == (0, 256 * 64 * 4)
     tensors = load_file(checkpoint.folder / "model.safetensors")
     x = np.random.normal(size=(1, 64)).astype(np.float32)
-    truth = torch.cat([tensors[f"{mlp}gate_proj.weight"], tensors[f"{mlp}up_proj.weight"]]).numpy()
-    np.testing.assert_allclose(run(tmp_path / "out", x)[0], x @ truth.T, atol=1e-5)
+    reference = torch.cat([tensors[f"{mlp}gate_proj.weight"], tensors[f"{mlp}up_proj.weight"]]).numpy()
+    np.testing.assert_allclose(run(tmp_path / "out", x)[0], x @ reference.T, atol=1e-5)
 
 
 def test_a_hub_snapshot_is_linked_through_its_symbolic_links_but_not_used_in_place(llama, tmp_path):
