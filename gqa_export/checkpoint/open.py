@@ -1,4 +1,4 @@
-"""Opening a checkpoint: find its files, read their headers, refuse what is no decoder checkpoint. Imports no torch."""
+"""Opening a checkpoint: find its files, read their headers, refuse what is not a decoder checkpoint. Without torch."""
 
 from __future__ import annotations
 

@@ -131,7 +131,8 @@ def pick_provider(provider: str, dtype: str, target: Target) -> str:
 def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> WeightStore:
     """Where every weight of a traced model is. The checkpoint is loaded only if names alone do not tell; then all
     that is not used as it is stored is held in memory, for which `budget` must have room."""
-    from ..weights.sources import RECIPE, StoredSource, recipe_of
+    from ..graph_io import RECIPE
+    from ..weights.sources import StoredSource, recipe_of
 
     wanted = {recipe_of(tensor).removeprefix(RECIPE): tuple(tensor.dims)
               for tensor in traced.model.graph.initializer if recipe_of(tensor)}

@@ -111,7 +111,7 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
         value: [batch, kv_heads, tokens, value_head_size].
         attention_mask: what `mask` returned.
         scaling: factor of the scores; None is 1 / sqrt(head_size).
-        softcap: limit of the scores; None is no limit.
+        softcap: limit of the scores; None does not limit them.
         s_aux: sinks [heads], one extra logit per head; None is none.
         layer: the layer's number where the module does not have `layer_idx` (patched models).
         **others: refused unless they are known to leave the result as it is.

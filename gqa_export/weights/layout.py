@@ -20,8 +20,9 @@ from ..bundle.writer import BundleWriter
 from ..checkpoint.safetensors_header import header_sha256
 from ..errors import GqaExportError, InvalidCheckpoint
 from ..files.sha256 import file_sha256
+from ..graph_io import RECIPE
 from .dtypes import cast, itemsize
-from .sources import RECIPE, Source, StoredSource, WeightStore, recipe_of
+from .sources import Source, StoredSource, WeightStore, recipe_of
 
 if TYPE_CHECKING:
     import onnx

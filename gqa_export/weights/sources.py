@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.safetensors_header import StoredTensor
 from ..errors import InvalidCheckpoint
+from ..graph_io import RECIPE
 
 if TYPE_CHECKING:
     import onnx
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from ..checkpoint.checkpoint import Checkpoint
 
-RECIPE = "weights:"
 CHUNK_BYTES = 4 << 20
 SAMPLE_BYTES = 4096
 

@@ -1,4 +1,4 @@
-"""Loading: weights arrive as stored, nothing is printed, and what is no whole attention decoder is refused."""
+"""Loading: weights arrive as stored, nothing is printed, and what is not a whole attention decoder is refused."""
 
 from __future__ import annotations
 

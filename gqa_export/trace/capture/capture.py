@@ -180,7 +180,7 @@ def check_guards(environment: Any, roles: Mapping[Any, str], points: Sequence[Ma
     for guard in {guard.expr for guard in environment.guards}:
         strangers = guard.free_symbols - set(roles)
         if strangers:
-            raise NotCaptured(f"a condition on a size that is no input's: {guard}")
+            raise NotCaptured(f"a condition on a size that does not come from an input: {guard}")
         symbols = [symbol for symbol in roles if symbol in guard.free_symbols]
         for sizes in dict.fromkeys(tuple(point[roles[symbol]] for symbol in symbols) for point in points):
             if guard.xreplace(dict(zip(symbols, map(sympy.Integer, sizes)))) != True:  # noqa: E712

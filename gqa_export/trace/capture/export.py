@@ -110,7 +110,7 @@ def quiet() -> Iterator[None]:
     """No warnings from the tracing machinery: they are about its internals, not about the user's model."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch")]
     levels = [logger.level for logger in loggers]
-    # torch writes a structured log of every symbolic step for whoever listens, and any root handler counts as
+    # torch writes a structured log of every symbolic step for any listener, and any root handler counts as
     # listening: a trace is then ten times slower (measured under pytest, which installs one).
     structured = logging.getLogger("torch.__trace")
     handlers, structured.handlers = structured.handlers, []

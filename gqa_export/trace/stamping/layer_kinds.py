@@ -66,7 +66,7 @@ def _computed(layer: torch.nn.Module) -> bool:
 
 
 def _layers_path(model: torch.nn.Module, spec: ModelSpec) -> str | None:
-    """The ModuleList whose item i makes attention call i, for all i; None if there is no such list."""
+    """The ModuleList whose item i makes attention call i, for all i; None if there is not one."""
     for name, layers in layer_lists(model, len(spec.layers)):
         indices = [{sub.layer_idx for sub in layer.modules() if isinstance(getattr(sub, "layer_idx", None), int)}
                    for layer in layers]
@@ -76,7 +76,7 @@ def _layers_path(model: torch.nn.Module, spec: ModelSpec) -> str | None:
 
 
 def prints(model: torch.nn.Module, stack: Stack) -> tuple:
-    """Fingerprints of the traced layers and of all that is no layer. Equal for a model of full depth and the short
+    """Fingerprints of the traced layers and of all that is not a layer. Equal for a model of full depth and the short
     one that is traced, unless something in it was computed from the number of layers."""
     layers = dict(model.get_submodule(stack.path).named_children())
     return (_fingerprint(model, f"{stack.path}."), *(_fingerprint(layers[str(layer)]) for layer in stack.traced))
