@@ -34,13 +34,7 @@ def split_log(history: Sequence[dict[str, Any]]) -> tuple[list[Point], list[Poin
 
 
 def picture(title: str, curves: Mapping[str, Sequence[Point]], level: tuple[str, float] | None = None) -> str:
-    """An SVG of perplexity (log scale) by step, one line per curve.
-
-    Args:
-        title: above the picture.
-        curves: name -> points, in nats.
-        level: name and value of a perplexity to reach, drawn dashed; None draws none.
-    """
+    """An SVG: perplexity (log scale) by step, one line per curve. level: a named perplexity to reach, dashed."""
     points = [point for curve in curves.values() for point in curve]
     values = [point.loss for point in points] + ([log(level[1])] if level else [])
     low, high = min(values) - 0.05, max(values) + 0.05
