@@ -18,6 +18,9 @@ ATTENTION_MASK = "attention_mask"
 PAST_LENGTHS = "past_lengths"
 NEW_LENGTHS = "new_lengths"
 LOGITS = "logits"
+RECIPE = "weights:"
+"""what the external location of an initializer without bytes begins with: `weights:NAME`, or `weights:A+B+C` for rows
+concatenated along axis 0"""
 
 BATCH = "batch"
 SEQUENCE = "sequence"

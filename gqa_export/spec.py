@@ -102,6 +102,13 @@ class ModelSpec:
         return cls(layers=tuple(AttentionSpec(**layer) for layer in data["layers"]), **rest)
 
 
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""number formats of bundles: the name that options take -> the name of numpy and ml_dtypes, which is used elsewhere"""
+FLOATS = {**DTYPES, "fp64": "float64"}
+"""the same with the format of the reference"""
+SHORT_DTYPES = {name: short for short, name in FLOATS.items()}
+
+
 @dataclass(frozen=True)
 class Fallback:
     """A layer that the target's best op could not hold: what was wanted, what was used, why. layer -1: the model."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from .errors import GqaExportError
-from .spec import AttentionSpec, Fallback
+from .spec import DTYPES, AttentionSpec, Fallback
 
-FLOATS = ("float32", "float16", "bfloat16")
+FLOATS = tuple(DTYPES.values())
 
 
 @dataclass(frozen=True)

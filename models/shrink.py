@@ -1,4 +1,4 @@
-"""Any causal-LM configuration of transformers made small: `matrix.toml` says to what sizes, this module applies them.
+"""Any causal-LM configuration of transformers made small: `matrix.toml` has the sizes, this module applies them.
 
 Nothing here knows an architecture: whole numbers are replaced by name, lists with one entry a layer are cut to the
 depth so that every kind of layer stays, nested configurations are made small the same way.
@@ -25,7 +25,7 @@ def _tables() -> dict[str, Any]:
 
 
 def about(name: str, key: str, default: Any = None) -> Any:
-    """What the table says about a model beside its configuration: its `note` or `seed`."""
+    """What the table has about a model beside its configuration: its `note` or `seed`."""
     return _tables()["models"].get(name, {}).get(key, default)
 
 

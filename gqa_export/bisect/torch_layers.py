@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..checkpoint.decoder_layers import layer_lists
 from ..errors import GqaExportError
 
 
@@ -56,9 +57,8 @@ class RowReference:
 
 def layer_list(model: Any, count: int) -> tuple[str, Any]:
     """Name and ModuleList of the decoder's layers. Raises GqaExportError where there is none of that length."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return name, module
+    for found in layer_lists(model, count):
+        return found
     raise GqaExportError(f"bisect looks into a list of {count} layers, which this model does not have",
                          type(model).__name__, "use `gqa-export validate`, which compares the outputs",
                          code="E-VALIDATE-BISECT-LAYERS")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..checkpoint.safetensors_header import header_sha256
-from ..errors import InvalidBundle
+from ..errors import GqaExportError, InvalidBundle
 from ..files.sha256 import READ_BYTES, file_sha256
 from ..spec import ModelSpec
 from .graph_safety import check_graph_files
@@ -87,8 +87,8 @@ def _check_hashes(folder: Path, files: dict[str, FileFact], full: bool) -> list[
 def _header(path: Path) -> str:
     try:
         return header_sha256(path)
-    except ValueError as error:
-        return f"unreadable: {error}"
+    except GqaExportError as error:
+        return f"unreadable: {error.what}"
 
 
 def check_belongs(spec: ModelSpec, shown: Mapping[str, object], where: str) -> None:

@@ -9,10 +9,9 @@ from pathlib import PurePosixPath, PureWindowsPath
 
 from ..errors import InvalidBundle
 from ..graph_io import TensorFact, past_names, present_names
-from ..spec import ModelSpec
+from ..spec import DTYPES, ModelSpec
 
 Tensors = tuple[TensorFact, ...]
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FIX = "export the bundle again with this version of gqa-export"
 
 

@@ -13,11 +13,20 @@ from .safetensors_header import StoredTensor
 class Checkpoint:
     """An opened checkpoint. Only headers were read, and neither torch nor transformers imported for a folder.
 
-    source: what the user gave. folder: where its files are. config: config.json (GGUF: as transformers reads it).
-    stored_dtype: the float type most bytes have, "bfloat16" (GGUF: what it is dequantized to unless stored plain).
-    tensors: every tensor of the safetensors files; empty for GGUF and pickles. pickles: the files, if allowed.
-    text_only: of a multimodal model only the language model is meant. model: the transformers model itself where a
-    program holds it in memory; then `folder` has everything but weights. revision: the commit of a hub id, else "".
+    Attributes:
+        source: what the user gave.
+        folder: where its files are.
+        kind: "hf" or "gguf".
+        gguf_file: the file, of a GGUF checkpoint.
+        config: config.json (GGUF: as transformers reads it).
+        stored_dtype: the float type that most bytes have, "bfloat16" (GGUF: what it is dequantized to unless stored
+            plain).
+        tensors: every tensor of the safetensors files; empty for GGUF and pickles.
+        pickles: the pickle files, if they are allowed.
+        text_only: of a multimodal model only the language model is meant.
+        model: the transformers model itself where a program holds it in memory; then `folder` has everything but
+            weights.
+        revision: the commit of a hub id, else "".
     """
 
     source: str

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import GqaExportError, first_line
+from ..errors import UnsupportedModel, first_line
 from .gguf_header import GgufHeader, read_gguf_header
 from .gguf_reader_patch import quick_gguf
 from .quiet import quiet
@@ -27,29 +27,39 @@ def gguf_facts(path: str, mtime_ns: int) -> tuple[transformers.PretrainedConfig,
 
     header = read_gguf_header(Path(path))
     try:
-        # a file that does not say its vocabulary size has it in the list of tokens alone
+        # a file without the size of its vocabulary has it in the list of tokens alone
         with quiet(), quick_gguf(vocabulary=header.about_model("vocab_size") is None):
             config = AutoConfig.from_pretrained(Path(path).parent, gguf_file=Path(path).name, local_files_only=True)
     except Exception as error:
-        raise GqaExportError(f"transformers cannot read this GGUF architecture ({header.architecture}): "
-                             f"{first_line(error)}", path, "give the original Hugging Face checkpoint") from error
+        raise UnsupportedModel(f"transformers cannot read the GGUF architecture {header.architecture!r}: "
+                               f"{first_line(error)}", path, "give the original Hugging Face checkpoint",
+                               code="E-CKPT-GGUF-ARCHITECTURE") from error
     return config, header
 
 
 def gguf_config(path: Path) -> dict[str, Any]:
-    """The configuration in a GGUF file, refused where the file says more than transformers takes from it."""
+    """The configuration in a GGUF file, as a dict like that of config.json.
+
+    Args:
+        path: the .gguf file.
+
+    Raises:
+        UnsupportedModel: transformers cannot read the file's architecture, or drops a fact that changes the result
+            (rotary scaling, an attention window, a softcap).
+    """
     parsed, header = gguf_facts(*identity(path))
     config = parsed.to_dict()
     rope = (config.get("rope_parameters") or {}).get("rope_type", "default")
-    said = header.about_model("rope.scaling.type")
+    scaling = header.about_model("rope.scaling.type")
     lost = []
-    if ((said not in (None, "none")) or "rope_freqs.weight" in header.tensors) and rope == "default":
+    if ((scaling not in (None, "none")) or "rope_freqs.weight" in header.tensors) and rope == "default":
         lost.append("its rotary scaling")
     if header.about_model("attention.sliding_window") and not config.get("sliding_window"):
         lost.append("its attention window")
     if header.about_model("attn_logit_softcapping") and not config.get("attn_logit_softcapping"):
         lost.append("its attention softcap")
     if lost:
-        raise GqaExportError(f"transformers drops {' and '.join(lost)} when it reads this GGUF file", str(path),
-                             "give the original Hugging Face checkpoint: the exported model would be wrong")
+        raise UnsupportedModel(f"transformers drops {' and '.join(lost)} when it reads this GGUF file, and the "
+                               "exported model would be wrong", str(path), "give the original Hugging Face checkpoint",
+                               code="E-CKPT-GGUF-DROPPED")
     return config

@@ -1,4 +1,4 @@
-"""What a GGUF file says about itself: metadata, and the name, type, shape and place of each tensor. No weights.
+"""The header of a GGUF file: metadata, and the name, type, shape and place of each tensor. No weights.
 
 Lists in the metadata (the vocabulary) are skipped, which is why this takes milliseconds.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import GqaExportError
+from ..errors import InvalidCheckpoint
 from .safetensors_header import DAMAGED
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -23,7 +23,12 @@ _PLAIN = {0: "float32", 1: "float16", 30: "bfloat16"}
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """metadata: scalars and strings by full key. tensors: name -> (ggml type number, shape in torch order)."""
+    """The header of a GGUF file.
+
+    Attributes:
+        metadata: scalars and strings by full key.
+        tensors: name -> (ggml type number, shape in torch order).
+    """
 
     metadata: dict[str, Any]
     tensors: dict[str, tuple[int, tuple[int, ...]]]
@@ -45,23 +50,33 @@ class GgufHeader:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Parse and check a GGUF file's header; GqaExportError if it is none, is damaged or shorter than it says."""
+    """Parse and check the header of a GGUF file.
+
+    Args:
+        path: the .gguf file; only its header is read.
+
+    Raises:
+        InvalidCheckpoint: the file is not GGUF, is damaged, is shorter than its header claims, or cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
-                raise GqaExportError("not a GGUF file: it does not begin with the four letters GGUF", str(path),
-                                     "give a .gguf file, or the folder of a Hugging Face checkpoint")
+                raise InvalidCheckpoint("this is not a GGUF file: it does not begin with the four letters GGUF",
+                                        str(path), "give a .gguf file, or the folder of a Hugging Face checkpoint",
+                                        code="E-CKPT-GGUF-MAGIC")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(data).header()
+                return _Reader(path, data).header()
     except (ValueError, struct.error, OverflowError) as error:
-        raise GqaExportError(f"not a valid GGUF file: {error}", str(path), DAMAGED) from error
+        raise InvalidCheckpoint(f"the GGUF file is not valid: {error}", str(path), DAMAGED,
+                                code="E-CKPT-GGUF-HEADER") from error
     except OSError as error:
-        raise GqaExportError(f"cannot read the file: {error.strerror}", str(path), "check its permissions") from error
+        raise InvalidCheckpoint(f"cannot read the file: {error.strerror}", str(path), "check its permissions",
+                                code="E-CKPT-UNREADABLE") from error
 
 
 class _Reader:
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 4
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.at = path, data, 4
 
     def take(self, form: str) -> Any:
         values = struct.unpack_from(form, self.data, self.at)
@@ -81,7 +96,7 @@ class _Reader:
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
-            raise ValueError(f"metadata of unknown type {kind}")
+            raise ValueError(f"metadata has the unknown type {kind}")
         inner, count = self.take("<IQ")
         if count > len(self.data):
             raise ValueError(f"a list of {count} values cannot fit into the file")
@@ -91,13 +106,13 @@ class _Reader:
             for _ in range(count):
                 self.at += 8 + struct.unpack_from("<Q", self.data, self.at)[0]
         else:
-            raise ValueError(f"a list of metadata of type {inner}")
+            raise ValueError(f"a list of metadata has the type {inner}, which is not supported")
         return None
 
     def header(self) -> GgufHeader:
         version, tensor_count, metadata_count = self.take("<IQQ")
         if version not in (2, 3):
-            raise ValueError(f"version {version}, only 2 and 3 are known")
+            raise ValueError(f"its version is {version}, expected 2 or 3")
         metadata: dict[str, Any] = {}
         if max(tensor_count, metadata_count) > len(self.data):
             raise ValueError(f"{tensor_count} tensors and {metadata_count} metadata cannot fit into the file")
@@ -120,14 +135,15 @@ class _Reader:
             places.append((offset, name, _bytes(kind, math.prod(shape))))
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-            raise ValueError(f"an alignment of {alignment!r}")
+            raise ValueError(f"its alignment {alignment!r} is not a power of two from 8 to {1 << 20}")
         start, place = -(-self.at // alignment) * alignment, 0
         for offset, name, size in sorted(places):
             if offset < place or offset % alignment:
                 raise ValueError(f"tensor {name!r} at {offset} is not aligned, or overlaps the one before it")
             place = offset + size
             if start + offset + size > len(self.data):
-                raise ValueError(f"tensor {name!r} ends at byte {start + offset + size}, the file has {len(self.data)}")
+                raise InvalidCheckpoint(f"tensor {name!r} ends at byte {start + offset + size}, but the file has "
+                                        f"{len(self.data)}", str(self.path), DAMAGED, code="E-CKPT-TRUNCATED")
         return GgufHeader(metadata, tensors)
 
 
@@ -136,5 +152,5 @@ def _bytes(kind: int, count: int) -> int:
 
     elements, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     if count % elements:
-        raise ValueError(f"{count} values are no whole blocks of {elements}")
+        raise ValueError(f"{count} values do not fill whole blocks of {elements}")
     return count // elements * size

@@ -17,7 +17,11 @@ STRING, ARRAY = 8, 9
 
 @contextmanager
 def quick_gguf(*, vocabulary: bool) -> Iterator[None]:
-    """Within it, `gguf.GGUFReader` is quick and no bar is drawn. vocabulary False: lists of strings read as empty."""
+    """Within it, `gguf.GGUFReader` is quick and no bar is drawn.
+
+    Args:
+        vocabulary: read the lists of strings too; False reads them as empty.
+    """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as caller
 

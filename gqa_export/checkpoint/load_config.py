@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..errors import GqaExportError, first_line
+from ..errors import InvalidCheckpoint, UnsupportedModel, first_line
 from .checkpoint import Checkpoint
 from .quiet import quiet
 from .refusals import FIX_DECODER, refuse_config
@@ -14,10 +14,17 @@ if TYPE_CHECKING:
 
 
 def load_config(checkpoint: Checkpoint, **overrides: Any) -> transformers.PretrainedConfig:
-    """The configuration with `overrides` set. Lists with one value a layer follow `num_hidden_layers`.
+    """The configuration of a checkpoint, as transformers understands it.
 
-    Raises GqaExportError for an architecture that transformers does not know as a causal language model, and for
-    what `refuse_config` refuses. KeyError for an override that the configuration does not have.
+    Args:
+        checkpoint: an opened checkpoint.
+        **overrides: fields to set. Lists with one value per layer are cut to a smaller `num_hidden_layers`.
+
+    Raises:
+        InvalidCheckpoint: transformers cannot read config.json, or a size in it is absurd.
+        UnsupportedModel: transformers does not know the architecture as a causal language model, or `refuse_config`
+            refuses it.
+        KeyError: an override names a field that the configuration does not have.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -25,15 +32,16 @@ def load_config(checkpoint: Checkpoint, **overrides: Any) -> transformers.Pretra
     model_type = checkpoint.config.get("model_type")
     if model_type not in CONFIG_MAPPING_NAMES:
         remote = ", and code that comes with a checkpoint is not run" if checkpoint.config.get("auto_map") else ""
-        raise GqaExportError(f"unknown architecture: transformers has no model_type {model_type!r}{remote}",
-                             checkpoint.source, "upgrade transformers, or correct model_type in config.json")
+        raise UnsupportedModel(f"the installed transformers does not know the model_type {model_type!r}{remote}",
+                               checkpoint.source, "upgrade transformers, or correct model_type in config.json",
+                               code="E-MODEL-UNKNOWN")
     try:
         with quiet():
             config = AutoConfig.for_model(**checkpoint.config) if checkpoint.kind == "gguf" else \
                 AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a damaged config.json makes transformers raise
-        raise GqaExportError(f"transformers cannot read config.json: {first_line(error)}", checkpoint.source,
-                             "correct the file, or download it again") from error
+        raise InvalidCheckpoint(f"transformers cannot read config.json: {first_line(error)}", checkpoint.source,
+                                "correct the file, or download it again", code="E-CKPT-CONFIG") from error
     _check_architecture(config, checkpoint.source)
     refuse_config(config, checkpoint.source, checkpoint.text_only)
     return _override(config, overrides)
@@ -45,10 +53,11 @@ def _check_architecture(config: transformers.PretrainedConfig, where: str) -> No
     known = {name for value in CAUSAL.values() for name in ([value] if isinstance(value, str) else value)}
     named = list(config.architectures or [])
     if named and not known.intersection(named):
-        raise GqaExportError(f"{named[0]} is not a causal language model with a head", where, FIX_DECODER)
+        raise UnsupportedModel(f"{named[0]} is not a causal language model with a head", where, FIX_DECODER,
+                               code="E-MODEL-NOT-CAUSAL")
     if config.model_type not in CAUSAL:
-        raise GqaExportError(f"transformers has no causal language model of type {config.model_type!r}", where,
-                             FIX_DECODER)
+        raise UnsupportedModel(f"transformers does not have a causal language model of the type {config.model_type!r}",
+                               where, FIX_DECODER, code="E-MODEL-NOT-CAUSAL")
 
 
 def _override(config: transformers.PretrainedConfig, overrides: dict[str, Any]) -> transformers.PretrainedConfig:

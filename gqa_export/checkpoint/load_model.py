@@ -7,7 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import GqaExportError, first_line
+from ..errors import GqaExportError, InvalidCheckpoint, first_line
+from ..spec import FLOATS
 from .checkpoint import Checkpoint
 from .gguf_config import gguf_facts, identity
 from .gguf_reader_patch import quick_gguf
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
 
 def load_skeleton(checkpoint: Checkpoint, **config_overrides: Any) -> torch.nn.Module:
@@ -38,24 +38,32 @@ def load_skeleton(checkpoint: Checkpoint, **config_overrides: Any) -> torch.nn.M
 
 def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementation: str = "eager",
                **config_overrides: Any) -> torch.nn.Module:
-    """The model in eval mode. safetensors stay memory-mapped where no conversion is needed.
+    """The model with its weights, in eval mode. safetensors stay memory-mapped where they are not converted.
 
-    dtype: "auto" (as stored), or a torch name or fp32 | fp16 | bf16 | fp64. Refuses, by name, tensors that the
-    checkpoint lacks or has in another shape (tied ones excepted), and the layers that `refuse_modules` refuses.
+    Args:
+        checkpoint: an opened checkpoint.
+        dtype: "auto" (as stored), a torch name, or fp32 | fp16 | bf16 | fp64.
+        attn_implementation: transformers' name of the attention to use.
+        **config_overrides: see `load_config`.
+
+    Raises:
+        InvalidCheckpoint: tensors are missing or have another shape (tied ones excepted), or transformers cannot load
+            the files.
+        UnsupportedModel: what `load_config` and `refuse_modules` refuse.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    name = checkpoint.stored_dtype if dtype == "auto" else DTYPES.get(dtype, dtype)
+    name = checkpoint.stored_dtype if dtype == "auto" else FLOATS.get(dtype, dtype)
     config = load_config(checkpoint, **config_overrides)
     if checkpoint.model is not None:
         return model_of(checkpoint, name, config, attn_implementation)
     kwargs: dict[str, Any] = {"dtype": getattr(torch, name), "attn_implementation": attn_implementation,
                               "experts_implementation": "batched_mm", "ignore_mismatched_sizes": True,
                               "output_loading_info": True}
-    said: list[str] = []
+    messages: list[str] = []
     try:
-        with quiet() as said:
+        with quiet() as messages:
             if checkpoint.gguf_file is not None:
                 model_class, state = _gguf_state(*identity(checkpoint.gguf_file))
                 loaded = model_class.from_pretrained(None, config=config, state_dict=dict(state), **kwargs)
@@ -72,12 +80,13 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
     except GqaExportError:
         raise
     except Exception as error:  # transformers raises anything between OSError and AttributeError here
-        unmerged = re.findall(r"destined for ([\w.]+\w)", "\n".join(said))
+        unmerged = re.findall(r"destined for ([\w.]+\w)", "\n".join(messages))
         if unmerged:
-            raise GqaExportError(f"the checkpoint lacks parts of {_some(sorted(set(unmerged)))}", checkpoint.source,
-                                 "download the checkpoint again") from error
-        raise GqaExportError(f"transformers cannot load the model: {first_line(error)}", checkpoint.source,
-                             "check that config.json and the weights belong together") from error
+            raise InvalidCheckpoint(f"the checkpoint lacks parts of {_some(sorted(set(unmerged)))}", checkpoint.source,
+                                    "download the checkpoint again", code="E-CKPT-TENSORS-MISSING") from error
+        raise InvalidCheckpoint(f"transformers cannot load the model: {first_line(error)}", checkpoint.source,
+                                "check that config.json and the weights belong together",
+                                code="E-CKPT-LOAD") from error
     model, info = cast("tuple[Any, dict[str, Any]]", loaded)
     _refuse_incomplete(info, checkpoint.source)
     refuse_modules(model, checkpoint.source, checkpoint.text_only)
@@ -88,10 +97,11 @@ def _refuse_incomplete(info: dict[str, Any], where: str) -> None:
     missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     fix = "download the checkpoint again; config.json and the weights must belong together"
     if missing:
-        raise GqaExportError(f"the checkpoint lacks {_some(missing)}", where, fix)
+        raise InvalidCheckpoint(f"the checkpoint lacks {_some(missing)}", where, fix, code="E-CKPT-TENSORS-MISSING")
     if mismatched:
         shapes = [f"{name} {tuple(stored)} instead of {tuple(wanted)}" for name, stored, wanted in mismatched]
-        raise GqaExportError(f"tensors of another shape than config.json asks for: {_some(shapes)}", where, fix)
+        raise InvalidCheckpoint(f"tensors do not have the shape that config.json requires: {_some(shapes)}", where, fix,
+                                code="E-CKPT-TENSORS-SHAPE")
 
 
 def _some(names: list[str]) -> str:

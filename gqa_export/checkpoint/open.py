@@ -1,4 +1,4 @@
-"""Opening a checkpoint: find its files, read their headers, refuse what is no decoder checkpoint. Imports no torch."""
+"""Opening a checkpoint: find its files, read their headers, refuse what is not a decoder checkpoint. Without torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import GqaExportError
+from ..errors import GqaExportError, InvalidCheckpoint
 from ..files.read_json import read_json
+from ..spec import FLOATS
 from .checkpoint import Checkpoint
 from .pickle_permission import trust
 from .pickle_weights import pickle_files
@@ -25,15 +26,17 @@ FIX_FOLDER = "give a folder with config.json and .safetensors files, a hub id su
 
 
 def open_checkpoint(source: str | Path, *, text_only: bool = False, revision: str | None = None) -> Checkpoint:
-    """Open a checkpoint folder, hub id or .gguf file.
+    """Open a checkpoint: read its configuration and headers, not its weights.
 
     Args:
-        source: folder, hub id such as "org/name", or path of a .gguf file.
-        text_only: a multimodal model is taken for the language model in it, which is given token ids alone.
+        source: a checkpoint folder, a hub id such as org/name, or a .gguf file.
+        text_only: of a multimodal model take the language model, which is given token ids alone.
         revision: branch, tag or commit of a hub id; None is the hub's main branch.
 
     Raises:
-        GqaExportError: for everything that is not a decoder checkpoint that can be read here, with its remedy.
+        InvalidCheckpoint: files are missing, damaged, contradictory or in a format that is refused.
+        UnsupportedModel: the configuration alone shows that the model cannot be exported.
+        GqaExportError: the hub cannot be reached, or refuses the id.
     """
     path = Path(source).expanduser()
     if revision is not None and path.exists():
@@ -46,13 +49,13 @@ def open_checkpoint(source: str | Path, *, text_only: bool = False, revision: st
     if isinstance(source, str) and HUB_ID.fullmatch(source) and not source.endswith(".gguf"):
         folder = _download(source, revision)
         return replace(_open_folder(source, folder, text_only), revision=_commit(folder))
-    raise GqaExportError("no such file or folder", str(source), FIX_FOLDER)
+    raise InvalidCheckpoint("no such file or folder", str(source), FIX_FOLDER, code="E-CKPT-NOT-FOUND")
 
 
 def _open_file(source: str, path: Path) -> Checkpoint:
     if path.suffix == ".safetensors" or path.name in ("config.json", INDEX):
-        raise GqaExportError("this is one file of a checkpoint, not the checkpoint", source,
-                             f"give the folder that holds it: {path.parent}")
+        raise InvalidCheckpoint("this is one file of a checkpoint, not the checkpoint", source,
+                                f"give the folder that holds it: {path.parent}", code="E-CKPT-ONE-FILE")
     from .gguf_config import gguf_config
     from .gguf_header import read_gguf_header
 
@@ -64,12 +67,13 @@ def _open_file(source: str, path: Path) -> Checkpoint:
 
 def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:
     if (folder / "adapter_config.json").is_file():
-        raise GqaExportError("this is a PEFT adapter, not a whole model", source,
-                             "merge it into its base model first (peft: merge_and_unload, then save_pretrained)")
+        raise InvalidCheckpoint("this is a PEFT adapter, not a whole model", source,
+                                "merge it into its base model first (peft: merge_and_unload, then save_pretrained)",
+                                code="E-CKPT-ADAPTER")
     if not (folder / "config.json").is_file():
         gguf = sorted(folder.glob("*.gguf"))
         fix = f"give the GGUF file itself: {gguf[0]}" if gguf else FIX_FOLDER
-        raise GqaExportError("the folder has no config.json", source, fix)
+        raise InvalidCheckpoint("the folder does not have a config.json", source, fix, code="E-CKPT-NO-CONFIG")
     config = read_json(folder / "config.json")
     refuse_raw_config(config, source, text_only)
     if trust().pickle and not any((folder / name).exists() for name in (SINGLE, INDEX)):
@@ -89,13 +93,15 @@ def _read_tensors(source: str, folder: Path) -> dict[str, StoredTensor]:
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
     if any(folder.glob("pytorch_model*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise GqaExportError("the weights are a pickle (.bin, .pt), which can run any code when opened", source,
-                             "convert them on a machine you trust (load the model and save_pretrained(folder)), or "
-                             "pass --allow-pickle: then tensors are read and no code is run")
+        raise InvalidCheckpoint("the weights are a pickle (.bin, .pt), which can run any code when opened", source,
+                                "convert them on a machine you trust (load the model and save_pretrained(folder)), or "
+                                "pass --allow-pickle: then tensors are read and no code is run",
+                                code="E-CKPT-PICKLE")
     if (folder / SINGLE).is_symlink() or (folder / INDEX).is_symlink():
-        raise GqaExportError("the weights are a symbolic link to a file that is not there", source,
-                             "the download is incomplete: download the model again")
-    raise GqaExportError(f"the folder has neither {SINGLE} nor {INDEX}", source, FIX_FOLDER)
+        raise InvalidCheckpoint("the weights are a symbolic link to a file that does not exist", source,
+                                "the download is incomplete: download the model again", code="E-CKPT-BROKEN-LINK")
+    raise InvalidCheckpoint(f"the folder has neither {SINGLE} nor {INDEX}", source, FIX_FOLDER,
+                            code="E-CKPT-NO-WEIGHTS")
 
 
 def _read_shards(folder: Path) -> dict[str, StoredTensor]:
@@ -103,19 +109,22 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
     weight_map = index.get("weight_map")
     again = "download or copy the checkpoint again"
     if not isinstance(weight_map, dict) or not weight_map:
-        raise GqaExportError("the index of the shards has no weight_map", str(folder / INDEX), again)
+        raise InvalidCheckpoint("the index of the shards does not have a weight_map", str(folder / INDEX), again,
+                                code="E-CKPT-INDEX")
     shards: dict[str, dict[str, StoredTensor]] = {}
     tensors = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise GqaExportError(f"the index places tensor {name!r} in {shard!r}, which is no file of this folder",
-                                 str(folder / INDEX), again)
+            raise InvalidCheckpoint(f"the index places tensor {name!r} in {shard!r}, which is not a file of this "
+                                    "folder", str(folder / INDEX), again, code="E-CKPT-INDEX")
         if shard not in shards:
             if not (folder / shard).is_file():
-                raise GqaExportError(f"the shard {shard} is missing", str(folder), again)
+                raise InvalidCheckpoint(f"the shard {shard} is missing", str(folder), again,
+                                        code="E-CKPT-SHARD-MISSING")
             shards[shard] = read_header(folder / shard)
         if name not in shards[shard]:
-            raise GqaExportError(f"tensor {name!r} is missing from its shard", str(folder / shard), again)
+            raise InvalidCheckpoint(f"tensor {name!r} is missing from its shard", str(folder / shard), again,
+                                    code="E-CKPT-TENSORS-MISSING")
         tensors[name] = shards[shard][name]
     return tensors
 
@@ -128,7 +137,7 @@ def _stored_dtype(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> s
     if sizes:
         return sizes.most_common(1)[0][0]
     named = config.get("dtype") or config.get("torch_dtype")
-    return named if named in ("float32", "float16", "bfloat16", "float64") else "float32"
+    return str(named) if named in FLOATS.values() else "float32"
 
 
 def _commit(snapshot: Path) -> str:
@@ -145,8 +154,10 @@ def _download(hub_id: str, revision: str | None) -> Path:
         replies = [getattr(cause, "response", None) for cause in (error, error.__cause__)]
         reply: Any = next((reply for reply in replies if reply is not None), None)
         if reply is None:
-            raise GqaExportError("hub unreachable: there is no such folder here, no copy in the local cache, and the "
-                                 "download failed", hub_id, "check the network (or unset HF_HUB_OFFLINE), or give the "
-                                 "path of a checkpoint folder") from error
+            raise GqaExportError("the hub is unreachable: such a folder does not exist here, the local cache does not "
+                                 "hold a copy, and the download failed", hub_id, "check the network (or unset "
+                                 "HF_HUB_OFFLINE), or give the path of a checkpoint folder",
+                                 code="E-CKPT-HUB-UNREACHABLE") from error
         raise GqaExportError(f"the hub refused: {type(error).__name__} (HTTP {reply.status_code})", hub_id,
-                             "check the id; for a gated or private model log in with `hf auth login`") from error
+                             "check the id; for a gated or private model log in with `hf auth login`",
+                             code="E-CKPT-HUB-REFUSED") from error

@@ -1,4 +1,4 @@
-"""What the person at the command line allows a checkpoint to be, beyond data: nothing, unless said so.
+"""What the user allows a checkpoint to be beyond data: nothing, unless an option allows it.
 
 Checkpoints are opened in several stages; the permission is set once, around the whole command.
 """
@@ -13,8 +13,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Trust:
-    """pickle: weights may be pickle files, read by PyTorch's restricted unpickler (tensors only, no code). Code that
-    comes with a checkpoint is never run: there is no permission for that."""
+    """What is allowed. Code that comes with a checkpoint is never run: there is not a permission for that.
+
+    Attributes:
+        pickle: weights may be pickle files, read by PyTorch's restricted unpickler (tensors only, no code).
+    """
 
     pickle: bool = False
 

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import GqaExportError
+from ..errors import InvalidCheckpoint, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,11 @@ CONVERT = "convert them on a machine you trust: load the model and save_pretrain
 
 
 def pickle_files(folder: Path) -> tuple[Path, ...]:
-    """The pickle files of a checkpoint, in order. GqaExportError where the folder has none of the usual names."""
+    """The pickle files of a checkpoint, in order.
+
+    Raises:
+        InvalidCheckpoint: the folder has none of the usual names, the index is not valid, or a shard is missing.
+    """
     if (folder / SINGLE).is_file():
         return (folder / SINGLE,)
     try:
@@ -30,18 +34,24 @@ def pickle_files(folder: Path) -> tuple[Path, ...]:
         if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise ValueError("it names files that are not of this folder")
     except FileNotFoundError as error:
-        raise GqaExportError(f"the folder has neither {SINGLE} nor {INDEX}", str(folder), CONVERT) from error
+        raise InvalidCheckpoint(f"the folder has neither {SINGLE} nor {INDEX}", str(folder), CONVERT,
+                                code="E-CKPT-NO-WEIGHTS") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise GqaExportError(f"the index of the pickle files cannot be used: {error}", str(folder / INDEX),
-                             CONVERT) from error
+        raise InvalidCheckpoint(f"the index of the pickle files is not valid: {error}", str(folder / INDEX), CONVERT,
+                                code="E-CKPT-INDEX") from error
     missing = [name for name in sorted(names) if not (folder / name).is_file()]
     if missing:
-        raise GqaExportError(f"the shard {missing[0]} is missing", str(folder), "download the checkpoint again")
+        raise InvalidCheckpoint(f"the shard {missing[0]} is missing", str(folder), "download the checkpoint again",
+                                code="E-CKPT-SHARD-MISSING")
     return tuple(folder / name for name in sorted(names))
 
 
 def read_pickles(paths: tuple[Path, ...]) -> dict[str, torch.Tensor]:
-    """All tensors of these files by name, mapped rather than read where the format allows. Raises GqaExportError."""
+    """All tensors of these files by name, mapped rather than read where the format allows.
+
+    Raises:
+        InvalidCheckpoint: a file holds something else than tensors, is damaged, or unpacks to more than its size.
+    """
     state: dict[str, torch.Tensor] = {}
     for path in paths:
         state.update(_read(path))
@@ -57,12 +67,12 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever a damaged or malicious pickle makes the unpickler raise
-        first = (str(error).strip().splitlines() or ["no message"])[0][:200]
-        raise GqaExportError(f"the pickle holds something else than tensors, or is damaged: {first}", str(path),
-                             CONVERT) from error
+        raise InvalidCheckpoint(f"the pickle holds something else than tensors, or is damaged: {first_line(error)}",
+                                str(path), CONVERT, code="E-CKPT-PICKLE-CONTENT") from error
     if not isinstance(found, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
                                               for name, value in found.items()):
-        raise GqaExportError("the pickle is not a table of tensors by name", str(path), CONVERT)
+        raise InvalidCheckpoint("the pickle is not a table of tensors by name", str(path), CONVERT,
+                                code="E-CKPT-PICKLE-CONTENT")
     return found
 
 
@@ -71,8 +81,9 @@ def _refuse_bomb(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise GqaExportError(f"not a readable archive: {error}", str(path), CONVERT) from error
+        raise InvalidCheckpoint(f"the archive cannot be read: {error}", str(path), CONVERT,
+                                code="E-CKPT-PICKLE-ARCHIVE") from error
     packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise GqaExportError("the archive unpacks to more than it is: PyTorch does not write such files", str(path),
-                             "do not use this file")
+        raise InvalidCheckpoint("the archive unpacks to more bytes than it has; PyTorch does not write such files",
+                                str(path), "do not use this file", code="E-CKPT-PICKLE-BOMB")

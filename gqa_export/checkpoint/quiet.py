@@ -15,16 +15,16 @@ def quiet() -> Iterator[list[str]]:
     """
     from transformers.utils import logging as hf
 
-    said: list[str] = []
+    messages: list[str] = []
     listener = logging.Handler(logging.WARNING)
-    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    listener.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
     hf.set_verbosity(logging.WARNING)
     hf.disable_default_handler()
     hf.add_handler(listener)
     hf.disable_progress_bar()
     try:
-        yield said
+        yield messages
     finally:
         hf.remove_handler(listener)
         hf.enable_default_handler()

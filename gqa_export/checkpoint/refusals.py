@@ -1,4 +1,4 @@
-"""What is no decoder with grouped attention, by what its configuration and module tree show. No list of models.
+"""Refusals by what a configuration and a module tree show: whatever is not a decoder with grouped attention.
 
 The trace looks deeper (each layer's mask and arguments); what is refused here would not even reach it.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import GqaExportError
+from ..errors import InvalidCheckpoint, UnsupportedModel
+from .decoder_layers import layer_lists
 
 if TYPE_CHECKING:
     import torch
@@ -26,17 +27,26 @@ MOST = {"num_hidden_layers": 1 << 14, "n_layer": 1 << 14, "num_attention_heads":
 
 
 def refuse_absurd(config: dict[str, Any], where: str) -> None:
-    """Sizes that no model has."""
+    """Raise InvalidCheckpoint for a size that no model has."""
     for key, most in MOST.items():
         value = config.get(key)
         if isinstance(value, bool | float | str) or (isinstance(value, int) and not 0 <= value <= most):
-            raise GqaExportError(f"config.json says {key} {str(value)[:40]!r}", where,
-                                 "correct the file, or download it again")
+            raise InvalidCheckpoint(f"config.json has {key} {str(value)[:40]!r}, expected an integer from 0 to {most}",
+                                    where, "correct the file, or download it again", code="E-CKPT-CONFIG-VALUE")
 
 
 def refuse_raw_config(config: dict[str, Any], where: str, text_only: bool = False) -> None:
-    """Refusals that config.json alone justifies: absurd sizes, quantized, multimodal, encoder-decoder. text_only:
-    of a multimodal model only the language model is wanted."""
+    """Refuse what config.json alone shows.
+
+    Args:
+        config: config.json as a dict.
+        where: the checkpoint, for the message.
+        text_only: of a multimodal model only the language model is wanted.
+
+    Raises:
+        InvalidCheckpoint: a size is absurd.
+        UnsupportedModel: the model is quantized, multimodal or an encoder-decoder.
+    """
     refuse_absurd(config, where)
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
@@ -46,33 +56,54 @@ def refuse_raw_config(config: dict[str, Any], where: str, text_only: bool = Fals
     if isinstance(inner, dict) and not text_only:
         others = sorted(key.removesuffix("_config") for key, value in config.items()
                         if key.endswith("_config") and isinstance(value, dict) and key != "text_config")
-        raise GqaExportError(f"this is a multimodal wrapper (text and {', '.join(others) or 'more'}), not a plain "
-                             "language model", where, EXTRACT)
+        raise UnsupportedModel(f"this is a multimodal wrapper (text and {', '.join(others) or 'more'}), not a plain "
+                               "language model", where, EXTRACT, code="E-MODEL-MULTIMODAL")
     if config.get("is_encoder_decoder"):
-        raise GqaExportError("this is an encoder-decoder: its cross-attention layers are not grouped "
-                             "self-attention", where, FIX_DECODER)
+        raise UnsupportedModel("this is an encoder-decoder: its cross-attention layers are not grouped "
+                               "self-attention", where, FIX_DECODER, code="E-MODEL-ENCODER-DECODER")
 
 
 def refuse_quantized(method: str, where: str) -> NoReturn:
-    """Always raises."""
-    raise GqaExportError(f"the checkpoint is quantized ({method})", where,
-                         "export the original, unquantized checkpoint; quantize the exported model afterwards")
+    """Always raises UnsupportedModel: a quantized checkpoint is not exported. method: how it was quantized."""
+    raise UnsupportedModel(f"the checkpoint is quantized ({method})", where,
+                           "export the original, unquantized checkpoint; quantize the exported model afterwards",
+                           code="E-MODEL-QUANTIZED")
 
 
 def refuse_config(config: Any, where: str, text_only: bool = False) -> None:
-    """Refusals from a transformers configuration, whose derived fields (`layer_types`) are filled in."""
+    """Refuse what a transformers configuration shows, whose derived fields (`layer_types`) are filled in.
+
+    Args:
+        config: a transformers configuration.
+        where: the checkpoint, for the message.
+        text_only: of a multimodal model only the language model is wanted.
+
+    Raises:
+        InvalidCheckpoint: a size is absurd.
+        UnsupportedModel: a layer is not grouped attention, or what `refuse_raw_config` refuses.
+    """
     refuse_raw_config(config.to_dict(), where, text_only)
     config = config.get_text_config()
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
         if "attention" not in kind or any(word in kind for word in ("linear", "hybrid", "compressed")):
-            raise GqaExportError(f"layer {layer} is not grouped attention: its type is {kind!r}", where, FIX_DECODER)
+            raise UnsupportedModel(f"layer {layer} is not grouped attention: its type is {kind!r}", where, FIX_DECODER,
+                                   code="E-MODEL-LAYER-TYPE")
     if getattr(config, "add_cross_attention", False):
-        raise GqaExportError("layer 0 has cross-attention to an encoder", where, FIX_DECODER)
+        raise UnsupportedModel("layer 0 has cross-attention to an encoder", where, FIX_DECODER,
+                               code="E-MODEL-CROSS-ATTENTION")
 
 
 def refuse_modules(model: torch.nn.Module, where: str, text_only: bool = False) -> None:
-    """Refusals from the module tree: state beside attention, and decoder layers without any attention. text_only: only
-    the language model in it is looked at."""
+    """Refuse what the module tree shows.
+
+    Args:
+        model: the model; its weights are not read, so it may be on the meta device.
+        where: the checkpoint, for the message.
+        text_only: look at the language model in it only.
+
+    Raises:
+        UnsupportedModel: a layer carries state beside attention, or does not have attention.
+    """
     import torch
 
     if text_only:
@@ -88,17 +119,17 @@ def refuse_modules(model: torch.nn.Module, where: str, text_only: bool = False) 
     for name, layer in _decoder_layers(model):
         kinds = [type(module).__name__ for module in layer.modules()]
         if not any("attention" in kind.lower() for kind in kinds):
-            raise GqaExportError(f"{_place(name)} has no attention ({kinds[0]}: {', '.join(kinds[1:4])} ...)", where,
-                                 FIX_DECODER)
+            raise UnsupportedModel(f"{_place(name)} does not have attention ({kinds[0]}: {', '.join(kinds[1:4])} ...)",
+                                   where, FIX_DECODER, code="E-MODEL-NO-ATTENTION")
 
 
-def _refuse_state(model: torch.nn.Module, name: str, what: str, where: str) -> None:
+def _refuse_state(model: torch.nn.Module, name: str, state: str, where: str) -> None:
     owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
     if not _in_a_layer(model, name):
-        raise GqaExportError(f"{owner} holds {what} outside of the decoder layers, as encoders of images or sound do",
-                             f"{where}, module {name}", EXTRACT)
-    raise GqaExportError(f"{_place(name)} is not grouped attention alone: {owner} carries {what}, which is a cache of "
-                         "its own", f"{where}, module {name}", FIX_DECODER)
+        raise UnsupportedModel(f"{owner} holds {state} outside of the decoder layers, as encoders of images or sound "
+                               "do", f"{where}, module {name}", EXTRACT, code="E-MODEL-ENCODER")
+    raise UnsupportedModel(f"{_place(name)} is not grouped attention alone: {owner} carries {state}, which needs a "
+                           "cache of its own", f"{where}, module {name}", FIX_DECODER, code="E-MODEL-STATE")
 
 
 def _in_a_layer(model: torch.nn.Module, name: str) -> bool:
@@ -111,10 +142,7 @@ def _place(name: str) -> str:
 
 
 def _decoder_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    import torch
-
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth > 0:
-            return [(f"{name}.{number}", layer) for number, layer in enumerate(module)]
+    for name, layers in layer_lists(model, depth):
+        return [(f"{name}.{number}", layer) for number, layer in enumerate(layers)]
     return []

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import GqaExportError
+from ..errors import InvalidCheckpoint
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 DTYPES = {
@@ -31,7 +31,15 @@ DAMAGED = "the file is truncated or damaged: download or copy it again and compa
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: `nbytes` little-endian bytes at `offset` (from the start of the file)."""
+    """A tensor in a file.
+
+    Attributes:
+        path: the file.
+        offset: of its first byte, from the start of the file.
+        nbytes: of its little-endian elements.
+        dtype: numpy (ml_dtypes) name.
+        shape: as stored.
+    """
 
     path: Path
     offset: int
@@ -41,30 +49,39 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """All tensors of one safetensors file, by name. Raises GqaExportError naming the file and the entry."""
+    """All tensors of one safetensors file, by name; no weights are read.
+
+    Raises:
+        InvalidCheckpoint: the file cannot be read, or its header is not exactly what the format requires; the message
+            names the entry.
+    """
     try:
         size, text = _header_bytes(path)
         entries = json.loads(text, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise GqaExportError(f"not a valid safetensors file: {error}", str(path), DAMAGED) from error
-    except OSError as error:
-        raise GqaExportError(f"cannot read the file: {error.strerror}", str(path), "check its permissions") from error
-    data = 8 + len(text)
-    tensors: dict[str, StoredTensor] = {}
-    try:
         if not isinstance(entries, dict):
             raise ValueError("the header is not a JSON object")
-        for name, entry in entries.items():
-            if name != "__metadata__":
-                tensors[name] = _tensor(path, data, size, name, entry)
-        _check_layout(tensors, data, size)
-    except ValueError as error:
-        raise GqaExportError(f"not a valid safetensors file: {error}", str(path), DAMAGED) from error
+    except (ValueError, RecursionError) as error:
+        raise _invalid(str(error), path, code="E-CKPT-HEADER-JSON") from error
+    except OSError as error:
+        raise InvalidCheckpoint(f"cannot read the file: {error.strerror}", str(path), "check its permissions",
+                                code="E-CKPT-UNREADABLE") from error
+    data = 8 + len(text)
+    tensors = {name: _tensor(path, data, size, name, entry) for name, entry in entries.items()
+               if name != "__metadata__"}
+    _check_layout(path, tensors, data, size)
     return tensors
 
 
+def _invalid(reason: str, path: Path, code: str) -> InvalidCheckpoint:
+    return InvalidCheckpoint(f"the safetensors file is not valid: {reason}", str(path), DAMAGED, code=code)
+
+
 def header_sha256(path: Path) -> str:
-    """sha256 of a safetensors file's header (length prefix included): a cheap identity of a file not hashed whole."""
+    """sha256 of a safetensors file's header (length prefix included): a cheap identity of a file not hashed whole.
+
+    Raises:
+        InvalidCheckpoint: the file is shorter than its header.
+    """
     _, text = _header_bytes(path)
     return hashlib.sha256(struct.pack("<Q", len(text)) + text).hexdigest()
 
@@ -75,12 +92,14 @@ def _header_bytes(path: Path) -> tuple[int, bytes]:
         file.seek(0)
         prefix = file.read(8)
         if len(prefix) < 8:
-            raise ValueError(f"only {size} bytes long")
+            raise _invalid(f"it is only {size} bytes long", path, code="E-CKPT-TRUNCATED")
         length = struct.unpack("<Q", prefix)[0]
         if length > MAX_HEADER_BYTES:
-            raise ValueError(f"its header claims {length} bytes, more than the format allows")
+            raise _invalid(f"its header claims {length} bytes, more than the format allows", path,
+                           code="E-CKPT-HEADER-LENGTH")
         if 8 + length > size:
-            raise ValueError(f"its header claims {length} bytes, but the file has {size} in all")
+            raise _invalid(f"its header claims {length} bytes, but the file has {size} in all", path,
+                           code="E-CKPT-TRUNCATED")
         return size, file.read(length)
 
 
@@ -94,18 +113,22 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _tensor(path: Path, data: int, size: int, name: str, entry: Any) -> StoredTensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"the entry of tensor {name!r} has not dtype, shape and data_offsets")
+        raise _invalid(f"the entry of tensor {name!r} does not consist of dtype, shape and data_offsets", path,
+                       code="E-CKPT-HEADER-ENTRY")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
+        raise _invalid(f"tensor {name!r} has the unknown dtype {dtype!r}", path, code="E-CKPT-HEADER-DTYPE")
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"tensor {name!r} has shape {shape!r} and data_offsets {offsets!r}")
+        raise _invalid(f"tensor {name!r} has shape {shape!r} and data_offsets {offsets!r}, expected lists of counts",
+                       path, code="E-CKPT-HEADER-SHAPE")
     begin, end = offsets
     dtype_name, item = DTYPES[dtype]
     if end - begin != math.prod(shape) * item:
-        raise ValueError(f"tensor {name!r} of shape {shape} and dtype {dtype} cannot have {end - begin} bytes")
+        raise _invalid(f"tensor {name!r} of shape {shape} and dtype {dtype} cannot have {end - begin} bytes", path,
+                       code="E-CKPT-HEADER-SIZE")
     if data + end > size:
-        raise ValueError(f"tensor {name!r} ends at byte {data + end}, but the file has {size}")
+        raise _invalid(f"tensor {name!r} ends at byte {data + end}, but the file has {size}", path,
+                       code="E-CKPT-TRUNCATED")
     return StoredTensor(path, data + begin, end - begin, dtype_name, tuple(shape))
 
 
@@ -113,13 +136,14 @@ def _counts(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
-def _check_layout(tensors: dict[str, StoredTensor], data: int, size: int) -> None:
+def _check_layout(path: Path, tensors: dict[str, StoredTensor], data: int, size: int) -> None:
     place = data
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset < place:
-            raise ValueError(f"tensor {name!r} overlaps the one before it")
+            raise _invalid(f"tensor {name!r} overlaps the one before it", path, code="E-CKPT-HEADER-OVERLAP")
         if tensor.offset > place:
-            raise ValueError(f"{tensor.offset - place} unexplained bytes lie before tensor {name!r}")
+            raise _invalid(f"{tensor.offset - place} unexplained bytes lie before tensor {name!r}", path,
+                           code="E-CKPT-HEADER-HOLE")
         place += tensor.nbytes
     if place != size:
-        raise ValueError(f"the file has {size} bytes, its header explains {place}")
+        raise _invalid(f"the file has {size} bytes, its header explains {place}", path, code="E-CKPT-HEADER-HOLE")

@@ -7,39 +7,57 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import GqaExportError
+from ..errors import GqaExportError, InvalidCheckpoint, first_line
 
 PIECE_CHARACTERS = 1 << 18
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder, or GqaExportError."""
+    """The tokenizer of a checkpoint folder, without running any code of the checkpoint.
+
+    Raises:
+        InvalidCheckpoint: transformers cannot load one from the folder.
+    """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises anything between OSError and KeyError for a missing tokenizer
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise GqaExportError(f"the checkpoint has no tokenizer that can be loaded: {cause[:200]}", str(folder),
-                             "copy tokenizer.json and tokenizer_config.json into the folder") from error
+        raise InvalidCheckpoint(f"transformers cannot load the checkpoint's tokenizer: {first_line(error)}",
+                                str(folder), "copy tokenizer.json and tokenizer_config.json into the folder",
+                                code="E-CKPT-TOKENIZER") from error
 
 
 def read_text(path: Path) -> str:
-    """A whole UTF-8 file that is not empty, or GqaExportError."""
+    """The content of a UTF-8 file.
+
+    Raises:
+        GqaExportError: the file cannot be read, is not UTF-8, or holds white space only.
+    """
     fix = "give an existing file of plain UTF-8 text"
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise GqaExportError("the text is not UTF-8", f"{path}, byte {error.start}", fix) from error
+        raise GqaExportError("the text is not UTF-8", f"{path}, byte {error.start}", fix,
+                             code="E-FILE-TEXT-ENCODING") from error
     except OSError as error:
-        raise GqaExportError(f"cannot read the text: {error.strerror}", str(path), fix) from error
+        raise GqaExportError(f"cannot read the text: {error.strerror}", str(path), fix,
+                             code="E-FILE-TEXT-UNREADABLE") from error
     if not text.strip():
-        raise GqaExportError("the text file is empty", str(path), fix)
+        raise GqaExportError("the text file is empty", str(path), fix, code="E-FILE-TEXT-EMPTY")
     return text
 
 
 def tokenize(tokenizer: Any, text: str) -> np.ndarray:
-    """Token ids [N] int32 of a text, without special tokens; tokenized in pieces that end at line breaks."""
+    """Token ids of a text, without special tokens; tokenized in pieces that end at line breaks.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: any length.
+
+    Returns:
+        int32 [tokens].
+    """
     found = []
     start = 0
     while start < len(text):
@@ -53,16 +71,28 @@ def tokenize(tokenizer: Any, text: str) -> np.ndarray:
 
 
 def packed(ids: np.ndarray, length: int, where: str) -> np.ndarray:
-    """Rows [N // length, length], nothing padded, the remainder dropped; GqaExportError if there is not one row."""
+    """Token ids cut into rows of one length, without padding; the remainder is dropped.
+
+    Args:
+        ids: [tokens].
+        length: tokens per row.
+        where: the text's file, for the message.
+
+    Returns:
+        [tokens // length, length].
+
+    Raises:
+        GqaExportError: the text does not fill one row.
+    """
     rows = len(ids) // length
     if not rows:
         raise GqaExportError(f"the text has {len(ids)} tokens, fewer than one row of {length}", where,
-                             "give a longer text, or a smaller --length")
+                             "give a longer text, or a smaller --length", code="E-FILE-TEXT-SHORT")
     return ids[: rows * length].reshape(rows, length)
 
 
 def spread(rows: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` rows, evenly spread over all."""
+    """At most `count` of the rows [rows, length], evenly spread over all."""
     if len(rows) <= count:
         return rows
     return rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]

@@ -15,8 +15,8 @@ BESIDE = ("config.json", "tokenizer_config.json", "generation_config.json", "spe
 
 
 def tokenizer_files(checkpoint: Checkpoint) -> list[Path]:
-    """Tokenizer, chat template, generation configuration and config.json, as far as the folder has them. A GGUF file
-    has none: everything is inside it."""
+    """Tokenizer, chat template, generation configuration and config.json, as far as the folder has them; nothing for a
+    GGUF file, which has everything inside it."""
     if checkpoint.kind == "gguf":
         return []
     named = [checkpoint.folder / name for name in TOKENIZERS + BESIDE]
@@ -33,7 +33,11 @@ def has_tokenizer(checkpoint: Checkpoint) -> bool:
 
 
 def token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
-    """{"eos": list of ids, "bos": id or None, "pad": id or None}; generation_config.json goes first."""
+    """Ids of the special tokens; generation_config.json goes before config.json.
+
+    Returns:
+        {"eos": list of ids, "bos": id or None, "pad": id or None}.
+    """
     path = checkpoint.folder / "generation_config.json"
     generation: dict[str, Any] = {}
     if checkpoint.kind == "hf" and path.is_file():

@@ -52,7 +52,7 @@ def describe(found: Inspection) -> list[str]:
     ]
     if found.manifest is not None:
         lines += ["", *bundle_lines(found)]
-    return lines + [f"note: {note}" for note in found.notes]
+    return lines
 
 
 def attention_table(groups: tuple[LayerGroup, ...]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The pass over the text that fits a whole model layer by layer; see `calibrate` for one layer."""
+"""The pass over the text that fits a whole model layer by layer; see `layer_fit` for one layer."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class Calibration:
         """Fit every layer; `keep` is given the tensors of each that change."""
         target, _ = with_kv_heads(self.source, kv_heads)
         model = load_model(self.checkpoint, "auto", attn_implementation=attention_hook.register())
-        ghost = skeleton.build(target.config, torch.float32, device="meta", attention=attention_hook.NAME)
+        meta_model = skeleton.build(target.config, torch.float32, device="meta", attention=attention_hook.NAME)
         errors: list[LayerError] = []
         groups: list[Pooled] = []
         for index, layout in enumerate(self.source.layers):
             module: Any = model.get_submodule(layout.path)
             fit = LayerFit(LayerHeads(layout, self.stored.read), target.layers[index], module, self.windows[index])
-            module.forward = self._patched(fit, ghost.get_submodule(layout.path), module.forward, kv_heads[index],
-                                           errors, groups, keep)
+            module.forward = self._patched(fit, meta_model.get_submodule(layout.path), module.forward,
+                                           kv_heads[index], errors, groups, keep)
         both = torch.cat((self.rows, self.rows))
         positions = torch.arange(both.shape[1])[None]
         with torch.no_grad(), in_float(model):
@@ -67,7 +67,7 @@ class Calibration:
                              use_cache=False)
         return errors, groups
 
-    def _patched(self, fit: LayerFit, ghost: torch.nn.Module, forward: Callable[..., Any], kv_heads: int,
+    def _patched(self, fit: LayerFit, meta_module: torch.nn.Module, forward: Callable[..., Any], kv_heads: int,
                  errors: list[LayerError], groups: list[Pooled],
                  keep: Callable[[int, dict[str, torch.Tensor]], None]) -> Callable[..., Any]:
         batch = len(self.rows)
@@ -79,7 +79,7 @@ class Calibration:
                 return tuple(half(value, which) for value in values)
             return values
 
-        def answered(*given: Any, **named: Any) -> Any:
+        def replaced(*given: Any, **named: Any) -> Any:
             layer = len(errors)
             self.report(f"fitting layer {layer}", layer, len(self.source.layers))
             first, second = ((half(given, which), {name: half(value, which) for name, value in named.items()})
@@ -87,7 +87,7 @@ class Calibration:
             result, metric = fit.source(lambda module: forward(*first[0], **first[1]))
             wanted = result[0] if isinstance(result, tuple) else result
             pooled = fit.pooled(metric, kv_heads, self.grouping)
-            made = empty_like(ghost, fit.module)
+            made = empty_like(meta_module, fit.module)
             answer, pooled = fit.converted(made, pooled, lambda module: module(*second[0], **second[1]), wanted)
             got = answer[0] if isinstance(answer, tuple) else answer
             errors.append(fit.errors(pooled, wanted, got))
@@ -97,7 +97,7 @@ class Calibration:
             both = torch.cat((wanted, got))
             return (both, *result[1:]) if isinstance(result, tuple) else both
 
-        return answered
+        return replaced
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoint.tokenizer import tokenizer_files
-from ..errors import GqaExportError
+from ..errors import InvalidCheckpoint, UnsupportedModel
+from ..spec import FLOATS
 from ..weights.sources import MemorySource, Source, StoredSource
 from .heads import read_tensor
 from .safetensors_writer import size_of, write_safetensors
@@ -37,18 +38,20 @@ class Stored:
                     self.names[name] = stored
         missing = sorted(wanted - set(self.names))
         if missing:
-            raise GqaExportError(f"the checkpoint has no tensor {missing[0]}: its weights are stored under other "
-                                 "names, or merged", checkpoint.source, "load it with transformers and save_pretrained "
-                                 "it first")
+            raise InvalidCheckpoint(f"the checkpoint does not have the tensor {missing[0]}: its weights are stored "
+                                    "under other names, or merged", checkpoint.source, "load it with transformers and "
+                                    "save_pretrained it first", code="E-CONVERT-TENSORS-MISSING")
         for name in sorted(wanted):
             tensor = checkpoint.tensors[self.names[name]]
             if tensor.shape != structure.shapes[name]:
-                raise GqaExportError(f"{name} is {tensor.shape} in the file, but config.json asks for "
-                                     f"{structure.shapes[name]}", str(tensor.path),
-                                     "config.json and the weights must belong together: download the checkpoint again")
-            if tensor.dtype not in ("float64", "float32", "float16", "bfloat16"):
-                raise GqaExportError(f"{name} is stored as {tensor.dtype}: the checkpoint is quantized",
-                                     str(tensor.path), "convert the original, unquantized checkpoint")
+                raise InvalidCheckpoint(f"{name} is {tensor.shape} in the file, but config.json requires "
+                                        f"{structure.shapes[name]}", str(tensor.path), "config.json and the weights "
+                                        "must belong together: download the checkpoint again",
+                                        code="E-CKPT-TENSORS-SHAPE")
+            if tensor.dtype not in FLOATS.values():
+                raise UnsupportedModel(f"{name} is stored as {tensor.dtype}: the checkpoint is quantized",
+                                       str(tensor.path), "convert the original, unquantized checkpoint",
+                                       code="E-MODEL-QUANTIZED")
 
     def read(self, name: str) -> torch.Tensor:
         """A parameter in its stored type."""
@@ -62,9 +65,15 @@ class Stored:
 def write_checkpoint(folder: Path, stored: Stored, changed: Mapping[str, tuple[int, ...]],
                      make: Callable[[str], torch.Tensor], fields: Mapping[str, Any],
                      report: Callable[[str, float | None, float | None], None]) -> None:
-    """Write every file of the converted checkpoint: shards as in the source, config.json with `fields`, the rest.
+    """Write every file of the converted checkpoint: shards as in the source, config.json, tokenizer.
 
-    changed: new shapes of the parameters that `make` gives; all other tensors are copied as they are.
+    Args:
+        folder: an existing folder to write into.
+        stored: the source checkpoint.
+        changed: new shapes of the parameters that `make` gives; all other tensors are copied as they are.
+        make: parameter name -> the converted tensor, in its stored type.
+        fields: what changes in config.json.
+        report: progress, in bytes written.
     """
     checkpoint = stored.checkpoint
     model_names = {stored.names[name]: name for name in changed}

@@ -22,7 +22,7 @@ from .assemble import assemble, changed
 from .checkpoint_writer import Stored, write_checkpoint
 from .head_similarity import similar
 from .heads import LayerHeads
-from .options import ConvertOptions, asked, candidates, check_options, fewest, worst
+from .options import ConvertOptions, candidates, check_options, fewest, heads_per_layer, worst
 from .pooling import Groups, Pooled, contiguous, mappable, pool
 from .structure import Structure, structure_of, with_kv_heads
 from .weight_error import LayerError, knee, weight_errors
@@ -36,9 +36,25 @@ SAMPLED = 8
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did. cache_bytes_*: of one token, in the stored type. errors_by_kv_heads: the largest error of
-    a layer's attention output for every number of heads that was looked at, from weights alone (over all layers for
-    "auto", else over SAMPLED of them)."""
+    """What a conversion did.
+
+    Attributes:
+        folder: the converted checkpoint.
+        method: how heads were pooled.
+        grouping: which heads were pooled together.
+        kv_heads_before: of each layer of the source.
+        kv_heads: of each layer now.
+        cache_bytes_before: of one token over all layers of the source, in the stored type.
+        cache_bytes: the same now.
+        layers: errors of every layer.
+        errors_by_kv_heads: the largest error of a layer's attention output for every number of heads that was tried,
+            from weights alone (over all layers for "auto", else over SAMPLED of them).
+        suggested_kv_heads: the number after which the error rises steeply; None if there is not such a number.
+        groups: of each layer, the source heads of every new head.
+        notes: what limits the result.
+        source: what was converted.
+        settings: the options.
+    """
 
     folder: str
     method: str
@@ -62,23 +78,38 @@ class Conversion:
 
 def convert(checkpoint: Checkpoint, output: Path, options: ConvertOptions,
             report: Progress | None = None) -> Conversion:
-    """Write the converted checkpoint and say what it cost. Raises GqaExportError; then nothing is left behind."""
-    say = report or silent
+    """Write a checkpoint with fewer key/value heads, and report what it cost. On an error nothing is left behind.
+
+    Args:
+        checkpoint: an opened Hugging Face checkpoint with safetensors.
+        output: folder to write; it must not exist, or be an earlier result and `options.force` set.
+        options: see `ConvertOptions`.
+        report: progress; None reports nothing.
+
+    Returns:
+        Errors of every layer, cache sizes, groups; the same is in gqa_convert.json beside the weights.
+
+    Raises:
+        GqaExportError: an option is wrong, or no number of heads keeps the error within `max_error`.
+        InvalidCheckpoint: tensors are missing or have another shape.
+        UnsupportedModel: keys and values of the architecture cannot be pooled.
+    """
+    progress = report or silent
     check_folder(Path(output), force=options.force, marker=REPORT)
     check_options(checkpoint, options)
-    say("asking the model where its heads are", None, None)
+    progress("finding the heads in the model's weights", None, None)
     source = structure_of(load_config(checkpoint))
     stored = Stored(checkpoint, source)
     counts = candidates(source)
-    chosen = asked(options, source)
+    chosen = heads_per_layer(options, source)
     if options.method == "calibrated":
-        return _convert_calibrated(checkpoint, Path(output), options, source, stored, chosen, say)
+        return _convert_calibrated(checkpoint, Path(output), options, source, stored, chosen, progress)
     if chosen:
         with_kv_heads(source, chosen)  # refused now, not after measuring
-    errors = _curve(source, stored, options, counts, chosen, say)
+    errors = _curve(source, stored, options, counts, chosen, progress)
     kv_heads = chosen or fewest(errors, options, counts)
     target, fields = with_kv_heads(source, kv_heads)
-    layers, groups = _errors(source, stored, options, kv_heads, say)
+    layers, groups = _errors(source, stored, options, kv_heads, progress)
 
     @lru_cache(maxsize=2)  # a layer may lie in two files
     def layer_tensors(layer: int) -> dict[str, torch.Tensor]:
@@ -95,20 +126,20 @@ def convert(checkpoint: Checkpoint, output: Path, options: ConvertOptions,
     result = summary(checkpoint, Path(output), options, source, target, tuple(layers), errors,
                      tuple(groups))
     with writing_folder(Path(output), force=options.force, marker=REPORT) as folder:
-        write_checkpoint(folder, stored, {name: target.shapes[name] for name in owner}, make, fields, say)
+        write_checkpoint(folder, stored, {name: target.shapes[name] for name in owner}, make, fields, progress)
         (folder / REPORT).write_text(result.to_json(), encoding="utf-8")
     return result
 
 
 def _convert_calibrated(checkpoint: Checkpoint, output: Path, options: ConvertOptions, source: Structure,
-                        stored: Stored, chosen: tuple[int, ...] | None, say: Progress) -> Conversion:
+                        stored: Stored, chosen: tuple[int, ...] | None, progress: Progress) -> Conversion:
     from .calibration import Calibration, calibration_rows, write_calibrated
 
     assert options.text is not None
     if chosen:
         with_kv_heads(source, chosen)  # refused now, not after minutes
     rows = calibration_rows(checkpoint, source.config, options.text, options.tokens)
-    calibration = Calibration(checkpoint, stored, source, rows, options.grouping, say)
+    calibration = Calibration(checkpoint, stored, source, rows, options.grouping, progress)
     if chosen is None:
         measured = {}
         for count in reversed(candidates(source)):
@@ -116,7 +147,7 @@ def _convert_calibrated(checkpoint: Checkpoint, output: Path, options: ConvertOp
             if worst(measured[count]) <= (options.max_error or 0):
                 break
         chosen = fewest(measured, options, sorted(measured, reverse=True))
-    curve = _curve(source, stored, options, candidates(source), chosen, say)
+    curve = _curve(source, stored, options, candidates(source), chosen, progress)
     target, _ = with_kv_heads(source, chosen)
     results = []
 
@@ -166,18 +197,18 @@ def groups_of(heads: LayerHeads, options: ConvertOptions, kv_heads: int) -> Grou
 
 
 def pool_layer(heads: LayerHeads, options: ConvertOptions, source: Structure, groups: Groups) -> Pooled:
-    """One layer by the method asked for, from weights alone."""
+    """One layer by the chosen method, from weights alone."""
     method = "svd" if options.method == "calibrated" else options.method
     spread = float(getattr(source.config, "initializer_range", None) or 0.02)
     return pool(heads, groups, method, align=options.grouping == "similarity", seed=options.seed, spread=spread)
 
 
 def _errors(source: Structure, stored: Stored, options: ConvertOptions, kv_heads: Sequence[int],
-            say: Progress) -> tuple[list[LayerError], list[Groups]]:
+            progress: Progress) -> tuple[list[LayerError], list[Groups]]:
     """The error of every layer with so many heads, and which of its heads are pooled together."""
     errors, groups = [], []
     for index, layer in enumerate(source.layers):
-        say(f"measuring layer {index}", index, len(source.layers))
+        progress(f"measuring layer {index}", index, len(source.layers))
         heads = LayerHeads(layer, stored.read)
         groups.append(groups_of(heads, options, kv_heads[index]))
         errors.append(weight_errors(heads, pool_layer(heads, options, source, groups[index])))
@@ -185,14 +216,14 @@ def _errors(source: Structure, stored: Stored, options: ConvertOptions, kv_heads
 
 
 def _curve(source: Structure, stored: Stored, options: ConvertOptions, counts: Sequence[int],
-           chosen: Sequence[int] | None, say: Progress) -> dict[int, list[LayerError]]:
+           chosen: Sequence[int] | None, progress: Progress) -> dict[int, list[LayerError]]:
     """By number of heads: the errors of all layers if they decide, else of some spread over the model."""
     found: dict[int, list[LayerError]] = {count: [] for count in counts}
     depth = len(source.layers)
     looked_at = range(depth) if chosen is None or depth <= SAMPLED else \
         sorted({round(i * (depth - 1) / (SAMPLED - 1)) for i in range(SAMPLED)})
     for index in looked_at if counts else ():
-        say(f"looking at layer {index}", index, depth)
+        progress(f"looking at layer {index}", index, depth)
         heads = LayerHeads(source.layers[index], stored.read)
         for count in counts:
             pooled = pool_layer(heads, options, source, groups_of(heads, options, count))
@@ -203,13 +234,22 @@ def _curve(source: Structure, stored: Stored, options: ConvertOptions, counts: S
 def expand(checkpoint: Checkpoint, output: Path, kv_heads: int, order: Sequence[int] | None = None) -> None:
     """The inverse, exact: every key/value head repeated until there are `kv_heads`. The model computes the same.
 
-    order: a permutation of the new heads, queries and output columns moved along (a test of grouping). Raises
-    GqaExportError where the architecture cannot have so many heads.
+    Args:
+        checkpoint: an opened Hugging Face checkpoint.
+        output: folder to write.
+        kv_heads: a multiple of the present number.
+        order: a permutation of the new heads, queries and output columns moved along (a test of grouping); None keeps
+            their order.
+
+    Raises:
+        GqaExportError: `kv_heads` is not a multiple of the present number.
+        UnsupportedModel: the architecture cannot have so many heads.
     """
     source = structure_of(load_config(checkpoint))
     if any(kv_heads % now for now in source.kv_heads):
-        raise GqaExportError(f"{kv_heads} key/value heads are no multiple of the model's {source.kv_heads[0]}",
-                             checkpoint.source, "repeat every head the same number of times")
+        raise GqaExportError(f"{kv_heads} key/value heads are not a multiple of the model's {source.kv_heads[0]}",
+                             checkpoint.source, "repeat every head the same number of times",
+                             code="E-CONVERT-NOT-A-MULTIPLE")
     stored = Stored(checkpoint, source)
     target, fields = with_kv_heads(source, [kv_heads] * len(source.layers))
     order = list(order if order is not None else range(kv_heads))

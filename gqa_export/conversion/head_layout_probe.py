@@ -1,4 +1,4 @@
-"""Where every head's rows lie in a model's weights: found by asking its attention modules, not by knowing them.
+"""Where every head's rows lie in a model's weights: found by probing its attention modules, not by knowing them.
 
 Each attention module is copied without its weights; its linear layers are replaced by probes that return numbers of
 ours, and it is run on one token. What reaches attention then depends on those numbers: derivatives tell which output
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import GqaExportError
+from ..errors import UnsupportedModel
 from ..trace.attention_hook import Call, recording
 from .layout import Heads, LayerLayout
 
@@ -79,14 +79,20 @@ def attention_modules(model: torch.nn.Module) -> dict[int, tuple[str, torch.nn.M
 
 
 def layouts(model: torch.nn.Module) -> tuple[LayerLayout, ...]:
-    """The layout of every attention layer of a skeleton (meta device, our attention). GqaExportError where keys and
-    values are made in a way that cannot be pooled. Modules that are alike in everything are asked once."""
+    """The layout of every attention layer of a skeleton. Modules that are alike in everything are probed once.
+
+    Args:
+        model: on the meta device, with our attention.
+
+    Raises:
+        UnsupportedModel: keys and values are made in a way that cannot be pooled.
+    """
     known: dict[tuple, LayerLayout] = {}
     found = []
     for layer, (path, module, given, named) in attention_modules(model).items():
         key = (*_likeness(module), repr(_shapes(given)), repr(_shapes(sorted(named.items()))))
         if key not in known:
-            known[key] = _Asked(layer, path, module, given, named).layout()
+            known[key] = _Probed(layer, path, module, given, named).layout()
         found.append(known[key].moved(layer, path))
     return tuple(found)
 
@@ -117,8 +123,8 @@ def _ordinary(value: Any) -> Any:
     return value
 
 
-class _Asked:
-    """One attention module under questions."""
+class _Probed:
+    """A copy of one attention module whose linear layers are probes."""
 
     def __init__(self, layer: int, path: str, module: torch.nn.Module, given: tuple, named: dict[str, Any]) -> None:
         self.layer, self.path, self.place = layer, path, f"layer {layer}, {type(module).__name__}"
@@ -150,7 +156,7 @@ class _Asked:
         return answer.call
 
     def layout(self) -> LayerLayout:
-        """Ask everything."""
+        """Everything that `LayerLayout` holds."""
         query = self.heads("query", self.call.query)
         key, value = self.heads("key", self.call.key), self.heads("value", self.call.value)
         return LayerLayout(self.layer, self.path, query, key, value, self.output(), self.pairs(key),
@@ -217,7 +223,7 @@ class _Asked:
                 continue
             ratio = float(row[others[0]] / row[feature])
             if len(others) > 1 or abs(abs(ratio) - SINE / COSINE) > ROUNDING:
-                self.refuse("its position embedding is no rotation of pairs of features")
+                self.refuse("its position embedding does not rotate pairs of features")
             if ratio > 0:  # this feature receives from `others[0]` with a plus: it is the second of its pair
                 found.append((others[0], feature))
         return tuple(sorted(found))
@@ -249,8 +255,9 @@ class _Asked:
         for name, parameter in self.module.named_parameters():
             if parameter.data_ptr() == self.call.sinks.data_ptr():
                 return f"{self.path}.{name}"
-        return self.refuse("its attention sinks are no parameter of their own")
+        return self.refuse("its attention sinks are not a parameter of their own")
 
-    def refuse(self, what: str) -> Any:
-        """Always raises."""
-        raise GqaExportError(f"keys and values of this architecture cannot be pooled: {what}", self.place, FIX)
+    def refuse(self, reason: str) -> Any:
+        """Always raises UnsupportedModel."""
+        raise UnsupportedModel(f"keys and values of this architecture cannot be pooled: {reason}", self.place, FIX,
+                               code="E-CONVERT-LAYOUT")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..errors import GqaExportError
+from ..errors import GqaExportError, UnsupportedModel
 from ..weights.dtypes import itemsize
 from ..weights.sources import StoredSource
 from .layout import Heads, LayerLayout
@@ -29,7 +29,7 @@ def read_tensor(source: StoredSource) -> torch.Tensor:
 
 
 class LayerHeads:
-    """The heads of one layer. Tensors are read when they are first asked for and kept as long as this object."""
+    """The heads of one layer. Tensors are read when they are first needed and kept as long as this object."""
 
     def __init__(self, layout: LayerLayout, read: Callable[[str], torch.Tensor]) -> None:
         self.layout, self._read = layout, read
@@ -43,14 +43,14 @@ class LayerHeads:
         return self._tensors[name]
 
     def forget(self) -> None:
-        """Free the tensors; they are read again when asked for."""
+        """Free the tensors; they are read again when needed."""
         self._tensors.clear()
         self._made.clear()
 
-    def _once(self, what: str, head: int, make: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        if (what, head) not in self._made:
-            self._made[what, head] = make(head)
-        return self._made[what, head]
+    def _once(self, label: str, head: int, make: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        if (label, head) not in self._made:
+            self._made[label, head] = make(head)
+        return self._made[label, head]
 
     def rows(self, heads: Heads, head: int) -> torch.Tensor:
         """One head of queries, keys or values, [size, in + 1] fp64."""
@@ -73,7 +73,7 @@ class LayerHeads:
         return self.rows(self.layout.query, head)
 
     def output(self, head: int) -> torch.Tensor:
-        """[out, E]; GqaExportError where the layer's output projection is not known."""
+        """[out, E]; UnsupportedModel where the layer's output projection is not known."""
         heads = output_of(self.layout)
         start, end = heads.starts[head], heads.starts[head] + heads.size
         weight = self.tensor(heads.weight)
@@ -88,7 +88,7 @@ class LayerHeads:
         return self._once("gram", head, make)
 
     def value_gram(self, head: int) -> torch.Tensor:
-        """[E, E], V V^T: asked for once per number of heads that is looked at."""
+        """[E, E], V V^T: needed once per number of heads that is looked at."""
         return self._once("value gram", head, lambda head: self.value(head) @ self.value(head).T)
 
     @property
@@ -102,11 +102,12 @@ class LayerHeads:
 
 
 def output_of(layout: LayerLayout) -> Heads:
-    """The output projection's heads, or GqaExportError."""
+    """The output projection's heads; UnsupportedModel where it is not known."""
     if layout.output is None:
-        raise GqaExportError("a norm or a gate lies between attention and its output projection, which therefore "
-                             "cannot take up a change of the values", f"layer {layout.layer}, {layout.path}",
-                             "use --method mean, first or random with --grouping contiguous")
+        raise UnsupportedModel("a norm or a gate lies between attention and its output projection, which therefore "
+                               "cannot take up a change of the values", f"layer {layout.layer}, {layout.path}",
+                               "use --method mean, first or random with --grouping contiguous",
+                               code="E-CONVERT-NO-OUTPUT")
     return layout.output
 
 
@@ -139,7 +140,8 @@ def check_range(values: torch.Tensor, name: str, dtype: torch.dtype) -> None:
     worst = float(values.abs().max()) if values.numel() else 0.0
     if not worst <= torch.finfo(dtype).max:  # false for NaN too
         raise GqaExportError(f"a converted weight has a value of {worst:g}, which {str(dtype).removeprefix('torch.')} "
-                             "cannot hold", name, "check the checkpoint for infinite weights, or use --method mean")
+                             "cannot hold", name, "check the checkpoint for infinite weights, or use --method mean",
+                             code="E-CONVERT-OVERFLOW")
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:

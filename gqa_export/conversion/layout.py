@@ -1,4 +1,4 @@
-"""Where every head's rows lie in a model's weights, as data. `ask` finds it out. Dimensions: H query heads, N
+"""Where every head's rows lie in a model's weights, as data. `head_layout_probe` finds it. Dimensions: H query heads, N
 key/value heads, D and E sizes of keys and values.
 """
 

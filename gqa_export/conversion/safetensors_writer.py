@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.safetensors_header import DTYPES
 from ..weights.dtypes import itemsize
 from ..weights.sources import Source
 
-NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-         "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
-         "bool": "BOOL"}  # fmt: skip
+NAMES = {name: stored for stored, (name, _) in DTYPES.items()}
+"""numpy (or ml_dtypes) name -> safetensors name"""
 
 
 def size_of(source: Source) -> int:

@@ -1,4 +1,4 @@
-"""The same architecture with fewer key/value heads: which fields of config.json say so, proved by asking the model.
+"""The same architecture with fewer key/value heads: which fields of config.json set them, checked on the model.
 
 Architectures name the number of key/value heads differently, or fix it. Each spelling that the configuration knows is
 tried; the resulting model, without weights, must really make that many heads and differ from the source in nothing
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import GqaExportError
+from ..errors import GqaExportError, UnsupportedModel
 from ..trace import attention_hook, skeleton
 from .head_layout_probe import layouts
 from .layout import LayerLayout
@@ -44,14 +44,14 @@ class Structure:
 
 
 def structure_of(config: Any) -> Structure:
-    """Build the model without weights and ask its attention."""
+    """Build the model without weights and probe its attention."""
     model = skeleton.build(config, torch.float32, device="meta", attention=attention_hook.register())
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     return Structure(config, layouts(model), shapes, f"{getattr(model, 'base_model_prefix', '')}.")
 
 
 def spellings(kv_heads: int | list[int], query_heads: int) -> list[dict[str, Any]]:
-    """Every way in which a configuration may say how many key/value heads there are."""
+    """Every way in which a configuration may set the number of key/value heads."""
     ways: list[dict[str, Any]] = [{"num_key_value_heads": kv_heads},
                                   {"num_kv_heads": kv_heads, "new_decoder_architecture": True},
                                   {"num_kv_heads": kv_heads}]
@@ -63,9 +63,17 @@ def spellings(kv_heads: int | list[int], query_heads: int) -> list[dict[str, Any
 
 
 def with_kv_heads(source: Structure, kv_heads: Sequence[int]) -> tuple[Structure, dict[str, Any]]:
-    """The structure with so many key/value heads in each layer, and the fields of config.json that make it.
+    """The structure with other numbers of key/value heads.
 
-    Raises GqaExportError if the architecture cannot have them, or has something else that depends on their number.
+    Args:
+        source: the model's structure.
+        kv_heads: one number per layer.
+
+    Returns:
+        The new structure, and the fields of config.json that make it.
+
+    Raises:
+        UnsupportedModel: the architecture cannot have them, or has other weights that depend on their number.
     """
     wanted: int | list[int] = kv_heads[0] if len(set(kv_heads)) == 1 else list(kv_heads)
     known = source.config.to_dict()
@@ -89,11 +97,11 @@ def with_kv_heads(source: Structure, kv_heads: Sequence[int]) -> tuple[Structure
         reasons.append(f"{', '.join(fields)} gives {sorted(set(made.kv_heads))}")
     tried = f" ({'; '.join(reasons)})" if reasons else ""
     if isinstance(wanted, list):
-        raise GqaExportError(f"this architecture has one number of key/value heads for all its layers{tried}",
-                             f"{source.config.model_type}, --kv-heads {','.join(map(str, wanted))}",
-                             "give one number")
-    raise GqaExportError(f"this architecture cannot have {wanted} key/value heads beside {source.query_heads[0]} query "
-                         f"heads{tried}", source.config.model_type, FIX)
+        raise UnsupportedModel(f"this architecture has one number of key/value heads for all its layers{tried}",
+                               f"{source.config.model_type}, --kv-heads {','.join(map(str, wanted))}",
+                               "give one number", code="E-CONVERT-PER-LAYER")
+    raise UnsupportedModel(f"this architecture cannot have {wanted} key/value heads beside {source.query_heads[0]} "
+                           f"query heads{tried}", source.config.model_type, FIX, code="E-CONVERT-KV-HEADS")
 
 
 def _compare(source: Structure, made: Structure) -> None:
@@ -102,11 +110,11 @@ def _compare(source: Structure, made: Structure) -> None:
     others = sorted({name for name in {*source.shapes, *made.shapes} - may_change
                      if source.shapes.get(name) != made.shapes.get(name)})
     if others:
-        raise GqaExportError(f"{others[0]} depends on the number of key/value heads, and has no mean", others[0],
-                             "such weights (a norm with one weight per head, for example) cannot be pooled; "
-                             "choose another checkpoint")
+        raise UnsupportedModel(f"{others[0]} depends on the number of key/value heads, and its mean is not defined",
+                               others[0], "such weights (a norm with one weight per head, for example) cannot be "
+                               "pooled; choose another checkpoint", code="E-CONVERT-OTHER-WEIGHTS")
     for old, new in zip(source.layers, made.layers, strict=True):
         same = (old.parameters(), old.key.size, old.value.size, old.pairs, len(old.query.starts), old.linear)
         if same != (new.parameters(), new.key.size, new.value.size, new.pairs, len(new.query.starts), new.linear):
-            raise GqaExportError("with fewer key/value heads this architecture makes its heads in another way",
-                                 f"layer {old.layer}, {old.path}", FIX)
+            raise UnsupportedModel("with fewer key/value heads this architecture makes its heads in another way",
+                                   f"layer {old.layer}, {old.path}", FIX, code="E-CONVERT-STRUCTURE")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..environment.versions import versions as installed_versions
 from ..errors import GqaExportError
 
 AGAIN = "run `python scripts/matrix.py --resume` and commit what it writes"
@@ -19,12 +19,17 @@ ENDS = ("supported", "refused", "wrong", "failed", "unchecked")
 
 
 def table() -> dict[str, Any]:
-    """The whole table: `rows` by name, `versions` it was made with, `date`."""
+    """The whole table: `rows` by name, `versions` it was made with, `date`.
+
+    Raises:
+        GqaExportError: the file is missing from this installation.
+    """
     import gqa_models
 
     path = Path(gqa_models.__file__).parent / "matrix.json"
     if not path.is_file():
-        raise GqaExportError("the table of architectures is missing from this installation", str(path), AGAIN)
+        raise GqaExportError("the table of architectures is missing from this installation", str(path), AGAIN,
+                             code="E-ENV-TABLE-MISSING")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -36,14 +41,8 @@ def known_names() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a row depends on."""
-    found = {}
-    for name in ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "onnx-ir"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    """Versions of the installed packages that a row depends on."""
+    return installed_versions(("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "onnx-ir"))
 
 
 def missing(rows: dict[str, Any], names: dict[str, str]) -> list[str]:
@@ -58,7 +57,7 @@ def counts(data: dict[str, Any]) -> dict[str, int]:
 
 
 def document(data: dict[str, Any]) -> str:
-    """docs/models.md."""
+    """The text of docs/models.md for a table."""
     how = counts(data)
     made_with = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
     lines = [

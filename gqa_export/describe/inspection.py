@@ -7,17 +7,16 @@ Bytes of a cache: per layer K * (D + E) * element size for every token of every 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..bundle.graph_file import read_graph
 from ..bundle.manifest import Manifest
-from ..spec import AttentionSpec, ModelSpec
+from ..spec import FLOATS, SHORT_DTYPES, AttentionSpec, ModelSpec
+from ..weights.dtypes import itemsize
 
-ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}
-SHORT_NAMES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 COMMON_CONTEXTS = (1024, 4096)
 
 
@@ -41,7 +40,19 @@ class CacheCost:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that `gqa-export inspect` says. `element_dtype`: of the cache (bundle) or of the stored weights."""
+    """All that `gqa-export inspect` prints.
+
+    Attributes:
+        source: what the user gave.
+        kind: "bundle" or "checkpoint".
+        spec: facts of the model and of every attention layer.
+        element_dtype: short name of the type of the cache (bundle) or of the stored weights.
+        groups: layers whose attention is the same.
+        costs: of a cache, at several lengths.
+        parameters: elements of all weights.
+        weight_bytes: bytes of all weights.
+        manifest: of a bundle.
+    """
 
     source: str
     kind: str
@@ -52,7 +63,6 @@ class Inspection:
     parameters: int
     weight_bytes: int
     manifest: Manifest | None = None
-    notes: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for `--json`: one entry of `layers` for every attention layer."""
@@ -85,7 +95,7 @@ def with_kv_heads(spec: ModelSpec, shared: bool) -> ModelSpec:
 
 def cache_costs(spec: ModelSpec, element_dtype: str, longest: int) -> tuple[CacheCost, ...]:
     """The cost of one token, of the common contexts below `longest`, and of `longest`."""
-    size = ELEMENT_BYTES[element_dtype]
+    size = itemsize(FLOATS[element_dtype])
     own, mha, mqa = (model.cache_bytes_per_token(size) for model in
                      (spec, with_kv_heads(spec, shared=False), with_kv_heads(spec, shared=True)))
     counts = [1, *(count for count in COMMON_CONTEXTS if count < longest), *([longest] if longest > 1 else [])]
@@ -102,7 +112,10 @@ def kind_of_attention(layer: AttentionSpec) -> str:
 def stored_in_graph(folder: Path) -> tuple[int, int]:
     """Elements and bytes of the constants that a bundle's graph refers to (weights, rotary tables), shared ones once.
 
-    Only the graph is read. Raises GqaExportError if there is none or it cannot be parsed.
+    Only the graph is read.
+
+    Raises:
+        InvalidBundle: the graph is missing or cannot be parsed.
     """
     import onnx
 
@@ -124,15 +137,22 @@ def inspect_bundle(folder: Path, manifest: Manifest) -> Inspection:
     """The figures of a bundle, from its manifest and its graph."""
     spec = manifest.spec
     parameters, weight_bytes = stored_in_graph(folder)
-    dtype, longest = SHORT_NAMES.get(manifest.dtype, manifest.dtype), manifest.capacity or spec.max_positions
+    dtype, longest = SHORT_DTYPES.get(manifest.dtype, manifest.dtype), manifest.capacity or spec.max_positions
     return Inspection(str(folder), "bundle", spec, dtype, layer_groups(spec.layers), cache_costs(spec, dtype, longest),
                       parameters, weight_bytes, manifest)
 
 
-def inspect_checkpoint(source: str, spec: ModelSpec, stored_dtype: str, parameters: int, weight_bytes: int,
-                       notes: tuple[str, ...] = ()) -> Inspection:
-    """The figures of a checkpoint; the cache is counted in the dtype of its weights, as an export would keep it."""
-    dtype = SHORT_NAMES.get(stored_dtype, stored_dtype)
-    dtype = dtype if dtype in ELEMENT_BYTES else "fp32"
+def inspect_checkpoint(source: str, spec: ModelSpec, stored_dtype: str, parameters: int,
+                       weight_bytes: int) -> Inspection:
+    """The figures of a checkpoint.
+
+    Args:
+        source: what the user gave.
+        spec: the facts of its attention layers.
+        stored_dtype: the type of its weights, in which an export would keep the cache; fp32 for a type without a cache.
+        parameters: elements of all weights.
+        weight_bytes: bytes of all weights.
+    """
+    dtype = SHORT_DTYPES.get(stored_dtype, "fp32")
     return Inspection(source, "checkpoint", spec, dtype, layer_groups(spec.layers),
-                      cache_costs(spec, dtype, spec.max_positions), parameters, weight_bytes, notes=notes)
+                      cache_costs(spec, dtype, spec.max_positions), parameters, weight_bytes)

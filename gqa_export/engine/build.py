@@ -22,6 +22,7 @@ from ..environment.tensorrt_libraries import CANONICAL, Library
 from ..errors import GqaExportError, NotCheckedHere
 from ..files.sha256 import file_sha256
 from ..progress import Progress, silent
+from ..spec import DTYPES
 from ..targets import TARGETS
 from . import inspect_build
 from .build_job import Built, Job, KernelFiles
@@ -90,7 +91,7 @@ def check_bundle(bundle: Path, manifest: Manifest, options: EngineOptions) -> st
         raise GqaExportError(f"the bundle's cache has a capacity of {manifest.capacity}, and --capacity is "
                              f"{options.capacity}", str(bundle),
                              f"leave --capacity out, or export it again: `{again} --capacity {options.capacity}`")
-    wanted = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(options.dtype, manifest.dtype)
+    wanted = DTYPES.get(options.dtype, manifest.dtype)
     if wanted != manifest.dtype:
         raise GqaExportError(f"the bundle is {manifest.dtype}, and --dtype is {options.dtype}", str(bundle),
                              f"leave --dtype out, or export it again: `{again} --dtype {options.dtype}`")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import GqaExportError
 from ..progress import Progress
+from ..spec import SHORT_DTYPES
 
 if TYPE_CHECKING:
     import onnx
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 CACHE = "GQA_EXPORT_KERNEL_CACHE"
 SOURCES = ("append", "cubin", "decode", "plan", "prefill", "primitives")
-DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def wanted_variants(model: onnx.ModelProto, capacity: int, dtype: str) -> tuple[
         inputs = dict(zip(fields.node_inputs(values), node.input, strict=True))
         past_key, past_value = shapes[inputs["past_key"]], shapes[inputs["past_value"]]
         table = _table(inputs["cos"], tables, producers) if layer.has_rotary else (1, 0)
-        sizes = Sizes(1, 1, capacity, past_key[3], past_value[3], DTYPES[dtype], table[1], table[0])
+        sizes = Sizes(1, 1, capacity, past_key[3], past_value[3], SHORT_DTYPES[dtype], table[1], table[0])
         found.update(dict.fromkeys(variants(layer, sizes).values()))
     return tuple(found)
 

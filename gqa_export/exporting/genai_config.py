@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..bundle.manifest import MODEL, Manifest
-from ..errors import GqaExportError
+from ..errors import UnsupportedModel
 from ..graph_io import ATTENTION_MASK, INPUT_IDS, LOGITS, past_names, present_names
 from ..spec import AttentionSpec
 from ..targets import get_target
@@ -36,14 +36,20 @@ def _cache_shape(layer: AttentionSpec) -> tuple[int, int, int]:
 
 
 def genai_config(manifest: Manifest, provider: str = "cpu") -> dict[str, Any]:
-    """The content of genai_config.json. Raises GqaExportError if `misfit` has a reason.
+    """The content of genai_config.json: greedy search up to the bundle's capacity, every end token honoured.
 
-    provider: "cpu" or "cuda". Greedy search up to the bundle's capacity; every end token is honoured.
+    Args:
+        manifest: of an `ort` bundle.
+        provider: "cpu" or "cuda".
+
+    Raises:
+        UnsupportedModel: onnxruntime-genai cannot hold the model; see `misfit`.
     """
     reason = misfit(manifest)
     if reason:
-        raise GqaExportError(f"onnxruntime-genai cannot hold this model: {reason}", FILE,
-                             "run the bundle with gqa-export run or with ONNX Runtime itself")
+        raise UnsupportedModel(f"onnxruntime-genai cannot hold this model: {reason}", FILE,
+                               "run the bundle with gqa-export run or with ONNX Runtime itself",
+                               code="E-MODEL-GENAI")
     layer, spec = manifest.spec.layers[0], manifest.spec
     eos = list(manifest.tokens.get("eos") or [])
     tokens = {"bos_token_id": manifest.tokens.get("bos"), "pad_token_id": manifest.tokens.get("pad")}

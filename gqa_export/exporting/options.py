@@ -1,13 +1,10 @@
-"""What an export is asked for."""
+"""The options of an export."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ..weights.layout import Mode
-
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
 
 DEFAULT_CAPACITY = 4096
 

@@ -11,12 +11,13 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.load_config import load_config
 from ..checkpoint.load_model import load_model
 from ..checkpoint.open import open_checkpoint
-from ..errors import GqaExportError
+from ..errors import GqaExportError, UnsupportedModel
 from ..progress import Progress
+from ..spec import DTYPES
 from ..weights.dtypes import itemsize
 from ..weights.memory_budget import Budget
 from ..weights.sources import WeightStore
-from .options import DEFAULT_CAPACITY, DTYPES, ExportOptions
+from .options import DEFAULT_CAPACITY, ExportOptions
 
 if TYPE_CHECKING:
     from ..lowering.context import Lowered
@@ -48,27 +49,27 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     target = get_target(options.target)
     options = replace(options, cache=options.cache or target.caches[0], logits=options.logits or target.logits[0])
     if options.cache not in target.caches:
-        raise GqaExportError(f"target {target.name} has no {options.cache} cache", "--cache",
-                             f"use --cache {target.caches[0]}")
+        raise GqaExportError(f"target {target.name} does not support a {options.cache} cache", "--cache",
+                             f"use --cache {target.caches[0]}", code="E-OPTION-CACHE")
     if options.logits not in target.logits:
         raise GqaExportError(f"target {target.name} does not give {options.logits} logits", "--logits",
-                             f"use --logits {target.logits[0]}")
+                             f"use --logits {target.logits[0]}", code="E-OPTION-LOGITS")
     say("reading the checkpoint", None, None)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
         source, text_only=options.text_only, revision=options.revision)
     if options.weights == "inplace" and output is not None and output.resolve() != checkpoint.folder.resolve():
-        raise GqaExportError("--weights inplace writes the graph into the checkpoint folder, and -o is another one",
-                             str(output), f"use -o {checkpoint.folder}")
+        raise GqaExportError("--weights inplace writes the graph into the checkpoint folder, but -o names another one",
+                             str(output), f"use -o {checkpoint.folder}", code="E-OPTION-INPLACE")
     if options.weights != "copy" and checkpoint.kind == "gguf":
         raise GqaExportError("a GGUF file's tensors are dequantized on the way, so they cannot be used where they are",
-                             checkpoint.source, "use --weights copy")
+                             checkpoint.source, "use --weights copy", code="E-OPTION-GGUF-WEIGHTS")
     if options.weights != "copy" and checkpoint.model is not None:
-        raise GqaExportError("the weights of a model in memory are in no file that a graph could point into",
+        raise GqaExportError("the weights of a model in memory are not in a file that a graph could point into",
                              checkpoint.source, 'use weights="copy"', code="E-OPTION-WEIGHTS")
     dtype = checkpoint.stored_dtype if options.dtype == "auto" else DTYPES[options.dtype]
     if dtype not in DTYPES.values():
-        raise GqaExportError(f"weights of type {dtype} have no ONNX decoder", checkpoint.source,
-                             "choose a type with --dtype fp32|fp16|bf16")
+        raise UnsupportedModel(f"decoders are not exported with weights of type {dtype}", checkpoint.source,
+                               "choose a type with --dtype fp32|fp16|bf16", code="E-MODEL-DTYPE")
     traced, kept = traced_model(checkpoint, options, dtype, target, say)
     budget.check("tracing")
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits,
@@ -110,7 +111,7 @@ def _capacity(asked: int, config: Any) -> int:
     longest = longest if longest > 0 else DEFAULT_CAPACITY  # XLNet's is -1
     if asked > longest:
         raise GqaExportError(f"capacity {asked} is beyond the model's {longest} positions", "--capacity",
-                             f"use --capacity {longest} or less")
+                             f"use --capacity {longest} or less", code="E-OPTION-CAPACITY")
     return asked or min(longest, DEFAULT_CAPACITY)
 
 
@@ -130,7 +131,8 @@ def pick_provider(provider: str, dtype: str, target: Target) -> str:
 def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> WeightStore:
     """Where every weight of a traced model is. The checkpoint is loaded only if names alone do not tell; then all
     that is not used as it is stored is held in memory, for which `budget` must have room."""
-    from ..weights.sources import RECIPE, StoredSource, recipe_of
+    from ..graph_io import RECIPE
+    from ..weights.sources import StoredSource, recipe_of
 
     wanted = {recipe_of(tensor).removeprefix(RECIPE): tuple(tensor.dims)
               for tensor in traced.model.graph.initializer if recipe_of(tensor)}

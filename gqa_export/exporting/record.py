@@ -53,7 +53,7 @@ def add_genai(writer: BundleWriter, manifest: Manifest, provider: str, notes: li
     """Write genai_config.json, or note why onnxruntime-genai cannot load this bundle."""
     reason = genai_config.misfit(manifest)
     if reason:
-        notes.append(f"no {genai_config.FILE}: {reason}")
+        notes.append(f"{genai_config.FILE} was not written: {reason}")
         return
     config = genai_config.genai_config(manifest, provider)
     writer.write(genai_config.FILE, (json.dumps(config, indent=1) + "\n").encode())

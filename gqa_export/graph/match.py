@@ -15,8 +15,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from ..errors import GqaExportError
-
-RECIPE = "weights:"
+from ..graph_io import RECIPE
 
 
 def is_op(node: gs.Node | None, op: str, domain: str = "") -> TypeGuard[gs.Node]:

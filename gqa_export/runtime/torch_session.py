@@ -17,14 +17,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..errors import GqaExportError
-from ..spec import ModelSpec
+from ..spec import FLOATS, ModelSpec
 from .feeds import check_feed, written_rows
 from .session import Step
 
-DTYPES = {
-    "fp64": torch.float64, "float64": torch.float64, "fp32": torch.float32, "float32": torch.float32,
-    "fp16": torch.float16, "float16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
-}
+DTYPES = {name: getattr(torch, full) for short, full in FLOATS.items() for name in (short, full)}
+"""number formats by their short and by their full names"""
 
 
 class TorchSession:

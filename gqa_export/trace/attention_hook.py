@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import GqaExportError
+from ..errors import GqaExportError, UnsupportedModel
 
 NAME = "gqa_export"
 
-# Arguments that reach attention but say nothing about its result once mask, scale, softcap and sinks are known.
-# `sliding_window`, `is_causal`: eager attention, the truth, looks at the mask alone, and so does the probe.
+# Arguments that reach attention but do not change its result once mask, scale, softcap and sinks are known.
+# `sliding_window`, `is_causal`: eager attention, the reference, uses the mask alone, and so does the probe.
 WITHOUT_EFFECT = frozenset({
     "dropout", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions",
     "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "past_key_values", "layer_idx",
@@ -30,7 +30,19 @@ WITHOUT_EFFECT = frozenset({
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call as a layer made it. query [B, H, S, D], key [B, K, S, D], value [B, K, S, E]."""
+    """One attention call as a layer made it.
+
+    Attributes:
+        module: the layer's attention module.
+        layer: the layer's number.
+        query: [batch, heads, tokens, head_size], already rotated.
+        key: [batch, kv_heads, tokens, head_size], already rotated.
+        value: [batch, kv_heads, tokens, value_head_size].
+        mask: the tagged mask; None or untagged where the model made its own.
+        scale: factor of the scores.
+        softcap: limit of the scores, 0 is none.
+        sinks: [heads], one extra logit per head; None is none.
+    """
 
     module: torch.nn.Module
     layer: int
@@ -45,7 +57,7 @@ class Call:
 
 @dataclass(frozen=True)
 class MaskTag:
-    """What a mask was asked to be: transformers' mask function and whether it needs vmap."""
+    """The arguments of a mask: transformers' mask function and whether it needs vmap."""
 
     function: Callable[..., Any]
     use_vmap: bool
@@ -53,7 +65,7 @@ class MaskTag:
 
 
 class Recorder(Protocol):
-    """Somebody who answers attention calls."""
+    """Computes the attention calls of a model."""
 
     def attend(self, call: Call) -> torch.Tensor:
         """Return the attention output [B, S, H, E]."""
@@ -64,8 +76,12 @@ _recorders: list[tuple[Recorder, torch.Tensor | None]] = []
 
 @contextmanager
 def recording(recorder: Recorder, position_ids: torch.Tensor | None = None) -> Iterator[None]:
-    """Let `recorder` answer the attention calls made inside the block, on tokens at `position_ids` [B, S] (only patched
-    models ask for them)."""
+    """Let a recorder compute the attention calls made inside the block.
+
+    Args:
+        recorder: its `attend` is given every call.
+        position_ids: [batch, tokens], the position of each new token in its sequence; only patched models need them.
+    """
     _recorders.append((recorder, position_ids))
     try:
         yield
@@ -77,8 +93,8 @@ def positions() -> torch.Tensor:
     """The position [B, S] of each new token in its sequence, for functions patched into a model."""
     found = _recorders[-1][1]
     if found is None:
-        raise GqaExportError("a patched model asks for positions, and whoever runs it gives none", "recording",
-                             "pass position_ids to recording(); this is a bug in gqa-export")
+        raise GqaExportError("a patched model needs position_ids, and recording() was called without them", "recording",
+                             "pass position_ids to recording(); this is a bug in gqa-export", code="E-MODEL-POSITIONS")
     return found
 
 
@@ -86,21 +102,38 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
               attention_mask: torch.Tensor | None, scaling: float | None = None, softcap: float | None = None,
               s_aux: torch.Tensor | None = None, *, layer: int | None = None,
               **others: Any) -> tuple[torch.Tensor, None]:
-    """transformers' attention signature. An argument that is not understood is a refusal, never ignored.
+    """The function that transformers calls for every layer's attention; the recorder in charge answers.
 
-    layer: the layer's number where the module has no `layer_idx` (patched models).
+    Args:
+        module: the layer's attention module.
+        query: [batch, heads, tokens, head_size], already rotated.
+        key: [batch, kv_heads, tokens, head_size], already rotated.
+        value: [batch, kv_heads, tokens, value_head_size].
+        attention_mask: what `mask` returned.
+        scaling: factor of the scores; None is 1 / sqrt(head_size).
+        softcap: limit of the scores; None does not limit them.
+        s_aux: sinks [heads], one extra logit per head; None is none.
+        layer: the layer's number where the module does not have `layer_idx` (patched models).
+        **others: refused unless they are known to leave the result as it is.
+
+    Returns:
+        The attention output [batch, tokens, heads, value_head_size], and None for the weights.
+
+    Raises:
+        UnsupportedModel: an argument is not understood, or the layer's number is not known.
     """
     layer = getattr(module, "layer_idx", None) if layer is None else layer
     for name, value_given in others.items():
         if name in WITHOUT_EFFECT or value_given is None or value_given is False:
             continue
-        raise GqaExportError(f"attention is called with `{name}`, which grouped-query attention cannot represent",
-                             f"layer {layer}, {type(module).__name__}",
-                             "this model's attention needs more than a cache, a window, a softcap and sinks; "
-                             "it is not supported")
+        raise UnsupportedModel(f"attention is called with `{name}`, which grouped-query attention cannot represent",
+                               f"layer {layer}, {type(module).__name__}",
+                               "this model's attention needs more than a cache, a window, a softcap and sinks; "
+                               "it is not supported", code="E-MODEL-ATTENTION-ARGUMENT")
     if layer is None:
-        raise GqaExportError("an attention module has no layer index, so its cache cannot be found",
-                             type(module).__name__, "this model is not a decoder of the kind gqa-export knows")
+        raise UnsupportedModel("an attention module does not have a layer index, so its cache cannot be found",
+                               type(module).__name__, "this model is not a decoder of the kind that gqa-export knows",
+                               code="E-MODEL-LAYER-INDEX")
     scale = float(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
     call = Call(module, int(layer), query, key, value, attention_mask, scale, float(softcap or 0.0), s_aux)
     return _recorders[-1][0].attend(call), None

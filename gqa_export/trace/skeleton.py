@@ -12,11 +12,21 @@ from typing import Any
 
 import torch
 
-from ..errors import GqaExportError
+from ..errors import UnsupportedModel, first_line
 
 
 def build(config: Any, dtype: torch.dtype, *, device: str = "cpu", attention: str = "eager") -> torch.nn.Module:
-    """The causal LM of a transformers config, uninitialised, in eval mode."""
+    """The causal LM of a transformers config, uninitialised, in eval mode.
+
+    Args:
+        config: a transformers configuration; it is copied.
+        dtype: of the parameters (those that transformers keeps in fp32 excepted).
+        device: "meta" for a model without memory.
+        attention: transformers' name of the attention implementation.
+
+    Raises:
+        UnsupportedModel: transformers cannot build it: a package is missing, or the configuration contradicts itself.
+    """
     import transformers.initialization as initialization
     from transformers import AutoModelForCausalLM
 
@@ -26,10 +36,9 @@ def build(config: Any, dtype: torch.dtype, *, device: str = "cpu", attention: st
         try:
             model = AutoModelForCausalLM.from_config(config, **kwargs)
         except Exception as error:  # a package that parts of it are in (timm), a configuration against itself
-            said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            raise GqaExportError(f"transformers cannot build this model here: {said[0]}",
-                                 f"model_type {config.model_type}", "install what it asks for, or correct "
-                                 "config.json") from error
+            raise UnsupportedModel(f"transformers cannot build this model here: {first_line(error)}",
+                                   f"model_type {config.model_type}", "install the package that the message names, or "
+                                   "correct config.json", code="E-MODEL-BUILD") from error
     model.tie_weights()
     _keep_in_fp32(model, dtype)
     if has_experts(model):
@@ -38,7 +47,7 @@ def build(config: Any, dtype: torch.dtype, *, device: str = "cpu", attention: st
 
 
 def _keep_in_fp32(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """The parameters that transformers loads in fp32 whatever is asked (norms of GPT-OSS in fp16, a router's bias)."""
+    """The parameters that transformers loads in fp32 whatever the dtype (norms of GPT-OSS in fp16, a router's bias)."""
     patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]  # type: ignore[operator]
     if not patterns:
         return

@@ -74,7 +74,7 @@ def load(place: Path) -> Traced | None:
 
 def keep(place: Path, traced: Traced) -> None:
     """Keep a trace; another process may be writing the same one, so the file appears at once. A cache that cannot
-    be written (a full disk, a home that is read-only) is no reason to fail."""
+    be written (a full disk, a home that is read-only) does not fail the export."""
     body = traced.model.SerializeToString()
     facts = {name: value for name, value in vars(traced).items() if name != "model"}
     facts["spec"], facts["sha256"] = traced.spec.to_dict(), hashlib.sha256(body).hexdigest()

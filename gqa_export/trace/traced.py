@@ -1,4 +1,4 @@
-"""What a trace gives."""
+"""The result of a trace."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ if TYPE_CHECKING:
 class Traced:
     """The canonical model and how it came about.
 
-    traced_layers: how many decoder layers torch.export saw. whole_because: "" if the rest were stamped, else why
-    every layer was traced. rope_regime: "short" or "long" where `longrope` was fixed by the capacity. tied: groups of
-    names of one tensor. converts: transformers renames or merges tensors on load. capacity: what it was traced for.
+    Attributes:
+        model: weights by name only.
+        spec: facts of every attention layer.
+        traced_layers: how many decoder layers were recorded.
+        whole_because: "" if the rest were stamped, else why every layer was traced.
+        rope_regime: "short" or "long" where `longrope` was fixed by the capacity, else "".
+        tied: groups of names of one tensor.
+        converts: transformers renames or merges tensors on load.
+        capacity: tokens that it was traced for.
     """
 
     model: onnx.ModelProto

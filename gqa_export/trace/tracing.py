@@ -17,8 +17,22 @@ def trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str = "
           accept: Callable[[ModelSpec], None] | None = None) -> Traced:
     """Trace a transformers config into the canonical ONNX model; weights appear by name only.
 
-    dtype: "float32", "float16", "bfloat16". cache: "growing" or "static". inspect, accept: called with the weightless
-    module and with the facts of its layers before anything is traced, to refuse it. See `canonical` for the form.
+    The form of the graph is described in `capture.canonical`.
+
+    Args:
+        config: a transformers configuration.
+        dtype: "float32", "float16" or "bfloat16".
+        cache: "growing" or "static".
+        capacity: tokens that the cache shall hold; it decides the regime of `longrope`.
+        logits: "all" or "last".
+        interface: "mask" (attention_mask is an input) or "lengths" (past_lengths and new_lengths are).
+        stamping: trace two layers of each kind and repeat them, where that can be proved; False traces all layers.
+        inspect: called with the weightless module before anything is traced, to refuse it.
+        accept: called with the facts of its layers, likewise.
+
+    Raises:
+        UnsupportedModel: a layer, a mask, a rotary type or an argument of attention cannot be represented, or the
+            model cannot be traced.
     """
     from .patches import registry
 
@@ -39,16 +53,16 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
 
     name, torch_dtype = attention_hook.register(), getattr(torch, dtype)
     rotary.check_rope(config.get_text_config())
-    ghost = skeleton.build(config, torch_dtype, device="meta", attention=name)
+    meta_model = skeleton.build(config, torch_dtype, device="meta", attention=name)
     if inspect:
-        inspect(ghost)
-    spec = probe(config, ghost)
+        inspect(meta_model)
+    spec = probe(config, meta_model)
     if accept:
         accept(spec)
-    stack = layer_kinds.stack_of(ghost, spec) if stamping else None
-    prints = layer_kinds.prints(ghost, stack) if stack else ()
-    del ghost
-    whole_because = "" if stack else "no layers that are alike" if stamping else "asked for"
+    stack = layer_kinds.stack_of(meta_model, spec) if stamping else None
+    prints = layer_kinds.prints(meta_model, stack) if stack else ()
+    del meta_model
+    whole_because = "" if stack else "no layers that are alike" if stamping else "stamping is off"
     while True:
         short = layer_kinds.shorten(config, max(stack.traced) + 1) if stack else config
         model = skeleton.build(short, torch_dtype, attention=name)
@@ -66,7 +80,7 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
         weights = simplify.detach_weights(program, names.__contains__)
         simplify.simplify(program)
         canonical.plain_reshapes(program)
-        canonical.ask_the_first(program)
+        canonical.read_sizes_from_the_first(program)
         if stack is None:
             break
         try:

@@ -1,4 +1,4 @@
-"""What an uptraining run is asked for, and how many steps that is."""
+"""The options of an uptraining run, and how many steps they make."""
 
 from __future__ import annotations
 
@@ -14,9 +14,33 @@ FREE = ("save_steps", "force", "log_steps", "eval_rows")
 
 @dataclass(frozen=True)
 class UptrainOptions:
-    """What `gqa-export uptrain` takes. steps: optimizer steps of this run; or fraction * pretraining_steps (alpha of
-    the paper); or neither: once through the text. batch: rows of `length` tokens per device and step, times
-    accumulate. held_out: part of the text, its end, that is only evaluated on, where there is no eval_text."""
+    """What `gqa-export uptrain` takes.
+
+    Attributes:
+        text: a text file, or hub:NAME[:CONFIG[:SPLIT]].
+        eval_text: the same, to evaluate on; "" takes the end of `text`.
+        held_out: the part of `text` that is only evaluated on where there is no eval_text.
+        steps: optimizer steps of this run; 0 takes fraction * pretraining_steps, or once through the text.
+        fraction: alpha of the paper, of pretraining_steps.
+        pretraining_steps: steps of the original pre-training.
+        length: tokens per row.
+        batch: rows per device and step, times accumulate.
+        accumulate: batches per optimizer step.
+        learning_rate: at its highest.
+        warmup: part of the steps.
+        weight_decay: of AdamW.
+        teacher: a checkpoint to distill from; "" is none.
+        distill_weight: of the teacher's part of the loss, 0 to 1.
+        temperature: of the distillation.
+        bf16: train in bfloat16 (autocast).
+        gradient_checkpointing: recompute activations, for less memory.
+        seed: of the order of rows.
+        eval_steps: steps between evaluations; 0 is a tenth of the run.
+        eval_rows: the most rows to evaluate on; 0 is all.
+        log_steps: steps between entries of the log.
+        save_steps: steps between checkpoints; 0 as eval_steps.
+        force: replace an earlier result.
+    """
 
     text: str
     eval_text: str = ""
@@ -52,13 +76,23 @@ class UptrainOptions:
 
 
 def steps_of(options: UptrainOptions, rows: int, processes: int = 1) -> int:
-    """Optimizer steps of the run. rows: training rows that there are. GqaExportError for options that contradict."""
+    """Optimizer steps of the run.
+
+    Args:
+        options: see `UptrainOptions`.
+        rows: training rows that there are.
+        processes: that share a step.
+
+    Raises:
+        GqaExportError: options contradict one another.
+    """
     if options.steps and options.fraction:
-        raise GqaExportError("--steps and --fraction both say how long to train", "--fraction",
-                             "leave one of them away")
+        raise GqaExportError("--steps and --fraction both set the number of steps", "--fraction",
+                             "leave one of them away", code="E-UPTRAIN-STEPS-TWICE")
     if bool(options.fraction) != bool(options.pretraining_steps):
         raise GqaExportError("--fraction is a part of the steps of the original pre-training",
-                             "--fraction, --pretraining-steps", "give both, or --steps alone")
+                             "--fraction, --pretraining-steps", "give both, or --steps alone",
+                             code="E-UPTRAIN-FRACTION")
     if options.steps:
         return options.steps
     if options.fraction:

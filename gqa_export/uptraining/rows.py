@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.tokenized_text import load_tokenizer, packed, read_text, spread, tokenize
-from ..errors import GqaExportError
+from ..errors import GqaExportError, InvalidCheckpoint, first_line
 from .options import UptrainOptions
 
 HUB = "hub:"
@@ -46,10 +46,9 @@ def documents(spec: str) -> Iterator[str]:
         for example in data:
             yield str(example["text"])
     except Exception as error:  # the library raises anything for a missing name, configuration, split or column
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise GqaExportError(f"the data set cannot be read: {type(error).__name__}: {cause[:200]}", spec,
+        raise GqaExportError(f"the data set cannot be read: {first_line(error)}", spec,
                              "give hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT of a data set with a column "
-                             "text, or a text file") from error
+                             "text, or a text file", code="E-UPTRAIN-DATA-SET") from error
 
 
 def tokens_of(spec: str, tokenizer: Any) -> np.ndarray:
@@ -61,7 +60,7 @@ def tokens_of(spec: str, tokenizer: Any) -> np.ndarray:
             parts.append(np.asarray([end], np.int32))
         parts.append(tokenize(tokenizer, document))
     if not parts:
-        raise GqaExportError("the data set has no documents", spec, "choose another split")
+        raise GqaExportError("the data set is empty", spec, "choose another split", code="E-UPTRAIN-DATA-EMPTY")
     return np.concatenate(parts)
 
 
@@ -78,10 +77,11 @@ def prepare(folder: Path, work: Path, options: UptrainOptions, vocabulary: int) 
         train, held = ids[:cut], ids[cut:]
     largest = int(max(ids.max(initial=0), held.max(initial=0)))
     if largest >= vocabulary:
-        raise GqaExportError(f"the tokenizer gives the id {largest}, and the model knows {vocabulary}", str(folder),
-                             "the tokenizer does not belong to this checkpoint; copy the right one")
+        raise InvalidCheckpoint(f"the tokenizer gives the id {largest}, but the model's vocabulary has {vocabulary}",
+                                str(folder), "the tokenizer does not belong to this checkpoint; copy the right one",
+                                code="E-UPTRAIN-TOKENIZER")
     train, held = packed(train, options.length, options.text), packed(held, options.length,
                                                                       options.eval_text or options.text)
     np.save(work / TRAIN, train)
     np.save(work / f"partial-{EVAL}", held)
-    (work / f"partial-{EVAL}").rename(work / EVAL)  # last, and at once: its presence says that both are whole
+    (work / f"partial-{EVAL}").rename(work / EVAL)  # last, and at once: its presence means that both are whole

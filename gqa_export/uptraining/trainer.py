@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with three additions: distillation, our progress line, and an end when the loss is lost."""
+"""Hugging Face's Trainer with three additions: distillation, our progress line, and an end when the loss diverges."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float)
 
 
 class Watch(TrainerCallback):
-    """Says where the run is; ends it when the loss is no number."""
+    """Reports where the run is; ends it when the loss is not a finite number."""
 
     def __init__(self, report: Callable[[str, float | None, float | None], None]) -> None:
         self.report, self.last = report, ""
@@ -66,7 +66,7 @@ class Watch(TrainerCallback):
             if not math.isfinite(float(value)):
                 raise GqaExportError(f"training diverged: the {text} after {state.global_step} steps is {value}",
                                      "--learning-rate", "pass --restart with a smaller --learning-rate, or without "
-                                     "--bf16")
+                                     "--bf16", code="E-UPTRAIN-DIVERGED")
             self.last = f"{text} {float(value):.3f}"
         self.report(f"step {state.global_step} of {state.max_steps}: {self.last}", state.global_step, state.max_steps)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.load_config import load_config
 from ..checkpoint.load_model import load_model
 from ..checkpoint.tokenizer import tokenizer_files
+from ..environment.versions import versions
 from ..errors import GqaExportError
 from ..files.staging import check_folder, disk_errors, writing_folder
 from ..progress import Progress, silent
@@ -30,7 +31,22 @@ REPORT, PICTURE, SETTINGS = "gqa_uptrain.json", "gqa_uptrain.svg", "settings.jso
 
 @dataclass(frozen=True)
 class Uptraining:
-    """What a run did. Perplexities are e to the mean loss on the held-out rows; tokens: of all steps together."""
+    """What a run did.
+
+    Attributes:
+        folder: the trained checkpoint.
+        source: what was trained.
+        steps: optimizer steps.
+        tokens: of all steps together.
+        perplexity_before: e to the mean loss on the held-out rows, before the first step.
+        perplexity_after: the same after the last.
+        train: training losses by step.
+        held_out: losses on the held-out rows by step.
+        settings: the options that change what is trained.
+        resumed_at: the step at which an earlier start ended; None for a run in one piece.
+        date: ISO 8601.
+        versions: of torch, transformers and accelerate.
+    """
 
     folder: str
     source: str
@@ -57,16 +73,32 @@ def work_folder(output: Path) -> Path:
 
 def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, report: Progress | None = None,
             restart: bool = False) -> Uptraining:
-    """Train and write the result. Raises GqaExportError; the output is then not there, what was trained is kept for
-    the next start (`restart` throws it away)."""
+    """Train a checkpoint and write the result. On an error the output is not written, and what was trained is kept for
+    the next start.
+
+    Args:
+        checkpoint: an opened Hugging Face checkpoint.
+        output: folder to write; it must not exist, or be an earlier result and `options.force` set.
+        options: see `UptrainOptions`.
+        report: progress, in steps; None reports nothing.
+        restart: throw away what an unfinished run has trained.
+
+    Returns:
+        The curve and both perplexities; the same is in gqa_uptrain.json beside the weights.
+
+    Raises:
+        GqaExportError: options contradict one another or an unfinished run, the text cannot be read, or the training
+            diverged.
+        InvalidCheckpoint: the checkpoint's tokenizer cannot be loaded, or does not belong to the model.
+    """
     import torch
 
-    say = report or silent
+    progress = report or silent
     output = Path(output)
     check_folder(output, force=options.force, marker=REPORT)
     if checkpoint.kind == "gguf":
         raise GqaExportError("a GGUF file cannot be trained", checkpoint.source,
-                             "give the original Hugging Face checkpoint folder")
+                             "give the original Hugging Face checkpoint folder", code="E-UPTRAIN-GGUF")
     work = work_folder(output)
     from ..checkpoint.quiet import quiet
 
@@ -76,22 +108,22 @@ def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, repor
         longest = int(getattr(config, "max_position_embeddings", 0) or options.length)
         if options.length > longest:
             raise GqaExportError(f"rows of {options.length} tokens are longer than the model's {longest} positions",
-                                 "--length", f"use --length {longest} or less")
+                                 "--length", f"use --length {longest} or less", code="E-UPTRAIN-LENGTH")
         from .trainer import DistillingTrainer, Watch, arguments, last_checkpoint
 
         found = last_checkpoint(work)
         settings = arguments(options, work, 1, resuming=found is not None)
         with settings.main_process_first(desc="tokenizing"):
-            say("tokenizing the text", None, None)
+            progress("tokenizing the text", None, None)
             prepare(checkpoint.folder, work, options, config.vocab_size)
         train, held = Rows(work / TRAIN), Rows(work / EVAL, options.eval_rows)
         steps = steps_of(options, len(train), settings.world_size)
         settings = arguments(options, work, steps, resuming=found is not None)
-        say("loading the model", None, None)
+        progress("loading the model", None, None)
         model = load_model(checkpoint, "fp32", attn_implementation="sdpa")
         model.config.use_cache = False  # type: ignore[union-attr]
         trainer = DistillingTrainer(
-            model, settings, train_dataset=train, eval_dataset=held, callbacks=[Watch(say)],
+            model, settings, train_dataset=train, eval_dataset=held, callbacks=[Watch(progress)],
             teacher=_teacher(options, config, bf16=options.bf16), weight=options.distill_weight,
             temperature=options.temperature)
         _quiet(trainer)
@@ -116,8 +148,9 @@ def _open_work(work: Path, checkpoint: Checkpoint, options: UptrainOptions, rest
     if (work / SETTINGS).is_file() and (work / SETTINGS).read_text(encoding="utf-8") != settings:
         before = json.loads((work / SETTINGS).read_text(encoding="utf-8"))
         other = sorted(name for name, value in json.loads(settings).items() if before.get(name) != value)
-        raise GqaExportError(f"an unfinished run with other settings is there (different: {', '.join(other)})",
-                             str(work), "repeat its settings to go on, or pass --restart to throw it away")
+        raise GqaExportError(f"an unfinished run has other settings (different: {', '.join(other)})", str(work),
+                             "repeat its settings to go on, or pass --restart to throw it away",
+                             code="E-UPTRAIN-OTHER-SETTINGS")
     work.mkdir(parents=True, exist_ok=True)
     (work / SETTINGS).write_text(settings, encoding="utf-8")
 
@@ -130,8 +163,9 @@ def _teacher(options: UptrainOptions, config: Any, *, bf16: bool) -> Any:
     teacher = open_checkpoint(options.teacher)
     size = load_config(teacher).vocab_size
     if size != config.vocab_size:
-        raise GqaExportError(f"the teacher's vocabulary of {size} is not the student's of {config.vocab_size}",
-                             options.teacher, "use the checkpoint that was converted as the teacher")
+        raise GqaExportError(f"the teacher's vocabulary has {size} tokens, the student's {config.vocab_size}",
+                             options.teacher, "use the checkpoint that was converted as the teacher",
+                             code="E-UPTRAIN-TEACHER")
     return load_model(teacher, "bf16" if bf16 else "fp32", attn_implementation="sdpa")
 
 
@@ -144,14 +178,12 @@ def _quiet(trainer: Any) -> None:
 
 def _result(checkpoint: Checkpoint, output: Path, options: UptrainOptions, steps: int, processes: int,
             history: list[dict[str, Any]], found: Path | None) -> Uptraining:
-    from importlib.metadata import version
-
     train, held = split_log(history)
     tokens = steps * options.batch * options.accumulate * options.length * processes
     return Uptraining(str(output), checkpoint.source, steps, tokens, held[0].perplexity, held[-1].perplexity,
                       tuple(train), tuple(held), json.loads(options.settings()),
                       int(found.name.rpartition("-")[2]) if found else None, date.today().isoformat(),
-                      {name: version(name) for name in ("torch", "transformers", "accelerate")})
+                      versions(("torch", "transformers", "accelerate")))
 
 
 def _write(checkpoint: Checkpoint, model: Any, state: dict[str, Any], dtype: Any, output: Path,

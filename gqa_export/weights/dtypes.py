@@ -1,12 +1,12 @@
-"""Converting the bytes of a tensor from one float type to another, loudly: no value becomes infinite unseen."""
+"""Number formats of weights, and converting from one to another: a value that would become infinite is an error."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..errors import GqaExportError
+from ..spec import FLOATS
 
-FLOATS = ("float64", "float32", "float16", "bfloat16")
 LIMITS = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38}
 """up to here no finite value rounds to infinity; beyond, and for a NaN, every element is looked at"""
 
@@ -20,22 +20,32 @@ def numpy_dtype(name: str) -> Any:
 
 
 def itemsize(name: str) -> int:
-    """Bytes of one element."""
+    """Bytes of one element of a type, by its numpy (ml_dtypes) name."""
     return int(numpy_dtype(name).itemsize)
 
 
 def cast(data: memoryview, source: str, target: str, name: str) -> memoryview:
-    """Little-endian elements of type `source` as bytes of type `target`, rounded to nearest even.
+    """Convert elements of one float type to another, rounded to nearest even.
 
-    GqaExportError naming the tensor `name` when a finite value would overflow, or when either is no float type.
+    Args:
+        data: little-endian elements of type `source`.
+        source: numpy (ml_dtypes) name of their type.
+        target: numpy (ml_dtypes) name of the type to convert to.
+        name: of the tensor, for the message.
+
+    Returns:
+        The bytes of the converted elements; `data` itself if the types are equal.
+
+    Raises:
+        GqaExportError: a finite value does not fit the new type, or a type is not a float type.
     """
     if source == target:
         return data
     import numpy as np
 
-    if source not in FLOATS or target not in FLOATS:
+    if not {source, target} <= set(FLOATS.values()):
         raise GqaExportError(f"cannot convert {name} from {source} to {target}", name,
-                             "export with --dtype auto, which keeps the stored types")
+                             "export with --dtype auto, which keeps the stored types", code="E-WEIGHTS-CONVERT")
     values = np.frombuffer(data, numpy_dtype(source))
     if source == "bfloat16":  # its bits are the upper half of a float32's
         values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
@@ -47,5 +57,5 @@ def cast(data: memoryview, source: str, target: str, name: str) -> memoryview:
             if overflow.any():
                 worst = float(np.abs(values[overflow]).max())
                 raise GqaExportError(f"{name} has a value of {worst:.6g}, which {target} cannot hold", name,
-                                     "export with --dtype fp32 or --dtype bf16")
+                                     "export with --dtype fp32 or --dtype bf16", code="E-WEIGHTS-OVERFLOW")
     return memoryview(result.view(np.uint8))

@@ -1,4 +1,4 @@
-"""Putting weights where a bundle's graph can find them: streamed into `model.onnx.data`, or the checkpoint's own files.
+"""Putting weights where a bundle's graph finds them: streamed into `model.onnx.data`, or in the checkpoint's own files.
 
 `arrange` decides, for every initializer with a recipe, without writing a byte; `place` carries it out.
 """
@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..bundle.manifest import DATA, FileFact
 from ..bundle.writer import BundleWriter
 from ..checkpoint.safetensors_header import header_sha256
-from ..errors import GqaExportError
+from ..errors import GqaExportError, InvalidCheckpoint
+from ..files.sha256 import file_sha256
+from ..graph_io import RECIPE
 from .dtypes import cast, itemsize
-from .sources import RECIPE, Source, StoredSource, WeightStore, recipe_of
+from .sources import Source, StoredSource, WeightStore, recipe_of
 
 if TYPE_CHECKING:
     import onnx
@@ -31,7 +33,13 @@ Mode = Literal["copy", "link", "inplace"]
 
 @dataclass(frozen=True)
 class Placement:
-    """bytes_copied are in `model.onnx.data`, bytes_linked in the checkpoint's own files; `files` names all of them."""
+    """Where the weights of a bundle are.
+
+    Attributes:
+        bytes_copied: in `model.onnx.data`.
+        bytes_linked: in the checkpoint's own files.
+        files: names of all of these files.
+    """
 
     bytes_copied: int
     bytes_linked: int
@@ -70,8 +78,17 @@ class Arrangement:
 
 
 def arrange(model: onnx.ModelProto, store: WeightStore, mode: Mode) -> Arrangement:
-    """Decide for every initializer with a recipe where its bytes will be; see `place`. What is used where it lies is
-    pointed there in `model`."""
+    """Decide for every initializer with a recipe where its bytes will be, without writing a byte.
+
+    Args:
+        model: the lowered graph; initializers that use a checkpoint's file are pointed there.
+        store: where each weight is.
+        mode: see `place`.
+
+    Raises:
+        InvalidCheckpoint: the checkpoint does not have a tensor, or has it in another shape.
+        GqaExportError: two files of the checkpoint have one name.
+    """
     from onnx import helper
 
     linked_files: dict[str, Path] = {}
@@ -97,7 +114,7 @@ def arrange(model: onnx.ModelProto, store: WeightStore, mode: Mode) -> Arrangeme
         path, start, nbytes = span
         if linked_files.setdefault(path.name, path) != path:
             raise GqaExportError(f"two files of the checkpoint have the name {path.name}", str(path),
-                                 "use --weights copy")
+                                 "use --weights copy", code="E-WEIGHTS-NAME-CLASH")
         _point(tensor, path.name, start, nbytes)
         linked_ranges.add((path.name, start, nbytes))
     return Arrangement(list(streams.values()), linked_files, sum(nbytes for _, _, nbytes in linked_ranges))
@@ -108,12 +125,23 @@ def place(model: onnx.ModelProto, store: WeightStore, writer: BundleWriter, mode
           on_bytes: Callable[[int, int], None] | None = None) -> Placement:
     """Point every initializer with a recipe at real bytes, editing `model`; constant memory for any size.
 
-    copy: all into `model.onnx.data`, equal recipes once, converted where the initializer's type asks for it.
-    link: hard links of the checkpoint's files in the bundle. inplace: the checkpoint's files where they are.
-    What neither can hold (converted, in memory, rows not adjacent) is streamed and counted as copied; what a killed
-    export of the same left is not written again.
-    hash_full: sha256 of linked and in-place files too. on_bytes(done, total) counts streamed bytes.
-    Raises GqaExportError: a value that overflows its new type, another file system, a file outside the folder.
+    Tensors that linked files cannot hold (converted, in memory, rows not adjacent) are streamed and counted as copied.
+    What a killed export of the same left is not written again.
+
+    Args:
+        model: the lowered graph; its initializers are edited.
+        store: where each weight is.
+        writer: of the bundle.
+        mode: "copy": all into `model.onnx.data`, equal recipes once, converted to the initializer's type. "link": hard
+            links of the checkpoint's files in the bundle. "inplace": the checkpoint's files where they are.
+        checkpoint_folder: the folder that in-place files must lie in; None is each file's own.
+        hash_full: hash linked and in-place files whole, too, with sha256.
+        on_bytes: called with (done, total) streamed bytes.
+
+    Raises:
+        GqaExportError: a value overflows its new type, the output is on another file system than the linked files, or
+            an in-place file lies outside the folder.
+        InvalidCheckpoint: the checkpoint has a tensor in another shape than the graph.
     """
     plan = arrange(model, store, mode)
     for name, path in plan.files.items():
@@ -131,9 +159,9 @@ def _check_shape(tensor: onnx.TensorProto, sources: tuple[Source, ...]) -> None:
     first, rows = sources[0].shape, sum(source.shape[0] if source.shape else 1 for source in sources)
     shape = first if len(sources) == 1 else (rows, *first[1:])
     if tuple(tensor.dims) != shape or any(source.shape[1:] != first[1:] for source in sources):
-        raise GqaExportError(f"the graph has {recipe_of(tensor)} as {tuple(tensor.dims)}, the checkpoint as "
-                             f"{[source.shape for source in sources]}", tensor.name,
-                             "check that config.json and the weights belong together")
+        raise InvalidCheckpoint(f"the graph has {recipe_of(tensor)} as {tuple(tensor.dims)}, the checkpoint as "
+                                f"{[source.shape for source in sources]}", tensor.name,
+                                "check that config.json and the weights belong together", code="E-WEIGHTS-SHAPE")
 
 
 def _span(sources: tuple[Source, ...], dtype: str) -> tuple[Path, int, int] | None:
@@ -198,19 +226,17 @@ def _link(path: Path, place: Path) -> None:
     except OSError as error:
         raise GqaExportError(f"cannot hard-link the checkpoint's file into the bundle: {error.strerror}",
                              f"{path} -> {place.parent.parent}", "use --weights copy, or an output folder on the "
-                             "checkpoint's own file system") from error
+                             "checkpoint's own file system", code="E-FILE-HARD-LINK") from error
 
 
 def _check_inside(path: Path, folder: Path) -> None:
     if path.resolve().parent != folder.resolve():
         raise GqaExportError("the weights are a symbolic link that leaves the checkpoint folder, and runtimes do not "
-                             "follow such links", str(path), "use --weights link or --weights copy")
+                             "follow such links", str(path), "use --weights link or --weights copy",
+                             code="E-WEIGHTS-LINK-OUTSIDE")
 
 
 def _file_fact(path: Path, hash_full: bool) -> FileFact:
     stat = path.stat()
-    whole = ""
-    if hash_full:
-        with open(path, "rb") as file:
-            whole = hashlib.file_digest(file, "sha256").hexdigest()
+    whole = file_sha256(path) if hash_full else ""
     return FileFact(stat.st_size, whole, stat.st_mtime_ns, header_sha256(path))

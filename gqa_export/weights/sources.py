@@ -1,9 +1,9 @@
 """Weights by name: where their bytes are.
 
-Graph stages hold no weights. An initializer says EXTERNAL with the location `weights:NAME`, or `weights:A+B+C` for
+Graph stages hold no weights. An initializer is EXTERNAL with the location `weights:NAME`, or `weights:A+B+C` for
 rows concatenated along axis 0. `WeightStore` knows where each name's bytes are: in a checkpoint's file
 (`StoredSource`) or made by a function, one tensor at a time (`MemorySource`: merged, dequantized, computed).
-`placement` streams them into `model.onnx.data` or points the graph into the checkpoint's own files.
+`layout` streams them into `model.onnx.data` or points the graph into the checkpoint's own files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.safetensors_header import StoredTensor
-from ..errors import GqaExportError
+from ..errors import InvalidCheckpoint
+from ..graph_io import RECIPE
 
 if TYPE_CHECKING:
     import onnx
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from ..checkpoint.checkpoint import Checkpoint
 
-RECIPE = "weights:"
 CHUNK_BYTES = 4 << 20
 SAMPLE_BYTES = 4096
 
@@ -51,15 +51,22 @@ class StoredSource:
             while left:
                 count = file.readinto(buffer[: min(left, len(buffer))])
                 if not count:
-                    raise GqaExportError("the file became shorter while it was read", str(self.tensor.path),
-                                         "export again once nothing else writes to the checkpoint")
+                    raise InvalidCheckpoint("the file became shorter while it was read", str(self.tensor.path),
+                                            "export again once nothing else writes to the checkpoint",
+                                            code="E-WEIGHTS-FILE-CHANGED")
                 left -= count
                 yield buffer[:count]
 
 
 @dataclass(frozen=True, eq=False)
 class MemorySource:
-    """A tensor made on demand: `make()` gives a torch tensor or numpy array of this dtype and shape."""
+    """A tensor made on demand.
+
+    Attributes:
+        make: gives a torch tensor or numpy array of this dtype and shape.
+        dtype: numpy (ml_dtypes) name.
+        shape: of the tensor.
+    """
 
     make: Callable[[], Any]
     dtype: str
@@ -83,7 +90,12 @@ Source = StoredSource | MemorySource
 
 
 class WeightStore:
-    """name -> source. Two names may have one source (tied weights): it is then placed once."""
+    """Where every weight is. Two names may have one source (tied weights): it is then placed once.
+
+    Args:
+        sources: name -> source.
+        aliases: further names of weights, name -> name in `sources`.
+    """
 
     def __init__(self, sources: dict[str, Source], aliases: dict[str, str] | None = None) -> None:
         self.sources = dict(sources)
@@ -98,20 +110,29 @@ class WeightStore:
         self.sources[name] = source
 
     def sources_of(self, recipe: str) -> tuple[Source, ...]:
-        """The sources of a recipe, in order; GqaExportError for a name that is not known."""
+        """The sources of a recipe, in order.
+
+        Raises:
+            InvalidCheckpoint: the recipe names a tensor that the checkpoint does not have.
+        """
         names = recipe.removeprefix(RECIPE).split("+")
         for name in names:
             if name not in self.sources:
-                raise GqaExportError(f"the graph asks for the weight {name!r}, which the checkpoint does not have",
-                                     recipe, "check that config.json and the weights belong together")
+                raise InvalidCheckpoint(f"the graph uses the weight {name!r}, which the checkpoint does not have",
+                                        recipe, "check that config.json and the weights belong together",
+                                        code="E-WEIGHTS-UNKNOWN")
         return tuple(self.sources[name] for name in names)
 
     @classmethod
     def from_module(cls, checkpoint: Checkpoint, module: torch.nn.Module) -> WeightStore:
-        """What each parameter and persistent buffer of a loaded module is: stored as it is, or only in memory.
+        """Where each parameter and persistent buffer of a loaded module is: stored as it is, or only in memory.
 
         Stored means: same name and shape in the file, and the same bytes (after the module's dtype conversion) at
         its start, middle and end. Names of the file that the module does not have are stored too.
+
+        Args:
+            checkpoint: that the module was loaded from.
+            module: with its weights.
         """
         sources: dict[str, Source] = {name: StoredSource(tensor) for name, tensor in checkpoint.tensors.items()}
         seen: dict[tuple[Any, ...], Source] = {}

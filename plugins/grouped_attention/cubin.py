@@ -141,13 +141,12 @@ def model_variants(*, heads: int, kv_heads: int, head: int, dtype: str, value_he
         raise GqaExportError(f"{heads} query heads cannot be grouped over {kv_heads} key/value heads", "--heads",
                              "heads must be a multiple of kv-heads", code="E-OPTION-HEADS")
     if dtype not in plan.DTYPE_BYTES:
-        raise GqaExportError(f"dtype {dtype!r} is unknown", "--dtype", f"use one of {', '.join(plan.DTYPE_BYTES)}",
-                             code="E-OPTION-DTYPE")
+        raise GqaExportError(f"dtype {dtype!r} is unknown", "--dtype", code="E-OPTION-DTYPE",
+                             fix=f"use one of {', '.join(plan.DTYPE_BYTES)}")
     value_size = head if value_head is None else value_head
     for flag, size in (("--head-size", head), ("--value-head-size", value_size)):
         if not 1 <= size <= 256:
-            raise GqaExportError(f"head size {size} is outside 1 .. 256", flag, "the kernels stop at 256",
-                                 code="E-OPTION-HEAD-SIZE")
+            raise GqaExportError(f"head size {size} is outside 1 .. 256", flag, "1 to 256 fit", code="E-OPTION-HEAD-SIZE")
     if rotary_size % 2 or not 0 <= rotary_size <= head:
         raise GqaExportError(f"rotary size {rotary_size} does not fit head size {head}", "--rotary-size",
                              "it is even and at most the head size; 0: queries and keys come rotated",

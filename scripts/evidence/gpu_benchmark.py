@@ -14,8 +14,8 @@ from typing import Any
 from gqa_export.environment.tensorrt_libraries import SOURCES, is_there
 from gqa_export.errors import GqaExportError
 from gqa_export.exporting.to_engine import EngineOptions, make_engine
+from gqa_export.weights.dtypes import itemsize
 
-ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 ATTENTIONS = ("plugin", "native")
 STEPS, WARM_STEPS = 64, 8
 DTYPE = "fp16"
@@ -87,7 +87,7 @@ def _try_one(row: dict[str, Any], checkpoint: str, folder: Path, capacity: int, 
     row.update(version=build.facts.version, build_s=build.facts.build["seconds"])
     row["passed"], row["note"] = check(folder, checkpoint, "quick" if quick else "full")
     spec = build.manifest.spec
-    cache = spec.cache_bytes_per_token(ELEMENT_BYTES[build.manifest.dtype]) * row["length"]
+    cache = spec.cache_bytes_per_token(itemsize(build.manifest.dtype)) * row["length"]
     milliseconds = clock(folder, row["length"])
     read = build.facts.build["weight_bytes_read"] + cache
     row.update(step_ms=milliseconds, tokens_s=1000 / milliseconds, of_copy=read / milliseconds / 1e6 / copy_gb_s)

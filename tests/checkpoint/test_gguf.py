@@ -13,12 +13,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusal import refused
 
 from gqa_export.checkpoint.gguf_header import read_gguf_header
 from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.tokenizer import has_tokenizer, token_ids, tokenizer_files
-from gqa_export.errors import GqaExportError
+from gqa_export.errors import GqaExportError, InvalidCheckpoint, UnsupportedModel
 from gqa_export.exporting.tokenizer_files import add_tokenizer
 from gqa_export.weights.sources import MemorySource, WeightStore
 
@@ -145,71 +146,73 @@ def test_an_overwritten_file_is_read_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("metadata", "extra", "says"),
+    ("metadata", "extra", "lost"),
     [
-        ([("rope.scaling.type", "yarn")], [], "drops its rotary scaling"),
-        ([], [("rope_freqs.weight", np.ones(8, np.float32))], "drops its rotary scaling"),
-        ([("attention.sliding_window", 16)], [], "drops its attention window"),
+        ([("rope.scaling.type", "yarn")], [], "rotary scaling"),
+        ([], [("rope_freqs.weight", np.ones(8, np.float32))], "rotary scaling"),
+        ([("attention.sliding_window", 16)], [], "attention window"),
     ],
 )
-def test_facts_that_would_be_lost_on_the_way_are_a_refusal(tmp_path, metadata, extra, says):
+def test_facts_that_would_be_lost_on_the_way_are_a_refusal(tmp_path, metadata, extra, lost):
     """transformers reads these files without a word and without the scaling or the window."""
     write_gguf(tmp_path / "tiny.gguf", metadata=metadata, extra=extra)
-    with pytest.raises(GqaExportError) as refusal:
+    with refused("E-CKPT-GGUF-DROPPED", UnsupportedModel) as refusal:
         open_checkpoint(tmp_path / "tiny.gguf")
-    assert says in refusal.value.what
-    assert "original" in refusal.value.fix
+    assert lost in refusal.error.what
+    assert "original" in refusal.error.fix
 
 
 def test_what_transformers_cannot_read_is_refused_with_the_architecture(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", architecture="plamo")
-    with pytest.raises(GqaExportError, match="cannot read this GGUF architecture \\(plamo\\)"):
+    with refused("E-CKPT-GGUF-ARCHITECTURE", UnsupportedModel) as refusal:
         open_checkpoint(tmp_path / "tiny.gguf")
+    assert "plamo" in refusal.error.what
 
 
 def test_a_missing_tensor_is_refused_by_name(tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
     content = (tmp_path / "tiny.gguf").read_bytes()
     (tmp_path / "tiny.gguf").write_bytes(content.replace(b"blk.1.attn_k.weight", b"blk.1.attn_x.weight"))
-    with pytest.raises(GqaExportError, match=r"lacks model\.layers\.1\.self_attn\.k_proj\.weight"):
+    with refused("E-CKPT-TENSORS-MISSING", InvalidCheckpoint) as refusal:
         load_model(open_checkpoint(tmp_path / "tiny.gguf"))
+    assert "model.layers.1.self_attn.k_proj.weight" in refusal.error.what
 
 
 @pytest.mark.parametrize("content", [b"", b"GGU", b"PK\x03\x04 a zip file", b"ggml" + bytes(100)])
-def test_what_is_no_gguf_file_is_refused(tmp_path, content):
+def test_what_is_not_a_gguf_file_is_refused(tmp_path, content):
     (tmp_path / "model.gguf").write_bytes(content)
-    with pytest.raises(GqaExportError, match="not a GGUF file") as refusal:
+    with refused("E-CKPT-GGUF-MAGIC", InvalidCheckpoint) as refusal:
         open_checkpoint(tmp_path / "model.gguf")
-    assert "model.gguf" in refusal.value.where
+    assert "model.gguf" in refusal.error.where
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "value"),
     [
-        (struct.pack("<IQQ", 1, 0, 0), "version 1"),
-        (struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 2**60), "reaches beyond the end"),
-        (struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sI", 1, b"k", 77), "unknown type 77"),
-        (struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"k", 9, 4, 2**40), "cannot fit into the file"),
-        (struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"k", 9, 9, 1), "list of metadata of type 9"),
-        (struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sI", 1, b"t", 99), "has 99 dimensions"),
-        (struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"t", 1, 4, 12345, 0), "not a valid GGUF file"),
-        (struct.pack("<IQQ", 3, 5, 0), "not a valid GGUF file"),
+        (struct.pack("<IQQ", 1, 0, 0), "version is 1"),
+        (struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 2**60), str(2**60)),
+        (struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sI", 1, b"k", 77), "type 77"),
+        (struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"k", 9, 4, 2**40), str(2**40)),
+        (struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"k", 9, 9, 1), "type 9"),
+        (struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sI", 1, b"t", 99), "99 dimensions"),
+        (struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"t", 1, 4, 12345, 0), "12345"),
+        (struct.pack("<IQQ", 3, 5, 0), ""),
     ],
 )
-def test_a_damaged_header_is_refused(tmp_path, body, says):
+def test_a_damaged_header_is_refused(tmp_path, body, value):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + body)
-    with pytest.raises(GqaExportError) as refusal:
+    with refused("E-CKPT-GGUF-HEADER", InvalidCheckpoint) as refusal:
         read_gguf_header(tmp_path / "model.gguf")
-    assert says in refusal.value.what
+    assert value in refusal.error.what
 
 
 def test_a_truncated_file_and_a_missing_one_are_refused(tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
     content = (tmp_path / "tiny.gguf").read_bytes()
     (tmp_path / "tiny.gguf").write_bytes(content[:-100_000])
-    with pytest.raises(GqaExportError, match="ends at byte"):
+    with refused("E-CKPT-TRUNCATED", InvalidCheckpoint):
         open_checkpoint(tmp_path / "tiny.gguf")
-    with pytest.raises(GqaExportError, match="cannot read the file"):
+    with refused("E-CKPT-UNREADABLE", InvalidCheckpoint):
         read_gguf_header(tmp_path / "none.gguf")
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusal import refused
 from safetensors.numpy import load_file, save_file
 
 from gqa_export.checkpoint.safetensors_header import header_sha256, read_header
-from gqa_export.errors import GqaExportError
+from gqa_export.errors import GqaExportError, InvalidCheckpoint
 
 
 def write(path, header, data=b"", length=None):
@@ -40,51 +41,50 @@ def test_tensors_are_found_where_their_bytes_are(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("header", "data", "says"),
+    ("header", "data", "cause"),
     [
-        ({"a": entry(0, 4), "b": entry(0, 4)}, bytes(4), "overlaps"),
-        ({"a": entry(0, 4), "b": entry(2, 6)}, bytes(6), "overlaps"),
-        ({"a": entry(0, 4), "b": entry(8, 12)}, bytes(12), "unexplained bytes"),
-        ({"a": entry(0, 4)}, bytes(8), "explains"),
-        ({"a": entry(0, 8)}, bytes(8), "cannot have 8 bytes"),
-        ({"a": entry(4, 0)}, bytes(8), "cannot have -4 bytes"),
-        ({"a": entry(0, 4)}, bytes(3), "ends at byte"),
-        ({"a": entry(0, 4, dtype="F33")}, bytes(4), "unknown dtype 'F33'"),
-        ({"a": entry(0, 4, dtype=["F32"])}, bytes(4), "unknown dtype"),
-        ({"a": entry(0, 4, shape=(-1, -1))}, bytes(4), "has shape"),
-        ({"a": entry(0, 4, shape=(1.0,))}, bytes(4), "has shape"),
-        ({"a": entry(0, 4, shape=(True,))}, bytes(4), "has shape"),
-        ({"a": {"dtype": "F32", "shape": [1]}}, bytes(4), "has not dtype, shape and data_offsets"),
-        ({"a": 3}, bytes(4), "has not dtype"),
-        ([1, 2], b"", "not a JSON object"),
-        (b'{"a": 1, "a": 2}', b"", "occurs twice"),
-        (b"{not json", b"", "not a valid safetensors file"),
-        (b"\xff\xfe{}", b"", "not a valid safetensors file"),
-        (b"[" * 100_000, b"", "not a valid safetensors file"),
+        ({"a": entry(0, 4), "b": entry(0, 4)}, bytes(4), "HEADER-OVERLAP"),
+        ({"a": entry(0, 4), "b": entry(2, 6)}, bytes(6), "HEADER-OVERLAP"),
+        ({"a": entry(0, 4), "b": entry(8, 12)}, bytes(12), "HEADER-HOLE"),
+        ({"a": entry(0, 4)}, bytes(8), "HEADER-HOLE"),
+        ({"a": entry(0, 8)}, bytes(8), "HEADER-SIZE"),
+        ({"a": entry(4, 0)}, bytes(8), "HEADER-SIZE"),
+        ({"a": entry(0, 4)}, bytes(3), "TRUNCATED"),
+        ({"a": entry(0, 4, dtype="F33")}, bytes(4), "HEADER-DTYPE"),
+        ({"a": entry(0, 4, dtype=["F32"])}, bytes(4), "HEADER-DTYPE"),
+        ({"a": entry(0, 4, shape=(-1, -1))}, bytes(4), "HEADER-SHAPE"),
+        ({"a": entry(0, 4, shape=(1.0,))}, bytes(4), "HEADER-SHAPE"),
+        ({"a": entry(0, 4, shape=(True,))}, bytes(4), "HEADER-SHAPE"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, bytes(4), "HEADER-ENTRY"),
+        ({"a": 3}, bytes(4), "HEADER-ENTRY"),
+        ([1, 2], b"", "HEADER-JSON"),
+        (b'{"a": 1, "a": 2}', b"", "HEADER-JSON"),
+        (b"{not json", b"", "HEADER-JSON"),
+        (b"\xff\xfe{}", b"", "HEADER-JSON"),
+        (b"[" * 100_000, b"", "HEADER-JSON"),
     ],
 )
-def test_a_header_that_does_not_hold_is_refused_naming_the_file(tmp_path, header, data, says):
+def test_a_header_that_does_not_hold_is_refused_naming_the_file(tmp_path, header, data, cause):
     path = write(tmp_path / "bad.safetensors", header, data)
-    with pytest.raises(GqaExportError) as refusal:
+    with refused(f"E-CKPT-{cause}", InvalidCheckpoint) as refusal:
         read_header(path)
-    assert says in refusal.value.what
-    assert refusal.value.where == str(path)
-    assert refusal.value.fix
+    assert refusal.error.where == str(path)
+    assert refusal.error.fix
 
 
-@pytest.mark.parametrize(("length", "says"), [(2**63, "more than the format allows"), (5000, "but the file has")])
-def test_an_absurd_header_length_is_refused_before_anything_is_allocated(tmp_path, length, says):
+@pytest.mark.parametrize(("length", "code"), [(2**63, "E-CKPT-HEADER-LENGTH"), (5000, "E-CKPT-TRUNCATED")])
+def test_an_absurd_header_length_is_refused_before_anything_is_allocated(tmp_path, length, code):
     path = write(tmp_path / "bad.safetensors", {}, length=length)
-    with pytest.raises(GqaExportError, match=says):
+    with refused(code):
         read_header(path)
 
 
 def test_a_file_too_short_for_a_length_and_a_missing_file_are_refused(tmp_path):
     (tmp_path / "short.safetensors").write_bytes(b"abc")
-    for name in ("short.safetensors", "none.safetensors"):
-        with pytest.raises(GqaExportError) as refusal:
+    for name, code in (("short.safetensors", "E-CKPT-TRUNCATED"), ("none.safetensors", "E-CKPT-UNREADABLE")):
+        with refused(code, InvalidCheckpoint) as refusal:
             read_header(tmp_path / name)
-        assert name in refusal.value.where
+        assert name in refusal.error.where
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -9,11 +9,12 @@ import sys
 
 import gqa_models
 import pytest
+from refusal import refused
 
 from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.tokenizer import has_tokenizer, token_ids
-from gqa_export.errors import GqaExportError
+from gqa_export.errors import GqaExportError, InvalidCheckpoint, UnsupportedModel
 from gqa_export.exporting.tokenizer_files import add_tokenizer
 
 
@@ -50,14 +51,13 @@ def shard(folder):
     return folder
 
 
-def refused(source, says, fix):
-    with pytest.raises(GqaExportError) as refusal:
+def refusal_of(source, code, fix, kind=InvalidCheckpoint):
+    with refused(code, kind) as refusal:
         open_checkpoint(source)
-    assert says in refusal.value.what
-    assert refusal.value.where
-    assert fix in refusal.value.fix
-    assert refusal.value.exit_code == 2
-    return refusal.value
+    assert refusal.error.where
+    assert fix in refusal.error.fix
+    assert refusal.error.exit_code == 2
+    return refusal.error
 
 
 def test_a_folder_opens_with_its_facts_and_without_importing_torch(llama):
@@ -113,14 +113,15 @@ def test_a_hub_id_in_the_local_cache_opens_without_a_network(llama, tmp_path, mo
     assert load_model(checkpoint).config.num_hidden_layers == 3
 
 
-def test_an_unknown_hub_id_offline_says_that_the_hub_is_unreachable(tmp_path, monkeypatch):
+def test_an_unknown_hub_id_offline_is_refused_with_its_own_code(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    refusal = refused("some/model", "hub unreachable", "check the network")
+    refusal = refusal_of("some/model", "E-CKPT-HUB-UNREACHABLE", "check the network", GqaExportError)
     assert refusal.where == "some/model"
 
 
-@pytest.mark.parametrize(("status", "says"), [(None, "hub unreachable"), (401, "HTTP 401"), (404, "HTTP 404")])
-def test_a_hub_that_does_not_answer_or_refuses_is_reported(tmp_path, status, says):
+@pytest.mark.parametrize(("status", "code"), [(None, "E-CKPT-HUB-UNREACHABLE"), (401, "E-CKPT-HUB-REFUSED"),
+                                              (404, "E-CKPT-HUB-REFUSED")])
+def test_a_hub_that_does_not_answer_or_refuses_is_reported(tmp_path, status, code):
     """A real request: to a closed port, or to a local server that gives this status."""
     import http.server
     import os
@@ -144,84 +145,94 @@ def test_a_hub_that_does_not_answer_or_refuses_is_reported(tmp_path, status, say
         server.server_close()
     else:
         thread.start()
-    code = ("import sys; from gqa_export.checkpoint.open import open_checkpoint\n"
-            "try: open_checkpoint('some/model')\nexcept Exception as error: print(type(error).__name__, error)")
+    program = ("import sys; from gqa_export.checkpoint.open import open_checkpoint\n"
+               "try: open_checkpoint('some/model')\n"
+               "except Exception as error: print(type(error).__name__, error.code, error)")
     environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HUB_OFFLINE": "0",
                    "HF_HOME": str(tmp_path)}
     try:
-        printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True,
+        printed = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True,
                                  timeout=120, check=True).stdout
     finally:
         if status is not None:
             server.shutdown()
             thread.join()
             server.server_close()
-    assert printed.startswith("GqaExportError")
-    assert says in printed
+    assert printed.startswith(f"GqaExportError {code} ")
+    assert status is None or f"HTTP {status}" in printed
 
 
-def test_the_refusal_of_a_place_that_is_none_names_it(tmp_path):
-    refusal = refused(tmp_path / "nothing", "no such file or folder", "hub id")
+def test_the_refusal_of_a_place_that_does_not_exist_names_it(tmp_path):
+    refusal = refusal_of(tmp_path / "nothing", "E-CKPT-NOT-FOUND", "hub id")
     assert "nothing" in refusal.where
-    refused(str(tmp_path / "org" / "name"), "no such file or folder", "config.json")
+    refusal_of(str(tmp_path / "org" / "name"), "E-CKPT-NOT-FOUND", "config.json")
 
 
 def test_a_folder_without_config_is_refused_and_a_gguf_in_it_pointed_out(tmp_path):
-    refused(tmp_path, "no config.json", "config.json")
+    refusal_of(tmp_path, "E-CKPT-NO-CONFIG", "config.json")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    refused(tmp_path, "no config.json", str(tmp_path / "model.gguf"))
+    refusal_of(tmp_path, "E-CKPT-NO-CONFIG", str(tmp_path / "model.gguf"))
 
 
 def test_a_file_of_a_checkpoint_is_refused_with_its_folder_as_the_fix(copy):
     for name in ("model.safetensors", "config.json"):
-        refused(copy / name, "one file of a checkpoint", str(copy))
+        refusal_of(copy / name, "E-CKPT-ONE-FILE", str(copy))
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "\x00", "[" * 100_000])
-def test_a_config_that_is_no_json_object_is_refused(copy, content):
+def test_a_config_that_is_not_a_json_object_is_refused(copy, content):
     (copy / "config.json").write_text(content)
-    refused(copy, "not valid JSON", "download")
+    with pytest.raises(GqaExportError) as refusal:
+        open_checkpoint(copy)
+    assert isinstance(refusal.value.__cause__, ValueError | RecursionError)
+    assert refusal.value.where == str(copy / "config.json")
 
 
 def test_a_config_that_cannot_be_read_is_refused(copy):
     (copy / "config.json").unlink()
     (copy / "config.json").symlink_to("/proc/self/mem")  # a regular file whose first page cannot be read, even by root
-    refused(copy, "cannot read the file: Input/output error", "permissions")
+    with pytest.raises(GqaExportError) as refusal:
+        open_checkpoint(copy)
+    assert isinstance(refusal.value.__cause__, OSError)
+    assert "Input/output error" in refusal.value.what
 
 
 def test_a_config_that_transformers_reads_and_cannot_build_is_refused(copy):
     edit_config(copy, hidden_act="no_such_activation")
-    with pytest.raises(GqaExportError, match="transformers cannot load the model: KeyError"):
+    with refused("E-CKPT-LOAD", InvalidCheckpoint) as refusal:
         load_model(open_checkpoint(copy))
+    assert "KeyError" in refusal.error.what
 
 
 def test_a_config_with_nonsense_values_is_refused_without_a_traceback_of_transformers(copy):
     edit_config(copy, hidden_size="many")
-    with pytest.raises(GqaExportError, match=r"config\.json says hidden_size 'many'"):
+    with refused("E-CKPT-CONFIG-VALUE", InvalidCheckpoint) as refusal:
         load_model(open_checkpoint(copy))
+    assert "hidden_size 'many'" in refusal.error.what
 
 
 def test_a_peft_adapter_is_refused(copy):
     (copy / "adapter_config.json").write_text("{}")
-    refused(copy, "PEFT adapter", "merge")
+    refusal_of(copy, "E-CKPT-ADAPTER", "merge")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
 def test_pickled_weights_are_refused_unopened(copy, name):
     (copy / "model.safetensors").rename(copy / name)
-    refused(copy, "pickle", "save_pretrained")
+    refusal_of(copy, "E-CKPT-PICKLE", "save_pretrained")
 
 
 def test_a_folder_without_weights_and_a_dangling_link_are_refused(copy):
     (copy / "model.safetensors").unlink()
-    refused(copy, "neither model.safetensors nor", "config.json")
+    refusal_of(copy, "E-CKPT-NO-WEIGHTS", "config.json")
     (copy / "model.safetensors").symlink_to(copy / "gone")
-    refused(copy, "symbolic link to a file that is not there", "download")
+    refusal_of(copy, "E-CKPT-BROKEN-LINK", "download")
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "bitsandbytes", "compressed-tensors"])
 def test_a_quantized_checkpoint_is_refused_naming_the_method(copy, method):
-    refused(edit_config(copy, quantization_config={"quant_method": method}), f"quantized ({method})", "unquantized")
+    folder = edit_config(copy, quantization_config={"quant_method": method})
+    assert f"({method})" in refusal_of(folder, "E-MODEL-QUANTIZED", "unquantized", UnsupportedModel).what
 
 
 def test_weights_in_eight_bits_without_a_word_in_the_config_are_refused(copy):
@@ -232,19 +243,20 @@ def test_weights_in_eight_bits_without_a_word_in_the_config_are_refused(copy):
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     save_file(tensors, copy / "model.safetensors")
-    refused(copy, "quantized (float8_e4m3fn", "unquantized")
+    refusal = refusal_of(copy, "E-MODEL-QUANTIZED", "unquantized", UnsupportedModel)
+    assert f"float8_e4m3fn: {name}" in refusal.what
 
 
 def test_a_multimodal_wrapper_is_refused_naming_its_parts(copy):
     edit_config(copy, text_config={"model_type": "llama"}, vision_config={"model_type": "siglip"})
-    refused(copy, "multimodal wrapper (text and vision)", "--text-only")
+    assert "(text and vision)" in refusal_of(copy, "E-MODEL-MULTIMODAL", "--text-only", UnsupportedModel).what
 
 
-@pytest.mark.parametrize(("cut", "says"), [(40, "ends at byte"), (610_000, "header claims"), (611_078, "bytes long")])
-def test_a_truncated_safetensors_is_refused(copy, cut, says):
+@pytest.mark.parametrize("cut", [40, 610_000, 611_078], ids=["in the data", "in the header", "in its length"])
+def test_a_truncated_safetensors_is_refused(copy, cut):
     content = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(content[:-cut])
-    assert "model.safetensors" in refused(copy, says, "truncated").where
+    assert "model.safetensors" in refusal_of(copy, "E-CKPT-TRUNCATED", "truncated").where
 
 
 def test_a_missing_shard_an_incomplete_shard_and_a_bad_index_are_refused(copy):
@@ -252,14 +264,14 @@ def test_a_missing_shard_an_incomplete_shard_and_a_bad_index_are_refused(copy):
     index = copy / "model.safetensors.index.json"
     good = json.loads(index.read_text())
     first = copy / "model-00001-of-00002.safetensors"
-    for weight_map, says in (({**good["weight_map"], "more": first.name}, "'more' is missing from its shard"),
-                             ({"a": "../ck/" + first.name}, "no file of this folder"), ({"a": 3}, "no file of this"),
-                             ({}, "no weight_map")):  # fmt: skip
+    for weight_map, code in (({**good["weight_map"], "more": first.name}, "E-CKPT-TENSORS-MISSING"),
+                             ({"a": "../ck/" + first.name}, "E-CKPT-INDEX"), ({"a": 3}, "E-CKPT-INDEX"),
+                             ({}, "E-CKPT-INDEX")):  # fmt: skip
         index.write_text(json.dumps({"weight_map": weight_map}))
-        refused(copy, says, "again")
+        refusal_of(copy, code, "again")
     index.write_text(json.dumps(good))
     first.unlink()
-    refused(copy, f"the shard {first.name} is missing", "again")
+    assert first.name in refusal_of(copy, "E-CKPT-SHARD-MISSING", "again").what
 
 
 def test_tokenizer_files_travel_and_a_checkpoint_without_tokenizer_says_so(copy, tmp_path):

@@ -8,8 +8,8 @@ import sys
 
 import gqa_models
 import pytest
+from refusal import refused
 
-from gqa_export.errors import GqaExportError
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.weights.memory_budget import Budget, parse_size, peak_bytes
@@ -56,7 +56,7 @@ def test_sizes_are_read_in_every_usual_spelling(text, size):
 
 @pytest.mark.parametrize("text", ["", "much", "-1GB", "1PB"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(GqaExportError, match="no amount of memory"):
+    with refused("E-OPTION-MEMORY"):
         parse_size(text)
 
 
@@ -71,5 +71,6 @@ def test_a_budget_that_is_exceeded_ends_the_export_and_leaves_nothing(tmp_path):
 
 def test_what_has_to_be_loaded_is_refused_before_it_is_loaded():
     Budget(peak_bytes() + (1 << 30)).need(1 << 29, "loading")
-    with pytest.raises(GqaExportError, match=r"loading needs 2\.15 GB beside"):
+    with refused("E-ENV-MEMORY") as refusal:
         Budget(peak_bytes() + (1 << 30)).need(1 << 31, "loading")
+    assert "2.15 GB" in refusal.error.what

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gqa_models
 import pytest
 import torch
+from refusal import refused
 
 from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
-from gqa_export.errors import GqaExportError
+from gqa_export.errors import UnsupportedModel
 from gqa_export.trace import attention_hook
 from gqa_export.trace.capture import decoder_module
 from gqa_export.trace.probe.layer_probe import probe
@@ -37,12 +38,13 @@ def test_a_causal_mask_has_no_window():
     lambda b, h, q, k: (k <= q) | (k < 5), lambda b, h, q, k: (k <= q) & ((h == 0) | (k > q - 4)),
 ], ids=["strictly causal", "bidirectional", "chunked", "prefix", "heads differ"])
 def test_any_other_mask_is_refused(function):
-    with pytest.raises(GqaExportError, match="not causal with a window"):
+    with refused("E-MODEL-MASK", UnsupportedModel) as refusal:
         window_of(tag(function), 3, 64, 4)
+    assert refusal.error.where == "layer 3"
 
 
 def test_a_layer_whose_mask_was_not_made_by_transformers_is_refused():
-    with pytest.raises(GqaExportError, match="not made by transformers"):
+    with refused("E-MODEL-OWN-MASK", UnsupportedModel):
         window_of(None, 2, 64, 4)
 
 
@@ -50,14 +52,15 @@ def test_an_unknown_attention_argument_is_refused_by_name():
     module = torch.nn.Module()
     module.layer_idx = 1
     query = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(GqaExportError, match="`position_bias`"):
+    with refused("E-MODEL-ATTENTION-ARGUMENT", UnsupportedModel) as refusal:
         attention_hook.attention(module, query, query, query, None, position_bias=torch.zeros(1))
+    assert "`position_bias`" in refusal.error.what
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_the_wrapped_decoder_with_its_cache_outside_equals_the_model(tmp_path, name):
     checkpoint = open_checkpoint(gqa_models.write_tiny(name, tmp_path / name))
-    truth = load_model(checkpoint, "float64")
+    reference = load_model(checkpoint, "float64")
     model = load_model(checkpoint, "float64", attn_implementation=attention_hook.register())
     spec = probe(model.config)
     decoder = decoder_module.Decoder(model, spec, cache="growing", logits="all", interface="mask")
@@ -72,7 +75,7 @@ def test_the_wrapped_decoder_with_its_cache_outside_equals_the_model(tmp_path, n
         mask = torch.cat([(rows < lengths[:, None]).long(), torch.ones(2, 1, dtype=torch.long)], 1)
         decoded, *_ = decoder(step, mask, *present)
         for b, length in enumerate(lengths.tolist()):
-            whole = truth(input_ids=torch.cat([tokens[b, :length], step[b]])[None]).logits[0]
+            whole = reference(input_ids=torch.cat([tokens[b, :length], step[b]])[None]).logits[0]
             # fp64 on both sides; attention's softmax inside eager models is fp32 by their own code.
             torch.testing.assert_close(logits[b, :length], whole[:-1], atol=2e-5, rtol=1e-5)
             torch.testing.assert_close(decoded[b, 0], whole[-1], atol=2e-5, rtol=1e-5)

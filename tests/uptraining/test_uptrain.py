@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from refusal import refused
 from safetensors.torch import load_file
 
 from gqa_export.checkpoint.load_model import load_model
@@ -98,14 +99,13 @@ def test_a_killed_run_goes_on_with_the_same_curve_and_the_same_weights(plain, st
 
 
 def test_an_unfinished_run_with_other_settings_is_not_mixed(student, book, tmp_path):
-    from gqa_export.errors import GqaExportError
-
     work = work_folder(tmp_path / "out")
     work.mkdir()
     (work / "settings.json").write_text(json.dumps({"checkpoint": str(student.resolve()),
                                                     **json.loads(options(book, steps=9).settings())}, indent=1))
-    with pytest.raises(GqaExportError, match="other settings is there \\(different: steps\\)"):
+    with refused("E-UPTRAIN-OTHER-SETTINGS") as refusal:
         train(student, tmp_path / "out", book)
+    assert "(different: steps)" in refusal.error.what
     result = uptrain(open_checkpoint(student), tmp_path / "out", options(book, steps=2), restart=True)
     assert result.steps == 2
 

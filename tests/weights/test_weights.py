@@ -15,13 +15,14 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
+from refusal import refused
 from safetensors.torch import load_file, save_file
 
 from gqa_export.bundle.writer import writing_bundle
 from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.safetensors_header import StoredTensor, header_sha256
-from gqa_export.errors import GqaExportError
+from gqa_export.errors import InvalidCheckpoint
 from gqa_export.weights.layout import place
 from gqa_export.weights.sources import CHUNK_BYTES, MemorySource, StoredSource, WeightStore
 
@@ -132,8 +133,8 @@ def test_onnx_runtime_runs_the_graph_from_every_placement(llama, tmp_path, mode)
     placement, files = export(model, store, output, mode, checkpoint)
     x = np.random.normal(size=(1, 64)).astype(np.float32)
     packed = torch.cat([tensors[f"{ATTENTION}{letter}_proj.weight"] for letter in "qkv"])
-    truth = [packed, *(tensors[name.replace("lm_head", "model.embed_tokens")] for name in names)]
-    for got, weight in zip(run(output, x), truth, strict=True):
+    reference = [packed, *(tensors[name.replace("lm_head", "model.embed_tokens")] for name in names)]
+    for got, weight in zip(run(output, x), reference, strict=True):
         np.testing.assert_allclose(got, x @ weight.numpy().T, atol=1e-5)  # fp32, 64 terms of size one
     qkv, matrices, tied = 128 * 64 * 4, (64 + 32) * 64 * 4, 320 * 64 * 4
     if mode == "copy":
@@ -185,8 +186,8 @@ def test_adjacent_rows_are_linked_as_one_tensor(opened, tmp_path):
     assert (placement.bytes_copied, placement.bytes_linked) == (0, 256 * 64 * 4)
     tensors = load_file(checkpoint.folder / "model.safetensors")
     x = np.random.normal(size=(1, 64)).astype(np.float32)
-    truth = torch.cat([tensors[f"{mlp}gate_proj.weight"], tensors[f"{mlp}up_proj.weight"]]).numpy()
-    np.testing.assert_allclose(run(tmp_path / "out", x)[0], x @ truth.T, atol=1e-5)
+    reference = torch.cat([tensors[f"{mlp}gate_proj.weight"], tensors[f"{mlp}up_proj.weight"]]).numpy()
+    np.testing.assert_allclose(run(tmp_path / "out", x)[0], x @ reference.T, atol=1e-5)
 
 
 def test_a_hub_snapshot_is_linked_through_its_symbolic_links_but_not_used_in_place(llama, tmp_path):
@@ -202,9 +203,9 @@ def test_a_hub_snapshot_is_linked_through_its_symbolic_links_but_not_used_in_pla
     export(matmuls(weight), store, tmp_path / "out", "link", checkpoint)
     assert not (tmp_path / "out" / "model.safetensors").is_symlink()
     assert run(tmp_path / "out", np.ones((1, 64), np.float32))[0].shape == (1, 320)
-    with pytest.raises(GqaExportError, match="leaves the checkpoint folder") as refusal:
+    with refused("E-WEIGHTS-LINK-OUTSIDE") as refusal:
         export(matmuls(initializer("weights:lm_head.weight", [320, 64])), store, snapshot, "inplace", checkpoint)
-    assert "--weights" in refusal.value.fix
+    assert "--weights" in refusal.error.fix
     assert {path.name for path in snapshot.iterdir()} == {path.name for path in llama.iterdir()}
 
 
@@ -215,9 +216,9 @@ def test_another_file_system_is_an_error_that_says_copy(opened, tmp_path, monkey
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     monkeypatch.setattr("gqa_export.weights.layout.os.link", refuse)
-    with pytest.raises(GqaExportError, match="cannot hard-link") as refusal:
+    with refused("E-FILE-HARD-LINK") as refusal:
         export(matmuls(initializer("weights:lm_head.weight", [320, 64])), store, tmp_path / "out", "link", checkpoint)
-    assert "--weights copy" in refusal.value.fix
+    assert "--weights copy" in refusal.error.fix
     assert not (tmp_path / "out").exists()
 
 
@@ -229,7 +230,7 @@ def test_two_shards_of_one_name_cannot_both_be_linked(tmp_path):
         path = tmp_path / folder / "model.safetensors"
         tensors[folder] = StoredSource(StoredTensor(path, path.stat().st_size - 16, 16, "float32", (2, 2)))
     model = matmuls(initializer("weights:a", [2, 2]), initializer("weights:b", [2, 2]))
-    with pytest.raises(GqaExportError, match="two files of the checkpoint have the name"):
+    with refused("E-WEIGHTS-NAME-CLASH"):
         export(model, WeightStore(tensors), tmp_path / "out", "link")
 
 
@@ -274,13 +275,14 @@ def test_an_overflow_is_an_error_that_names_the_tensor_and_the_value(tmp_path, v
     tensor = torch.zeros(3, 4)
     tensor[2, 1] = value
     store = WeightStore({"some.weight": MemorySource(lambda: tensor, "float32", (3, 4))})
-    with pytest.raises(GqaExportError, match=r"some\.weight has a value of") as refusal:
+    with refused("E-WEIGHTS-OVERFLOW") as refusal:
         export(matmuls(initializer("weights:some.weight", [3, 4], TYPES[target])), store, tmp_path / "out", "copy")
-    assert f"{abs(np.float32(value)):.6g}" in refusal.value.what
+    assert refusal.error.where == "some.weight"
+    assert f"{abs(np.float32(value)):.6g}" in refusal.error.what
     assert not (tmp_path / "out").exists()
 
 
-def test_the_largest_half_is_no_overflow_and_integers_are_never_converted(tmp_path):
+def test_the_largest_half_does_not_overflow_and_integers_are_never_converted(tmp_path):
     tensor = torch.tensor([[65519.0, -65504.0]])
     store = WeightStore({"w": MemorySource(lambda: tensor, "float32", (1, 2)),
                          "n": MemorySource(lambda: np.array([[7, 8]]), "int64", (1, 2))})
@@ -288,25 +290,27 @@ def test_the_largest_half_is_no_overflow_and_integers_are_never_converted(tmp_pa
     assert np.frombuffer((tmp_path / "half" / DATA).read_bytes(), np.float16).tolist() == [65504.0, -65504.0]
     export(matmuls(initializer("weights:n", [1, 2], TensorProto.INT64)), store, tmp_path / "whole", "copy")
     assert np.frombuffer((tmp_path / "whole" / DATA).read_bytes(), np.int64).tolist() == [7, 8]
-    with pytest.raises(GqaExportError, match="cannot convert n from int64 to float32"):
+    with refused("E-WEIGHTS-CONVERT") as refusal:
         export(matmuls(initializer("weights:n", [1, 2])), store, tmp_path / "out", "copy")
+    assert refusal.error.where == "n"
 
 
 @pytest.mark.parametrize(
-    ("recipe", "dims", "says"),
+    ("recipe", "dims", "code", "shown"),
     [
-        ("weights:nobody", [2, 2], "asks for the weight 'nobody'"),
-        ("weights:lm_head.weight", [64, 320], "as (64, 320), the checkpoint as [(320, 64)]"),
-        ("weights:lm_head.weight", [320, 32], "as (320, 32)"),
-        (QKV, [64, 64], "as (64, 64)"),
-        (f"weights:{ATTENTION}q_proj.weight+model.layers.0.mlp.down_proj.weight", [128, 64], "as (128, 64)"),
+        ("weights:absent", [2, 2], "E-WEIGHTS-UNKNOWN", "'absent'"),
+        ("weights:lm_head.weight", [64, 320], "E-WEIGHTS-SHAPE", "(64, 320), the checkpoint as [(320, 64)]"),
+        ("weights:lm_head.weight", [320, 32], "E-WEIGHTS-SHAPE", "(320, 32)"),
+        (QKV, [64, 64], "E-WEIGHTS-SHAPE", "(64, 64)"),
+        (f"weights:{ATTENTION}q_proj.weight+model.layers.0.mlp.down_proj.weight", [128, 64], "E-WEIGHTS-SHAPE",
+         "(128, 64)"),
     ],
 )
-def test_a_graph_that_disagrees_with_the_checkpoint_is_refused(opened, tmp_path, recipe, dims, says):
+def test_a_graph_that_disagrees_with_the_checkpoint_is_refused(opened, tmp_path, recipe, dims, code, shown):
     checkpoint, store = opened
-    with pytest.raises(GqaExportError) as refusal:
+    with refused(code, InvalidCheckpoint) as refusal:
         export(matmuls(initializer(recipe, dims)), store, tmp_path / "out", "copy", checkpoint)
-    assert says in refusal.value.what
+    assert shown in refusal.error.what
 
 
 def test_aliases_and_added_sources_are_found(tmp_path):
@@ -325,7 +329,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(bytes(100))
     store = WeightStore({"w": StoredSource(StoredTensor(path, 40, 64, "float32", (4, 4)))})
-    with pytest.raises(GqaExportError, match="became shorter"):
+    with refused("E-WEIGHTS-FILE-CHANGED", InvalidCheckpoint):
         export(matmuls(initializer("weights:w", [4, 4])), store, tmp_path / "out", "copy")
 
 

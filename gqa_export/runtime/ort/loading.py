@@ -16,9 +16,9 @@ from ...bundle.integrity import check_files
 from ...bundle.manifest import MODEL, Manifest
 from ...errors import GqaExportError, InvalidBundle, NotCheckedHere, first_line
 from ...graph_io import TensorFact
+from ...spec import DTYPES
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ORT_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16",
              "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(double)": "float64"}
 

@@ -18,11 +18,12 @@ from ...bundle.integrity import check_files
 from ...bundle.manifest import MODEL, Manifest, read_manifest
 from ...errors import GqaExportError, first_line
 from ...graph_io import ATTENTION_MASK, INPUT_IDS, past_names, present_names
+from ...spec import DTYPES
 from ...targets import Target, get_target
 from ..feeds import check_feed, must_run_alone, step_feed, written_rows
 from ..session import Step
 from .backend import ArrayBackend, Backend, BindingBackend, Infer, numpy_dtype
-from .loading import DTYPES, check_graph, choose_provider, graph_facts, open_session
+from .loading import check_graph, choose_provider, graph_facts, open_session
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from ...spec import ModelSpec
 
 IR_VERSION = 10
 SCOPES = "pkg.torch.onnx.name_scopes"
-RECIPE = "weights:"
 
 
 def plain_reshapes(model: ir.Model) -> int:
@@ -50,9 +49,9 @@ def plain_reshapes(model: ir.Model) -> int:
     return count
 
 
-def ask_the_first(model: ir.Model) -> None:
-    """Sizes are asked of the first input that has that shape: every layer's cache has the same one, and which of them
-    a trace recorded is chance."""
+def read_sizes_from_the_first(model: ir.Model) -> None:
+    """Read sizes from the first input that has that shape: every layer's cache has the same one, and which of them a
+    trace recorded is chance."""
     first: dict[tuple[str, ...], ir.Value] = {}
     for value in model.graph.inputs:
         if value.shape is not None:
@@ -108,7 +107,7 @@ def to_proto(model: ir.Model, weights: list[ir.Value], spec: ModelSpec, *, cache
         tensor.dims.extend(int(size) for size in value.shape)  # type: ignore[union-attr, arg-type]
         tensor.data_location = onnx.TensorProto.EXTERNAL
         entry = tensor.external_data.add()
-        entry.key, entry.value = "location", RECIPE + tensor.name
+        entry.key, entry.value = "location", graph_io.RECIPE + tensor.name
     _set_interface(proto, spec, cache, logits, interface)
     proto.graph.name = spec.model_type
     del proto.graph.value_info[:]

@@ -71,7 +71,7 @@ def capture(module: torch.nn.Module, inputs: Sequence[Input], table: Mapping[Any
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     environment = ShapeEnv(duck_shape=True)
-    # Which line of a model asked for a size is said in messages only; to find it, PyTorch imports its compiler.
+    # Which line of a model needed a size appears in messages only; to find it, PyTorch imports its compiler.
     environment._get_stack_summary = lambda *given, **named: (SLoc(None, None), "")  # type: ignore[method-assign]
     fake = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
     fake.cache_enabled = False  # two layers ask too little twice for what keeping every answer costs
@@ -122,7 +122,7 @@ def _record(run: Any, table: Mapping[Any, Any], weights: Any,
 
 
 def _hoist_sizes(graph: torch.fx.Graph, placeholders: list[torch.fx.Node]) -> None:
-    """A size of an input belongs to no module, though it is recorded in the first that asks for it."""
+    """A size of an input belongs to no module, though it is recorded in the first that reads it."""
     after = placeholders[-1]
     for node in list(graph.nodes):
         if node.target is torch.ops.aten.sym_size.int and node.args[0].op == "placeholder":
@@ -180,19 +180,19 @@ def check_guards(environment: Any, roles: Mapping[Any, str], points: Sequence[Ma
     for guard in {guard.expr for guard in environment.guards}:
         strangers = guard.free_symbols - set(roles)
         if strangers:
-            raise NotCaptured(f"a condition on a size that is no input's: {guard}")
+            raise NotCaptured(f"a condition on a size that does not come from an input: {guard}")
         symbols = [symbol for symbol in roles if symbol in guard.free_symbols]
         for sizes in dict.fromkeys(tuple(point[roles[symbol]] for symbol in symbols) for point in points):
             if guard.xreplace(dict(zip(symbols, map(sympy.Integer, sizes)))) != True:  # noqa: E712
-                said = guard.xreplace({symbol: sympy.Symbol(roles[symbol]) for symbol in symbols})
+                readable = guard.xreplace({symbol: sympy.Symbol(roles[symbol]) for symbol in symbols})
                 at = ", ".join(f"{roles[symbol]} = {size}" for symbol, size in zip(symbols, sizes))
-                raise NotCaptured(f"tracing took a branch that other sizes do not take: {said} fails at {at}")
+                raise NotCaptured(f"tracing took a branch that other sizes do not take: {readable} fails at {at}")
 
 
 def sizes(growing: bool, edges: Sequence[int] = (), longest: int = 0) -> list[dict[str, int]]:
     """The sizes at which guards are tried: all of a grid, with `edges` (windows, capacity) among the lengths.
 
-    longest: tokens that the model has positions for, 0 is any number. It is asked for so many and no more: a table of
+    longest: tokens that the model has positions for, 0 is any number. No more are tried: a table of
     positions that it would make longer (XGLM) is as good as fixed.
     """
     lengths = sorted({*PAST, *[edge + step for edge in (*edges, longest) for step in (-1, 0, 1) if edge + step > 0]})

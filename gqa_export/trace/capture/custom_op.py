@@ -20,7 +20,7 @@ def grouped_query_attention(
     num_heads: int, kv_num_heads: int, scale: float, softcap: float, window: int, rotary_interleaved: int,
     growing: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op, functionally; see `contract` for shapes. No attribute has a default: torch.export strips those."""
+    """The op, functionally; see `attention_op` for shapes. No attribute has a default: torch.export strips those."""
     return reference.grouped_query_attention(
         query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin, sinks, num_heads=num_heads,
         kv_num_heads=kv_num_heads, scale=scale, softcap=softcap, window=window,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...errors import GqaExportError
+from ...errors import UnsupportedModel
 from ...spec import AttentionSpec, ModelSpec
 from ..attention_hook import Call, recording
 from . import custom_op  # noqa: F401 registers the torch op
@@ -84,8 +84,9 @@ class Decoder(torch.nn.Module):
         order = list(self.specs).index(call.layer)
         past_key, past_value = self._state["past"][2 * order: 2 * order + 2]
         if call.layer in self._state["present"]:
-            raise GqaExportError("a layer calls attention more than once", f"layer {call.layer}",
-                                 "such a model has no single key/value cache per layer; it is not supported")
+            raise UnsupportedModel("a layer calls attention more than once", f"layer {call.layer}",
+                                   "such a model needs several key/value caches per layer, which is not supported",
+                                   code="E-MODEL-ATTENTION-TWICE")
         sinks = call.sinks
         if sinks is None:
             sinks = torch.full((spec.num_heads,), float("-inf"), dtype=call.query.dtype)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from ... import graph_io
-from ...errors import GqaExportError
+from ...errors import GqaExportError, UnsupportedModel, first_line
 from ...spec import ModelSpec
 from . import capture, custom_op, scalars
 from .capture import Input
@@ -46,14 +46,13 @@ def export_decoder(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype, capaci
             raise
         except Exception as error:
             if isinstance(stopped, capture.NotCaptured) and str(error).startswith("Constraints violated"):
-                raise GqaExportError(f"the model computes otherwise at other lengths: {stopped}",
-                                     type(decoder.model).__name__, "one graph holds one way of computing; if "
-                                     "config.json offers a way for all lengths (attention_type), choose it") from error
-            first = str(error).strip().splitlines()
-            raise GqaExportError(f"the model cannot be traced: {type(error).__name__}: {first[0] if first else ''}",
-                                 type(decoder.model).__name__,
-                                 "this architecture does something torch.export cannot record; rerun with --debug "
-                                 "for the whole story") from error
+                raise UnsupportedModel(f"the model computes differently at other lengths: {stopped}",
+                                       type(decoder.model).__name__, "one graph holds one way of computing; if "
+                                       "config.json offers a way for all lengths (attention_type), choose it",
+                                       code="E-MODEL-LENGTHS") from error
+            raise UnsupportedModel(f"the model cannot be traced: {first_line(error)}", type(decoder.model).__name__,
+                                   "this architecture does something that torch.export cannot record; rerun with "
+                                   "--debug for the full traceback", code="E-MODEL-TRACE") from error
 
 
 def _inputs(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype) -> list[Input]:
@@ -108,10 +107,10 @@ def _stock(decoder: Decoder, inputs: list[Input], outputs: list[str]) -> ir.Mode
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings from the tracing machinery: they speak of its internals, not of the user's model."""
+    """No warnings from the tracing machinery: they are about its internals, not about the user's model."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch")]
     levels = [logger.level for logger in loggers]
-    # torch writes a structured log of every symbolic step for whoever listens, and any root handler counts as
+    # torch writes a structured log of every symbolic step for any listener, and any root handler counts as
     # listening: a trace is then ten times slower (measured under pytest, which installs one).
     structured = logging.getLogger("torch.__trace")
     handlers, structured.handlers = structured.handlers, []

@@ -35,10 +35,10 @@ def library(opset: int) -> tuple[Any, dict[Any, Any], tuple[Any, ...]]:
 
 @contextlib.contextmanager
 def _unparsed() -> Iterator[None]:
-    """Inside, no function of torchlib is parsed or asked for its ONNX signature.
+    """Inside, no function of torchlib is parsed and no ONNX signature is inferred.
 
-    The registry is filled from a list that asks 497 functions for both and reads only the domain: most of its time.
-    `_sign` asks those that a graph needs.
+    Filling the registry does both for 497 functions and reads only the domain of each: most of its time. `_sign` infers
+    the signatures that a graph needs.
     """
     from onnxscript._internal import values
     from torch.onnx._internal.exporter import _registration
@@ -69,7 +69,7 @@ PICKS = frozenset({"embedding", "index", "gather", "index_select", "_to_copy", "
 
 
 REDUCES = frozenset({"aten::sum", "aten::mean", "aten::prod"})
-"""ops that PyTorch computes in fp32 whatever they are given: said by a Cast on either side"""
+"""ops that PyTorch computes in fp32 whatever they are given: written as a Cast on either side"""
 
 
 def mixes_types(graph: torch.fx.GraphModule) -> bool:

@@ -1,4 +1,4 @@
-"""ALiBi (Bloom, MPT): a head adds slope * position of the key to its scores. Said with two more features.
+"""ALiBi (Bloom, MPT): a head adds slope * position of the key to its scores. Rewritten with two more features.
 
 The softmax does not see what is the same for all keys of a row, so "slope * distance" and "slope * position of the
 key" are one thing. The position is a number that the key carries in its own cache row, the slope one that the query

@@ -1,7 +1,7 @@
-"""Attention modules whose `forward` writes the products and the softmax out: said again through our attention.
+"""Attention modules whose `forward` writes the products and the softmax out, rewritten to call our attention.
 
 Two shapes of module, each in several families: BERT's (`query`, `key`, `value`) and BART's (`q_proj`, `k_proj`,
-`v_proj`, `out_proj`). Only self-attention is said: as causal language models these decoders have no encoder to look at.
+`v_proj`, `out_proj`). Only self-attention is rewritten: as causal language models these decoders have no encoder.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...errors import GqaExportError
+from ...errors import UnsupportedModel
 from .. import attention_hook
 from .registry import Patch
 
@@ -23,8 +23,8 @@ def _heads(module: Any, hidden_BSX: torch.Tensor, linear: Any, size: int) -> tor
 
 def _refuse_encoder(module: Any, states: Any) -> None:
     if states is not None:
-        raise GqaExportError("a layer attends to an encoder's states", type(module).__name__,
-                             "only decoders that run alone can be exported")
+        raise UnsupportedModel("a layer attends to an encoder's states", type(module).__name__,
+                               "only decoders that run alone can be exported", code="E-MODEL-CROSS-ATTENTION")
 
 
 def _bert(_original: Any, _module: Any) -> Any:

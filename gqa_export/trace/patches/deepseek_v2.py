@@ -1,4 +1,4 @@
-"""DeepSeek-V2: rotary embedding written with complex numbers, which ONNX has not. Said with cosine and sine."""
+"""DeepSeek-V2: rotary embedding in complex numbers, which ONNX does not have, rewritten with cosine and sine."""
 
 from __future__ import annotations
 

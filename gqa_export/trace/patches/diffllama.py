@@ -1,4 +1,4 @@
-"""DiffLlama: two attention calls a layer, with the same scores and different values. Said as one, with wider values.
+"""DiffLlama: two attention calls a layer, with the same scores and different values, as one with wider values.
 
 What both give is put side by side by the model anyway, so the values are put side by side before: a cache of K heads
 whose values are twice as wide as their keys. Source: Ye et al., Differential Transformer, arXiv 2410.05258.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...errors import GqaExportError
+from ...errors import UnsupportedModel
 from .. import attention_hook
 from .registry import Patch
 
@@ -16,9 +16,10 @@ def _make(_original: Any, module: Any) -> Any:
                 layer_past: Any = None, use_cache: Any = False, output_attentions: Any = False,
                 position_embeddings: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
         if alibi is not None:
-            raise GqaExportError("attention adds a bias to its scores that depends on the distance (ALiBi)",
-                                 f"layer {self.layer_idx}, {type(self).__name__}",
-                                 "grouped-query attention has no position bias; this checkpoint is not supported")
+            raise UnsupportedModel("attention adds a bias to its scores that depends on the distance (ALiBi)",
+                                   f"layer {self.layer_idx}, {type(self).__name__}",
+                                   "grouped-query attention cannot hold a position bias; this checkpoint is not "
+                                   "supported", code="E-MODEL-ALIBI")
         kv_heads = self.num_heads if self.new_decoder_architecture else self.num_kv_heads
         parts_BSHD = self._split_heads(self.query_key_value(hidden_states))
         shape = (*hidden_states.shape[:2], -1, self.head_dim)

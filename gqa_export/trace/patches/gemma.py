@@ -32,7 +32,7 @@ def _uncut(original: Any, _module: Any) -> Any:
 CUT = "the mask is cut before the layers that share keys and values, also where nothing is left out"
 PATCHES = (
     Patch("gemma3n.modeling_gemma3n", "Gemma3nTextMLP._gaussian_topk", _sparse,
-          "the inverse of the error function, which ONNX has not, is applied to a constant"),
+          "the inverse of the error function, which ONNX does not have, is applied to a constant"),
     Patch("gemma4.modeling_gemma4", "Gemma4TextModel._maybe_slice_kv_shared_inputs", _uncut, CUT),
     Patch("gemma4_unified.modeling_gemma4_unified", "Gemma4UnifiedTextModel._maybe_slice_kv_shared_inputs", _uncut,
           CUT),

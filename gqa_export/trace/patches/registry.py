@@ -1,12 +1,12 @@
 """The one seam for models whose own code hides what a trace needs: functions put in the place of transformers' own.
 
 Most models need none of it. A patch replaces one function (or one entry of a table) while a model is probed and
-traced, and never else: the truth that a bundle is compared with runs transformers as it is. A patch may say something
-in other words (the attention interface instead of two products and a softmax; positions per row instead of a count);
-it may not change what is computed. Each file here holds one such rewording and lists its places in `PATCHES`.
+traced, and never else: the reference that a bundle is compared with runs transformers as it is. A patch may compute
+something in another way (the attention interface instead of two products and a softmax; positions per row instead of a
+count); it may not change what is computed. Each file here holds one such rewriting and lists its places in `PATCHES`.
 
-A place names a module of transformers and a dotted path in it. `seen.py` holds the start of the sha256 of the source
-that each patch was written for: another transformers with other code there is refused, not guessed at.
+A place names a module of transformers and a dotted path in it. `source_digests` holds the start of the sha256 of the
+source that each patch was written for: another transformers with other code there is refused, not guessed at.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from ...errors import GqaExportError
+from ...errors import UnsupportedModel
 from .source_digests import SEEN
 
 FILES = ("alibi", "attention_forward", "attention_method", "attention_table", "deepseek_v2", "diffllama", "experts",
@@ -108,9 +108,9 @@ def _put(patch: Patch) -> Callable[[], None]:
         owner = getattr(owner, part)
     original = inspect.getattr_static(owner, name)
     if digest(original) != SEEN.get(patch.place):
-        raise GqaExportError(f"this transformers has other code in {patch.path} than the patch of it was written for",
-                             f"transformers.models.{patch.module}",
-                             "install the transformers version that `gqa-export models` names, or export another "
-                             "architecture")
+        raise UnsupportedModel(f"the installed transformers has other code in {patch.path} than the code that this "
+                               "patch replaces", f"transformers.models.{patch.module}",
+                               "install the transformers version that `gqa-export models` names, or export another "
+                               "architecture", code="E-MODEL-PATCH-STALE")
     setattr(owner, name, patch.make(original, module))
     return lambda: setattr(owner, name, original)

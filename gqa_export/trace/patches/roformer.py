@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...errors import GqaExportError
+from ...errors import UnsupportedModel
 from .. import attention_hook
 from .registry import Patch
 
@@ -23,8 +23,8 @@ def _attention(_original: Any, _module: Any) -> Any:
     def forward(self: Any, hidden_states: Any, attention_mask: Any = None, sinusoidal_pos: Any = None,
                 encoder_hidden_states: Any = None, past_key_values: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
         if encoder_hidden_states is not None:
-            raise GqaExportError("a layer attends to an encoder's states", type(self).__name__,
-                                 "only decoders that run alone can be exported")
+            raise UnsupportedModel("a layer attends to an encoder's states", type(self).__name__,
+                                   "only decoders that run alone can be exported", code="E-MODEL-CROSS-ATTENTION")
         query, key, value = (linear(hidden_states).unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
                              for linear in (self.query, self.key, self.value))
         table_B1SD = sinusoidal_pos[0].transpose(0, 1)  # the model put two axes before [B, S, D]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...errors import GqaExportError
+from ...errors import GqaExportError, UnsupportedModel, first_line
 from ...spec import AttentionSpec, ModelSpec
 from .. import attention_hook, skeleton
 from ..attention_hook import Call
@@ -28,18 +28,24 @@ class _Listener:
 
     def attend(self, call: Call) -> torch.Tensor:
         if call.layer in self.calls:
-            raise GqaExportError("a layer calls attention more than once", f"layer {call.layer}",
-                                 "such a model has no single key/value cache per layer; it is not supported")
+            raise UnsupportedModel("a layer calls attention more than once", f"layer {call.layer}",
+                                   "such a model needs several key/value caches per layer, which is not supported",
+                                   code="E-MODEL-ATTENTION-TWICE")
         self.calls[call.layer] = call
         batch, heads, tokens, _ = call.query.shape
         return call.query.new_empty(batch, tokens, heads, call.value.shape[-1])
 
 
 def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
-    """The ModelSpec of a transformers config. `model`: its skeleton with our attention, if there is one already.
+    """The facts of every attention layer of a model, from one run without weights.
 
-    Raises GqaExportError for layers that are not grouped-query attention, masks that are not causal with a window,
-    and rotary types that no fixed graph can hold.
+    Args:
+        config: a transformers configuration.
+        model: its skeleton with our attention; None builds one on the meta device.
+
+    Raises:
+        UnsupportedModel: a layer is not grouped-query attention, a mask is not causal with a window, or a rotary type
+            cannot be held by a fixed graph.
     """
     rotary.check_rope(config.get_text_config())
     with registry.applied(config):
@@ -47,9 +53,9 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
             model = skeleton.build(config, torch.float32, device="meta", attention=attention_hook.register())
         calls, alike = listen_with_cache(model)
     if not calls:
-        raise GqaExportError("no layer of this model calls transformers' attention interface", type(model).__name__,
-                             "its attention is written in the model's own code (or it has none), which gqa-export "
-                             "cannot see; it is not supported")
+        raise UnsupportedModel("no layer of this model calls transformers' attention interface", type(model).__name__,
+                               "its attention, if any, is in the model's own code, which gqa-export cannot see; "
+                               "it is not supported", code="E-MODEL-OWN-ATTENTION")
     text = config.get_text_config()
     positions = int(getattr(text, "max_position_embeddings", 0) or 0)
     positions = positions if positions > 0 else 2048
@@ -64,10 +70,10 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
     expected = int(getattr(text, "num_hidden_layers", len(layers)))
     missing = sorted(set(range(expected)) - set(calls))
     if missing:
-        raise GqaExportError("some layers are not grouped-query attention (they never call attention)",
-                             f"{type(model).__name__}, layers {', '.join(map(str, missing[:8]))}",
-                             "hybrid and state-space models keep state beside the key/value cache; "
-                             "they are not supported")
+        raise UnsupportedModel("some layers are not grouped-query attention (they never call attention)",
+                               f"{type(model).__name__}, layers {', '.join(map(str, missing[:8]))}",
+                               "hybrid and state-space models keep state beside the key/value cache; "
+                               "they are not supported", code="E-MODEL-LAYERS-WITHOUT-CALL")
     return ModelSpec(model_type=config.model_type, architecture=type(model).__name__, vocabulary=text.vocab_size,
                      hidden_size=text.hidden_size, max_positions=positions,
                      rope="+".join(rotary.rope_types(text)), layers=tuple(layers))
@@ -98,7 +104,19 @@ def listen_with_cache(model: torch.nn.Module) -> tuple[dict[int, Call], set[int]
 
 
 def listen(model: torch.nn.Module, use_cache: bool = False, **cache: Any) -> dict[int, Call]:
-    """Run the model once on a few tokens and return its attention calls by layer."""
+    """Run a model once on a few tokens.
+
+    Args:
+        model: with our attention, on any device, "meta" included.
+        use_cache: as the model's own argument.
+        **cache: further arguments of the model, such as past_key_values.
+
+    Returns:
+        Its attention calls by layer.
+
+    Raises:
+        UnsupportedModel: the model does not run as a decoder, or what its attention calls are refused for.
+    """
     listener = _Listener()
     device = next(model.parameters()).device
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
@@ -111,14 +129,13 @@ def listen(model: torch.nn.Module, use_cache: bool = False, **cache: Any) -> dic
             raise
         except Exception as error:
             if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
-                raise GqaExportError("the model's code looks at values while it runs (as a loop over the experts that "
-                                     "were chosen does), which no fixed graph can hold", type(model).__name__,
-                                     "not supported; models whose experts go through transformers' experts interface "
-                                     "are") from error
-            raise GqaExportError(f"the model does not run as a decoder: {type(error).__name__}: "
-                                 f"{(str(error).strip().splitlines() or [''])[0]}", type(model).__name__,
-                                 "only decoder language models that take input_ids, attention_mask and position_ids "
-                                 "are supported") from error
+                raise UnsupportedModel("the model's code branches on values while it runs (as a loop over the chosen "
+                                       "experts does), which a fixed graph cannot hold", type(model).__name__,
+                                       "not supported; models whose experts go through transformers' experts "
+                                       "interface are", code="E-MODEL-DATA-DEPENDENT") from error
+            raise UnsupportedModel(f"the model does not run as a decoder: {first_line(error)}", type(model).__name__,
+                                   "only decoder language models that take input_ids, attention_mask and position_ids "
+                                   "are supported", code="E-MODEL-NOT-A-DECODER") from error
     return listener.calls
 
 
@@ -130,16 +147,18 @@ def refuse_mixing(model: Any) -> None:
     """Refuse a canonical model in which something beside attention mixes tokens (it would be wrong when cached)."""
     for node in model.graph.node:
         if node.op_type in MIXING:
-            raise GqaExportError(f"the model mixes tokens outside attention ({node.op_type})", node.name,
-                                 "such a layer has a state beside the key/value cache; it is not supported")
+            raise UnsupportedModel(f"the model mixes tokens outside attention ({node.op_type})", node.name,
+                                   "such a layer has a state beside the key/value cache; it is not supported",
+                                   code="E-MODEL-MIXES-TOKENS")
 
 
 def _layer_spec(call: Call, window: int, alike: bool) -> AttentionSpec:
     _, num_heads, _, head_size = call.query.shape
     _, kv_num_heads, _, value_head_size = call.value.shape
     if num_heads % call.key.shape[1] or call.key.shape[1] != kv_num_heads or call.key.shape[3] != head_size:
-        raise GqaExportError(f"query {tuple(call.query.shape)}, key {tuple(call.key.shape)} and value "
-                             f"{tuple(call.value.shape)} are not grouped-query attention", f"layer {call.layer}",
-                             "the number of query heads must be a multiple of the key/value heads; not supported")
+        raise UnsupportedModel(f"query {tuple(call.query.shape)}, key {tuple(call.key.shape)} and value "
+                               f"{tuple(call.value.shape)} are not grouped-query attention", f"layer {call.layer}",
+                               "the number of query heads must be a multiple of the key/value heads; not supported",
+                               code="E-MODEL-HEADS")
     return AttentionSpec(call.layer, num_heads, kv_num_heads, head_size, value_head_size, call.scale, call.softcap,
                          window, call.sinks is not None, alike)

@@ -9,21 +9,33 @@ from __future__ import annotations
 
 import torch
 
-from ...errors import GqaExportError
+from ...errors import GqaExportError, UnsupportedModel
 from ..attention_hook import MaskTag
 
 
 def window_of(tag: MaskTag | None, layer: int, positions: int, num_heads: int) -> int:
-    """The window of a layer's mask, 0 if it shows all of the past. `positions`: sequence length to look at.
+    """The window of a layer's mask, found by evaluating the mask function.
 
-    Evaluates the last row in full to find the width, then whole rows around 0, W - 1, W, W + 1, 2W and the last
-    position, for the first and last head. Raises GqaExportError unless every row is causal AND that window.
+    The last row is evaluated in full to find the width W, then whole rows around 0, W - 1, W, W + 1, 2W and the last
+    position, for the first and last head.
+
+    Args:
+        tag: the mask that the layer was given; None if it did not come from transformers' mask functions.
+        layer: its number, for the message.
+        positions: sequence length to evaluate at.
+        num_heads: query heads of the layer.
+
+    Returns:
+        Tokens visible including the current one; 0 if all of the past is.
+
+    Raises:
+        UnsupportedModel: a row is not causal with that window, or depends on more than positions.
     """
     where = f"layer {layer}"
     if tag is None:
-        raise GqaExportError("the attention mask of a layer was not made by transformers' mask functions", where,
-                             "this model builds its masks itself, so what they hide cannot be checked; "
-                             "it is not supported")
+        raise UnsupportedModel("the attention mask of a layer was not made by transformers' mask functions", where,
+                               "this model builds its masks itself, so what they hide cannot be checked; "
+                               "it is not supported", code="E-MODEL-OWN-MASK")
     last = positions - 1
     visible = _rows(tag, layer, torch.tensor([last]), positions, 0)[0]
     width = int(visible.sum())
@@ -39,11 +51,11 @@ def window_of(tag: MaskTag | None, layer: int, positions: int, num_heads: int) -
         if not torch.equal(rows, expected):
             q, k = (int(x) for x in (rows != expected).nonzero()[0])
             does = "shows" if rows[q, k] else "hides"
-            raise GqaExportError(
+            raise UnsupportedModel(
                 f"the attention mask is not causal with a window ({describe(tag)}): from position {int(queries[q])} "
                 f"it {does} position {k}", where,
                 "chunked, bidirectional, prefix and packed attention cannot be held by grouped-query attention with "
-                "a cache; it is refused rather than exported wrong")
+                "a cache; it is refused rather than exported wrong", code="E-MODEL-MASK")
     return window
 
 
@@ -62,9 +74,10 @@ def _rows(tag: MaskTag, layer: int, queries: torch.Tensor, positions: int, head:
     except GqaExportError:
         raise
     except Exception as error:
-        raise GqaExportError(f"the attention mask depends on more than positions ({describe(tag)})", f"layer {layer}",
-                             "chunked, packed and data-dependent masks cannot be held by grouped-query attention "
-                             "with a cache; it is refused rather than exported wrong") from error
+        raise UnsupportedModel(f"the attention mask depends on more than positions ({describe(tag)})", f"layer {layer}",
+                               "chunked, packed and data-dependent masks cannot be held by grouped-query attention "
+                               "with a cache; it is refused rather than exported wrong",
+                               code="E-MODEL-MASK-DATA") from error
 
 
 def describe(tag: MaskTag) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...errors import GqaExportError
+from ...errors import UnsupportedModel
 
 
 def rope_types(config: Any) -> list[str]:
@@ -32,20 +32,21 @@ def rope_types(config: Any) -> list[str]:
 
 
 def check_rope(config: Any) -> None:
-    """Refuse rotary types that no fixed graph can hold, and those that transformers does not know."""
+    """Raise UnsupportedModel for a rotary type that a fixed graph cannot hold, or that transformers does not know."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     for kind in rope_types(config):
         if "dynamic" in kind:
-            raise GqaExportError(f"rotary type `{kind}` changes its frequencies with the sequence length",
-                                 "config.json: rope_parameters",
-                                 "use a rotary type that depends on position alone (linear, llama3, yarn), for which "
-                                 "the model has to be fine-tuned; this one cannot be exported")
+            raise UnsupportedModel(f"rotary type `{kind}` changes its frequencies with the sequence length",
+                                   "config.json: rope_parameters",
+                                   "use a rotary type that depends on position alone (linear, llama3, yarn), for which "
+                                   "the model has to be fine-tuned; this one cannot be exported",
+                                   code="E-MODEL-ROPE-DYNAMIC")
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
-            raise GqaExportError(f"rotary type `{kind}` is unknown to the installed transformers",
-                                 "config.json: rope_parameters",
-                                 f"known are: default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}; correct the "
-                                 "checkpoint or install a newer transformers")
+            raise UnsupportedModel(f"the installed transformers does not know the rotary type `{kind}`",
+                                   "config.json: rope_parameters",
+                                   f"known are: default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}; correct the "
+                                   "checkpoint or install a newer transformers", code="E-MODEL-ROPE-UNKNOWN")
 
 
 def freeze_regime(model: torch.nn.Module, capacity: int) -> str:

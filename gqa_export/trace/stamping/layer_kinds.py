@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ...checkpoint.decoder_layers import layer_lists
 from ...spec import ModelSpec
 
 _SCALARS = (bool, int, float, str, type(None), torch.dtype)
@@ -65,19 +66,17 @@ def _computed(layer: torch.nn.Module) -> bool:
 
 
 def _layers_path(model: torch.nn.Module, spec: ModelSpec) -> str | None:
-    """The ModuleList whose item i makes attention call i, for all i; None if there is no such list."""
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.ModuleList) or len(module) != len(spec.layers):
-            continue
-        indices = [{sub.layer_idx for sub in item.modules() if isinstance(getattr(sub, "layer_idx", None), int)}
-                   for item in module]
-        if indices == [{i} for i in range(len(module))]:
+    """The ModuleList whose item i makes attention call i, for all i; None if there is not one."""
+    for name, layers in layer_lists(model, len(spec.layers)):
+        indices = [{sub.layer_idx for sub in layer.modules() if isinstance(getattr(sub, "layer_idx", None), int)}
+                   for layer in layers]
+        if indices == [{i} for i in range(len(layers))]:
             return name
     return None
 
 
 def prints(model: torch.nn.Module, stack: Stack) -> tuple:
-    """Fingerprints of the traced layers and of all that is no layer. Equal for a model of full depth and the short
+    """Fingerprints of the traced layers and of all that is not a layer. Equal for a model of full depth and the short
     one that is traced, unless something in it was computed from the number of layers."""
     layers = dict(model.get_submodule(stack.path).named_children())
     return (_fingerprint(model, f"{stack.path}."), *(_fingerprint(layers[str(layer)]) for layer in stack.traced))
