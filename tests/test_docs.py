@@ -15,13 +15,11 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import gqa_models
 import pytest
-from warm_program import put_in_front
 
 import gqa_export
 from gqa_export.cli import VERBS, main
@@ -73,14 +71,6 @@ def gguf_of_the_demo_package() -> Path | None:
         return None
 
 
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory) -> Iterator[Path]:
-    """A folder with a `gqa-export` whose imports are done; see `warm_program`."""
-    folder = tmp_path_factory.mktemp("warm")
-    with put_in_front(folder):
-        yield folder
-
-
 def shell(script: str, folder: Path, *front: Path) -> None:
     """Run a block as the reader would, with the programs in `front` and of this Python first on the path."""
     places = [str(place) for place in (*front, Path(sys.executable).parent)]
@@ -91,8 +81,8 @@ def shell(script: str, folder: Path, *front: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(map(is_run, blocks(p)))], ids=name_of)
-def test_every_command_of_a_page_runs(page: Path, checkpoint: Path, tmp_path: Path, warm: Path) -> None:
-    front = () if page.name in COLD else (warm,)
+def test_every_command_of_a_page_runs(page: Path, checkpoint: Path, tmp_path: Path, warm_folder: Path) -> None:
+    front = () if page.name in COLD else (warm_folder,)
     to_run = [block for block in blocks(page) if is_run(block)]
     gguf = gguf_of_the_demo_package()
     if any("smollm2.gguf" in block for block in to_run):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -243,10 +241,8 @@ def test_cuda_is_not_offered_for_the_graph_of_an_engine() -> None:
         validate(bundle("llama", "trt-plugin"), checkpoint("llama"), provider="cuda")
 
 
-def test_command_line_exports_and_validates_a_plugin_bundle(tmp_path) -> None:
-    done = subprocess.run([sys.executable, "-m", "gqa_export", "onnx", str(checkpoint("llama")), "-o",
-                           str(tmp_path / "b"), "--target", "trt-plugin", "--capacity", "64"],
-                          capture_output=True, text=True, timeout=300, check=False)
+def test_command_line_exports_and_validates_a_plugin_bundle(tmp_path, program) -> None:
+    done = program("onnx", checkpoint("llama"), "-o", tmp_path / "b", "--target", "trt-plugin", "--capacity", CAPACITY)
     assert done.returncode == 0, done.stderr
-    assert "trt-plugin, float32, static cache, capacity 64" in done.stdout
+    assert f"trt-plugin, float32, static cache, capacity {CAPACITY}" in done.stdout
     assert "plugin nodes interpreted" in done.stdout

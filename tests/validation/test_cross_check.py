@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,18 +76,13 @@ def test_bundles_of_different_models_are_refused_by_what_tells_them_apart(bundle
     assert "model_type is mistral and llama" in refusal.error.what
 
 
-def command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "gqa_export", "validate", *map(str, arguments)],
-                          capture_output=True, text=True, timeout=300, check=False)
-
-
-def test_the_command_takes_several_bundles_without_a_checkpoint(bundles):
-    done = command(bundles["ort"], bundles["static"], "--steps", STEPS)
+def test_the_command_takes_several_bundles_without_a_checkpoint(bundles, program):
+    done = program("validate", bundles["ort"], bundles["static"], "--steps", STEPS)
     assert done.returncode == 0, done.stderr
     assert "PASSED" in done.stdout
 
 
-def test_one_bundle_without_a_checkpoint_is_refused(bundles):
-    done = command(bundles["ort"])
+def test_one_bundle_without_a_checkpoint_is_refused(bundles, program):
+    done = program("validate", bundles["ort"])
     assert done.returncode == 2
     assert "--against" in done.stderr
