@@ -80,6 +80,7 @@ def shell(script: str, folder: Path, *front: Path) -> None:
     assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
+@pytest.mark.whole_model
 @pytest.mark.parametrize("page", [p for p in PAGES if any(map(is_run, blocks(p)))], ids=name_of)
 def test_every_command_of_a_page_runs(page: Path, checkpoint: Path, tmp_path: Path, warm_folder: Path) -> None:
     front = () if page.name in COLD else (warm_folder,)
@@ -95,6 +96,7 @@ def test_every_command_of_a_page_runs(page: Path, checkpoint: Path, tmp_path: Pa
         shell(block.replace("CHECKPOINT", str(checkpoint)), tmp_path, *front)
 
 
+@pytest.mark.whole_model
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text(encoding="utf-8")], ids=name_of)
 def test_python_of_a_page_runs(page: Path, checkpoint: Path, tmp_path: Path) -> None:
     """All blocks of the page are one program, run in a folder that holds the tiny model."""

@@ -20,6 +20,8 @@ from gqa_export.bundle.manifest import MODEL
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 
+pytestmark = pytest.mark.whole_model
+
 SAMPLES = (("llama", "ort"), ("mistral", "ort"), ("gemma2", "ort"), ("gpt_oss", "ort"), ("qwen3", "ort"),
            ("llama", "portable"), ("mistral", "onnx"))
 SINGLE = [mutation for mutation in MUTATIONS if mutation.layer >= 0]

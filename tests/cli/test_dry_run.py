@@ -14,6 +14,8 @@ from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.weights.memory_budget import Budget, parse_size, peak_bytes
 
+pytestmark = pytest.mark.whole_model
+
 
 @pytest.mark.parametrize("weights", ["copy", "link"])
 def test_a_dry_run_writes_nothing_and_names_the_sizes_that_the_export_then_has(tmp_path, program, weights):

@@ -12,6 +12,8 @@ from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.validation.validate import validate
 
+pytestmark = pytest.mark.whole_model
+
 EVERY_TARGET = ("ort", "onnx", "portable")
 CAPACITY = 128
 """beyond every window (16) and every length that a rotary scaling starts from (64)"""

@@ -15,6 +15,8 @@ from gqa_export.spec import Fallback
 
 from .whole_model import CAPACITY, Decoder, canonical, eager, lowered, truth, with_weights
 
+pytestmark = pytest.mark.whole_model
+
 NAMES = ["llama", "llama_tied", "llama_mha", "llama_mqa", "llama_llama3", "llama_yarn", "llama_linear", "mistral",
          "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt_oss", "granite", "cohere", "stablelm", "mixtral", "smollm3",
          "gpt2"]

@@ -17,6 +17,8 @@ from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.trace import trace_cache, tracing
 
+pytestmark = pytest.mark.whole_model
+
 
 @pytest.fixture
 def traces(tmp_path, monkeypatch):

@@ -17,6 +17,8 @@ from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.validation.cross_check import cross_check
 
+pytestmark = pytest.mark.whole_model
+
 STEPS = 4
 
 
@@ -28,7 +30,7 @@ def bundles(tmp_path_factory) -> dict[str, Path]:
     for name, target, cache in (("ort", "ort", "growing"), ("static", "ort", "static"),
                                 ("portable", "portable", "growing")):
         made[name] = folder / name
-        export_onnx(checkpoint, made[name], ExportOptions(target=target, cache=cache, capacity=96, dtype="fp32"))
+        export_onnx(checkpoint, made[name], ExportOptions(target=target, cache=cache, capacity=128, dtype="fp32"))
     return made
 
 
