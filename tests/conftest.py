@@ -25,9 +25,9 @@ import pytest
 
 SEED = 20260101
 LONGEST = (
-    "evidence/test_architecture_slice.py", "engine/test_rtx_plugin.py", "export/test_export.py", "test_docs.py",
+    "evidence/test_architecture_slice.py", "engine/test_rtx_plugin.py", "exporting/test_export.py", "test_docs.py",
     "evidence/test_mutation_table.py", "engine/test_rtx_smollm2.py", "lowering/test_trt.py",
-    "compare/test_mutations.py", "convert/test_cli.py", "lowering/test_ort.py", "validation/test_bundles.py",
+    "compare/test_mutations.py", "conversion/test_cli.py", "lowering/test_ort.py", "validation/test_bundles.py",
     "trace/test_stamp.py", "trace/test_capture.py", "report/test_pytest_plugin.py", "report/test_polygraphy.py",
     "test_scale.py", "bisect/test_bisect.py", "checkpoint/test_gguf.py",
 )
