@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Install into .venv, then lint, type-check and run the tests. Any other argument goes to the last pytest run:
 #   scripts/test.sh            everything; what continuous integration runs
-#   scripts/test.sh --fast     without the tests that export or run a whole model, and without those marked slow
+#   scripts/test.sh --fast     without the tests that export or run a whole model, without kernels through the
+#                              interpreter, and without those marked slow
 #   scripts/test.sh -k cli     only the tests whose name has "cli" in it
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
 marks=""
 if [ "${1:-}" = "--fast" ]; then
-  marks="not slow and not whole_model"
+  marks="not slow and not whole_model and not kernels"
   shift
 fi
 setup_environment ort,plugins,rtx,test,dev
@@ -27,8 +28,9 @@ step ruff "$BIN/ruff" check .
 step mypy "$BIN/mypy"
 # Kernels in a process of their own: Triton reads TRITON_INTERPRET once, when it is imported.
 step kernels env TRITON_INTERPRET=1 "$BIN/python" -m pytest tests/plugins -q -n 2 -m "$marks"
-# A file stays with one worker: what its tests share is then made once.
-step tests "$BIN/python" -m pytest tests --ignore=tests/plugins -q -n 2 --dist loadfile --durations=25 -m "$marks" "$@"
+# A file stays with one worker: what its tests share is then made once. tests/conftest.py puts long files first.
+step tests "$BIN/python" -m pytest tests --ignore=tests/plugins -q -n 2 --dist loadfile --no-loadscope-reorder \
+  --durations=25 -m "$marks" "$@"
 
 if [ -n "$failed" ]; then
   printf '\nfailed:%s\n' "$failed" >&2

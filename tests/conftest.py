@@ -6,7 +6,10 @@ import atexit
 import os
 import random
 import shutil
+import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with two threads each on two cores only wait
@@ -21,6 +24,51 @@ import numpy as np
 import pytest
 
 SEED = 20260101
+LONGEST = (
+    "evidence/test_architecture_slice.py", "engine/test_rtx_plugin.py", "exporting/test_export.py", "test_docs.py",
+    "evidence/test_mutation_table.py", "engine/test_rtx_smollm2.py", "lowering/test_trt.py",
+    "compare/test_mutations.py", "conversion/test_cli.py", "lowering/test_ort.py", "validation/test_bundles.py",
+    "trace/test_stamp.py", "trace/test_capture.py", "report/test_pytest_plugin.py", "report/test_polygraphy.py",
+    "test_scale.py", "bisect/test_bisect.py", "checkpoint/test_gguf.py",
+)
+"""files that take long, the longest first, so that no worker sits alone with one at the end (a file stays with one)"""
+
+
+def pytest_configure() -> None:
+    """One cache holds every trace of a run, more than a user's: tests of many files export the same tiny models."""
+    from gqa_export.trace import trace_cache
+
+    trace_cache.KEPT = 1000
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; the order within a file and of the other files stays."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    root = os.path.dirname(__file__)
+    items.sort(key=lambda item: places.get(os.path.relpath(item.path, root), len(places)))
+
+
+@pytest.fixture(scope="session")
+def warm_folder(tmp_path_factory) -> Iterator[Path]:
+    """A folder with a `gqa-export` whose imports are done; see `warm_program`."""
+    from warm_program import put_in_front
+
+    folder = tmp_path_factory.mktemp("warm")
+    with put_in_front(folder):
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def program(warm_folder) -> Callable[..., subprocess.CompletedProcess]:
+    """program("verb", ...) -> `gqa-export verb ...`, run in a process of its own, without the seconds of its imports.
+
+    For tests of what a command does; that every verb starts by itself is shown once each (tests/cli, README).
+    """
+    def run(*words: object, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
+        return subprocess.run([warm_folder / "gqa-export", *map(str, words)], cwd=cwd, capture_output=True, text=True,
+                              timeout=timeout, check=False, stdin=subprocess.DEVNULL)
+
+    return run
 
 
 @pytest.fixture(autouse=True)

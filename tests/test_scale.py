@@ -30,6 +30,7 @@ def rows():
     return json.loads((ROOT / "docs" / "benchmarks" / "scale.json").read_text())["rows"]
 
 
+@pytest.mark.whole_model
 def test_a_model_of_800_gigabytes_is_exported_without_touching_a_weight(tmp_path, rows):
     total = script("sparse_checkpoint").write_sparse("llama-3.1-405b", tmp_path / "405b")
     assert total == 811_706_777_600

@@ -49,11 +49,17 @@ def serve(path: str) -> None:
     import select
 
     import onnx  # noqa: F401
+    import onnx_ir  # noqa: F401
     import onnxruntime  # noqa: F401
-    import torch  # noqa: F401
+    import onnxscript  # noqa: F401
+    import polygraphy.comparator  # noqa: F401
     from transformers import AutoModelForCausalLM  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
 
     import gqa_export.cli  # noqa: F401
+    from gqa_export.trace.capture import export, translate
+
+    translate.library(export.OPSET)
 
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(path)

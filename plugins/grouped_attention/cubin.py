@@ -16,7 +16,7 @@ A file holds text lines, an empty line, and the cubin. The lines say everything 
     code_sha256 ...
     code_bytes 21336
 
-Line information is off: it would carry paths of the machine that compiled. Needs Triton; the interpreter must be off.
+Line information is off: it would carry paths of the machine that compiled. Needs Triton, not interpreting.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ def model_variants(*, heads: int, kv_heads: int, head: int, dtype: str, value_he
     value_size = head if value_head is None else value_head
     for flag, size in (("--head-size", head), ("--value-head-size", value_size)):
         if not 1 <= size <= 256:
-            raise GqaExportError(f"head size {size} is outside 1 .. 256", flag, "1 to 256 fit", code="E-OPTION-HEAD-SIZE")
+            raise GqaExportError(f"head size {size} is outside 1 .. 256", flag, "use 256 at most",
+                                 code="E-OPTION-HEAD-SIZE")
     if rotary_size % 2 or not 0 <= rotary_size <= head:
         raise GqaExportError(f"rotary size {rotary_size} does not fit head size {head}", "--rotary-size",
                              "it is even and at most the head size; 0: queries and keys come rotated",

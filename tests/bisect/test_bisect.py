@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,8 @@ from gqa_export.bisect.torch_layers import Attended
 from gqa_export.bundle.manifest import MODEL
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
+
+pytestmark = pytest.mark.whole_model
 
 SAMPLES = (("llama", "ort"), ("mistral", "ort"), ("gemma2", "ort"), ("gpt_oss", "ort"), ("qwen3", "ort"),
            ("llama", "portable"), ("mistral", "onnx"))
@@ -89,11 +89,10 @@ def test_a_wrong_last_matrix_is_after_the_layers(samples, tmp_path):
     assert found.finding.op == END
 
 
-def test_the_command_says_layer_op_and_pattern_and_exits_with_1(samples, tmp_path):
+def test_the_command_says_layer_op_and_pattern_and_exits_with_1(samples, tmp_path, program):
     mutation = next(m for m in MUTATIONS if m.name == "window longer")
     bundle, checkpoint = broken(samples, mutation, tmp_path)
-    done = subprocess.run([sys.executable, "-m", "gqa_export", "bisect", str(bundle), "--against", str(checkpoint)],
-                          capture_output=True, text=True, timeout=300, check=False)
+    done = program("bisect", bundle, "--against", checkpoint)
     assert done.returncode == 1, done.stderr
     assert "layer 1, self_attn.attention" in done.stdout
     assert "a window of 17 instead of 16 (wrong mask)" in done.stdout

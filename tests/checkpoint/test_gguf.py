@@ -253,6 +253,7 @@ def test_the_header_of_the_real_file_is_that_of_the_gguf_library():
     assert header.stored_dtype == "float32"
 
 
+@pytest.mark.whole_model
 @pytest.mark.slow
 def test_the_real_file_loads_dequantized_and_speaks(tmp_path):
     from transformers import AutoConfig, AutoTokenizer

@@ -14,16 +14,14 @@ from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.weights.memory_budget import Budget, parse_size, peak_bytes
 
-
-def gqa_export(*words):
-    return subprocess.run([sys.executable, "-m", "gqa_export", *map(str, words)], capture_output=True, text=True)
+pytestmark = pytest.mark.whole_model
 
 
 @pytest.mark.parametrize("weights", ["copy", "link"])
-def test_a_dry_run_writes_nothing_and_names_the_sizes_that_the_export_then_has(tmp_path, weights):
+def test_a_dry_run_writes_nothing_and_names_the_sizes_that_the_export_then_has(tmp_path, program, weights):
     folder = gqa_models.write_tiny("gemma2", tmp_path / "model")
     before = sorted(tmp_path.rglob("*"))
-    said = gqa_export("onnx", folder, "--dry-run", "--weights", weights, "--target", "onnx")
+    said = program("onnx", folder, "--dry-run", "--weights", weights, "--target", "onnx")
     assert said.returncode == 0, said.stderr
     assert sorted(tmp_path.rglob("*")) == before
     done = export_onnx(folder, tmp_path / "out", ExportOptions(weights=weights, target="onnx"))
@@ -35,16 +33,16 @@ def test_a_dry_run_writes_nothing_and_names_the_sizes_that_the_export_then_has(t
     assert len(done.manifest.fallbacks) == said.stdout.count("  fallback: ") == 4
 
 
-def test_a_dry_run_says_for_every_target_what_it_would_do(tmp_path):
+def test_a_dry_run_says_for_every_target_what_it_would_do(tmp_path, program):
     folder = gqa_models.write_tiny("gpt_oss", tmp_path / "model")
-    said = gqa_export("onnx", folder, "--dry-run").stdout
+    said = program("onnx", folder, "--dry-run").stdout
     assert re.search(r"ort +holds all 4 layers as com.microsoft::GroupQueryAttention", said), said
     assert re.search(r"onnx +4 of 4 layers as gqa::GroupedQueryAttention: Attention", said), said
     assert re.search(r"trt-native +refused: ", said), said
 
 
-def test_an_export_without_a_place_to_write_to_is_a_usage_error(tmp_path):
-    done = gqa_export("onnx", gqa_models.write_tiny("llama", tmp_path / "model"))
+def test_an_export_without_a_place_to_write_to_is_a_usage_error(tmp_path, program):
+    done = program("onnx", gqa_models.write_tiny("llama", tmp_path / "model"))
     assert done.returncode == 2
     assert "--output" in done.stderr
 
@@ -60,9 +58,14 @@ def test_what_is_no_size_is_refused(text):
         parse_size(text)
 
 
+def cold(*words):
+    """In a process of its own, from its start: a budget counts all its memory."""
+    return subprocess.run([sys.executable, "-m", "gqa_export", *map(str, words)], capture_output=True, text=True)
+
+
 def test_a_budget_that_is_exceeded_ends_the_export_and_leaves_nothing(tmp_path):
     folder = gqa_models.write_tiny("llama", tmp_path / "model")
-    done = gqa_export("onnx", folder, "-o", tmp_path / "out", "--max-ram", "50MB")
+    done = cold("onnx", folder, "-o", tmp_path / "out", "--max-ram", "50MB")
     assert done.returncode == 2
     assert "--max-ram allows 0.05" in done.stderr
     assert "Traceback" not in done.stderr

@@ -16,6 +16,8 @@ from click.testing import CliRunner
 from gqa_export.cli import main
 from gqa_export.errors import NotCheckedHere
 
+pytestmark = pytest.mark.whole_model
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):

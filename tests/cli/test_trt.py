@@ -15,6 +15,8 @@ from gqa_export.cli import main
 from gqa_export.environment import tensorrt_libraries
 from gqa_export.environment.machine import nvidia
 
+pytestmark = pytest.mark.whole_model
+
 NEEDS_RTX = pytest.mark.skipif(not tensorrt_libraries.is_there("rtx"),
                                reason="TensorRT for RTX is not installed: pip install 'gqa-export[rtx]'")
 NEEDS_NO_GPU = pytest.mark.skipif(bool(nvidia()[1]), reason="this machine has a GPU: TensorRT could build")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from refusal import refused
 
@@ -22,7 +22,9 @@ def by_name(plan):
 
 @settings(max_examples=40, deadline=None)
 @given(capacity=st.integers(8, 600), steps=st.integers(1, 64), window=st.integers(0, 700),
-       original=st.integers(0, 700), vocabulary=st.sampled_from([5, 300, 600_000]))
+       original=st.integers(0, 700), vocabulary=st.sampled_from([5, 300, 40_000]))
+@example(capacity=600, steps=64, window=500, original=400, vocabulary=600_000)  # fed in pieces of 27
+@example(capacity=100, steps=20, window=30, original=0, vocabulary=600_000)
 def test_no_case_ever_exceeds_the_capacity(capacity, steps, window, original, vocabulary):
     plan = plan_cases(spec(window, 0, vocabulary=vocabulary), capacity, steps=steps, original_positions=original)
     for case in plan.cases:

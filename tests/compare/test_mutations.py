@@ -7,7 +7,7 @@ import torch
 
 from .conftest import mutated, torch_verdict
 
-MODELS = ["llama", "mistral", "gemma2", "gpt_oss", "qwen3"]
+pytestmark = pytest.mark.whole_model
 
 
 def layers(model):
@@ -90,7 +90,7 @@ DAMAGE = [
 ]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["mistral", "gpt_oss"])
 def test_pytorch_passes_against_itself(tiny, name):
     verdict = torch_verdict(tiny(name), tiny(name), steps=32)
     assert verdict.passed, str(verdict.first)
@@ -125,15 +125,18 @@ def test_a_dropped_window_first_shows_at_the_first_token_past_it(tiny):
     assert verdict.first.axes["token"] == model.config.sliding_window
 
 
+def test_half_precision_widens_the_bound_and_passes_what_is_the_same(tiny):
+    same = torch_verdict(tiny("llama"), tiny("llama"), dtype="float16")
+    assert same.passed, str(same.first)
+
+
 @pytest.mark.parametrize("change", [scale, theta, key_value_heads_swapped, one_weight_row])
-def test_half_precision_widens_the_bound_and_still_catches(tiny, change):
+def test_half_precision_still_catches(tiny, change):
     def strongly(model):
         for _ in range(100 if change in (scale, theta, one_weight_row) else 1):
             change(model)
 
     model = tiny("llama")
-    same = torch_verdict(model, model, dtype="float16")
-    assert same.passed, str(same.first)
     assert not torch_verdict(model, mutated(model, strongly), dtype="float16").passed
 
 

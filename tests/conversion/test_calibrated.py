@@ -10,6 +10,8 @@ from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.conversion.convert import convert, expand
 from gqa_export.conversion.options import ConvertOptions
 
+pytestmark = pytest.mark.whole_model
+
 
 def options(text_file, **more) -> ConvertOptions:
     return ConvertOptions(method="calibrated", text=text_file, tokens=1024, **more)

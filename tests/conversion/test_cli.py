@@ -12,6 +12,8 @@ from click.testing import CliRunner
 
 from gqa_export import cli
 
+pytestmark = pytest.mark.whole_model
+
 ROOT = Path(cli.__file__).parents[2]
 
 

@@ -9,6 +9,9 @@ import pytest
 
 from gqa_export.environment import tensorrt_libraries
 
+WINDOW, ALL = "sliding_attention", "full_attention"
+KINDS = {"gemma2": [WINDOW, ALL], "gemma3": [WINDOW, ALL], "gpt_oss": [WINDOW, ALL]}
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _kernel_cache(tmp_path_factory) -> None:
@@ -29,7 +32,8 @@ def rtx() -> tensorrt_libraries.Library:
 def tiny_bundle(tmp_path_factory):
     """(name, attention, dtype) -> a bundle of that tiny model, capacity 64, for TensorRT; not to be changed.
 
-    A name may carry a number of heads: "llama_mha 9" has 9 query and 9 key/value heads.
+    A name may carry a number of heads: "llama_mha 9" has 9 query and 9 key/value heads. Two layers, one of each kind
+    where there are two: what an engine costs to build grows with them.
     """
     from gqa_models import write_tiny
 
@@ -45,6 +49,9 @@ def tiny_bundle(tmp_path_factory):
             tiny, _, heads = name.partition(" ")
             config = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), int(heads)) if heads else {}
             config |= {"hidden_size": 16 * int(heads)} if heads else {}
+            config |= {"num_hidden_layers": 2}
+            if tiny in KINDS:
+                config["layer_types"] = KINDS[tiny]
             checkpoint = write_tiny(tiny, folder / "checkpoint", **config)
             made[key] = folder / "bundle"
             export_onnx(checkpoint, made[key], ExportOptions(target=f"trt-{attention}", dtype=dtype, capacity=64))

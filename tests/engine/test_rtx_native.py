@@ -8,8 +8,9 @@ from gqa_export.bundle.manifest import read_manifest
 
 from .built import build, check
 
-NATIVE = [("gemma3", "fp16"), ("mistral", "fp16"), ("qwen3", "bf16"), ("phi3", "fp16"), ("llama_mha 9", "fp16"),
-          ("llama_mqa", "fp16")]
+pytestmark = pytest.mark.whole_model
+
+NATIVE = [("gemma3", "fp16"), ("qwen3", "bf16"), ("phi3", "fp16"), ("llama_mha 9", "fp16"), ("llama_mqa", "fp16")]
 
 
 @pytest.mark.slow

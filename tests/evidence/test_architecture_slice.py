@@ -11,6 +11,8 @@ import gqa_export as gqa
 from gqa_export.bundle.manifest import MODEL
 from gqa_export.describe.architectures import known_names
 
+pytestmark = pytest.mark.whole_model
+
 # What each is here for: patched forward (BERT's shape, BART's, Falcon, RoFormer), patched `_attn` with a window of its
 # own, a table of attention classes, positions from padding, from a cache's length, latent attention (D != E), experts,
 # heads that share one key, partial and interleaved rotary, a window in the mask alone, softcap, sinks, ALiBi, experts

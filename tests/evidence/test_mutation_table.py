@@ -80,6 +80,7 @@ def sample(tmp_path_factory):
     ("newest row lost", {"teacher_forced"}), ("weight row", {"teacher_forced", "free_running", "ragged"}),
     ("cos, sin in fp16", {"teacher_forced", "free_running", "ragged"}), ("tables too short", set()),
 ])
+@pytest.mark.whole_model
 def test_damage_is_caught_by_the_case_that_is_aimed_at_it(sample, tmp_path, kind, quick):
     mutation = next(m for m in MUTATIONS if m.name == kind)
     row = mutation_row(mutation, [sample], tmp_path)
@@ -100,6 +101,7 @@ def real_sample(tmp_path_factory):
     return open_sample("glassllm ort", bundle, checkpoint)
 
 
+@pytest.mark.whole_model
 def test_damage_to_a_real_small_model_is_caught(real_sample, tmp_path):
     rows = prove([real_sample], tmp_path, quick_first=True)  # the undamaged bundle is judged first, at `full`
     assert len(rows) >= 25, "glassllm has no window, sinks, softcap, biases or q norm; the other kinds apply"
@@ -107,16 +109,19 @@ def test_damage_to_a_real_small_model_is_caught(real_sample, tmp_path):
     assert [row.kind for row in rows if not row.caught["full"]] == []
 
 
+@pytest.mark.whole_model
 def test_every_contradiction_is_refused_and_names_what_is_wrong(sample, tmp_path):
     missed = [row.kind for row in contradiction_rows(sample, tmp_path) if not row.caught["quick"]]
     assert not missed
 
 
+@pytest.mark.whole_model
 def test_the_reference_is_computed_once_and_replayed_the_same(sample):
     nothing = {"quick": ()}
     assert judge_damage(sample, sample.bundle, "quick") == judge_damage(sample, sample.bundle, "quick") == nothing
 
 
+@pytest.mark.whole_model
 def test_the_quick_part_of_a_full_run_is_what_a_quick_run_says(sample, tmp_path):
     from evidence.mutations.mutation import break_bundle
 
@@ -126,6 +131,7 @@ def test_the_quick_part_of_a_full_run_is_what_a_quick_run_says(sample, tmp_path)
         assert judge_damage(sample, bad, "quick")["quick"] == judge_damage(sample, bad, "full")["quick"]
 
 
+@pytest.mark.whole_model
 def test_a_sample_that_does_not_pass_proves_nothing(sample, tmp_path):
     from dataclasses import replace
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.files import resume
 
+pytestmark = pytest.mark.whole_model
+
 KILLED = """
 import sys, time
 from gqa_export.files import resume
@@ -32,15 +35,36 @@ export_onnx(sys.argv[1], sys.argv[2], ExportOptions(dtype="fp16"), report)
 """
 
 
-@pytest.fixture
-def killed(tmp_path):
-    """A checkpoint, and the place of an export of it that was killed when most weights were written."""
-    folder = gqa_models.write_tiny("llama", tmp_path / "model")
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(folder), str(tmp_path / "out")], stdout=subprocess.PIPE)
+@pytest.fixture(scope="module")
+def left(tmp_path_factory):
+    """A folder with a checkpoint, `model`, and what an export of it to `out` left that was killed when most weights
+    were written."""
+    root = tmp_path_factory.mktemp("killed")
+    folder = gqa_models.write_tiny("llama", root / "model")
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(folder), str(root / "out")], stdout=subprocess.PIPE)
     assert child.stdout.readline() == b"far enough\n"
     child.send_signal(signal.SIGKILL)
     child.wait()
-    return folder, tmp_path / "out"
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(left, tmp_path_factory):
+    """The same export, undisturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "bundle"
+    return export_onnx(left / "model", folder, ExportOptions(dtype="fp16")), (folder / DATA).read_bytes()
+
+
+@pytest.fixture
+def killed(left):
+    """The checkpoint and the place of the export that was killed, as it was left."""
+    kept = left.with_name(f"{left.name}-kept")
+    if kept.exists():
+        shutil.rmtree(left)  # where the test before worked: a journal names its checkpoint by its place
+    else:
+        shutil.copytree(left, kept)
+    shutil.copytree(kept, left, dirs_exist_ok=True)
+    return left / "model", left / "out"
 
 
 def partials(out):
@@ -60,16 +84,17 @@ def reads_of(monkeypatch):
     return read
 
 
-def test_a_killed_export_is_taken_up_where_it_was_and_gives_the_same_bundle(tmp_path, killed, monkeypatch):
+def test_a_killed_export_is_taken_up_where_it_was_and_gives_the_same_bundle(killed, whole, monkeypatch):
     folder, out = killed
     assert not out.exists()
     assert len(partials(out)) == 1
-    whole = export_onnx(folder, tmp_path / "whole", ExportOptions(dtype="fp16"))
+    undisturbed, data = whole
     read = reads_of(monkeypatch)
     done = export_onnx(folder, out, ExportOptions(dtype="fp16"))
-    assert 0 < sum(read) < whole.manifest.bytes_copied  # fp32 is read for fp16: twice the bytes, of the last part only
-    assert (out / DATA).read_bytes() == (tmp_path / "whole" / DATA).read_bytes()
-    assert done.manifest.files[DATA] == whole.manifest.files[DATA]
+    # fp32 is read for fp16: twice the bytes, of the last part only
+    assert 0 < sum(read) < undisturbed.manifest.bytes_copied
+    assert (out / DATA).read_bytes() == data
+    assert done.manifest.files[DATA] == undisturbed.manifest.files[DATA]
     assert partials(out) == []
     assert not list(out.glob("*journal*")) + list(out.parent.glob("*.lock"))
 
@@ -86,15 +111,14 @@ def test_a_checkpoint_that_changed_meanwhile_is_exported_from_the_start(tmp_path
     assert partials(out) == []
 
 
-def test_a_beginning_that_was_damaged_is_not_taken_over(tmp_path, killed):
+def test_a_beginning_that_was_damaged_is_not_taken_over(killed, whole):
     folder, out = killed
     (partial,) = [out.parent / name for name in partials(out)]
     data = bytearray((partial / DATA).read_bytes())
     data[10] ^= 1
     (partial / DATA).write_bytes(data)
     export_onnx(folder, out, ExportOptions(dtype="fp16"))
-    export_onnx(folder, tmp_path / "whole", ExportOptions(dtype="fp16"))
-    assert (out / DATA).read_bytes() == (tmp_path / "whole" / DATA).read_bytes()
+    assert (out / DATA).read_bytes() == whole[1]
 
 
 def test_the_folder_of_a_living_export_is_left_alone(tmp_path):

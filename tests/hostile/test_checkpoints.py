@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -23,6 +21,8 @@ from gqa_export.checkpoint.pickle_weights import SINGLE
 from gqa_export.errors import GqaExportError, InvalidCheckpoint, UnsupportedModel
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
+
+pytestmark = pytest.mark.whole_model
 
 
 @pytest.fixture
@@ -45,11 +45,6 @@ class Harm:
         return os.mkdir, (str(self.sign),)
 
 
-def verb(name: str, *arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "gqa_export", name, *map(str, arguments)], capture_output=True,
-                          text=True, timeout=300, check=False)
-
-
 def test_a_pickle_is_refused_unless_allowed_and_then_gives_the_same_bundle(pickled, bundle, tmp_path):
     with refused("E-CKPT-PICKLE", InvalidCheckpoint) as refusal:
         open_checkpoint(pickled)
@@ -61,11 +56,11 @@ def test_a_pickle_is_refused_unless_allowed_and_then_gives_the_same_bundle(pickl
         assert (tmp_path / "out" / name).read_bytes() == (bundle / name).read_bytes()
 
 
-def test_the_option_is_off_by_default_at_the_command_line(pickled, tmp_path):
-    done = verb("onnx", pickled, "-o", tmp_path / "out", "--no-validate", "--capacity", 128)
+def test_the_option_is_off_by_default_at_the_command_line(pickled, tmp_path, program):
+    done = program("onnx", pickled, "-o", tmp_path / "out", "--no-validate", "--capacity", 128)
     assert done.returncode == 2
     assert "--allow-pickle" in done.stderr
-    done = verb("onnx", pickled, "-o", tmp_path / "out", "--no-validate", "--capacity", 128, "--allow-pickle")
+    done = program("onnx", pickled, "-o", tmp_path / "out", "--no-validate", "--capacity", 128, "--allow-pickle")
     assert done.returncode == 0, done.stderr
 
 

@@ -21,6 +21,8 @@ from gqa_export.errors import GqaExportError
 from gqa_export.files.staging import writing_folder
 from gqa_export.spec import ModelSpec
 
+pytestmark = pytest.mark.whole_model
+
 SPEC = ModelSpec("x", "X", 5, 6, 8, "", ())
 FILES = 6
 

@@ -18,15 +18,19 @@ import torch
 import transformers
 
 from gqa_export import graph_io
+from gqa_export.checkpoint.open import open_checkpoint
+from gqa_export.exporting.options import ExportOptions
+from gqa_export.exporting.prepare import traced_model
 from gqa_export.graph.match import RECIPE
 from gqa_export.lowering.context import Lowered, LowerOptions
 from gqa_export.lowering.lower import lower
+from gqa_export.progress import silent
 from gqa_export.runtime.feeds import attention_mask
 from gqa_export.spec import ModelSpec
-from gqa_export.trace.tracing import trace
+from gqa_export.targets import get_target
 
-CAPACITY = 64
-
+CAPACITY = 128
+"""that of most tests that export: the traces are the same, and kept for the whole run"""
 
 Overrides = tuple[tuple[str, Any], ...]
 
@@ -38,7 +42,7 @@ def checkpoint(name: str, overrides: Overrides = ()) -> Path:
 
 def canonical(name: str, mode: str = "growing", overrides: Overrides = (), dtype: str = "float32",
               logits: str = "all") -> tuple[onnx.ModelProto, ModelSpec]:
-    """The canonical model and spec of a tiny checkpoint, traced once a process."""
+    """The canonical model and spec of a tiny checkpoint, traced once a run (see `trace_cache`)."""
     return _canonical(name, mode, overrides, dtype, logits)
 
 
@@ -60,8 +64,9 @@ def _checkpoint(name: str, overrides: Overrides) -> Path:
 
 @cache
 def _canonical(name: str, mode: str, overrides: Overrides, dtype: str, logits: str):
-    config = transformers.AutoConfig.from_pretrained(checkpoint(name, overrides))
-    traced = trace(config, dtype=dtype, cache=mode, capacity=CAPACITY, logits=logits)
+    options = ExportOptions("ort", cache=mode, capacity=CAPACITY, logits=logits)
+    found = open_checkpoint(checkpoint(name, overrides))
+    traced, _ = traced_model(found, options, dtype, get_target("ort"), silent)
     return traced.model, traced.spec
 
 

@@ -36,8 +36,8 @@ SHAPES = [
 FACTORS = {
     "shape": SHAPES,
     "kv_heads": [1, 2],
-    "group": [1, 3, 5, 7, 8, 16],
-    "head": [8, 40, 64, 80, 96, 128, 192, 256],
+    "group": [1, 3, 7, 8, 16],  # one head, rows of a tile left over twice, half a tile, a whole one
+    "head": [8, 40, 64, 96, 256],  # padded to a power of two or one already; others differ in neither
     "value_head": ["same", 24],
     "dtype": ["fp16", "fp32"],
     "window": [0, 1, 16, 17],
@@ -72,7 +72,7 @@ def test_kernels_are_as_close_to_fp64_as_twice_eager(row: dict) -> None:
     assert_close_as_eager(output, problem)
 
 
-@pytest.mark.parametrize("row", ROWS[::9], ids=name_of)
+@pytest.mark.parametrize("row", ROWS[::7], ids=name_of)
 def test_bf16_is_as_close_to_fp64_as_twice_eager_when_widened(row: dict) -> None:
     problem = make(case_of({**row, "dtype": "bf16"}))
     before_key, before_value = problem.past_key.clone(), problem.past_value.clone()

@@ -39,15 +39,18 @@ def no_trace_cache(monkeypatch):
     monkeypatch.setenv("GQA_EXPORT_TRACE_CACHE", "off")
 
 
-SHORTER = {"gemma3": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}}
-"""each kind of layer once: the stock way takes 4 s a layer"""
+SHORTER = {"gemma3": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+           "llama_tied": {"num_hidden_layers": 2}, "stablelm": {"num_hidden_layers": 1},
+           "granite": {"num_hidden_layers": 1}}
+"""each kind of layer once, and one kind twice: the stock way takes 4 s a layer"""
 
 
+@pytest.mark.whole_model
 @pytest.mark.usefixtures("no_trace_cache")
-@pytest.mark.parametrize("name", ["llama_tied", "gemma3", "stablelm", "granite"])
+@pytest.mark.parametrize("name", SHORTER)
 def test_the_light_capture_is_the_graph_of_torch_export(tmp_path, monkeypatch, name):
     options = {"dtype": "float16", "cache": "static", "capacity": 64, "logits": "last", "interface": "lengths"}
-    config = config_of(name, tmp_path, **SHORTER.get(name, {}))
+    config = config_of(name, tmp_path, **SHORTER[name])
     ways = []
     stock = export._stock
     monkeypatch.setattr(export, "_stock", lambda *rest: ways.append("stock") or stock(*rest))
@@ -131,6 +134,7 @@ def test_types_are_promoted_where_they_mix_and_only_there():
     assert model.graph.outputs[0].dtype.name == "FLOAT"
 
 
+@pytest.mark.whole_model
 @pytest.mark.usefixtures("no_trace_cache")
 def test_a_model_that_computes_otherwise_at_other_lengths_is_refused_with_the_length(tmp_path):
     """BigBird sees every token up to 704 of them, and beyond a choice of blocks."""
@@ -141,6 +145,7 @@ def test_a_model_that_computes_otherwise_at_other_lengths_is_refused_with_the_le
     assert "new <= 704 fails at new = 1024" in refusal.error.what
 
 
+@pytest.mark.whole_model
 def test_experts_that_add_in_place_take_the_light_way_and_are_summed_in_fp32(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_stock", lambda *_: pytest.fail("the light way did not do"))
     model = trace(config_of("gpt_oss", tmp_path, num_hidden_layers=1), dtype="float16", cache="growing", capacity=64,

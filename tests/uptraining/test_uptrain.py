@@ -22,6 +22,8 @@ from gqa_export.uptraining.options import UptrainOptions, steps_of
 from gqa_export.uptraining.trainer import divergence, last_checkpoint
 from gqa_export.uptraining.uptrain import uptrain, work_folder
 
+pytestmark = pytest.mark.whole_model
+
 
 def options(book, **more) -> UptrainOptions:
     return UptrainOptions(**{"text": str(book), "steps": 8, "length": 32, "batch": 4, "learning_rate": 1e-3,

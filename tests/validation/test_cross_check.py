@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +17,8 @@ from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.validation.cross_check import cross_check
 
+pytestmark = pytest.mark.whole_model
+
 STEPS = 4
 
 
@@ -30,7 +30,7 @@ def bundles(tmp_path_factory) -> dict[str, Path]:
     for name, target, cache in (("ort", "ort", "growing"), ("static", "ort", "static"),
                                 ("portable", "portable", "growing")):
         made[name] = folder / name
-        export_onnx(checkpoint, made[name], ExportOptions(target=target, cache=cache, capacity=96, dtype="fp32"))
+        export_onnx(checkpoint, made[name], ExportOptions(target=target, cache=cache, capacity=128, dtype="fp32"))
     return made
 
 
@@ -78,18 +78,13 @@ def test_bundles_of_different_models_are_refused_by_what_tells_them_apart(bundle
     assert "model_type is mistral and llama" in refusal.error.what
 
 
-def command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "gqa_export", "validate", *map(str, arguments)],
-                          capture_output=True, text=True, timeout=300, check=False)
-
-
-def test_the_command_takes_several_bundles_without_a_checkpoint(bundles):
-    done = command(bundles["ort"], bundles["static"], "--steps", STEPS)
+def test_the_command_takes_several_bundles_without_a_checkpoint(bundles, program):
+    done = program("validate", bundles["ort"], bundles["static"], "--steps", STEPS)
     assert done.returncode == 0, done.stderr
     assert "PASSED" in done.stdout
 
 
-def test_one_bundle_without_a_checkpoint_is_refused(bundles):
-    done = command(bundles["ort"])
+def test_one_bundle_without_a_checkpoint_is_refused(bundles, program):
+    done = program("validate", bundles["ort"])
     assert done.returncode == 2
     assert "--against" in done.stderr
