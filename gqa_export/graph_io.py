@@ -8,6 +8,7 @@ BNSH: [B, K, T, D].
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -45,6 +46,15 @@ def past_names(layer: int) -> tuple[str, str]:
 def present_names(layer: int) -> tuple[str, str]:
     """Names of a layer's cache outputs: key, value."""
     return f"present.{layer}.key", f"present.{layer}.value"
+
+
+_CACHE_NAME = re.compile(r"(?:past_key_values|present)\.(0|[1-9][0-9]*)\.(?:key|value)")
+
+
+def layer_of_cache(name: str) -> int | None:
+    """The number of the layer whose cache an input or output of this name is; None for any other name."""
+    found = _CACHE_NAME.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 def cache_inputs(spec: ModelSpec, dtype: str, cache: str, capacity: int | str = CAPACITY) -> tuple[TensorFact, ...]:
