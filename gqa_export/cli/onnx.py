@@ -106,7 +106,7 @@ def describe(bundle: Bundle) -> None:
     for fallback in manifest.fallbacks:
         place = f"layer {fallback.layer}" if fallback.layer >= 0 else "model"
         click.echo(f"  fallback: {place}: {fallback.used} instead of {fallback.wanted}: {fallback.reason}")
-    for note in export.notes:
+    for note in (*export.remarks, *export.notes):
         click.echo(f"  note: {note}")
 
 
