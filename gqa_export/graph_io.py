@@ -58,14 +58,13 @@ def layer_of_cache(name: str) -> int | None:
 
 
 def cache_inputs(spec: ModelSpec, dtype: str, cache: str, capacity: int | str = CAPACITY) -> tuple[TensorFact, ...]:
-    """Cache inputs of all layers, in graph order. `cache`: "growing" or "static"; `capacity`: of a static one, where
-    it is literal."""
+    """Cache inputs of all layers, in graph order. Arguments as of `graph_inputs`."""
     axis = PAST if cache == "growing" else capacity
     return _cache_facts(spec, dtype, axis, past_names)
 
 
 def cache_outputs(spec: ModelSpec, dtype: str, cache: str, capacity: int | str = CAPACITY) -> tuple[TensorFact, ...]:
-    """Cache outputs of all layers, in graph order. Arguments as of `cache_inputs`."""
+    """Cache outputs of all layers, in graph order. Arguments as of `graph_inputs`."""
     axis = TOTAL if cache == "growing" else capacity
     return _cache_facts(spec, dtype, axis, present_names)
 
@@ -81,8 +80,15 @@ def _cache_facts(spec: ModelSpec, dtype: str, axis: int | str, names) -> tuple[T
 
 def graph_inputs(spec: ModelSpec, dtype: str, cache: str, interface: str = "mask",
                  capacity: int | str = CAPACITY) -> tuple[TensorFact, ...]:
-    """All inputs, in order. `interface`: "mask" (`ort`, `onnx`, `portable`) or "lengths" (`trt-*`, all int32).
-    `capacity`: that of a static cache where it is literal (`trt-*`)."""
+    """All inputs of a bundle's graph, in order.
+
+    Args:
+        spec: the model.
+        dtype: of the cache, a numpy name such as "float32".
+        cache: "growing" or "static".
+        interface: "mask" (`ort`, `onnx`, `portable`) or "lengths" (`trt-*`, all int32).
+        capacity: tokens of a static cache where that is literal (`trt-*`); the named axis where it is not.
+    """
     if interface == "mask":
         head = [TensorFact(INPUT_IDS, "int64", (BATCH, SEQUENCE)), TensorFact(ATTENTION_MASK, "int64", (BATCH, TOTAL))]
     else:
@@ -93,6 +99,14 @@ def graph_inputs(spec: ModelSpec, dtype: str, cache: str, interface: str = "mask
 
 def graph_outputs(spec: ModelSpec, dtype: str, cache: str, logits: str,
                   capacity: int | str = CAPACITY) -> tuple[TensorFact, ...]:
-    """All outputs, in order. `logits`: "all" gives [batch, sequence, vocabulary], "last" [batch, 1, vocabulary]."""
+    """All outputs of a bundle's graph, in order.
+
+    Args:
+        spec: the model.
+        dtype: of logits and cache, a numpy name such as "float32".
+        cache: "growing" or "static".
+        logits: "all" gives [batch, sequence, vocabulary], "last" [batch, 1, vocabulary].
+        capacity: as of `graph_inputs`.
+    """
     rows: int | str = SEQUENCE if logits == "all" else 1
     return (TensorFact(LOGITS, dtype, (BATCH, rows, spec.vocabulary)), *cache_outputs(spec, dtype, cache, capacity))

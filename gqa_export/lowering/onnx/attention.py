@@ -64,10 +64,10 @@ class Lengths:
         sound_B1 = node("sound", "Not", broken_B1)
         self.row_BS1 = node("row/column", "Unsqueeze", row_BS, [2])
         self.real_BS1 = node("real", "Unsqueeze", node("real_row", "And", row_BS, sound_B1), [2])
-        loud_BS1 = node("loud", "Unsqueeze", node("loud_row", "And", row_BS, broken_B1), [2])
+        misused_BS1 = node("loud", "Unsqueeze", node("loud_row", "And", row_BS, broken_B1), [2])
         nan, zero = (edit.constant(f"lengths/{name}", np.array(value), self.element)
                      for name, value in (("nan", np.nan), ("zero", 0.0)))
-        self.fill_BS1 = node("fill", "Where", loud_BS1, nan, zero)
+        self.fill_BS1 = node("fill", "Where", misused_BS1, nan, zero)
 
     def _growing_places(self) -> None:
         """Row t of the present: t of past, else t - past_length of new, else (no valid token) the row of zeros."""
