@@ -55,7 +55,7 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
            logits: Logits | None = None, provider: Provider = "auto", revision: str | None = None,
            tokenizer: PreTrainedTokenizerBase | None = None, full_hash: bool = False, max_ram: int | str | None = None,
            text_only: bool = False, allow_pickle: bool = False, force: bool = False,
-           progress: Progress | None = None) -> Bundle:
+           dump_passes: Place | None = None, progress: Progress | None = None) -> Bundle:
     """Export a decoder to ONNX. Nothing is compared yet: `Bundle.validate` does that.
 
     Args:
@@ -72,7 +72,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
         tokenizer: of a model in memory; a checkpoint's own is found.
         full_hash: sha256 of linked weight files too. max_ram: stop rather than occupy more, in bytes or as "1GB".
         text_only: of a multimodal model the language model alone. allow_pickle: also read weights from pickle files.
-        force: replace an earlier bundle.
+        force: replace an earlier bundle, and an earlier dump.
+        dump_passes: an empty folder for the graph after each rewriting pass, without weights.
 
     Raises:
         InvalidCheckpoint, UnsupportedModel, GqaExportError: nothing is left behind then.
@@ -80,7 +81,7 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
     from .exporting.to_onnx import export_onnx
 
     options = _export_options(target, dtype, cache, capacity, weights, logits, provider, revision, full_hash, max_ram,
-                              text_only, force)
+                              text_only, force, path_of(dump_passes))
     _refuse_tokenizer(source, tokenizer)
     with pickles_allowed(allow_pickle), opened(source, tokenizer, text_only=text_only) as place:
         done = export_onnx(place, output, options, progress)
@@ -226,13 +227,14 @@ def doctor() -> Diagnosis:
 
 def _export_options(target: Target, dtype: Dtype, cache: Cache | None, capacity: int | None, weights: Weights,
                     logits: Logits | None, provider: Provider, revision: str | None, full_hash: bool,
-                    max_ram: int | str | None, text_only: bool, force: bool) -> ExportOptions:
+                    max_ram: int | str | None, text_only: bool, force: bool,
+                    dump_passes: Path | None = None) -> ExportOptions:
     from .exporting.options import ExportOptions
     from .weights.memory_budget import parse_size
 
     most = parse_size(max_ram) if isinstance(max_ram, str) else max_ram or 0
     return ExportOptions(target, dtype, cache or "", capacity or 0, weights, logits or "", provider, force, full_hash,
-                         most, text_only, revision)
+                         most, text_only, revision, dump_passes)
 
 
 def _refuse_tokenizer(source: Place | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:

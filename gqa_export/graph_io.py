@@ -8,6 +8,7 @@ BNSH: [B, K, T, D].
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -50,15 +51,23 @@ def present_names(layer: int) -> tuple[str, str]:
     return f"present.{layer}.key", f"present.{layer}.value"
 
 
+_CACHE_NAME = re.compile(r"(?:past_key_values|present)\.(0|[1-9][0-9]*)\.(?:key|value)")
+
+
+def layer_of_cache(name: str) -> int | None:
+    """The number of the layer whose cache an input or output of this name is; None for any other name."""
+    found = _CACHE_NAME.fullmatch(name)
+    return int(found[1]) if found else None
+
+
 def cache_inputs(spec: ModelSpec, dtype: str, cache: str, capacity: int | str = CAPACITY) -> tuple[TensorFact, ...]:
-    """Cache inputs of all layers, in graph order. `cache`: "growing" or "static"; `capacity`: of a static one, where
-    it is literal."""
+    """Cache inputs of all layers, in graph order. Arguments as of `graph_inputs`."""
     axis = PAST if cache == "growing" else capacity
     return _cache_facts(spec, dtype, axis, past_names)
 
 
 def cache_outputs(spec: ModelSpec, dtype: str, cache: str, capacity: int | str = CAPACITY) -> tuple[TensorFact, ...]:
-    """Cache outputs of all layers, in graph order. Arguments as of `cache_inputs`."""
+    """Cache outputs of all layers, in graph order. Arguments as of `graph_inputs`."""
     axis = TOTAL if cache == "growing" else capacity
     return _cache_facts(spec, dtype, axis, present_names)
 
@@ -74,8 +83,15 @@ def _cache_facts(spec: ModelSpec, dtype: str, axis: int | str, names) -> tuple[T
 
 def graph_inputs(spec: ModelSpec, dtype: str, cache: str, interface: str = "mask",
                  capacity: int | str = CAPACITY) -> tuple[TensorFact, ...]:
-    """All inputs, in order. `interface`: "mask" (`ort`, `onnx`, `portable`) or "lengths" (`trt-*`, all int32).
-    `capacity`: that of a static cache where it is literal (`trt-*`)."""
+    """All inputs of a bundle's graph, in order.
+
+    Args:
+        spec: the model.
+        dtype: of the cache, a numpy name such as "float32".
+        cache: "growing" or "static".
+        interface: "mask" (`ort`, `onnx`, `portable`) or "lengths" (`trt-*`, all int32).
+        capacity: tokens of a static cache where that is literal (`trt-*`); the named axis where it is not.
+    """
     if interface == "mask":
         head = [TensorFact(INPUT_IDS, "int64", (BATCH, SEQUENCE)), TensorFact(ATTENTION_MASK, "int64", (BATCH, TOTAL))]
     else:
@@ -86,6 +102,14 @@ def graph_inputs(spec: ModelSpec, dtype: str, cache: str, interface: str = "mask
 
 def graph_outputs(spec: ModelSpec, dtype: str, cache: str, logits: str,
                   capacity: int | str = CAPACITY) -> tuple[TensorFact, ...]:
-    """All outputs, in order. `logits`: "all" gives [batch, sequence, vocabulary], "last" [batch, 1, vocabulary]."""
+    """All outputs of a bundle's graph, in order.
+
+    Args:
+        spec: the model.
+        dtype: of logits and cache, a numpy name such as "float32".
+        cache: "growing" or "static".
+        logits: "all" gives [batch, sequence, vocabulary], "last" [batch, 1, vocabulary].
+        capacity: as of `graph_inputs`.
+    """
     rows: int | str = SEQUENCE if logits == "all" else 1
     return (TensorFact(LOGITS, dtype, (BATCH, rows, spec.vocabulary)), *cache_outputs(spec, dtype, cache, capacity))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from .errors import GqaExportError
+from .errors import GqaExportError, UnsupportedModel
 from .spec import DTYPES, AttentionSpec, Fallback
 
 FLOATS = tuple(DTYPES.values())
@@ -20,9 +20,16 @@ FLOATS = tuple(DTYPES.values())
 class Target:
     """What a target's graph looks like and what its attention op can hold.
 
-    interface: "mask" (attention_mask) or "lengths" (past_lengths, new_lengths). attention: the op a layer becomes;
-    fallback: what a layer becomes that it cannot hold, "" if then the export is refused. dtypes: per execution
-    provider, what its kernels take; a provider that is not there cannot run this target.
+    Attributes:
+        name: as in `--target`.
+        attention: the op that a layer becomes.
+        fallback: what a layer becomes that `attention` cannot hold; "" if the export is refused then.
+        opset, ir_version: of the model.
+        caches: "growing", "static" or both, the default first.
+        interface: "mask" (attention_mask) or "lengths" (past_lengths, new_lengths).
+        logits: "all", "last" or both, the default first.
+        dtypes: per execution provider, the types that its kernels take; a provider that is not listed cannot run
+            this target.
     """
 
     name: str
@@ -42,8 +49,6 @@ class Target:
     head_size_multiple: int = 1
     head_size_most: int = 0
     """0 is no limit"""
-    shared_cache_layers: bool = False
-    """a layer may read another layer's present and write nothing"""
     runs_in_onnxruntime: bool = True
     """a session of ONNX Runtime is what its bundles are for"""
     engine: bool = False
@@ -73,23 +78,22 @@ class Target:
     """the model carries the op as a model-local function"""
     dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def cannot_hold(self, layer: AttentionSpec) -> str:
-        """Why `attention` cannot hold a layer; "" if it can."""
-        if layer.window and not self.window:
-            return f"{self.attention} has no window and this layer sees {layer.window} tokens"
-        if layer.softcap and not self.softcap:
-            return f"{self.attention} cannot be relied on to cap scores, and this layer caps them at {layer.softcap:g}"
-        if layer.sinks and not self.sinks:
-            return f"{self.attention} has no attention sinks"
-        if layer.value_head_size != layer.head_size and not self.value_head_size_differs:
-            return (f"{self.attention} wants one head size, this layer's keys have {layer.head_size} "
-                    f"and its values {layer.value_head_size}")
-        if layer.head_size % self.head_size_multiple:
-            return f"{self.attention} wants a head size divisible by {self.head_size_multiple}, not {layer.head_size}"
-        if self.head_size_most and max(layer.head_size, layer.value_head_size) > self.head_size_most:
-            return (f"{self.attention} takes head sizes up to {self.head_size_most}, not "
-                    f"{max(layer.head_size, layer.value_head_size)}")
-        return ""
+    def cannot_hold(self, layer: AttentionSpec) -> list[str]:
+        """Every reason why `attention` cannot hold a layer; empty if it can."""
+        op, largest = self.attention, max(layer.head_size, layer.value_head_size)
+        conditions = (
+            (layer.window and not self.window, f"{op} has no window and this layer sees {layer.window} tokens"),
+            (layer.softcap and not self.softcap,
+             f"{op} cannot be relied on to cap scores, and this layer caps them at {layer.softcap:g}"),
+            (layer.sinks and not self.sinks, f"{op} has no attention sinks"),
+            (layer.value_head_size != layer.head_size and not self.value_head_size_differs,
+             f"{op} takes one head size, this layer's keys have {layer.head_size} and its values "
+             f"{layer.value_head_size}"),
+            (layer.head_size % self.head_size_multiple,
+             f"{op} takes head sizes divisible by {self.head_size_multiple}, not {layer.head_size}"),
+            (self.head_size_most and largest > self.head_size_most,
+             f"{op} takes head sizes up to {self.head_size_most}, not {largest}"))
+        return [reason for failed, reason in conditions if failed]
 
     def writes_in_place(self, fallbacks: Iterable[Fallback]) -> bool:
         """Whether past and present may be the same memory in a graph with these fallbacks: if every layer got the
@@ -134,17 +138,72 @@ CPU = MappingProxyType({"cpu": ("float32",)})
 TARGETS: dict[str, Target] = {row.name: row for row in _ROWS}
 
 
+def layers_label(numbers: Iterable[int]) -> str:
+    """Layer numbers in words: "layer 3", "layers 0-2, 5"."""
+    ordered = sorted(set(numbers))
+    runs: list[list[int]] = []
+    for number in ordered:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    parts = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    return f"layer{'s' if len(ordered) > 1 else ''} {', '.join(parts)}"
+
+
+def by_reason(found: Iterable[tuple[int, str]]) -> list[str]:
+    """One line for each different reason, in the order in which they appear, with the layers that it concerns.
+    found: a layer's number and a reason."""
+    layers: dict[str, list[int]] = {}
+    for number, reason in found:
+        layers.setdefault(reason, []).append(number)
+    return [f"{layers_label(numbers)}: {reason}" for reason, numbers in layers.items()]
+
+
+def reasons_against(layers: Iterable[AttentionSpec], target: Target) -> list[str]:
+    """Every reason why the attention op of `target` cannot hold a model's layers, with the layers it concerns."""
+    return by_reason((layer.layer, reason) for layer in layers for reason in target.cannot_hold(layer))
+
+
 def refuse_layers(layers: Iterable[AttentionSpec], target: Target) -> None:
-    """Raise GqaExportError for the first layer that `target` can hold in no way, naming a target that can."""
+    """Refuse a model that `target` cannot hold.
+
+    Raises:
+        UnsupportedModel: the target has no fallback, and its attention op cannot hold some layer. Every reason is
+            given, and the targets with the same interface that can hold the model.
+    """
     layers = list(layers)
-    for layer in layers:
-        reason = "" if target.fallback else target.cannot_hold(layer)
-        if reason:
-            others = [row.name for row in TARGETS.values() if row.interface == target.interface
-                      and not any(row.cannot_hold(each) for each in layers)]
-            raise GqaExportError(reason, f"layer {layer.layer}, target {target.name}",
-                                 f"use --target {' or '.join(others)}" if others else
-                                 "use --target ort and ONNX Runtime: no target for TensorRT can hold this model")
+    reasons = [] if target.fallback else reasons_against(layers, target)
+    if not reasons:
+        return
+    others = [row.name for row in TARGETS.values() if row.interface == target.interface
+              and not any(row.cannot_hold(layer) for layer in layers)]
+    held = [layer.layer for layer in layers if target.cannot_hold(layer)]
+    raise UnsupportedModel("; ".join(reasons), f"{layers_label(held)}, target {target.name}",
+                           f"use --target {' or '.join(others)}" if others else
+                           "use --target ort and ONNX Runtime: no target for TensorRT can hold this model",
+                           code="E-TARGET-LAYER")
+
+
+def refuse_options(target: Target, cache: str, logits: str) -> None:
+    """Refuse options that a target does not have, all of them at once.
+
+    Args:
+        target: the row.
+        cache: "growing" or "static".
+        logits: "all" or "last".
+
+    Raises:
+        GqaExportError: the target has no such cache or does not give such logits.
+    """
+    wrong = [(option, value, known) for option, value, known in
+             (("cache", cache, target.caches), ("logits", logits, target.logits)) if value not in known]
+    if wrong:
+        raise GqaExportError(f"target {target.name} does not support "
+                             + " and ".join(f"{value} {option}" for option, value, _ in wrong),
+                             ", ".join(f"--{option}" for option, _, _ in wrong),
+                             "use " + " ".join(f"--{option} {known[0]}" for option, _, known in wrong),
+                             code="E-TARGET-OPTION")
 
 
 def on_cpu(target: Target) -> Target:
@@ -153,7 +212,12 @@ def on_cpu(target: Target) -> Target:
 
 
 def get_target(name: str) -> Target:
-    """The row of a target, or a GqaExportError that lists them."""
+    """The row of a target.
+
+    Raises:
+        GqaExportError: there is none of this name; the names are listed.
+    """
     if name not in TARGETS:
-        raise GqaExportError(f"unknown target {name!r}", "--target", f"one of {', '.join(TARGETS)}")
+        raise GqaExportError(f"unknown target {name!r}", "--target", f"use one of {', '.join(TARGETS)}",
+                             code="E-TARGET-NAME")
     return TARGETS[name]

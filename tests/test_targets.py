@@ -6,10 +6,19 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
+from refusal import refused
 
-from gqa_export.errors import GqaExportError
+from gqa_export.errors import UnsupportedModel
 from gqa_export.spec import AttentionSpec
-from gqa_export.targets import TARGETS, get_target
+from gqa_export.targets import (
+    TARGETS,
+    by_reason,
+    get_target,
+    layers_label,
+    reasons_against,
+    refuse_layers,
+    refuse_options,
+)
 
 LAYER = AttentionSpec(0, num_heads=8, kv_num_heads=2, head_size=64, value_head_size=64, scale=0.125)
 
@@ -21,7 +30,7 @@ def test_every_row_knows_its_caches_interface_and_types(target):
     assert target.interface in ("mask", "lengths")
     assert target.dtypes
     assert target.ir_version <= 13
-    assert target.cannot_hold(LAYER) == ""
+    assert target.cannot_hold(LAYER) == []
 
 
 @pytest.mark.parametrize("name", ["ort", "onnx", "portable"])
@@ -31,9 +40,9 @@ def test_every_target_of_onnx_runtime_has_its_module(name):
 
 
 def test_an_unknown_target_lists_the_known_ones():
-    with pytest.raises(GqaExportError) as caught:
+    with refused("E-TARGET-NAME") as refusal:
         get_target("tflite")
-    assert all(name in caught.value.fix for name in TARGETS)
+    assert all(name in refusal.error.fix for name in TARGETS)
 
 
 @pytest.mark.parametrize(("fact", "layer", "reason"), [
@@ -44,8 +53,50 @@ def test_an_unknown_target_lists_the_known_ones():
     ({"head_size_multiple": 48}, {}, "divisible by 48, not 64")])
 def test_what_an_op_cannot_hold_is_said(fact, layer, reason):
     target = replace(TARGETS["portable"], **fact)
-    assert reason in target.cannot_hold(replace(LAYER, **layer))
-    assert TARGETS["portable"].cannot_hold(replace(LAYER, **layer)) == ""
+    (found,) = target.cannot_hold(replace(LAYER, **layer))
+    assert reason in found
+    assert TARGETS["portable"].cannot_hold(replace(LAYER, **layer)) == []
+
+
+def test_every_reason_against_a_layer_is_given():
+    target = replace(TARGETS["portable"], window=False, softcap=False, sinks=False, head_size_most=32,
+                     value_head_size_differs=False)
+    layer = replace(LAYER, window=9, softcap=2.0, sinks=True, value_head_size=16)
+    reasons = target.cannot_hold(layer)
+    assert len(reasons) == len(set(reasons)) == 5
+    for word in ("window", "cap", "sinks", "one head size", "up to 32"):
+        assert sum(word in reason for reason in reasons) == 1, word
+
+
+def test_each_reason_stands_once_with_all_the_layers_it_concerns():
+    layers = [replace(LAYER, layer=number, softcap=5.0, sinks=number % 2 == 0) for number in range(5)]
+    assert reasons_against(layers, TARGETS["trt-native"]) == [
+        "layers 0-4: Attention cannot be relied on to cap scores, and this layer caps them at 5",
+        "layers 0, 2, 4: Attention has no attention sinks"]
+    with refused("E-TARGET-LAYER", UnsupportedModel) as refusal:
+        refuse_layers(layers, TARGETS["trt-native"])
+    assert "layers 0-4" in refusal.error.what
+    assert "layers 0, 2, 4" in refusal.error.what
+    assert refusal.error.fix == "use --target trt-plugin"
+    refuse_layers(layers, TARGETS["onnx"])  # it has a fallback
+
+
+@pytest.mark.parametrize(("numbers", "label"), [([3], "layer 3"), ([0, 1], "layers 0-1"),
+                                                ([5, 0, 2, 1], "layers 0-2, 5"), ([1, 3, 5, 6], "layers 1, 3, 5-6")])
+def test_layer_numbers_are_joined_to_ranges(numbers, label):
+    assert layers_label(numbers) == label
+
+
+def test_reasons_keep_the_order_in_which_they_appear():
+    assert by_reason([(2, "b"), (0, "a"), (1, "b")]) == ["layers 1-2: b", "layer 0: a"]
+
+
+def test_all_options_that_a_target_lacks_are_refused_at_once():
+    refuse_options(TARGETS["trt-plugin"], "static", "last")
+    with refused("E-TARGET-OPTION") as refusal:
+        refuse_options(TARGETS["trt-plugin"], "growing", "all")
+    assert refusal.error.where == "--cache, --logits"
+    assert refusal.error.fix == "use --cache static --logits last"
 
 
 def test_rotation_inside_asks_for_its_multiples():

@@ -43,11 +43,13 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Replace an earlier bundle.")
 @click.option("--max-ram", default=None, metavar="SIZE", help="Memory budget (1GB): stop before more is allocated.")
 @click.option("--text-only", is_flag=True, help="Export only the language model of a multimodal model, for token ids.")
+@click.option("--dump-passes", type=click.Path(path_type=Path), metavar="DIR",
+              help="Write the graph after each rewriting pass to DIR, without weights.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, its size, time and memory; write nothing.")
 @revision_option
 @trust_options
 def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, provider: Provider, hash_full: bool,
-            force: bool, allow_pickle: bool, revision: str | None, **options: Any) -> None:
+            force: bool, allow_pickle: bool, revision: str | None, dump_passes: Path | None, **options: Any) -> None:
     """Export CHECKPOINT (a folder, a hub id or a .gguf file) to an ONNX bundle.
 
     If this machine cannot run the bundle's number format (bf16 on a CPU), its fp32 twin is compared.
@@ -59,6 +61,8 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, pr
     from .progress import progress
 
     options.update(provider=provider, revision=revision, allow_pickle=allow_pickle)
+    if dry_run and dump_passes:
+        raise click.UsageError("--dry-run writes nothing: leave out --dump-passes.")
     if dry_run:
         with progress(f"planning the export of {checkpoint}") as bar, no_collection():
             plan = api.plan_export(checkpoint, output, progress=bar.report, **options)
@@ -67,7 +71,8 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, pr
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     with progress(f"exporting {checkpoint}") as bar, no_collection():
-        bundle = api.export(checkpoint, output, full_hash=hash_full, force=force, progress=bar.report, **options)
+        bundle = api.export(checkpoint, output, full_hash=hash_full, force=force, dump_passes=dump_passes,
+                            progress=bar.report, **options)
     describe(bundle)
     if check:
         raise SystemExit(_validate(bundle, checkpoint, provider, allow_pickle))
@@ -101,7 +106,7 @@ def describe(bundle: Bundle) -> None:
     for fallback in manifest.fallbacks:
         place = f"layer {fallback.layer}" if fallback.layer >= 0 else "model"
         click.echo(f"  fallback: {place}: {fallback.used} instead of {fallback.wanted}: {fallback.reason}")
-    for note in export.notes:
+    for note in (*export.remarks, *export.notes):
         click.echo(f"  note: {note}")
 
 

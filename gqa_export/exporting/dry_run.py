@@ -10,7 +10,7 @@ from ..bundle.manifest import DATA, MODEL
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.tokenizer import tokenizer_files
 from ..progress import Progress, silent
-from ..targets import TARGETS, Target
+from ..targets import TARGETS, Target, reasons_against
 from ..weights.dtypes import cast
 from ..weights.layout import Arrangement, arrange
 from ..weights.memory_budget import Budget, peak_bytes
@@ -77,15 +77,15 @@ def dry_run(source: str | Path | Checkpoint, options: ExportOptions, output: Pat
 def _suits(target: Target, ready: Prepared) -> str:
     """What a target would do with each layer, by the table."""
     layers = ready.traced.spec.layers
-    reasons = {layer.layer: why for layer in layers if (why := target.cannot_hold(layer))}
+    reasons = "; ".join(reasons_against(layers, target))
+    unheld = sum(bool(target.cannot_hold(layer)) for layer in layers)
     runs = ", ".join(provider for provider, types in target.dtypes.items() if ready.dtype in types)
     where = f"runs {ready.dtype} on {runs}" if runs else f"has no kernels for {ready.dtype}"
     if not reasons:
         return f"holds all {len(layers)} layers as {target.attention}; {where}"
-    first = next(iter(reasons.values()))
     if target.fallback:
-        return f"{len(reasons)} of {len(layers)} layers as {target.fallback}: {first}; {where}"
-    return f"refused: {first}"
+        return f"{unheld} of {len(layers)} layers as {target.fallback}: {reasons}; {where}"
+    return f"refused: {reasons}"
 
 
 def _weights_seconds(plan: Arrangement) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..weights.layout import Mode
 
@@ -13,7 +14,8 @@ DEFAULT_CAPACITY = 4096
 class ExportOptions:
     """What `gqa-export onnx` takes. dtype: "auto" is the checkpoint's. capacity 0: min(the model's, 4096).
     cache and logits "": the target's own. max_ram: bytes this process may occupy, 0 is no limit. text_only: of a
-    multimodal model the language model alone. revision: branch, tag or commit of a hub id, None is its main branch."""
+    multimodal model the language model alone. revision: branch, tag or commit of a hub id, None is its main branch.
+    dump_passes: a folder for the graph after each pass."""
 
     target: str = "ort"
     dtype: str = "auto"
@@ -27,3 +29,4 @@ class ExportOptions:
     max_ram: int = 0
     text_only: bool = False
     revision: str | None = None
+    dump_passes: Path | None = None

@@ -43,17 +43,14 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
             output: Path | None = None) -> Prepared:
     """Open, trace and lower a checkpoint. output: None where nothing will be written."""
     from ..lowering.context import LowerOptions
+    from ..lowering.dump import PassDump
     from ..lowering.lower import lower
-    from ..targets import get_target
+    from ..targets import get_target, refuse_options
 
     target = get_target(options.target)
     options = replace(options, cache=options.cache or target.caches[0], logits=options.logits or target.logits[0])
-    if options.cache not in target.caches:
-        raise GqaExportError(f"target {target.name} does not support a {options.cache} cache", "--cache",
-                             f"use --cache {target.caches[0]}", code="E-OPTION-CACHE")
-    if options.logits not in target.logits:
-        raise GqaExportError(f"target {target.name} does not give {options.logits} logits", "--logits",
-                             f"use --logits {target.logits[0]}", code="E-OPTION-LOGITS")
+    refuse_options(target, options.cache, options.logits)
+    dump = PassDump(options.dump_passes, force=options.force) if options.dump_passes else None
     say("reading the checkpoint", None, None)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
         source, text_only=options.text_only, revision=options.revision)
@@ -74,7 +71,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     budget.check("tracing")
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits,
                             pick_provider(options.provider, dtype, target), packed=options.weights == "copy")
-    lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None))
+    lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
     budget.check("lowering")
     return Prepared(checkpoint, options, dtype, target, traced, kept, lowered, weight_store(checkpoint, traced, budget))
 

@@ -30,6 +30,8 @@ class Export:
     whole_because: str
     trace_kept: bool
     notes: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
+    """of the lowering: what is right but not as fast as it could be, with the layers it concerns"""
 
 
 def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: ExportOptions | None = None,
@@ -65,6 +67,6 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
                      f"{traced.capacity} asks for")
     budget.check("exporting")
     return Export(Path(output), manifest, len(lowered.model.graph.node), traced.traced_layers, traced.whole_because,
-                  ready.trace_kept, tuple(notes))
+                  ready.trace_kept, tuple(notes), lowered.remarks)
 
 

@@ -1,16 +1,18 @@
-"""Whether a model is whole: names, order, recipes, interface, and what onnx's own checker says of the standard part.
+"""Whether a model is whole: names, order, recipes, interface, and the standard part by onnx's own checker.
 
-onnx's checker knows no contributed op and wants every external file to exist; it is given a copy in which weights
-are inputs and such nodes have a domain of their own.
+onnx's checker does not know contributed ops and looks for every external file; it gets a copy in which weights are
+inputs and such nodes have a domain of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
 import onnx
 
-from ..errors import GqaExportError
+from ..errors import UnsupportedModel
 from ..graph_io import TensorFact
 from .match import RECIPE
 
@@ -21,10 +23,20 @@ FIX = "this is a fault of gqa-export: please report the model it was exported fr
 
 
 def check(model: onnx.ModelProto, inputs: Sequence[TensorFact], outputs: Sequence[TensorFact]) -> None:
-    """Raise GqaExportError unless `model`, its weights still recipes, is sound and has just this interface."""
+    """Refuse a model that is not sound or has another interface.
+
+    Args:
+        model: its weights still recipes.
+        inputs: what it must have, in this order.
+        outputs: likewise.
+
+    Raises:
+        UnsupportedModel: with the fault; the model that was exported is one that gqa-export gets wrong.
+    """
     where = f"graph {model.graph.name!r}"
     if model.ir_version > MAX_IR_VERSION:
-        raise GqaExportError(f"IR version {model.ir_version} is above {MAX_IR_VERSION}", where, FIX)
+        raise UnsupportedModel(f"the graph has IR version {model.ir_version}, expected {MAX_IR_VERSION} at most", where,
+                               FIX, code="E-GRAPH-IR-VERSION")
     _check_interface("input", model.graph.input, inputs, where)
     _check_interface("output", model.graph.output, outputs, where)
     _check_names(model.graph, where)
@@ -32,39 +44,43 @@ def check(model: onnx.ModelProto, inputs: Sequence[TensorFact], outputs: Sequenc
     _check_standard(model, where)
 
 
-def _check_interface(kind: str, values, facts: Sequence[TensorFact], where: str) -> None:
+def _check_interface(kind: str, values: Iterable[onnx.ValueInfoProto], facts: Sequence[TensorFact],
+                     where: str) -> None:
     found = []
     for value in values:
         tensor = value.type.tensor_type
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
         dims = tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in tensor.shape.dim)
         found.append(TensorFact(value.name, dtype, dims))
-    for got, wanted in zip(found, facts):
+    for got, wanted in zip_longest(found, facts):
         if got != wanted:
-            raise GqaExportError(f"{kind} is {got}, expected {wanted}", where, FIX)
-    if len(found) != len(facts):
-        raise GqaExportError(f"{len(found)} {kind}s, expected {len(facts)}", where, FIX)
+            raise UnsupportedModel(f"the graph's {kind} is {got}, expected {wanted}", where, FIX,
+                                   code="E-GRAPH-INTERFACE")
 
 
 def _check_names(graph: onnx.GraphProto, where: str) -> None:
-    known = {""} | {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
-    if len(known) != 1 + len(graph.input) + len(graph.initializer):
-        raise GqaExportError("two inputs or initializers share a name", where, FIX)
+    given = [value.name for value in graph.input] + [tensor.name for tensor in graph.initializer]
+    known = {"", *given}
+    twice = [name for name, times in Counter(given).items() if times > 1]
+    if twice:
+        raise UnsupportedModel(f"two inputs or initializers are called {twice[0]!r}", where, FIX, code="E-GRAPH-NAME")
     nodes: set[str] = set()
     for node in graph.node:
         if node.name in nodes:
-            raise GqaExportError(f"two nodes are called {node.name!r}", where, FIX)
+            raise UnsupportedModel(f"two nodes are called {node.name!r}", where, FIX, code="E-GRAPH-NAME")
         nodes.add(node.name)
         for name in node.input:
             if name not in known:
-                raise GqaExportError(f"{node.name!r} reads {name!r}, which is not made before it", where, FIX)
+                raise UnsupportedModel(f"node {node.name!r} reads {name!r}, which is not computed before it", where,
+                                       FIX, code="E-GRAPH-ORDER")
         for name in node.output:
             if name and name in known:
-                raise GqaExportError(f"{name!r} is made twice", where, FIX)
+                raise UnsupportedModel(f"two nodes compute {name!r}", where, FIX, code="E-GRAPH-NAME")
             known.add(name)
     for value in graph.output:
         if value.name not in known:
-            raise GqaExportError(f"output {value.name!r} is never made", where, FIX)
+            raise UnsupportedModel(f"output {value.name!r} is not computed by a node", where, FIX,
+                                   code="E-GRAPH-OUTPUT")
 
 
 def _check_recipes(graph: onnx.GraphProto, where: str) -> None:
@@ -74,9 +90,10 @@ def _check_recipes(graph: onnx.GraphProto, where: str) -> None:
             continue
         location = {entry.key: entry.value for entry in tensor.external_data}.get("location", "")
         if not location.startswith(RECIPE) or not all(location.removeprefix(RECIPE).split("+")):
-            raise GqaExportError(f"weight {tensor.name!r} has no recipe but {location!r}", where, FIX)
+            raise UnsupportedModel(f"weight {tensor.name!r} is at {location!r}, expected a recipe "
+                                   f"{RECIPE}NAME or {RECIPE}A+B", where, FIX, code="E-GRAPH-RECIPE")
         if tensor.name not in read:
-            raise GqaExportError(f"weight {tensor.name!r} is read by no node", where, FIX)
+            raise UnsupportedModel(f"weight {tensor.name!r} is not read by any node", where, FIX, code="E-GRAPH-UNREAD")
 
 
 def _check_standard(model: onnx.ModelProto, where: str) -> None:
@@ -96,4 +113,5 @@ def _check_standard(model: onnx.ModelProto, where: str) -> None:
     try:
         onnx.checker.check_model(copy)
     except onnx.checker.ValidationError as error:
-        raise GqaExportError(f"onnx's checker refuses the graph: {str(error).splitlines()[0]}", where, FIX) from error
+        raise UnsupportedModel(f"onnx's checker refuses the graph: {str(error).splitlines()[0]}", where, FIX,
+                               code="E-GRAPH-CHECKER") from error

@@ -36,6 +36,30 @@ def save(graph: gs.Graph) -> onnx.ModelProto:
     return model
 
 
+def snapshot(graph: gs.Graph) -> onnx.ModelProto:
+    """A model of what `graph` is now, which is not changed: the nodes that an output needs, in topological order."""
+    model = gs.export_onnx(graph)
+    makers = {name: place for place, node in enumerate(model.graph.node) for name in node.output if name}
+    order: dict[int, onnx.NodeProto] = {}
+    stack = [(makers[value.name], False) for value in reversed(model.graph.output) if value.name in makers]
+    while stack:
+        place, done = stack.pop()
+        node = model.graph.node[place]
+        if done:
+            order[place] = node
+        elif place not in order:
+            stack.append((place, True))
+            stack.extend((makers[name], False) for name in node.input if name in makers and makers[name] not in order)
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in order.values()]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    read = {name for node in nodes for name in node.input}
+    weights = [tensor for tensor in model.graph.initializer if tensor.name in read]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(weights)
+    return model
+
+
 def tidy(graph: gs.Graph) -> int:
     """Drop what no output needs and sort the nodes; returns the number of nodes dropped."""
     before = len(graph.nodes)

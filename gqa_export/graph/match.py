@@ -59,7 +59,7 @@ def is_weight(tensor: gs.Tensor) -> bool:
 
 
 def recipe(tensor: gs.Tensor) -> str:
-    """The weight recipe of a constant without its prefix (`NAME` or `A+B+C`); "" if it is no such weight."""
+    """The weight recipe of a constant without its prefix (`NAME` or `A+B+C`); "" if it is not such a weight."""
     if not is_weight(tensor):
         return ""
     entries = {entry.key: entry.value for entry in tensor._values.tensor.external_data}
@@ -85,7 +85,7 @@ def const_value(tensor: gs.Tensor) -> np.ndarray | None:
 
 
 def scalar(tensor: gs.Tensor) -> float | int | None:
-    """The one number a constant holds; None if it is no constant or holds more."""
+    """The one number a constant holds; None if it is not a constant or holds more."""
     value = const_value(tensor)
     return value.reshape(-1)[0].item() if value is not None and value.size == 1 else None
 
@@ -93,16 +93,6 @@ def scalar(tensor: gs.Tensor) -> float | int | None:
 def is_scalar(tensor: gs.Tensor, number: float) -> bool:
     """Whether a tensor is a constant that holds just `number`."""
     return scalar(tensor) == number
-
-
-def back_through(tensor: gs.Tensor, ops: Iterable[str]) -> gs.Tensor:
-    """Walk from a tensor to the first input of its producer while that is one of `ops`."""
-    ops = set(ops)
-    node = producer(tensor)
-    while node is not None and node.op in ops and not node.domain:
-        tensor = node.inputs[0]
-        node = producer(tensor)
-    return tensor
 
 
 def upstream(outputs: Iterable[gs.Tensor], stop: Iterable[gs.Tensor] = ()) -> tuple[list[gs.Node], list[gs.Tensor]]:
@@ -133,9 +123,14 @@ def upstream(outputs: Iterable[gs.Tensor], stop: Iterable[gs.Tensor] = ()) -> tu
 
 
 def only_input(graph: gs.Graph, name: str) -> gs.Variable:
-    """The graph input `name`; GqaExportError if the graph has none."""
+    """The graph input `name`.
+
+    Raises:
+        GqaExportError: the graph has none of this name.
+    """
     for tensor in graph.inputs:
         if tensor.name == name:
             return tensor
-    raise GqaExportError(f"the graph has no input {name!r}", f"graph {graph.name!r}",
-                         "pass a canonical model made by this version of gqa-export")
+    raise GqaExportError(f"the graph has no input {name!r}, it has {[each.name for each in graph.inputs][:8]}",
+                         f"graph {graph.name!r}", "pass a canonical model made by this version of gqa-export",
+                         code="E-GRAPH-INPUT")

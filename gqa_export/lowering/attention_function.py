@@ -5,7 +5,7 @@ of [past | new | one row of zeros] by index, so token t of sequence b lands at t
 becomes zero, be it NaN before. Queries of a group share their key/value head by a reshape, nothing is repeated.
 Arithmetic is fp32 whatever the model's type. Dimensions as in `gqa_export.attention_op`, and G = H / K.
 
-A function cannot ask which inputs a call has. This one wants key, value and sinks, and does not rotate: the canonical
+A function cannot see which inputs a call has. This one needs key, value and sinks, and does not rotate: the canonical
 graph gives sinks of -inf for "none" and rotates outside. `attach_function` refuses any other call.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import onnx
 
 from .. import attention_op
-from ..errors import GqaExportError
+from ..errors import UnsupportedModel
 
 REQUIRED = tuple(name for name in attention_op.INPUT_NAMES if name not in ("cos", "sin"))
 """inputs that a call of the function must give; cos and sin must be absent"""
@@ -190,7 +190,11 @@ def is_call(node: onnx.NodeProto) -> bool:
 def attach_function(model: onnx.ModelProto) -> None:
     """Give the model the body of the op, in place, and a domain import; a body already there is replaced.
 
-    Raises GqaExportError if a call in the main graph does not give what the body needs.
+    Args:
+        model: with calls of the op in its main graph; changed in place.
+
+    Raises:
+        UnsupportedModel: a call does not have the inputs or attributes that the body needs.
     """
     for node in model.graph.node:
         if is_call(node):
@@ -208,6 +212,9 @@ def inline(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of the model in which every call is replaced by the body and no function of ours is left.
 
     Weights are not touched. Other functions of the model stay.
+
+    Raises:
+        UnsupportedModel: as `attach_function`.
     """
     from onnx import inliner
 
@@ -235,5 +242,6 @@ def _check_call(node: onnx.NodeProto) -> None:
     wrong += [f"attribute {name} is absent" for name in attention_op.ATTRIBUTE_NAMES if name not in names]
     wrong += [f"attribute {name} is unknown" for name in sorted(names.difference(attention_op.ATTRIBUTE_NAMES))]
     if wrong:
-        raise GqaExportError(f"the function body of {attention_op.OP} cannot stand for this call: {', '.join(wrong)}",
-                             f"node {node.name!r}", "use a target that has the op itself, or rotate outside the op")
+        raise UnsupportedModel(f"the function body of {attention_op.OP} does not fit this call: {', '.join(wrong)}",
+                               f"node {node.name!r}", "use a target that has the op itself, or rotate outside the op",
+                               code="E-GRAPH-CALL")

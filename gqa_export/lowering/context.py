@@ -1,4 +1,4 @@
-"""What a lowering is asked for, what its passes share, and what it gives."""
+"""The options of a lowering, what its passes share, and what it gives."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from .. import graph_io
+from ..graph.passes import NearMiss, PassLog
 from ..spec import AttentionSpec, Fallback, ModelSpec
-from ..targets import Target
+from ..targets import Target, by_reason
 
 if TYPE_CHECKING:
     import onnx
@@ -18,8 +19,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LowerOptions:
-    """What the caller asks for. capacity: tokens of a static cache, and rows of rotary tables in both modes.
-    logits: "all" or "last". packed: weights are copied, so matrices may be joined (False: used as stored)."""
+    """What the caller wants.
+
+    Attributes:
+        target: a name of `gqa_export.targets`.
+        cache: "growing" or "static".
+        capacity: tokens of a static cache, and rows of rotary tables in both modes.
+        logits: "all" or "last".
+        provider: where the graph is to run, "cpu" or "cuda".
+        packed: weights are copied, so matrices may be joined; False where they are used as stored.
+    """
 
     target: str
     cache: str = "growing"
@@ -31,22 +40,32 @@ class LowerOptions:
 
 @dataclass(frozen=True)
 class Lowered:
-    """The model in its dialect, weights still recipes; layers that fell back; the count of each pass; remarks, one
-    line each, on what is right but not as fast as it could be."""
+    """What a lowering gives.
+
+    Attributes:
+        model: in its dialect, weights still recipes.
+        fallbacks: layers that the target's attention op cannot hold.
+        counts: what each pass rewrote.
+        remarks: one line for each thing that is right but not as fast as it could be, with the layers it concerns.
+        near_misses: places that nearly fitted the pattern of a pass and were left as they were.
+    """
 
     model: onnx.ModelProto
     fallbacks: tuple[Fallback, ...]
     counts: dict[str, int]
     remarks: tuple[str, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
 
 
 @dataclass
 class Context:
     """What the passes share.
 
-    model: the canonical ModelProto. element: the ONNX type of its logits, so of all its activations. rotations: per
-    layer, the rotation that a pass moved into the attention op. remarks: one line each, on what is right but not as
-    fast as it could be.
+    Attributes:
+        model: the canonical ModelProto.
+        log: what each pass did.
+        remarks: a layer's number and what is right there but not as fast as it could be.
+        rotations: per layer, the rotation that a pass moved into the attention op.
     """
 
     spec: ModelSpec
@@ -54,8 +73,8 @@ class Context:
     options: LowerOptions
     model: onnx.ModelProto
     fallbacks: list[Fallback] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
+    log: PassLog = field(default_factory=PassLog)
+    remarks: list[tuple[int, str]] = field(default_factory=list)
     rotations: dict[int, Rotation] = field(default_factory=dict)
 
     @cached_property
@@ -64,10 +83,15 @@ class Context:
         return next(value.type.tensor_type.elem_type for value in self.model.graph.output
                     if value.name == graph_io.LOGITS)
 
-    def layer(self, number: int) -> AttentionSpec:
-        """The spec of layer `number`."""
-        return next(layer for layer in self.spec.layers if layer.layer == number)
+    def fall_back(self, layer: AttentionSpec) -> bool:
+        """Whether the target's attention op cannot hold `layer`; then this is recorded, with every reason."""
+        reasons = self.target.cannot_hold(layer)
+        if reasons:
+            self.fallbacks.append(Fallback(layer.layer, self.target.attention, self.target.fallback,
+                                           "; ".join(reasons)))
+        return bool(reasons)
 
-    def fall_back(self, layer: int, reason: str) -> None:
-        """Record that `layer` does not become the target's attention op."""
-        self.fallbacks.append(Fallback(layer, self.target.attention, self.target.fallback, reason))
+    def result(self, model: onnx.ModelProto) -> Lowered:
+        """What the lowering gives, with the model as it came out."""
+        return Lowered(model, tuple(self.fallbacks), self.log.counts, tuple(by_reason(self.remarks)),
+                       tuple(self.log.near_misses))

@@ -7,24 +7,32 @@ import onnx_graphsurgeon as gs
 
 from ..graph import edit
 from ..graph.match import const_value, is_op, is_output, produced_by, producer
+from ..graph.passes import NearMiss, Rewritten
 from .context import Context
 
 SWAP = [0, 2, 1, 3]
 
 
-def norms_before_transposes(graph: gs.Graph, context: Context) -> int:
+def norms_before_transposes(graph: gs.Graph, context: Context) -> Rewritten:
     """norm(Transpose(x)) -> Transpose(norm(x)) for the swap of heads and tokens: the norm runs along the last axis."""
-    count = 0
+    count, misses = 0, []
     for node in list(graph.nodes):
         swap = produced_by(node.inputs[0], "Transpose") if is_op(node, "SimplifiedLayerNormalization") else None
-        if swap is None or list(swap.attrs["perm"]) != SWAP or is_output(graph, node.outputs[0]):
+        if swap is None:
+            continue
+        if list(swap.attrs["perm"]) != SWAP:
+            misses.append(NearMiss(node.name, f"the Transpose before it has perm {list(swap.attrs['perm'])}, "
+                                   f"expected {SWAP}"))
+            continue
+        if is_output(graph, node.outputs[0]):
+            misses.append(NearMiss(node.name, "its result is an output of the graph"))
             continue
         old = node.outputs[0]
         new = gs.Variable(f"{node.name}.swapped", old.dtype)
         node.inputs[0], node.outputs[0] = swap.inputs[0], new
         edit.add_node(graph, "Transpose", [new], name=f"{node.name}/Transpose", outputs=[old], attrs={"perm": SWAP})
         count += 1
-    return count
+    return Rewritten(count, tuple(misses))
 
 
 def unreshape(graph: gs.Graph, context: Context) -> int:

@@ -2,11 +2,13 @@
 
 A target is a row of `gqa_export.targets`, whose `dialect` is a module of this package. That module has `PREPARE`
 (passes over an onnx_ir Model, weights detached and every value typed; None: not needed) and `PASSES` (passes over a
-graphsurgeon Graph). """
+graphsurgeon Graph).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ..spec import ModelSpec
@@ -16,16 +18,26 @@ from .context import Context, Lowered, LowerOptions
 if TYPE_CHECKING:
     import onnx
 
+    from ..graph_io import TensorFact
+    from .dump import PassDump
+
 
 def lower(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions,
-          progress: Callable[[str], None] | None = None) -> Lowered:
-    """Lower the canonical `model`; it is not changed. `progress` is told the name of each stage.
+          progress: Callable[[str], None] | None = None, dump: PassDump | None = None) -> Lowered:
+    """Lower a canonical model.
 
-    Raises GqaExportError for an unknown target, a layer the target can hold in no way, a pass that rewrote another
-    number of places than it had to, and a result that is not sound.
+    Args:
+        model: as traced, weights still recipes. It is not changed.
+        spec: of that model.
+        options: the target and its settings.
+        progress: called with the name of each stage.
+        dump: writes the graph after each pass; None writes nothing.
+
+    Raises:
+        GqaExportError: the target is unknown.
+        UnsupportedModel: the target cannot hold a layer, an attention node disagrees with its layer, a pass rewrote
+            another number of places than it has to, or the result is not sound.
     """
-    from importlib import import_module
-
     from ..graph import edit
     from ..graph.check import check
     from ..graph.passes import run_passes
@@ -35,23 +47,27 @@ def lower(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions,
     context = Context(spec, target, options, model)
     dialect = import_module(f".{target.dialect}", __package__)
     say = progress or (lambda stage: None)
+    if dump is not None:
+        dump.start(model)
+        context.log.watch = dump.add
     if dialect.PREPARE is not None:
         say("fusing")
         model = prepare(model, dialect.PREPARE, context)
     say("lowering")
     graph = edit.load(model)
-    run_passes(graph, dialect.PASSES, context, context.counts)
+    run_passes(graph, dialect.PASSES, context, context.log)
     lowered = edit.save(graph)
     if hasattr(dialect, "finish"):
         lowered = dialect.finish(lowered, context)
     lowered.ir_version = target.ir_version
     inputs, outputs = interface(model, spec, target, options)
     check(lowered, inputs, outputs)
-    return Lowered(lowered, tuple(context.fallbacks), context.counts, tuple(context.remarks))
+    return context.result(lowered)
 
 
-def interface(model: onnx.ModelProto, spec: ModelSpec, target: Target, options: LowerOptions):
-    """The input and output facts that a lowered model must have: those of `cache_io`, in the model's own float type."""
+def interface(model: onnx.ModelProto, spec: ModelSpec, target: Target,
+              options: LowerOptions) -> tuple[tuple[TensorFact, ...], tuple[TensorFact, ...]]:
+    """The inputs and outputs that a lowered model must have: those of `graph_io`, in the model's own float type."""
     import onnx
 
     from .. import graph_io

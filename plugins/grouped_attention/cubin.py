@@ -146,12 +146,10 @@ def model_variants(*, heads: int, kv_heads: int, head: int, dtype: str, value_he
     value_size = head if value_head is None else value_head
     for flag, size in (("--head-size", head), ("--value-head-size", value_size)):
         if not 1 <= size <= 256:
-            raise GqaExportError(f"head size {size} is outside 1 .. 256", flag, "use 256 at most",
-                                 code="E-OPTION-HEAD-SIZE")
+            raise GqaExportError(f"head size {size} is outside 1 .. 256", flag, "use less", code="E-OPTION-HEAD-SIZE")
     if rotary_size % 2 or not 0 <= rotary_size <= head:
         raise GqaExportError(f"rotary size {rotary_size} does not fit head size {head}", "--rotary-size",
-                             "it is even and at most the head size; 0: queries and keys come rotated",
-                             code="E-OPTION-ROTARY-SIZE")
+                             "use an even size up to the head size, 0 for none", code="E-OPTION-ROTARY-SIZE")
     group = heads // kv_heads
     variants = [Variant("append", dtype, group, head, value_size, rotary_half=rotary_size // 2,
                         interleaved=interleaved and rotary_size > 0)]

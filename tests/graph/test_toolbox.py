@@ -7,8 +7,8 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 from onnx_graphsurgeon.ir.tensor import LazyValues
+from refusal import refused
 
-from gqa_export.errors import GqaExportError
 from gqa_export.graph import edit, match
 
 from . import small
@@ -67,7 +67,6 @@ def test_producers_consumers_and_the_way_back(graph):
     assert match.consumers(relu.outputs[0]) == [by_name(graph, "a/Mul_0")]
     assert match.sole_consumer(graph, relu.outputs[0]) is None, "it is an output too"
     assert match.sole_consumer(graph, product.outputs[0]) is by_name(graph, "a/Add_0")
-    assert match.back_through(relu.outputs[0], ["Relu", "Add"]) is product.outputs[0]
 
 
 def test_upstream_stops_where_it_is_told_and_lists_what_enters(graph):
@@ -81,7 +80,7 @@ def test_upstream_stops_where_it_is_told_and_lists_what_enters(graph):
 
 
 def test_a_missing_graph_input_is_refused(graph):
-    with pytest.raises(GqaExportError, match="no input 'attention_mask'"):
+    with refused("E-GRAPH-INPUT"):
         match.only_input(graph, "attention_mask")
 
 

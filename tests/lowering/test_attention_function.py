@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
+from refusal import refused
 
 from gqa_export import attention_op
-from gqa_export.errors import GqaExportError
+from gqa_export.errors import UnsupportedModel
 from gqa_export.lowering import attention_function
 
 from .one_op import Attributes, assert_same, fresh_inputs, op_model, session, truth
@@ -192,17 +193,18 @@ def test_attaching_twice_leaves_one_function():
     assert len(model.functions) == 1
 
 
-@pytest.mark.parametrize(("spoil", "message"), [
+@pytest.mark.parametrize(("spoil", "wrong"), [
     (lambda node: node.input.__setitem__(attention_op.input_index("key"), ""), "key is absent"),
     (lambda node: node.input.pop(), "sinks is absent"),
     (lambda node: node.input.__setitem__(attention_op.input_index("cos"), "query"), "cos is given"),
     (lambda node: node.attribute.pop(), "attribute growing is absent"),
     (lambda node: node.attribute.append(onnx.helper.make_attribute("bias", 1)), "attribute bias is unknown"),
 ])
-def test_a_call_that_the_body_cannot_stand_for_is_refused(spoil, message):
+def test_a_call_that_the_body_cannot_stand_for_is_refused(spoil, wrong):
     model = op_model(replace(Attributes(), window=2))
     node = model.graph.node[0]
     node.attribute.sort(key=lambda attribute: attention_op.ATTRIBUTE_NAMES.index(attribute.name))
     spoil(node)
-    with pytest.raises(GqaExportError, match=message):
+    with refused("E-GRAPH-CALL", UnsupportedModel) as refusal:
         attention_function.attach_function(model)
+    assert wrong in refusal.error.what

@@ -14,7 +14,7 @@ from shared_reference import reference_of
 
 from gqa_export import attention_op, graph_io
 from gqa_export.bundle.manifest import MANIFEST, read_manifest
-from gqa_export.errors import GqaExportError, NotCheckedHere
+from gqa_export.errors import InvalidBundle, NotCheckedHere, UnsupportedModel
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.lowering.tensorrt import interpret
@@ -204,9 +204,10 @@ def test_a_wrong_window_is_caught_where_the_manifest_has_it_too(tmp_path) -> Non
 def test_native_refuses_what_it_lacks_before_tracing_and_names_the_plugin(tmp_path, monkeypatch, name: str,
                                                                           reason: str) -> None:
     monkeypatch.setattr("gqa_export.trace.capture.export.export_decoder", lambda *_: pytest.fail("traced"))
-    with pytest.raises(GqaExportError, match=reason) as caught:
+    with refused("E-TARGET-LAYER", UnsupportedModel) as refusal:
         export_onnx(checkpoint(name), tmp_path / "b", ExportOptions("trt-native"))
-    assert caught.value.fix == "use --target trt-plugin"
+    assert reason in refusal.error.what
+    assert refusal.error.fix == "use --target trt-plugin"
     assert not (tmp_path / "b").exists()
 
 
@@ -218,23 +219,23 @@ def test_native_refuses_what_it_lacks_before_tracing_and_names_the_plugin(tmp_pa
 def test_head_sizes_that_a_target_lacks_are_refused_with_the_way_out(target: str, sizes: dict, fix: str) -> None:
     layer = replace(AttentionSpec(0, 4, 2, 16, 16, 0.25), **sizes)
     context = type("Context", (), {"spec": type("Spec", (), {"layers": (layer,)}), "target": TARGETS[target]})
-    with pytest.raises(GqaExportError) as caught:
+    with refused("E-TARGET-LAYER", UnsupportedModel) as refusal:
         refuse_layers(None, context)
-    assert caught.value.fix == fix
-    assert "layer 0" in caught.value.where
+    assert refusal.error.fix == fix
+    assert "layer 0" in refusal.error.where
 
 
 @pytest.mark.parametrize("options", [{"cache": "growing"}, {"logits": "all"}])
 def test_an_engine_has_a_static_cache_and_last_logits_only(tmp_path, options: dict) -> None:
-    with pytest.raises(GqaExportError) as caught:
+    with refused("E-TARGET-OPTION") as refusal:
         export_onnx(checkpoint("llama"), tmp_path / "b", ExportOptions("trt-plugin", **options))
-    assert caught.value.where == f"--{next(iter(options))}"
+    assert refusal.error.where == f"--{next(iter(options))}"
 
 
 def test_a_plugin_node_of_another_version_is_not_interpreted() -> None:
     model = graph(bundle("llama", "trt-plugin"))
     plugin_nodes(model)[0].input.pop()
-    with pytest.raises(GqaExportError, match="a plugin node has 8 inputs"):
+    with refused("E-BUNDLE-PLUGIN-NODE", InvalidBundle):
         interpret.interpret(model)
 
 

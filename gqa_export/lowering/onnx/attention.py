@@ -16,7 +16,9 @@ import onnx_graphsurgeon as gs
 from ... import attention_op, graph_io
 from ...graph import edit, match
 from ...graph.node_builder import INT64, Nodes, heads_first
+from ...graph.passes import Rewritten
 from ...spec import AttentionSpec
+from ..attention_calls import attention_calls
 from ..context import Context
 
 
@@ -62,10 +64,10 @@ class Lengths:
         sound_B1 = node("sound", "Not", broken_B1)
         self.row_BS1 = node("row/column", "Unsqueeze", row_BS, [2])
         self.real_BS1 = node("real", "Unsqueeze", node("real_row", "And", row_BS, sound_B1), [2])
-        loud_BS1 = node("loud", "Unsqueeze", node("loud_row", "And", row_BS, broken_B1), [2])
+        misused_BS1 = node("loud", "Unsqueeze", node("loud_row", "And", row_BS, broken_B1), [2])
         nan, zero = (edit.constant(f"lengths/{name}", np.array(value), self.element)
                      for name, value in (("nan", np.nan), ("zero", 0.0)))
-        self.fill_BS1 = node("fill", "Where", loud_BS1, nan, zero)
+        self.fill_BS1 = node("fill", "Where", misused_BS1, nan, zero)
 
     def _growing_places(self) -> None:
         """Row t of the present: t of past, else t - past_length of new, else (no valid token) the row of zeros."""
@@ -130,22 +132,18 @@ class Lengths:
         return self._made[key]
 
 
-def lower_attention(graph: gs.Graph, context: Context) -> int:
+def lower_attention(graph: gs.Graph, context: Context) -> Rewritten:
     """Replace every call whose layer Attention can hold; the others are recorded as fallbacks."""
-    calls = [node for node in graph.nodes if match.is_op(node, attention_op.OP, attention_op.DOMAIN)]
-    numbers = {graph_io.present_names(layer.layer)[0]: layer for layer in context.spec.layers}
+    calls, misses = attention_calls(graph, context)
     lengths: Lengths | None = None
     count = 0
-    for call in calls:
-        layer = numbers[call.outputs[1].name]
-        reason = context.target.cannot_hold(layer)
-        if reason:
-            context.fall_back(layer.layer, reason)
+    for call, layer in calls:
+        if context.fall_back(layer):
             continue
         lengths = lengths or Lengths(graph, call, context)
         _lower_call(graph, call, layer, lengths)
         count += 1
-    return count
+    return Rewritten(count, misses)
 
 
 def _lower_call(graph: gs.Graph, call: gs.Node, layer: AttentionSpec, lengths: Lengths) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...graph.passes import Pass
+from ..attention_calls import only_fallbacks_are_left
 from ..attention_function import attach_function, is_call
 from ..context import Context
 from .attention import lower_attention
@@ -23,7 +24,8 @@ PREPARE = None
 PASSES = (
     Pass("fuse_rms_norm", fuse_rms_norm),
     Pass("fuse_rotary", fuse_rotary),
-    Pass("lower_attention", lower_attention, expect=lambda context: len(context.spec.layers) - len(context.fallbacks)),
+    Pass("lower_attention", lower_attention, requires=("fuse_rotary",), ensures=only_fallbacks_are_left,
+         expect=lambda context: len(context.spec.layers) - len(context.fallbacks)),
 )
 
 
@@ -35,5 +37,5 @@ def finish(model: onnx.ModelProto, context: Context) -> onnx.ModelProto:
     calls = sum(map(is_call, model.graph.node))
     if calls:
         attach_function(model)
-    context.counts["attach_function"] = calls
+    context.log.counts["attach_function"] = calls
     return model

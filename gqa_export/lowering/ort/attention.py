@@ -13,13 +13,15 @@ import onnx_graphsurgeon as gs
 
 from ... import attention_op, graph_io
 from ...graph import edit
-from ...graph.match import const_value, only_input
+from ...graph.match import only_input
+from ...graph.passes import Rewritten
+from ..attention_calls import SINKS, attention_calls, has_sinks
 from ..context import Context
-from ..rotary.fold import calls, layer_of, tables
+from ..rotary.fold import tables
 
 DOMAIN = "com.microsoft"
 OP = "GroupQueryAttention"
-QUERY, PAST_VALUE, SINKS = (attention_op.input_index(name) for name in ("query", "past_value", "sinks"))
+QUERY, PAST_VALUE = (attention_op.input_index(name) for name in ("query", "past_value"))
 
 
 def holdable(context: Context) -> int:
@@ -27,24 +29,21 @@ def holdable(context: Context) -> int:
     return sum(not context.target.cannot_hold(layer) for layer in context.spec.layers)
 
 
-def lower_attention(graph: gs.Graph, context: Context) -> int:
+def lower_attention(graph: gs.Graph, context: Context) -> Rewritten:
     """Rewrite every layer the op can hold; the others stay the canonical op and are recorded as fallbacks."""
     count = 0
     lengths: list[gs.Tensor] = []
     known: dict[bytes, tuple[gs.Tensor, gs.Tensor]] = {}
-    for node in calls(graph):
-        layer = layer_of(node, context)
-        reason = context.target.cannot_hold(layer)
-        if reason:
-            context.fall_back(layer.layer, reason)
+    calls, misses = attention_calls(graph, context)
+    for node, layer in calls:
+        if context.fall_back(layer):
             continue
         lengths = lengths or _lengths(graph)
         rotation = context.rotations.get(layer.layer)
         cos, sin = tables(graph, rotation, context.element, known) if rotation else (None, None)
-        sinks = const_value(node.inputs[SINKS])
-        head_sink = None if sinks is not None and np.isneginf(sinks).all() else node.inputs[SINKS]
-        attrs = {"num_heads": layer.num_heads, "kv_num_heads": layer.kv_num_heads, "scale": float(node.attrs["scale"]),
-                 "softcap": float(node.attrs["softcap"]), "local_window_size": int(node.attrs["window"]) or -1,
+        head_sink = None if has_sinks(node) is False else node.inputs[SINKS]
+        attrs = {"num_heads": layer.num_heads, "kv_num_heads": layer.kv_num_heads, "scale": float(layer.scale),
+                 "softcap": float(layer.softcap), "local_window_size": layer.window or -1,
                  "do_rotary": int(rotation is not None),
                  "rotary_interleaved": int(rotation is not None and rotation.interleaved)}
         inputs, outputs = list(node.inputs), list(node.outputs)
@@ -52,7 +51,7 @@ def lower_attention(graph: gs.Graph, context: Context) -> int:
         edit.add_node(graph, OP, [*inputs[QUERY:PAST_VALUE + 1], *lengths, cos, sin, None, None, head_sink],
                       name=f"{node.name.rpartition('/')[0]}/{OP}_0", domain=DOMAIN, outputs=outputs, attrs=attrs)
         count += 1
-    return count
+    return Rewritten(count, misses)
 
 
 def _lengths(graph: gs.Graph) -> list[gs.Tensor]:

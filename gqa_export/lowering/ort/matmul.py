@@ -19,41 +19,52 @@ from ...graph.match import (
     scalar,
     sole_consumer,
 )
+from ...graph.passes import NearMiss, Rewritten
 from ..context import Context
 from .attention import DOMAIN, OP
 
 
-def transposed_products(graph: gs.Graph, context: Context) -> int:
+def transposed_products(graph: gs.Graph, context: Context) -> Rewritten:
     """MatMul(x, Transpose(weight)) -> FusedMatMul(x, weight, transB=1)."""
-    count = 0
+    count, misses = 0, []
     for node in graph.nodes:
         swap = produced_by(node.inputs[1], "Transpose") if is_op(node, "MatMul") else None
-        if swap is None or not is_weight(swap.inputs[0]) or list(swap.attrs.get("perm", [1, 0])) != [1, 0]:
+        if swap is None or not is_weight(swap.inputs[0]):
+            continue
+        if list(swap.attrs.get("perm", [1, 0])) != [1, 0]:
+            misses.append(NearMiss(node.name, f"its weight is transposed by {list(swap.attrs['perm'])}, "
+                                   "expected [1, 0]"))
             continue
         node.op, node.domain, node.inputs[1] = "FusedMatMul", DOMAIN, swap.inputs[0]
         node.name = node.name.replace("/MatMul_", "/FusedMatMul_")
         node.attrs = {"alpha": 1.0, "transA": 0, "transB": 1, "transBatchA": 0, "transBatchB": 0}
         count += 1
     edit.tidy(graph)
-    return count
+    return Rewritten(count, tuple(misses))
 
 
-def pack_projections(graph: gs.Graph, context: Context) -> int:
+def pack_projections(graph: gs.Graph, context: Context) -> Rewritten:
     """One product for query, key and value where weights are copied anyway, or where they were one already."""
     if not context.target.packed_projections:
-        return 0
-    count = 0
+        return Rewritten(0)
+    count, misses = 0, []
     for node in [node for node in graph.nodes if is_op(node, OP, DOMAIN)]:
-        qkv = _joined_before(node, context) or (_join(graph, node) if context.options.packed else None)
+        qkv = _joined_before(node)
+        if qkv is None and context.options.packed:
+            joined = _join(graph, node)
+            if isinstance(joined, NearMiss):
+                misses.append(joined)
+            else:
+                qkv = joined
         if qkv is not None:
             node.inputs[0] = qkv
             node.inputs[1], node.inputs[2] = gs.Variable.empty(), gs.Variable.empty()
             count += 1
     edit.tidy(graph)
-    return count
+    return Rewritten(count, tuple(misses))
 
 
-def _joined_before(node: gs.Node, context: Context) -> gs.Tensor | None:
+def _joined_before(node: gs.Node) -> gs.Tensor | None:
     """The tensor [B, S, (H + 2K) * D] of which a node's query, key and value are the consecutive parts."""
     size = node.inputs[3].shape[3]
     heads, groups = node.attrs["num_heads"], node.attrs["kv_num_heads"]
@@ -86,16 +97,22 @@ def _part(tensor: gs.Tensor) -> tuple[gs.Tensor, int, int] | None:
     return None
 
 
-def _join(graph: gs.Graph, node: gs.Node) -> gs.Tensor | None:
+def _join(graph: gs.Graph, node: gs.Node) -> gs.Tensor | NearMiss:
     """Join three products of one tensor, each with a weight of its own, all or none with a bias of its own."""
-    parts = [_product(graph, tensor) for tensor in node.inputs[:3]]
-    if None in parts:
-        return None
-    products, biases = [part[0] for part in parts if part], [part[1] for part in parts if part]
-    if any(each.inputs[0] is not products[0].inputs[0] for each in products):
-        return None
+    products: list[gs.Node] = []
+    biases: list[gs.Tensor | None] = []
+    for name, tensor in zip(("query", "key", "value"), node.inputs):
+        part = _product(graph, tensor)
+        if isinstance(part, NearMiss):
+            return NearMiss(part.node, f"{name}: {part.reason}")
+        products.append(part[0])
+        biases.append(part[1])
+    for each in products[1:]:
+        if each.inputs[0] is not products[0].inputs[0]:
+            return NearMiss(each.name, f"it multiplies {each.inputs[0].name!r}, the projection of the query "
+                            f"{products[0].inputs[0].name!r}")
     if any(bias is None for bias in biases) != all(bias is None for bias in biases):
-        return None
+        return NearMiss(node.name, "some of its projections have a bias and some have none")
     place = node.name.rpartition("/")[0]
     weight = _joined_weight(f"{place}.qkv.weight", [each.inputs[1] for each in products])
     qkv = edit.add_node(graph, "FusedMatMul", [products[0].inputs[0], weight], name=f"{place}.qkv/FusedMatMul_0",
@@ -106,20 +123,28 @@ def _join(graph: gs.Graph, node: gs.Node) -> gs.Tensor | None:
     return qkv
 
 
-def _product(graph: gs.Graph, tensor: gs.Tensor) -> tuple[gs.Node, gs.Tensor | None] | None:
-    """(FusedMatMul, bias or None) behind a projection that nothing else reads."""
-    if sole_consumer(graph, tensor) is None:
-        return None
+def _product(graph: gs.Graph, tensor: gs.Tensor) -> tuple[gs.Node, gs.Tensor | None] | NearMiss:
+    """(FusedMatMul, bias or None) behind a projection that nothing else reads; or where it is not one."""
     bias, node = None, producer(tensor)
+    if node is None:
+        return NearMiss(tensor.name, "no node computes it")
+    if sole_consumer(graph, tensor) is None:
+        return NearMiss(node.name, "other nodes read its result too")
     if is_op(node, "Add"):
         bias = next((each for each in node.inputs if is_weight(each)), None)
         inner = next((each for each in node.inputs if not is_weight(each)), None)
-        if bias is None or inner is None or len(bias.shape) != 1 or sole_consumer(graph, inner) is None:
-            return None
-        node = producer(inner)
-    if not is_op(node, "FusedMatMul", DOMAIN) or not _own_weight(node.inputs[1]):
-        return None
-    return (node, bias) if bias is None or _own_weight(bias) else None
+        if bias is None or inner is None or len(bias.shape) != 1:
+            return NearMiss(node.name, "it does not add a bias that is stored as a vector")
+        if sole_consumer(graph, inner) is None:
+            return NearMiss(node.name, "other nodes read the product without its bias too")
+        if not _own_weight(bias):
+            return NearMiss(node.name, f"its bias {bias.name!r} is not its own")
+        node = producer(inner) or node
+    if not is_op(node, "FusedMatMul", DOMAIN):
+        return NearMiss(node.name, f"it is {node.op}, expected the product with a stored matrix [out, in]")
+    if not _own_weight(node.inputs[1]):
+        return NearMiss(node.name, f"its weight {node.inputs[1].name!r} is not its own")
+    return node, bias
 
 
 def _own_weight(tensor: gs.Tensor) -> bool:
@@ -132,19 +157,22 @@ def _joined_weight(name: str, weights: list[gs.Tensor]) -> gs.Constant:
                            [rows, *weights[0].shape[1:]])
 
 
-def silu(graph: gs.Graph, context: Context) -> int:
+def silu(graph: gs.Graph, context: Context) -> Rewritten:
     """x * sigmoid(x) -> com.microsoft::QuickGelu(alpha=1), which ONNX Runtime would make of it when loading."""
-    count = 0
+    count, misses = 0, []
     for node in list(graph.nodes):
         gate = produced_by(node.inputs[0], "Sigmoid") or produced_by(node.inputs[1], "Sigmoid") \
             if is_op(node, "Mul") else None
         if gate is None:
             continue
         x = gate.inputs[0]
-        if not any(each is x for each in node.inputs) or sole_consumer(graph, gate.outputs[0]) is None:
+        if not any(each is x for each in node.inputs):
+            continue
+        if sole_consumer(graph, gate.outputs[0]) is None:
+            misses.append(NearMiss(node.name, f"other nodes read {gate.name!r} too"))
             continue
         node.op, node.domain, node.attrs = "QuickGelu", DOMAIN, {"alpha": 1.0}
         node.inputs = [x]
         node.name = node.name.replace("/Mul_", "/QuickGelu_")
         count += 1
-    return count
+    return Rewritten(count, tuple(misses))

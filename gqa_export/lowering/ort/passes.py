@@ -11,26 +11,28 @@ import onnx
 
 from ...graph.passes import Pass
 from .. import attention_function, head_axes
+from ..attention_calls import only_fallbacks_are_left
 from ..context import Context
 from ..rotary import fold
 from . import attention, matmul, norms, position_guard
 
 PREPARE = [
-    Pass("fuse_norms", norms.fuse_norms),
-    Pass("settle_types", norms.settle_types),
-    Pass("fuse_skip_norms", norms.fuse_skip_norms),
-    Pass("name_fused", norms.clean),
+    Pass("fuse_norms", norms.fuse_norms, requires=("infer_shapes",)),
+    Pass("settle_types", norms.settle_types, requires=("fuse_norms",), ensures=norms.norms_of_one_type),
+    Pass("fuse_skip_norms", norms.fuse_skip_norms, requires=("settle_types",)),
+    Pass("name_fused", norms.clean, requires=("fuse_norms", "fuse_skip_norms"), ensures=norms.names_are_unique),
 ]
 
 
 PASSES = [
     Pass("silu", matmul.silu),
-    Pass("norms_before_transposes", head_axes.norms_before_transposes),
-    Pass("rotary_inside", fold.fold_rotary),
-    Pass("unreshape", head_axes.unreshape),
-    Pass("lower_attention", attention.lower_attention, expect=attention.holdable),
+    Pass("norms_before_transposes", head_axes.norms_before_transposes, requires=("fuse_norms",)),
+    Pass("rotary_inside", fold.fold_rotary, requires=("norms_before_transposes",)),
+    Pass("unreshape", head_axes.unreshape, requires=("norms_before_transposes", "rotary_inside")),
+    Pass("lower_attention", attention.lower_attention, expect=attention.holdable, requires=("rotary_inside",),
+         ensures=only_fallbacks_are_left),
     Pass("transposed_products", matmul.transposed_products),
-    Pass("packed_projections", matmul.pack_projections),
+    Pass("packed_projections", matmul.pack_projections, requires=("lower_attention", "transposed_products")),
     Pass("lean_guard", position_guard.lean_guard, expect=lambda context: 1),
 ]
 

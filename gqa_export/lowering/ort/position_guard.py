@@ -1,4 +1,4 @@
-"""The guard against left padding, said in fewer ops: NaN for a row whose mask has a 0 before a 1 among its new tokens.
+"""The guard against left padding in fewer ops: NaN for a row whose mask has a 0 before a 1 among its new tokens.
 
 A row of ones and zeros has its ones first exactly if their number exceeds the index of the last one.
 """
@@ -11,13 +11,14 @@ import onnx_graphsurgeon as gs
 
 from ... import graph_io
 from ...graph import edit
-from ...graph.match import is_op, only_input, produced_by, scalar
+from ...graph.match import is_op, only_input, produced_by, scalar, sole_consumer
+from ...graph.passes import NearMiss, Rewritten
 from ..context import Context
 
 
-def lean_guard(graph: gs.Graph, context: Context) -> int:
+def lean_guard(graph: gs.Graph, context: Context) -> Rewritten:
     """Replace hidden + Unsqueeze(Where(bad, NaN, 0)) by a test of the mask's last columns and one Where."""
-    count = 0
+    count, misses = 0, _guards_that_add_to_nothing(graph)
     for node in list(graph.nodes):
         hidden = _guarded(node)
         if hidden is None:
@@ -37,11 +38,11 @@ def lean_guard(graph: gs.Graph, context: Context) -> int:
             edit.add_node(graph, "Where", [good_B11, hidden, nan], name=f"{place}/guard/Where", outputs=[output])
         count += 1
     edit.tidy(graph)
-    return count
+    return Rewritten(count, misses)
 
 
 def _guarded(node: gs.Node) -> gs.Tensor | None:
-    """What a node adds NaN or zero per row to; None if it does no such thing."""
+    """What a node adds NaN or zero per row to; None if it does not do that."""
     if not is_op(node, "Add"):
         return None
     for hidden, bias in (node.inputs, reversed(node.inputs)):
@@ -52,6 +53,25 @@ def _guarded(node: gs.Node) -> gs.Tensor | None:
             if None not in values and np.isnan(np.array(values, np.float64)).any():
                 return hidden
     return None
+
+
+def _guards_that_add_to_nothing(graph: gs.Graph) -> tuple[NearMiss, ...]:
+    """The Wheres that choose between NaN and another number and whose result is not added to anything per row."""
+    misses = []
+    for node in graph.nodes:
+        if not is_op(node, "Where"):
+            continue
+        values = [scalar(tensor) for tensor in node.inputs[1:]]
+        if None in values or not np.isnan(np.array(values, np.float64)).any():
+            continue
+        wide = sole_consumer(graph, node.outputs[0])
+        if not is_op(wide, "Unsqueeze"):
+            misses.append(NearMiss(wide.name if wide else node.name, "expected the Unsqueeze of a guard's NaN"))
+            continue
+        for reader in wide.outputs[0].outputs:
+            if not is_op(reader, "Add"):
+                misses.append(NearMiss(reader.name, f"it is {reader.op}, expected the Add of a guard's NaN"))
+    return tuple(misses)
 
 
 def _ones_first(graph: gs.Graph) -> gs.Tensor:

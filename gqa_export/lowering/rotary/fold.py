@@ -5,73 +5,60 @@ Dimensions as in `gqa_export.attention_op`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from ... import attention_op, graph_io
-from ...errors import GqaExportError
+from ... import attention_op
 from ...graph import edit
-from ...graph.match import is_op
+from ...graph.passes import NearMiss, Rewritten
+from ...spec import AttentionSpec
 from .. import head_axes
+from ..attention_calls import attention_calls
 from ..context import Context
 from .find import Finder, position_ids
-from .verify import Rotation
+from .verify import Region, Rotation
 
-QUERY, KEY, PAST_KEY, PAST_LENGTHS = (
-    attention_op.input_index(name) for name in ("query", "key", "past_key", "past_lengths"))
+Found = tuple[Region, Rotation] | str | None
+"""what a `Finder` gives"""
 
-
-def calls(graph: gs.Graph) -> list[gs.Node]:
-    """The nodes that are still the canonical op."""
-    return [node for node in graph.nodes if is_op(node, attention_op.OP, attention_op.DOMAIN)]
+QUERY, KEY, PAST_LENGTHS = (attention_op.input_index(name) for name in ("query", "key", "past_lengths"))
 
 
-def layer_of(node: gs.Node, context: Context) -> Any:
-    """The spec of the layer whose past a canonical node reads."""
-    for layer in context.spec.layers:
-        if node.inputs[PAST_KEY].name == graph_io.past_names(layer.layer)[0]:
-            return layer
-    raise GqaExportError("an attention node reads no layer's past", f"node {node.name!r}",
-                         "pass a canonical model made by this version of gqa-export")
-
-
-def fold_rotary(graph: gs.Graph, context: Context) -> int:
+def fold_rotary(graph: gs.Graph, context: Context) -> Rewritten:
     """Find each layer's rotation and, where the op can do it, let the op read what comes before it; counts layers.
 
-    `rotations` keeps the rotation of each such layer, `remarks` says why another one stays outside.
+    `rotations` keeps the rotation of each such layer, `remarks` why another one stays outside.
     """
-    nodes = calls(graph)
-    finder = Finder(graph, position_ids([node.inputs[PAST_LENGTHS] for node in nodes]), context.options.capacity)
+    calls = attention_calls(graph, context).found
+    finder = Finder(graph, position_ids([node.inputs[PAST_LENGTHS] for node, _ in calls]), context.options.capacity)
     rotations: dict[int, Rotation] = context.rotations
-    outside = 0
-    for node in nodes:
-        layer = layer_of(node, context)
+    outside = []
+    for node, layer in calls:
         query = finder.find(node.inputs[QUERY], layer.num_heads, layer.head_size)
         key = finder.find(node.inputs[KEY], layer.kv_num_heads, layer.head_size)
         why = "" if query is None and key is None else _why_outside(query, key, layer, context)
         if why:
-            outside += 1
-            context.remarks.append(f"layer {layer.layer}: rotary stays outside attention: {why}")
+            outside.append(NearMiss(node.name, f"rotary stays outside attention: {why}"))
+            context.remarks.append((layer.layer, f"rotary stays outside attention: {why}"))
         elif isinstance(query, tuple) and isinstance(key, tuple):
             rotations[layer.layer] = query[1]
             for place, (region, rotation), heads in ((QUERY, query, layer.num_heads), (KEY, key, layer.kv_num_heads)):
                 node.inputs[place] = head_axes.flat(graph, region.source, rotation.layout, heads * layer.head_size,
                                                      f"{node.name}.{attention_op.INPUT_NAMES[place]}")
-    context.counts["rotary_outside"] = outside
+    context.log.counts["rotary_outside"] = len(outside)
     edit.tidy(graph)
-    return len(rotations)
+    return Rewritten(len(rotations), tuple(outside))
 
 
-def _why_outside(query: Any, key: Any, layer: Any, context: Context) -> str:
-    for found, which in ((query, "query"), (key, "key")):
-        if not isinstance(found, tuple):
-            return f"{which}: {found or 'is not rotated'}"
-    reason = context.target.cannot_hold(layer)
-    if reason:
-        return reason
+def _why_outside(query: Found, key: Found, layer: AttentionSpec, context: Context) -> str:
+    if not isinstance(query, tuple):
+        return f"query: {query or 'is not rotated'}"
+    if not isinstance(key, tuple):
+        return f"key: {key or 'is not rotated'}"
+    reasons = context.target.cannot_hold(layer)
+    if reasons:
+        return "; ".join(reasons)
     (_, turned), (_, other) = query, key
     if not turned.same_table(other):
         return "queries and keys are rotated differently"
@@ -82,7 +69,8 @@ def _why_outside(query: Any, key: Any, layer: Any, context: Context) -> str:
     return ""
 
 
-def tables(graph: gs.Graph, rotation: Rotation, element: int, known: dict[bytes, tuple[gs.Tensor, gs.Tensor]]):
+def tables(graph: gs.Graph, rotation: Rotation, element: int,
+           known: dict[bytes, tuple[gs.Tensor, gs.Tensor]]) -> tuple[gs.Tensor, gs.Tensor]:
     """The tables of a rotation in the model's type, each stored once.
 
     Stored in fp32 and cast in the graph (runtimes fold it), so that the fp32 twin of a bf16 model is not rounded here.

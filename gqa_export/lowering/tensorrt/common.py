@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import onnx_graphsurgeon as gs
 
 from ... import graph_io, targets
-from ...graph.passes import Pass
+from ...graph.passes import NearMiss, Pass, Rewritten
 from ..context import Context
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 
 def refuse_layers(graph: gs.Graph, context: Context) -> int:
-    """Refuse a model with a layer that the target's attention cannot hold."""
+    """Refuse a model with layers that the target's attention cannot hold; rewrites nothing."""
     targets.refuse_layers(context.spec.layers, context.target)
     return 0
 
 
-def literal_capacity(graph: gs.Graph, context: Context) -> int:
+def literal_capacity(graph: gs.Graph, context: Context) -> Rewritten:
     """Put the number for the named axis of every cache input and output; counts them."""
-    count = 0
+    count, misses = 0, []
     for tensor in (*graph.inputs, *graph.outputs):
         if graph_io.CAPACITY in (tensor.shape or ()):
             tensor.shape = [context.options.capacity if axis == graph_io.CAPACITY else axis for axis in tensor.shape]
             count += 1
-    return count
+        elif graph_io.layer_of_cache(tensor.name) is not None:
+            misses.append(NearMiss(tensor.name, f"its shape {tensor.shape} has no axis named {graph_io.CAPACITY!r}"))
+    return Rewritten(count, tuple(misses))
 
 
-PREPARE: list[Pass] = []
-FIRST = [
-    Pass("refuse_layers", refuse_layers, expect=lambda context: 0),
-    Pass("literal_capacity", literal_capacity, expect=lambda context: 4 * len(context.spec.layers)),
+PREPARE: list[Pass[onnx_ir.Model, Context]] = []
+FIRST: list[Pass[gs.Graph, Context]] = [
+    Pass("refuse_layers", refuse_layers),
+    Pass("literal_capacity", literal_capacity, requires=("infer_shapes",),
+         expect=lambda context: 4 * len(context.spec.layers)),
 ]

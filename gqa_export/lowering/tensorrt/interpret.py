@@ -2,7 +2,7 @@
 
 This is how the ONNX of an engine is checked where no TensorRT can run: the plugin's own code is not in it. Rotation
 becomes ai.onnx RotaryEmbedding at the positions past_lengths + 0 .. S - 1, absent sinks become -inf. fp32 graphs
-only: others are widened first (`graph.twin`). Dimensions as in `gqa_export.attention_op`.
+only: others are widened first (`validation.fp32_twin`). Dimensions as in `gqa_export.attention_op`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ... import attention_op, graph_io
-from ...errors import GqaExportError
+from ...errors import InvalidBundle
 from ..attention_function import attach_function, is_call
 from .plugin import PRESENCE
 
@@ -22,9 +22,16 @@ POSITIONS = "interpreted/positions"
 
 
 def interpret(model: onnx.ModelProto) -> int:
-    """Rewrite a lowered fp32 model in place; returns the number of plugin nodes.
+    """Rewrite a lowered fp32 model in place.
 
-    Raises GqaExportError for a node that this version did not write.
+    Args:
+        model: of target `trt-plugin`, all its floats fp32.
+
+    Returns:
+        The number of plugin nodes.
+
+    Raises:
+        InvalidBundle: the inputs of a plugin node are not those that its flags announce: this version did not write it.
     """
     nodes: list[onnx.NodeProto] = []
     sizes = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in model.graph.input}
@@ -73,8 +80,9 @@ def _given(node: onnx.NodeProto) -> dict[str, str]:
               for name in ({"key": ("key", "value"), "cos": ("cos", "sin")}.get(first, (first,)))}
     names = [name for name in attention_op.INPUT_NAMES if name not in absent]
     if len(flags) != len(PRESENCE) or len(names) != len(node.input) or "key" in absent:
-        raise GqaExportError(f"a plugin node has {len(node.input)} inputs and says {flags}", f"node {node.name!r}",
-                             "export the bundle again with this version of gqa-export")
+        raise InvalidBundle(f"a plugin node has {len(node.input)} inputs, expected {len(names)} by its flags {flags}",
+                            f"node {node.name!r}", "export the bundle again with this version of gqa-export",
+                            code="E-BUNDLE-PLUGIN-NODE")
     return dict(zip(names, node.input))
 
 

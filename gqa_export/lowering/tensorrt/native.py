@@ -17,10 +17,10 @@ import onnx_graphsurgeon as gs
 from ... import attention_op, graph_io
 from ...graph import edit, match
 from ...graph.node_builder import INT64, Nodes, heads_first
-from ...graph.passes import Pass
+from ...graph.passes import Pass, Rewritten
 from ...spec import AttentionSpec
 from .. import head_axes
-from ..rotary.fold import calls, layer_of
+from ..attention_calls import attention_calls, only_fallbacks_are_left
 from .common import FIRST, PREPARE  # noqa: F401 PREPARE is this target's too
 
 if TYPE_CHECKING:
@@ -71,18 +71,20 @@ class Lengths:
         return self._masks[window]
 
 
-def lower_attention(graph: gs.Graph, context: Context) -> int:
+def lower_attention(graph: gs.Graph, context: Context) -> Rewritten:
     """Every call -> two TensorScatters and one Attention; then NaN logits for sequences that cannot be."""
-    nodes = calls(graph)
-    lengths = Lengths(graph, nodes[0])
-    for call in nodes:
-        _lower_call(graph, call, layer_of(call, context), lengths)
+    calls, misses = attention_calls(graph, context)
+    if not calls:
+        return Rewritten(0, misses)
+    lengths = Lengths(graph, calls[0].node)
+    for call, layer in calls:
+        _lower_call(graph, call, layer, lengths)
     logits = next(tensor for tensor in graph.outputs if tensor.name == graph_io.LOGITS)
     maker, honest = logits.inputs[0], gs.Variable("lengths/logits", logits.dtype)
     maker.outputs[next(i for i, out in enumerate(maker.outputs) if out is logits)] = honest
     nan = edit.constant("lengths/nan", np.array(np.nan, np.float32), context.element)
     edit.add_node(graph, "Where", [lengths.broken_B11, nan, honest], name="lengths/loud", outputs=[logits])
-    return len(nodes)
+    return Rewritten(len(calls), misses)
 
 
 def _lower_call(graph: gs.Graph, call: gs.Node, layer: AttentionSpec, lengths: Lengths) -> None:
@@ -103,8 +105,9 @@ def _lower_call(graph: gs.Graph, call: gs.Node, layer: AttentionSpec, lengths: L
 
 PASSES = [
     *FIRST,
-    Pass("lower_attention", lower_attention, expect=lambda context: len(context.spec.layers)),
-    Pass("unreshape", head_axes.unreshape),
+    Pass("lower_attention", lower_attention, requires=("refuse_layers", "literal_capacity"),
+         ensures=only_fallbacks_are_left, expect=lambda context: len(context.spec.layers)),
+    Pass("unreshape", head_axes.unreshape, requires=("lower_attention",)),
 ]
 
 

@@ -1,0 +1,126 @@
+"""`gqa-export onnx --dump-passes DIR` and the remarks of a lowering, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import gqa_models
+import onnx
+import pytest
+
+OURS = "[0-9][0-9][0-9]-*.onnx"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A tiny Llama checkpoint."""
+    return gqa_models.write_tiny("llama", tmp_path_factory.mktemp("tiny") / "llama")
+
+
+def export(checkpoint, out, *words):
+    """Run the verb as a program."""
+    return subprocess.run([sys.executable, "-m", "gqa_export", "onnx", str(checkpoint), "-o", str(out),
+                           "--no-validate", *map(str, words)], capture_output=True, text=True, check=False, timeout=300)
+
+
+def inline_bytes(model):
+    """Bytes of constants that are in the model itself."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+
+
+@pytest.mark.parametrize("target", ["ort", "onnx", "portable", "trt-plugin", "trt-native"])
+def test_the_graph_after_each_pass_is_written_and_the_export_is_the_same(tiny, tmp_path, target):
+    words = ["--target", target, "--capacity", 64]
+    plain = export(tiny, tmp_path / "plain", *words)
+    dumped = export(tiny, tmp_path / "dumped", *words, "--dump-passes", tmp_path / "passes")
+    assert (plain.returncode, dumped.returncode) == (0, 0), plain.stderr + dumped.stderr
+    assert (tmp_path / "plain/model.onnx").read_bytes() == (tmp_path / "dumped/model.onnx").read_bytes()
+    rows = json.loads((tmp_path / "passes/passes.json").read_text())
+    assert [row["file"] for row in rows] == sorted(path.name for path in (tmp_path / "passes").glob(OURS))
+    assert rows[0]["file"] == "000-traced.onnx"
+    last = "check_attention" if target == "portable" else "lower_attention"
+    assert next(row for row in rows if row["pass"] == last)["count"] == 3
+    outputs = None
+    for row in rows:
+        model = onnx.load(str(tmp_path / "passes" / row["file"]), load_external_data=False)
+        assert len(model.graph.node) == row["nodes"]
+        assert inline_bytes(model) < 20_000, "no weight is inside"
+        names = {tensor.name for tensor in (*model.graph.input, *model.graph.initializer)}
+        for node in model.graph.node:
+            assert {name for name in node.input if name} <= names, node.name
+            names.update(node.output)
+        assert [value.name for value in model.graph.input if not value.name.startswith("past_key_values.")] in (
+            ["input_ids", "attention_mask"], ["input_ids", "past_lengths", "new_lengths"])
+        outputs = outputs or [value.name for value in model.graph.output]
+        assert [value.name for value in model.graph.output] == outputs
+    final = onnx.load(str(tmp_path / "dumped/model.onnx"), load_external_data=False)
+    assert len(final.graph.node) == rows[-1]["nodes"]
+
+
+def test_a_folder_that_is_not_empty_is_refused_untouched_before_any_work(tiny, tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("mine")
+    for words in ([], ["--force"]):
+        done = export(tiny, tmp_path / "bundle", "--dump-passes", taken, *words)
+        assert done.returncode == 2
+        assert str(taken) in done.stderr
+        assert "Traceback" not in done.stderr
+        assert [path.name for path in taken.iterdir()] == ["mine.txt"]
+        assert not (tmp_path / "bundle").exists()
+
+
+def test_force_replaces_an_earlier_dump_as_a_whole(tiny, tmp_path):
+    folder = tmp_path / "passes"
+    assert export(tiny, tmp_path / "bundle", "--dump-passes", folder).returncode == 0
+    assert len(list(folder.glob(OURS))) > 5
+    (folder / "notes.txt").write_text("mine")
+    assert export(tiny, tmp_path / "other", "--dump-passes", folder).returncode == 2
+    done = export(tiny, tmp_path / "bundle", "--dump-passes", folder, "--force", "--target", "portable")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((folder / "passes.json").read_text())
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [row["file"] for row in rows] + ["notes.txt", "passes.json"])
+    assert [row["pass"] for row in rows] == ["traced", "check_attention"]
+
+
+def test_a_dry_run_takes_no_dump(tiny, tmp_path):
+    done = export(tiny, tmp_path / "bundle", "--dry-run", "--dump-passes", tmp_path / "passes")
+    assert done.returncode == 2
+    assert "--dump-passes" in done.stderr
+    assert not (tmp_path / "passes").exists()
+
+
+BROKEN = """
+import sys
+from gqa_export.cli import main
+from gqa_export.lowering.ort import position_guard
+position_guard._guarded = lambda node: None
+main.main(sys.argv[1:])
+"""
+"""the command line of a version whose last pass does not find its pattern"""
+
+
+def test_when_a_pass_fails_the_graph_before_and_after_it_is_there(tiny, tmp_path):
+    done = subprocess.run([sys.executable, "-c", BROKEN, "onnx", str(tiny), "-o", str(tmp_path / "bundle"),
+                           "--no-validate", "--dump-passes", str(tmp_path / "passes")],
+                          capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert "lean_guard rewrote 0 nodes, expected 1" in done.stderr
+    assert "--dump-passes" in done.stderr
+    rows = json.loads((tmp_path / "passes/passes.json").read_text())
+    assert (rows[-1]["pass"], rows[-1]["count"], rows[-1]["expected"]) == ("lean_guard", 0, 1)
+    for row in rows[-2:]:
+        assert onnx.load(str(tmp_path / "passes" / row["file"]), load_external_data=False).graph.node
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_remarks_of_the_lowering_are_printed_once_for_all_their_layers(tmp_path):
+    checkpoint = gqa_models.write_tiny("gemma2", tmp_path / "checkpoint")
+    done = export(checkpoint, tmp_path / "bundle")
+    assert done.returncode == 0, done.stderr
+    notes = [line.strip() for line in done.stdout.splitlines() if "rotary stays outside attention" in line]
+    assert len(notes) == 1
+    assert notes[0].startswith("note: layers 0-3: rotary stays outside attention: ")
