@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ..errors import GqaExportError, UnsupportedModel
-from ..weights.dtypes import itemsize
 from ..weights.sources import StoredSource
 from .layout import Heads, LayerLayout
 
@@ -142,11 +141,3 @@ def check_range(values: torch.Tensor, name: str, dtype: torch.dtype) -> None:
         raise GqaExportError(f"a converted weight has a value of {worst:g}, which {str(dtype).removeprefix('torch.')} "
                              "cannot hold", name, "check the checkpoint for infinite weights, or use --method mean",
                              code="E-CONVERT-OVERFLOW")
-
-
-def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor."""
-    count = itemsize(dtype)
-    for size in shape:
-        count *= size
-    return count
