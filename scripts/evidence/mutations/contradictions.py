@@ -20,11 +20,12 @@ from gqa_export.graph_io import past_names, present_names
 
 @dataclass(frozen=True)
 class Contradiction:
-    """change(folder) breaks a copy of a bundle; `names` must be in the refusal."""
+    """change(folder) breaks a copy of a bundle. The refusal must have the code `code` and name every one of `facts`."""
 
     name: str
     change: Callable[[Path], None]
-    names: tuple[str, ...]
+    code: str
+    facts: tuple[str, ...]
 
 
 def contradict(bundle: Path, folder: Path, one: Contradiction) -> Path:
@@ -107,23 +108,30 @@ def _no_format(folder: Path) -> None:
 
 
 CONTRADICTIONS: tuple[Contradiction, ...] = (
-    Contradiction("a bit of the weights flipped", lambda f: _bit(_data(f)), (DATA, "sha256")),
-    Contradiction("a bit of the graph flipped", lambda f: _bit(f / MODEL), (MODEL, "sha256")),
-    Contradiction("weights cut short", _cut, (DATA, "bytes")),
-    Contradiction("weights cut short, hash repaired", _cut_and_signed, (MODEL,)),
-    Contradiction("weights missing", lambda f: _data(f).unlink(), (DATA, "missing")),
-    Contradiction("graph missing", lambda f: (f / MODEL).unlink(), (MODEL,)),
-    Contradiction("manifest of another format", _no_format, (MANIFEST, "format 99")),
-    Contradiction("another window in the manifest", _layer(window=77), ("layer 1", "window", "77")),
-    Contradiction("another scale in the manifest", _layer(scale=0.5), ("layer 1", "scale")),
-    Contradiction("another softcap in the manifest", _layer(softcap=9.0), ("layer 1", "softcap")),
+    Contradiction("a bit of the weights flipped", lambda f: _bit(_data(f)), "E-BUNDLE-HASH", (DATA,)),
+    Contradiction("a bit of the graph flipped", lambda f: _bit(f / MODEL), "E-BUNDLE-HASH", (MODEL,)),
+    Contradiction("weights cut short", _cut, "E-BUNDLE-FILE-SIZE", (DATA,)),
+    Contradiction("weights cut short, hash repaired", _cut_and_signed, "E-BUNDLE-WEIGHT", (MODEL, DATA)),
+    Contradiction("weights missing", lambda f: _data(f).unlink(), "E-BUNDLE-FILE", (DATA,)),
+    Contradiction("graph missing", lambda f: (f / MODEL).unlink(), "E-BUNDLE-FILE", (MODEL,)),
+    Contradiction("manifest of another format", _no_format, "E-BUNDLE-FORMAT", (MANIFEST, "99")),
+    Contradiction("another window in the manifest", _layer(window=77), "E-BUNDLE-CLAIM",
+                  ("layer 1", "window", "77")),
+    Contradiction("another scale in the manifest", _layer(scale=0.5), "E-BUNDLE-CLAIM", ("layer 1", "scale")),
+    Contradiction("another softcap in the manifest", _layer(softcap=9.0), "E-BUNDLE-CLAIM",
+                  ("layer 1", "softcap")),
     Contradiction("other query heads in the manifest", _layer(num_heads=lambda layer: 2 * layer.num_heads),
-                  ("layer 1", "num_heads")),
-    Contradiction("other key/value heads in the manifest", _layer(kv_num_heads=1), (past_names(1)[0], "heads")),
-    Contradiction("a cache input renamed", _signed(_input_renamed), ("input", past_names(1)[0])),
-    Contradiction("a cache output dropped", _signed(_output_dropped), ("output", present_names(1)[1])),
-    Contradiction("weights outside the bundle", _signed(_data_elsewhere), (MODEL,)),
+                  "E-BUNDLE-CLAIM", ("layer 1", "num_heads")),
+    Contradiction("other key/value heads in the manifest", _layer(kv_num_heads=1), "E-BUNDLE-MANIFEST",
+                  (past_names(1)[0], "heads")),
+    Contradiction("a cache input renamed", _signed(_input_renamed), "E-BUNDLE-INTERFACE",
+                  ("input", past_names(1)[0])),
+    Contradiction("a cache output dropped", _signed(_output_dropped), "E-BUNDLE-INTERFACE",
+                  ("output", present_names(1)[1])),
+    Contradiction("weights outside the bundle", _signed(_data_elsewhere), "E-BUNDLE-WEIGHT",
+                  (MODEL, "../elsewhere.data")),
     Contradiction("another number format in the manifest",
                   _claim(lambda m: replace(m, inputs=tuple(replace(f, dtype="float16") if f.dtype == "float32" else f
-                                                           for f in m.inputs))), ("input", "float16")),
+                                                           for f in m.inputs))),
+                  "E-BUNDLE-MANIFEST", ("input", "float16")),
 )

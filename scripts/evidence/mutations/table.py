@@ -96,15 +96,15 @@ def mutation_row(mutation: Mutation, samples: Sequence[Sample], work: Path,
 
 def contradiction_rows(sample: Sample, work: Path,
                        kinds: Iterable[Contradiction] = CONTRADICTIONS) -> Iterable[Row]:
-    """Every bundle that contradicts its manifest. A refusal must name what is wrong, or it does not count."""
+    """Every bundle that contradicts its manifest. A refusal counts if it has the code and names the facts."""
     for one in kinds:
         folder = contradict(sample.bundle, work / "contradiction", one)
         try:
             validate(folder, sample.checkpoint, steps=STEPS, reference=sample.reference)
-            message = ""
+            code = message = ""
         except GqaExportError as error:
-            message = str(error).replace(str(work) + "/", "")
-        named = bool(message) and all(word in message for word in one.names)
+            code, message = error.code, str(error).replace(str(work) + "/", "")
+        named = code == one.code and all(fact in message for fact in one.facts)
         yield Row(one.name, "files or graph against the manifest", sample.name,
                   {level: (f"refused: {message.splitlines()[0]}",) if named else () for level in LEVELS})
         shutil.rmtree(folder)
