@@ -4,6 +4,7 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${GQA_EXPORT_VENV:-$ROOT/.venv}"
 BIN="$VENV/bin"
+CONSTRAINTS="${GQA_EXPORT_CONSTRAINTS:-$ROOT/constraints.txt}"
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 # Where this is set (in many containers), every process would compile all of PyTorch that it imports anew: the packages
 # come without bytecode (see pip_install), and an export of 10 seconds took 24.
@@ -48,13 +49,13 @@ make_venv() {
 
 # --no-compile: a tenth of the files is ever imported; Python compiles those when it meets them.
 if [ -t 1 ]; then QUIET=""; else QUIET="-q"; fi
-pip_install() { "$BIN/python" -m pip install $QUIET --no-compile --prefer-binary -c "$ROOT/constraints.txt" "$@"; }
+pip_install() { "$BIN/python" -m pip install $QUIET --no-compile --prefer-binary -c "$CONSTRAINTS" "$@"; }
 
 # setup_environment EXTRAS: the package with these extras, in editable form, and the small real model.
 setup_environment() {
   local stamp="$VENV/.gqa-export-$1" wanted
   make_venv
-  wanted="$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" "$ROOT/scripts/environment.sh" | cksum) $ROOT"
+  wanted="$(cat "$ROOT/pyproject.toml" "$CONSTRAINTS" "$ROOT/scripts/environment.sh" | cksum) $ROOT"
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then return; fi
   say "installing gqa-export[$1] (some minutes the first time)"
   # PyTorch first and by exact version, so that no other package's wish decides which build of it is taken.

@@ -89,7 +89,7 @@ def installed(wheel, tmp_path_factory) -> Installed:
     subprocess.run([*here, "pip", "--python", str(fresh), "install", "--quiet", "--no-deps", "--no-index", str(wheel)],
                    check=True, timeout=200)
     [packages] = (environment / "lib").glob("python3*/site-packages")
-    (packages / "third_party.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    (packages / "third_party.pth").write_text("\n".join(dict.fromkeys(map(sysconfig.get_path, ("purelib", "platlib")))))
     ready = Installed(environment, tmp_path_factory.mktemp("elsewhere"))
     ready.run("-c", "import gqa_models; gqa_models.write_tiny('llama', 'tiny-llama', max_position_embeddings=128, "
                     "num_hidden_layers=2)")

@@ -60,7 +60,7 @@ PACKAGES: tuple[Package, ...] = (
     Package("onnx-graphsurgeon", ("onnx_graphsurgeon",), "onnx-graphsurgeon>=0.6"),
     Package("polygraphy", ("polygraphy",), "polygraphy>=0.53"),
     Package("psutil", ("psutil",), "psutil>=6"),
-    Package("onnxruntime", ("onnxruntime",), "onnxruntime>=1.24"),
+    Package("onnxruntime", ("onnxruntime",), "onnxruntime>=1.26"),
     Package("onnxruntime-genai", ("onnxruntime_genai",), "onnxruntime-genai>=0.11"),
     Package("triton", ("triton",), "triton>=3.5"),
     Package("cuda-bindings", ("cuda.bindings",), "cuda-bindings>=13"),
@@ -188,7 +188,7 @@ def judge_ability(ability: Ability, broken: Mapping[str, str], here: Machine, pr
     if ability.gpu and not here.gpus:
         return Answer(ability.what, False, "no NVIDIA GPU with a driver is visible")
     if ability.provider and ability.provider not in providers:
-        fix = f"{uninstall('onnxruntime')} && {install('onnxruntime-gpu>=1.24')}"
+        fix = f"{uninstall('onnxruntime')} && {install('onnxruntime-gpu>=1.26')}"
         return Answer(ability.what, False, f"this onnxruntime has no {ability.provider}", fix)
     return Answer(ability.what, True)
 
@@ -214,7 +214,7 @@ def find_problems(here: Machine, providers: tuple[str, ...], environment: Mappin
     if here.gpus and providers and "CUDAExecutionProvider" not in providers:
         problems.append(Answer("there is a GPU, but this onnxruntime is for the CPU", False,
                                "bundles run on the CPU here",
-                               f"{uninstall('onnxruntime')} && {install('onnxruntime-gpu>=1.24')}"))
+                               f"{uninstall('onnxruntime')} && {install('onnxruntime-gpu>=1.26')}"))
     return tuple(problems)
 
 

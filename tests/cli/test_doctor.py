@@ -107,7 +107,7 @@ def test_without_onnxruntime_exporting_works_and_validating_names_the_command() 
     assert found["export a checkpoint to ONNX"].ready
     validating = found["validate a bundle on the CPU"]
     assert not validating.ready
-    assert validating.fix == f"{sys.executable} -m pip install 'onnxruntime>=1.24'"
+    assert validating.fix == f"{sys.executable} -m pip install 'onnxruntime>=1.26'"
 
 
 def test_without_a_gpu_the_gpu_abilities_are_not_offered() -> None:
