@@ -7,6 +7,7 @@ import pytest
 from glassllm_checkpoint import write_glassllm
 from shared_reference import reference_of
 
+from gqa_export import graph_io
 from gqa_export.errors import EXIT_PASSED
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
@@ -35,6 +36,8 @@ GROWING = [(name, "ort") for name in FAMILIES] + [
     ("gpt2", "onnx"), ("gpt_oss", "portable"), ("cohere", "portable"), ("llama_mqa", "portable")]
 STATIC = [("gemma2", "ort"), ("gpt_oss", "ort"), ("phi3", "ort"), ("gemma2", "onnx"), ("mistral", "onnx"),
           ("cohere", "onnx"), ("gemma2", "portable"), ("gpt_oss", "portable")]
+EXPORTS = sorted([(*pair, "growing") for pair in GROWING] + [(*pair, "static") for pair in STATIC])
+"""in the order of names: what PyTorch computes of a checkpoint is shared by the exports that follow one another"""
 
 
 @pytest.fixture(scope="session")
@@ -65,18 +68,11 @@ def fallbacks(manifest, target):
     return {fallback.layer for fallback in manifest.fallbacks} == (cannot if target == "onnx" else set())
 
 
-@pytest.mark.parametrize(("name", "target"), sorted(GROWING))
-def test_a_growing_export_passes_validation(checkpoint_of, tmp_path, name, target):
+@pytest.mark.parametrize(("name", "target", "cache"), EXPORTS)
+def test_an_export_passes_validation(checkpoint_of, tmp_path, name, target, cache):
     steps = STEPS[target == "ort" and name in WINDOWS]
-    manifest = passes(checkpoint_of(name), tmp_path / "bundle", steps, target=target, shared=True)
-    assert fallbacks(manifest, target)
-
-
-@pytest.mark.parametrize(("name", "target"), sorted(STATIC))
-def test_a_static_export_passes_validation(checkpoint_of, tmp_path, name, target):
-    steps = STEPS[target == "ort" and name in WINDOWS]
-    manifest = passes(checkpoint_of(name), tmp_path / "bundle", steps, target=target, cache="static", shared=True)
-    assert manifest.inputs[2].shape[2] == "capacity"
+    manifest = passes(checkpoint_of(name), tmp_path / "bundle", steps, target=target, cache=cache, shared=True)
+    assert manifest.inputs[2].shape[2] == (graph_io.CAPACITY if cache == "static" else graph_io.PAST)
     assert fallbacks(manifest, target)
 
 
