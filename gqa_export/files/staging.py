@@ -1,4 +1,4 @@
-"""A folder that appears complete or not at all: staged beside its place, renamed at the end. Standard library only."""
+"""A folder that appears complete or not at all: staged beside its place, renamed at the end."""
 
 from __future__ import annotations
 
