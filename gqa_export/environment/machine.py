@@ -1,8 +1,8 @@
 """Facts about this machine, this Python and this process: processor, memory, NVIDIA driver.
 
 Nothing here raises because something is missing: `doctor` must run where only click is installed. Memory comes from
-psutil. Two figures psutil does not have, so they are read here: the processor's name (/proc/cpuinfo, Linux) and the peak
-of the resident memory (getrusage).
+psutil. Two figures psutil does not have, so they are read here: the processor's name (/proc/cpuinfo, Linux) and the
+peak of the resident memory (getrusage).
 """
 
 from __future__ import annotations
