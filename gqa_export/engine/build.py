@@ -1,7 +1,7 @@
 """A TensorRT dialect bundle -> an engine bundle: choose, compile kernels, build in a child, check, write.
 
-Every refusal comes before the long work where it can be known. What cannot be opened without a GPU is checked by what
-TensorRT said while it built: inputs and outputs, plugin layers per profile, aliases, copies of the cache.
+Every refusal comes before the long work where it can be known. An engine cannot be opened without a GPU, so it is
+checked by the network and the build log: inputs and outputs, plugin layers per profile, aliases, copies of the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..bundle.manifest import MODEL, FileFact, Manifest, read_manifest
 from ..bundle.writer import check_output, writing_bundle
 from ..environment.machine import nvidia
 from ..environment.tensorrt_libraries import CANONICAL, Library
-from ..errors import GqaExportError, NotCheckedHere
+from ..errors import GqaExportError, InvalidBundle, NotCheckedHere
 from ..files.sha256 import file_sha256
 from ..progress import Progress, silent
 from ..spec import DTYPES
@@ -75,50 +75,72 @@ def attention_of(manifest: Manifest) -> str:
 
 
 def check_bundle(bundle: Path, manifest: Manifest, options: EngineOptions) -> str:
-    """The bundle's kind of attention. Raises GqaExportError for a bundle that cannot become what is asked for."""
+    """The bundle's kind of attention, "plugin" or "native".
+
+    Raises:
+        GqaExportError: the bundle cannot become the engine that the options describe.
+    """
     kind, source = attention_of(manifest), manifest.source.get("checkpoint", "CHECKPOINT")
     again = f"gqa-export onnx {source} -o DIR --target trt-{options.attention or kind or 'plugin'}"
     if manifest.engine is not None:
         raise GqaExportError("this bundle holds an engine already", str(bundle),
-                             "pass the bundle or the checkpoint that it was built from")
+                             "pass the bundle or the checkpoint that it was built from", code="E-ENGINE-BUILT")
     if not kind:
         raise GqaExportError(f"a bundle of target {manifest.target} cannot become an engine: its cache is not made for "
-                             "TensorRT", str(bundle), f"export it again: `{again}`, or pass the checkpoint")
+                             "TensorRT", str(bundle), f"export it again: `{again}`, or pass the checkpoint",
+                             code="E-ENGINE-TARGET")
     if options.attention and options.attention != kind:
         raise GqaExportError(f"the bundle has {kind} attention, and --attention is {options.attention}", str(bundle),
-                             f"leave --attention out, or export it again: `{again}`")
+                             f"leave --attention out, or export it again: `{again}`", code="E-ENGINE-ATTENTION")
     if options.capacity and options.capacity != manifest.capacity:
         raise GqaExportError(f"the bundle's cache has a capacity of {manifest.capacity}, and --capacity is "
                              f"{options.capacity}", str(bundle),
-                             f"leave --capacity out, or export it again: `{again} --capacity {options.capacity}`")
+                             f"leave --capacity out, or export it again: `{again} --capacity {options.capacity}`",
+                             code="E-ENGINE-CAPACITY")
     wanted = DTYPES.get(options.dtype, manifest.dtype)
     if wanted != manifest.dtype:
         raise GqaExportError(f"the bundle is {manifest.dtype}, and --dtype is {options.dtype}", str(bundle),
-                             f"leave --dtype out, or export it again: `{again} --dtype {options.dtype}`")
+                             f"leave --dtype out, or export it again: `{again} --dtype {options.dtype}`",
+                             code="E-ENGINE-DTYPE")
     return kind
 
 
 def check_request(output: Path, options: EngineOptions, kind: str) -> Choice:
-    """What can be refused before any work: the output folder, the flavour, the capabilities, the prompt's length."""
+    """Check, before any work, the output folder, the flavour, the capabilities and the prompt's length.
+
+    Raises:
+        GqaExportError: one of them cannot be; NotCheckedHere where the build needs a GPU that is not here.
+    """
     check_output(output.absolute(), options.force)
     if options.capacity and options.max_prompt > options.capacity:
         raise GqaExportError(f"prompts of {options.max_prompt} tokens do not fit a cache of {options.capacity}",
-                             "--max-prompt", "make --capacity larger or --max-prompt smaller")
+                             "--max-prompt", "make --capacity larger or --max-prompt smaller", code="E-ENGINE-PROMPT")
     if options.timing_cache is not None and not options.timing_cache.absolute().parent.is_dir():
         raise GqaExportError("the timing cache's folder does not exist", str(options.timing_cache),
-                             "make it, or name another file with --timing-cache")
+                             "make it, or name another file with --timing-cache", code="E-FILE-FOLDER")
     choice = choose(options.flavor, options.capabilities, plugin=kind == "plugin")
     if options.strip_weights and not nvidia()[1]:
-        raise NotCheckedHere("TensorRT compiles for the GPU at hand when weights are left out, and there is none here",
+        raise NotCheckedHere("without weights TensorRT compiles for the GPU at hand, and this machine has none",
                              "--strip-weights",
-                             "run this on a machine with an NVIDIA GPU, or leave --strip-weights out")
+                             "run this on a machine with an NVIDIA GPU, or leave --strip-weights out",
+                             code="E-ENV-GPU")
     return choice
 
 
 def build_engine(bundle: Path, output: Path, options: EngineOptions | None = None,
                  report: Progress | None = None) -> EngineBuild:
-    """Build an engine bundle at `output`. Raises GqaExportError (NotCheckedHere where a GPU is needed and there is
-    none); then nothing of it is left behind."""
+    """Build an engine bundle.
+
+    Args:
+        bundle: a bundle of a `trt-*` target.
+        output: the engine bundle's folder.
+        options: None means the defaults.
+        report: is told of the progress.
+
+    Raises:
+        GqaExportError: the bundle or an option does not fit, or TensorRT fails; NotCheckedHere where a GPU is needed
+            and the machine has none. Nothing of the engine is left behind.
+    """
     options, say = options or EngineOptions(), report or silent
     manifest = read_manifest(bundle)
     kind = check_bundle(bundle, manifest, options)
@@ -149,8 +171,9 @@ def build_engine(bundle: Path, output: Path, options: EngineOptions | None = Non
 def _kernels(model: onnx.ModelProto, bundle: Path, manifest: Manifest, choice: Choice, say: Progress) -> Compiled:
     variants = wanted_variants(model, manifest.capacity, manifest.dtype)
     if not variants:
-        raise GqaExportError("the bundle's graph has no attention layer of the plugin", str(bundle / MODEL),
-                             "export the bundle again: `gqa-export onnx --target trt-plugin`")
+        raise InvalidBundle("the bundle's graph has no attention layer of the plugin", str(bundle / MODEL),
+                            "export the bundle again: `gqa-export onnx --target trt-plugin`",
+                            code="E-ENGINE-NO-PLUGIN")
     return compile_kernels(variants, choice.kernel_capabilities, say)
 
 

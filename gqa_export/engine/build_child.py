@@ -18,44 +18,48 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from ..errors import GqaExportError
+from ..errors import GqaExportError, first_line
 from .build_job import SEE_LOG, Built, Job, Tensor
 
 ALIASED_IO = "ALIASED_PLUGIN_IO_10_03"
 
 
 def main() -> int:
-    """Read the job, build, say how it went."""
+    """Read the job, build, report the result."""
     messages = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     sys.stdout = os.fdopen(os.dup(2), "w", buffering=1)
     job = Job.from_json(sys.stdin.read())
 
-    def say(**message: Any) -> None:
+    def send(**message: Any) -> None:
         try:
             messages.write(json.dumps(message) + "\n")
-        except BrokenPipeError:  # nobody waits for this engine any more
+        except BrokenPipeError:  # the parent ended
             os._exit(1)
 
     try:
-        say(built=asdict(run(job, lambda text, done, total: say(progress=[text, done, total]))))
+        send(built=asdict(run(job, lambda text, done, total: send(progress=[text, done, total]))))
     except GqaExportError as error:
-        say(refused=[error.what, error.where, error.fix])
+        send(refused=[error.what, error.where, error.fix, error.code])
         return 2
     return 0
 
 
 def run(job: Job, report: Any) -> Built:
-    """Build the engine of a job. Raises GqaExportError for whatever is refused on the way."""
+    """Build the engine of a job.
+
+    Raises:
+        GqaExportError: TensorRT cannot be imported or does not build the engine, or the plugin refuses a layer.
+    """
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if job.flavor == "rtx" else "0"
     try:
         trt = importlib.import_module(job.module)
     except (ImportError, OSError) as error:
         raise GqaExportError(f"{job.module} cannot be imported: {error}", f"--flavor {job.flavor}",
                              "its shared libraries are missing: pip install 'gqa-export["
-                             f"{'rtx' if job.flavor == 'rtx' else 'trt'}]'") from error
+                             f"{'rtx' if job.flavor == 'rtx' else 'trt'}]'", code="E-ENV-TENSORRT") from error
     sys.modules[job.canonical] = trt
-    if find_spec("tensorrt") is None:  # Polygraphy 0.53 asks for it in places, whichever flavour is used
+    if find_spec("tensorrt") is None:  # Polygraphy 0.53 imports it in places, whichever flavour is used
         sys.modules["tensorrt"] = trt
     from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath, PostprocessNetwork
     from polygraphy.exception import PolygraphyException
@@ -74,8 +78,8 @@ def run(job: Job, report: Any) -> Built:
         data = EngineBytesFromNetwork(network, _config(trt, job, report), save_timing_cache=cache)()
     except PolygraphyException as error:
         raise plugin.failures[0] if plugin.failures else GqaExportError(
-            f"{job.canonical} could not build the engine: {_first_line(error)}", job.model,
-            SEE_LOG) from error
+            f"{job.canonical} could not build the engine: {first_line(error)}", job.model,
+            SEE_LOG, code="E-ENGINE-BUILD") from error
     view = memoryview(data)
     with open(job.engine, "wb") as file:
         file.write(view)
@@ -98,10 +102,6 @@ def _containers(engine: memoryview) -> int:
     from gqa_plugins.grouped_attention.fields import MAGIC
 
     return bytes(engine).count(MAGIC + b"\n")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0]
 
 
 def _config(trt: ModuleType, job: Job, report: Any) -> Any:
@@ -137,7 +137,7 @@ def _config(trt: ModuleType, job: Job, report: Any) -> Any:
 
 def _monitor(trt: ModuleType, report: Any) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
-        """Passes on what TensorRT says of its phases; nothing it raises may reach TensorRT."""
+        """Passes on the phases that TensorRT reports; nothing it raises may reach TensorRT."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -158,7 +158,7 @@ def _monitor(trt: ModuleType, report: Any) -> Any:
 
 
 def _look(trt: ModuleType, network: Any, job: Job, seen: dict[str, Any]) -> None:
-    """Note the network's inputs, outputs, attention layers and aliases; allow decomposition where it is asked for."""
+    """Note the network's inputs, outputs, attention layers and aliases; allow decomposition where the job does."""
     aliases: dict[str, str] = {}
     plugins = attentions = 0
     for number in range(network.num_layers):

@@ -1,16 +1,16 @@
-"""What the parent tells the building process, and what that says back: plain data as JSON.
+"""The messages between the parent and the building process: plain data as JSON.
 
 Messages of the child, one JSON object a line on its standard output: {"progress": [text, done, total]}, and at the
-end either {"built": {...}} or {"refused": [what, where, fix]}.
+end either {"built": {...}} or {"refused": [what, where, fix, code]}.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
-SEE_LOG = "see what TensorRT said above; `gqa-export inspect` shows the bundle"
+SEE_LOG = "read TensorRT's messages above; `gqa-export inspect` shows the bundle"
 """the fix of a refusal that is TensorRT's own: its last lines are to be shown with it"""
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
@@ -67,8 +67,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Built:
-    """What the child saw. aliases: output -> input whose memory it is, asked from the plugin (or, for TensorRT's own
-    cache update, from the network). capability: of the GPU it was built on, 0 without."""
+    """The child's result. aliases: output -> input whose memory it is, by the plugin (or, for TensorRT's own cache
+    update, by the network). containers: how often the engine carries the plugin's kernels."""
 
     version: str
     inputs: tuple[Tensor, ...]
@@ -78,7 +78,6 @@ class Built:
     attention_layers: int
     containers: int
     seconds: float
-    settings: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Built:

@@ -1,4 +1,4 @@
-"""What TensorRT's build log (VERBOSE, profiling verbosity DETAILED) says of an engine that cannot be opened here.
+"""Reads TensorRT's build log (VERBOSE, profiling verbosity DETAILED), for engines that cannot be opened here.
 
 The log lists every layer of every profile under "Layers:", those of profile n > 0 marked "[profile n]", and the
 tensors under "I/O Tensors:". Nothing else tells on a machine without a GPU.

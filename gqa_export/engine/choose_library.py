@@ -1,4 +1,4 @@
-"""Which TensorRT builds, for which GPUs: from what is installed, what is asked for and which GPU is here.
+"""Which TensorRT builds, for which GPUs: from the installed libraries, the options and the GPU of this machine.
 
 TensorRT builds for the GPU at hand and needs one. TensorRT for RTX builds ahead of time for a list of compute
 capabilities on any machine; the list it knows is its own (`trt.ComputeCapability`, read in version 1.7).
@@ -33,23 +33,34 @@ class Choice:
         return self.capabilities
 
 
-def choose(flavor: str, asked: tuple[str, ...], *, plugin: bool) -> Choice:
-    """flavor: "auto", "tensorrt" or "rtx". asked: capabilities as text, "current" is the GPU at hand."""
+def choose(flavor: str, names: tuple[str, ...], *, plugin: bool) -> Choice:
+    """Choose the library and the compute capabilities of a build.
+
+    Args:
+        flavor: "auto", "tensorrt" or "rtx".
+        names: compute capabilities as text, such as "8.9"; "current" is the GPU at hand; () is the flavour's choice.
+        plugin: whether the plugin's kernels are needed.
+
+    Raises:
+        GqaExportError: the flavour or the plugin does not support a capability, or the flavour is not installed.
+        NotCheckedHere: the build needs a GPU, and the machine has none.
+    """
     gpus = tuple(_number(gpu.compute_capability, "this machine's GPU") for gpu in nvidia()[1])
     if flavor == "auto":
         flavor = "tensorrt" if gpus and is_there("tensorrt") else "rtx"
     if flavor == "tensorrt" and not gpus:
         raise NotCheckedHere("TensorRT builds on the GPU that the engine is for, and no NVIDIA GPU with a driver is "
                              "visible here", "--flavor tensorrt",
-                             "run this on the target machine (docs/gpu.md), or use --flavor rtx")
+                             "run this on the target machine (docs/gpu.md), or use --flavor rtx", code="E-ENV-GPU")
     library = find(flavor)
     here = gpus[:1]
     engine: tuple[int, ...]
-    wanted = _wanted(asked, here)
+    wanted = _wanted(names, here)
     if flavor == "tensorrt":
         if wanted and wanted != here:
             raise GqaExportError(f"TensorRT builds for the GPU at hand, which has {_dotted(here)}",
-                                 "--compute-capability", "leave it out, or use --flavor rtx")
+                                 "--compute-capability", "leave it out, or use --flavor rtx",
+                                 code="E-ENGINE-CAPABILITY")
         engine, capabilities = (), here
     else:
         capabilities = wanted or RTX_DEFAULT
@@ -57,26 +68,29 @@ def choose(flavor: str, asked: tuple[str, ...], *, plugin: bool) -> Choice:
         if unknown and capabilities != here:
             raise GqaExportError(f"TensorRT for RTX does not build for {_dotted(unknown)} ahead of time",
                                  "--compute-capability",
-                                 f"use {_dotted(RTX_CAPABILITIES)}, or `{CURRENT}` on such a GPU")
+                                 f"use {_dotted(RTX_CAPABILITIES)}, or `{CURRENT}` on such a GPU",
+                                 code="E-ENGINE-CAPABILITY")
         engine = () if unknown else capabilities
     if plugin and (missing := [number for number in capabilities if number not in KERNEL_CAPABILITIES]):
         raise GqaExportError(f"the plugin has no kernels for {_dotted(missing)}", "--compute-capability",
-                             f"use {_dotted(KERNEL_CAPABILITIES)}, or --attention native")
+                             f"use {_dotted(KERNEL_CAPABILITIES)}, or --attention native",
+                             code="E-ENGINE-CAPABILITY")
     return Choice(library, engine, capabilities)
 
 
-def _wanted(asked: tuple[str, ...], here: tuple[int, ...]) -> tuple[int, ...]:
-    if CURRENT in asked and not here:
-        raise NotCheckedHere(f"--compute-capability {CURRENT} is the GPU at hand, and there is none here",
-                             "--compute-capability", "name it: --compute-capability 8.9")
-    numbers = [here[0] if text == CURRENT else _number(text, "--compute-capability") for text in asked]
+def _wanted(names: tuple[str, ...], here: tuple[int, ...]) -> tuple[int, ...]:
+    if CURRENT in names and not here:
+        raise NotCheckedHere(f"--compute-capability {CURRENT} is the GPU at hand, and this machine has none",
+                             "--compute-capability", "name it: --compute-capability 8.9", code="E-ENV-GPU")
+    numbers = [here[0] if text == CURRENT else _number(text, "--compute-capability") for text in names]
     return tuple(sorted(set(numbers)))
 
 
 def _number(text: str, where: str) -> int:
     major, dot, minor = text.partition(".")
     if not (major.isdigit() and (minor.isdigit() if dot else len(major) > 1)):
-        raise GqaExportError(f"{text!r} is not a compute capability", where, "write it as 8.9")
+        raise GqaExportError(f"{text!r} is not a compute capability", where, "write it as 8.9",
+                             code="E-OPTION-CAPABILITY")
     return int(major) * 10 + int(minor) if dot else int(major)
 
 

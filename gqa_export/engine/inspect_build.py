@@ -1,6 +1,7 @@
-"""Whether what TensorRT built is what was asked for: inputs, outputs, attention layers, aliases, no copy of the cache.
+"""Whether TensorRT built the engine that the bundle describes: inputs, outputs, attention layers, aliases, no copy of
+the cache.
 
-The network's own answers and the build log are all there is on a machine that cannot open the engine.
+A machine that cannot open the engine has nothing but the network and the build log.
 """
 
 from __future__ import annotations
@@ -22,33 +23,46 @@ def expected_aliases(manifest: Manifest) -> dict[str, str]:
 
 
 def check(manifest: Manifest, built: Built, log: Log, profiles: int, *, plugin: bool) -> None:
-    """Raises GqaExportError naming the first thing that is not as it must be."""
-    for what, facts, tensors in (("input", manifest.inputs, built.inputs), ("output", manifest.outputs, built.outputs)):
-        wrong = [f"{what} {fact.name}" for fact, tensor in zip(facts, tensors) if not _same(fact, tensor)]
+    """Check a built engine against its bundle.
+
+    Args:
+        manifest: of the bundle.
+        built: facts of TensorRT's network.
+        log: the build log; without layers nothing is checked there.
+        profiles: their number.
+        plugin: whether attention is the plugin's.
+
+    Raises:
+        GqaExportError: something differs; names the first.
+    """
+    for side, facts, tensors in (("input", manifest.inputs, built.inputs), ("output", manifest.outputs, built.outputs)):
+        wrong = [f"{side} {fact.name}" for fact, tensor in zip(facts, tensors) if not _same(fact, tensor)]
         if wrong or len(facts) != len(tensors):
-            names = ", ".join(wrong[:3]) or f"number of {what}s ({len(tensors)}, expected {len(facts)})"
-            raise GqaExportError(f"TensorRT's network has another {names} than the bundle", "the engine", FIX)
+            names = ", ".join(wrong[:3]) or f"number of {side}s ({len(tensors)}, expected {len(facts)})"
+            raise GqaExportError(f"TensorRT's network has another {names} than the bundle", "the engine", FIX,
+                                 code="E-ENGINE-TENSORS")
     aliases = expected_aliases(manifest)
     if built.aliases != aliases:
         odd = sorted(set(built.aliases.items()) ^ set(aliases.items()))[0]
-        raise GqaExportError(f"the cache would not be written in place: {odd[0]}", "the engine's aliases", FIX)
+        raise GqaExportError(f"the cache would not be written in place: {odd[0]}", "the engine's aliases", FIX,
+                             code="E-ENGINE-ALIAS")
     layers = len(manifest.spec.layers)
     if plugin and built.plugin_layers != layers:
         raise GqaExportError(f"the network has {built.plugin_layers} plugin layers, expected {layers}", "the engine",
-                             FIX)
+                             FIX, code="E-ENGINE-PLUGIN-LAYERS")
     if plugin and built.containers != 1:
         raise GqaExportError(f"the engine carries its kernels {built.containers} times, expected once", "the engine",
-                             FIX)
+                             FIX, code="E-ENGINE-KERNELS")
     if not log.layers:
         return
     for number in range(profiles):
         if plugin and log.plugins(number) != layers:
             raise GqaExportError(f"profile {number} has {log.plugins(number)} plugin layers, expected {layers}",
-                                 "the build log", FIX)
+                                 "the build log", FIX, code="E-ENGINE-PLUGIN-LAYERS")
     copies = log.copies({*aliases, *aliases.values()})
     if copies:
         raise GqaExportError(f"TensorRT copies the cache: {copies[0]} ({len(copies)} such layers)", "the build log",
-                             FIX)
+                             FIX, code="E-ENGINE-COPY")
 
 
 def _same(fact: TensorFact, tensor: Tensor) -> bool:

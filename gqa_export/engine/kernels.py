@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import GqaExportError
+from ..errors import GqaExportError, InvalidBundle
+from ..files.cache_folder import cache_folder
 from ..progress import Progress
 from ..spec import SHORT_DTYPES
 
@@ -57,11 +57,12 @@ def wanted_variants(model: onnx.ModelProto, capacity: int, dtype: str) -> tuple[
         if node.op_type != fields.NAME or node.domain not in ("", fields.NAMESPACE):
             continue
         values = {one.name: get_attribute_value(one) for one in node.attribute}
-        asked = values.get("plugin_version", fields.PLUGIN_VERSION.encode()).decode()
-        if asked != fields.PLUGIN_VERSION:
-            raise GqaExportError(f"the graph asks for version {asked} of the plugin, this package has "
-                                 f"{fields.PLUGIN_VERSION}", f"attention node {node.name!r}",
-                                 "export the bundle again with this version: `gqa-export onnx --target trt-plugin`")
+        stated = values.get("plugin_version", fields.PLUGIN_VERSION.encode()).decode()
+        if stated != fields.PLUGIN_VERSION:
+            raise InvalidBundle(f"the graph needs version {stated} of the plugin, this package has "
+                                f"{fields.PLUGIN_VERSION}", f"attention node {node.name!r}",
+                                "export the bundle again with this version: `gqa-export onnx --target trt-plugin`",
+                                code="E-ENGINE-PLUGIN-VERSION")
         layer = Layer.from_fields({name: value for name, value in values.items() if not name.startswith("plugin_")},
                                   f"attention node {node.name!r}")
         inputs = dict(zip(fields.node_inputs(values), node.input, strict=True))
@@ -77,8 +78,9 @@ def _table(name: str, tables: dict[str, list[int]], producers: dict[str, onnx.No
     while name not in tables:
         node = producers.get(name)
         if node is None or node.op_type not in ("Cast", "Identity", "Constant"):
-            raise GqaExportError(f"the rotary table {name} is not a constant", "attention node",
-                                 "export the bundle again: `gqa-export onnx --target trt-plugin`")
+            raise InvalidBundle(f"the rotary table {name} is not a constant", "attention node",
+                                "export the bundle again: `gqa-export onnx --target trt-plugin`",
+                                code="E-ENGINE-ROTARY")
         if node.op_type == "Constant":
             dims = node.attribute[0].t.dims
             return int(dims[0]), int(dims[1])
@@ -105,12 +107,10 @@ def weight_bytes_read(model: onnx.ModelProto) -> int:
                for tensor in model.graph.initializer if used.get(tensor.name, set()) - {"row"})
 
 
-def cache_folder() -> Path:
+def kernel_folder() -> Path:
     """Where compiled kernels are kept: $GQA_EXPORT_KERNEL_CACHE, or `gqa-export/kernels` in the user's cache folder."""
-    if os.environ.get(CACHE):
-        return Path(os.environ[CACHE])
-    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "gqa-export" / "kernels"
+    named = os.environ.get(CACHE)
+    return Path(named) if named else cache_folder("kernels")
 
 
 def toolchain() -> str:
@@ -125,8 +125,8 @@ def toolchain() -> str:
         return f"{version('triton')}-{digest.hexdigest()}"
     except PackageNotFoundError as error:
         raise GqaExportError("the plugin's kernels are compiled with Triton, which is not installed",
-                             "--attention plugin", "pip install 'gqa-export[plugins]', or use --attention native"
-                             ) from error
+                             "--attention plugin", "pip install 'gqa-export[plugins]', or use --attention native",
+                             code="E-ENV-TRITON") from error
 
 
 def compile_kernels(variants: Iterable[Variant], capabilities: Iterable[int], report: Progress) -> Compiled:
@@ -134,7 +134,7 @@ def compile_kernels(variants: Iterable[Variant], capabilities: Iterable[int], re
     from gqa_plugins.grouped_attention.cubin import Cubin, compile_variant
     from gqa_plugins.grouped_attention.fields import pack
 
-    tools, folder = toolchain(), cache_folder()
+    tools, folder = toolchain(), kernel_folder()
     work = [(variant, capability) for variant in variants for capability in capabilities]
     keys: dict[str, dict[int, str]] = {}
     files = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..bundle.engine_facts import DECODE, PREFILL, ProfileFacts
 from ..bundle.manifest import Manifest
-from ..errors import GqaExportError
+from ..errors import GqaExportError, InvalidBundle
 from ..graph_io import BATCH, SEQUENCE
 
 MOST_PROMPT = 4096
@@ -20,7 +20,7 @@ def make_profiles(manifest: Manifest, max_batch: int, max_prompt: int) -> tuple[
     if longest > manifest.capacity:
         raise GqaExportError(f"prompts of {longest} tokens do not fit the cache's capacity of {manifest.capacity}",
                              "--max-prompt", f"use --max-prompt {manifest.capacity} or less, or export the bundle with "
-                             f"a larger --capacity")
+                             "a larger --capacity", code="E-ENGINE-PROMPT")
     usual = min(longest, USUAL_PROMPT)
     return (_profile(manifest, DECODE, max_batch, (1, 1, 1)),
             _profile(manifest, PREFILL, max_batch, (1, usual, longest)))
@@ -31,8 +31,9 @@ def _profile(manifest: Manifest, name: str, max_batch: int, steps: tuple[int, in
     for tensor in manifest.inputs:
         strange = [axis for axis in tensor.shape if isinstance(axis, str) and axis not in (BATCH, SEQUENCE)]
         if strange:
-            raise GqaExportError(f"the input {tensor.name} has an axis {strange[0]!r} whose size is not fixed",
-                                 "gqa_export.json", "export the bundle again with this version of gqa-export")
+            raise InvalidBundle(f"the input {tensor.name} has an axis {strange[0]!r} whose size is not fixed",
+                                "gqa_export.json", "export the bundle again with this version of gqa-export",
+                                code="E-ENGINE-AXIS")
         sizes = []
         for batch, sequence in zip((1, 1, max_batch), steps, strict=True):
             known = {BATCH: batch, SEQUENCE: sequence}

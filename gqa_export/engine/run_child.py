@@ -18,8 +18,11 @@ MODULE = "gqa_export.engine.build_child"
 
 
 def run_job(job: Job, library: Library, log: Path, report: Progress, module: str = MODULE) -> Built:
-    """Build in a child process whose every printed line goes to `log`. Raises GqaExportError; the child is never left
-    behind."""
+    """Build in a child process whose every printed line goes to `log`; the child is never left behind.
+
+    Raises:
+        GqaExportError: the child refuses, fails or is killed.
+    """
     with visible(library) as environment, log.open("w", encoding="utf-8") as lines:
         # -P: the working directory of the user is no place to import from
         child = subprocess.Popen([sys.executable, "-P", "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -46,7 +49,7 @@ def _listen(child: subprocess.Popen[str], job: Job, log: Path, report: Progress)
         child.stdin.write(job.to_json())
         child.stdin.close()
     except BrokenPipeError:
-        pass  # it ended before it read: what it said is in the log
+        pass  # it ended before it read: its messages are in the log
     for line in child.stdout:
         message = json.loads(line)
         if "progress" in message:
@@ -55,26 +58,28 @@ def _listen(child: subprocess.Popen[str], job: Job, log: Path, report: Progress)
             result = message
     code = child.wait()
     if result is not None and "refused" in result:
-        what, where, fix = result["refused"]
+        message, where, fix, error_code = result["refused"]
         if fix in ("", SEE_LOG):
-            said = last_lines(log.read_text(encoding="utf-8", errors="replace"))
-            what = f"{what}; TensorRT said:\n{_indented(said)}"
-        raise GqaExportError(what, where, fix or SEE_LOG)
+            lines = last_lines(log.read_text(encoding="utf-8", errors="replace"))
+            message = f"{message}; TensorRT's messages:\n{_indented(lines)}"
+        raise GqaExportError(message, where, fix or SEE_LOG, code=error_code)
     if code or result is None:
         raise _crash(code, log)
     return Built.from_dict(result["built"])
 
 
 def _crash(code: int, log: Path) -> GqaExportError:
-    said = last_lines(log.read_text(encoding="utf-8", errors="replace"))
+    lines = last_lines(log.read_text(encoding="utf-8", errors="replace"))
     if code == -signal.SIGKILL:
         return GqaExportError("the building process was killed, most likely because the machine ran out of memory",
-                              "gqa-export trt", "use a machine with more memory: an engine's weights are held twice")
+                              "gqa-export trt", "use a machine with more memory: an engine's weights are held twice",
+                              code="E-ENGINE-KILLED")
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
-    return GqaExportError(f"the building process ended with {how}; its last lines:\n{_indented(said)}",
+    return GqaExportError(f"the building process ended with {how}; its last lines:\n{_indented(lines)}",
                           "gqa-export trt",
-                          "run `gqa-export doctor`; if it finds nothing, report this with the lines above")
+                          "run `gqa-export doctor`; if it finds nothing, report this with the lines above",
+                          code="E-ENGINE-CRASH")
 
 
 def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines()) or "    (it said nothing)"
+    return "\n".join(f"    {line}" for line in text.splitlines()) or "    (no messages)"

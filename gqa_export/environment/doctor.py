@@ -1,7 +1,8 @@
 """What gqa-export can do here, what is missing and the command that gets it, and which packages clash.
 
-A judgement of facts that `gqa_export.environment.machine` gathers; standard library only, so that it works where
-nothing else does. """
+Judges facts that `machine`, `import_probe` and `requirements` gather. Standard library only, so that it works where
+nothing else does.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +17,9 @@ from . import machine
 from .import_probe import Imported, try_imports
 from .machine import Machine
 from .packages import NOT_INSTALLED, installed_names, installed_version
+from .requirements import Package, declared, packages, requirement_of, unmet
 
 OLDEST_PYTHON, FIRST_UNKNOWN_PYTHON = (3, 11), (3, 14)
-
-
-@dataclass(frozen=True)
-class Package:
-    """A distribution, the modules that prove it works (alternatives), and the pip requirement that installs it.
-
-    beside: requirements that must be installed with it.
-    """
-
-    name: str
-    modules: tuple[str, ...]
-    requirement: str
-    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,44 +32,20 @@ class Ability:
     provider: str = ""
 
 
-PACKAGES: tuple[Package, ...] = (
-    Package("click", ("click",), "click>=8.1"),
-    Package("rich", ("rich",), "rich>=13"),
-    Package("numpy", ("numpy",), "numpy>=2"),
-    Package("torch", ("torch",), "torch>=2.9"),
-    Package("transformers", ("transformers",), "transformers>=5.20,<6"),
-    Package("accelerate", ("accelerate",), "accelerate>=1"),
-    Package("safetensors", ("safetensors",), "safetensors>=0.5"),
-    Package("huggingface_hub", ("huggingface_hub",), "huggingface_hub>=1"),
-    Package("gguf", ("gguf",), "gguf>=0.17"),
-    Package("jinja2", ("jinja2",), "jinja2>=3.1"),
-    Package("onnx", ("onnx",), "onnx>=1.20"),
-    Package("onnx-ir", ("onnx_ir",), "onnx-ir>=0.1.12"),
-    Package("onnxscript", ("onnxscript",), "onnxscript>=0.5.6"),
-    Package("onnx-graphsurgeon", ("onnx_graphsurgeon",), "onnx-graphsurgeon>=0.6"),
-    Package("polygraphy", ("polygraphy",), "polygraphy>=0.53"),
-    Package("psutil", ("psutil",), "psutil>=6"),
-    Package("onnxruntime", ("onnxruntime",), "onnxruntime>=1.26"),
-    Package("onnxruntime-genai", ("onnxruntime_genai",), "onnxruntime-genai>=0.11"),
-    Package("triton", ("triton",), "triton>=3.5"),
-    Package("cuda-bindings", ("cuda.bindings",), "cuda-bindings>=13"),
-    Package("tensorrt", ("tensorrt", "tensorrt_bindings"), "tensorrt>=10.15"),
-    Package("tensorrt-rtx", ("tensorrt_rtx", "tensorrt_rtx_bindings"), "tensorrt-rtx-cu13-bindings==1.7.1.116",
-            ("onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0",)),
-)
 # The same module from another distribution: which one is installed decides what it can do.
 TWINS = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino"),
          "onnxruntime-genai": ("onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml"),
          "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings"),
          "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings")}
 
-EXPORT = ("click", "rich", "numpy", "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "onnx",
-          "onnx-ir", "onnxscript", "onnx-graphsurgeon")
+EXPORT = ("click", "rich", "numpy", "torch", "transformers", "accelerate", "safetensors", "huggingface-hub", "onnx",
+          "onnx-ir", "onnxscript", "onnx-graphsurgeon", "pydantic", "typing-extensions", "filelock", "platformdirs")
 ENGINES = ("onnx", "polygraphy", "triton")
 ABILITIES: tuple[Ability, ...] = (
     Ability("export a checkpoint to ONNX", EXPORT),
     Ability("validate a bundle on the CPU", (*EXPORT, "polygraphy", "onnxruntime")),
-    Ability("run and bench a bundle on the CPU", ("click", "numpy", "transformers", "onnxruntime", "psutil")),
+    Ability("run and bench a bundle on the CPU",
+            ("click", "numpy", "transformers", "onnxruntime", "psutil", "pydantic")),
     Ability("read GGUF files", ("gguf",)),
     Ability("chat templates", ("jinja2",)),
     Ability("validate and run on a GPU", (*EXPORT, "polygraphy", "onnxruntime"), True, "CUDAExecutionProvider"),
@@ -92,6 +57,8 @@ ABILITIES: tuple[Ability, ...] = (
     Ability("build and run TensorRT engines", (*ENGINES, "cuda-bindings", "tensorrt", "torch"), True),
 )
 BASIC = ABILITIES[:2]
+DECLARED = declared()
+PACKAGES: tuple[Package, ...] = packages(DECLARED, (name for ability in ABILITIES for name in ability.needs))
 
 
 @dataclass(frozen=True)
@@ -115,7 +82,7 @@ class PackageState:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that `gqa-export doctor` says."""
+    """The answer of `gqa-export doctor`."""
 
     version: str
     machine: Machine
@@ -155,24 +122,6 @@ def package_state(package: Package, imported: Imported) -> PackageState:
     return PackageState(package.name, version, imported.error or (f"needs {', '.join(wrong)}" if wrong else ""))
 
 
-def unmet(requirement: str, version: str) -> list[str]:
-    """The conditions of a requirement such as "transformers>=5.20,<6" that a version does not meet."""
-    have = release(version)
-    failed = []
-    for sign, wanted in re.findall(r"(>=|<|==)([0-9.]+)", requirement):
-        want = release(wanted)
-        holds = {">=": have >= want, "<": have < want, "==": have == want}[sign]
-        if have and not holds:
-            failed.append(f"{sign}{wanted}")
-    return failed
-
-
-def release(version: str) -> tuple[int, ...]:
-    """The numbers at the front of a version: 2.13.0+cpu -> (2, 13, 0)."""
-    match = re.match(r"[0-9]+(?:\.[0-9]+)*", version)
-    return tuple(int(part) for part in match[0].split(".")) if match else ()
-
-
 def judge_abilities(states: tuple[PackageState, ...], here: Machine, providers: tuple[str, ...]) -> tuple[Answer, ...]:
     """One answer for each ability."""
     broken = {state.name: state.error for state in states if state.error}
@@ -188,7 +137,7 @@ def judge_ability(ability: Ability, broken: Mapping[str, str], here: Machine, pr
     if ability.gpu and not here.gpus:
         return Answer(ability.what, False, "no NVIDIA GPU with a driver is visible")
     if ability.provider and ability.provider not in providers:
-        fix = f"{uninstall('onnxruntime')} && {install('onnxruntime-gpu>=1.26')}"
+        fix = f"{uninstall('onnxruntime')} && {install(requirement_of('onnxruntime-gpu', DECLARED))}"
         return Answer(ability.what, False, f"this onnxruntime has no {ability.provider}", fix)
     return Answer(ability.what, True)
 
@@ -196,6 +145,9 @@ def judge_ability(ability: Ability, broken: Mapping[str, str], here: Machine, pr
 def find_problems(here: Machine, providers: tuple[str, ...], environment: Mapping[str, str]) -> tuple[Answer, ...]:
     """Clashes and settings that make sound installations misbehave."""
     problems = []
+    if not DECLARED:
+        problems.append(Answer("the metadata of gqa-export is missing", False, "no version of a package is checked",
+                               install("gqa-export")))
     if not supported_python(here.python):
         problems.append(Answer(f"Python {here.python} is not supported", False, "gqa-export is made for 3.11 to 3.13",
                                "make a virtual environment with one of those"))
@@ -214,13 +166,13 @@ def find_problems(here: Machine, providers: tuple[str, ...], environment: Mappin
     if here.gpus and providers and "CUDAExecutionProvider" not in providers:
         problems.append(Answer("there is a GPU, but this onnxruntime is for the CPU", False,
                                "bundles run on the CPU here",
-                               f"{uninstall('onnxruntime')} && {install('onnxruntime-gpu>=1.26')}"))
+                               f"{uninstall('onnxruntime')} && {install(requirement_of('onnxruntime-gpu', DECLARED))}"))
     return tuple(problems)
 
 
 def supported_python(version: str) -> bool:
     """Whether gqa-export is made for this version of Python."""
-    return OLDEST_PYTHON <= release(version)[:2] < FIRST_UNKNOWN_PYTHON
+    return OLDEST_PYTHON <= tuple(int(part) for part in version.split(".")[:2]) < FIRST_UNKNOWN_PYTHON
 
 
 def requirements_of(names: Sequence[str]) -> list[str]:

@@ -1,6 +1,8 @@
-"""Facts about this machine and this Python: processor, memory, NVIDIA driver, packages. Standard library only.
+"""Facts about this machine, this Python and this process: processor, memory, NVIDIA driver.
 
-Nothing here raises because something is missing: that is what it is there to find out.
+Nothing here raises because something is missing: `doctor` must run where only click is installed. Memory comes from
+psutil. Two figures psutil does not have, so they are read here: the processor's name (/proc/cpuinfo, Linux) and the
+peak of the resident memory (getrusage).
 """
 
 from __future__ import annotations
@@ -63,21 +65,28 @@ def cores() -> int:
 def memory() -> tuple[int, int]:
     """Bytes of memory: all, and free for a new process. (0, 0) where it is not known."""
     try:
-        entries = (line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        kib = {words[0]: int(words[1]) for words in entries}
-        return kib["MemTotal:"] << 10, kib["MemAvailable:"] << 10
-    except (OSError, KeyError, ValueError, IndexError):
-        pass
-    try:
         import psutil
 
-        return psutil.virtual_memory().total, psutil.virtual_memory().available
+        found = psutil.virtual_memory()
+        return found.total, found.available
     except Exception:  # missing or broken: memory stays unknown
         return 0, 0
 
 
+def peak_bytes() -> int:
+    """The most physical memory this process has occupied so far (file-backed pages included); 0 if unknown."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return getattr(psutil.Process().memory_info(), "peak_wset", 0)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def nvidia() -> tuple[str, tuple[Gpu, ...]]:
-    """The CUDA version of the NVIDIA driver and the devices it shows, asked from the driver itself."""
+    """The CUDA version of the NVIDIA driver and the devices it shows, read from the driver itself."""
     name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
         cuda = ctypes.CDLL(name)
@@ -101,5 +110,3 @@ def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
     cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)  # ..._MINOR
     cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device)
     return Gpu(name.value.decode(errors="replace"), f"{major.value}.{minor.value}", size.value)
-
-

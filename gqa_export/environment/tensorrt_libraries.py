@@ -64,17 +64,21 @@ class Library:
 def _spec(name: str) -> ModuleSpec | None:
     try:
         return find_spec(name)
-    except (ImportError, ValueError):  # something on the import path refuses: as good as not there
+    except (ImportError, ValueError):  # an import hook that refuses: as good as missing
         return None
 
 
 def find(flavor: str) -> Library:
-    """The library of a flavour ("tensorrt" or "rtx"), or a GqaExportError with the command that installs it."""
+    """The library of a flavour, "tensorrt" or "rtx".
+
+    Raises:
+        GqaExportError: it is not installed.
+    """
     source = SOURCES[flavor]
     module = next((name for name in source.modules if _spec(name) is not None), "")
     if not module:
         raise GqaExportError(f"{source.modules[0]} is not installed", f"--flavor {flavor}",
-                             f"pip install 'gqa-export[{source.extra}]'")
+                             f"pip install 'gqa-export[{source.extra}]'", code="E-ENV-TENSORRT")
     version = next((found for name in source.distributions if (found := installed_version(name))), "unknown")
     return Library(flavor, module, version, _shared_libraries(source.packages))
 
@@ -95,7 +99,7 @@ def _shared_libraries(packages: tuple[str, ...]) -> tuple[Path, ...]:
 
 
 def bare_names(file: str) -> list[str]:
-    """What the loader may ask for: libx.so.1.7.1 -> libx.so, libx.so.1, libx.so.1.7, libx.so.1.7.1."""
+    """The names that the loader may look for: libx.so.1.7.1 -> libx.so, libx.so.1, libx.so.1.7, libx.so.1.7.1."""
     stem, _, numbers = file.partition(".so")
     parts = [part for part in numbers.split(".") if re.fullmatch(r"[0-9]+", part)]
     return [f"{stem}.so" + "".join(f".{part}" for part in parts[:count]) for count in range(len(parts) + 1)]
@@ -113,8 +117,8 @@ def preload(library: Library) -> None:
             ctypes.CDLL(str(file), ctypes.RTLD_GLOBAL)
         except OSError as error:
             raise GqaExportError(f"{file.name} cannot be loaded: {error}", str(file.parent),
-                                 f"pip install --force-reinstall 'gqa-export[{SOURCES[library.flavor].extra}]'"
-                                 ) from error
+                                 f"pip install --force-reinstall 'gqa-export[{SOURCES[library.flavor].extra}]'",
+                                 code="E-ENV-TENSORRT") from error
 
 
 @contextmanager

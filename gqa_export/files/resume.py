@@ -1,10 +1,10 @@
 """What a killed export leaves behind, and taking it up again.
 
 Beside a staging folder `.NAME.partial-x` lies `.NAME.partial-x.lock`, from before the folder is made until after it is
-gone, locked by the process that fills it: where a lock file is there unlocked, both belong to nobody any more. Beside a
-large file that is being written lies its journal: what the file will be (a key over all that decides its bytes) and,
-every `EVERY_BYTES`, an offset with the sha256 of everything before it. The next export with the same key takes the file
-over up to the last offset whose hash still holds, and goes on from there.
+gone, locked (filelock) by the process that fills it; the system unlocks it when that process ends, however it ends. So
+an unlocked lock file means that both are abandoned. Beside a large file that is being written lies its journal: a key
+over all that decides the file's bytes and, every `EVERY_BYTES`, an offset with the sha256 of everything before it. The
+next export with the same key takes the file over up to the last offset whose hash still holds, and goes on from there.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
 
-try:
-    import fcntl
-except ImportError:  # no such locks on Windows: nothing is taken over there, and nothing is removed
-    fcntl = None  # type: ignore[assignment]
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 LOCK = ".lock"
 JOURNAL = ".journal"
@@ -30,57 +28,54 @@ EVERY_BYTES = 64 << 20
 CHUNK_BYTES = 4 << 20
 
 
-Claimed = tuple[Path, IO[str]]
-"""a staging folder (which may be gone) and its open lock file"""
+Claimed = tuple[Path, "BaseFileLock"]
+"""a staging folder (which may be gone) and its lock, held by this process"""
 
 
 def stage(output: Path, parent: Path) -> Claimed:
     """Make an empty staging folder for `output` in `parent`, claimed for this process."""
     while True:
         handle, name = tempfile.mkstemp(prefix=f".{output.name}.partial-", suffix=LOCK, dir=parent)
-        file = os.fdopen(handle, "a")
-        if fcntl is None or (_lock(file) and os.path.exists(name)):
-            break
-        file.close()  # another process took it for abandoned before it was locked
+        os.close(handle)
+        lock = _claim(Path(name))
+        if lock is not None:
+            break  # else another process took it for abandoned before it was locked
     folder = Path(name.removesuffix(LOCK))
     folder.mkdir()
-    return folder, file
+    return folder, lock
 
 
-def _lock(file: IO[str]) -> bool:
-    """Claim a lock file until it is closed. False: a living process has it, or this system has no such locks."""
-    if fcntl is None:
-        return False
+def _claim(path: Path) -> BaseFileLock | None:
+    """Lock a lock file until it is released. None: a living process holds it, or it may not be opened."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, timeout=0, thread_local=False)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
+        lock.acquire()
+    except (Timeout, OSError):
+        return None
+    return lock
 
 
 def abandoned(output: Path) -> list[Claimed]:
     """Staging folders of `output` that no living process fills, each claimed for this one."""
     found: list[Claimed] = []
     for path in sorted(output.parent.glob(f".{output.name}.partial-*{LOCK}")):
-        if path.is_symlink():
-            continue
-        try:
-            file = open(path, "a")  # noqa: SIM115 the claim lasts as long as the file is open
-        except OSError:  # somebody else's, in a folder that several people write to: theirs to remove
-            continue
-        if _lock(file):
-            found.append((path.with_name(path.name.removesuffix(LOCK)), file))
-        else:
-            file.close()
+        lock = None if path.is_symlink() else _claim(path)
+        if lock is not None:
+            found.append((path.with_name(path.name.removesuffix(LOCK)), lock))
     return found
 
 
 def remove(claimed: Iterable[Claimed]) -> None:
     """Remove claimed folders, and then what claims them: killed in between, the rest stays claimable."""
-    for folder, file in claimed:
+    for folder, lock in claimed:
         shutil.rmtree(folder, ignore_errors=True)
-        file.close()
-        folder.with_name(folder.name + LOCK).unlink(missing_ok=True)
+        path = folder.with_name(folder.name + LOCK)
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            path.unlink()
+        lock.release()
+        path.unlink(missing_ok=True)
 
 
 class Journal:
@@ -97,8 +92,8 @@ class Journal:
             self._line({"offset": offset, "sha256": digest.hexdigest()})
             self._noted = offset
 
-    def _line(self, what: dict[str, Any]) -> None:
-        self._file.write(json.dumps(what) + "\n")
+    def _line(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A folder that appears complete or not at all: staged beside its place, renamed at the end. Standard library only."""
+"""A folder that appears complete or not at all: staged beside its place, renamed at the end."""
 
 from __future__ import annotations
 
@@ -25,16 +25,23 @@ def tidy_up() -> None:
 
 
 def check_folder(output: Path, *, force: bool, marker: str) -> None:
-    """Refuse, before any work, an output that must not be replaced: `force` replaces folders that hold `marker`."""
+    """Check, before any work, that an output may be written: `force` replaces folders that hold the file `marker`.
+
+    Raises:
+        GqaExportError: the output is not a folder, or is not empty and may not be replaced.
+    """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise GqaExportError("the output exists and is not a folder", str(output), "choose another path with -o")
+        raise GqaExportError("the output exists and is not a folder", str(output), "choose another path with -o",
+                             code="E-FILE-NOT-A-FOLDER")
     if output.is_dir() and any(output.iterdir()):
         if not force:
             raise GqaExportError("the output folder is not empty", str(output),
-                                 "choose another one, or pass --force to replace an earlier result")
+                                 "choose another one, or pass --force to replace an earlier result",
+                                 code="E-FILE-NOT-EMPTY")
         if not (output / marker).is_file():
             raise GqaExportError(f"the output folder holds something else (it has no {marker})", str(output),
-                                 "choose another one: --force replaces results of the same command only")
+                                 "choose another one: --force replaces results of the same command only",
+                                 code="E-FILE-FOREIGN")
 
 
 @contextmanager
@@ -62,7 +69,8 @@ def staging_folder(output: Path, parent: Path) -> Iterator[tuple[Path, list[Clai
 def writing_folder(output: Path, *, force: bool = False, marker: str) -> Iterator[Path]:
     """Give a staging folder; when the block ends well it becomes `output`, else nothing of it stays.
 
-    Raises GqaExportError for an output that must not be replaced, an unwritable place, a full disk.
+    Raises:
+        GqaExportError: the output must not be replaced or cannot be written, or the disk is full.
     """
     output = Path(os.path.abspath(output))
     check_folder(output, force=force, marker=marker)
@@ -80,8 +88,8 @@ def disk_errors(output: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise GqaExportError("the disk is full; nothing half-written was left behind", str(output),
                                  "free some space, choose another disk with -o, or copy no weights (onnx --weights "
-                                 "link)") from error
+                                 "link)", code="E-FILE-DISK-FULL") from error
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
             raise GqaExportError(f"cannot write there: {error.strerror}", str(output),
-                                 "choose another output folder with -o") from error
+                                 "choose another output folder with -o", code="E-FILE-WRITE") from error
         raise

@@ -11,7 +11,11 @@ from ..errors import GqaExportError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or leave the old one: it appears at once. GqaExportError where that is not possible."""
+    """Write a whole file or leave the old one: it appears at once.
+
+    Raises:
+        GqaExportError: the file cannot be written.
+    """
     staged = ""
     try:
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.absolute().parent, prefix=f".{path.name}.",
@@ -22,7 +26,7 @@ def write_text(path: Path, text: str) -> None:
         os.replace(staged, path)
     except OSError as error:
         raise GqaExportError(f"cannot write the file: {error.strerror}", str(path),
-                             "free some space, or name another file") from error
+                             "free some space, or name another file", code="E-FILE-WRITE") from error
     finally:
         with suppress(OSError):
             if staged:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle.manifest import read_manifest
+from ..environment.machine import peak_bytes
 from ..errors import GqaExportError
 from ..progress import Progress, silent
 from .generate import generate
@@ -108,10 +108,5 @@ def anonymous_mib() -> float | None:
 
 
 def peak_mib() -> float | None:
-    """The most memory this process ever had resident, in MiB; not on Windows."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / MIB if sys.platform == "darwin" else peak / 1024
+    """The most memory this process ever had resident, in MiB; None where it is unknown."""
+    return peak_bytes() / MIB or None

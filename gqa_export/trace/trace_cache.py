@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files.cache_folder import cache_folder
+
 if TYPE_CHECKING:
     from .traced import Traced
 
@@ -30,8 +32,7 @@ def folder() -> Path | None:
     named = os.environ.get(FOLDER)
     if named is not None:
         return None if named.lower() in OFF else Path(named)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "gqa-export" / "traces"
+    return cache_folder("traces")
 
 
 def place_of(config: dict[str, Any], options: dict[str, Any]) -> Path | None:

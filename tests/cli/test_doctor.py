@@ -13,10 +13,11 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from packaging.requirements import Requirement
 
 import gqa_export
 from gqa_export.cli import main
-from gqa_export.environment import doctor, import_probe
+from gqa_export.environment import doctor, import_probe, requirements
 from gqa_export.environment.doctor import ABILITIES, BASIC, PACKAGES, PackageState
 from gqa_export.environment.import_probe import Imported
 from gqa_export.environment.machine import Gpu, Machine
@@ -89,7 +90,40 @@ def test_packages_and_minimum_versions_are_those_of_the_project() -> None:
                 [*project["dependencies"], *extras["ort"], *extras["plugins"], *extras["trt"], *extras["rtx"],
                  *(text for text in extras["test"] if "genai" in text)]]
     known = [text for package in PACKAGES for text in (package.requirement, *package.beside)]
-    assert sorted(known) == sorted(declared)
+    assert {str(Requirement(text)) for text in known} == {str(Requirement(text)) for text in declared}
+    assert len(known) == len(declared)
+    assert project["requires-python"] == ">={}.{},<{}.{}".format(*doctor.OLDEST_PYTHON, *doctor.FIRST_UNKNOWN_PYTHON)
+
+
+def test_a_requirement_that_is_added_shows_up_and_one_of_another_extra_does_not(monkeypatch) -> None:
+    from importlib import metadata
+
+    monkeypatch.setattr(metadata, "requires", lambda name: [
+        "torch>=2.9", "New_Package>=3,<4", 'fast>=1; extra == "ort"', 'linter>=1; extra == "dev"',
+        'genai>=2; extra == "test"', "triton>=3; platform_system == 'Linux' and extra == 'plugins'"])
+    table = requirements.packages(requirements.declared(), ["torch", "genai", "onnx"])
+    assert {package.name: package.requirement for package in table} == {
+        "torch": "torch>=2.9", "genai": "genai>=2", "onnx": "onnx", "new-package": "New_Package>=3,<4",
+        "fast": "fast>=1", "triton": "triton>=3"}
+    assert next(p.modules for p in table if p.name == "new-package") == ("new_package",)
+
+
+def test_without_metadata_every_ability_still_has_its_packages_and_the_cause_is_named(monkeypatch) -> None:
+    from importlib import metadata
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", missing)
+    assert requirements.declared() == []
+    assert [p.requirement for p in requirements.packages([], ["torch"])] == ["torch"]
+    monkeypatch.setattr(doctor, "DECLARED", [])
+    assert "metadata of gqa-export is missing" in doctor.find_problems(HERE, CPU, {})[0].what
+
+
+def test_without_packaging_no_version_is_judged(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    assert requirements.unmet("torch>=2.9", "2.8") == []
 
 
 def test_every_ability_needs_packages_of_the_table() -> None:
@@ -146,9 +180,10 @@ def test_pythons_that_are_supported(version: str, fine: bool) -> None:
 
 @pytest.mark.parametrize(("requirement", "version", "wrong"), [
     ("torch>=2.9", "2.13.0+cpu", []), ("torch>=2.9", "2.8.1", [">=2.9"]), ("transformers>=5.20,<6", "6.0", ["<6"]),
-    ("transformers>=5.20,<6", "5.20.0", []), ("numpy>=2", "1.26.4", [">=2"]), ("x>=1", "", [])])
+    ("transformers>=5.20,<6", "5.20.0", []), ("numpy>=2", "1.26.4", [">=2"]), ("x>=1", "", []),
+    ("x>=1.5", "1.5rc1", [">=1.5"]), ("x==1.7.1.116", "1.7.1.116", []), ("x>=1", "no version", [])])
 def test_versions_are_compared_as_numbers(requirement: str, version: str, wrong: list[str]) -> None:
-    assert doctor.unmet(requirement, version) == wrong
+    assert requirements.unmet(requirement, version) == wrong
 
 
 def test_an_old_package_makes_the_ability_unready() -> None:

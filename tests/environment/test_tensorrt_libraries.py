@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from refusal import refused
 
 from gqa_export.environment import tensorrt_libraries
 from gqa_export.environment.tensorrt_libraries import Library, bare_names, find, preload, visible
-from gqa_export.errors import GqaExportError
 
 
 @pytest.fixture
@@ -57,9 +57,9 @@ def test_the_whole_package_comes_before_the_bindings_alone(packages) -> None:
 def test_a_library_that_is_not_installed_is_an_error_with_the_command(packages, flavor, extra) -> None:
     packages()
     assert not tensorrt_libraries.is_there(flavor)
-    with pytest.raises(GqaExportError, match="not installed") as caught:
+    with refused("E-ENV-TENSORRT") as refusal:
         find(flavor)
-    assert extra in caught.value.fix
+    assert extra in refusal.error.fix
 
 
 def test_a_process_sees_the_links_before_anything_else_and_they_are_gone_after(tmp_path, monkeypatch) -> None:
@@ -79,6 +79,7 @@ def test_a_process_sees_the_links_before_anything_else_and_they_are_gone_after(t
 
 def test_a_damaged_library_is_named(tmp_path) -> None:
     (tmp_path / "libtensorrt_rtx.so").write_bytes(b"not a library")
-    with pytest.raises(GqaExportError, match=r"libtensorrt_rtx\.so cannot be loaded") as caught:
+    with refused("E-ENV-TENSORRT") as refusal:
         preload(Library("rtx", "tensorrt_rtx", "1.7", (tmp_path / "libtensorrt_rtx.so",)))
-    assert "--force-reinstall" in caught.value.fix
+    assert "libtensorrt_rtx.so" in refusal.error.what
+    assert "--force-reinstall" in refusal.error.fix

@@ -139,3 +139,37 @@ def test_a_lock_that_cannot_be_opened_is_somebody_elses_and_stops_nothing(tmp_pa
         writer.write("file", b"ours")
     assert (out / "file").read_bytes() == b"ours"
     assert theirs.is_dir()
+
+
+HELD = """
+import sys, time
+from pathlib import Path
+from gqa_export.files.staging import staging_folder
+output = Path(sys.argv[1])
+with staging_folder(output, output.parent) as (staging, _):
+    (staging / "file").write_text("half")
+    print(staging.name, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_claimed_while_its_process_lives_and_abandoned_once_it_is_killed(tmp_path):
+    out = tmp_path / "out"
+    child = subprocess.Popen([sys.executable, "-c", HELD, str(out)], stdout=subprocess.PIPE, text=True)
+    name = child.stdout.readline().strip()
+    assert (tmp_path / name / "file").is_file()
+    assert resume.abandoned(out) == []
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    claimed = resume.abandoned(out)
+    assert [folder.name for folder, _ in claimed] == [name]
+    assert resume.abandoned(out) == [], "claimed for this process now"
+    resume.remove(claimed)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_symbolic_link_is_not_taken_for_a_lock(tmp_path):
+    (tmp_path / "precious").write_text("content")
+    (tmp_path / f".out.partial-x{resume.LOCK}").symlink_to(tmp_path / "precious")
+    assert resume.abandoned(tmp_path / "out") == []
+    assert (tmp_path / "precious").read_text() == "content"
