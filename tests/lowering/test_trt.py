@@ -16,7 +16,7 @@ from shared_reference import reference_of
 
 from gqa_export import attention_op, graph_io
 from gqa_export.bundle.manifest import MANIFEST, read_manifest
-from gqa_export.errors import GqaExportError, InvalidBundle, NotCheckedHere, UnsupportedModel
+from gqa_export.errors import InvalidBundle, NotCheckedHere, UnsupportedModel
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.lowering.tensorrt import interpret
