@@ -138,9 +138,11 @@ class Manifest:
         try:
             manifest = adapter().validate_json(text)
         except ValidationError as error:
-            broken = error.errors(include_url=False)[0]["type"] == "json_invalid"
+            if error.errors(include_url=False)[0]["type"] == "json_invalid":
+                raise InvalidBundle(f"the manifest is not valid JSON: {first_error(error)}", where, EXPORT_AGAIN,
+                                    code="E-BUNDLE-JSON") from error
             raise InvalidBundle(f"not a valid bundle manifest: {first_error(error)}", where, EXPORT_AGAIN,
-                                code="E-BUNDLE-JSON" if broken else "E-BUNDLE-MANIFEST") from error
+                                code="E-BUNDLE-MANIFEST") from error
         check_names(manifest.files, manifest.engine.file if manifest.engine else "", where)
         check_tensors(manifest.spec, manifest.dtype, manifest.inputs, manifest.outputs, where)
         return manifest

@@ -60,7 +60,7 @@ def choose(flavor: str, names: tuple[str, ...], *, plugin: bool) -> Choice:
         if wanted and wanted != here:
             raise GqaExportError(f"TensorRT builds for the GPU at hand, which has {_dotted(here)}",
                                  "--compute-capability", "leave it out, or use --flavor rtx",
-                                 code="E-ENGINE-CAPABILITY")
+                                 code="E-OPTION-CAPABILITY")
         engine, capabilities = (), here
     else:
         capabilities = wanted or RTX_DEFAULT
@@ -69,12 +69,12 @@ def choose(flavor: str, names: tuple[str, ...], *, plugin: bool) -> Choice:
             raise GqaExportError(f"TensorRT for RTX does not build for {_dotted(unknown)} ahead of time",
                                  "--compute-capability",
                                  f"use {_dotted(RTX_CAPABILITIES)}, or `{CURRENT}` on such a GPU",
-                                 code="E-ENGINE-CAPABILITY")
+                                 code="E-OPTION-CAPABILITY")
         engine = () if unknown else capabilities
     if plugin and (missing := [number for number in capabilities if number not in KERNEL_CAPABILITIES]):
         raise GqaExportError(f"the plugin has no kernels for {_dotted(missing)}", "--compute-capability",
                              f"use {_dotted(KERNEL_CAPABILITIES)}, or --attention native",
-                             code="E-ENGINE-CAPABILITY")
+                             code="E-OPTION-CAPABILITY")
     return Choice(library, engine, capabilities)
 
 

@@ -45,14 +45,14 @@ def check(manifest: Manifest, built: Built, log: Log, profiles: int, *, plugin: 
     if built.aliases != aliases:
         odd = sorted(set(built.aliases.items()) ^ set(aliases.items()))[0]
         raise GqaExportError(f"the cache would not be written in place: {odd[0]}", "the engine's aliases", FIX,
-                             code="E-ENGINE-ALIAS")
+                             code="E-ENGINE-BUILD-ALIAS")
     layers = len(manifest.spec.layers)
     if plugin and built.plugin_layers != layers:
         raise GqaExportError(f"the network has {built.plugin_layers} plugin layers, expected {layers}", "the engine",
                              FIX, code="E-ENGINE-PLUGIN-LAYERS")
     if plugin and built.containers != 1:
         raise GqaExportError(f"the engine carries its kernels {built.containers} times, expected once", "the engine",
-                             FIX, code="E-ENGINE-KERNELS")
+                             FIX, code="E-ENGINE-BUILD-KERNELS")
     if not log.layers:
         return
     for number in range(profiles):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from ..environment.tensorrt_libraries import Library, visible
 from ..errors import GqaExportError
@@ -15,6 +16,15 @@ from .build_job import SEE_LOG, Built, Job
 from .build_log import last_lines
 
 MODULE = "gqa_export.engine.build_child"
+
+
+class Refusal(NamedTuple):
+    """A GqaExportError of the child, as it was sent."""
+
+    what: str
+    where: str
+    fix: str
+    code: str
 
 
 def run_job(job: Job, library: Library, log: Path, report: Progress, module: str = MODULE) -> Built:
@@ -58,11 +68,12 @@ def _listen(child: subprocess.Popen[str], job: Job, log: Path, report: Progress)
             result = message
     code = child.wait()
     if result is not None and "refused" in result:
-        message, where, fix, error_code = result["refused"]
-        if fix in ("", SEE_LOG):
+        refusal = Refusal(*result["refused"])
+        message = refusal.what
+        if refusal.fix in ("", SEE_LOG):
             lines = last_lines(log.read_text(encoding="utf-8", errors="replace"))
             message = f"{message}; TensorRT's messages:\n{_indented(lines)}"
-        raise GqaExportError(message, where, fix or SEE_LOG, code=error_code)
+        raise GqaExportError(message, refusal.where, refusal.fix or SEE_LOG, code=refusal.code)
     if code or result is None:
         raise _crash(code, log)
     return Built.from_dict(result["built"])

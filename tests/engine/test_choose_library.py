@@ -73,9 +73,9 @@ def test_tensorrt_without_a_gpu_is_not_bad_input_but_cannot_be_done_here(here) -
 
 
 @pytest.mark.parametrize(("gpu", "flavor", "asked", "plugin", "code", "fix"), [
-    ("", "rtx", ("9.0",), True, "E-ENGINE-CAPABILITY", "12.1"),
-    ("", "rtx", ("7.5",), True, "E-ENGINE-CAPABILITY", "--attention native"),
-    ("8.9", "tensorrt", ("9.0",), True, "E-ENGINE-CAPABILITY", "--flavor rtx"),
+    ("", "rtx", ("9.0",), True, "E-OPTION-CAPABILITY", "12.1"),
+    ("", "rtx", ("7.5",), True, "E-OPTION-CAPABILITY", "--attention native"),
+    ("8.9", "tensorrt", ("9.0",), True, "E-OPTION-CAPABILITY", "--flavor rtx"),
     ("", "rtx", ("ada",), True, "E-OPTION-CAPABILITY", "8.9"),
     ("", "rtx", ("8.",), True, "E-OPTION-CAPABILITY", "8.9"),
     ("", "rtx", ("8",), True, "E-OPTION-CAPABILITY", "8.9"),
