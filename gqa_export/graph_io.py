@@ -9,6 +9,7 @@ BNSH: [B, K, T, D].
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -72,7 +73,8 @@ def cache_outputs(spec: ModelSpec, dtype: str, cache: str, capacity: int | str =
     return _cache_facts(spec, dtype, axis, present_names)
 
 
-def _cache_facts(spec: ModelSpec, dtype: str, axis: int | str, names) -> tuple[TensorFact, ...]:
+def _cache_facts(spec: ModelSpec, dtype: str, axis: int | str,
+                 names: Callable[[int], tuple[str, str]]) -> tuple[TensorFact, ...]:
     facts = []
     for layer in spec.layers:
         key, value = names(layer.layer)

@@ -20,9 +20,9 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from ..errors import InvalidBundle
 from ..graph_io import TensorFact
-from ..spec import FAIL_FAST, MOST_LAYERS, STRICT, Count, Fallback, Limits, ModelSpec, OneOf, Size, Text
+from ..spec import DTYPES, FAIL_FAST, MOST_LAYERS, STRICT, Count, Fallback, Limits, ModelSpec, OneOf, Size, Text
 from .engine_facts import EngineFacts
-from .manifest_rules import DTYPES, check_names, check_tensors
+from .manifest_rules import check_names, check_tensors
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError

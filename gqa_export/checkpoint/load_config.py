@@ -27,7 +27,7 @@ def load_config(checkpoint: Checkpoint, **overrides: Any) -> transformers.Pretra
         KeyError: an override names a field that the configuration does not have.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
     model_type = checkpoint.config.get("model_type")
     if model_type not in CONFIG_MAPPING_NAMES:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -105,7 +106,7 @@ class CaseDriver:
             self.lengths = self.lengths + self.new_lengths
             self.tick()
 
-    def _prompt(self) -> list:
+    def _prompt(self) -> list[Any]:
         """(new_lengths [B], ids [B, S]) of each piece of the prompt, right-padded with token 0."""
         longest, pieces = max(len(p) for p in self.case.prompts), []
         for start in range(0, longest, self.case.chunk):
@@ -126,7 +127,7 @@ class CaseDriver:
                 ids[row, 0] = self.next_tokens[row]
         return ids
 
-    def compare(self, reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> OrderedDict:
+    def compare(self, reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> OrderedDict[str, Any]:
         """Measure one runner against another. Polygraphy calls this for every pair at every step."""
         pair = (reference.runner_name, other.runner_name)  # type: ignore[attr-defined]
         if pair == (EAGER, BUNDLE):

@@ -110,11 +110,11 @@ def in_float(model: torch.nn.Module) -> Iterator[None]:
             continue
         stored = [parameter.data for parameter in own]
 
-        def widen(_: Any, __: Any, own: list = own) -> None:
+        def widen(_: Any, __: Any, own: list[Any] = own) -> None:
             for parameter in own:
                 parameter.data = parameter.data.float()
 
-        def restore(_: Any, __: Any, ___: Any, own: list = own, stored: list = stored) -> None:
+        def restore(_: Any, __: Any, ___: Any, own: list[Any] = own, stored: list[Any] = stored) -> None:
             for parameter, data in zip(own, stored, strict=True):
                 parameter.data = data
 

@@ -60,13 +60,17 @@ class _Answer:
         return tags[None, None, :, None].expand(batch, tokens, heads, call.value.shape[-1]).contiguous()
 
 
-def attention_modules(model: torch.nn.Module) -> dict[int, tuple[str, torch.nn.Module, tuple, dict[str, Any]]]:
+AttentionCall = tuple[str, torch.nn.Module, tuple[Any, ...], dict[str, Any]]
+"""path, module, arguments and keywords of an attention call"""
+
+
+def attention_modules(model: torch.nn.Module) -> dict[int, AttentionCall]:
     """layer -> (path, module, arguments, keywords) of every attention call of a skeleton on the meta device."""
     from ..trace.probe.layer_probe import listen
 
     calls = listen(model)
     paths = {id(module): path for path, module in model.named_modules()}
-    seen: dict[int, tuple[tuple, dict[str, Any]]] = {}
+    seen: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     hooks = [call.module.register_forward_pre_hook(
         lambda _, given, named, layer=layer: seen.__setitem__(layer, (given, named)), with_kwargs=True)
         for layer, call in calls.items()]
@@ -87,7 +91,7 @@ def layouts(model: torch.nn.Module) -> tuple[LayerLayout, ...]:
     Raises:
         UnsupportedModel: keys and values are made in a way that cannot be pooled.
     """
-    known: dict[tuple, LayerLayout] = {}
+    known: dict[tuple[Any, ...], LayerLayout] = {}
     found = []
     for layer, (path, module, given, named) in attention_modules(model).items():
         key = (*_likeness(module), repr(_shapes(given)), repr(_shapes(sorted(named.items()))))
@@ -97,7 +101,7 @@ def layouts(model: torch.nn.Module) -> tuple[LayerLayout, ...]:
     return tuple(found)
 
 
-def _likeness(module: torch.nn.Module) -> tuple:
+def _likeness(module: torch.nn.Module) -> tuple[Any, ...]:
     """Classes, numbers and shapes of a module and all in it, its place apart."""
     return tuple((name, type(part).__qualname__, tuple(sorted(
         (key, repr(value)) for key, value in vars(part).items()
@@ -126,7 +130,8 @@ def _ordinary(value: Any) -> Any:
 class _Probed:
     """A copy of one attention module whose linear layers are probes."""
 
-    def __init__(self, layer: int, path: str, module: torch.nn.Module, given: tuple, named: dict[str, Any]) -> None:
+    def __init__(self, layer: int, path: str, module: torch.nn.Module, given: tuple[Any, ...],
+                 named: dict[str, Any]) -> None:
         self.layer, self.path, self.place = layer, path, f"layer {layer}, {type(module).__name__}"
         from transformers.pytorch_utils import Conv1D
 

@@ -136,7 +136,7 @@ def _config(trt: ModuleType, job: Job, report: Any) -> Any:
 
 
 def _monitor(trt: ModuleType, report: Any) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined, misc]
         """Passes on the phases that TensorRT reports; nothing it raises may reach TensorRT."""
 
         def __init__(self) -> None:

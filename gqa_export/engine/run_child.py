@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..environment.tensorrt_libraries import Library, visible
 from ..errors import GqaExportError
@@ -54,7 +54,7 @@ def _with_path(environment: dict[str, str]) -> dict[str, str]:
 def _listen(child: subprocess.Popen[str], job: Job, log: Path, report: Progress) -> Built:
     assert child.stdin is not None
     assert child.stdout is not None
-    result: dict | None = None
+    result: dict[str, Any] | None = None
     try:
         child.stdin.write(job.to_json())
         child.stdin.close()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from .tensorrt_libraries import all_visible
 
@@ -66,7 +67,7 @@ def try_imports(modules: Iterable[tuple[str, ...]]) -> dict[str, Imported]:
     return found
 
 
-def _probe(modules: list[tuple[str, ...]]) -> tuple[list[dict], str]:
+def _probe(modules: list[tuple[str, ...]]) -> tuple[list[dict[str, Any]], str]:
 
     command = [sys.executable, "-c", PROBE, json.dumps(modules)]
     try:

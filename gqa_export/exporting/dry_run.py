@@ -9,11 +9,12 @@ from pathlib import Path
 from ..bundle.manifest import DATA, MODEL
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.tokenizer import tokenizer_files
+from ..environment.machine import peak_bytes
 from ..progress import Progress, silent
 from ..targets import TARGETS, Target, reasons_against
 from ..weights.dtypes import cast
 from ..weights.layout import Arrangement, arrange
-from ..weights.memory_budget import Budget, peak_bytes
+from ..weights.memory_budget import Budget
 from ..weights.sources import MemorySource
 from .options import ExportOptions
 from .prepare import Prepared, prepare

@@ -13,8 +13,7 @@ from itertools import zip_longest
 import onnx
 
 from ..errors import UnsupportedModel
-from ..graph_io import TensorFact
-from .match import RECIPE
+from ..graph_io import RECIPE, TensorFact
 
 MAX_IR_VERSION = 13
 UNREGISTERED = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")

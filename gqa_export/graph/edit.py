@@ -11,7 +11,8 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from .match import RECIPE, is_output
+from ..graph_io import RECIPE
+from .match import is_output
 
 # It warns of types that NumPy lacks (bfloat16), which it keeps as they are; a user can do nothing about it.
 G_LOGGER.severity = G_LOGGER.ERROR

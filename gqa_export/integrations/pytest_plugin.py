@@ -18,7 +18,7 @@ import pytest
 from ..errors import GqaExportError
 
 if TYPE_CHECKING:
-    from ..validation.validate import Verdict
+    from ..compare.verdict import Verdict
 
 KINDS = ("keys", "values", "logits", "cache")
 TOKENS, REST, DRIFT = "best_tokens", "refusals", "baseline"

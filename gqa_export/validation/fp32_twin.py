@@ -8,7 +8,7 @@ BLOCK_BYTES at a time.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def _wide(facts: tuple[TensorFact, ...]) -> tuple[TensorFact, ...]:
                  for fact in facts)
 
 
-def _subgraphs(nodes) -> list[onnx.GraphProto]:
+def _subgraphs(nodes: Iterable[onnx.NodeProto]) -> list[onnx.GraphProto]:
     """All graphs inside the attributes of nodes, at any depth."""
     found = []
     for node in nodes:

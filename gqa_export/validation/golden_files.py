@@ -57,7 +57,7 @@ def write_files(folder: Path, reference: Session, manifest: Manifest, seed: int 
     from polygraphy.logger import G_LOGGER
 
     random, dtype = np.random.default_rng(seed), numpy_dtype(manifest.dtype)
-    feeds: list[OrderedDict] = []
+    feeds: list[OrderedDict[str, Any]] = []
     golden: list[Any] = []
     for _, rows, counts in PLANS:
         reference.reset(rows)
@@ -80,7 +80,7 @@ def write_files(folder: Path, reference: Session, manifest: Manifest, seed: int 
     return max(float(np.abs(array.astype(np.float64)).max(initial=0)) for one in golden for array in one.values())
 
 
-def _feed(reference: Session, manifest: Manifest, ids: np.ndarray, dtype: np.dtype) -> OrderedDict:
+def _feed(reference: Session, manifest: Manifest, ids: np.ndarray, dtype: np.dtype) -> OrderedDict[str, Any]:
     """What the graph takes for this step: token ids, the mask, the cache as the reference has it."""
     lengths, past = reference.lengths, int(reference.lengths[0])
     feed = OrderedDict(step_feed("mask", ids, lengths, np.full(len(ids), ids.shape[1]), past))

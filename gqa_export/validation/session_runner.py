@@ -29,7 +29,7 @@ from ..runtime.session import Session, Step
 from ..spec import AttentionSpec, ModelSpec
 
 
-class SessionRunner(BaseRunner):
+class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
     """Runs a session. free: feed the session's own best token where the feed's second flag is set. last_only: show only
     the logits of each row's last valid token, as bundles exported with `--logits last` do. single: take the tokens of a
     step one by one. beside: runners that the Comparator calls next, for the same feed: they begin at once, in threads,

@@ -44,7 +44,7 @@ class Lengths:
         position_BS = self.node("position/row", "Add", self.past_B1, self.step_S)
         self.position_BS1 = self.node("position", "Unsqueeze", position_BS, [2])
         self._rows()
-        self._made: dict[tuple, Any] = {}
+        self._made: dict[tuple[Any, ...], Any] = {}
         if self.growing:
             self._growing_places()
         else:

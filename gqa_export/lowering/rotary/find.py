@@ -12,7 +12,7 @@ models themselves compute the tables.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_graphsurgeon as gs
@@ -140,7 +140,8 @@ def _table_tensors(graph: gs.Graph, positions: gs.Tensor | None) -> tuple[set[in
     return shapes, tables
 
 
-def _front(output: gs.Tensor, is_mixed, is_given) -> list[gs.Tensor]:
+def _front(output: gs.Tensor, is_mixed: Callable[[gs.Tensor], bool],
+           is_given: Callable[[gs.Tensor], bool]) -> list[gs.Tensor]:
     """The tensors that enter the mixed nodes above `output` and are neither mixed nor given."""
     front: list[gs.Tensor] = []
     seen: set[int] = set()

@@ -31,7 +31,7 @@ class Backend(Protocol):
     def row(self, tensor: Any, b: int) -> Any:
         """Row b as a tensor [1, ...] over the same memory."""
 
-    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list]:
+    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list[Any]]:
         """Logits on the host and the present tensors. feed: the inputs that are not the cache (`feeds.step_feed`).
         inplace: presents are written into the memory of the pasts."""
 
@@ -54,7 +54,7 @@ class ArrayBackend:
         """A view."""
         return tensor[b: b + 1]
 
-    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list]:
+    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list[Any]]:
         """See `Backend.run`."""
         outputs = self._infer({**feed, **dict(zip(self._past, past))})
         present = [outputs[name] for name in self._present]
@@ -82,7 +82,7 @@ class BindingBackend:
         self._session, self._device, self._past, self._present = session, device, past_names, present_names
         self._ort = import_onnxruntime()
         self._dtype = numpy_dtype(dtype)
-        self._kept: tuple[list, Any] | None = None
+        self._kept: tuple[list[Any], Any] | None = None
         # ONNX's number for bfloat16, which numpy does not know
         self._element: Any = 16 if dtype == "bfloat16" else self._dtype.type
 
@@ -112,7 +112,7 @@ class BindingBackend:
         if self._element == 16:
             import torch
 
-            return torch.from_dlpack(value).cpu().view(torch.int16).numpy().view(self._dtype)
+            return torch.utils.dlpack.from_dlpack(value).cpu().view(torch.int16).numpy().view(self._dtype)
         return value.numpy()
 
     def row(self, tensor: DeviceTensor, b: int) -> DeviceTensor:
@@ -121,7 +121,7 @@ class BindingBackend:
         owner = tensor.owner[b: b + 1] if isinstance(tensor.owner, np.ndarray) else tensor.owner
         return DeviceTensor(owner, tensor.pointer + b * step, (1, *tensor.shape[1:]))
 
-    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list]:
+    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list[Any]]:
         """See `Backend.run`."""
         binding = self._bound(past, inplace)
         for name, array in feed.items():

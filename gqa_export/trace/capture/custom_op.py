@@ -6,6 +6,8 @@ ONNX exists. Signature, order and attributes are those of `gqa_export.attention_
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from gqa_plugins.grouped_attention import reference
 from torch import Tensor
@@ -28,8 +30,10 @@ def grouped_query_attention(
 
 
 @grouped_query_attention.register_fake
-def _fake(query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin, sinks, num_heads,
-          kv_num_heads, scale, softcap, window, rotary_interleaved, growing):
+def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor,
+          past_lengths: torch.Tensor, new_lengths: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None,
+          sinks: torch.Tensor | None, num_heads: int, kv_num_heads: int, scale: float, softcap: float, window: int,
+          rotary_interleaved: int, growing: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, new, _ = query.shape
     value_size = past_value.shape[-1]
     total = past_key.shape[2] + new if growing else past_key.shape[2]
@@ -38,7 +42,7 @@ def _fake(query, key, value, past_key, past_value, past_lengths, new_lengths, co
             past_value.new_empty(past_value.shape[0], kv_num_heads, total, value_size))
 
 
-def onnx_schema():
+def onnx_schema() -> Any:
     """The op's ONNX schema, made from the contract (onnx.defs.OpSchema)."""
     from onnx.defs import OpSchema
 
@@ -55,16 +59,17 @@ def onnx_schema():
         type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "")])
 
 
-def translation_table() -> dict:
+def translation_table() -> dict[Any, Any]:
     """What `torch.onnx.export(custom_translation_table=...)` needs to write the op as `gqa::GroupedQueryAttention`."""
     import onnxscript
 
     domain = onnxscript.values.Opset(attention_op.DOMAIN, attention_op.VERSION)
     onnx_op = onnxscript.values.Op(domain, attention_op.OP, onnx_schema())
 
-    def translate(query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin, sinks, num_heads: int,
-                  kv_num_heads: int, scale: float, softcap: float, window: int, rotary_interleaved: int,
-                  growing: int):
+    # no types for the tensors: the exporter tells attributes from inputs by the parameters that have one
+    def translate(query, key, value, past_key, past_value,  # type: ignore[no-untyped-def]
+                  past_lengths, new_lengths, cos, sin, sinks, num_heads: int, kv_num_heads: int, scale: float,
+                  softcap: float, window: int, rotary_interleaved: int, growing: int):
         return onnx_op(query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin, sinks,
                        num_heads=num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap, window=window,
                        rotary_interleaved=rotary_interleaved, growing=growing)

@@ -15,7 +15,7 @@ import torch
 COPY = torch.ops.aten.copy_.default
 
 
-def plainly(decompositions: dict[Any, Callable]) -> dict[Any, Callable]:
+def plainly(decompositions: dict[Any, Callable[..., Any]]) -> dict[Any, Callable[..., Any]]:
     """The table with `op_` as a copy of what `op` gives, where there is such a pair: `op` may have a translation that
     its parts do not have, and its parts compute in other types."""
     plain = dict(decompositions)
@@ -30,7 +30,7 @@ def plainly(decompositions: dict[Any, Callable]) -> dict[Any, Callable]:
     return plain
 
 
-def _updated(op: Callable) -> Callable:
+def _updated(op: Callable[..., Any]) -> Callable[..., Any]:
     def update(changed: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
         return changed.copy_(op(changed, *rest, **named))
 

@@ -5,13 +5,16 @@ Where the class then reaches the attention interface, or a method that is patche
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from .. import attention_hook
 from .registry import Patch
 
 WHY = "the model picks its attention class from a table of its own, which knows built-in implementations only"
 
 
-def _same_as_eager(table: str):
+def _same_as_eager(table: str) -> Callable[[Any, Any], Any]:
     return lambda _original, module: getattr(module, table)["eager"]
 
 

@@ -45,7 +45,7 @@ def stack_of(model: torch.nn.Module, spec: ModelSpec) -> Stack | None:
         return None
     layers = model.get_submodule(path)
     kinds_of = getattr(_text(model.config), "layer_types", None) or [None] * len(spec.layers)
-    seen: dict[tuple, int] = {}
+    seen: dict[tuple[Any, ...], int] = {}
     kinds = []
     for layer, attention, named in zip(layers, spec.layers, kinds_of):  # type: ignore[call-overload]
         if _computed(layer):
@@ -75,15 +75,15 @@ def _layers_path(model: torch.nn.Module, spec: ModelSpec) -> str | None:
     return None
 
 
-def prints(model: torch.nn.Module, stack: Stack) -> tuple:
+def prints(model: torch.nn.Module, stack: Stack) -> tuple[Any, ...]:
     """Fingerprints of the traced layers and of all that is not a layer. Equal for a model of full depth and the short
     one that is traced, unless something in it was computed from the number of layers."""
     layers = dict(model.get_submodule(stack.path).named_children())
     return (_fingerprint(model, f"{stack.path}."), *(_fingerprint(layers[str(layer)]) for layer in stack.traced))
 
 
-def _fingerprint(layer: torch.nn.Module, without: str = " ") -> tuple:
-    rows: list[tuple] = []
+def _fingerprint(layer: torch.nn.Module, without: str = " ") -> tuple[Any, ...]:
+    rows: list[tuple[Any, ...]] = []
     for name, module in layer.named_modules():
         if name.startswith(without):
             continue

@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx_ir as ir
 
@@ -156,7 +157,7 @@ def _attributes(node: ir.Node) -> dict[str, str]:
     return {name: repr(attribute.value) for name, attribute in node.attributes.items()}
 
 
-def _constant(value: ir.Value) -> tuple | None:
+def _constant(value: ir.Value) -> tuple[Any, ...] | None:
     if value.const_value is None:
         return None
     array = value.const_value.numpy()
