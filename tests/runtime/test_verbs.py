@@ -73,22 +73,22 @@ def test_a_full_cache_is_said_with_the_remedy(bundle) -> None:
     assert "--capacity" in done.stderr
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--prompt", "x" * CAPACITY], f"the cache holds {CAPACITY}"),
-    (["--token-ids", "1,2,x"], "not a list of whole numbers"),
-    (["--token-ids", "1,9999"], "id 9999 is outside the vocabulary"),
-    (["--token-ids", ""], "a prompt has no tokens"),
-    ([], "give either --prompt or --token-ids"),
-    (["--prompt", "a", "--token-ids", "1"], "give either --prompt or --token-ids"),
-    (["--token-ids", "1", "--chat"], "--chat to --prompt"),
-    (["--prompt", "a", "--system", "b"], "--system belongs to --chat"),
-    (["--prompt", "a", "--temperature", "-1"], "temperature -1.0 is out of range"),
-    (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+@pytest.mark.parametrize(("arguments", "code"), [
+    (["--prompt", "x" * CAPACITY], "E-RUN-CAPACITY"),
+    (["--token-ids", "1,2,x"], "E-OPTION-TOKEN-IDS"),
+    (["--token-ids", "1,9999"], "E-RUN-VOCABULARY"),
+    (["--token-ids", ""], "E-RUN-PROMPT"),
+    ([], "E-OPTION-PROMPT"),
+    (["--prompt", "a", "--token-ids", "1"], "E-OPTION-PROMPT"),
+    (["--token-ids", "1", "--chat"], "E-OPTION-CHAT"),
+    (["--prompt", "a", "--system", "b"], "E-OPTION-CHAT"),
+    (["--prompt", "a", "--temperature", "-1"], "E-OPTION-SAMPLING"),
+    (["--prompt", "a", "--max-new-tokens", "0"], "E-OPTION-MAX-NEW-TOKENS"),
 ])
-def test_bad_input_to_run_ends_with_exit_code_2_and_a_fix(bundle, arguments, message) -> None:
+def test_bad_input_to_run_ends_with_exit_code_2_and_a_fix(bundle, arguments, code) -> None:
     done = call("run", bundle(), *arguments)
     assert done.exit_code == 2, done.output
-    assert message in done.stderr
+    assert code in done.stderr
     assert "fix: " in done.stderr
     assert "Traceback" not in done.output
 
@@ -124,4 +124,5 @@ def test_bench_writes_only_json_to_standard_output_when_asked(bundle) -> None:
 def test_bench_that_does_not_fit_the_cache_is_refused(bundle) -> None:
     done = call("bench", bundle(), "--prompt-tokens", CAPACITY, "--new-tokens", 2)
     assert done.exit_code == 2
-    assert f"do not fit the cache of {CAPACITY}" in done.stderr
+    assert "E-RUN-CAPACITY" in done.stderr
+    assert str(CAPACITY) in done.stderr
