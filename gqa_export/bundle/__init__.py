@@ -1,1 +1,1 @@
-"""The bundle format: the manifest, the files beside it, and the checks that a folder is what its manifest says."""
+"""The bundle format: the manifest, the files beside it, and the checks of a folder against its manifest."""

@@ -1,6 +1,7 @@
 """The header of a GGUF file: metadata, and the name, type, shape and place of each tensor. No weights.
 
-Lists in the metadata (the vocabulary) are skipped, which is why this takes milliseconds.
+Lists in the metadata (the vocabulary) are skipped, which is why this takes milliseconds; the package gguf reads every
+entry. Whatever contradicts itself is refused here, because later stages read by offset.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 

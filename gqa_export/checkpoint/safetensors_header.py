@@ -2,7 +2,8 @@
 
 The format: 8 bytes little-endian header length N, N bytes of JSON {name: {dtype, shape, data_offsets: [begin, end]}},
 then the tensors without holes or overlap. Source: https://github.com/huggingface/safetensors#format. Whatever does
-not hold is refused here, because later stages read by offset and would otherwise export noise.
+not hold is refused here, because later stages read by offset and would otherwise export noise. (The package
+safetensors gives tensors, not their offsets.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Plain text for the terminal: aligned columns and byte counts that can be read."""
+"""Plain text for the terminal: aligned columns and byte counts that can be read.
+
+Not with rich: `doctor` prints where only click is installed, a table in a pipe must not be cut to 80 columns, and
+`rich.filesize` counts in powers of ten.
+"""
 
 from __future__ import annotations
 

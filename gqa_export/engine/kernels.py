@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import GqaExportError, InvalidBundle
 from ..files.cache_folder import cache_folder
+from ..files.sha256 import files_sha256
 from ..progress import Progress
 from ..spec import SHORT_DTYPES
 
@@ -118,11 +119,9 @@ def toolchain() -> str:
     import gqa_plugins.grouped_attention as package
 
     folder = Path(package.__file__).parent
-    digest = hashlib.sha256()
-    for name in SOURCES:
-        digest.update((folder / f"{name}.py").read_bytes())
+    sources = files_sha256(folder / f"{name}.py" for name in SOURCES)
     try:
-        return f"{version('triton')}-{digest.hexdigest()}"
+        return f"{version('triton')}-{sources}"
     except PackageNotFoundError as error:
         raise GqaExportError("the plugin's kernels are compiled with Triton, which is not installed",
                              "--attention plugin", "pip install 'gqa-export[plugins]', or use --attention native",

@@ -2,8 +2,8 @@
 packages brought them. Standard library only.
 
 TensorRT's parser opens `libtensorrt_rtx.so` by its bare name when it meets a plugin, and ends the process if that
-fails; the dynamic loader reads LD_LIBRARY_PATH only when a process starts. So whoever parses a graph starts a process
-of its own in the environment of `visible`, which names a folder of links.
+fails; the dynamic loader reads LD_LIBRARY_PATH only when a process starts. So a graph is parsed in a process of its own
+in the environment of `visible`, which names a folder of links.
 """
 
 from __future__ import annotations

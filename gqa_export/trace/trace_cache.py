@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files.cache_folder import cache_folder
+from ..files.sha256 import files_sha256
 
 if TYPE_CHECKING:
     from .traced import Traced
@@ -43,11 +44,8 @@ def place_of(config: dict[str, Any], options: dict[str, Any]) -> Path | None:
     package = Path(__file__).parent.parent
     sources = [*Path(__file__).parent.rglob("*.py"), *package.glob("*.py"), *(package / "checkpoint").glob("*.py"),
                package / "graph" / "rules.py"]
-    code = hashlib.sha256()
-    for path in sorted(sources):
-        code.update(path.read_bytes())
-    key = json.dumps([config, options, code.hexdigest(), [version(name) for name in TRACERS]], sort_keys=True,
-                     default=str)
+    code = files_sha256(sorted(sources))
+    key = json.dumps([config, options, code, [version(name) for name in TRACERS]], sort_keys=True, default=str)
     return there / f"{hashlib.sha256(key.encode()).hexdigest()}.trace"
 
 

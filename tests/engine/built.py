@@ -1,8 +1,8 @@
 """Engines built by TensorRT for RTX, for 8.0, 8.9 and 12.0 in one build each, and what holds for every one of them.
 
-What an engine is can, without a GPU, be read only from what TensorRT says while it builds: inputs and outputs, plugin
-layers per profile, the absence of copies, the plugin's own alias map, the size. Whether it computes the right thing is
-shown on the graph (tests/targets) and on a GPU (scripts/gpu_check.py).
+Without a GPU an engine is known by TensorRT's build log only: inputs and outputs, plugin layers per profile, no
+copies, the plugin's own alias map, the size. Whether it computes the right thing is shown on the graph
+(tests/lowering) and on a GPU (scripts/gpu_check.py).
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def test_a_kill_from_outside_has_a_code_of_its_own(child) -> None:
         child("os.kill(os.getpid(), signal.SIGKILL)")
 
 
-def test_a_build_that_nobody_waits_for_ends_itself() -> None:
+def test_a_build_whose_parent_ended_ends_itself() -> None:
     child = subprocess.Popen([sys.executable, "-m", MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True)
     child.stdout.close()  # the parent is gone
