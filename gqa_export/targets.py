@@ -178,8 +178,8 @@ def refuse_layers(layers: Iterable[AttentionSpec], target: Target) -> None:
         return
     others = [row.name for row in TARGETS.values() if row.interface == target.interface
               and not any(row.cannot_hold(layer) for layer in layers)]
-    held = [layer.layer for layer in layers if target.cannot_hold(layer)]
-    raise UnsupportedModel("; ".join(reasons), f"{layers_label(held)}, target {target.name}",
+    unheld = [layer.layer for layer in layers if target.cannot_hold(layer)]
+    raise UnsupportedModel(f"target {target.name} cannot hold this model: {'; '.join(reasons)}", layers_label(unheld),
                            f"use --target {' or '.join(others)}" if others else
                            "use --target ort and ONNX Runtime: no target for TensorRT can hold this model",
                            code="E-TARGET-LAYER")

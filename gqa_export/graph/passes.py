@@ -16,6 +16,7 @@ from ..errors import GqaExportError, UnsupportedModel
 Graph = TypeVar("Graph")
 Context = TypeVar("Context")
 
+FIX = "--dump-passes DIR, use --target portable, which needs no such pattern, and report this model"
 SHOWN = 6
 """near misses that a message lists; the others are counted"""
 
@@ -123,12 +124,13 @@ def run_passes(graph: Graph, passes: Sequence[Pass[Graph, Context]], context: Co
             log.watch(PassRun(step.name, done.count, expected, misses), graph)
         where = f"graph {getattr(graph, 'name', None) or 'model'!r}, earlier passes {earlier}"
         if expected is not None and done.count != expected:
-            raise _refused(f"{step.name} rewrote {done.count} nodes, expected {expected}", misses, where, step.name,
-                           "E-GRAPH-PASS-COUNT")
+            raise UnsupportedModel(f"{step.name} rewrote {done.count} nodes, expected {expected}{_listed(misses)}",
+                                   where, f"see the graph before and after {step.name} with {FIX}",
+                                   code="E-GRAPH-PASS-COUNT")
         broken = tuple(step.ensures(graph, context)) if step.ensures else ()
         if broken:
-            raise _refused(f"{step.name} left the graph unfinished at {len(broken)} nodes", broken, where, step.name,
-                           "E-GRAPH-PASS-PROMISE")
+            raise UnsupportedModel(f"{step.name} left {len(broken)} nodes unfinished{_listed(broken)}", where,
+                                   f"see the graph after {step.name} with {FIX}", code="E-GRAPH-PASS-PROMISE")
     return log
 
 
@@ -144,10 +146,8 @@ def check_order(passes: Sequence[Pass[Graph, Context]], ran: Iterable[str] = ())
         known.add(step.name)
 
 
-def _refused(what: str, misses: Sequence[NearMiss], where: str, name: str, code: str) -> UnsupportedModel:
-    lines = [str(miss) for miss in misses[:SHOWN]]
+def _listed(misses: Sequence[NearMiss]) -> str:
+    lines = ["", *(str(miss) for miss in misses[:SHOWN])]
     if len(misses) > SHOWN:
         lines.append(f"and {len(misses) - SHOWN} more")
-    return UnsupportedModel("; ".join([what, *lines]), where,
-                            f"see the graph before and after {name} with --dump-passes DIR, use --target portable, "
-                            "which needs no such pattern, and report this model", code=code)
+    return "; ".join(lines)
