@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusal import refused
 from safetensors.numpy import save
 
 from gqa_export.bundle.integrity import check_files
@@ -22,7 +23,7 @@ from gqa_export.checkpoint.gguf_header import read_gguf_header
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.safetensors_header import read_header
 from gqa_export.checkpoint.tokenizer import token_ids
-from gqa_export.errors import GqaExportError
+from gqa_export.errors import GqaExportError, InvalidCheckpoint
 from gqa_export.graph_io import graph_inputs, graph_outputs
 from gqa_export.report.baseline import Baseline
 from gqa_export.spec import LARGEST, AttentionSpec, ModelSpec
@@ -185,26 +186,27 @@ def test_a_damaged_gguf_file(tmp_path, data):
             assert all(size >= 0 for size in shape)
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    ({"alignment": struct.pack("<II", 4, 0)}, "an alignment of 0"),
-    ({"alignment": struct.pack("<II", 4, 33)}, "an alignment of 33"),
-    ({"alignment": struct.pack("<If", 6, 32.0)}, "an alignment of 32.0"),
-    ({"alignment": struct.pack("<IQ", 8, 2) + b"32"}, "an alignment of '32'"),
-    ({"names": (b"t0", b"t0")}, "occurs twice"),
-    ({"offsets": (0, 0)}, "overlaps"),
-    ({"offsets": (0, 65)}, "not aligned"),
-    ({"offsets": (0, 1 << 60)}, "ends at byte"),
-    ({"dims": ((1 << 62, 1 << 62), (8,))}, "ends at byte|overlaps"),
-    ({"dims": ((4,) * 9, (8,))}, "has 9 dimensions"),
-    ({"kinds": (0, 2)}, "whole blocks"),
-    ({"kinds": (0, 4321)}, "4321"),
-    ({"size": 16}, "ends at byte"),
+@pytest.mark.parametrize(("change", "code", "named"), [
+    ({"alignment": struct.pack("<II", 4, 0)}, "E-CKPT-GGUF-HEADER", "alignment 0"),
+    ({"alignment": struct.pack("<II", 4, 33)}, "E-CKPT-GGUF-HEADER", "alignment 33"),
+    ({"alignment": struct.pack("<If", 6, 32.0)}, "E-CKPT-GGUF-HEADER", "alignment 32.0"),
+    ({"alignment": struct.pack("<IQ", 8, 2) + b"32"}, "E-CKPT-GGUF-HEADER", "alignment '32'"),
+    ({"names": (b"t0", b"t0")}, "E-CKPT-GGUF-HEADER", "'t0' occurs twice"),
+    ({"offsets": (0, 0)}, "E-CKPT-GGUF-HEADER", "'t1' at 0"),
+    ({"offsets": (0, 65)}, "E-CKPT-GGUF-HEADER", "'t1' at 65"),
+    ({"offsets": (0, 1 << 60)}, "E-CKPT-TRUNCATED", "'t1'"),
+    ({"dims": ((1 << 62, 1 << 62), (8,))}, "E-CKPT-TRUNCATED", "'t0'"),
+    ({"dims": ((4,) * 9, (8,))}, "E-CKPT-GGUF-HEADER", "9 dimensions"),
+    ({"kinds": (0, 2)}, "E-CKPT-GGUF-HEADER", "8 values"),
+    ({"kinds": (0, 4321)}, "E-CKPT-GGUF-HEADER", "4321"),
+    ({"size": 16}, "E-CKPT-TRUNCATED", "'t0'"),
 ], ids=str)
-def test_a_gguf_file_that_contradicts_itself_is_refused(tmp_path, change, says):
+def test_a_gguf_file_that_contradicts_itself_is_refused(tmp_path, change, code, named):
     (tmp_path / "x.gguf").write_bytes(gguf(**change))
-    with pytest.raises(GqaExportError, match=says) as refusal:
+    with refused(code, InvalidCheckpoint) as refusal:
         read_gguf_header(tmp_path / "x.gguf")
-    assert refusal.value.where == str(tmp_path / "x.gguf")
+    assert named in refusal.error.what
+    assert refusal.error.where == str(tmp_path / "x.gguf")
 
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "num_hidden_layers": 2,
