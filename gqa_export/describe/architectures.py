@@ -69,8 +69,8 @@ def document(data: dict[str, Any]) -> str:
         "passed. A model that is not supported is refused by name at export, or fails the comparison that "
         "`gqa-export onnx` makes afterwards.", "",
         f"**{how['supported']} supported**, {how['refused']} refused, {how['wrong']} differ from PyTorch, "
-        f"{how['failed']} fail in another way, {how['unchecked']} not checked. {data['date']}, {made_with}.", "",
-        "## Supported", "",
+        f"{how['failed']} fail in another way, {how['unchecked']} not checked. {data['date']}, {made_with}.",
+        *later_rows(data), "", "## Supported", "",
         "| name | attention | checked | largest difference (allowed) | depth |", "|---|---|---|---|---|"]
     for name, row in sorted(data["rows"].items()):
         if row["verdict"] == "supported":
@@ -84,6 +84,17 @@ def document(data: dict[str, Any]) -> str:
             lines += ["", f"## {title}", "", "| name | reason |", "|---|---|"]
             lines += [f"| {name} | {escaped(row.get('reason', ''))} |" for name, row in rows.items()]
     return "\n".join(lines) + "\n"
+
+
+def later_rows(data: dict[str, Any]) -> list[str]:
+    """Which rows were made by other versions than the table, as lines of docs/models.md."""
+    made: dict[str, list[str]] = {}
+    for name, row in sorted(data["rows"].items()):
+        others = [f"{package} {number}" for package, number in row.get("made_with", {}).items()
+                  if data["versions"].get(package) != number]
+        if others:
+            made.setdefault(", ".join(others), []).append(name)
+    return [f"Made with {others}: {', '.join(names)}." for others, names in made.items()]
 
 
 def checked(row: dict[str, Any]) -> str:

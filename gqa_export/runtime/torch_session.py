@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ..checkpoint.cache_argument import cache_argument
 from ..errors import GqaExportError
 from ..spec import FLOATS, ModelSpec
 from .feeds import check_feed, written_rows
@@ -100,7 +101,7 @@ class TorchSession:
             self.model.set_attn_implementation("eager")
         try:
             with torch.no_grad():
-                args = {"input_ids": torch.from_numpy(ids), "past_key_values": cache, "use_cache": True}
+                args = {"input_ids": torch.from_numpy(ids), cache_argument(self.model): cache, "use_cache": True}
                 if self._mode is None:
                     return _numpy(self.model(**args).logits[0])
                 with self._mode:

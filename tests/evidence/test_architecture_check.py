@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from gqa_export.cli import main
-from gqa_export.describe.architectures import ENDS, counts, document, known_names, missing, table
+from gqa_export.describe.architectures import ENDS, counts, document, known_names, later_rows, missing, table
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "models.md"
 AGAIN = "python scripts/matrix.py --resume"
@@ -63,3 +63,17 @@ def test_the_readme_counts_what_the_table_holds():
     readme = " ".join((DOCS.parent.parent / "README.md").read_text(encoding="utf-8").split())
     assert (f"Of the {len(table()['rows'])} causal language models that transformers knows, "
             f"{counts(table())['supported']} are exported") in readme
+
+
+def test_rows_of_other_versions_than_the_table_are_told_apart_until_all_are_of_them():
+    from matrix import date_rows
+
+    old, new = {"transformers": "1.0", "torch": "2"}, {"transformers": "1.1", "torch": "2"}
+    data = {"rows": {"one": {}, "two": {}}, "versions": old, "date": "2020-01-01"}
+    date_rows(data, "one", old)
+    assert (data["rows"], later_rows(data)) == ({"one": {}, "two": {}}, [])
+    date_rows(data, "two", new)
+    assert (data["versions"], later_rows(data)) == (old, ["Made with transformers 1.1: two."])
+    date_rows(data, "one", new)
+    assert (data["versions"], later_rows(data)) == (new, [])
+    assert data["date"] != "2020-01-01"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from refusal import refused
@@ -39,6 +41,13 @@ def test_another_draw_of_rounding_moves_the_last_places_and_nothing_else(model) 
     assert not np.array_equal(drawn[0], drawn[2])
     # half a unit in the last place in each of some tens of products
     assert 0 < np.abs(drawn[0] - plain).max() < 200 * 2.0**-24 * np.abs(plain).max()
+
+
+def test_the_model_is_called_by_the_names_that_its_transformers_has(model) -> None:
+    session = TorchSession(model, CAPACITY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # what transformers warns with at a name that it gave up
+        session.step(np.full((1, 3), 5))
 
 
 def test_the_whole_cache_is_kept_beyond_a_window(model) -> None:

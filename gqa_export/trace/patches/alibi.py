@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import attention_hook
-from .registry import Patch
+from .registry import Patch, stored
 
 BASE = 256
 WHY = "a bias that grows with the key's position is added to the scores (ALiBi)"
@@ -46,14 +46,13 @@ def _bloom(_original: Any, module: Any) -> Any:
 
 
 def _mpt(_original: Any, module: Any) -> Any:
-    def forward(self: Any, hidden_states: Any, position_bias: Any, past_key_values: Any = None,
-                attention_mask: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
+    def forward(self: Any, hidden_states: Any, position_bias: Any, cache: Any = None, attention_mask: Any = None,
+                past_key_values: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
         qkv = self.Wqkv(hidden_states)
         if self.clip_qkv:
             qkv = qkv.clamp(min=-self.clip_qkv, max=self.clip_qkv)
         query, key, value = (part.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=2))
-        if past_key_values is not None:
-            past_key_values.update(key, value, self.layer_idx)
+        stored(key, value, self.layer_idx, cache, past_key_values)
         # the bias of the last key but one, seen from the last
         slopes_H = -module.build_mpt_alibi_tensor(self.n_heads, 2, device=hidden_states.device)[:, 0, 0]
         query, key = carried(query, key, slopes_H, self.softmax_scale)

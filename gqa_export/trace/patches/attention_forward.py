@@ -12,7 +12,7 @@ import torch
 
 from ...errors import UnsupportedModel
 from .. import attention_hook
-from .registry import Patch
+from .registry import Patch, stored
 
 WHY = "the module's forward writes attention out instead of calling the attention interface"
 
@@ -29,13 +29,12 @@ def _refuse_encoder(module: Any, states: Any) -> None:
 
 def _bert(_original: Any, _module: Any) -> Any:
     def forward(self: Any, hidden_states: Any, attention_mask: Any = None, *_: Any, encoder_hidden_states: Any = None,
-                past_key_values: Any = None, **__: Any) -> tuple[torch.Tensor, None]:
+                cache: Any = None, past_key_values: Any = None, **__: Any) -> tuple[torch.Tensor, None]:
         _refuse_encoder(self, encoder_hidden_states)
         size = self.attention_head_size
         query, key, value = (_heads(self, hidden_states, linear, size)
                              for linear in (self.query, self.key, self.value))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        key, value = stored(key, value, self.layer_idx, cache, past_key_values)
         output_BSHE = attention_hook.attention(self, query, key, value, attention_mask)[0]
         return output_BSHE.flatten(2), None
 
@@ -43,14 +42,14 @@ def _bert(_original: Any, _module: Any) -> Any:
 
 
 def _bart(_original: Any, _module: Any) -> Any:
-    def forward(self: Any, hidden_states: Any, key_value_states: Any = None, past_key_values: Any = None,
-                attention_mask: Any = None, attn_prompt: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
+    def forward(self: Any, hidden_states: Any, key_value_states: Any = None, cache: Any = None,
+                attention_mask: Any = None, attn_prompt: Any = None, past_key_values: Any = None,
+                **_: Any) -> tuple[torch.Tensor, None]:
         _refuse_encoder(self, key_value_states)
         _refuse_encoder(self, attn_prompt)
         query, key, value = (_heads(self, hidden_states, linear, self.head_dim)
                              for linear in (self.q_proj, self.k_proj, self.v_proj))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        key, value = stored(key, value, self.layer_idx, cache, past_key_values)
         output_BSHE = attention_hook.attention(self, query, key, value, attention_mask, scaling=self.scaling)[0]
         return self.out_proj(output_BSHE.flatten(2)), None
 

@@ -11,17 +11,16 @@ from typing import Any
 import torch
 
 from .. import attention_hook
-from .registry import Patch
+from .registry import Patch, stored
 
 
 def _make(_original: Any, module: Any) -> Any:
     def forward(self: Any, hidden_states: Any, position_embeddings: Any, attention_mask: Any = None,
-                past_key_values: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
+                cache: Any = None, past_key_values: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
         query, key, value = (linear(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                              for linear in (self.q_proj, self.k_proj, self.v_proj))
         query, key = module.apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        key, value = stored(key, value, self.layer_idx, cache, past_key_values)
         both = torch.cat([half.repeat(1, 2, 1, 1) for half in value.chunk(2, dim=1)], dim=-1)
         output_BSHE = attention_hook.attention(self, query, key, both, attention_mask, scaling=self.scaling)[0]
         first, second = output_BSHE.chunk(2, dim=2)

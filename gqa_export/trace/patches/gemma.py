@@ -21,7 +21,7 @@ def _sparse(_original: Any, _module: Any) -> Any:
 
 def _uncut(original: Any, _module: Any) -> Any:
     def _maybe_slice_kv_shared_inputs(self: Any, *inputs: Any, **others: Any) -> Any:
-        *whole, logits_to_keep = inputs[:-1] if inputs and "past_key_values" not in others else inputs
+        *whole, logits_to_keep = inputs[:-1] if inputs and not others.keys() & {"cache", "past_key_values"} else inputs
         if isinstance(logits_to_keep, int) and logits_to_keep == 0:  # all are kept
             return tuple(whole)
         return original(self, *inputs, **others)

@@ -17,8 +17,7 @@ WHY = "positions are counted from the cache object's length, which is one number
 
 
 def _make(_original: Any, _module: Any) -> Any:
-    def forward(self: Any, input_ids: Any = None, past_key_values_length: Any = 0,
-                position_ids: Any = None) -> torch.Tensor:
+    def forward(self: Any, *_: Any, **__: Any) -> torch.Tensor:
         return torch.nn.functional.embedding(attention_hook.positions() + getattr(self, "offset", 0), self.weight)
 
     return forward

@@ -19,14 +19,14 @@ WHY = "positions are made from token ids and the padding token's id"
 
 def _make(original: Any, _module: Any) -> Any:
     def forward(self: Any, input_ids: Any = None, token_type_ids: Any = None, position_ids: Any = None,
-                inputs_embeds: Any = None, past_key_values_length: Any = 0) -> torch.Tensor:
+                inputs_embeds: Any = None, **_: Any) -> torch.Tensor:
         positions_BS, real_BS = attention_hook.positions(), input_ids.ne(self.padding_idx)
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
         # a running count without CumSum: how many real tokens stand at or before each place
         counts_BS = (real_BS[:, None, :] & (steps[:, None] >= steps[None, :])).sum(-1)
         made = (counts_BS + positions_BS[:, :1]) * real_BS + self.padding_idx
         return original(self, input_ids=input_ids, token_type_ids=token_type_ids, position_ids=made,
-                        inputs_embeds=inputs_embeds, past_key_values_length=0)
+                        inputs_embeds=inputs_embeds)
 
     return forward
 

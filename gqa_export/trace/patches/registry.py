@@ -5,8 +5,9 @@ traced, and never else: the reference that a bundle is compared with runs transf
 something in another way (the attention interface instead of two products and a softmax; positions per row instead of a
 count); it may not change what is computed. Each file here holds one such rewriting and lists its places in `PATCHES`.
 
-A place names a module of transformers and a dotted path in it. `source_digests` holds the start of the sha256 of the
-source that each patch was written for: another transformers with other code there is refused, not guessed at.
+A place names a module of transformers and a dotted path in it. `source_digests.py` holds the start of the sha256 of
+each source that a patch was held against, one for every wording that transformers had: a transformers with other code
+there is refused, not guessed at. `ABSENT` among them: a transformers without that place was read, and needs no patch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from functools import cache
 from typing import Any
 
 from ...errors import UnsupportedModel
-from .source_digests import SEEN
+from .source_digests import ABSENT, SEEN
 
 FILES = ("alibi", "attention_forward", "attention_method", "attention_table", "deepseek_v2", "diffllama", "experts",
          "falcon", "gemma", "learned_positions", "padding_positions", "roformer")
@@ -49,6 +50,15 @@ class Patch:
 def registry() -> tuple[Patch, ...]:
     """All patches."""
     return tuple(patch for file in FILES for patch in importlib.import_module(f".{file}", __package__).PATCHES)
+
+
+def stored(key: Any, value: Any, layer: int, cache: Any, past_key_values: Any) -> tuple[Any, Any]:
+    """Keys and values of a layer after its cache took them, as they are where there is none.
+
+    The argument that brings the cache is `cache` since transformers 5.24, `past_key_values` before.
+    """
+    given = past_key_values if cache is None else cache
+    return (key, value) if given is None else given.update(key, value, layer)
 
 
 def digest(function: Any) -> str:
@@ -99,18 +109,26 @@ def _put(patch: Patch) -> Callable[[], None]:
     module = sys.modules[f"transformers.models.{patch.module}"]
     if patch.path.endswith("]"):
         name, _, key = patch.path[:-1].partition("[")
-        table = getattr(module, name)
+        table = getattr(module, name, None)
+        if table is None:  # nothing is looked up there
+            return _nothing
         table[key] = patch.make(None, module)
         return lambda: table.pop(key, None)
     *outer, name = patch.path.split(".")
     owner = module
     for part in outer:
         owner = getattr(owner, part)
-    original = inspect.getattr_static(owner, name)
-    if digest(original) != SEEN.get(patch.place):
+    original = inspect.getattr_static(owner, name, None)
+    if (ABSENT if original is None else digest(original)) not in SEEN.get(patch.place, ()):
         raise UnsupportedModel(f"the installed transformers has other code in {patch.path} than the code that this "
                                "patch replaces", f"transformers.models.{patch.module}",
                                "install the transformers version that `gqa-export models` names, or export another "
                                "architecture", code="E-MODEL-PATCH-STALE")
+    if original is None:
+        return _nothing
     setattr(owner, name, patch.make(original, module))
     return lambda: setattr(owner, name, original)
+
+
+def _nothing() -> None:
+    """Undoes a patch whose place this transformers does not have."""

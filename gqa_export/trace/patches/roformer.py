@@ -8,12 +8,11 @@ import torch
 
 from ...errors import UnsupportedModel
 from .. import attention_hook
-from .registry import Patch
+from .registry import Patch, stored
 
 
 def _positions(_original: Any, _module: Any) -> Any:
-    def forward(self: Any, input_ids_shape: Any, past_key_values_length: Any = 0,
-                position_ids: Any = None) -> torch.Tensor:
+    def forward(self: Any, *_: Any, **__: Any) -> torch.Tensor:
         return torch.nn.functional.embedding(attention_hook.positions(), self.weight)  # [B, S, D]
 
     return forward
@@ -21,7 +20,8 @@ def _positions(_original: Any, _module: Any) -> Any:
 
 def _attention(_original: Any, _module: Any) -> Any:
     def forward(self: Any, hidden_states: Any, attention_mask: Any = None, sinusoidal_pos: Any = None,
-                encoder_hidden_states: Any = None, past_key_values: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
+                encoder_hidden_states: Any = None, cache: Any = None, past_key_values: Any = None,
+                **_: Any) -> tuple[torch.Tensor, None]:
         if encoder_hidden_states is not None:
             raise UnsupportedModel("a layer attends to an encoder's states", type(self).__name__,
                                    "only decoders that run alone can be exported", code="E-MODEL-CROSS-ATTENTION")
@@ -31,8 +31,7 @@ def _attention(_original: Any, _module: Any) -> Any:
         rotated = self.apply_rotary_position_embeddings(table_B1SD, query, key,
                                                         *([value] if self.rotary_value else []))
         query, key, value = rotated if self.rotary_value else (*rotated, value)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        key, value = stored(key, value, self.layer_idx, cache, past_key_values)
         output_BSHE = attention_hook.attention(self, query, key, value, attention_mask)[0]
         return output_BSHE.flatten(2), None
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...checkpoint.cache_argument import cache_argument
 from ...errors import GqaExportError, UnsupportedModel, first_line
 from ...spec import AttentionSpec, ModelSpec
 from .. import attention_hook, skeleton
@@ -90,7 +91,7 @@ def listen_with_cache(model: torch.nn.Module) -> tuple[dict[int, Call], set[int]
 
     cache = DynamicCache()
     try:
-        calls = listen(model, use_cache=True, past_key_values=cache)
+        calls = listen(model, use_cache=True, **{cache_argument(model): cache})
     except GqaExportError:
         calls = listen(model)
         return calls, set(calls)
