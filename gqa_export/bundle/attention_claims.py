@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidBundle
-from ..graph_io import present_names
+from ..graph_io import layer_of_cache
 from .graph_file import read_graph
 from .manifest import MODEL, Manifest
 
@@ -20,16 +20,14 @@ if TYPE_CHECKING:
 FIELDS = {"scale": "scale", "softcap": "softcap", "window": "window", "local_window_size": "window",
           "num_heads": "num_heads", "kv_num_heads": "kv_num_heads", "q_num_heads": "num_heads"}
 """attribute of an attention node -> field of `AttentionSpec`"""
-LAYERS = 4096
 
 
 def attention_facts(model: onnx.ModelProto) -> dict[int, dict[str, Any]]:
     """The attributes of attention nodes by layer and by field of `AttentionSpec`, for every layer whose attention node
     writes its present key itself."""
-    owners = {present_names(layer)[0]: layer for layer in range(LAYERS)}
     found: dict[int, dict[str, Any]] = {}
     for node in model.graph.node:
-        layer = next((owners[name] for name in node.output if name in owners), None)
+        layer = next((number for name in node.output if (number := layer_of_cache(name)) is not None), None)
         if layer is None or "Attention" not in node.op_type:
             continue
         facts = {FIELDS[a.name]: a.f if a.type == 1 else a.i for a in node.attribute if a.name in FIELDS}

@@ -37,7 +37,7 @@ def test_a_dry_run_says_for_every_target_what_it_would_do(tmp_path, program):
     folder = gqa_models.write_tiny("gpt_oss", tmp_path / "model")
     said = program("onnx", folder, "--dry-run").stdout
     assert re.search(r"ort +holds all 4 layers as com.microsoft::GroupQueryAttention", said), said
-    assert re.search(r"onnx +4 of 4 layers as gqa::GroupedQueryAttention: Attention", said), said
+    assert re.search(r"onnx +4 of 4 layers as gqa::GroupedQueryAttention: layers 0-3: Attention", said), said
     assert re.search(r"trt-native +refused: ", said), said
 
 
