@@ -160,7 +160,6 @@ def test_export_and_bisect(installed) -> None:
     assert "probes: prompt" in said
 
 
-@pytest.mark.skipif(not API.is_file(), reason="docs/api.md is not written")
 def test_python_of_the_api_page(installed, tmp_path: Path) -> None:
     """Its blocks, in order, in one process; `tiny-llama` is the checkpoint that they read."""
     blocks = re.findall(r"^```python\n(.*?)^```", API.read_text(encoding="utf-8"), re.M | re.S)
