@@ -14,12 +14,13 @@ if [ "${1:-}" = "--fast" ]; then
 fi
 setup_environment ort,plugins,rtx,test,dev
 
-failed=""
+failed="" times="installation $SECONDS s"
 step() {
-  local name="$1"
+  local name="$1" began="$SECONDS"
   shift
   say "$name"
   "$@" || failed="$failed $name"
+  times="$times, $name $((SECONDS - began)) s"
 }
 
 # Two threads per worker would only make two workers wait for each other.
@@ -32,6 +33,7 @@ step kernels env TRITON_INTERPRET=1 "$BIN/python" -m pytest tests/plugins -q -n 
 step tests "$BIN/python" -m pytest tests --ignore=tests/plugins -q -n 2 --dist loadfile --no-loadscope-reorder \
   --durations=25 -m "$marks" "$@"
 
+printf '\ntook %s s: %s\n' "$SECONDS" "$times"
 if [ -n "$failed" ]; then
   printf '\nfailed:%s\n' "$failed" >&2
   exit 1
