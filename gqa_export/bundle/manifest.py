@@ -195,6 +195,9 @@ def read_manifest(folder: Path | str) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     fix = "make one with `gqa-export onnx CHECKPOINT -o BUNDLE`"
+    if Path(folder).is_file():
+        raise InvalidBundle("this is a file; a bundle is the folder that holds it", str(folder),
+                            f"give the folder: {Path(folder).absolute().parent}", code="E-BUNDLE-FOLDER")
     if not Path(folder).is_dir():
         raise InvalidBundle("the bundle folder does not exist", str(folder), fix, code="E-BUNDLE-MISSING")
     if not path.is_file():

@@ -12,6 +12,7 @@ from ..errors import GqaExportError, InvalidCheckpoint
 from ..files.read_json import read_json
 from ..spec import FLOATS
 from .checkpoint import Checkpoint
+from .mistaken import refuse_file, refuse_folder, refuse_foreign, refuse_lfs, refuse_weights
 from .pickle_permission import trust
 from .pickle_weights import pickle_files
 from .refusals import refuse_quantized, refuse_raw_config
@@ -56,6 +57,7 @@ def _open_file(source: str, path: Path) -> Checkpoint:
     if path.suffix == ".safetensors" or path.name in ("config.json", INDEX):
         raise InvalidCheckpoint("this is one file of a checkpoint, not the checkpoint", source,
                                 f"give the folder that holds it: {path.parent}", code="E-CKPT-ONE-FILE")
+    refuse_file(path, source)
     from .gguf_config import gguf_config
     from .gguf_header import read_gguf_header
 
@@ -71,15 +73,15 @@ def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:
                                 "merge it into its base model first (peft: merge_and_unload, then save_pretrained)",
                                 code="E-CKPT-ADAPTER")
     if not (folder / "config.json").is_file():
-        gguf = sorted(folder.glob("*.gguf"))
-        fix = f"give the GGUF file itself: {gguf[0]}" if gguf else FIX_FOLDER
-        raise InvalidCheckpoint("the folder does not have a config.json", source, fix, code="E-CKPT-NO-CONFIG")
+        refuse_folder(folder, source, FIX_FOLDER)
+    refuse_lfs(folder / "config.json")
     config = read_json(folder / "config.json")
     refuse_raw_config(config, source, text_only)
     if trust().pickle and not any((folder / name).exists() for name in (SINGLE, INDEX)):
         return Checkpoint(source, folder, "hf", None, config, _stored_dtype(config, {}), pickles=pickle_files(folder),
                           text_only=text_only)
     tensors = _read_tensors(source, folder)
+    refuse_foreign(config, list(tensors), source)
     eighths = sorted(name for name, tensor in tensors.items() if tensor.dtype.startswith("float8"))
     if eighths:
         refuse_quantized(f"{tensors[eighths[0]].dtype}: {eighths[0]}", source)
@@ -100,8 +102,7 @@ def _read_tensors(source: str, folder: Path) -> dict[str, StoredTensor]:
     if (folder / SINGLE).is_symlink() or (folder / INDEX).is_symlink():
         raise InvalidCheckpoint("the weights are a symbolic link to a file that does not exist", source,
                                 "the download is incomplete: download the model again", code="E-CKPT-BROKEN-LINK")
-    raise InvalidCheckpoint(f"the folder has neither {SINGLE} nor {INDEX}", source, FIX_FOLDER,
-                            code="E-CKPT-NO-WEIGHTS")
+    refuse_weights(folder, source, FIX_FOLDER)
 
 
 def _read_shards(folder: Path) -> dict[str, StoredTensor]:

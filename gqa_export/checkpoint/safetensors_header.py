@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidCheckpoint
+from .mistaken import refuse_lfs
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 DTYPES = {
@@ -56,6 +57,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         InvalidCheckpoint: the file cannot be read, or its header is not exactly what the format requires; the message
             names the entry.
     """
+    refuse_lfs(path)
     try:
         size, text = _header_bytes(path)
         entries = json.loads(text, object_pairs_hook=_no_duplicates)

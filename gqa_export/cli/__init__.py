@@ -80,6 +80,19 @@ class LazyGroup(click.Group):
             command.params.append(debug_option())
         return command
 
+    def resolve_command(self, ctx: click.Context,
+                        args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """The verb of a command line; a word that is none ends with the nearest verb."""
+        name = args[0]
+        if name not in VERBS and not name.startswith("-"):
+            from difflib import get_close_matches
+
+            from .words import VERB_OF
+
+            near = [VERB_OF[name]] if name in VERB_OF else get_close_matches(name, VERBS, 1)
+            ctx.fail(f"unknown command {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of verbs, without importing any."""
         with formatter.section("Commands"):

@@ -11,6 +11,7 @@ import click
 
 from ..errors import EXIT_DIFFERENT, NotCheckedHere
 from .trust_options import revision_option, trust_options
+from .words import DTYPE, TARGET
 
 if TYPE_CHECKING:
     from ..compare.verdict import Verdict
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 @click.command(short_help="Export a checkpoint to an ONNX decoder with a KV cache.")
 @click.argument("checkpoint")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle folder to write.")
-@click.option("--target", type=click.Choice(["ort", "onnx", "portable", "trt-plugin", "trt-native"]), default="ort",
+@click.option("--target", type=TARGET, default="ort",
               show_default=True, help="Runtime that the graph is for; the README lists them.")
-@click.option("--dtype", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True,
+@click.option("--dtype", type=DTYPE, default="auto", show_default=True,
               help="Number format of weights and cache; auto is the checkpoint's.")
 @click.option("--cache", type=click.Choice(["growing", "static"]), default=None,
               help="Present is past plus the new tokens, or a buffer of fixed capacity.  [default: the target's; "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .trust_options import revision_option, trust_options
+from .words import DTYPE
 
 if TYPE_CHECKING:
     from ..engine.build import EngineBuild
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--attention", type=click.Choice(["plugin", "native"]), default=None,
               help="The grouped-attention plugin, or TensorRT's own attention.  [default: the bundle's; plugin for a "
                    "checkpoint]")
-@click.option("--dtype", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True,
+@click.option("--dtype", type=DTYPE, default="auto", show_default=True,
               help="Number format of weights and cache; auto is the bundle's or checkpoint's.")
 @click.option("--flavor", type=click.Choice(["auto", "tensorrt", "rtx"]), default="auto", show_default=True,
               help="TensorRT builds on the target GPU; TensorRT for RTX builds on any machine.")

@@ -10,6 +10,7 @@ from ..bundle.manifest import MODEL, Manifest
 from ..bundle.writer import check_output, writing_bundle
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.tokenizer import has_tokenizer
+from ..errors import GqaExportError
 from ..progress import Progress, silent
 from ..weights.layout import place
 from ..weights.memory_budget import Budget
@@ -40,6 +41,7 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
     options, say = options or ExportOptions(), report or silent
     inplace = options.weights == "inplace"
     if not inplace:
+        _refuse_same(source, Path(output))
         check_output(Path(os.path.abspath(output)), options.force)
     budget = Budget(options.max_ram)
     ready = prepare(source, options, say, budget, Path(output))
@@ -70,3 +72,10 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
                   ready.trace_kept, tuple(notes), lowered.remarks)
 
 
+def _refuse_same(source: str | Path | Checkpoint, output: Path) -> None:
+    """The checkpoint's own folder is an output of `--weights inplace` alone, `--force` or not."""
+    place = Path(source) if isinstance(source, str | Path) else source.folder
+    if place.is_dir() and output.is_dir() and place.resolve() == output.resolve():
+        raise GqaExportError("the output is the checkpoint's own folder", str(output),
+                             "choose another folder with -o, or write the graph beside the checkpoint's files with "
+                             "--weights inplace", code="E-OPTION-OUTPUT-IS-CHECKPOINT")
