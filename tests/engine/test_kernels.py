@@ -13,7 +13,6 @@ from refusal import refused
 from gqa_export import attention_op
 from gqa_export.engine import kernels
 from gqa_export.engine.kernels import compile_kernels, wanted_variants
-from gqa_export.errors import GqaExportError
 
 FLAGS = {"has_rotary": 1, "has_sinks": 0, "has_new": 1}
 LAYER = {"num_heads": 4, "kv_num_heads": 2, "scale": 0.125, "softcap": 0.0, "window": 0, "rotary_interleaved": 0,
@@ -54,7 +53,7 @@ def test_a_rotary_table_that_is_no_constant_is_refused() -> None:
 
 
 def test_a_node_of_another_contract_is_refused() -> None:
-    with pytest.raises(GqaExportError, match="page_size"):
+    with refused("E-ENGINE-LAYER-FIELDS"):
         wanted_variants(graph({"page_size": 16}), 64, "float16")
 
 

@@ -17,7 +17,6 @@ from refusal import refused
 from gqa_export.bundle.integrity import check_files
 from gqa_export.bundle.manifest import MANIFEST, MODEL, FileFact, Manifest, read_manifest
 from gqa_export.bundle.writer import HashingFile, writing_bundle
-from gqa_export.errors import GqaExportError
 from gqa_export.files.staging import writing_folder
 from gqa_export.spec import ModelSpec
 
@@ -140,9 +139,9 @@ def test_a_disk_that_fills_up_leaves_the_old_bundle_and_nothing_beside_it(tmp_pa
     output = tmp_path / "bundle"
     write(output, 1)
     monkeypatch.setattr(HashingFile, "write", full_disk(limit, number))
-    with pytest.raises(GqaExportError, match="the disk is full") as refusal:
+    with refused("E-FILE-DISK-FULL") as refusal:
         write(output, 2)
-    assert refusal.value.exit_code == 2
+    assert refusal.error.exit_code == 2
     assert content(output) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 

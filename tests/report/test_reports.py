@@ -309,7 +309,7 @@ def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(outcome_module.os, "replace", full)
-    with pytest.raises(GqaExportError, match="No space left"):
+    with refused("E-FILE-WRITE"):
         write_text(file, "new")
     assert file.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
