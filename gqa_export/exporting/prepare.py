@@ -11,6 +11,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.load_config import load_config
 from ..checkpoint.load_model import load_model
 from ..checkpoint.open import open_checkpoint
+from ..checkpoint.unused_tensors import unused_notes
 from ..errors import GqaExportError, UnsupportedModel
 from ..progress import Progress
 from ..spec import DTYPES
@@ -37,6 +38,8 @@ class Prepared:
     trace_kept: bool
     lowered: Lowered
     store: WeightStore
+    notes: tuple[str, ...] = ()
+    """on the checkpoint: tensors that the model does not use"""
 
 
 def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progress, budget: Budget,
@@ -69,11 +72,13 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
                                "choose a type with --dtype fp32|fp16|bf16", code="E-MODEL-DTYPE")
     traced, kept = traced_model(checkpoint, options, dtype, target, say)
     budget.check("tracing")
+    notes = unused_notes(checkpoint, used_names(traced), options.ignore_unused)
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits,
                             pick_provider(options.provider, dtype, target), packed=options.weights == "copy")
     lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
     budget.check("lowering")
-    return Prepared(checkpoint, options, dtype, target, traced, kept, lowered, weight_store(checkpoint, traced, budget))
+    return Prepared(checkpoint, options, dtype, target, traced, kept, lowered, weight_store(checkpoint, traced, budget),
+                    notes)
 
 
 def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, target: Target,
@@ -125,14 +130,26 @@ def pick_provider(provider: str, dtype: str, target: Target) -> str:
     return "cuda" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
 
 
+def wanted_weights(traced: Traced) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each weight that the canonical graph uses."""
+    from ..graph_io import RECIPE
+    from ..weights.sources import recipe_of
+
+    return {recipe_of(tensor).removeprefix(RECIPE): tuple(tensor.dims)
+            for tensor in traced.model.graph.initializer if recipe_of(tensor)}
+
+
+def used_names(traced: Traced) -> set[str]:
+    """Names of the graph's weights, and those of tied weights in all their names."""
+    return {*wanted_weights(traced), *(name for group in traced.tied for name in group)}
+
+
 def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> WeightStore:
     """Where every weight of a traced model is. The checkpoint is loaded only if names alone do not tell; then all
     that is not used as it is stored is held in memory, for which `budget` must have room."""
-    from ..graph_io import RECIPE
-    from ..weights.sources import StoredSource, recipe_of
+    from ..weights.sources import StoredSource
 
-    wanted = {recipe_of(tensor).removeprefix(RECIPE): tuple(tensor.dims)
-              for tensor in traced.model.graph.initializer if recipe_of(tensor)}
+    wanted = wanted_weights(traced)
     stored = checkpoint.tensors
     aliases = {}
     ambiguous = False
