@@ -128,14 +128,14 @@ def test_pickled_tensors_are_looked_at_too(tmp_path):
     refuse(folder, tmp_path / "out", BIAS, allow_pickle=True)
 
 
-def multimodal(folder, eos=None):
-    """A tiny Gemma 3 with its image encoder. eos: of the text configuration."""
+def multimodal(folder):
+    """A tiny Gemma 3 with its image encoder."""
     import transformers
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 96, "max_position_embeddings": 128,
-            "sliding_window": 16, "bos_token_id": 2, "pad_token_id": 0, "eos_token_id": eos}
+            "sliding_window": 16, "bos_token_id": 2, "pad_token_id": 0, "eos_token_id": [5, 6]}
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 28, "patch_size": 14}
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=90,
@@ -172,3 +172,9 @@ def test_the_config_that_knows_the_bias_takes_it(tmp_path):
               if ".self_attn." in name and name.endswith("proj.weight")}
     edit_config(add(folder, **biases), attention_bias=True)
     assert notes_of(folder, tmp_path / "out") == []
+
+
+def test_the_end_tokens_of_a_text_only_export_are_in_its_manifest(tmp_path):
+    folder = multimodal(tmp_path / "ck")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    assert gqa.export(folder, tmp_path / "out", capacity=64, text_only=True).manifest.tokens["eos"] == [5, 6]
