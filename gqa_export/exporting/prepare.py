@@ -11,6 +11,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.load_config import load_config
 from ..checkpoint.load_model import load_model
 from ..checkpoint.open import open_checkpoint
+from ..checkpoint.tied_weights import stored_apart
 from ..checkpoint.unused_tensors import unused_notes
 from ..errors import GqaExportError, UnsupportedModel
 from ..progress import Progress
@@ -71,6 +72,12 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         raise UnsupportedModel(f"decoders are not exported with weights of type {dtype}", checkpoint.source,
                                "choose a type with --dtype fp32|fp16|bf16", code="E-MODEL-DTYPE")
     traced, kept = traced_model(checkpoint, options, dtype, target, say)
+    if any(stored_apart(checkpoint, group) for group in traced.tied):
+        traced, kept = traced_model(checkpoint, options, dtype, target, say, untied=True)
+        if still := [group for group in traced.tied if stored_apart(checkpoint, group)]:
+            raise UnsupportedModel(f"the checkpoint stores different values for {' and '.join(still[0])}, which are "
+                                   "one weight in this model", checkpoint.source,
+                                   "check that config.json and the weights belong together", code="E-MODEL-TIED")
     budget.check("tracing")
     notes = unused_notes(checkpoint, used_names(traced), options.ignore_unused)
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits,
@@ -82,13 +89,14 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
 
 
 def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, target: Target,
-                 say: Progress) -> tuple[Traced, bool]:
+                 say: Progress, untied: bool = False) -> tuple[Traced, bool]:
     """The canonical model of a checkpoint, and whether it was kept from an earlier export (then PyTorch is not
-    even imported: whatever its configuration could be refused for, it was not refused then)."""
+    even imported: whatever its configuration could be refused for, it was not refused then). untied: with a head of
+    its own, whatever its configuration says."""
     from ..trace import trace_cache
 
     asked = {"dtype": dtype, "cache": options.cache, "capacity": options.capacity, "logits": options.logits,
-             "interface": target.interface, "text_only": options.text_only}
+             "interface": target.interface, "text_only": options.text_only, **({"untied": True} if untied else {})}
     place = trace_cache.place_of({"kind": checkpoint.kind, **checkpoint.config}, asked)
     known = trace_cache.load(place) if place else None
     if known:
@@ -99,6 +107,8 @@ def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, tar
 
     say("tracing", None, None)
     config = load_config(checkpoint)
+    if untied:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     traced = trace(config, dtype=dtype, cache=options.cache, capacity=_capacity(options.capacity, config),
                    logits=options.logits, interface=target.interface,
                    inspect=lambda module: refuse_modules(module, checkpoint.source, checkpoint.text_only),
@@ -152,12 +162,10 @@ def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> Weig
     wanted = wanted_weights(traced)
     stored = checkpoint.tensors
     aliases = {}
-    ambiguous = False
     for group in traced.tied:
         there = [name for name in group if name in stored]
-        ambiguous |= len(there) > 1
         aliases.update({name: there[0] for name in group if there and name not in stored})
-    plain = not traced.converts and not ambiguous and all(
+    plain = not traced.converts and all(
         (real := aliases.get(name, name)) in stored and stored[real].shape == shape for name, shape in wanted.items())
     if plain:
         return WeightStore({name: StoredSource(tensor) for name, tensor in stored.items()}, aliases)
