@@ -82,7 +82,7 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
     except Exception as error:  # transformers raises anything between OSError and AttributeError here
         unmerged = re.findall(r"destined for ([\w.]+\w)", "\n".join(messages))
         if unmerged:
-            raise InvalidCheckpoint(f"the checkpoint lacks parts of {_some(sorted(set(unmerged)))}", checkpoint.source,
+            raise InvalidCheckpoint(f"the checkpoint lacks parts of {some(sorted(set(unmerged)))}", checkpoint.source,
                                     "download the checkpoint again", code="E-CKPT-TENSORS-MISSING") from error
         raise InvalidCheckpoint(f"transformers cannot load the model: {first_line(error)}", checkpoint.source,
                                 "check that config.json and the weights belong together",
@@ -97,14 +97,15 @@ def _refuse_incomplete(info: dict[str, Any], where: str) -> None:
     missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     fix = "download the checkpoint again; config.json and the weights must belong together"
     if missing:
-        raise InvalidCheckpoint(f"the checkpoint lacks {_some(missing)}", where, fix, code="E-CKPT-TENSORS-MISSING")
+        raise InvalidCheckpoint(f"the checkpoint lacks {some(missing)}", where, fix, code="E-CKPT-TENSORS-MISSING")
     if mismatched:
         shapes = [f"{name} {tuple(stored)} instead of {tuple(wanted)}" for name, stored, wanted in mismatched]
-        raise InvalidCheckpoint(f"tensors do not have the shape that config.json requires: {_some(shapes)}", where, fix,
+        raise InvalidCheckpoint(f"tensors do not have the shape that config.json requires: {some(shapes)}", where, fix,
                                 code="E-CKPT-TENSORS-SHAPE")
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first three of these names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 

@@ -127,6 +127,8 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
             raise InvalidCheckpoint(f"tensor {name!r} is missing from its shard", str(folder / shard), again,
                                     code="E-CKPT-TENSORS-MISSING")
         tensors[name] = shards[shard][name]
+    for tensors_of_shard in shards.values():  # transformers loads what a shard has, listed in the index or not
+        tensors.update((name, tensor) for name, tensor in tensors_of_shard.items() if name not in weight_map)
     return tensors
 
 

@@ -19,20 +19,29 @@ STATE_PARAMETERS = ("A_log", "dt_bias", "time_decay")
 """names that parameters of recurrent (state-space, delta-rule, RWKV) mixers share across families"""
 
 
-MOST = {"num_hidden_layers": 1 << 14, "n_layer": 1 << 14, "num_attention_heads": 1 << 16,
-        "num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "hidden_size": 1 << 20, "n_embd": 1 << 20,
-        "intermediate_size": 1 << 24,
-        "vocab_size": 1 << 28, "max_position_embeddings": 1 << 31, "num_experts": 1 << 16, "num_local_experts": 1 << 16}
+MOST = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 1 << 14),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "head_dim"), 1 << 16),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 1 << 20),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner"), 1 << 24),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 1 << 16),
+    "vocab_size": 1 << 28, "max_position_embeddings": 1 << 31, "n_positions": 1 << 31,
+}
 """the most of each that is believed; beyond it, building the model would only fill the memory"""
 
 
 def refuse_absurd(config: dict[str, Any], where: str) -> None:
-    """Raise InvalidCheckpoint for a size that no model has."""
-    for key, most in MOST.items():
-        value = config.get(key)
-        if isinstance(value, bool | float | str) or (isinstance(value, int) and not 0 <= value <= most):
-            raise InvalidCheckpoint(f"config.json has {key} {str(value)[:40]!r}, expected an integer from 0 to {most}",
-                                    where, "correct the file, or download it again", code="E-CKPT-CONFIG-VALUE")
+    """Raise InvalidCheckpoint for a size that no model has, in config.json or in a section of it (`text_config`)."""
+    sections: list[tuple[str, dict[str, Any]]] = [("", config)]
+    while sections:
+        place, section = sections.pop()
+        sections += [(f"{place}{key}.", value) for key, value in section.items() if isinstance(value, dict)]
+        for key, most in MOST.items():
+            value = section.get(key)
+            if isinstance(value, bool | float | str) or (isinstance(value, int) and not 0 <= value <= most):
+                raise InvalidCheckpoint(f"config.json has {place}{key} {str(value)[:40]!r}, expected an integer from 0 "
+                                        f"to {most}", where, "correct the file, or download it again",
+                                        code="E-CKPT-CONFIG-VALUE")
 
 
 def refuse_raw_config(config: dict[str, Any], where: str, text_only: bool = False) -> None:

@@ -33,7 +33,8 @@ def has_tokenizer(checkpoint: Checkpoint) -> bool:
 
 
 def token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Ids of the special tokens; generation_config.json goes before config.json.
+    """Ids of the special tokens, from generation_config.json, else from config.json, else from its text section.
+    Defaults of a configuration class do not count: transformers' `generate` does not stop at them either.
 
     Returns:
         {"eos": list of ids, "bos": id or None, "pad": id or None}.
@@ -44,10 +45,18 @@ def token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
         from ..files.read_json import read_json
 
         generation = read_json(path)
-    found = {}
-    for name in ("eos", "bos", "pad"):
-        value = generation.get(f"{name}_token_id")
-        found[name] = checkpoint.config.get(f"{name}_token_id") if value is None else value
+    places = [generation, checkpoint.config, *_text_sections(checkpoint.config)]
+    found = {name: next((value for place in places if (value := place.get(f"{name}_token_id")) is not None), None)
+             for name in ("eos", "bos", "pad")}
     eos = found["eos"]
-    found["eos"] = [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
+    return {**found, "eos": [] if eos is None else list(eos) if isinstance(eos, list) else [eos]}
+
+
+def _text_sections(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sections of a multimodal configuration that describe its language model, outer ones first; they may be
+    nested (Qwen-Omni: thinker_config.text_config)."""
+    found = []
+    for key in ("text_config", "decoder", "generator", "thinker_config", "llm_config", "language_config"):
+        if isinstance(section := config.get(key), dict):
+            found += [section, *_text_sections(section)]
     return found

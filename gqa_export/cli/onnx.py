@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Replace an earlier bundle.")
 @click.option("--max-ram", default=None, metavar="SIZE", help="Memory budget (1GB): stop before more is allocated.")
 @click.option("--text-only", is_flag=True, help="Export only the language model of a multimodal model, for token ids.")
+@click.option("--ignore-unused", is_flag=True,
+              help="Note tensors of the checkpoint that the model does not use, instead of refusing them.")
 @click.option("--dump-passes", type=click.Path(path_type=Path), metavar="DIR",
               help="Write the graph after each rewriting pass to DIR, without weights.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, its size, time and memory; write nothing.")

@@ -11,6 +11,8 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.load_config import load_config
 from ..checkpoint.load_model import load_model
 from ..checkpoint.open import open_checkpoint
+from ..checkpoint.tied_weights import stored_apart
+from ..checkpoint.unused_tensors import unused_notes
 from ..errors import GqaExportError, UnsupportedModel
 from ..progress import Progress
 from ..spec import DTYPES
@@ -37,6 +39,8 @@ class Prepared:
     trace_kept: bool
     lowered: Lowered
     store: WeightStore
+    notes: tuple[str, ...] = ()
+    """on the checkpoint: tensors that the model does not use"""
 
 
 def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progress, budget: Budget,
@@ -68,22 +72,31 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         raise UnsupportedModel(f"decoders are not exported with weights of type {dtype}", checkpoint.source,
                                "choose a type with --dtype fp32|fp16|bf16", code="E-MODEL-DTYPE")
     traced, kept = traced_model(checkpoint, options, dtype, target, say)
+    if any(stored_apart(checkpoint, group) for group in traced.tied):
+        traced, kept = traced_model(checkpoint, options, dtype, target, say, untied=True)
+        if still := [group for group in traced.tied if stored_apart(checkpoint, group)]:
+            raise UnsupportedModel(f"the checkpoint stores different values for {' and '.join(still[0])}, which are "
+                                   "one weight in this model", checkpoint.source,
+                                   "check that config.json and the weights belong together", code="E-MODEL-TIED")
     budget.check("tracing")
+    notes = unused_notes(checkpoint, used_names(traced), options.ignore_unused)
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits,
                             pick_provider(options.provider, dtype, target), packed=options.weights == "copy")
     lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
     budget.check("lowering")
-    return Prepared(checkpoint, options, dtype, target, traced, kept, lowered, weight_store(checkpoint, traced, budget))
+    return Prepared(checkpoint, options, dtype, target, traced, kept, lowered, weight_store(checkpoint, traced, budget),
+                    notes)
 
 
 def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, target: Target,
-                 say: Progress) -> tuple[Traced, bool]:
+                 say: Progress, untied: bool = False) -> tuple[Traced, bool]:
     """The canonical model of a checkpoint, and whether it was kept from an earlier export (then PyTorch is not
-    even imported: whatever its configuration could be refused for, it was not refused then)."""
+    even imported: whatever its configuration could be refused for, it was not refused then). untied: with a head of
+    its own, whatever its configuration says."""
     from ..trace import trace_cache
 
     asked = {"dtype": dtype, "cache": options.cache, "capacity": options.capacity, "logits": options.logits,
-             "interface": target.interface, "text_only": options.text_only}
+             "interface": target.interface, "text_only": options.text_only, **({"untied": True} if untied else {})}
     place = trace_cache.place_of({"kind": checkpoint.kind, **checkpoint.config}, asked)
     known = trace_cache.load(place) if place else None
     if known:
@@ -94,6 +107,8 @@ def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, tar
 
     say("tracing", None, None)
     config = load_config(checkpoint)
+    if untied:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     traced = trace(config, dtype=dtype, cache=options.cache, capacity=_capacity(options.capacity, config),
                    logits=options.logits, interface=target.interface,
                    inspect=lambda module: refuse_modules(module, checkpoint.source, checkpoint.text_only),
@@ -125,22 +140,32 @@ def pick_provider(provider: str, dtype: str, target: Target) -> str:
     return "cuda" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
 
 
+def wanted_weights(traced: Traced) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each weight that the canonical graph uses."""
+    from ..graph_io import RECIPE
+    from ..weights.sources import recipe_of
+
+    return {recipe_of(tensor).removeprefix(RECIPE): tuple(tensor.dims)
+            for tensor in traced.model.graph.initializer if recipe_of(tensor)}
+
+
+def used_names(traced: Traced) -> set[str]:
+    """Names of the graph's weights, and those of tied weights in all their names."""
+    return {*wanted_weights(traced), *(name for group in traced.tied for name in group)}
+
+
 def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> WeightStore:
     """Where every weight of a traced model is. The checkpoint is loaded only if names alone do not tell; then all
     that is not used as it is stored is held in memory, for which `budget` must have room."""
-    from ..graph_io import RECIPE
-    from ..weights.sources import StoredSource, recipe_of
+    from ..weights.sources import StoredSource
 
-    wanted = {recipe_of(tensor).removeprefix(RECIPE): tuple(tensor.dims)
-              for tensor in traced.model.graph.initializer if recipe_of(tensor)}
+    wanted = wanted_weights(traced)
     stored = checkpoint.tensors
     aliases = {}
-    ambiguous = False
     for group in traced.tied:
         there = [name for name in group if name in stored]
-        ambiguous |= len(there) > 1
         aliases.update({name: there[0] for name in group if there and name not in stored})
-    plain = not traced.converts and not ambiguous and all(
+    plain = not traced.converts and all(
         (real := aliases.get(name, name)) in stored and stored[real].shape == shape for name, shape in wanted.items())
     if plain:
         return WeightStore({name: StoredSource(tensor) for name, tensor in stored.items()}, aliases)

@@ -57,7 +57,7 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
                           hash_full=options.hash_full, on_bytes=written)
         writer.write(MODEL, lowered.model.SerializeToString())
         tokenizer = has_tokenizer(checkpoint) if inplace else add_tokenizer(checkpoint, writer)
-        notes: list[str] = []
+        notes = list(ready.notes)
         if not tokenizer:
             notes.append("the checkpoint has no tokenizer: the bundle takes and gives token ids only")
         manifest = manifest_of(checkpoint, traced, lowered, options, ready.dtype, tokenizer)

@@ -298,3 +298,15 @@ def test_token_ids_come_from_the_generation_config_first_and_eos_is_always_a_lis
     assert token_ids(open_checkpoint(copy)) == {"eos": [7, 8], "bos": 1, "pad": 0}
     (copy / "generation_config.json").unlink()
     assert token_ids(open_checkpoint(edit_config(copy, eos_token_id=None)))["eos"] == []
+
+
+def test_the_end_token_of_a_multimodal_checkpoint_is_found_in_its_text_config(copy):
+    (copy / "generation_config.json").unlink(missing_ok=True)
+    inner = json.loads((copy / "config.json").read_text())
+    outer = {"model_type": "gemma3", "text_config": {**inner, "eos_token_id": [7, 8], "bos_token_id": 3}}
+    (copy / "config.json").write_text(json.dumps(outer))
+    assert token_ids(open_checkpoint(copy, text_only=True)) == {"eos": [7, 8], "bos": 3, "pad": inner["pad_token_id"]}
+    (copy / "config.json").write_text(json.dumps({**outer, "eos_token_id": 4}))
+    assert token_ids(open_checkpoint(copy, text_only=True))["eos"] == [4]
+    (copy / "config.json").write_text(json.dumps({"thinker_config": {**outer, "model_type": "q"}, "model_type": "q"}))
+    assert token_ids(open_checkpoint(copy, text_only=True))["eos"] == [7, 8]

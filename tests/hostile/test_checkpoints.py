@@ -127,6 +127,21 @@ def test_absurd_sizes_are_refused_before_a_model_of_that_size_is_built(stolen, k
     assert key in refusal.error.what
 
 
+@pytest.mark.parametrize(("section", "key", "value"), [
+    (("text_config",), "num_hidden_layers", 3_000_000), (("text_config",), "vocab_size", -1),
+    (("thinker_config", "text_config"), "hidden_size", 10**12), (("vision_config",), "num_hidden_layers", 10**7),
+    ((), "n_layers", 3_000_000), (("ffn_config",), "ffn_hidden_size", 10**10)])
+def test_absurd_sizes_in_sections_of_the_configuration_are_refused_too(stolen, section, key, value):
+    values = {key: value}
+    for name in reversed(section):
+        values = {name: values}
+    config = json.loads((stolen / "config.json").read_text())
+    (stolen / "config.json").write_text(json.dumps({**config, **values}))
+    with refused("E-CKPT-CONFIG-VALUE", InvalidCheckpoint) as refusal:
+        open_checkpoint(stolen, text_only=True)
+    assert ".".join((*section, key)) in refusal.error.what
+
+
 def test_a_configuration_that_does_not_fit_the_weights_is_refused(stolen):
     config = json.loads((stolen / "config.json").read_text())
     (stolen / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 40}))
