@@ -99,7 +99,7 @@ def _interpreted(folder: Path, manifest: Manifest, notes: list[str]) -> Iterator
             try:
                 os.link(source, copy)
             except OSError:
-                shutil.copyfile(source, copy)
+                shutil.copy2(source, copy)  # with its time, which the manifest records
         onnx.save(model, str(Path(place) / MODEL))
         stand_in = replace(manifest, files={name: fact for name, fact in manifest.files.items() if name != MODEL})
         (Path(place) / MANIFEST).write_text(stand_in.to_json(), encoding="utf-8")
