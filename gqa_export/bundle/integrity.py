@@ -7,6 +7,7 @@ file that the bundle shares with its checkpoint is hashed whenever its modificat
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from .graph_safety import check_graph_files
 from .manifest import MODEL, FileFact, Manifest
 
 HASH_BUDGET_BYTES = 1 << 30
+CODE = (".py", ".pyc", ".pyw", ".pyd")
 FIX = "copy the bundle again, or export it again"
 
 
@@ -34,12 +36,14 @@ def check_files(folder: Path, manifest: Manifest, *, full: bool = False, hashes:
         The names of the files whose sha256 was not computed.
 
     Raises:
-        InvalidBundle: a file is missing, has another size or other bytes, lies outside, or was modified since the
-            export and has no recorded sha256 that proves it to be the same; names the first.
+        InvalidBundle: the folder holds Python files, or a file is missing, has another size or other bytes, lies
+            outside, or was modified since the export and has no recorded sha256 that proves it to be the same; names
+            the first.
     """
     main = manifest.engine.file if manifest.engine else MODEL
     if not (folder / main).is_file():
         raise InvalidBundle(f"the bundle's file {main} is missing", str(folder), FIX, code="E-BUNDLE-FILE")
+    check_no_code(folder)
     home, proven = folder.resolve(), set[str]()
     for name, fact in manifest.files.items():
         path = folder / name
@@ -86,6 +90,21 @@ def _check_hashes(folder: Path, files: dict[str, FileFact], full: bool) -> list[
         left -= fact.size
         _check_hash(folder / name, fact)
     return skipped
+
+
+def check_no_code(folder: Path) -> None:
+    """Refuse a folder with Python files, named in the manifest or not: no bundle needs one, and other programs that
+    load the tokenizer or the configuration beside it may run it.
+
+    Raises:
+        InvalidBundle: there is one; names the first.
+    """
+    for place, _, names in os.walk(folder):
+        for name in sorted(names):
+            if name.lower().endswith(CODE):
+                raise InvalidBundle(f"the bundle holds Python code: {name}", str(Path(place, name)),
+                                    "read the file, and remove it if nothing needs it; a checkpoint with code of its "
+                                    "own is exported with --weights link or copy", code="E-BUNDLE-CODE")
 
 
 def _modified(path: Path, fact: FileFact) -> bool:

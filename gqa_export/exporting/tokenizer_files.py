@@ -41,7 +41,8 @@ def _convert_gguf(checkpoint: Checkpoint, folder: Path) -> bool:
         if not has_tokenizer(checkpoint):
             return False
         try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf_file.name)
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf_file.name,
+                                                      local_files_only=True, trust_remote_code=False)
         except (ValueError, KeyError, NotImplementedError):  # a kind of tokenizer that transformers cannot convert
             return False
         tokenizer.save_pretrained(folder)
