@@ -14,7 +14,7 @@ from refusal import refused
 
 import gqa_export
 from gqa_export.bundle.integrity import check_files
-from gqa_export.bundle.manifest import read_manifest
+from gqa_export.bundle.manifest import MANIFEST, read_manifest
 from gqa_export.bundle.writer import writing_bundle
 from gqa_export.errors import InvalidBundle
 from gqa_export.exporting.options import ExportOptions
@@ -116,3 +116,13 @@ def test_every_call_that_could_run_code_of_a_checkpoint_forbids_it():
         key.arg == "trust_remote_code" and isinstance(key.value, ast.Constant) and key.value.value is False
         for key in node.keywords)]
     assert open_ones == []
+
+
+@pytest.mark.parametrize("eos", [None, [None], "2", 2.5, {}])
+def test_end_tokens_that_are_not_a_list_of_ids_are_refused(shared, eos):
+    _, bundle, _ = shared
+    data = json.loads((bundle / MANIFEST).read_text())
+    data["tokens"]["eos"] = eos
+    (bundle / MANIFEST).write_text(json.dumps(data))
+    with refused("E-BUNDLE-MANIFEST", InvalidBundle):
+        read_manifest(bundle)
