@@ -78,7 +78,8 @@ def truth_tokens(checkpoint: Path) -> Truth:
     from gqa_export.checkpoint.open import open_checkpoint
 
     opened = open_checkpoint(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(opened.folder, gguf_file=opened.gguf_file and opened.gguf_file.name)
+    tokenizer = AutoTokenizer.from_pretrained(opened.folder, gguf_file=opened.gguf_file and opened.gguf_file.name,
+                                              local_files_only=True, trust_remote_code=False)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True,
                                            return_dict=False)
     model: Any = load_model(opened, "float32")

@@ -1,11 +1,13 @@
 """Whether a bundle's files are those of its manifest: names, sizes, sha256; and whether it fits a checkpoint.
 
 Sizes and safetensors headers are always checked. sha256 (about 0.3 GB/s) is computed for files up to a budget,
-smallest first, or for all with `full`; what was left out is returned, so that it can be reported.
+smallest first, or for all with `full`; what was left out is returned, so that it can be reported. A weight
+file that the bundle shares with its checkpoint is hashed whenever its modification time is not the recorded one.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from .graph_safety import check_graph_files
 from .manifest import MODEL, FileFact, Manifest
 
 HASH_BUDGET_BYTES = 1 << 30
+CODE = (".py", ".pyc", ".pyw", ".pyd")
 FIX = "copy the bundle again, or export it again"
 
 
@@ -33,12 +36,15 @@ def check_files(folder: Path, manifest: Manifest, *, full: bool = False, hashes:
         The names of the files whose sha256 was not computed.
 
     Raises:
-        InvalidBundle: a file is missing, has another size or other bytes, or lies outside; names the first.
+        InvalidBundle: the folder holds Python files, or a file is missing, has another size or other bytes, lies
+            outside, or was modified since the export and has no recorded sha256 that proves it to be the same; names
+            the first.
     """
     main = manifest.engine.file if manifest.engine else MODEL
     if not (folder / main).is_file():
         raise InvalidBundle(f"the bundle's file {main} is missing", str(folder), FIX, code="E-BUNDLE-FILE")
-    home = folder.resolve()
+    check_no_code(folder)
+    home, proven = folder.resolve(), set[str]()
     for name, fact in manifest.files.items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -58,15 +64,19 @@ def check_files(folder: Path, manifest: Manifest, *, full: bool = False, hashes:
             raise InvalidBundle(f"the safetensors header of {name} is not the one that was exported", str(path),
                                 "the checkpoint was changed after the export: export it again",
                                 code="E-BUNDLE-HEADER")
+        if _modified(path, fact):
+            _check_hash(path, fact)
+            proven.add(name)
+    files = {name: fact for name, fact in manifest.files.items() if name not in proven}
     if not hashes:
         # the graph itself is small, and decides what everything else means
-        small = {name: fact for name, fact in manifest.files.items() if name == main and fact.size <= READ_BYTES}
+        small = {name: fact for name, fact in files.items() if name == main and fact.size <= READ_BYTES}
         _check_hashes(folder, small, full)
-        return [name for name in manifest.files if name not in small]
+        return [name for name in files if name not in small]
     if main not in manifest.files:
         raise InvalidBundle(f"the manifest does not list {main}", str(folder), "do not use this bundle",
                             code="E-BUNDLE-UNLISTED")
-    skipped = _check_hashes(folder, manifest.files, full)
+    skipped = _check_hashes(folder, files, full)
     check_graph_files(folder, manifest)
     return skipped
 
@@ -78,10 +88,45 @@ def _check_hashes(folder: Path, files: dict[str, FileFact], full: bool) -> list[
             skipped.append(name)
             continue
         left -= fact.size
-        if file_sha256(folder / name) != fact.sha256:
-            raise InvalidBundle(f"the content of {name} is not that of its manifest (sha256)", str(folder / name), FIX,
-                                code="E-BUNDLE-HASH")
+        _check_hash(folder / name, fact)
     return skipped
+
+
+def check_no_code(folder: Path) -> None:
+    """Refuse a folder with Python files, named in the manifest or not: no bundle needs one, and other programs that
+    load the tokenizer or the configuration beside it may run it.
+
+    Raises:
+        InvalidBundle: there is one; names the first.
+    """
+    for place, _, names in os.walk(folder):
+        for name in sorted(names):
+            if name.lower().endswith(CODE):
+                raise InvalidBundle(f"the bundle holds Python code: {name}", str(Path(place, name)),
+                                    "read the file, and remove it if nothing needs it; a checkpoint with code of its "
+                                    "own is exported with --weights link or copy", code="E-BUNDLE-CODE")
+
+
+def _modified(path: Path, fact: FileFact) -> bool:
+    """Whether only its sha256 can tell that a file is the one of the export.
+
+    Raises:
+        InvalidBundle: and that was not recorded.
+    """
+    if fact.mtime_ns == path.stat().st_mtime_ns or (fact.sha256 and not fact.mtime_ns):
+        return False
+    if not fact.sha256:
+        found = "was modified after the export" if fact.mtime_ns else "has no modification time in the manifest"
+        raise InvalidBundle(f"{path.name} {found}, and the manifest has no sha256 that could prove it unchanged",
+                            str(path), "export again (with --hash the sha256 is recorded); copy bundles with their "
+                            "times: cp -a, rsync -t", code="E-BUNDLE-MODIFIED")
+    return True
+
+
+def _check_hash(path: Path, fact: FileFact) -> None:
+    if file_sha256(path) != fact.sha256:
+        raise InvalidBundle(f"the content of {path.name} is not that of its manifest (sha256)", str(path), FIX,
+                            code="E-BUNDLE-HASH")
 
 
 def _header(path: Path) -> str:

@@ -17,6 +17,7 @@ from ..errors import GqaExportError
 from ..files.atomic_replace import move_files, replace_folder
 from ..files.resume import JOURNAL, Journal, take_over
 from ..files.staging import check_folder, disk_errors, staging_folder
+from .integrity import check_no_code
 from .manifest import MANIFEST, FileFact, Manifest, read_manifest
 
 
@@ -111,9 +112,12 @@ def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) 
 
     Raises:
         GqaExportError: the output is not empty (without `force`) or cannot be written, or the disk is full.
+        InvalidBundle: the checkpoint folder holds Python files, which a bundle may not.
     """
     output = Path(os.path.abspath(output))
-    if not inplace:
+    if inplace:
+        check_no_code(output)
+    else:
         check_output(output, force)
     parent = output if inplace else output.parent
     with disk_errors(output), staging_folder(output, parent) as (staging, leftovers):

@@ -29,7 +29,8 @@ def gguf_facts(path: str, mtime_ns: int) -> tuple[transformers.PretrainedConfig,
     try:
         # a file without the size of its vocabulary has it in the list of tokens alone
         with quiet(), quick_gguf(vocabulary=header.about_model("vocab_size") is None):
-            config = AutoConfig.from_pretrained(Path(path).parent, gguf_file=Path(path).name, local_files_only=True)
+            config = AutoConfig.from_pretrained(Path(path).parent, gguf_file=Path(path).name, local_files_only=True,
+                                                trust_remote_code=False)
     except Exception as error:
         raise UnsupportedModel(f"transformers cannot read the GGUF architecture {header.architecture!r}: "
                                f"{first_line(error)}", path, "give the original Hugging Face checkpoint",

@@ -8,15 +8,14 @@ module's own `state_dict`; nothing of them is copied or written.
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModel
 from ..files.read_json import read_json
+from ..files.scratch import scratch_folder
 from .checkpoint import Checkpoint
 from .load_model import load_skeleton
 from .quiet import quiet
@@ -45,8 +44,7 @@ def memory_checkpoint(model: transformers.PreTrainedModel,
     _refuse(model, where)
     config: Any = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], model.dtype
-    with tempfile.TemporaryDirectory(prefix="gqa-export-model-") as place, quiet():
-        folder = Path(place)
+    with scratch_folder("model") as folder, quiet():
         config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)

@@ -120,7 +120,8 @@ def _gguf_state(path: str, mtime_ns: int) -> tuple[Any, dict[str, torch.Tensor]]
     with quick_gguf(vocabulary=False):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             Path(path).parent, gguf_file=Path(path).name, config=config, dtype=getattr(torch, header.stored_dtype),
-            local_files_only=True, output_loading_info=True, quantization_config=GgufConfig(dequantize=True))
+            local_files_only=True, trust_remote_code=False, output_loading_info=True,
+            quantization_config=GgufConfig(dequantize=True))
     model, info = loaded
     _refuse_incomplete(info, path)
     return type(model), model.state_dict()

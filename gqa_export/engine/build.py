@@ -6,7 +6,6 @@ checked by the network and the build log: inputs and outputs, plugin layers per 
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from ..bundle.writer import check_output, writing_bundle
 from ..environment.machine import nvidia
 from ..environment.tensorrt_libraries import CANONICAL, Library
 from ..errors import GqaExportError, InvalidBundle, NotCheckedHere
+from ..files.scratch import scratch_folder
 from ..files.sha256 import file_sha256
 from ..progress import Progress, silent
 from ..spec import DTYPES
@@ -148,12 +148,12 @@ def build_engine(bundle: Path, output: Path, options: EngineOptions | None = Non
     profiles = make_profiles(manifest, options.max_batch, options.max_prompt)
     say("checking the bundle", None, None)
     check_files(bundle, manifest)
-    with tempfile.TemporaryDirectory(prefix="gqa-engine-") as scratch:
+    with scratch_folder("engine") as scratch:
         model = read_graph(bundle)
         compiled = _kernels(model, bundle, manifest, choice, say) if kind == "plugin" else None
         with writing_bundle(output, force=options.force) as writer:
-            job = _job(bundle, writer.staging / ENGINE, choice, profiles, options, compiled, Path(scratch))
-            built, job, log = _build(job, choice.library, Path(scratch, "build.log"), say)
+            job = _job(bundle, writer.staging / ENGINE, choice, profiles, options, compiled, scratch)
+            built, job, log = _build(job, choice.library, scratch / "build.log", say)
             say("checking the engine", None, None)
             facts, notes = _facts(manifest, kind, choice, profiles, compiled, built, job, log)
             facts = replace(facts, build={**facts.build, "weight_bytes_read": weight_bytes_read(model)})

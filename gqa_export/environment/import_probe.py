@@ -67,14 +67,20 @@ def try_imports(modules: Iterable[tuple[str, ...]]) -> dict[str, Imported]:
     return found
 
 
-def _probe(modules: list[tuple[str, ...]]) -> tuple[list[dict[str, Any]], str]:
+def _search_path() -> str:
+    """Where the child imports from: as here, without the working directory, which `python -m` puts first. A file of
+    the user that happens to be called like a package is neither it nor to be executed."""
+    here = os.path.realpath(os.getcwd())
+    return os.pathsep.join(path for path in sys.path if path and os.path.realpath(path) != here)
 
-    command = [sys.executable, "-c", PROBE, json.dumps(modules)]
+
+def _probe(modules: list[tuple[str, ...]]) -> tuple[list[dict[str, Any]], str]:
+    command = [sys.executable, "-P", "-c", PROBE, json.dumps(modules)]
     try:
         with all_visible() as environment:
             child = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, check=False,
                                    stdin=subprocess.DEVNULL,
-                                   env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)})
+                                   env={**environment, "PYTHONPATH": _search_path()})
         output, died = child.stdout, f"ended the process with code {child.returncode}"
     except subprocess.TimeoutExpired as error:
         output = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""

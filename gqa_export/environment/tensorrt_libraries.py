@@ -12,7 +12,6 @@ import ctypes
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import GqaExportError
+from ..files.scratch import scratch_folder
 from .packages import installed_version
 
 # In the order in which they can be loaded; the packages hold more, some of which needs a GPU's driver.
@@ -137,12 +137,12 @@ def all_visible() -> Iterator[dict[str, str]]:
 
 @contextmanager
 def _linked(files: tuple[Path, ...]) -> Iterator[dict[str, str]]:
-    with tempfile.TemporaryDirectory(prefix="gqa-libraries-") as folder:
+    with scratch_folder("libraries") as folder:
         for file in files:
             for name in bare_names(file.name):
-                link = Path(folder, name)
+                link = folder / name
                 if not link.exists():
                     link.symlink_to(file.resolve())
         before = os.environ.get(SEARCH_PATH, "")
-        folders = [folder] if files else []
+        folders = [str(folder)] if files else []
         yield {**os.environ, SEARCH_PATH: os.pathsep.join([*folders, *([before] if before else [])])}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from ..bundle.manifest import MANIFEST
 from ..engine.build import EngineBuild, EngineOptions, build_engine, check_request
+from ..files.resume import remove
+from ..files.staging import staging_folder
 from ..progress import Progress
 
 __all__ = ["EngineBuild", "EngineOptions", "build_engine", "make_engine"]
@@ -26,8 +27,9 @@ def make_engine(source: str, output: Path, options: EngineOptions, report: Progr
     kind = options.attention or DEFAULT_ATTENTION
     check_request(output, options, kind)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.partial-", dir=output.absolute().parent) as folder:
-        bundle = Path(folder, "bundle")
+    with staging_folder(output, output.absolute().parent) as (folder, left):
+        remove(left)  # at once: a whole bundle that a killed run left
+        bundle = folder / "bundle"
         export_onnx(source, bundle, ExportOptions(target=f"trt-{kind}", dtype=options.dtype,
                                                   capacity=options.capacity, revision=revision), report)
         return build_engine(bundle, output, options, report)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoint.load_config import load_config
 from ..checkpoint.tokenizer import has_tokenizer, tokenizer_files
+from ..files.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from ..bundle.writer import BundleWriter
@@ -20,9 +20,9 @@ def add_tokenizer(checkpoint: Checkpoint, writer: BundleWriter) -> bool:
         for path in tokenizer_files(checkpoint):
             writer.copy(path, path.name)
         return has_tokenizer(checkpoint)
-    with tempfile.TemporaryDirectory() as folder:
-        converted = _convert_gguf(checkpoint, Path(folder))
-        for path in sorted(Path(folder).iterdir()):
+    with scratch_folder("tokenizer") as folder:
+        converted = _convert_gguf(checkpoint, folder)
+        for path in sorted(folder.iterdir()):
             writer.copy(path, path.name)
     return converted
 
@@ -41,7 +41,8 @@ def _convert_gguf(checkpoint: Checkpoint, folder: Path) -> bool:
         if not has_tokenizer(checkpoint):
             return False
         try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf_file.name)
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf_file.name,
+                                                      local_files_only=True, trust_remote_code=False)
         except (ValueError, KeyError, NotImplementedError):  # a kind of tokenizer that transformers cannot convert
             return False
         tokenizer.save_pretrained(folder)

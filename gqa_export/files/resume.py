@@ -10,6 +10,7 @@ next export with the same key takes the file over up to the last offset whose ha
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -60,7 +61,7 @@ def _claim(path: Path) -> BaseFileLock | None:
 def abandoned(output: Path) -> list[Claimed]:
     """Staging folders of `output` that no living process fills, each claimed for this one."""
     found: list[Claimed] = []
-    for path in sorted(output.parent.glob(f".{output.name}.partial-*{LOCK}")):
+    for path in sorted(output.parent.glob(f".{glob.escape(output.name)}.partial-*{LOCK}")):
         lock = None if path.is_symlink() else _claim(path)
         if lock is not None:
             found.append((path.with_name(path.name.removesuffix(LOCK)), lock))

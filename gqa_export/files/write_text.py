@@ -22,6 +22,8 @@ def write_text(path: Path, text: str) -> None:
                                          delete=False) as file:
             staged = file.name
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(staged, 0o644)
         os.replace(staged, path)
     except OSError as error:

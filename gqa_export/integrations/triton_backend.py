@@ -7,6 +7,7 @@ Imported by the `model.py` that `gqa-export trt --triton-repository` writes; inp
 from __future__ import annotations
 
 import importlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..bundle.manifest import read_manifest
 from ..errors import GqaExportError
 
 DEFAULT_NEW_TOKENS = 128
+log = logging.getLogger(__name__)
 
 
 def load_session(folder: Path) -> Any:
@@ -36,17 +38,35 @@ class TritonPythonModel:
         self.session = load_session(folder)
 
     def execute(self, requests: list[Any]) -> None:
-        """Answer each request through its response sender: tokens, then the final flag; an error is its answer."""
+        """Answer each request through its response sender: tokens, then the final flag; an error is its answer,
+        whatever it is: a request without a final answer hangs in the server, and those after it with it."""
+        ending: BaseException | None = None
         for request in requests:
-            sender = request.get_response_sender()
-            final = self.triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL
             try:
-                self._answer(request, sender)
-            except GqaExportError as error:
-                wrong = self.triton.InferenceResponse(error=self.triton.TritonError(str(error)))
-                sender.send(wrong, flags=final)
+                self._serve(request)
+            except Exception:  # even the answer cannot be sent: the client has gone
+                log.exception("a request could not be answered")
+            except BaseException as error:  # the process is to end, once the others have their answers
+                ending = error
+        if ending is not None:
+            raise ending
+
+    def _serve(self, request: Any) -> None:
+        sender = request.get_response_sender()
+        final = self.triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        try:
+            self._answer(request, sender)
+        except BaseException as error:
+            if isinstance(error, GqaExportError):
+                text = str(error)
             else:
-                sender.send(flags=final)
+                log.exception("a request failed")
+                text = f"{type(error).__name__}: {error} (the server's log has the traceback)"
+            sender.send(self.triton.InferenceResponse(error=self.triton.TritonError(text)), flags=final)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            sender.send(flags=final)
 
     def _answer(self, request: Any, sender: Any) -> None:
         from ..runtime.generate import Sampling, generate

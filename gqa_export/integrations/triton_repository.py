@@ -21,6 +21,7 @@ from pathlib import Path
 from .. import __version__
 from ..bundle.manifest import MANIFEST, read_manifest
 from ..errors import GqaExportError
+from ..files.staging import writing_folder
 
 VERSION = "1"
 INPUTS = (("input_ids", "TYPE_INT32", "-1", False), ("max_new_tokens", "TYPE_INT32", "1", True),
@@ -51,7 +52,8 @@ def check_repository(repository: Path, name: str) -> None:
 
 
 def write_repository(repository: Path, bundle: Path) -> Path:
-    """Write the model of an engine bundle, named as its folder; an earlier one that we wrote is replaced."""
+    """Write the model of an engine bundle, named as its folder; an earlier one that we wrote is replaced at once: a
+    server that looks always finds a whole model, the old or the new one."""
     name = bundle.absolute().name
     check_repository(repository, name)
     facts = read_manifest(bundle).engine
@@ -59,18 +61,11 @@ def write_repository(repository: Path, bundle: Path) -> Path:
         raise GqaExportError("Triton can serve an engine bundle only", str(bundle), "build one with `gqa-export trt`",
                              code="E-OPTION-TRITON-ENGINE")
     model = repository / name
-    staging = repository / f".{name}.partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        (staging / VERSION).mkdir(parents=True)
+    with writing_folder(model, force=True, marker=f"{VERSION}/engine/{MANIFEST}") as staging:
+        (staging / VERSION).mkdir()
         shutil.copytree(bundle, staging / VERSION / "engine", copy_function=_link)
         (staging / VERSION / "model.py").write_text(MODEL.format(version=__version__), encoding="utf-8")
         (staging / "config.pbtxt").write_text(config(name), encoding="utf-8")
-        if model.exists():
-            shutil.rmtree(model)
-        staging.rename(model)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return model
 
 

@@ -34,7 +34,7 @@ def build(config: Any, dtype: torch.dtype, *, device: str = "cpu", attention: st
     kwargs: dict[str, Any] = {"attn_implementation": attention, "dtype": dtype}
     with initialization.no_init_weights(), torch.device(device):
         try:
-            model = AutoModelForCausalLM.from_config(config, **kwargs)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **kwargs)
         except Exception as error:  # a package that parts of it are in (timm), a configuration against itself
             raise UnsupportedModel(f"transformers cannot build this model here: {first_line(error)}",
                                    f"model_type {config.model_type}", "install the package that the message names, or "

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..bundle.graph_file import read_graph
 from ..bundle.manifest import MANIFEST, MODEL, Manifest
 from ..checkpoint.checkpoint import Checkpoint
+from ..files.scratch import scratch_folder
 from ..progress import Progress
 from ..runtime.session import Session
 from ..targets import get_target, on_cpu
@@ -77,8 +77,8 @@ def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dty
 def _twin(folder: Path) -> Iterator[tuple[Manifest, Path]]:
     from .fp32_twin import write_twin
 
-    with tempfile.TemporaryDirectory(prefix="gqa-export-twin-") as place:
-        yield write_twin(folder, Path(place)), Path(place)
+    with scratch_folder("twin") as place:
+        yield write_twin(folder, place), place
 
 
 @contextmanager
@@ -92,15 +92,15 @@ def _interpreted(folder: Path, manifest: Manifest, notes: list[str]) -> Iterator
     count = interpret(model)
     how = f"{count} plugin nodes interpreted by the op's function body" if count else "as it is"
     notes.append(f"the ONNX graph was run in fp32 by ONNX Runtime, {how}: no TensorRT engine was built or run")
-    with tempfile.TemporaryDirectory(prefix="gqa-export-interpreted-") as place:
+    with scratch_folder("interpreted") as place:
         for name in set(manifest.files) - {MODEL}:
-            source, copy = (folder / name).resolve(), Path(place) / name
+            source, copy = (folder / name).resolve(), place / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(source, copy)
             except OSError:
-                shutil.copyfile(source, copy)
-        onnx.save(model, str(Path(place) / MODEL))
+                shutil.copy2(source, copy)  # with its time, which the manifest records
+        onnx.save(model, str(place / MODEL))
         stand_in = replace(manifest, files={name: fact for name, fact in manifest.files.items() if name != MODEL})
-        (Path(place) / MANIFEST).write_text(stand_in.to_json(), encoding="utf-8")
-        yield stand_in, Path(place)
+        (place / MANIFEST).write_text(stand_in.to_json(), encoding="utf-8")
+        yield stand_in, place

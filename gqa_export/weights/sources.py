@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
 
 CHUNK_BYTES = 4 << 20
-SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,12 @@ class StoredSource:
     def chunks(self) -> Iterator[memoryview]:
         """The bytes, at most CHUNK_BYTES at a time; each chunk is overwritten by the next."""
         buffer = memoryview(bytearray(min(CHUNK_BYTES, max(self.tensor.nbytes, 1))))
-        with open(self.tensor.path, "rb", buffering=0) as file:
+        with open(self.tensor.path, "rb") as file:
             file.seek(self.tensor.offset)
             left = self.tensor.nbytes
             while left:
-                count = file.readinto(buffer[: min(left, len(buffer))])
-                if not count:
+                count = min(left, len(buffer))
+                if file.readinto(buffer[:count]) != count:
                     raise InvalidCheckpoint("the file became shorter while it was read", str(self.tensor.path),
                                             "export again once nothing else writes to the checkpoint",
                                             code="E-WEIGHTS-FILE-CHANGED")
@@ -127,8 +126,8 @@ class WeightStore:
     def from_module(cls, checkpoint: Checkpoint, module: torch.nn.Module) -> WeightStore:
         """Where each parameter and persistent buffer of a loaded module is: stored as it is, or only in memory.
 
-        Stored means: same name and shape in the file, and the same bytes (after the module's dtype conversion) at
-        its start, middle and end. Names of the file that the module does not have are stored too.
+        Stored means: same name and shape in the file, and the same bytes (after the module's dtype conversion), all of
+        them. Names of the file that the module does not have are stored too.
 
         Args:
             checkpoint: that the module was loaded from.
@@ -156,22 +155,19 @@ def _in_memory(tensor: torch.Tensor) -> MemorySource:
 
 
 def _is_stored(stored: StoredTensor, tensor: torch.Tensor) -> bool:
+    """Whether every element is the stored one, converted; read CHUNK_BYTES at a time, up to the first that differs."""
     import torch
 
     if stored.shape != tuple(tensor.shape) or not tensor.is_contiguous():
         return False
-    dtype = getattr(torch, stored.dtype)
-    flat, count = tensor.reshape(-1), tensor.numel()
-    window = min(count, SAMPLE_BYTES // dtype.itemsize)
-    with open(stored.path, "rb") as file:
-        for start in {0, (count - window) // 2, count - window} if window else ():
-            file.seek(stored.offset + start * dtype.itemsize)
-            sample = bytearray(file.read(window * dtype.itemsize))
-            if len(sample) != window * dtype.itemsize:
-                return False
-            expected = torch.frombuffer(sample, dtype=dtype).to(tensor.dtype)
-            if not torch.equal(expected.view(torch.uint8), flat[start : start + window].view(torch.uint8)):
-                return False
+    flat, done = tensor.reshape(-1), 0
+    for chunk in StoredSource(stored).chunks():
+        values = torch.frombuffer(chunk, dtype=getattr(torch, stored.dtype))
+        expected = values.to(tensor.dtype)  # sizes of elements divide CHUNK_BYTES: no chunk ends inside one
+        found = flat[done : done + len(values)]
+        if not torch.equal(expected.view(torch.uint8), found.view(torch.uint8)):
+            return False
+        done += len(values)
     return True
 
 

@@ -206,6 +206,17 @@ def test_a_package_that_ends_the_process_is_named_and_the_others_are_still_exami
     assert found["gqa_test_missing"] == Imported("", "1.5")
 
 
+@pytest.mark.parametrize("first", ["", None], ids=["empty", "python -m"])
+def test_a_file_of_the_working_directory_is_not_taken_for_a_package(tmp_path, monkeypatch, first) -> None:
+    (tmp_path / "triton.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w').close(); __version__ = '9.9'\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [str(tmp_path) if first is None else first, *sys.path])
+    found = import_probe.try_imports([("triton",), ("click",)])
+    assert found["triton"].version != "9.9"
+    assert not (tmp_path / "executed").exists()
+    assert found["click"].error == "", "what is installed is still found"
+
+
 def test_not_ready_without_the_basic_abilities() -> None:
     packages = states(torch="not installed")
     found = doctor.Diagnosis("0", HERE, packages, CPU, doctor.judge_abilities(packages, HERE, CPU), ())

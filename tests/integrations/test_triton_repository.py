@@ -124,6 +124,64 @@ def test_a_bad_request_is_answered_with_the_error_and_the_next_is_served(model, 
     assert tokens(ask(model, triton, input_ids=[5])) == [6, 7]
 
 
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error 700"), MemoryError(), TypeError("x"), SystemExit(1),
+                                   KeyboardInterrupt()], ids=lambda error: type(error).__name__)
+def test_every_request_is_answered_whatever_is_raised(model, triton, error, monkeypatch) -> None:
+    real, calls = model.session.reset, []
+
+    def reset(batch: int) -> None:
+        calls.append(batch)
+        if len(calls) == 1:
+            raise error
+        real(batch)
+
+    monkeypatch.setattr(model.session, "reset", reset)
+    senders = [Sender(), Sender()]
+    requests = [SimpleNamespace(tensors={"input_ids": triton.Tensor("input_ids", np.array([5]))},
+                                get_response_sender=lambda sender=sender: sender) for sender in senders]
+    if isinstance(error, Exception):
+        model.execute(requests)
+    else:
+        with pytest.raises(type(error)):
+            model.execute(requests)
+    (first,), second = senders[0].sent, senders[1].sent
+    assert first[1] == 1
+    assert type(error).__name__ in first[0].error.text
+    assert [flags for _, flags in second] == [0, 0, 1]
+    assert tokens([response for response, _ in second]) == [6, 7]
+
+
+def test_a_client_that_has_gone_stops_no_other(model, triton) -> None:
+    class Gone(Sender):
+        def send(self, response=None, flags: int = 0) -> None:
+            raise RuntimeError("the sender is closed")
+
+    senders = [Gone(), Sender()]
+    model.execute([SimpleNamespace(tensors={"input_ids": triton.Tensor("input_ids", np.array([5]))},
+                                   get_response_sender=lambda sender=sender: sender) for sender in senders])
+    assert tokens([response for response, _ in senders[1].sent]) == [6, 7]
+
+
+def test_a_model_is_replaced_at_once_and_an_interrupted_one_leaves_the_old(bundle, tmp_path, monkeypatch) -> None:
+    repository = tmp_path / "repository"
+    folder = write_repository(repository, bundle)
+    removed = []
+    monkeypatch.setattr("shutil.rmtree", lambda path, **_: removed.append(Path(path).resolve()))
+    write_repository(repository, bundle)
+    assert folder.resolve() not in removed, "the model was gone for a moment"
+    monkeypatch.undo()
+    before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gqa_export.integrations.triton_repository.config", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_repository(repository, bundle)
+    assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
+    assert [path.name for path in repository.iterdir() if not path.name.startswith(".")] == [folder.name]
+
+
 def test_a_place_that_is_taken_and_a_name_that_cannot_be_are_refused(bundle, tmp_path) -> None:
     (tmp_path / "repository" / "small-llama").mkdir(parents=True)
     with refused("E-FILE-TRITON-MODEL"):

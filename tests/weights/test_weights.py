@@ -8,6 +8,7 @@ import os
 import shutil
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import gqa_models
 import numpy as np
@@ -99,9 +100,8 @@ def test_a_module_in_another_dtype_is_still_the_stored_one(llama):
         assert all(isinstance(source, StoredSource) for source in store.sources.values())
 
 
-@pytest.mark.parametrize("index", [0, -1, 64 * 128 // 2])
+@pytest.mark.parametrize("index", [0, -1, 64 * 128 // 2, 64 * 128 // 4, 64 * 128 * 3 // 4])
 def test_a_value_changed_after_loading_makes_the_tensor_one_in_memory(llama, index):
-    """At the start, the end and the middle, which are compared; the tensor has 32 KiB, more than the samples."""
     checkpoint = open_checkpoint(llama)
     model = load_model(checkpoint)
     with torch.no_grad():
@@ -109,6 +109,23 @@ def test_a_value_changed_after_loading_makes_the_tensor_one_in_memory(llama, ind
     store = WeightStore.from_module(checkpoint, model)
     memory = [name for name, source in store.sources.items() if isinstance(source, MemorySource)]
     assert memory == ["model.layers.1.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize("index", [None, CHUNK_BYTES // 2 - 1, CHUNK_BYTES // 2 + 7, 2 * CHUNK_BYTES])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_tensor_of_many_chunks_is_compared_to_its_last_element(tmp_path, index, dtype):
+    """The stored type is bf16: more than four chunks, no whole number of them; the change is between any samples."""
+    values = torch.full((2 * CHUNK_BYTES + 1, 1), 0.5, dtype=torch.bfloat16)
+    save_file({"weight": values}, tmp_path / "w.safetensors")
+    start = (tmp_path / "w.safetensors").stat().st_size - 2 * values.numel()
+    stored = StoredTensor(tmp_path / "w.safetensors", start, 2 * values.numel(), "bfloat16", tuple(values.shape))
+    module = torch.nn.Linear(1, len(values), bias=False, dtype=dtype)
+    with torch.no_grad():
+        module.weight.copy_(values)
+        if index is not None:
+            module.weight[index] = 0.25
+    store = WeightStore.from_module(SimpleNamespace(tensors={"weight": stored}), module)
+    assert isinstance(store.sources["weight"], StoredSource if index is None else MemorySource)
 
 
 def test_merged_experts_are_in_memory_and_untraced_layers_are_stored(tmp_path):
