@@ -13,7 +13,7 @@ import numpy as np
 
 from ..bundle.manifest import Manifest
 from ..compare.suite import Setting
-from ..errors import GqaExportError, first_line
+from ..errors import GqaExportError, InvalidBundle, first_line
 from ..runtime.text import JSON, open_tokenizer
 
 SAMPLE = ("The water of a river that reaches the sea has travelled for weeks. Most of it fell as rain, some as snow, "
@@ -87,7 +87,22 @@ def _encoded(folder: Path, text: str) -> np.ndarray | None:
     """Token ids of a text, None where the bundle carries no tokenizer.json."""
     if not (folder / JSON).is_file():
         return None
-    return np.array(open_tokenizer(folder).encode(text, True), np.int64)
+    try:
+        return np.array(open_tokenizer(folder).encode(text, True), np.int64)
+    except (GqaExportError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library panics with an exception that is not an Exception
+        raise InvalidBundle(f"the tokenizer cannot encode a sentence: {first_line(error)}", str(folder / JSON),
+                            "copy it from the checkpoint again", code="E-BUNDLE-TOKENIZER") from error
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Encode a sentence with a bundle's tokenizer.json, before the work that a damaged one would make vain.
+
+    Raises:
+        InvalidBundle: the file cannot be read, or the library fails on it.
+    """
+    _encoded(folder, SAMPLE)
 
 
 def _read(folder: Path, path: Path) -> np.ndarray:

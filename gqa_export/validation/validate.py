@@ -25,7 +25,7 @@ from .reference import Reference, open_reference, runnable
 from .refusals import judge_refusals
 from .run_cases import run_cases
 from .sessions import Sessions, bundle_session, choose_bundle_provider, is_large, load_engine, torch_threads
-from .suite_setting import setting_of
+from .suite_setting import check_tokenizer, setting_of
 from .untrusted import logits_of_last_token, nan_tail_safe
 
 
@@ -64,6 +64,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
     report("checking the bundle's files", None, None)
     manifest = read_manifest(folder)
     unhashed = check_files(folder, manifest, full=full_hash, hashes=check_hashes)
+    check_tokenizer(folder)
     if manifest.engine is None:
         check_claims(folder, manifest)
     target, built, notes = get_target(manifest.target), manifest.engine, list[str]()
