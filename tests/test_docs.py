@@ -206,3 +206,48 @@ def load_script(name: str):
 def test_picture_is_what_its_script_draws() -> None:
     script = load_script("picture")
     assert script.OUTPUT.read_text(encoding="utf-8") == script.picture(), "run scripts/picture.py"
+
+
+def figures() -> dict[str, list[str]]:
+    """Phrases of pages that carry a figure of the code, made from the code."""
+    from gqa_export.compare.suite import STEPS
+    from gqa_export.compare.tolerance import CAP_PART, CAP_ULPS, FACTOR, FLOOR_ULPS
+    from gqa_export.compare.verdict import SCHEMA_VERSION
+    from gqa_export.report import baseline
+
+    assert len(set(STEPS.values())) == 1
+    assert FLOOR_ULPS["float16"] == FLOOR_ULPS["bfloat16"]
+    multiple = {2.0: "twice"}[baseline.FACTOR]
+    return {
+        "validate.md": [
+            f"decode steps (`--steps`, by default {STEPS['quick']})", f"It is {FACTOR:g} times the error",
+            f"at least {FLOOR_ULPS['float32']:g} units in the last place ({FLOOR_ULPS['float16']:g} in fp16 and bf16)",
+            f"at most {CAP_ULPS:g} units or {100 * CAP_PART:g} % of the largest value",
+            f"The `schema_version` of `--json` is {SCHEMA_VERSION}."],
+        "ci.md": [f"more than {multiple} the baseline's, and more than {100 * baseline.FLOOR:g} % of the tolerance"],
+    }
+
+
+@pytest.mark.parametrize("page", figures())
+def test_figures_of_a_page_are_those_of_the_code(page: str) -> None:
+    text = " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split())
+    assert [phrase for phrase in figures()[page] if phrase not in text] == []
+
+
+def test_the_cases_on_the_page_are_cases_of_quick() -> None:
+    from gqa_export.compare.suite import SUITE
+
+    text = (ROOT / "docs" / "validate.md").read_text(encoding="utf-8")
+    cases = re.findall(r"^\| `(\w+)` \|", text, re.M)
+    assert len(cases) >= 4
+    assert set(cases) <= {entry.name for entry in SUITE if entry.level == "quick"}
+
+
+def test_the_default_number_of_steps_in_helps_is_that_of_the_code() -> None:
+    from gqa_export.cli.validate import command
+    from gqa_export.compare.suite import STEPS
+    from gqa_export.integrations import pytest_plugin
+
+    help_of = next(option.help for option in command.params if option.name == "steps")
+    assert f"[default: {STEPS['quick']}]" in help_of
+    assert f"default={STEPS['quick']}," in Path(pytest_plugin.__file__).read_text(encoding="utf-8")

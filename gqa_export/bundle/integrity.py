@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.safetensors_header import header_sha256
 from ..errors import GqaExportError, InvalidBundle
@@ -141,24 +142,26 @@ def check_belongs(spec: ModelSpec, shown: Mapping[str, object], where: str) -> N
 
     Args:
         spec: the bundle's model.
-        shown: facts of the checkpoint's model as it runs: `model_type`, `vocabulary`, `layers`, and per layer i
-            `key {i}`, `value {i}`: (heads, size) of its cache.
+        shown: facts of the checkpoint's model as it runs: `model_type`, `vocabulary`, `layers` (how many have
+            attention), `layer numbers`, `alike` (numbers of the layers whose keys and values its own cache holds), and
+            per entry i of its cache `key {i}`, `value {i}`: (heads, size).
         where: the checkpoint.
 
     Raises:
         InvalidBundle: a fact differs; names the first.
     """
-    stated: dict[str, object] = {"model_type": spec.model_type, "vocabulary": spec.vocabulary}
-    if all(layer.cached_alike for layer in spec.layers):
-        stated["layers"] = len(spec.layers)
+    stated: dict[str, object] = {"model_type": spec.model_type, "vocabulary": spec.vocabulary,
+                                 "layers": len(spec.layers),
+                                 "layer numbers": tuple(layer.layer for layer in spec.layers)}
+    alike: Any = shown.get("alike")
     for number, layer in enumerate(spec.layers):
-        if not layer.cached_alike:
-            continue
+        if alike is not None and layer.layer not in alike:
+            continue  # the checkpoint's own facts decide: a manifest could switch the comparison off
         stated[f"key {number}"] = (layer.kv_num_heads, layer.head_size)
         stated[f"value {number}"] = (layer.kv_num_heads, layer.value_head_size)
     for name, value in stated.items():
         if name in shown and shown[name] != value:
-            label = f"(heads, size) of the cached {name}" if isinstance(value, tuple) else name.replace("_", " ")
+            label = f"(heads, size) of the cached {name}" if name[-1].isdigit() else name.replace("_", " ")
             raise InvalidBundle(f"the bundle does not belong to this checkpoint: {label} is {value} in the bundle, "
                                 f"{shown[name]} in the checkpoint", where, "pass the checkpoint it was exported from",
                                 code="E-BUNDLE-FOREIGN")

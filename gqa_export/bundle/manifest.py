@@ -11,7 +11,7 @@ dataclasses. The text is parsed by `json` once before: pydantic's parser accepts
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -145,7 +145,7 @@ class Manifest:
                                 code="E-BUNDLE-MANIFEST") from error
         check_names(manifest.files, manifest.engine.file if manifest.engine else "", where)
         check_tensors(manifest.spec, manifest.dtype, manifest.inputs, manifest.outputs, where)
-        return manifest
+        return replace(manifest, dtype=DTYPES.get(manifest.dtype, manifest.dtype))
 
 
 @cache

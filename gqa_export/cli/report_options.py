@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..errors import GqaExportError
+from ..errors import GqaExportError, first_line
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 OPTIONS = {
@@ -29,7 +29,8 @@ POLYGRAPHY = click.option("--polygraphy", type=click.Path(path_type=Path, file_o
 
 def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command these options; it takes them as one argument `reports`, a `report.Reports`. They are checked
-    before the command begins. Reports are also written if it ends in a refusal."""
+    before the command begins. Reports are written whatever it ends in, a bug and an interruption included: a CI system
+    must not read those of the run before."""
 
     @wraps(command)
     def wrapped(*args: Any, **given: Any) -> Any:
@@ -43,13 +44,31 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
             for bundle in bundles if folder is not None else ():
                 write_golden(bundle, against, folder if len(bundles) == 1 else folder / bundle.name)
             return command(*args, reports=reports, **given)
-        except GqaExportError as problem:
-            reports.failed([str(bundle) for bundle in bundles], str(against), problem)
+        except (SystemExit, click.exceptions.Exit):
+            raise
+        except BaseException as error:
+            reports.failed([str(bundle) for bundle in bundles], str(against), problem_of(error))
             raise
 
     for option in (POLYGRAPHY, *reversed(OPTIONS.values())):
         option(wrapped)
     return wrapped
+
+
+def problem_of(error: BaseException) -> GqaExportError:
+    """What an exception is in a report: the refusal itself, or a problem whose exit code is that of the command."""
+    from ..report.outcome import Crash
+    from . import as_refusal
+
+    refusal = as_refusal(error)
+    if refusal is not None:
+        return refusal
+    if isinstance(error, click.ClickException):
+        return GqaExportError(error.format_message(), "the command line", "see `gqa-export validate --help`",
+                              code="E-OPTION-USAGE")
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return Crash("the run was interrupted", "", "run it again", code="E-REPORT-INTERRUPTED")
+    return Crash(first_line(error), "", "this is a bug in gqa-export: report it", code="E-REPORT-BUG")
 
 
 def write_golden(bundle: Path, against: str | None, folder: Path) -> None:

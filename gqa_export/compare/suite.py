@@ -31,7 +31,8 @@ REFUSALS = "refusals"
 @dataclass
 class Setting:
     """What the builders look at. windows: those of the manifest and those that the checkpoint's own configuration
-    names. special: ids that random prompts avoid. largest: ids whose embeddings are largest. literal: the capacity is a
+    names. special: ids that the case `special` feeds. avoided: those that random prompts
+    avoid; None is `special`. largest: ids whose embeddings are largest. literal: the capacity is a
     number in the graph. text: ids of a text that the user gave."""
 
     spec: ModelSpec
@@ -45,6 +46,7 @@ class Setting:
     text: np.ndarray | None = None
     nan_tail_safe: bool = False
     literal: bool = False
+    avoided: tuple[int, ...] | None = None
     notes: list[str] = field(default_factory=list)
     core: dict[str, Case] = field(default_factory=dict)
     ids: TokenIds = field(init=False)
@@ -52,7 +54,8 @@ class Setting:
     def __post_init__(self) -> None:
         self.windows = tuple(sorted({w for w in (*self.windows, *(layer.window for layer in self.spec.layers))
                                      if 0 < w < self.capacity}))
-        self.ids = TokenIds(self.spec.vocabulary, self.special, 21)
+        self.avoided = self.special if self.avoided is None else self.avoided
+        self.ids = TokenIds(self.spec.vocabulary, self.avoided, 21)
 
     @property
     def chunk(self) -> int:
@@ -220,7 +223,7 @@ def plan_suite(setting: Setting, level: str = "quick") -> Plan:
     if level not in LEVELS:
         raise GqaExportError(f"unknown level {level!r}", "--level", f"use one of {', '.join(LEVELS)}",
                              code="E-OPTION-LEVEL")
-    core = plan_cases(setting.spec, setting.capacity, steps=setting.steps, special=setting.special,
+    core = plan_cases(setting.spec, setting.capacity, steps=setting.steps, special=setting.avoided or (),
                       original_positions=setting.original_positions, text_ids=setting.sample,
                       nan_tail_safe=setting.nan_tail_safe, windows=setting.windows)
     setting.core = {case.name: case for case in core.cases}

@@ -20,6 +20,7 @@ from ..weights.dtypes import itemsize
 from ..weights.memory_budget import Budget
 from ..weights.sources import WeightStore
 from .options import DEFAULT_CAPACITY, ExportOptions
+from .tokenizer_files import check_tokenizer
 
 if TYPE_CHECKING:
     from ..lowering.context import Lowered
@@ -58,6 +59,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     say("reading the checkpoint", None, None)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
         source, text_only=options.text_only, revision=options.revision)
+    check_tokenizer(checkpoint)
     if options.weights == "inplace" and output is not None and output.resolve() != checkpoint.folder.resolve():
         raise GqaExportError("--weights inplace writes the graph into the checkpoint folder, but -o names another one",
                              str(output), f"use -o {checkpoint.folder}", code="E-OPTION-INPLACE")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint.load_config import load_config
 from ..checkpoint.tokenizer import has_tokenizer, tokenizer_files
 from ..files.scratch import scratch_folder
+from ..errors import InvalidCheckpoint, first_line
 
 if TYPE_CHECKING:
     from ..bundle.writer import BundleWriter
@@ -25,6 +26,27 @@ def add_tokenizer(checkpoint: Checkpoint, writer: BundleWriter) -> bool:
         for path in sorted(folder.iterdir()):
             writer.copy(path, path.name)
     return converted
+
+
+def check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Read a checkpoint's tokenizer.json, before the work that a damaged one would make vain.
+
+    Raises:
+        InvalidCheckpoint: the file cannot be read as a tokenizer.
+    """
+    path = checkpoint.folder / "tokenizer.json"
+    if checkpoint.kind != "hf" or not path.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain Exception, and panics with what is not even one
+        raise InvalidCheckpoint(f"the tokenizer cannot be read: {first_line(error)}", str(path),
+                                "fetch tokenizer.json again, or remove it to export for token ids only",
+                                code="E-CKPT-TOKENIZER") from error
 
 
 def _convert_gguf(checkpoint: Checkpoint, folder: Path) -> bool:

@@ -2,9 +2,10 @@
 
 Every bundle gives one test per kind of output (keys, values, logits, cache), one that its best tokens agree, one that
 it refuses what it must, and one for the baseline if there is one; all carry the marker `gqa`. The comparison runs once
-per bundle, when the first of its tests does. What cannot be checked on this machine fails: a skipped test would be read
-as green. The fixture `gqa_verdicts` gives the verdicts to tests of your own. Loaded in every pytest run where
-gqa-export is installed, so it imports nothing heavy until it is used.
+per bundle, when the first of its tests does. What cannot be checked on this machine fails: a skipped test would be
+read as green. A test that has nothing to compare in this model is skipped, with the reason. The fixture `gqa_verdicts`
+gives the verdicts to tests of your own. Loaded in every pytest run where gqa-export is installed, so it imports
+nothing heavy until it is used.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 KINDS = ("keys", "values", "logits", "cache")
 TOKENS, REST, DRIFT = "best_tokens", "refusals", "baseline"
+NOTHING = dict.fromkeys(("keys", "values", "cache"),
+                        "PyTorch's own cache does not hold the keys and values of any layer of this model")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -87,10 +90,21 @@ class BundleItem(pytest.Item):
         self.add_marker(pytest.mark.xdist_group(f"gqa {folder}"))  # workers would each run the whole comparison
 
     def runtest(self) -> None:
-        """Fail with what went wrong and where."""
-        wrong = list(self.failures(verdict_of(self.config, self.folder)))
+        """Fail with what went wrong and where; skip where nothing of this kind was compared."""
+        verdict = verdict_of(self.config, self.folder)
+        wrong = list(self.failures(verdict))
         if wrong:
             raise Different("\n".join(wrong))
+        if self.check != DRIFT and not self.measured(verdict):
+            pytest.skip(f"{self.check}: nothing was compared ({', '.join(verdict.compared) or 'nothing'} was); "
+                        f"{NOTHING.get(self.check, 'no case has it')}")
+
+    def measured(self, verdict: Verdict) -> bool:
+        """Whether the verdict holds anything of this check."""
+        if self.check == TOKENS:
+            return any(case.free and case.rows for case in verdict.cases)
+        kinds = {kind.kind for case in verdict.cases for kind in case.kinds}
+        return self.check in kinds if self.check in KINDS else bool(kinds - set(KINDS))
 
     def failures(self, verdict: Verdict) -> Iterator[str]:
         """What of this check did not hold, one line each."""

@@ -40,7 +40,7 @@ class Run(TypedDict):
 
     schema_version: Annotated[int, OneOf(SCHEMA_VERSION)]
     passed: bool
-    exit_code: Annotated[int, OneOf(0, 1, 2, 3)]
+    exit_code: Annotated[int, OneOf(0, 1, 2, 3, 70)]
     drifts: list[str]
     environment: dict[str, str]
     error: Problem | None

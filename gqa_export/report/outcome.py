@@ -8,8 +8,14 @@ import platform
 from dataclasses import dataclass
 
 from ..compare.verdict import Verdict
-from ..errors import EXIT_DIFFERENT, EXIT_PASSED, GqaExportError
+from ..errors import EXIT_BUG, EXIT_DIFFERENT, EXIT_NOT_CHECKED, EXIT_PASSED, GqaExportError
 from .baseline import Drift
+
+
+class Crash(GqaExportError):
+    """What stands in a report for an exception that is not a refusal: a bug, an interruption."""
+
+    exit_code = EXIT_BUG
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,8 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0 passed; 1 outputs differ, or drifted; 2 bad input; 3 could not be checked here."""
+        """0 passed; 1 outputs differ, or drifted; 2 bad input; 3 could not be checked here; 70 a bug or an
+        interruption."""
         if self.problem is not None:
             return self.problem.exit_code
         return EXIT_PASSED if self.passed else EXIT_DIFFERENT
@@ -40,7 +47,7 @@ class Outcome:
     def word(self) -> str:
         """PASSED, DIFFERENT, DRIFTED, NOT CHECKED or ERROR."""
         if self.problem is not None:
-            return "ERROR" if self.problem.exit_code == 2 else "NOT CHECKED"
+            return "NOT CHECKED" if self.problem.exit_code == EXIT_NOT_CHECKED else "ERROR"
         if self.passed:
             return "PASSED"
         return "DIFFERENT" if not all(verdict.passed for verdict in self.verdicts) else "DRIFTED"

@@ -28,6 +28,7 @@ from .refusals import judge_refusals
 from .run_cases import run_cases
 from .sessions import FillGarbage, Sessions, bundle_session, choose_bundle_provider, load_engine
 from .suite_setting import setting_of
+from .untrusted import logits_of_last_token, nan_tail_safe
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def _compare(first: _Opened, other: _Opened, level: str, steps: int, notes: list
     setting.literal = setting.literal or setting_of(first.manifest, first.folder, 1).literal
     plan = plan_suite(setting, level)
     logs = run_cases(Sessions(first.session, None, other.session, other.fill_garbage), plan,
-                     last_only="last" in (first.manifest.logits, other.manifest.logits), report=report)
+                     last_only=any(logits_of_last_token(one.manifest, str(one.folder)) for one in (first, other)),
+                     report=report)
     dtype = max(first.ran_dtype, other.ran_dtype, key=EPSILON.__getitem__)
     refused = judge_refusals(other.session, resizable=not setting.literal)
     return Verdict(
@@ -103,7 +105,8 @@ def _open(stack: ExitStack, folder: Path, manifest: Manifest, provider: str, as_
     provider = choose_bundle_provider(manifest, provider, ran_dtype)
     ran, where, target = runnable(stack, folder, manifest, ran_dtype, notes, report)
     session, fill_garbage = stack.enter_context(bundle_session(where, ran, provider, notes, target))
-    return _Opened(folder, manifest, ran_dtype, provider, session, fill_garbage, target.nan_tail_safe)
+    return _Opened(folder, manifest, ran_dtype, provider, session, fill_garbage,
+                   target.nan_tail_safe or nan_tail_safe(where))
 
 
 def _same_model(first: Manifest, other: Manifest, where: str) -> None:

@@ -38,6 +38,12 @@ class Reference:
     model: Any
     shown: dict[str, object]
 
+    @property
+    def alike(self) -> frozenset[int]:
+        """Numbers of the layers whose keys, values and cache are compared."""
+        found: Any = self.shown["alike"]
+        return found
+
 
 def runnable(stack: ExitStack, folder: Path, manifest: Manifest, ran_dtype: str, notes: list[str],
              report: Progress) -> tuple[Manifest, Path, Target]:

@@ -79,11 +79,14 @@ def run_case(sessions: Sessions, case: Case, last_only: bool, tick: Callable[[],
     from .session_runner import SessionRunner
 
     began = time.perf_counter()
-    others = [SessionRunner(sessions.bundle, BUNDLE, last_only=last_only, single=case.single)]
+    others = [SessionRunner(sessions.bundle, BUNDLE, last_only=last_only, single=case.single,
+                            alike=sessions.alike)]
     if sessions.eager is not None:
-        others.insert(0, SessionRunner(sessions.eager, EAGER, free=False, last_only=last_only))
+        others.insert(0, SessionRunner(sessions.eager, EAGER, free=False, last_only=last_only,
+                                       alike=sessions.alike))
     pairs = [(0, 1)] if len(others) == 1 else [(0, 1), (1, 2), (0, 2)]
-    first = SessionRunner(sessions.reference, REFERENCE, last_only=last_only, beside=others if sessions.beside else ())
+    first = SessionRunner(sessions.reference, REFERENCE, last_only=last_only, beside=others if sessions.beside else (),
+                          alike=sessions.alike)
     runners = [first, *others]
     driver = CaseDriver(case, np.concatenate(case.prompts), tick)
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):

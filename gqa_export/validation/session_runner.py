@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,14 +33,16 @@ class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
     """Runs a session. free: feed the session's own best token where the feed's second flag is set. last_only: show only
     the logits of each row's last valid token, as bundles exported with `--logits last` do. single: take the tokens of a
     step one by one. beside: runners that the Comparator calls next, for the same feed: they begin at once, in threads,
-    so that some wait for memory while others interpret Python."""
+    so that some wait for memory while others interpret Python. alike: numbers of the layers whose caches are compared,
+    None for all; never the manifest's `cached_alike`, which could switch the comparison off."""
 
     def __init__(self, session: Session, name: str, *, free: bool = True, last_only: bool = False,
-                 single: bool = False, beside: Sequence[SessionRunner] = ()) -> None:
+                 single: bool = False, beside: Sequence[SessionRunner] = (),
+                 alike: Collection[int] | None = None) -> None:
         super().__init__(name=name)
         self._session, self._free, self._last_only, self._single = session, free, last_only, single
         self._own = np.zeros(0, np.int64)
-        self._beside = beside
+        self._beside, self._compared = beside, alike
         self._begun: Future[OrderedDict[str, np.ndarray]] | None = None
 
     def get_input_metadata_impl(self) -> TensorMetadata:
@@ -94,7 +96,8 @@ class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
 
     def _alike(self) -> list[tuple[int, AttentionSpec]]:
         """The layers, numbered, whose caches can be compared: those that PyTorch caches alike."""
-        return [pair for pair in enumerate(self._session.spec.layers) if pair[1].cached_alike]
+        return [pair for pair in enumerate(self._session.spec.layers)
+                if self._compared is None or pair[1].layer in self._compared]
 
     def _one_by_one(self, ids: np.ndarray, counts: np.ndarray) -> Step:
         """The tokens of one step fed singly; the results put together as if they had come at once."""

@@ -35,6 +35,8 @@ class Sessions:
     fill_garbage: FillGarbage | None = None
     beside: bool = False
     """run the three at the same time, in threads: worth it for large models"""
+    alike: frozenset[int] | None = None
+    """numbers of the layers whose keys, values and cache are compared (`cached_layers`); None: all"""
 
 
 def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
@@ -99,13 +101,35 @@ def observed_facts(reference: Any, where: str) -> dict[str, object]:
         raise InvalidCheckpoint("the checkpoint's own logits are NaN or infinite", where,
                                 "check its weights; there is nothing to compare with", code="E-CKPT-NAN")
     pairs = reference.cache()
+    numbers, alike = cached_layers(reference.model.config) or (tuple(range(len(pairs))), frozenset(range(len(pairs))))
     shown: dict[str, object] = {"model_type": reference.model.config.model_type, "vocabulary": logits.shape[-1],
-                                "layers": len(pairs)}
+                                "layers": len(numbers), "layer numbers": numbers, "alike": alike}
     for number, (key, value) in enumerate(pairs):
         shown[f"key {number}"] = (key.shape[1], key.shape[3])
         shown[f"value {number}"] = (value.shape[1], value.shape[3])
     reference.reset(1)
     return shown
+
+
+def cached_layers(config: Any) -> tuple[tuple[int, ...], frozenset[int]] | None:
+    """The attention layers of a model, and those whose keys and values its own cache holds as attention gets them.
+
+    Read from the model's code, run once without weights: a manifest's `cached_alike` is a claim of the bundle that is
+    under test. None where the model cannot be run so; then all layers are compared.
+    """
+    import torch
+
+    from ..trace import attention_hook, skeleton
+    from ..trace.patches import registry
+    from ..trace.probe.layer_probe import listen_with_cache
+
+    try:
+        with registry.applied(config):
+            calls, alike = listen_with_cache(skeleton.build(config, torch.float32, device="meta",
+                                                            attention=attention_hook.register()))
+    except GqaExportError:
+        return None
+    return tuple(sorted(calls)), frozenset(alike)
 
 
 def choose_bundle_provider(manifest: Manifest, wanted: str, ran_dtype: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..bundle.manifest import Manifest
 from ..compare.suite import Setting
-from ..errors import GqaExportError, first_line
+from ..errors import GqaExportError, InvalidBundle, first_line
 from ..runtime.text import JSON, open_tokenizer
 
 SAMPLE = ("The water of a river that reaches the sea has travelled for weeks. Most of it fell as rain, some as snow, "
@@ -37,17 +37,28 @@ def setting_of(manifest: Manifest, folder: Path, steps: int, text: Path | None =
 
     special = _special(manifest)
     config = model.config.to_dict() if model is not None else {}
+    avoided = special if model is None else tuple(set(special) & _own_special(model))
     return Setting(manifest.spec, manifest.capacity, steps, tuple(_windows(config)), _original_positions(config),
-                   special, _largest_embeddings(model, special) if model is not None else (), _encoded(folder, SAMPLE),
+                   special, _largest_embeddings(model, avoided) if model is not None else (), _encoded(folder, SAMPLE),
                    _read(folder, text) if text is not None else None,
-                   literal=get_target(manifest.target).literal_capacity)
+                   literal=get_target(manifest.target).literal_capacity, avoided=avoided)
 
 
 def _special(manifest: Manifest) -> tuple[int, ...]:
-    """Ids that random prompts avoid."""
+    """Ids of the special tokens, as the manifest names them: they are fed."""
     tokens = manifest.tokens
-    found = [tokens.get("eos"), tokens.get("bos"), tokens.get("pad")]
-    return tuple(int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids]))
+    return tuple(_flat(tokens.get("eos"), tokens.get("bos"), tokens.get("pad")))
+
+
+def _own_special(model: Any) -> set[int]:
+    """Those that the checkpoint names. Random prompts avoid no others: a manifest could hide rows of the embedding."""
+    configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
+    return set(_flat(*(getattr(config, f"{name}_token_id", None) for config in configs
+                       for name in ("eos", "bos", "pad"))))
+
+
+def _flat(*found: Any) -> list[int]:
+    return [int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
 
 
 def _windows(config: dict[str, Any]) -> Iterator[int]:
@@ -76,7 +87,22 @@ def _encoded(folder: Path, text: str) -> np.ndarray | None:
     """Token ids of a text, None where the bundle carries no tokenizer.json."""
     if not (folder / JSON).is_file():
         return None
-    return np.array(open_tokenizer(folder).encode(text, True), np.int64)
+    try:
+        return np.array(open_tokenizer(folder).encode(text, True), np.int64)
+    except (GqaExportError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library panics with an exception that is not an Exception
+        raise InvalidBundle(f"the tokenizer cannot encode a sentence: {first_line(error)}", str(folder / JSON),
+                            "copy it from the checkpoint again", code="E-BUNDLE-TOKENIZER") from error
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Encode a sentence with a bundle's tokenizer.json, before the work that a damaged one would make vain.
+
+    Raises:
+        InvalidBundle: the file cannot be read, or the library fails on it.
+    """
+    _encoded(folder, SAMPLE)
 
 
 def _read(folder: Path, path: Path) -> np.ndarray:

@@ -25,7 +25,8 @@ from .reference import Reference, open_reference, runnable
 from .refusals import judge_refusals
 from .run_cases import run_cases
 from .sessions import Sessions, bundle_session, choose_bundle_provider, is_large, load_engine, torch_threads
-from .suite_setting import setting_of
+from .suite_setting import check_tokenizer, setting_of
+from .untrusted import logits_of_last_token, nan_tail_safe
 
 
 def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str = "quick", steps: int = 0,
@@ -63,10 +64,12 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
     report("checking the bundle's files", None, None)
     manifest = read_manifest(folder)
     unhashed = check_files(folder, manifest, full=full_hash, hashes=check_hashes)
+    check_tokenizer(folder)
     if manifest.engine is None:
         check_claims(folder, manifest)
     target, built, notes = get_target(manifest.target), manifest.engine, list[str]()
     engine = load_engine(folder, provider, as_dtype) if built else None
+    last_only = logits_of_last_token(manifest, str(folder))
     ran_dtype = "float32" if as_dtype or (target.engine and not built) else manifest.dtype
     provider = built.flavor if built else choose_bundle_provider(manifest, provider, ran_dtype)
     report("loading the checkpoint", None, None)
@@ -78,10 +81,11 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         report("loading the bundle", None, None)
         session, fill_garbage = engine or stack.enter_context(bundle_session(where, ran, provider, notes, target))
         setting = setting_of(manifest, folder, steps or STEPS.get(level, 32), text, known.model)
-        setting.nan_tail_safe = target.nan_tail_safe
+        setting.nan_tail_safe = target.nan_tail_safe or (not built and nan_tail_safe(where))
         plan = plan_suite(setting, level)
-        sessions = Sessions(known.session, known.eager, session, fill_garbage, beside=not built and is_large(manifest))
-        logs = run_cases(sessions, plan, last_only=manifest.logits == "last", report=report, dtype=ran_dtype,
+        sessions = Sessions(known.session, known.eager, session, fill_garbage, beside=not built and is_large(manifest),
+                            alike=known.alike)
+        logs = run_cases(sessions, plan, last_only=last_only, report=report, dtype=ran_dtype,
                          notes=notes)
         refused = judge_refusals(session, resizable=not setting.literal)
     if check_hashes and unhashed:

@@ -78,6 +78,29 @@ def test_a_changed_bundle_and_an_absent_one_fail_with_the_cause_and_without_a_tr
     assert "Traceback" not in done.stdout
 
 
+ONLY_LOGITS = """
+from dataclasses import replace
+from gqa_export.validation import validate as module
+whole = module.validate
+
+def narrow(*arguments, **options):
+    verdict = whole(*arguments, **options)
+    cases = [replace(case, free=False, kinds=tuple(kind for kind in case.kinds if kind.kind == "logits"))
+             for case in verdict.cases]
+    return replace(verdict, cases=tuple(case for case in cases if case.kinds))
+
+module.validate = narrow
+"""
+
+
+def test_what_was_not_compared_is_skipped_with_the_reason_and_never_passes(bundle, checkpoint, tmp_path):
+    """A model whose own cache holds latents has no keys and values to compare."""
+    (tmp_path / "conftest.py").write_text(ONLY_LOGITS)
+    done = run(tmp_path, "--gqa-bundle", bundle, "--gqa-against", checkpoint, "--gqa-steps", 4, "-rs")
+    assert "1 passed, 5 skipped" in done.stdout, done.stdout + done.stderr
+    assert "keys: nothing was compared (logits was); PyTorch's own cache" in done.stdout
+
+
 @pytest.mark.parametrize(("options", "says"), [
     (["--gqa-bundle", "x"], "belong together"), (["--gqa-against", "x"], "belong together"),
     (["--gqa-baseline", "x"], "needs --gqa-bundle"),
