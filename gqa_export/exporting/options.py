@@ -15,7 +15,7 @@ class ExportOptions:
     """What `gqa-export onnx` takes. dtype: "auto" is the checkpoint's. capacity 0: min(the model's, 4096).
     cache and logits "": the target's own. max_ram: bytes this process may occupy, 0 is no limit. text_only: of a
     multimodal model the language model alone. revision: branch, tag or commit of a hub id, None is its main branch.
-    dump_passes: a folder for the graph after each pass."""
+    dump_passes: a folder for the graph after each pass. trace_cache: False neither takes nor keeps a trace."""
 
     target: str = "ort"
     dtype: str = "auto"
@@ -30,3 +30,4 @@ class ExportOptions:
     text_only: bool = False
     revision: str | None = None
     dump_passes: Path | None = None
+    trace_cache: bool = True

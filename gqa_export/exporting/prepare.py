@@ -27,14 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything about an export that is known before a byte is written. Options are resolved."""
+    """Everything about an export that is known before a byte is written. Options are resolved. trace_file: of the trace
+    cache, where the trace was taken from there."""
 
     checkpoint: Checkpoint
     options: ExportOptions
     dtype: str
     target: Target
     traced: Traced
-    trace_kept: bool
+    trace_file: Path | None
     lowered: Lowered
     store: WeightStore
 
@@ -77,17 +78,17 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
 
 
 def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, target: Target,
-                 say: Progress) -> tuple[Traced, bool]:
-    """The canonical model of a checkpoint, and whether it was kept from an earlier export (then PyTorch is not
-    even imported: whatever its configuration could be refused for, it was not refused then)."""
+                 say: Progress) -> tuple[Traced, Path | None]:
+    """The canonical model of a checkpoint, and the file in which an earlier export kept it (then PyTorch is not even
+    imported: whatever its configuration could be refused for, it was not refused then); None if traced now."""
     from ..trace import trace_cache
 
     asked = {"dtype": dtype, "cache": options.cache, "capacity": options.capacity, "logits": options.logits,
              "interface": target.interface, "text_only": options.text_only}
-    place = trace_cache.place_of({"kind": checkpoint.kind, **checkpoint.config}, asked)
+    place = trace_cache.place_of({"kind": checkpoint.kind, **checkpoint.config}, asked) if options.trace_cache else None
     known = trace_cache.load(place) if place else None
     if known:
-        return known, True
+        return known, place
     from ..checkpoint.refusals import refuse_modules
     from ..targets import refuse_layers
     from ..trace.tracing import trace
@@ -100,7 +101,7 @@ def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, tar
                    accept=lambda spec: refuse_layers(spec.layers, target))
     if place:
         trace_cache.keep(place, traced)
-    return traced, False
+    return traced, None
 
 
 def _capacity(asked: int, config: Any) -> int:
