@@ -35,6 +35,8 @@ class Plan:
     targets: tuple[tuple[str, str], ...]
     """for each target: what it would do with this model"""
     fallbacks: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
+    """what is right but slower than it could be"""
 
     def lines(self) -> list[str]:
         """For people."""
@@ -44,6 +46,7 @@ class Plan:
                    "(reading, converting and hashing, measured on a sample; the disk's writing speed was not measured)")
         out.append(f"  memory: {self.peak_bytes / 1e9:.2f} GB at the most")
         out += [f"  fallback: {line}" for line in self.fallbacks]
+        out += [f"  note: {line}" for line in self.remarks]
         out.append("  targets:")
         out += [f"    {name:<12} {what}" for name, what in self.targets]
         return [*out, "  nothing was written"]
@@ -72,7 +75,7 @@ def dry_run(source: str | Path | Checkpoint, options: ExportOptions, output: Pat
     return Plan(title, tuple(files), prepared, seconds, peak_bytes(),
                 tuple((name, _suits(target, ready)) for name, target in TARGETS.items()),
                 tuple(f"layer {f.layer}: {f.used} instead of {f.wanted}: {f.reason}"
-                      for f in ready.lowered.fallbacks))
+                      for f in ready.lowered.fallbacks), ready.remarks)
 
 
 def _suits(target: Target, ready: Prepared) -> str:

@@ -39,6 +39,13 @@ class Prepared:
     lowered: Lowered
     store: WeightStore
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is right but slower than it could be: in the graph, with the layers it concerns, and in the tracing."""
+        slow = self.traced.slow_because
+        return (*self.lowered.remarks, *([f"traced by torch.export, three times slower than the light capture, which "
+                                          f"does not apply: {slow}"] if slow else []))
+
 
 def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progress, budget: Budget,
             output: Path | None = None) -> Prepared:

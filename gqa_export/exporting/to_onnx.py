@@ -34,7 +34,7 @@ class Export:
     """of the trace cache, where the trace was taken from there"""
     notes: tuple[str, ...]
     remarks: tuple[str, ...] = ()
-    """of the lowering: what is right but not as fast as it could be, with the layers it concerns"""
+    """what is right but slower than it could be: in the graph, with the layers it concerns, and in the tracing"""
 
     @property
     def trace_kept(self) -> bool:
@@ -82,7 +82,7 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
                      f"{traced.capacity} asks for")
     budget.check("exporting")
     return Export(Path(output), manifest, len(lowered.model.graph.node), traced.traced_layers, traced.whole_because,
-                  ready.trace_file, tuple(notes), lowered.remarks)
+                  ready.trace_file, tuple(notes), ready.remarks)
 
 
 def _refuse_same(source: str | Path | Checkpoint, output: Path) -> None:
