@@ -55,7 +55,7 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
            logits: Logits | None = None, provider: Provider = "auto", revision: str | None = None,
            tokenizer: PreTrainedTokenizerBase | None = None, full_hash: bool = False, max_ram: int | str | None = None,
            text_only: bool = False, allow_pickle: bool = False, ignore_unused: bool = False, force: bool = False,
-           dump_passes: Place | None = None, progress: Progress | None = None) -> Bundle:
+           dump_passes: Place | None = None, trace_cache: bool = True, progress: Progress | None = None) -> Bundle:
     """Export a decoder to ONNX. Nothing is compared yet: `Bundle.validate` does that.
 
     Args:
@@ -75,6 +75,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
         ignore_unused: tensors of the checkpoint that the model does not use are noted; otherwise they are refused.
         force: replace an earlier bundle, and an earlier dump.
         dump_passes: an empty folder for the graph after each rewriting pass, without weights.
+        trace_cache: take the trace that an earlier export of this architecture kept, and keep this one; False does
+            neither.
 
     Raises:
         InvalidCheckpoint, UnsupportedModel, GqaExportError: nothing is left behind then.
@@ -82,7 +84,7 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
     from .exporting.to_onnx import export_onnx
 
     options = _export_options(target, dtype, cache, capacity, weights, logits, provider, revision, full_hash, max_ram,
-                              text_only, force, path_of(dump_passes), ignore_unused)
+                              text_only, force, path_of(dump_passes), ignore_unused, trace_cache)
     _refuse_tokenizer(source, tokenizer)
     with pickles_allowed(allow_pickle), opened(source, tokenizer, text_only=text_only) as place:
         done = export_onnx(place, output, options, progress)
@@ -93,13 +95,13 @@ def plan_export(source: Place | PreTrainedModel, output: Place | None = None, *,
                 dtype: Dtype = "auto", cache: Cache | None = None, capacity: int | None = None,
                 weights: Weights = "copy", logits: Logits | None = None, provider: Provider = "auto",
                 revision: str | None = None, max_ram: int | str | None = None, text_only: bool = False,
-                allow_pickle: bool = False, ignore_unused: bool = False,
+                allow_pickle: bool = False, ignore_unused: bool = False, trace_cache: bool = True,
                 progress: Progress | None = None) -> Plan:
     """Do all of an export but the writing: what it would write, its size, time and memory. Arguments as of `export`."""
     from .exporting.dry_run import dry_run
 
     options = _export_options(target, dtype, cache, capacity, weights, logits, provider, revision, False, max_ram,
-                              text_only, False, ignore_unused=ignore_unused)
+                              text_only, False, ignore_unused=ignore_unused, trace_cache=trace_cache)
     with pickles_allowed(allow_pickle), opened(source, text_only=text_only) as place:
         return dry_run(place, options, path_of(output), progress)
 
@@ -230,13 +232,14 @@ def doctor() -> Diagnosis:
 def _export_options(target: Target, dtype: Dtype, cache: Cache | None, capacity: int | None, weights: Weights,
                     logits: Logits | None, provider: Provider, revision: str | None, full_hash: bool,
                     max_ram: int | str | None, text_only: bool, force: bool,
-                    dump_passes: Path | None = None, ignore_unused: bool = False) -> ExportOptions:
+                    dump_passes: Path | None = None, ignore_unused: bool = False,
+                    trace_cache: bool = True) -> ExportOptions:
     from .exporting.options import ExportOptions
     from .weights.memory_budget import parse_size
 
     most = parse_size(max_ram) if isinstance(max_ram, str) else max_ram or 0
     return ExportOptions(target, dtype, cache or "", capacity or 0, weights, logits or "", provider, force, full_hash,
-                         most, text_only, revision, dump_passes, ignore_unused)
+                         most, text_only, revision, dump_passes, ignore_unused, trace_cache)
 
 
 def _refuse_tokenizer(source: Place | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ..errors import EXIT_DIFFERENT, NotCheckedHere
+from ..errors import EXIT_DIFFERENT, GqaExportError, NotCheckedHere
 from .trust_options import revision_option, trust_options
 from .words import DTYPE, TARGET
 
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
               help="Note tensors of the checkpoint that the model does not use, instead of refusing them.")
 @click.option("--dump-passes", type=click.Path(path_type=Path), metavar="DIR",
               help="Write the graph after each rewriting pass to DIR, without weights.")
+@click.option("--trace-cache/--no-trace-cache", default=True, show_default=True,
+              help="Take the trace that an earlier export of this architecture kept, and keep this one.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, its size, time and memory; write nothing.")
 @revision_option
 @trust_options
@@ -73,12 +75,18 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, pr
         return
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
-    with progress(f"exporting {checkpoint}") as bar, no_collection():
-        bundle = api.export(checkpoint, output, full_hash=hash_full, force=force, dump_passes=dump_passes,
-                            progress=bar.report, **options)
-    describe(bundle)
+
+    def export(**again: bool) -> Bundle:
+        with progress(f"exporting {checkpoint}") as bar, no_collection():
+            bundle = api.export(checkpoint, output, full_hash=hash_full, dump_passes=dump_passes, progress=bar.report,
+                                **{"force": force, **options, **again})
+        describe(bundle)
+        return bundle
+
+    bundle = export()
     if check:
-        raise SystemExit(_validate(bundle, checkpoint, provider, allow_pickle))
+        raise SystemExit(_validate(bundle, checkpoint, provider, allow_pickle,
+                                   lambda: export(force=True, trace_cache=False)))
 
 
 @contextmanager
@@ -113,10 +121,43 @@ def describe(bundle: Bundle) -> None:
         click.echo(f"  note: {note}")
 
 
-def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle: bool) -> int:
+def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle: bool,
+              again: Callable[[], Bundle]) -> int:
+    """Compare the bundle and print the verdict. again: exports anew without the trace cache, for a bundle whose kept
+    trace may be what is wrong with it."""
     from rich.console import Console
 
     from ..report.console import print_verdict
+
+    def compare() -> Verdict:
+        return _compare(bundle, checkpoint, provider, allow_pickle)
+
+    kept = bundle.exported is not None and bundle.exported.trace_kept
+    failure, verdict = "", None
+    try:
+        verdict = compare()
+        if verdict.exit_code == EXIT_DIFFERENT:
+            failure = "the outputs differ from PyTorch's"
+    except NotCheckedHere:
+        raise
+    except GqaExportError as reason:
+        if not kept:
+            raise
+        failure = f"validation failed ({reason.what})"
+    if verdict is None or (failure and kept):
+        assert bundle.exported is not None
+        click.echo(f"  {failure}, and the trace came from the trace cache: it is removed, the model is traced again")
+        bundle.exported.forget_trace()
+        bundle = again()
+        verdict = compare()
+    print_verdict(verdict, Console())
+    if verdict.exit_code == EXIT_DIFFERENT:
+        click.echo("error: the bundle's outputs differ from PyTorch's; do not use it", err=True)
+    return verdict.exit_code
+
+
+def _compare(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle: bool) -> Verdict:
+    """The verdict on the bundle, or on its fp32 twin where this machine cannot run its number format."""
     from .progress import progress
 
     def validate(as_dtype: Literal["fp32"] | None) -> Verdict:
@@ -125,13 +166,9 @@ def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle:
                                    allow_pickle=allow_pickle, progress=bar.report)
 
     try:
-        verdict = validate(None)
+        return validate(None)
     except NotCheckedHere as reason:
         if bundle.manifest.dtype == "float32":
             raise
         click.echo(f"  {reason.what}: its fp32 twin is compared instead")
-        verdict = validate("fp32")
-    print_verdict(verdict, Console())
-    if verdict.exit_code == EXIT_DIFFERENT:
-        click.echo("error: the bundle's outputs differ from PyTorch's; do not use it", err=True)
-    return verdict.exit_code
+        return validate("fp32")

@@ -36,6 +36,7 @@ class Plan:
     """for each target: what it would do with this model"""
     fallbacks: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    """what else a reader must know: unused tensors; what is right but slower than it could be"""
 
     def lines(self) -> list[str]:
         """For people."""
@@ -74,7 +75,7 @@ def dry_run(source: str | Path | Checkpoint, options: ExportOptions, output: Pat
     return Plan(title, tuple(files), prepared, seconds, peak_bytes(),
                 tuple((name, _suits(target, ready)) for name, target in TARGETS.items()),
                 tuple(f"layer {f.layer}: {f.used} instead of {f.wanted}: {f.reason}"
-                      for f in ready.lowered.fallbacks), ready.notes)
+                      for f in ready.lowered.fallbacks), (*ready.notes, *ready.remarks))
 
 
 def _suits(target: Target, ready: Prepared) -> str:

@@ -30,18 +30,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything about an export that is known before a byte is written. Options are resolved."""
+    """Everything about an export that is known before a byte is written. Options are resolved. trace_file: of the trace
+    cache, where the trace was taken from there."""
 
     checkpoint: Checkpoint
     options: ExportOptions
     dtype: str
     target: Target
     traced: Traced
-    trace_kept: bool
+    trace_file: Path | None
     lowered: Lowered
     store: WeightStore
     notes: tuple[str, ...] = ()
     """on the checkpoint: tensors that the model does not use"""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is right but slower than it could be: in the graph, with the layers it concerns, and in the tracing."""
+        slow = self.traced.slow_because
+        return (*self.lowered.remarks, *([f"traced by torch.export, three times slower than the light capture, which "
+                                          f"does not apply: {slow}"] if slow else []))
 
 
 def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progress, budget: Budget,
@@ -91,18 +99,18 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
 
 
 def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, target: Target,
-                 say: Progress, untied: bool = False) -> tuple[Traced, bool]:
-    """The canonical model of a checkpoint, and whether it was kept from an earlier export (then PyTorch is not
-    even imported: whatever its configuration could be refused for, it was not refused then). untied: with a head of
-    its own, whatever its configuration says."""
+                 say: Progress, untied: bool = False) -> tuple[Traced, Path | None]:
+    """The canonical model of a checkpoint, and the file in which an earlier export kept it (then PyTorch is not even
+    imported: whatever its configuration could be refused for, it was not refused then); None if traced now. untied:
+    with a head of its own, whatever its configuration says."""
     from ..trace import trace_cache
 
     asked = {"dtype": dtype, "cache": options.cache, "capacity": options.capacity, "logits": options.logits,
              "interface": target.interface, "text_only": options.text_only, **({"untied": True} if untied else {})}
-    place = trace_cache.place_of({"kind": checkpoint.kind, **checkpoint.config}, asked)
+    place = trace_cache.place_of({"kind": checkpoint.kind, **checkpoint.config}, asked) if options.trace_cache else None
     known = trace_cache.load(place) if place else None
     if known:
-        return known, True
+        return known, place
     from ..checkpoint.refusals import refuse_modules
     from ..targets import refuse_layers
     from ..trace.tracing import trace
@@ -117,7 +125,7 @@ def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, tar
                    accept=lambda spec: refuse_layers(spec.layers, target))
     if place:
         trace_cache.keep(place, traced)
-    return traced, False
+    return traced, None
 
 
 def _capacity(asked: int, config: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,22 @@ class Export:
     nodes: int
     traced_layers: int
     whole_because: str
-    trace_kept: bool
+    trace_file: Path | None
+    """of the trace cache, where the trace was taken from there"""
     notes: tuple[str, ...]
     remarks: tuple[str, ...] = ()
-    """of the lowering: what is right but not as fast as it could be, with the layers it concerns"""
+    """what is right but slower than it could be: in the graph, with the layers it concerns, and in the tracing"""
+
+    @property
+    def trace_kept(self) -> bool:
+        """Whether the trace was taken from the trace cache."""
+        return self.trace_file is not None
+
+    def forget_trace(self) -> None:
+        """Remove the kept trace that this export was made from, so that no later export takes it."""
+        if self.trace_file is not None:
+            with contextlib.suppress(OSError):
+                self.trace_file.unlink()
 
 
 def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: ExportOptions | None = None,
@@ -69,7 +82,7 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
                      f"{traced.capacity} asks for")
     budget.check("exporting")
     return Export(Path(output), manifest, len(lowered.model.graph.node), traced.traced_layers, traced.whole_because,
-                  ready.trace_kept, tuple(notes), lowered.remarks)
+                  ready.trace_file, tuple(notes), ready.remarks)
 
 
 def _refuse_same(source: str | Path | Checkpoint, output: Path) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.load_config import load_config
 from ..checkpoint.tokenizer import has_tokenizer, tokenizer_files
-from ..files.scratch import scratch_folder
 from ..errors import InvalidCheckpoint, first_line
+from ..files.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from ..bundle.writer import BundleWriter

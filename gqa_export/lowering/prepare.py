@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import onnx
 
 from .. import attention_op, graph_io
+from ..errors import first_line
 from ..graph.passes import NearMiss, Pass, Rewritten, run_passes
 from .context import Context
 
@@ -44,8 +45,10 @@ def infer_shapes(model: onnx.ModelProto, context: Context) -> Rewritten:
         count += 1
     try:
         model.CopyFrom(onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True))
-    except Exception as reason:  # then nothing is fused: slower, equally right
-        logger.warning("types and shapes could not be inferred: %s", reason)
+    except Exception as reason:  # slower, equally right
+        logger.debug("types and shapes could not be inferred", exc_info=True)
+        remark = f"types and shapes could not be inferred, so what needs them is not fused: {first_line(reason)}"
+        context.remarks.extend((layer.layer, remark) for layer in context.spec.layers)
     return Rewritten(count, tuple(misses))
 
 

@@ -27,6 +27,12 @@ WITHOUT_EFFECT = frozenset({
     "num_items_in_batch", "position_embeddings", "deterministic", "training",
 })
 
+# Arguments that reach the mask but do not change which keys a token sees: `mask_function` has all of that.
+# `local_size`: transformers' own masks use it only to see that a window is wider than the keys.
+MASK_WITHOUT_EFFECT = frozenset({
+    "allow_is_causal_skip", "allow_is_bidirectional_skip", "config", "dtype", "local_size",
+})
+
 
 @dataclass(frozen=True)
 class Call:
@@ -141,8 +147,19 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
 
 def mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: Any = 0,
          mask_function: Callable[..., Any] | None = None, attention_mask: torch.Tensor | None = None,
-         use_vmap: bool = False, device: Any = None, **_: Any) -> torch.Tensor:
-    """transformers' mask signature: a tagged tensor of one element instead of a mask."""
+         use_vmap: bool = False, device: Any = None, **others: Any) -> torch.Tensor:
+    """transformers' mask signature: a tagged tensor of one element instead of a mask.
+
+    Raises:
+        UnsupportedModel: an argument is not understood.
+    """
+    for name, given in others.items():
+        if name in MASK_WITHOUT_EFFECT or given is None or given is False:
+            continue
+        raise UnsupportedModel(f"the mask is made with `{name}`, of which gqa-export does not know whether it changes "
+                               "the mask", type(others.get("config")).__name__,
+                               "report this model and the version of transformers; its mask is not supported",
+                               code="E-MODEL-MASK-ARGUMENT")
     return _tagged(MaskTag(mask_function, use_vmap, attention_mask), device)  # type: ignore[arg-type]
 
 

@@ -1,8 +1,9 @@
 """A cache of traces on disk: the second export of an architecture skips PyTorch altogether.
 
-A trace holds no weights. It depends on the configuration, the options, this package's tracing code and the versions
-of what traces; all of it is in the key. It lies in GQA_EXPORT_TRACE_CACHE ("off": none), by default
-`~/.cache/gqa-export/traces` (XDG_CACHE_HOME is honoured), and the oldest go when there are more than `KEPT`.
+A trace holds no weights. It depends on the configuration, the options, this package's tracing code, the sources of
+transformers that define the model, and the versions of what traces; all of it is in the key. It lies in
+GQA_EXPORT_TRACE_CACHE ("off": none), by default `~/.cache/gqa-export/traces` (XDG_CACHE_HOME is honoured), and the
+oldest go when there are more than `KEPT`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files.cache_folder import cache_folder
 from ..files.sha256 import files_sha256
+from .modelling_sources import modelling_sources
 
 if TYPE_CHECKING:
     from .traced import Traced
@@ -37,14 +39,16 @@ def folder() -> Path | None:
 
 
 def place_of(config: dict[str, Any], options: dict[str, Any]) -> Path | None:
-    """Where the trace of this configuration (config.json as read) with these options is kept; None: nowhere."""
+    """Where the trace of this configuration (config.json as read) with these options is kept; None: nowhere, because
+    the cache is off or the sources of the model are not where transformers keeps them."""
     there = folder()
-    if there is None:
+    model = modelling_sources(config) if there is not None else None
+    if there is None or model is None:
         return None
     package = Path(__file__).parent.parent
     sources = [*Path(__file__).parent.rglob("*.py"), *package.glob("*.py"), *(package / "checkpoint").glob("*.py"),
                package / "graph" / "rules.py"]
-    code = files_sha256(sorted(sources))
+    code = [files_sha256(sorted(sources)), files_sha256(model), [path.name for path in model]]
     key = json.dumps([config, options, code, [version(name) for name in TRACERS]], sort_keys=True, default=str)
     return there / f"{hashlib.sha256(key.encode()).hexdigest()}.trace"
 

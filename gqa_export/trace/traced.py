@@ -24,6 +24,7 @@ class Traced:
         tied: groups of names of one tensor.
         converts: transformers renames or merges tensors on load.
         capacity: tokens that it was traced for.
+        slow_because: "" if the light capture recorded it, else what stopped that and let torch.export do it.
     """
 
     model: onnx.ModelProto
@@ -34,3 +35,4 @@ class Traced:
     tied: tuple[tuple[str, ...], ...]
     converts: bool
     capacity: int
+    slow_because: str = ""

@@ -75,7 +75,7 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
         layers = [spec.layers[i] for i in stack.traced] if stack else list(spec.layers)
         part = ModelSpec(**{**vars(spec), "layers": tuple(layers)})
         decoder = decoder_module.Decoder(model, part, cache=cache, logits=logits, interface=interface)
-        program = export.export_decoder(decoder, part, torch_dtype, capacity)
+        program, slow_because = export.export_decoder(decoder, part, torch_dtype, capacity)
         names = {f"model.{key}" for key in model.state_dict(keep_vars=True)}
         weights = simplify.detach_weights(program, names.__contains__)
         simplify.simplify(program)
@@ -95,4 +95,4 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
                                prefix="model.")
     refuse_mixing(proto)
     return Traced(proto, spec, len(layers), whole_because, regime, skeleton.tied(model), skeleton.converts(model),
-                  capacity)
+                  capacity, slow_because)

@@ -124,3 +124,38 @@ def test_remarks_of_the_lowering_are_printed_once_for_all_their_layers(tmp_path)
     notes = [line.strip() for line in done.stdout.splitlines() if "rotary stays outside attention" in line]
     assert len(notes) == 1
     assert notes[0].startswith("note: layers 0-3: rotary stays outside attention: ")
+
+
+UNTYPED = """
+import sys
+import onnx
+from gqa_export.cli import main
+def fail(*_, **__):
+    raise onnx.shape_inference.InferenceError("node 7 has another type\\nand more")
+onnx.shape_inference.infer_shapes = fail
+main.main(sys.argv[1:])
+"""
+"""the command line with an onnx that cannot infer the types of this graph"""
+UNLIGHT = """
+import sys
+from gqa_export.cli import main
+from gqa_export.trace.capture import capture
+def fail(*_, **__):
+    raise capture.NotCaptured("a branch on a length")
+capture.capture = fail
+main.main(sys.argv[1:])
+"""
+"""the command line with a model that the light capture cannot record"""
+
+
+@pytest.mark.parametrize(("program", "words", "extra"), [
+    (UNTYPED, ("layers 0-", "could not be inferred", "not fused", "node 7 has another type"), ()),
+    (UNLIGHT, ("traced by torch.export", "a branch on a length"), ("--dry-run",))])
+def test_what_makes_an_export_slower_is_printed(tiny, tmp_path, program, words, extra):
+    done = subprocess.run([sys.executable, "-c", program, "onnx", str(tiny), "-o", str(tmp_path / "bundle"),
+                           "--no-validate", "--no-trace-cache", *extra],
+                          capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    notes = [line for line in done.stdout.splitlines() if line.startswith("  note: ") and words[0] in line]
+    assert len(notes) == 1, done.stdout
+    assert all(word in notes[0] for word in words)

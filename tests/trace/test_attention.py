@@ -57,6 +57,14 @@ def test_an_unknown_attention_argument_is_refused_by_name():
     assert "`position_bias`" in refusal.error.what
 
 
+def test_an_unknown_mask_argument_is_refused_by_name():
+    known = {"allow_is_causal_skip": True, "dtype": torch.float32, "local_size": 4, "config": None}
+    assert attention_hook.mask(1, 2, 3, mask_function=causal, new_switch=None, **known).gqa_mask.function is causal
+    with refused("E-MODEL-MASK-ARGUMENT", UnsupportedModel) as refusal:
+        attention_hook.mask(1, 2, 3, mask_function=causal, prefix_length=4, **known)
+    assert "`prefix_length`" in refusal.error.what
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_the_wrapped_decoder_with_its_cache_outside_equals_the_model(tmp_path, name):
     checkpoint = open_checkpoint(gqa_models.write_tiny(name, tmp_path / name))

@@ -13,7 +13,7 @@ from refusal import refused
 from gqa_export.checkpoint.load_config import load_config
 from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
-from gqa_export.errors import UnsupportedModel
+from gqa_export.errors import InvalidCheckpoint, UnsupportedModel
 from gqa_export.trace import attention_hook
 from gqa_export.trace.capture import decoder_module
 from gqa_export.trace.patches import alibi, experts, registry
@@ -86,6 +86,12 @@ def test_other_code_in_transformers_is_refused(monkeypatch):
     with refused("E-MODEL-PATCH-STALE", UnsupportedModel) as refusal, registry.applied(small_config("falcon")):
         pass
     assert "FalconAttention.forward" in refusal.error.what
+
+
+def test_falcon_whose_number_of_key_heads_contradicts_its_projection_is_refused():
+    config = small_config("falcon", new_decoder_architecture=False, multi_query=False, num_kv_heads=2)
+    with refused("E-MODEL-KV-HEADS", InvalidCheckpoint), registry.applied(config):
+        layer_probe.probe(config)
 
 
 def test_falcon_with_alibi_is_refused_by_name():

@@ -21,18 +21,19 @@ OPSET = 23
 logger = logging.getLogger(__name__)
 
 
-def export_decoder(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype, capacity: int = 0) -> ir.Model:
-    """Trace a wrapped decoder into an onnx_ir Model whose initializers carry the names of weights and buffers.
+def export_decoder(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype, capacity: int = 0) -> tuple[ir.Model, str]:
+    """Trace a wrapped decoder into an onnx_ir Model whose initializers carry the names of weights and buffers; and
+    what stopped the light capture, "" if nothing did.
 
     By the light capture where it applies (`capture`), else by torch.export and torch.onnx: the same graph, three
     times slower. capacity: tokens of the cache, one of the lengths at which the capture is held to its assumptions.
     """
     inputs = _inputs(decoder, spec, dtype)
     outputs = [graph_io.LOGITS, *[name for layer in spec.layers for name in graph_io.present_names(layer.layer)]]
-    stopped: Exception | None = None
+    stopped: Exception
     with quiet(), torch.no_grad():
         try:
-            return _light(decoder, spec, inputs, outputs, capacity)
+            return _light(decoder, spec, inputs, outputs, capacity), ""
         except GqaExportError:
             raise
         except Exception as reason:
@@ -41,7 +42,7 @@ def export_decoder(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype, capaci
             logger.debug("the light capture does not apply: %s: %s", type(reason).__name__, reason)
             stopped = reason
         try:
-            return _stock(decoder, inputs, outputs)
+            return _stock(decoder, inputs, outputs), first_line(stopped)
         except GqaExportError:
             raise
         except Exception as error:

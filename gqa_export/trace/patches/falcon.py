@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...errors import UnsupportedModel
+from ...errors import InvalidCheckpoint, UnsupportedModel
 from .. import attention_hook
 from .registry import Patch
 
@@ -24,7 +24,11 @@ def _make(_original: Any, module: Any) -> Any:
         parts_BSHD = self._split_heads(self.query_key_value(hidden_states))
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
         query, key, value = (part.reshape(shape).transpose(1, 2) for part in parts_BSHD)
-        assert key.shape[1] == kv_heads
+        if key.shape[1] != kv_heads:
+            raise InvalidCheckpoint(f"the projection gives {key.shape[1]} key/value heads, and the configuration has "
+                                    f"{kv_heads}", f"layer {self.layer_idx}, {type(self).__name__}",
+                                    "correct num_kv_heads, multi_query or new_decoder_architecture in config.json",
+                                    code="E-MODEL-KV-HEADS")
         query, key = module.apply_rotary_pos_emb(query, key, *position_embeddings)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
