@@ -97,7 +97,7 @@ def test_columns_are_aligned() -> None:
 
 def test_bundle_shows_layers_cache_target_ports_and_fallbacks(bundle) -> None:
     text = inspect(bundle)
-    assert "target ort, dtype fp16, cache static, capacity 2048" in text
+    assert "target ort, dtype float16, cache static, capacity 2048" in text
     assert "fallback: layer 1: function instead of GroupQueryAttention: value heads have another size" in text
     assert "past_key_values.0.key" in text
     assert "made with torch 2.13.0" in text
