@@ -30,6 +30,9 @@ from .objects.choices import (
     Provider,
     Target,
     Weights,
+    check_choices,
+    check_counts,
+    refuse_revision,
 )
 from .objects.session import Session
 from .objects.sources import opened, path_of, pickles_allowed
@@ -86,6 +89,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
     options = _export_options(target, dtype, cache, capacity, weights, logits, provider, revision, full_hash, max_ram,
                               text_only, force, path_of(dump_passes), ignore_unused, trace_cache)
     _refuse_tokenizer(source, tokenizer)
+    if not isinstance(source, str | Path):
+        refuse_revision(revision, type(source).__name__, "a model in memory")
     with pickles_allowed(allow_pickle), opened(source, tokenizer, text_only=text_only) as place:
         done = export_onnx(place, output, options, progress)
     return Bundle(done.folder, done.manifest, exported=done)
@@ -134,10 +139,15 @@ def build_engine(source: Place, output: Place, *, attention: Attention | None = 
     Raises:
         GqaExportError and its kinds, `NotCheckedHere` where a GPU is needed and there is none; nothing is left behind.
     """
+    from .bundle.manifest import MANIFEST
     from .engine.build import EngineOptions
     from .exporting.to_engine import make_engine
     from .progress import silent
 
+    check_choices(attention=attention, dtype=dtype, flavor=flavor)
+    check_counts(capacity=capacity, max_batch=max_batch, max_prompt=max_prompt, workspace_mb=workspace_mb)
+    if (Path(source) / MANIFEST).is_file():
+        refuse_revision(revision, source, "a bundle")
     options = EngineOptions(attention or "", dtype, capacity or 0, flavor, tuple(compute_capability), max_batch,
                             max_prompt or 0, path_of(timing_cache), strip_weights, workspace_mb or 0, force)
     with pickles_allowed(allow_pickle):
@@ -151,6 +161,11 @@ def cross_check(bundles: Sequence[Place], *, level: Level = "quick", steps: int 
     """Compare bundles of one checkpoint with one another, without PyTorch: the first is the measure of the others."""
     from .validation.cross_check import cross_check as check
 
+    check_choices(level=level, provider=provider, as_dtype=as_dtype)
+    check_counts(steps=steps)
+    if len(bundles) < 2:
+        raise GqaExportError(f"expected at least two bundles, got {len(bundles)}", "cross_check",
+                             "compare one bundle with its checkpoint: Bundle.validate", code="E-OPTION-BUNDLES")
     return check([Path(bundle) for bundle in bundles], level=level, steps=steps or 0, provider=provider,
                  as_dtype=as_dtype, progress=progress)
 
@@ -158,8 +173,11 @@ def cross_check(bundles: Sequence[Place], *, level: Level = "quick", steps: int 
 def inspect(source: Place, *, revision: str | None = None, allow_pickle: bool = False) -> Inspection:
     """The attention layers of a bundle or checkpoint and what its KV cache costs, against the same model as MHA and
     as MQA. No weight is read."""
+    from .bundle.manifest import MANIFEST
     from .describe.examine import examine
 
+    if (Path(source) / MANIFEST).is_file():
+        refuse_revision(revision, source, "a bundle")
     with pickles_allowed(allow_pickle):
         return examine(source, revision=revision)
 
@@ -183,6 +201,7 @@ def convert(checkpoint: Place, output: Place, *, kv_heads: int | Sequence[int] |
     from .conversion.convert import convert as pool
     from .conversion.options import ConvertOptions
 
+    check_choices(method=method, grouping=grouping)
     heads = kv_heads if isinstance(kv_heads, str) else ",".join(
         map(str, [kv_heads] if isinstance(kv_heads, int) else kv_heads))
     options = ConvertOptions(heads, method, grouping, max_error, path_of(text), tokens, seed, force)
@@ -237,6 +256,8 @@ def _export_options(target: Target, dtype: Dtype, cache: Cache | None, capacity:
     from .exporting.options import ExportOptions
     from .weights.memory_budget import parse_size
 
+    check_choices(target=target, dtype=dtype, cache=cache, weights=weights, logits=logits, provider=provider)
+    check_counts(capacity=capacity)
     most = parse_size(max_ram) if isinstance(max_ram, str) else max_ram or 0
     return ExportOptions(target, dtype, cache or "", capacity or 0, weights, logits or "", provider, force, full_hash,
                          most, text_only, revision, dump_passes, ignore_unused, trace_cache)

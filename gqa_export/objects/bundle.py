@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .choices import Flavor, Level, Place, Provider
+from ..errors import GqaExportError
+from .choices import Flavor, Level, Place, Provider, check_choices, check_counts, refuse_revision
 from .session import Session
 from .sources import opened, path_of, pickles_allowed
 
@@ -68,7 +69,12 @@ class Bundle:
         from ..bundle.source_checkpoint import open_for
         from ..validation.validate import validate
 
-        with pickles_allowed(allow_pickle), opened(against) as source:
+        check_choices(level=level, provider=provider, as_dtype=as_dtype)
+        check_counts(steps=steps)
+        if not isinstance(against, str | Path):
+            refuse_revision(revision, type(against).__name__, "a model in memory")
+        text_only = bool(self.manifest.source.get("text_only"))
+        with pickles_allowed(allow_pickle), opened(against, text_only=text_only) as source:
             checkpoint = open_for(self.manifest, source, revision)
             return validate(self.folder, checkpoint, level=level, steps=steps or 0, text=path_of(text),
                             provider=provider, as_dtype=as_dtype, full_hash=full_hash, check_hashes=check_hashes,
@@ -101,6 +107,10 @@ class Bundle:
         from ..runtime.completion import complete, prompt_ids
         from ..runtime.generate import Sampling
 
+        check_choices(provider=provider)
+        if session is not None and (provider != "auto" or low_memory or threads):
+            raise GqaExportError("provider, low_memory and threads open a session, and an open one was given", "session",
+                                 "give either the session or these options", code="E-OPTION-SESSION")
         sampling, text = Sampling(temperature, top_k, top_p, seed), self._text(prompt is not None)
         ids = prompt_ids(prompt, None if token_ids is None else list(token_ids), chat, system, text)
         if progress is not None:

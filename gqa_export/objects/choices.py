@@ -1,9 +1,12 @@
-"""The closed sets that options of the public API come from."""
+"""The closed sets that options of the public API come from, and the check that a value is one of them: types are not
+checked when a program runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
+
+from ..errors import GqaExportError
 
 Target = Literal["ort", "onnx", "portable", "trt-plugin", "trt-native"]
 Dtype = Literal["auto", "fp32", "fp16", "bf16"]
@@ -18,3 +21,45 @@ Method = Literal["mean", "first", "random", "svd", "calibrated"]
 Grouping = Literal["contiguous", "similarity"]
 Place = str | Path
 """a file or folder"""
+
+SETS: dict[str, Any] = {
+    "target": Target, "dtype": Dtype, "cache": Cache, "weights": Weights, "logits": Logits, "provider": Provider,
+    "level": Level, "flavor": Flavor, "attention": Attention, "method": Method, "grouping": Grouping,
+    "as_dtype": Literal["fp32"]}
+"""the closed set of each option that has one"""
+
+
+def check_choices(**given: object) -> None:
+    """Refuse a value that is not in the closed set of its option; None is "not given".
+
+    Raises:
+        GqaExportError: names the option and the set.
+    """
+    for option, value in given.items():
+        allowed = get_args(SETS[option])
+        if value is not None and value not in allowed:
+            raise GqaExportError(f"{option} is {value!r}, expected one of {', '.join(allowed)}", option,
+                                 f"pass one of {', '.join(allowed)}", code="E-OPTION-CHOICE")
+
+
+def check_counts(**given: int | None) -> None:
+    """Refuse a number below 1 where a count is expected; None is "not given".
+
+    Raises:
+        GqaExportError: names the option.
+    """
+    for option, value in given.items():
+        if value is not None and value < 1:
+            raise GqaExportError(f"{option} is {value}, expected at least 1", option, "pass 1 or more, or None",
+                                 code="E-OPTION-COUNT")
+
+
+def refuse_revision(revision: str | None, source: object, found: str) -> None:
+    """Refuse a revision of something that is not a hub id.
+
+    Raises:
+        GqaExportError: says what the source is instead.
+    """
+    if revision is not None:
+        raise GqaExportError(f"a revision is a branch, tag or commit of the hub, and this is {found}", str(source),
+                             "leave out revision, or give a hub id", code="E-OPTION-REVISION")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..errors import GqaExportError
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -47,10 +49,7 @@ class Session:
             GqaExportError: before anything is run, for a row that would pass the capacity, an id outside the
                 vocabulary, or shapes that do not fit.
         """
-        import numpy
-
-        rows = numpy.asarray(ids, dtype=numpy.int64)
-        new = None if lengths is None else numpy.asarray(lengths, dtype=numpy.int64)
+        rows, new = _whole(ids, "ids"), None if lengths is None else _whole(lengths, "lengths")
         if rows.ndim == 2 and len(rows) != len(self.inner.lengths) and not self.inner.lengths.any():
             self.inner.reset(len(rows))
         logits: npt.NDArray[np.float32] = self.inner.step(rows, new).logits
@@ -60,3 +59,18 @@ class Session:
         """Of each layer the keys [batch, kv_heads, tokens, head_size] and values [batch, kv_heads, tokens,
         value_head_size]. Of row b, only the first `lengths[b]` tokens mean something."""
         return self.inner.cache()
+
+
+def _whole(values: npt.ArrayLike, name: str) -> npt.NDArray[np.int64]:
+    """Numbers as int64. What is not whole is refused: 1.5 would be fed as 1."""
+    import numpy
+
+    try:
+        found = numpy.asarray(values)
+    except ValueError as error:  # rows of different lengths
+        raise GqaExportError(f"{name} do not form an array: {error}", name,
+                             "pad each row on the right, and pass lengths", code="E-RUN-IDS") from error
+    if found.dtype.kind not in "iu":
+        raise GqaExportError(f"{name} have type {found.dtype}, expected whole numbers", name, "pass integers",
+                             code="E-RUN-IDS")
+    return found.astype(numpy.int64)

@@ -208,3 +208,71 @@ def test_conversion_through_the_api_equals_the_option_strings(folder, tmp_path) 
     assert set(one.kv_heads) == {1}
     with pytest.raises(gqa.GqaExportError):
         gqa.convert(folder, tmp_path / "three", kv_heads=[3, 3, 3])
+
+
+@pytest.mark.parametrize(("option", "value", "code"), [
+    ("target", "tensorrt", "E-OPTION-CHOICE"), ("dtype", "float16", "E-OPTION-CHOICE"),
+    ("cache", "x", "E-OPTION-CHOICE"), ("weights", "move", "E-OPTION-CHOICE"), ("logits", "first", "E-OPTION-CHOICE"),
+    ("provider", "tpu", "E-OPTION-CHOICE"), ("capacity", 0, "E-OPTION-COUNT"), ("capacity", -3, "E-OPTION-COUNT")])
+def test_a_value_outside_its_closed_set_is_refused_though_types_are_not_checked(folder, tmp_path, option, value, code):
+    for call in (gqa.export, gqa.plan_export):
+        with pytest.raises(gqa.GqaExportError) as refusal:
+            call(folder, tmp_path / "out", **{option: value})
+        assert (refusal.value.code, refusal.value.where) == (code, option)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_call_refuses_values_outside_their_sets(bundle, folder, tmp_path) -> None:
+    calls = [lambda: bundle.validate(folder, level="all"), lambda: bundle.validate(folder, provider="tpu"),
+             lambda: bundle.validate(folder, as_dtype="fp64"), lambda: bundle.validate(folder, steps=-1),
+             lambda: gqa.convert(folder, tmp_path / "c", kv_heads=1, method="x"),
+             lambda: gqa.convert(folder, tmp_path / "c", kv_heads=1, grouping="x"),
+             lambda: gqa.build_engine(folder, tmp_path / "e", flavor="x"),
+             lambda: gqa.build_engine(folder, tmp_path / "e", attention="x"),
+             lambda: gqa.cross_check([bundle.folder, bundle.folder], level="all")]
+    for call in calls:
+        with pytest.raises(gqa.GqaExportError) as refusal:
+            call()
+        assert refusal.value.code in ("E-OPTION-CHOICE", "E-OPTION-COUNT")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_comparison_of_one_bundle_with_nothing_is_no_empty_list_of_verdicts(bundle) -> None:
+    with pytest.raises(gqa.GqaExportError) as refusal:
+        gqa.cross_check([bundle.folder])
+    assert refusal.value.code == "E-OPTION-BUNDLES"
+
+
+def test_a_revision_of_what_is_no_hub_id_is_never_dropped(bundle, folder, tmp_path) -> None:
+    model = load(folder)
+    for call in (lambda: gqa.inspect(bundle.folder, revision="v1"), lambda: gqa.inspect(folder, revision="v1"),
+                 lambda: gqa.export(model, tmp_path / "out", revision="v1"),
+                 lambda: bundle.validate(model, revision="v1"),
+                 lambda: gqa.build_engine(bundle.folder, tmp_path / "out", revision="v1")):
+        with pytest.raises(gqa.GqaExportError) as refusal:
+            call()
+        assert refusal.value.code == "E-OPTION-REVISION"
+
+
+@pytest.mark.parametrize("ids", [[[1.5]], [["a"]], [[1, 2], [3]]], ids=["a fraction", "a word", "ragged rows"])
+def test_ids_that_are_not_whole_numbers_are_refused_not_rounded(bundle, ids) -> None:
+    with pytest.raises(gqa.GqaExportError) as refusal:
+        bundle.session(provider="cpu").step(ids)
+    assert refusal.value.code == "E-RUN-IDS"
+
+
+def test_what_an_export_of_a_model_in_memory_cannot_see_its_validation_does(folder, tmp_path) -> None:
+    model = load(folder)
+    model.model.rotary_emb.inv_freq.mul_(1.5)  # no part of the state_dict
+    exported = gqa.export(model, tmp_path / "buffer")
+    assert not exported.validate(against=model, steps=2).passed
+    hooked = load(folder)
+    hooked.model.layers[0].mlp.register_forward_hook(lambda _module, _arguments, output: output * 2)
+    exported = gqa.export(hooked, tmp_path / "hook")
+    assert not exported.validate(against=hooked, steps=2).passed
+
+
+def test_options_of_a_session_beside_an_open_one_are_refused(bundle) -> None:
+    with pytest.raises(gqa.GqaExportError) as refusal:
+        bundle.complete(token_ids=[5], max_new_tokens=1, session=bundle.session(provider="cpu"), low_memory=True)
+    assert refusal.value.code == "E-OPTION-SESSION"
