@@ -109,7 +109,7 @@ class Bundle:
 
         check_choices(provider=provider)
         if session is not None and (provider != "auto" or low_memory or threads):
-            raise GqaExportError("provider, low_memory and threads open a session, and an open one was given", "session",
+            raise GqaExportError("provider, low_memory and threads open a session; an open one was given", "session",
                                  "give either the session or these options", code="E-OPTION-SESSION")
         sampling, text = Sampling(temperature, top_k, top_p, seed), self._text(prompt is not None)
         ids = prompt_ids(prompt, None if token_ids is None else list(token_ids), chat, system, text)
