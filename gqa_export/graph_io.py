@@ -2,8 +2,8 @@
 
 `ort`, `onnx`, `portable` take `input_ids` [batch, sequence] and `attention_mask` [batch, past + sequence] (1 is a
 real token); `trt-*` take `input_ids`, `past_lengths` and `new_lengths`. Then the cache, layer by layer, key before
-value. K, D and E are literal in every shape, for `trt-*` the capacity too; the other axes are named. Cache layout is
-BNSH: [B, K, T, D].
+value; then the states of fixed size. K, D and E are literal in every shape, for `trt-*` the capacity too; the other
+axes are named. Cache layout is BNSH: [B, K, T, D].
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from .spec import STRICT, Count, Limits, ModelSpec, Text
+from .spec import STRICT, Count, Limits, ModelSpec, StateSpec, Text
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
@@ -61,16 +61,26 @@ def layer_of_cache(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def past_state(state: StateSpec) -> str:
+    """Name of the input of a state of fixed size. Source: the names that onnxruntime-genai looks for (0.18)."""
+    return f"past_key_values.{state.layer}.{state.name}"
+
+
+def present_state(state: StateSpec) -> str:
+    """Name of the output of a state of fixed size."""
+    return f"present.{state.layer}.{state.name}"
+
+
 def cache_inputs(spec: ModelSpec, dtype: str, cache: str, capacity: int | str = CAPACITY) -> tuple[TensorFact, ...]:
-    """Cache inputs of all layers, in graph order. Arguments as of `graph_inputs`."""
+    """Cache inputs of all layers and the states, in graph order. Arguments as of `graph_inputs`."""
     axis = PAST if cache == "growing" else capacity
-    return _cache_facts(spec, dtype, axis, past_names)
+    return (*_cache_facts(spec, dtype, axis, past_names), *_state_facts(spec, past_state))
 
 
 def cache_outputs(spec: ModelSpec, dtype: str, cache: str, capacity: int | str = CAPACITY) -> tuple[TensorFact, ...]:
-    """Cache outputs of all layers, in graph order. Arguments as of `graph_inputs`."""
+    """Cache outputs of all layers and the states, in graph order. Arguments as of `graph_inputs`."""
     axis = TOTAL if cache == "growing" else capacity
-    return _cache_facts(spec, dtype, axis, present_names)
+    return (*_cache_facts(spec, dtype, axis, present_names), *_state_facts(spec, present_state))
 
 
 def _cache_facts(spec: ModelSpec, dtype: str, axis: int | str,
@@ -81,6 +91,10 @@ def _cache_facts(spec: ModelSpec, dtype: str, axis: int | str,
         facts.append(TensorFact(key, dtype, (BATCH, layer.kv_num_heads, axis, layer.head_size)))
         facts.append(TensorFact(value, dtype, (BATCH, layer.kv_num_heads, axis, layer.value_head_size)))
     return tuple(facts)
+
+
+def _state_facts(spec: ModelSpec, name: Callable[[StateSpec], str]) -> tuple[TensorFact, ...]:
+    return tuple(TensorFact(name(state), state.dtype, (BATCH, *state.shape)) for state in spec.states)
 
 
 def graph_inputs(spec: ModelSpec, dtype: str, cache: str, interface: str = "mask",

@@ -1,13 +1,15 @@
-"""What a decoder is, as far as attention and its cache are concerned: frozen facts, one row per layer.
+"""What a decoder is, as far as attention and what it keeps between steps are concerned: frozen facts, by layer.
 
-`AttentionSpec` is filled from what each layer really passes to attention and what its mask really computes, never
-from a model's name. Dimensions as in `gqa_export.attention_op`.
+`AttentionSpec` is filled from what each layer really passes to attention and what its mask really computes, `StateSpec`
+from what it really passes to its convolutions and recurrences, never from a model's name. Dimensions as in
+`gqa_export.attention_op`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Annotated, Any, ClassVar
 
 LARGEST = 1 << 31
@@ -74,8 +76,51 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
+class StateSpec:
+    """One state of fixed size that a layer keeps beside, or in place of, keys and values.
+
+    Attributes:
+        layer: the number of the layer.
+        kind: "conv" (the last inputs of a causal convolution) or "recurrent" (the matrix of a linear recurrence).
+        index: number of the state among those of its kind in its layer.
+        kernel: the name under which transformers calls the function that reads and writes it.
+        shape: of one sequence's state: (channels, kernel - 1), or (heads, key size, value size).
+        dtype: numpy name; fp32 whatever the format of the activations.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    layer: Layer
+    kind: Annotated[str, OneOf("conv", "recurrent")]
+    index: Annotated[int, Limits(ge=0, le=1 << 10)]
+    kernel: Text
+    shape: Annotated[tuple[Size, ...], Limits(min_length=2, max_length=3, fail_fast=True)]
+    dtype: Annotated[str, OneOf("float32")] = "float32"
+
+    @property
+    def name(self) -> str:
+        """What it is called among the states of its layer: conv_state, recurrent_state, conv_state_1 ..."""
+        return f"{self.kind}_state" + (f"_{self.index}" if self.index else "")
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """What each number of `shape` counts."""
+        return STATE_AXES[self.kind]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one sequence's state, however long the sequence is."""
+        return 4 * prod(self.shape)
+
+
+STATE_AXES = {"conv": ("channel", "past input"), "recurrent": ("head", "key", "value")}
+"""kind of a state -> what its axes count, without the batch"""
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """A whole decoder. `max_positions` is the longest sequence it was made for; `rope` its rotary type or ""."""
+    """A whole decoder. `max_positions` is the longest sequence it was made for; `rope` its rotary type or "". `layers`
+    are those with attention, `states` what other layers (or these too) keep; a layer may have neither."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -86,6 +131,16 @@ class ModelSpec:
     max_positions: Count
     rope: Text
     layers: Annotated[tuple[AttentionSpec, ...], Limits(max_length=MOST_LAYERS, fail_fast=True)]
+    states: Annotated[tuple[StateSpec, ...], Limits(max_length=4 * MOST_LAYERS, fail_fast=True)] = ()
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all states of one sequence, constant in its length."""
+        return sum(state.bytes for state in self.states)
+
+    def states_of(self, kind: str) -> tuple[StateSpec, ...]:
+        """The states of one kind, in order."""
+        return tuple(state for state in self.states if state.kind == kind)
 
     def cache_bytes_per_token(self, element_bytes: int) -> int:
         """Bytes of keys and values that one token adds to the whole cache."""
@@ -98,8 +153,9 @@ class ModelSpec:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelSpec:
         """The inverse of `to_dict`; raises TypeError or KeyError on data of another shape."""
-        rest = {name: value for name, value in data.items() if name != "layers"}
-        return cls(layers=tuple(AttentionSpec(**layer) for layer in data["layers"]), **rest)
+        rest = {name: value for name, value in data.items() if name not in ("layers", "states")}
+        states = tuple(StateSpec(**{**state, "shape": tuple(state["shape"])}) for state in data.get("states", ()))
+        return cls(layers=tuple(AttentionSpec(**layer) for layer in data["layers"]), states=states, **rest)
 
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath, PureWindowsPath
 
 from ..errors import InvalidBundle
-from ..graph_io import TensorFact, past_names, present_names
+from ..graph_io import TensorFact, past_names, past_state, present_names, present_state
 from ..spec import DTYPES, ModelSpec
 
 Tensors = tuple[TensorFact, ...]
@@ -56,7 +56,15 @@ def _layers(spec: ModelSpec) -> str:
         if layer.num_heads % layer.kv_num_heads:
             return (f"spec.layers[{position}]: {layer.kv_num_heads} key/value heads do not divide {layer.num_heads} "
                     "query heads")
-    return "spec.layers names a layer twice" if len({layer.layer for layer in spec.layers}) != len(spec.layers) else ""
+    if len({layer.layer for layer in spec.layers}) != len(spec.layers):
+        return "spec.layers names a layer twice"
+    if len({(state.layer, state.name) for state in spec.states}) != len(spec.states):
+        return "spec.states names a state twice"
+    for position, state in enumerate(spec.states):
+        if len(state.shape) != len(state.axes):
+            return (f"spec.states[{position}]: a {state.kind} state has {len(state.axes)} axes ({', '.join(state.axes)}"
+                    f"), found the shape {list(state.shape)}")
+    return ""
 
 
 def _twice(field: str, tensors: Tensors) -> str:
@@ -79,4 +87,12 @@ def _cache(spec: ModelSpec, dtype: str, field: str, tensors: Tensors) -> str:
             if len(fact.shape) != 4 or (fact.shape[1], fact.shape[3]) != (layer.kv_num_heads, size) or found != dtype:
                 return (f"{name} of {field} is {found} {list(fact.shape)}, its layer needs {dtype}, heads and size "
                         f"{[layer.kv_num_heads, size]}")
+    name_of = past_state if field == "inputs" else present_state
+    for state in spec.states:
+        fact = facts.get(name_of(state))
+        if fact is None:
+            return f"{field} lack {name_of(state)}"
+        if fact.shape[1:] != state.shape or DTYPES.get(fact.dtype, fact.dtype) != state.dtype:
+            return (f"{fact.name} of {field} is {fact.dtype} {list(fact.shape)}, its state needs {state.dtype} and the "
+                    f"shape {list(state.shape)} after the batch")
     return ""
