@@ -13,7 +13,7 @@ import torch
 from ... import graph_io
 from ...errors import GqaExportError, UnsupportedModel, first_line
 from ...spec import ModelSpec
-from . import capture, custom_op, scalars
+from . import capture, scalars
 from .capture import Input
 from .decoder_module import Decoder
 
@@ -91,6 +91,8 @@ def _light(decoder: Decoder, spec: ModelSpec, inputs: list[Input], outputs: list
 def _stock(decoder: Decoder, inputs: list[Input], outputs: list[str]) -> ir.Model:
     from torch.export import Dim
 
+    from . import translate
+
     dims = {"batch": Dim(graph_io.BATCH, max=4096), "new": Dim(graph_io.SEQUENCE, max=1 << 20),
             "total": Dim(graph_io.TOTAL, max=1 << 21),
             "past": Dim(graph_io.PAST if decoder.growing else graph_io.CAPACITY)}
@@ -101,7 +103,7 @@ def _stock(decoder: Decoder, inputs: list[Input], outputs: list[str]) -> ir.Mode
         program.graph_module.recompile()
     done = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
                              input_names=[given.name for given in inputs], output_names=outputs,
-                             custom_translation_table=custom_op.translation_table())
+                             custom_translation_table=translate.own_ops())
     assert done is not None
     return done.model
 

@@ -20,17 +20,25 @@ def library(opset: int) -> tuple[Any, dict[Any, Any], tuple[Any, ...]]:
     from torch._export.utils import _is_preservable_cia_op
     from torch.onnx._internal.exporter import _decomp, _registration
 
-    from . import custom_op, functionalize
+    from . import functionalize
 
     with _unparsed():
         registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
-    for target, function in custom_op.translation_table().items():
+    for target, function in own_ops().items():
         registry.register_op(target, function, is_complex=False)
     known = set(_decomp.get_onnx_implemented_overloads(registry))
     table = functionalize.plainly(_decomp.create_onnx_friendly_decomposition_table(known))
     kept = tuple(target for target in known if isinstance(target, torch._ops.OpOverload)
                  and _is_preservable_cia_op(target))
     return registry, table, kept
+
+
+def own_ops() -> dict[Any, Any]:
+    """The translations of the torch ops of this package, to give to torch.onnx: attention and the state ops."""
+    from ..states import ops as states
+    from . import custom_op
+
+    return {**custom_op.translation_table(), **states.translation_table()}
 
 
 @contextlib.contextmanager
@@ -64,7 +72,8 @@ def _sign(graph: torch.fx.GraphModule, registry: Any) -> None:
                 entry.__post_init__()
 
 
-PICKS = frozenset({"embedding", "index", "gather", "index_select", "_to_copy", "grouped_query_attention"})
+PICKS = frozenset({"embedding", "index", "gather", "index_select", "_to_copy", "grouped_query_attention",
+                   "linear_attention", "causal_conv"})
 """ops whose tensors have types of their own: nothing is promoted there"""
 
 

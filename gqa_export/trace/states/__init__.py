@@ -1,0 +1,1 @@
+"""Layers that keep a state of fixed size: linear attention, state-space layers and causal convolutions."""
