@@ -7,5 +7,7 @@ from typing import Any
 
 
 def cache_argument(model: Any) -> str:
-    """The argument of `model.forward`: `cache` since transformers 5.24, which warns at the older `past_key_values`."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    """The argument of `model.forward`: `cache` since transformers 5.24, which warns at the older `past_key_values`
+    and, of models without attention, `cache_params`."""
+    known = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in known), "past_key_values")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import InvalidCheckpoint, UnsupportedModel
 from .decoder_layers import layer_lists
+from .state_kernels import keeps_states, state_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +94,7 @@ def refuse_config(config: Any, where: str, text_only: bool = False) -> None:
     """
     refuse_raw_config(config.to_dict(), where, text_only)
     config = config.get_text_config()
-    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+    for layer, kind in enumerate(() if keeps_states(config) else getattr(config, "layer_types", None) or ()):
         if "attention" not in kind or any(word in kind for word in ("linear", "hybrid", "compressed")):
             raise UnsupportedModel(f"layer {layer} is not grouped attention: its type is {kind!r}", where, FIX_DECODER,
                                    code="E-MODEL-LAYER-TYPE")
@@ -111,7 +112,8 @@ def refuse_modules(model: torch.nn.Module, where: str, text_only: bool = False) 
         text_only: look at the language model in it only.
 
     Raises:
-        UnsupportedModel: a layer carries state beside attention, or does not have attention.
+        UnsupportedModel: a layer carries a state that transformers' kernel functions do not see, or does not have
+            attention.
     """
     import torch
 
@@ -121,15 +123,36 @@ def refuse_modules(model: torch.nn.Module, where: str, text_only: bool = False) 
         if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)) and max(module.kernel_size) > 1:
             if text_only and not _in_a_layer(model, name):
                 continue  # an encoder that text does not pass; the trace refuses a convolution that it does pass
+            if _calls_kernels(model, name):
+                continue
             _refuse_state(model, name, f"a convolution over {max(module.kernel_size)} tokens", where)
     for name, _ in model.named_parameters():
-        if name.rpartition(".")[2] in STATE_PARAMETERS:
+        if name.rpartition(".")[2] in STATE_PARAMETERS and not _calls_kernels(model, name):
             _refuse_state(model, name, "a recurrent state", where)
     for name, layer in _decoder_layers(model):
         kinds = [type(module).__name__ for module in layer.modules()]
-        if not any("attention" in kind.lower() for kind in kinds):
+        if not any("attention" in kind.lower() for kind in kinds) and not state_kernels(type(layer).__module__):
             raise UnsupportedModel(f"{_place(name)} does not have attention ({kinds[0]}: {', '.join(kinds[1:4])} ...)",
                                    where, FIX_DECODER, code="E-MODEL-NO-ATTENTION")
+
+
+def _calls_kernels(model: torch.nn.Module, name: str) -> bool:
+    """Whether the module that owns `name` is of a modelling file with kernel functions, in a decoder layer: then the
+    trace sees what it does with its state, and refuses what it does not know."""
+    owner = type(model.get_submodule(name.rpartition(".")[0]))
+    return _in_a_layer(model, name) and bool(state_kernels(owner.__module__))
+
+
+def state_module(layer: torch.nn.Module) -> str:
+    """Why a layer may look at other tokens, by its modules: the class of the first that looks as if; "" if none."""
+    import torch
+
+    for module in layer.modules():
+        own = [name.rpartition(".")[2] for name, _ in module.named_parameters(recurse=False)]
+        if "attention" in type(module).__name__.lower() or any(name in STATE_PARAMETERS for name in own) or isinstance(
+                module, (torch.nn.Conv1d, torch.nn.RNNBase)):
+            return type(module).__name__
+    return ""
 
 
 def _refuse_state(model: torch.nn.Module, name: str, state: str, where: str) -> None:

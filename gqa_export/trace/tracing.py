@@ -59,10 +59,11 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
     spec = probe(config, meta_model)
     if accept:
         accept(spec)
-    stack = layer_kinds.stack_of(meta_model, spec) if stamping else None
+    stack = layer_kinds.stack_of(meta_model, spec) if stamping and not spec.states else None
     prints = layer_kinds.prints(meta_model, stack) if stack else ()
     del meta_model
-    whole_because = "" if stack else "no layers that are alike" if stamping else "stamping is off"
+    whole_because = "" if stack else "stamping is off" if not stamping else \
+        "layers with states are traced one by one" if spec.states else "no layers that are alike"
     while True:
         short = layer_kinds.shorten(config, max(stack.traced) + 1) if stack else config
         model = skeleton.build(short, torch_dtype, attention=name)

@@ -125,7 +125,7 @@ def cached_layers(config: Any) -> tuple[tuple[int, ...], frozenset[int]] | None:
 
     try:
         with registry.applied(config):
-            calls, alike = listen_with_cache(skeleton.build(config, torch.float32, device="meta",
+            calls, alike, _ = listen_with_cache(skeleton.build(config, torch.float32, device="meta",
                                                             attention=attention_hook.register()))
     except GqaExportError:
         return None

@@ -13,6 +13,7 @@ from gqa_plugins.grouped_attention import reference
 from torch import Tensor
 
 from ... import attention_op
+from ..states import ops
 
 
 @torch.library.custom_op("gqa::grouped_query_attention", mutates_args=())
@@ -60,7 +61,8 @@ def onnx_schema() -> Any:
 
 
 def translation_table() -> dict[Any, Any]:
-    """What `torch.onnx.export(custom_translation_table=...)` needs to write the op as `gqa::GroupedQueryAttention`."""
+    """What `torch.onnx.export(custom_translation_table=...)` needs to write the op as `gqa::GroupedQueryAttention`, and
+    those of state layers as theirs."""
     import onnxscript
 
     domain = onnxscript.values.Opset(attention_op.DOMAIN, attention_op.VERSION)
@@ -74,4 +76,4 @@ def translation_table() -> dict[Any, Any]:
                        num_heads=num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap, window=window,
                        rotary_interleaved=rotary_interleaved, growing=growing)
 
-    return {torch.ops.gqa.grouped_query_attention.default: translate}
+    return {torch.ops.gqa.grouped_query_attention.default: translate, **ops.translation_table()}

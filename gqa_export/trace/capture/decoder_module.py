@@ -1,8 +1,9 @@
 """The module that torch.export traces: a decoder with its cache as inputs and outputs.
 
-Dimensions as in `gqa_export.attention_op`. The wrapped model is called without a cache of its own, so new keys and
-values reach the attention function alone; this module answers each attention call with the op over that layer's
-past and collects the presents.
+Dimensions as in `gqa_export.attention_op`. The wrapped model is called without a cache of its own (with one that has no
+content, where it keeps states), so new keys and values reach the attention function alone; this module answers each
+attention call with the op over that layer's past, each convolution and recurrence with the op over its state, and
+collects the presents.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from typing import Any
 
 import torch
 
+from ...checkpoint.cache_argument import cache_argument
 from ...errors import UnsupportedModel
-from ...spec import AttentionSpec, ModelSpec
+from ...spec import AttentionSpec, ModelSpec, StateSpec
 from ..attention_hook import Call, recording
+from ..states import ops
+from ..states.stand_in_cache import Convolution, Recurrence, StandInCache, listening
 from . import custom_op  # noqa: F401 registers the torch op
 
 
@@ -21,7 +25,8 @@ class Decoder(torch.nn.Module):
     """forward(input_ids [B, S], attention_mask [B, P + S], *past) -> (logits, *present).
 
     With `interface="lengths"`: forward(input_ids, past_lengths int32 [B], new_lengths int32 [B], *past).
-    `past` alternates key [B, K, P, D] and value [B, K, P, E], in the order of `spec.layers`. logits: "all" gives
+    `past` alternates key [B, K, P, D] and value [B, K, P, E], in the order of `spec.layers`, and ends with the states in
+    the order of `spec.states`, [B, *shape]. logits: "all" gives
     [B, S, V]; "last" gives [B, 1, V], the last valid token of each row. A row whose mask has a 0 before a 1 among
     its new tokens (left padding) gives NaN logits.
     """
@@ -30,6 +35,7 @@ class Decoder(torch.nn.Module):
         super().__init__()
         self.model = model
         self.specs = {layer.layer: layer for layer in spec.layers}
+        self.states = spec.states
         self.growing = int(cache == "growing")
         self.logits, self.interface = logits, interface
         self._state: dict[str, Any] = {}
@@ -54,17 +60,31 @@ class Decoder(torch.nn.Module):
         else:
             past_lengths, new_lengths, *past_list = rest
             past, left_padded_B = tuple(past_list), None
+            new_counts = new_lengths.to(torch.int64) if self.states else new_lengths
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
         position_ids = past_lengths[:, None].to(torch.int64) + steps
         self._state = {"past": past, "past_lengths": past_lengths, "new_lengths": new_lengths, "present": {},
-                       "left_padded": left_padded_B}
+                       "new_counts": new_counts, "left_padded": left_padded_B}
         with recording(self, position_ids):
-            logits = self.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids),
-                                position_ids=position_ids, use_cache=False).logits
+            logits = self._run(input_ids, position_ids)
         if not self._hooked:
             logits = self._before_head(logits)
         present = self._state["present"]
-        return (logits, *[tensor for layer in self.specs for tensor in present[layer]])
+        return (logits, *[tensor for layer in self.specs for tensor in present[layer]],
+                *[present[_key(state)] for state in self.states])
+
+    def _run(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        model: Any = self.model
+        if not self.states:
+            return model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), position_ids=position_ids,
+                         use_cache=False).logits  # type: ignore[no-any-return]
+        cache = StandInCache(self)
+        mask = torch.ones_like(input_ids) if self.specs else None
+        with listening(cache):
+            logits: torch.Tensor = model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids,
+                                         use_cache=True, **{cache_argument(model): cache}).logits
+        cache.finish()
+        return logits
 
     def _before_head(self, hidden_BSX: torch.Tensor) -> torch.Tensor:
         bad_B = self._state["left_padded"]
@@ -97,3 +117,41 @@ class Decoder(torch.nn.Module):
             spec.scale, spec.softcap, spec.window, 0, self.growing)
         self._state["present"][call.layer] = (key, value)
         return output.unflatten(2, (spec.num_heads, spec.value_head_size))
+
+    def convolve(self, call: Convolution) -> torch.Tensor:
+        """Answer a causal convolution with the op over its state, in fp32 whatever the activations."""
+        state = self._take(call.layer, "conv", call.index)
+        bias = None if call.bias is None else call.bias.float()
+        y, new_state = ops.causal_conv(call.x.float(), call.weight.float(), bias, state, self._new_lengths(),
+                                       activation=call.activation)
+        self._state["present"][call.layer, "conv", call.index] = new_state
+        return y.to(call.x.dtype)
+
+    def recur(self, call: Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
+        """Answer a linear recurrence with the op over its state."""
+        state = self._take(call.layer, "recurrent", call.index)
+        output, new_state = ops.linear_attention(call.query, call.key, call.value, call.decay, call.beta, state,
+                                                 self._new_lengths(), rule=call.rule, scale=call.scale)
+        self._state["present"][call.layer, "recurrent", call.index] = new_state
+        return output, new_state
+
+    def steps_alone(self) -> torch.Tensor:
+        """bool [B]: the rows that bring one token to a past."""
+        return (self._state["new_lengths"] == 1) & (self._state["past_lengths"] > 0)
+
+    def _take(self, layer: int, kind: str, index: int) -> torch.Tensor:
+        for place, state in enumerate(self.states):
+            if _key(state) == (layer, kind, index):
+                if (layer, kind, index) in self._state["present"]:
+                    break
+                return self._state["past"][2 * len(self.specs) + place]  # type: ignore[no-any-return]
+        raise UnsupportedModel(f"a layer uses a {kind} state that it did not show when it was probed, or uses one twice",
+                               f"layer {layer}", "what its layers keep changes from run to run; it is not supported",
+                               code="E-MODEL-STATE-TWICE")
+
+    def _new_lengths(self) -> torch.Tensor:
+        return self._state["new_counts"]  # type: ignore[no-any-return]
+
+
+def _key(state: StateSpec) -> tuple[int, str, int]:
+    return state.layer, state.kind, state.index

@@ -29,7 +29,8 @@ def export_decoder(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype, capaci
     times slower. capacity: tokens of the cache, one of the lengths at which the capture is held to its assumptions.
     """
     inputs = _inputs(decoder, spec, dtype)
-    outputs = [graph_io.LOGITS, *[name for layer in spec.layers for name in graph_io.present_names(layer.layer)]]
+    outputs = [graph_io.LOGITS, *[name for layer in spec.layers for name in graph_io.present_names(layer.layer)],
+               *[graph_io.present_state(state) for state in spec.states]]
     stopped: Exception
     with quiet(), torch.no_grad():
         try:
@@ -70,6 +71,7 @@ def _inputs(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype) -> list[Input
         for size, name in zip((layer.head_size, layer.value_head_size), graph_io.past_names(layer.layer)):
             found.append(Input(name, torch.zeros(rows, layer.kv_num_heads, old, size, dtype=dtype),
                                {0: "batch", 2: "past"}))
+    found += [Input(graph_io.past_state(state), torch.zeros(rows, *state.shape), {0: "batch"}) for state in spec.states]
     return found
 
 

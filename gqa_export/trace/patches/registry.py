@@ -23,6 +23,7 @@ from functools import cache
 from typing import Any
 
 from ...errors import UnsupportedModel
+from ..states.kernels import caught
 from .source_digests import ABSENT, SEEN
 
 FILES = ("alibi", "attention_forward", "attention_method", "attention_table", "deepseek_v2", "diffllama", "experts",
@@ -68,7 +69,8 @@ def digest(function: Any) -> str:
 
 @contextmanager
 def applied(config: Any) -> Iterator[tuple[Patch, ...]]:
-    """Inside, the patches for the model of this transformers config are in place; the answer says which.
+    """Inside, the patches for the model of this transformers config are in place, the answer says which, and the kernel
+    functions of its state layers are caught.
 
     Raises GqaExportError where transformers' code is not the code that a patch was written for.
     """
@@ -80,7 +82,8 @@ def applied(config: Any) -> Iterator[tuple[Patch, ...]]:
         for patch in fresh:
             undo.append(_put(patch))
             _active.append(patch)
-        yield tuple(wanted)
+        with caught(modules):
+            yield tuple(wanted)
     finally:
         for restore, patch in reversed(list(zip(undo, fresh))):
             restore()

@@ -11,11 +11,16 @@ from typing import Any
 import torch
 
 from ...checkpoint.cache_argument import cache_argument
+from ...checkpoint.decoder_layers import layer_lists
+from ...checkpoint.refusals import state_module
+from ...checkpoint.state_kernels import keeps_states
 from ...errors import GqaExportError, UnsupportedModel, first_line
-from ...spec import AttentionSpec, ModelSpec
+from ...spec import AttentionSpec, ModelSpec, StateSpec
 from .. import attention_hook, skeleton
 from ..attention_hook import Call
 from ..patches import registry
+from ..states.observed import StateListener
+from ..states.stand_in_cache import StandInCache, listening
 from . import mask_window, rotary
 
 TOKENS = 8
@@ -23,8 +28,9 @@ LONGEST_GRID = 1 << 17
 """Masks are looked at up to this many positions; windows of known models are far below."""
 
 
-class _Listener:
+class _Listener(StateListener):
     def __init__(self) -> None:
+        super().__init__()
         self.calls: dict[int, Call] = {}
 
     def attend(self, call: Call) -> torch.Tensor:
@@ -52,8 +58,8 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
     with registry.applied(config):
         if model is None:
             model = skeleton.build(config, torch.float32, device="meta", attention=attention_hook.register())
-        calls, alike = listen_with_cache(model)
-    if not calls:
+        calls, alike, states = listen_with_cache(model)
+    if not calls and not states:
         raise UnsupportedModel("no layer of this model calls transformers' attention interface", type(model).__name__,
                                "its attention, if any, is in the model's own code, which gqa-export cannot see; "
                                "it is not supported", code="E-MODEL-OWN-ATTENTION")
@@ -68,48 +74,67 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
         if key not in windows:
             windows[key] = mask_window.window_of(tag, layer, min(positions, LONGEST_GRID), call.query.shape[1])
         layers.append(_layer_spec(call, windows[key], layer in alike))
-    expected = int(getattr(text, "num_hidden_layers", len(layers)))
-    missing = sorted(set(range(expected)) - set(calls))
-    if missing:
-        raise UnsupportedModel("some layers are not grouped-query attention (they never call attention)",
-                               f"{type(model).__name__}, layers {', '.join(map(str, missing[:8]))}",
-                               "hybrid and state-space models keep state beside the key/value cache; "
-                               "they are not supported", code="E-MODEL-LAYERS-WITHOUT-CALL")
+    _refuse_silent(model, set(calls) | {state.layer for state in states},
+                   int(getattr(text, "num_hidden_layers", len(layers))), bool(states))
     return ModelSpec(model_type=config.model_type, architecture=type(model).__name__, vocabulary=text.vocab_size,
                      hidden_size=text.hidden_size, max_positions=positions,
-                     rope="+".join(rotary.rope_types(text)), layers=tuple(layers))
+                     rope="+".join(rotary.rope_types(text)), layers=tuple(layers), states=states)
 
 
-def listen_with_cache(model: torch.nn.Module) -> tuple[dict[int, Call], set[int]]:
-    """The attention calls of one run by layer, and the layers whose keys and values PyTorch's own cache holds in the
-    form that attention gets them.
+def _refuse_silent(model: torch.nn.Module, heard: set[int], expected: int, states: bool) -> None:
+    """Refuse layers that called neither attention nor a kernel function. Beside layers with states, those of nothing
+    but a feed-forward part are known (`mlp`, `moe`): no module of theirs looks at other tokens."""
+    silent = sorted(set(range(expected)) - heard)
+    if states:
+        found = next((layers for _, layers in layer_lists(model, expected)), ())
+        silent = [layer for layer in silent if layer >= len(found) or state_module(found[layer])]
+    if silent:
+        raise UnsupportedModel("some layers are not grouped-query attention (they never call attention)",
+                               f"{type(model).__name__}, layers {', '.join(map(str, silent[:8]))}",
+                               "what these layers keep between steps is in the model's own code, which gqa-export "
+                               "cannot see; they are not supported", code="E-MODEL-LAYERS-WITHOUT-CALL")
+
+
+def listen_with_cache(model: torch.nn.Module) -> tuple[dict[int, Call], set[int], tuple[StateSpec, ...]]:
+    """The attention calls of one run by layer, the layers whose keys and values PyTorch's own cache holds in the
+    form that attention gets them, and the states of fixed size.
 
     Others cache latents (expanded after the cache) or read another layer's entry. Where the model cannot be run with
     a cache on this device, all are taken to be alike: a difference then shows when caches are compared.
     """
     from transformers import DynamicCache
 
+    if keeps_states(model.config):
+        stand_in = StandInCache(listener := _Listener())
+        with listening(stand_in):
+            calls = listen(model, use_cache=True, listener=listener, **{cache_argument(model): stand_in})
+        stand_in.finish()
+        stored = stand_in.stored
+        return calls, {layer for layer, call in calls.items() if layer in stored and all(
+            one.shape == seen.shape for one, seen in zip(stored[layer], (call.key, call.value)))}, listener.found()
     cache = DynamicCache()
     try:
         calls = listen(model, use_cache=True, **{cache_argument(model): cache})
     except GqaExportError:
         calls = listen(model)
-        return calls, set(calls)
+        return calls, set(calls), ()
     alike = set()
     for layer, call in calls.items():
         entry = cache.layers[layer] if layer < len(cache.layers) else None
         pair = (getattr(entry, "keys", None), getattr(entry, "values", None))
         if all(one is not None and one.shape == seen.shape for one, seen in zip(pair, (call.key, call.value))):
             alike.add(layer)
-    return calls, alike
+    return calls, alike, ()
 
 
-def listen(model: torch.nn.Module, use_cache: bool = False, **cache: Any) -> dict[int, Call]:
+def listen(model: torch.nn.Module, use_cache: bool = False, *, listener: _Listener | None = None,
+           **cache: Any) -> dict[int, Call]:
     """Run a model once on a few tokens.
 
     Args:
         model: with our attention, on any device, "meta" included.
         use_cache: as the model's own argument.
+        listener: takes the calls; None makes one.
         **cache: further arguments of the model, such as past_key_values.
 
     Returns:
@@ -118,7 +143,7 @@ def listen(model: torch.nn.Module, use_cache: bool = False, **cache: Any) -> dic
     Raises:
         UnsupportedModel: the model does not run as a decoder, or what its attention calls are refused for.
     """
-    listener = _Listener()
+    listener = listener or _Listener()
     device = next(model.parameters()).device
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
     positions = torch.arange(TOKENS, device=device)[None]
