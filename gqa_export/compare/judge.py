@@ -7,7 +7,7 @@ from .error_trace import output_errors, step_errors
 from .tolerance import Tolerance, tolerance
 from .verdict import CaseVerdict, KindVerdict, Location
 
-KINDS = ("keys", "values", "logits", "cache")
+KINDS = ("keys", "values", "states", "logits", "cache")
 
 
 NEAR = 4.0
@@ -81,6 +81,8 @@ def _locate(one: Measured, bound: float, case: str) -> Location | None:
 def _kind(output: str) -> str:
     if output == "logits":
         return "logits"
+    if "_state" in output:
+        return "states"
     return "cache" if output.startswith("cache.") else output.rsplit(".", 1)[1] + "s"
 
 

@@ -17,8 +17,8 @@ from .error_trace import OutputError, StepError, Surroundings
 from .logits import LogitMetrics
 
 SCHEMA_VERSION = 2
-COMPARED = (("logits", {"logits"}), ("new keys and values", {"keys", "values"}), ("cache", {"cache"}),
-            ("refusals", {"refusal"}))
+COMPARED = (("logits", {"logits"}), ("new keys and values", {"keys", "values"}), ("states", {"states"}),
+            ("cache", {"cache"}), ("refusals", {"refusal"}))
 """words in which a verdict tells what was compared, and the kinds of output that must have been measured"""
 
 
@@ -67,7 +67,7 @@ class KindVerdict:
     """All outputs of one kind in one case; the numbers are those of the output nearest to (or farthest past) its bound.
 
     Attributes:
-        kind: "keys", "values", "logits", "cache" or "refusal".
+        kind: "keys", "values", "states", "logits", "cache" or "refusal".
         max_abs: the largest |got - expected|. bound: what it may reach.
         same_dtype_baseline: the largest error of PyTorch in the number format that was run. basis: what decided the
             bound: "baseline", "floor" or "cap".

@@ -19,11 +19,13 @@ class Step:
 
     logits: [B, S, V] (or [B, 1, V] when the bundle was exported with `--logits last`), fp32 or fp64.
     keys, values: per layer [B, K, S, D] and [B, K, S, E], only the rows written by this step; None if not asked for.
+    states: every state of fixed size after the step, [B, *shape], in the order of `spec.states`; None likewise.
     """
 
     logits: np.ndarray
     keys: tuple[np.ndarray, ...] | None = None
     values: tuple[np.ndarray, ...] | None = None
+    states: tuple[np.ndarray, ...] | None = None
 
 
 class Session(Protocol):

@@ -1,8 +1,7 @@
 """The reference of every comparison: PyTorch eager, one sequence at a time, unpadded, each with a cache of its own.
 
-Padding cannot influence a row that never sees any. `DynamicCache()` is made without a config: with one, it drops
-what lies outside a sliding window, and there would be nothing to compare a full cache with. Dimensions as in
-`gqa_export.attention_op`.
+Padding cannot influence a row that never sees any. No cache drops what lies outside a sliding window: there would be
+nothing to compare a full cache with. Dimensions as in `gqa_export.attention_op`.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..checkpoint.cache_argument import cache_argument
 from ..errors import GqaExportError
 from ..spec import FLOATS, ModelSpec
+from ..trace.states.torch_cache import empty_cache, kept_states, observed_states, states_of_row
 from .feeds import check_feed, written_rows
 from .session import Step
 
@@ -46,6 +46,7 @@ class TorchSession:
         self.dtype, self.capacity, self._spec = wanted, capacity, spec
         self.vocabulary = int(loose.get_input_embeddings().weight.shape[0])
         self._mode: TorchFunctionMode | None = _Widen(model) if wanted is torch.float64 else None
+        self._states = observed_states(self.model.config)
         self.reset(1)
 
     @property
@@ -72,9 +73,7 @@ class TorchSession:
 
     def reset(self, batch: int) -> None:
         """Empty caches for `batch` sequences."""
-        from transformers import DynamicCache
-
-        self._caches = [DynamicCache() for _ in range(batch)]
+        self._caches = [empty_cache(self.model.config, bool(self._states)) for _ in range(batch)]
         self._lengths = np.zeros(batch, dtype=np.int64)
 
     def step(self, input_ids: np.ndarray, new_lengths: np.ndarray | None = None, *, want_cache: bool = False) -> Step:
@@ -82,7 +81,10 @@ class TorchSession:
         ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.vocabulary)
         before, rows = self._lengths, []
         for b, count in enumerate(new.tolist()):
-            rows.append(self._row(ids[b: b + 1, :count], self._caches[b]) if count else None)
+            pieces = kept_states(self._states, int(before[b]), count)
+            answers = [self._row(ids[b: b + 1, start: stop], self._caches[b], int(before[b]) + start)
+                       for start, stop in pieces]
+            rows.append(np.concatenate(answers) if answers else None)
         self._lengths = before + new
         logits = np.zeros((*ids.shape, next((r.shape[-1] for r in rows if r is not None), self.vocabulary)),
                           dtype=np.float64 if self.dtype is torch.float64 else np.float32)
@@ -93,15 +95,24 @@ class TorchSession:
             return Step(logits)
         pairs = self.cache()
         return Step(logits, tuple(written_rows(key, before, new, ids.shape[1]) for key, _ in pairs),
-                    tuple(written_rows(value, before, new, ids.shape[1]) for _, value in pairs))
+                    tuple(written_rows(value, before, new, ids.shape[1]) for _, value in pairs), tuple(self.states()))
 
-    def _row(self, ids: np.ndarray, cache: Any) -> np.ndarray:
+    def states(self) -> list[np.ndarray]:
+        """Every state of fixed size [B, *shape], as the export keeps it; zeros for a sequence without tokens."""
+        rows = [states_of_row(cache, self._states) for cache in self._caches]
+        dtype = np.float64 if self.dtype is torch.float64 else np.float32
+        return [np.stack([np.zeros(state.shape, dtype) if row[place] is None else _numpy(row[place])  # type: ignore[arg-type]
+                          for row in rows]) for place, state in enumerate(self._states)]
+
+    def _row(self, ids: np.ndarray, cache: Any, past: int) -> np.ndarray:
         previous = self.model.config._attn_implementation
         if previous != "eager":
             self.model.set_attn_implementation("eager")
         try:
             with torch.no_grad():
                 args = {"input_ids": torch.from_numpy(ids), cache_argument(self.model): cache, "use_cache": True}
+                if self._states:  # as `generate` does: not every model with states counts those of the past itself
+                    args["position_ids"] = torch.arange(past, past + ids.shape[1])[None]
                 if self._mode is None:
                     return _numpy(self.model(**args).logits[0])
                 with self._mode:
@@ -112,13 +123,14 @@ class TorchSession:
 
     def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Per cache-owning layer (key [B, K, T, D], value [B, K, T, E]), T the longest sequence; zeros beyond."""
-        layers = max(len(cache.layers) for cache in self._caches)
+        layers = max(self._caches, key=lambda cache: len(cache.layers)).layers
         total = int(self._lengths.max())
-        return [tuple(self._stack(layer, name, total) for name in ("keys", "values"))  # type: ignore[misc]
-                for layer in range(layers)]
+        return [tuple(self._stack(number, name, total) for name in ("keys", "values"))  # type: ignore[misc]
+                for number, layer in enumerate(layers) if not self._states or hasattr(layer, "keys")]
 
     def _stack(self, layer: int, name: str, total: int) -> np.ndarray:
-        rows = [_numpy(getattr(c.layers[layer], name)[0]) if len(c.layers) > layer else None for c in self._caches]
+        found = [getattr(c.layers[layer], name) if len(c.layers) > layer else None for c in self._caches]
+        rows = [None if tensor is None else _numpy(tensor[0]) for tensor in found]
         shape = next((row.shape for row in rows if row is not None), (0, 0, 0))
         dtype = next((row.dtype for row in rows if row is not None), np.dtype(np.float32))
         stacked = np.zeros((len(rows), shape[0], total, shape[2]), dtype=dtype)

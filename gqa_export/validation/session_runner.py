@@ -2,7 +2,8 @@
 
 The Comparator copies every output of every step, so a runner keeps its cache inside and shows the logits and the
 rows that the step wrote; the whole cache only at the end, when the feed's third flag is set. Outputs, in the order of
-computation: layer.{i}.key [B, K, S, D], layer.{i}.value [B, K, S, E], logits [B, S, V] (or [B, 1, V], the last valid
+computation: layer.{i}.key [B, K, S, D], layer.{i}.value [B, K, S, E], the states of fixed size as they are after the
+step, layer.{i}.conv_state [B, C, 1, K-1], layer.{i}.recurrent_state [B, heads * key size, 1, value size], logits [B, S, V] (or [B, 1, V], the last valid
 token), fed int64 [B, S] (the tokens fed), and at the end cache.{i}.key|value [B, K, longest, D|E]. What belongs to no
 token is zero.
 """
@@ -80,6 +81,8 @@ class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
         for number, layer in self._alike():
             outputs[f"layer.{layer.layer}.key"] = _blank(keys[number], counts, 2)
             outputs[f"layer.{layer.layer}.value"] = _blank(values[number], counts, 2)
+        for state, array in zip(self._session.spec.states, step.states or ()):
+            outputs[f"layer.{state.layer}.{state.name}"] = array.reshape(len(array), -1, 1, state.shape[-1])
         logits = _blank(step.logits, counts, 1)
         last = logits[np.arange(len(ids)), np.maximum(counts - 1, 0)] if logits.shape[1] > 1 else logits[:, 0]
         self._own = np.where(counts > 0, last.argmax(-1), self._own)
@@ -106,7 +109,7 @@ class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
         layers = range(len(steps[0].keys or ()))
         keys, values = (tuple(np.concatenate([(getattr(step, kind) or ())[i] for step in steps], axis=2)
                               for i in layers) for kind in ("keys", "values"))
-        return Step(np.concatenate([step.logits for step in steps], axis=1), keys, values)
+        return Step(np.concatenate([step.logits for step in steps], axis=1), keys, values, steps[-1].states)
 
 
 @functools.cache

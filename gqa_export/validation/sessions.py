@@ -95,6 +95,8 @@ def torch_threads(manifest: Manifest) -> Iterator[None]:
 
 def observed_facts(reference: Any, where: str) -> dict[str, object]:
     """What a checkpoint's model shows of itself in one step; see `gqa_export.bundle.integrity.check_belongs`."""
+    from ..trace.states.torch_cache import observed_states
+
     reference.reset(1)
     logits = reference.step(np.zeros((1, 1), np.int64)).logits
     if not np.isfinite(logits).all():
@@ -107,6 +109,7 @@ def observed_facts(reference: Any, where: str) -> dict[str, object]:
     for number, (key, value) in enumerate(pairs):
         shown[f"key {number}"] = (key.shape[1], key.shape[3])
         shown[f"value {number}"] = (value.shape[1], value.shape[3])
+    shown["states"] = tuple((state.layer, state.name, state.shape) for state in observed_states(reference.model.config))
     reference.reset(1)
     return shown
 

@@ -1,7 +1,7 @@
 """How one call of a graph is made: cache tensors on a device bound in place, or plain arrays through a callable.
 
-Both backends offer the same few operations on "tensors" (a cache tensor [B, K, T, D], wherever it lives), so that
-the session above does not know which one it has. Dimensions as in `gqa_export.attention_op`.
+Both backends offer the same few operations on "tensors" (a cache tensor [B, K, T, D] or a state of fixed size, wherever
+it lives), so that the session above does not know which one it has. Dimensions as in `gqa_export.attention_op`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ class Backend(Protocol):
 
     def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list[Any]]:
         """Logits on the host and the present tensors. feed: the inputs that are not the cache (`feeds.step_feed`).
-        inplace: presents are written into the memory of the pasts."""
+        inplace: presents are written into the memory of the pasts, but those of states, the last of them."""
 
 
 class ArrayBackend:
-    """Cache tensors are numpy arrays; `infer` runs the graph on a dict of arrays."""
+    """Cache tensors are numpy arrays; `infer` runs the graph on a dict of arrays. states: how many of the tensors, the
+    last, are states of fixed size."""
 
-    def __init__(self, infer: Infer, past_names: Sequence[str], present_names: Sequence[str]) -> None:
+    def __init__(self, infer: Infer, past_names: Sequence[str], present_names: Sequence[str], states: int = 0) -> None:
         self._infer, self._past, self._present = infer, past_names, present_names
+        self._cached = len(past_names) - states
 
     def upload(self, array: np.ndarray) -> np.ndarray:
         """The array itself."""
@@ -59,57 +61,64 @@ class ArrayBackend:
         outputs = self._infer({**feed, **dict(zip(self._past, past))})
         present = [outputs[name] for name in self._present]
         if inplace:
-            for tensor, content in zip(past, present):
+            for tensor, content in zip(past[: self._cached], present):
                 np.copyto(tensor, content)
-            present = list(past)
+            present[: self._cached] = past[: self._cached]
         return np.asarray(outputs[LOGITS]), present
 
 
 @dataclass(frozen=True)
 class DeviceTensor:
-    """Memory that a graph reads or writes. owner: what keeps it alive, an OrtValue or a numpy array."""
+    """Memory that a graph reads or writes. owner: what keeps it alive, an OrtValue or a numpy array. fp32: it is that
+    whatever the type of the cache is, as states are. part: it is a row of another tensor."""
 
     owner: Any
     pointer: int
     shape: tuple[int, ...]
+    fp32: bool = False
+    part: bool = False
 
 
 class BindingBackend:
     """Cache tensors stay on the device of the provider and are handed to ONNX Runtime by address."""
 
     def __init__(self, session: Any, device: str, dtype: str, past_names: Sequence[str],
-                 present_names: Sequence[str]) -> None:
+                 present_names: Sequence[str], states: int = 0) -> None:
         self._session, self._device, self._past, self._present = session, device, past_names, present_names
         self._ort = import_onnxruntime()
         self._dtype = numpy_dtype(dtype)
-        self._kept: tuple[list[Any], Any] | None = None
+        self._cached = len(past_names) - states
+        self._kept: dict[tuple[Any, ...], Any] = {}
+        self._spare: list[DeviceTensor] = []
         # ONNX's number for bfloat16, which numpy does not know
         self._element: Any = 16 if dtype == "bfloat16" else self._dtype.type
 
     def upload(self, array: np.ndarray) -> DeviceTensor:
         """On a CPU the array's own memory; elsewhere a copy on the device."""
-        array = np.ascontiguousarray(array, dtype=self._dtype)
+        fp32 = array.dtype == np.float32 and self._dtype != np.float32
+        array = np.ascontiguousarray(array, dtype=np.float32 if fp32 else self._dtype)
         if self._device == "cpu":
-            return DeviceTensor(array, array.ctypes.data, array.shape)
-        if self._element == 16:
+            return DeviceTensor(array, array.ctypes.data, array.shape, fp32)
+        if self._element == 16 and not fp32:
             host = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.int16), 16)
             value = self._ort.OrtValue.ortvalue_from_shape_and_type(array.shape, 16, self._device)
             value.update_inplace(host.numpy())
         else:
             value = self._ort.OrtValue.ortvalue_from_numpy(array, self._device)
-        return DeviceTensor(value, value.data_ptr(), array.shape)
+        return DeviceTensor(value, value.data_ptr(), array.shape, fp32)
 
     def download(self, tensor: DeviceTensor) -> np.ndarray:
         """See `Backend.download`."""
         if isinstance(tensor.owner, np.ndarray):
             return tensor.owner
-        return self._host(tensor.owner)
+        return self._host(tensor.owner, tensor.fp32)
 
-    def _host(self, value: Any) -> np.ndarray:
-        if value.device_name().lower() == "cpu" and self._element != 16:
+    def _host(self, value: Any, fp32: bool = False) -> np.ndarray:
+        low = self._element == 16 and not fp32
+        if value.device_name().lower() == "cpu" and not low:
             # an empty tensor has no address, which DLPack refuses
             return np.from_dlpack(value) if math.prod(value.shape()) else np.zeros(value.shape(), self._dtype)
-        if self._element == 16:
+        if low:
             import torch
 
             return torch.utils.dlpack.from_dlpack(value).cpu().view(torch.int16).numpy().view(self._dtype)
@@ -117,40 +126,54 @@ class BindingBackend:
 
     def row(self, tensor: DeviceTensor, b: int) -> DeviceTensor:
         """The same memory, b rows further on."""
-        step = math.prod(tensor.shape[1:]) * self._dtype.itemsize
+        step = math.prod(tensor.shape[1:]) * (4 if tensor.fp32 else self._dtype.itemsize)
         owner = tensor.owner[b: b + 1] if isinstance(tensor.owner, np.ndarray) else tensor.owner
-        return DeviceTensor(owner, tensor.pointer + b * step, (1, *tensor.shape[1:]))
+        return DeviceTensor(owner, tensor.pointer + b * step, (1, *tensor.shape[1:]), tensor.fp32, part=True)
 
     def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list[Any]]:
         """See `Backend.run`."""
-        binding = self._bound(past, inplace)
+        spare = self._spare_states(past[self._cached:])
+        binding = self._bound(past, spare, inplace)
         for name, array in feed.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
         binding.bind_output(LOGITS, "cpu")  # bound after the cache, and so the last of the outputs
         self._session.run_with_iobinding(binding)
+        # the next step may write where this one read
+        self._spare = [] if any(tensor.part for tensor in past) else list(past[self._cached:])
         if inplace:
-            return self._host(binding.get_outputs()[-1]), list(past)
+            return self._host(binding.get_outputs()[-1]), [*past[: self._cached], *spare]
         *present, logits = binding.get_outputs()
-        return self._host(logits), [DeviceTensor(v, v.data_ptr(), tuple(v.shape())) for v in present]
+        cached = [DeviceTensor(v, v.data_ptr(), tuple(v.shape())) for v in present[: self._cached]]
+        return self._host(logits), [*cached, *spare]
 
-    def _bound(self, past: Sequence[DeviceTensor], inplace: bool) -> Any:
+    def _spare_states(self, states: Sequence[DeviceTensor]) -> list[DeviceTensor]:
+        """Memory for the new states, other than that of the old ones: what the step before read, where it fits."""
+        if [tensor.shape for tensor in self._spare] == [tensor.shape for tensor in states] and not (
+                {tensor.pointer for tensor in self._spare} & {tensor.pointer for tensor in states}):
+            return self._spare
+        return [self.upload(np.zeros(tensor.shape, np.float32)) for tensor in states]
+
+    def _bound(self, past: Sequence[DeviceTensor], spare: Sequence[DeviceTensor], inplace: bool) -> Any:
         """A binding of the cache. A static one keeps its memory from step to step, and so its binding: a hundred
-        calls for thirty layers, 1 ms a step, are made once."""
-        key = [(tensor.pointer, tensor.shape) for tensor in past]
-        if inplace and self._kept is not None and self._kept[0] == key:
-            return self._kept[1]
+        calls for thirty layers, 1 ms a step, are made once (twice with states, which change places)."""
+        key = tuple((tensor.pointer, tensor.shape) for tensor in (*past, *spare))
+        if inplace and key in self._kept:
+            return self._kept[key]
         binding = self._session.io_binding()
         for name, tensor in zip(self._past, past):
+            element = np.float32 if tensor.fp32 else self._element
             if tensor.pointer:
-                binding.bind_input(name, self._device, 0, self._element, tensor.shape, tensor.pointer)
+                binding.bind_input(name, self._device, 0, element, tensor.shape, tensor.pointer)
             else:  # an empty tensor on a device has no address
                 binding.bind_ortvalue_input(name, tensor.owner)
-        for name, tensor in zip(self._present, past):
-            if inplace:
-                binding.bind_output(name, self._device, 0, self._element, tensor.shape, tensor.pointer)
+        for name, tensor in zip(self._present, [*past[: self._cached], *spare]):
+            if inplace or name in self._present[self._cached:]:
+                element = np.float32 if tensor.fp32 else self._element
+                binding.bind_output(name, self._device, 0, element, tensor.shape, tensor.pointer)
             else:
                 binding.bind_output(name, self._device)
-        self._kept = (key, binding) if inplace else None
+        if inplace:
+            self._kept = {**dict(list(self._kept.items())[-1:]), key: binding} if spare else {key: binding}
         return binding
 
 

@@ -2,7 +2,8 @@
 
 Dimensions as in `gqa_export.attention_op`. The cache is compact: token t of sequence b lies at index t. A growing cache
 is fed with P = the longest sequence so far and cut back to that after a step, so that no holes accumulate. A static
-one is a single zeroed buffer; where the target's attention writes in place it serves as past and as present.
+one is a single zeroed buffer; where the target's attention writes in place it serves as past and as present. States of
+fixed size, which begin as zeros, are read from one tensor and written to another.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from ...bundle.integrity import check_files
 from ...bundle.manifest import MODEL, Manifest, read_manifest
 from ...errors import GqaExportError, first_line
-from ...graph_io import ATTENTION_MASK, INPUT_IDS, past_names, present_names
+from ...graph_io import ATTENTION_MASK, INPUT_IDS, past_names, past_state, present_names, present_state
 from ...spec import DTYPES
 from ...targets import Target, get_target
 from ..feeds import check_feed, must_run_alone, step_feed, written_rows
@@ -40,7 +41,7 @@ class OrtSession:
     def __init__(self, manifest: Manifest, backend: Backend, target: Target, capacity: int) -> None:
         self.manifest, self.spec, self.capacity = manifest, manifest.spec, capacity
         self._backend, self._target = backend, target
-        self._static = manifest.cache == "static"
+        self._static, self._cached = manifest.cache == "static", 2 * len(manifest.spec.layers)
         self._inplace = self._static and target.writes_in_place(manifest.fallbacks)
         self._dtype = numpy_dtype(DTYPES.get(manifest.dtype, manifest.dtype))
         self.reset(1)
@@ -75,18 +76,20 @@ class OrtSession:
             raise GqaExportError(f"capacity must be within 1..{manifest.capacity}, got {capacity}", str(folder),
                                  "the bundle's own capacity is the limit: export with a larger --capacity",
                                  code="E-OPTION-CAPACITY")
-        pasts = [name for layer in manifest.spec.layers for name in past_names(layer.layer)]
-        presents = [name for layer in manifest.spec.layers for name in present_names(layer.layer)]
+        spec = manifest.spec
+        pasts = [name for layer in spec.layers for name in past_names(layer.layer)] + list(map(past_state, spec.states))
+        presents = [name for layer in spec.layers for name in present_names(layer.layer)]
+        presents += map(present_state, spec.states)
         dtype = DTYPES.get(manifest.dtype, manifest.dtype)
         backend: Backend
         if infer is None:
             provider = choose_provider(provider, dtype, target.dtypes)
             session = open_session(folder, manifest, provider, low_memory=low_memory, threads=threads, config=config)
-            backend = BindingBackend(session, provider, dtype, pasts, presents)
+            backend = BindingBackend(session, provider, dtype, pasts, presents, len(spec.states))
         else:
             check_files(Path(folder), manifest, hashes=False)
             check_graph(manifest, *graph_facts(Path(folder) / MODEL), str(Path(folder) / MODEL))
-            backend = ArrayBackend(infer, pasts, presents)
+            backend = ArrayBackend(infer, pasts, presents, len(spec.states))
         return cls(manifest, backend, target, capacity)
 
     @property
@@ -105,6 +108,7 @@ class OrtSession:
                  for size in (layer.head_size, layer.value_head_size)]
         self._past = [self._backend.upload(np.zeros((batch, heads, room, size), self._dtype))
                       for heads, size in sizes]
+        self._past += [self._backend.upload(np.zeros((batch, *state.shape), state.dtype)) for state in self.spec.states]
 
     def step(self, input_ids: np.ndarray, new_lengths: np.ndarray | None = None, *, want_cache: bool = False) -> Step:
         """See `Session.step`."""
@@ -118,12 +122,16 @@ class OrtSession:
         logits = logits if logits.dtype == np.float32 else logits.astype(np.float32)
         if not want_cache:
             return Step(logits)
-        tensors = [written_rows(self._backend.download(t), before, new, sequence) for t in self._past]
-        return Step(logits, tuple(tensors[0::2]), tuple(tensors[1::2]))
+        tensors = [written_rows(self._backend.download(t), before, new, sequence) for t in self._past[: self._cached]]
+        return Step(logits, tuple(tensors[0::2]), tuple(tensors[1::2]), tuple(self.states()))
+
+    def states(self) -> list[np.ndarray]:
+        """Per state of fixed size [B, *shape], copies."""
+        return [np.array(self._backend.download(t)) for t in self._past[self._cached:]]
 
     def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Per layer (key [B, K, T, D], value [B, K, T, E]), copies; T is the capacity of a static cache."""
-        tensors = [np.array(self._backend.download(t)) for t in self._past]
+        tensors = [np.array(self._backend.download(t)) for t in self._past[: self._cached]]
         return list(zip(tensors[0::2], tensors[1::2]))
 
     def left_padded(self) -> np.ndarray | None:
@@ -145,7 +153,8 @@ class OrtSession:
         after = int((self._lengths + new).max())
         if not self._static and after < longest + ids.shape[1]:
             # ragged rows leave columns without a token: cut them, or they grow with every step
-            self._past = [self._backend.upload(self._backend.download(t)[:, :, :after]) for t in self._past]
+            self._past[: self._cached] = [self._backend.upload(self._backend.download(t)[:, :, :after])
+                                          for t in self._past[: self._cached]]
         return ran.logits
 
     def _call(self, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray, past: int, tensors: Sequence[Any]) -> _Ran:
@@ -166,13 +175,18 @@ class OrtSession:
         for b, count in enumerate(new.tolist()):
             if count:
                 length = int(self._lengths[b])
-                past = [self._row(tensor, b, length) for tensor in self._past]
+                past = [self._row(tensor, b, length) for tensor in self._past[: self._cached]]
+                past += [self._backend.row(tensor, b) for tensor in self._past[self._cached:]]
                 ran[b] = self._call(ids[b: b + 1, :count], self._lengths[b: b + 1], new[b: b + 1], length, past)
                 if self._static and not self._inplace:
-                    self._past = [self._put_row(tensor, b, row) for tensor, row in zip(self._past, ran[b].present)]
+                    self._past[: self._cached] = [self._put_row(tensor, b, row) for tensor, row in
+                                                  zip(self._past[: self._cached], ran[b].present)]
         if not self._static:
             after = int((self._lengths + new).max())
-            self._past = [self._gather(i, ran, after) for i in range(len(self._past))]
+            self._past[: self._cached] = [self._gather(i, ran, after) for i in range(self._cached)]
+        for i in range(self._cached, len(self._past)):
+            for b, row in ran.items():
+                self._past[i] = self._put_row(self._past[i], b, row.present[i])
         return self._join_logits(ids, new, {b: row.logits[0] for b, row in ran.items()})
 
     def _row(self, tensor: Any, b: int, length: int) -> Any:

@@ -13,7 +13,6 @@ from gqa_plugins.grouped_attention import reference
 from torch import Tensor
 
 from ... import attention_op
-from ..states import ops
 
 
 @torch.library.custom_op("gqa::grouped_query_attention", mutates_args=())
@@ -61,8 +60,7 @@ def onnx_schema() -> Any:
 
 
 def translation_table() -> dict[Any, Any]:
-    """What `torch.onnx.export(custom_translation_table=...)` needs to write the op as `gqa::GroupedQueryAttention`, and
-    those of state layers as theirs."""
+    """What `torch.onnx.export(custom_translation_table=...)` needs to write the op as `gqa::GroupedQueryAttention`."""
     import onnxscript
 
     domain = onnxscript.values.Opset(attention_op.DOMAIN, attention_op.VERSION)
@@ -76,4 +74,4 @@ def translation_table() -> dict[Any, Any]:
                        num_heads=num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap, window=window,
                        rotary_interleaved=rotary_interleaved, growing=growing)
 
-    return {torch.ops.gqa.grouped_query_attention.default: translate, **ops.translation_table()}
+    return {torch.ops.gqa.grouped_query_attention.default: translate}

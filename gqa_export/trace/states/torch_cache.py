@@ -1,0 +1,85 @@
+"""transformers' own cache of a model that keeps states, read as an export keeps them.
+
+transformers keeps as many past inputs of a convolution as its kernel is long, the op one less; state-space layers keep
+their matrix transposed. Which states there are is found by running the model's code without weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...checkpoint.state_kernels import keeps_states
+from ...spec import StateSpec
+from .kernels import AS_CACHED, STARTS_FROM_NOTHING
+
+_found: dict[str, tuple[StateSpec, ...]] = {}
+
+
+def observed_states(config: Any) -> tuple[StateSpec, ...]:
+    """The states of the models of a transformers configuration, by layer; none for those of attention alone.
+
+    Raises:
+        UnsupportedModel: a state of theirs cannot be followed.
+    """
+    if not keeps_states(config):
+        return ()
+    key = f"{type(config).__module__} {config.to_json_string(use_diff=False)}"
+    if key not in _found:
+        from .. import attention_hook, skeleton
+        from ..patches import registry
+        from ..probe.layer_probe import listen_with_cache
+
+        with registry.applied(config):
+            *_, states = listen_with_cache(skeleton.build(config, torch.float32, device="meta",
+                                                          attention=attention_hook.register()))
+        _found[key] = states
+    return _found[key]
+
+
+def empty_cache(config: Any, states: bool) -> Any:
+    """A cache of transformers that keeps everything. states: the model keeps states of fixed size, which a cache has
+    room for only where the configuration names them."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    if not states:
+        return DynamicCache()
+    from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionCacheLayerMixin
+
+    cache = DynamicCache(config=config)
+    for place, layer in enumerate(cache.layers):
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            both = isinstance(layer, LinearAttentionCacheLayerMixin)
+            cache.layers[place] = LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states) \
+                if both else DynamicLayer()
+    return cache
+
+
+def kept_states(states: tuple[StateSpec, ...], past: int, new: int) -> list[tuple[int, int]]:
+    """In which pieces (start, stop) a sequence takes its new tokens, so that its states go on from the past: at once,
+    but one by one where transformers' own code for several tokens forgets a state.
+
+    Args:
+        states: of the model.
+        past: tokens of the sequence so far.
+        new: tokens that it brings.
+    """
+    if past and any(state.kernel in STARTS_FROM_NOTHING for state in states):
+        return [(token, token + 1) for token in range(new)]
+    return [(0, new)] if new else []
+
+
+def states_of_row(cache: Any, states: tuple[StateSpec, ...]) -> list[torch.Tensor | None]:
+    """Each state of a cache of one sequence, in the shape of its spec; None where it was not filled yet."""
+    found: list[torch.Tensor | None] = []
+    for state in states:
+        kept = getattr(cache.layers[state.layer], f"{state.kind}_states")[state.index]
+        if kept is None:
+            found.append(None)
+        elif state.kind == "conv":
+            found.append(kept[0, :, -state.shape[-1]:])
+        else:
+            found.append(AS_CACHED.get(state.kernel, lambda tensor: tensor)(kept[0]))
+    return found
