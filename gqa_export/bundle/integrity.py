@@ -143,8 +143,9 @@ def check_belongs(spec: ModelSpec, shown: Mapping[str, object], where: str) -> N
     Args:
         spec: the bundle's model.
         shown: facts of the checkpoint's model as it runs: `model_type`, `vocabulary`, `layers` (how many have
-            attention), `layer numbers`, `states` (layer, name and shape of each), `alike` (numbers of the layers whose keys and values its own cache holds), and
-            per entry i of its cache `key {i}`, `value {i}`: (heads, size).
+            attention), `layer numbers`, `states` (layer, name and shape of each), `alike`
+            (numbers of the layers whose keys and values its own cache holds), and per entry i of its cache `key {i}`,
+            `value {i}`: (heads, size).
         where: the checkpoint.
 
     Raises:

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-MARKED = re.compile(r'^@use_kernel_func_from_hub_with_fallback\(\s*["\'](\w+)["\'][^)]*\)\s*\n(?:@[^\n]*\n)*def (\w+)\(',
-                    re.MULTILINE)
+MARKED = re.compile(r'''^@use_kernel_func_from_hub_with_fallback\(\s*["'](\w+)["'][^)]*\)\s*\n'''
+                    r"(?:@[^\n]*\n)*def (\w+)\(", re.MULTILINE)
 
 
 @cache

@@ -3,8 +3,9 @@
 The Comparator copies every output of every step, so a runner keeps its cache inside and shows the logits and the
 rows that the step wrote; the whole cache only at the end, when the feed's third flag is set. Outputs, in the order of
 computation: layer.{i}.key [B, K, S, D], layer.{i}.value [B, K, S, E], the states of fixed size as they are after the
-step, layer.{i}.conv_state [B, C, 1, K-1], layer.{i}.recurrent_state [B, heads * key size, 1, value size], logits [B, S, V] (or [B, 1, V], the last valid
-token), fed int64 [B, S] (the tokens fed), and at the end cache.{i}.key|value [B, K, longest, D|E]. What belongs to no
+step, layer.{i}.conv_state [B, C, 1, K-1], layer.{i}.recurrent_state [B, heads * key size, 1, value size], logits
+[B, S, V] (or [B, 1, V], the last valid token),
+fed int64 [B, S] (the tokens fed), and at the end cache.{i}.key|value [B, K, longest, D|E]. What belongs to no
 token is zero.
 """
 

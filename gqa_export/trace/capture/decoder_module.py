@@ -25,10 +25,9 @@ class Decoder(torch.nn.Module):
     """forward(input_ids [B, S], attention_mask [B, P + S], *past) -> (logits, *present).
 
     With `interface="lengths"`: forward(input_ids, past_lengths int32 [B], new_lengths int32 [B], *past).
-    `past` alternates key [B, K, P, D] and value [B, K, P, E], in the order of `spec.layers`, and ends with the states in
-    the order of `spec.states`, [B, *shape]. logits: "all" gives
-    [B, S, V]; "last" gives [B, 1, V], the last valid token of each row. A row whose mask has a 0 before a 1 among
-    its new tokens (left padding) gives NaN logits.
+    `past` alternates key [B, K, P, D] and value [B, K, P, E], in the order of `spec.layers`, and ends with the states
+    in the order of `spec.states`, [B, *shape]. logits: "all" gives [B, S, V]; "last" gives [B, 1, V], the last valid
+    token of each row. A row whose mask has a 0 before a 1 among its new tokens (left padding) gives NaN logits.
     """
 
     def __init__(self, model: torch.nn.Module, spec: ModelSpec, *, cache: str, logits: str, interface: str) -> None:
@@ -77,7 +76,7 @@ class Decoder(torch.nn.Module):
         model: Any = self.model
         if not self.states:
             return model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), position_ids=position_ids,
-                         use_cache=False).logits  # type: ignore[no-any-return]
+                         use_cache=False).logits
         cache = StandInCache(self)
         mask = torch.ones_like(input_ids) if self.specs else None
         with listening(cache):
@@ -144,13 +143,13 @@ class Decoder(torch.nn.Module):
             if _key(state) == (layer, kind, index):
                 if (layer, kind, index) in self._state["present"]:
                     break
-                return self._state["past"][2 * len(self.specs) + place]  # type: ignore[no-any-return]
-        raise UnsupportedModel(f"a layer uses a {kind} state that it did not show when it was probed, or uses one twice",
-                               f"layer {layer}", "what its layers keep changes from run to run; it is not supported",
-                               code="E-MODEL-STATE-TWICE")
+                return self._state["past"][2 * len(self.specs) + place]
+        raise UnsupportedModel(f"a layer uses a {kind} state that it did not show when it was probed, or uses one "
+                               "twice", f"layer {layer}", "what its layers keep changes from run to run; it is not "
+                               "supported", code="E-MODEL-STATE-TWICE")
 
     def _new_lengths(self) -> torch.Tensor:
-        return self._state["new_counts"]  # type: ignore[no-any-return]
+        return self._state["new_counts"]
 
 
 def _key(state: StateSpec) -> tuple[int, str, int]:

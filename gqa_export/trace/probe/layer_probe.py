@@ -6,6 +6,7 @@ scale, softcap and sinks; the tag in its mask gives the window.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -107,14 +108,14 @@ def listen_with_cache(model: torch.nn.Module) -> tuple[dict[int, Call], set[int]
     if keeps_states(model.config):
         stand_in = StandInCache(listener := _Listener())
         with listening(stand_in):
-            calls = listen(model, use_cache=True, listener=listener, **{cache_argument(model): stand_in})
+            calls = listen(model, use_cache=True, cache={cache_argument(model): stand_in}, listener=listener)
         stand_in.finish()
         stored = stand_in.stored
         return calls, {layer for layer, call in calls.items() if layer in stored and all(
             one.shape == seen.shape for one, seen in zip(stored[layer], (call.key, call.value)))}, listener.found()
     cache = DynamicCache()
     try:
-        calls = listen(model, use_cache=True, **{cache_argument(model): cache})
+        calls = listen(model, use_cache=True, cache={cache_argument(model): cache})
     except GqaExportError:
         calls = listen(model)
         return calls, set(calls), ()
@@ -127,15 +128,15 @@ def listen_with_cache(model: torch.nn.Module) -> tuple[dict[int, Call], set[int]
     return calls, alike, ()
 
 
-def listen(model: torch.nn.Module, use_cache: bool = False, *, listener: _Listener | None = None,
-           **cache: Any) -> dict[int, Call]:
+def listen(model: torch.nn.Module, use_cache: bool = False, cache: Mapping[str, Any] | None = None,
+           listener: _Listener | None = None) -> dict[int, Call]:
     """Run a model once on a few tokens.
 
     Args:
         model: with our attention, on any device, "meta" included.
         use_cache: as the model's own argument.
+        cache: further arguments of the model, such as past_key_values.
         listener: takes the calls; None makes one.
-        **cache: further arguments of the model, such as past_key_values.
 
     Returns:
         Its attention calls by layer.
@@ -150,7 +151,7 @@ def listen(model: torch.nn.Module, use_cache: bool = False, *, listener: _Listen
     with attention_hook.recording(listener, positions), torch.no_grad():
         try:
             model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions,
-                  use_cache=use_cache, **cache)
+                  use_cache=use_cache, **(cache or {}))
         except GqaExportError:
             raise
         except Exception as error:

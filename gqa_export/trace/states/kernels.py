@@ -46,7 +46,7 @@ def causal_conv(kernel: str, cache: StandInCache, hidden_states: Tensor, weight:
         return y
     from transformers.activations import ACT2FN
 
-    return ACT2FN[activation](y)  # type: ignore[no-any-return]
+    return ACT2FN[activation](y)
 
 
 def delta_rule(kernel: str, cache: StandInCache, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor,
@@ -55,11 +55,10 @@ def delta_rule(kernel: str, cache: StandInCache, query: Tensor, key: Tensor, val
     """The gated delta rule: g, the logarithm of the decay, is [B, S, H], or [B, S, H, N] in Kimi's delta attention."""
     _check_words(kernel, {**others, "initial_state": initial_state})
     layer, index = _place(kernel, cache)
-    wide = [tensor.float() for tensor in (query, key, value, g, beta)]
-    if use_qk_l2norm_in_kernel:
-        wide[:2] = [tensor * torch.rsqrt((tensor * tensor).sum(-1, keepdim=True) + 1e-6) for tensor in wide[:2]]
-    output, state = cache.recorder.recur(Recurrence(layer, index, kernel, *wide, "gated_delta",
-                                                    float(query.shape[-1]) ** -0.5))
+    unit = _unit_length if use_qk_l2norm_in_kernel else torch.Tensor.float
+    output, state = cache.recorder.recur(Recurrence(
+        layer, index, kernel, unit(query), unit(key), value.float(), g.float(), beta.float(), "gated_delta",
+        float(query.shape[-1]) ** -0.5))
     cache.returns(state, layer, index)
     return output.to(query.dtype), state
 
@@ -78,7 +77,7 @@ def chunk_scan(kernel: str, cache: StandInCache, hidden_states: Tensor, dt: Tens
     if dt_softplus:
         dt = torch.nn.functional.softplus(dt)
     low, high = dt_limit
-    if (low > 0 or not dt_softplus and low > -float("inf")) or high < float("inf"):
+    if (low > 0 if dt_softplus else low > -float("inf")) or high < float("inf"):
         limited, alone_B = torch.clamp(dt, min=low, max=high), cache.recorder.steps_alone()
         dt = limited if alone_B is None else torch.where(alone_B[:, None, None], dt, limited)
     x, dt = hidden_states.float(), dt.float()
@@ -178,6 +177,12 @@ def _mask(original: Callable[..., Any]) -> Callable[..., Any]:
         """Lengths say which tokens are padding, and the ops heed them."""
 
     return no_mask
+
+
+def _unit_length(x: Tensor) -> Tensor:
+    """The last axis made a unit vector, in fp32; the small number is that of the reference."""
+    x = x.float()
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
 
 def _place(kernel: str, cache: StandInCache) -> tuple[int, int]:

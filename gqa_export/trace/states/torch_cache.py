@@ -46,14 +46,14 @@ def empty_cache(config: Any, states: bool) -> Any:
 
     if not states:
         return DynamicCache()
-    from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionCacheLayerMixin
+    from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
     cache = DynamicCache(config=config)
     for place, layer in enumerate(cache.layers):
         if isinstance(layer, DynamicSlidingWindowLayer):
-            both = isinstance(layer, LinearAttentionCacheLayerMixin)
-            cache.layers[place] = LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states) \
-                if both else DynamicLayer()
+            states_too = getattr(layer, "number_of_states", 0)
+            cache.layers[place] = LinearAttentionAndFullAttentionLayer(number_of_states=states_too) if states_too \
+                else DynamicLayer()
     return cache
 
 
@@ -81,5 +81,6 @@ def states_of_row(cache: Any, states: tuple[StateSpec, ...]) -> list[torch.Tenso
         elif state.kind == "conv":
             found.append(kept[0, :, -state.shape[-1]:])
         else:
-            found.append(AS_CACHED.get(state.kernel, lambda tensor: tensor)(kept[0]))
+            arranged = AS_CACHED.get(state.kernel)
+            found.append(kept[0] if arranged is None else arranged(kept[0]))
     return found
