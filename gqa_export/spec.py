@@ -113,7 +113,7 @@ class StateSpec:
         return 4 * prod(self.shape)
 
 
-STATE_AXES = {"conv": ("channel", "past input"), "recurrent": ("head", "key", "value")}
+STATE_AXES = {"conv": ("channels", "past inputs"), "recurrent": ("heads", "key size", "value size")}
 """kind of a state -> what its axes count, without the batch"""
 
 

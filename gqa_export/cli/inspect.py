@@ -1,4 +1,4 @@
-"""`gqa-export inspect`: the attention layers of a bundle or checkpoint and what its KV cache costs."""
+"""`gqa-export inspect`: the attention layers of a bundle or checkpoint, its states, and what its KV cache costs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .trust_options import revision_option, trust_options
 
 if TYPE_CHECKING:
     from ..describe.inspection import Inspection, LayerGroup
+    from ..spec import ModelSpec
 
 
 @click.command(short_help="Show the attention layers and the KV-cache cost of a bundle or checkpoint.")
@@ -43,13 +44,14 @@ def describe(found: Inspection) -> list[str]:
         f"{spec.hidden_size}, vocabulary {spec.vocabulary}",
         f"  positions {spec.max_positions}, rotary {spec.rope or 'none'}",
         f"  {found.parameters:,} parameters, {readable_bytes(found.weight_bytes)} of weights",
-        "",
-        "attention",
-        *attention_table(found.groups),
-        "",
-        f"KV cache of one sequence, {found.element_dtype}",
-        *cache_table(found),
     ]
+    if found.groups:
+        lines += ["", "attention", *attention_table(found.groups)]
+    if spec.states:
+        lines += ["", f"states of one sequence, fp32: {readable_bytes(spec.state_bytes)}, constant in its length",
+                  *state_table(spec)]
+    if found.groups:
+        lines += ["", f"KV cache of one sequence, {found.element_dtype}", *cache_table(found)]
     if found.manifest is not None:
         lines += ["", *bundle_lines(found)]
     return lines
@@ -68,6 +70,16 @@ def attention_table(groups: tuple[LayerGroup, ...]) -> list[str]:
                      str(a.num_heads), str(a.kv_num_heads), size, str(a.window) if a.window else "all",
                      f"{a.softcap:g}" if a.softcap else "none", "yes" if a.sinks else "no", f"{a.scale:.6g}"))
     return aligned(header, rows, left=2)
+
+
+def state_table(spec: ModelSpec) -> list[str]:
+    """One row for each group of layers that keep the same state."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for state in spec.states:
+        sizes = ", ".join(f"{axis} {size}" for size, axis in zip(state.shape, state.axes))
+        groups.setdefault((state.name, state.kernel, sizes, readable_bytes(state.bytes)), []).append(state.layer)
+    rows = [(numbers(tuple(layers)), *facts) for facts, layers in groups.items()]
+    return aligned(("layers", "state", "kernel", "shape", "bytes"), rows, left=4)
 
 
 def numbers(layers: tuple[int, ...]) -> str:

@@ -20,6 +20,8 @@ REACH = 2048
 """longest prompt made only to pass a rotary scaling's original length; windows are always passed if they fit"""
 RAGGED_REACH = 1024
 """longest row of the ragged case: three rows are run one by one through PyTorch, twice"""
+STATE_PROMPT = 73
+"""prompt of a model that keeps states: past the chunk of 64 tokens in which transformers computes linear attention"""
 GARBAGE = (1.0e4, -1.0e4)
 """content of the cache's tail in the case `garbage_tail`: far outside any real key, and still finite in fp16"""
 
@@ -92,7 +94,8 @@ def plan_cases(spec: ModelSpec, capacity: int, *, steps: int = 32, original_posi
     reach = sorted({w for w in (*windows, *(layer.window for layer in spec.layers)) if 0 < w < capacity})
 
     cases = [
-        _teacher_forced(ids, room, steps, chunk, reach, original_positions, notes),
+        _teacher_forced(ids, room, steps, chunk, reach, original_positions, notes,
+                        STATE_PROMPT if spec.states else 48),
         _free_running(ids, room, steps, chunk, reach, text_ids),
         _ragged(ids, room, steps, chunk, reach, notes),
         _garbage_tail(ids, capacity, chunk, (*GARBAGE, float("nan")) if nan_tail_safe else GARBAGE),
@@ -101,8 +104,8 @@ def plan_cases(spec: ModelSpec, capacity: int, *, steps: int = 32, original_posi
 
 
 def _teacher_forced(ids: TokenIds, room: int, steps: int, chunk: int, windows: list[int], original: int,
-          notes: list[str]) -> Case:
-    length = max([48, *(window + 9 for window in windows)])
+                    notes: list[str], least: int) -> Case:
+    length = max([least, *(window + 9 for window in windows)])
     if original and original + 9 <= min(room, REACH):
         length = max(length, original + 9)
     elif original and original + 9 <= room:

@@ -1,4 +1,4 @@
-"""What a decoder's attention is made of and what its KV cache costs: figures from a `ModelSpec`, no weights read.
+"""What a decoder's attention and states are made of and what they cost: figures from a `ModelSpec`, no weights read.
 
 Bytes of a cache: per layer K * (D + E) * element size for every token of every sequence (dimensions as in
 `gqa_export.attention_op`). All layers keep all tokens, windowed ones too: that is what the exported graphs do.
@@ -65,13 +65,15 @@ class Inspection:
     manifest: Manifest | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for `--json`: one entry of `layers` for every attention layer."""
+        """Plain data, for `--json`: one entry of `layers` for every attention layer, of `states` for every state."""
         data = asdict(self)
         del data["groups"]
         data["kv_cache"] = data.pop("costs")
         layers = data["spec"].pop("layers")
         data["layers"] = [{"kind": kind_of_attention(layer), **facts}
                           for layer, facts in zip(self.spec.layers, layers, strict=True)]
+        data["states"] = [{"name": state.name, "bytes": state.bytes, **facts}
+                          for state, facts in zip(self.spec.states, data["spec"].pop("states"), strict=True)]
         manifest = data.pop("manifest")
         if manifest is not None:
             manifest.pop("spec")

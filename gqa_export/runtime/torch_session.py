@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..checkpoint.cache_argument import cache_argument
 from ..errors import GqaExportError
 from ..spec import FLOATS, ModelSpec
-from ..trace.states.torch_cache import empty_cache, kept_states, observed_states, states_of_row
+from ..trace.states.torch_cache import empty_cache, has_keys, kept_states, observed_states, states_of_row
 from .feeds import check_feed, written_rows
 from .session import Step
 
@@ -126,7 +126,7 @@ class TorchSession:
         layers = max(self._caches, key=lambda cache: len(cache.layers)).layers
         total = int(self._lengths.max())
         return [tuple(self._stack(number, name, total) for name in ("keys", "values"))  # type: ignore[misc]
-                for number, layer in enumerate(layers) if not self._states or hasattr(layer, "keys")]
+                for number, layer in enumerate(layers) if not self._states or has_keys(layer)]
 
     def _stack(self, layer: int, name: str, total: int) -> np.ndarray:
         found = [getattr(c.layers[layer], name) if len(c.layers) > layer else None for c in self._caches]

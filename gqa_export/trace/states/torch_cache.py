@@ -57,6 +57,13 @@ def empty_cache(config: Any, states: bool) -> Any:
     return cache
 
 
+def has_keys(layer: Any) -> bool:
+    """Whether an entry of a cache is of a layer with attention: others have states alone, or nothing (`mlp`)."""
+    from transformers.cache_utils import CacheLayerMixin
+
+    return isinstance(layer, CacheLayerMixin)
+
+
 def kept_states(states: tuple[StateSpec, ...], past: int, new: int) -> list[tuple[int, int]]:
     """In which pieces (start, stop) a sequence takes its new tokens, so that its states go on from the past: at once,
     but one by one where transformers' own code for several tokens forgets a state.
