@@ -14,7 +14,9 @@ import onnx
 from .. import attention_op, graph_io
 from ..errors import first_line
 from ..graph.passes import NearMiss, Pass, Rewritten, run_passes
+from ..state_ops import CAUSAL_CONV
 from .context import Context
+from .state_functions import op_of
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -23,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 
 def infer_shapes(model: onnx.ModelProto, context: Context) -> Rewritten:
-    """Give every value its type and shape, which the rules need; counts the attention outputs typed by contract."""
+    """Give every value its type and shape, which the rules need; counts the outputs typed by contract: those of
+    attention and of the state ops."""
     layers = {graph_io.past_names(layer.layer)[0]: layer for layer in context.spec.layers}
     elements = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
     known = {value.name: value for value in model.graph.value_info}
@@ -43,17 +46,40 @@ def infer_shapes(model: onnx.ModelProto, context: Context) -> Rewritten:
         typed = onnx.helper.make_tensor_value_info(node.output[0], elements[node.input[place]], shape)
         (known.get(node.output[0]) or model.graph.value_info.add()).CopyFrom(typed)
         count += 1
+    states, state_misses = _type_states(model, context, elements)
     try:
         model.CopyFrom(onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True))
     except Exception as reason:  # slower, equally right
         logger.debug("types and shapes could not be inferred", exc_info=True)
         remark = f"types and shapes could not be inferred, so what needs them is not fused: {first_line(reason)}"
         context.remarks.extend((layer.layer, remark) for layer in context.spec.layers)
-    return Rewritten(count, tuple(misses))
+    return Rewritten(count + states, (*misses, *state_misses))
 
 
-INFER: Pass[onnx.ModelProto, Context] = Pass("infer_shapes", infer_shapes,
-                                             expect=lambda context: len(context.spec.layers))
+def _type_states(model: onnx.ModelProto, context: Context, elements: dict[str, int]) -> tuple[int, list[NearMiss]]:
+    """Type the outputs of the state ops, which read and write fp32 states; counts the calls."""
+    states = {graph_io.past_state(state): state for state in context.spec.states}
+    count, misses = 0, []
+    for node in model.graph.node:
+        op = op_of(node)
+        if op is None:
+            continue
+        place = op.input_index("state")
+        name = node.input[place] if len(node.input) > place else ""
+        if name not in states:
+            misses.append(NearMiss(node.name, f"its state is {name!r}, which is not a state of a layer"))
+            continue
+        count += 1
+        sizes = states[name].shape
+        shape: list[str | int | None] = [graph_io.BATCH, graph_io.SEQUENCE, sizes[0], sizes[-1]]
+        if op is CAUSAL_CONV:
+            shape = [graph_io.BATCH, sizes[0], graph_io.SEQUENCE]
+        model.graph.value_info.append(onnx.helper.make_tensor_value_info(node.output[0], elements[name], shape))
+    return count, misses
+
+
+INFER: Pass[onnx.ModelProto, Context] = Pass(
+    "infer_shapes", infer_shapes, expect=lambda context: len(context.spec.layers) + len(context.spec.states))
 
 
 def prepare(model: onnx.ModelProto, passes: Sequence[Pass[onnx_ir.Model, Context]],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import onnx
 
 from ...graph.passes import Pass
-from .. import attention_function, head_axes
+from .. import attention_function, head_axes, state_functions
 from ..attention_calls import only_fallbacks_are_left
 from ..context import Context
 from ..rotary import fold
@@ -38,7 +38,7 @@ PASSES = [
 
 
 def finish(model: onnx.ModelProto, context: Context) -> onnx.ModelProto:
-    """Add the function that layers which fell back still call."""
+    """Add the function that layers which fell back still call; write the bodies of the state ops that are left."""
     if any(attention_function.is_call(node) for node in model.graph.node):
         attention_function.attach_function(model)
-    return model
+    return state_functions.inline(model)
