@@ -76,6 +76,12 @@ class Target:
     """query, key and value may be one matrix product"""
     function: bool = False
     """the model carries the op as a model-local function"""
+    state_ops: Mapping[str, str] = field(default_factory=dict)
+    """state op -> the operator that it becomes where the runtime has it; the others become standard operators"""
+    state_ops_since_first: tuple[str, ...] = ()
+    """those of `state_ops` that every version of the runtime has which this package takes"""
+    states_missing: str = ""
+    """why the target cannot hold layers that keep a state of fixed size; "" if it can"""
     dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def cannot_hold(self, layer: AttentionSpec) -> list[str]:
@@ -112,6 +118,9 @@ _ROWS = (
            interface="mask", value_head_size_differs=False, head_size_multiple=8, shares_buffer=True, chunks_alone=True,
            empty_alone=True,
            rotary_inside=True, rotary_head_multiple=16, rotary_half_multiple=8, packed_projections=True, genai=True,
+           state_ops=MappingProxyType({"LinearAttention": "com.microsoft::LinearAttention",
+                                       "CausalConv": "com.microsoft::CausalConvWithState"}),
+           state_ops_since_first=("com.microsoft::LinearAttention", "com.microsoft::CausalConvWithState"),
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")})),
     Target(name="onnx", dialect="onnx.passes", attention="Attention", fallback="gqa::GroupedQueryAttention",
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask", softcap=False, sinks=False,

@@ -28,6 +28,8 @@ class LowerOptions:
         logits: "all" or "last".
         provider: where the graph is to run, "cpu" or "cuda".
         packed: weights are copied, so matrices may be joined; False where they are used as stored.
+        runtime_ops: operators of `Target.state_ops` that the installed runtime has; None where that is not known: those
+            that every version has which this package takes.
     """
 
     target: str
@@ -36,6 +38,7 @@ class LowerOptions:
     logits: str = "all"
     provider: str = "cpu"
     packed: bool = True
+    runtime_ops: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,13 @@ class Context:
             self.fallbacks.append(Fallback(layer.layer, self.target.attention, self.target.fallback,
                                            "; ".join(reasons)))
         return bool(reasons)
+
+    def fused_state_op(self, name: str) -> str:
+        """The operator that a state op becomes on this target; "" where it becomes its body in standard operators: the
+        target has no operator for it, or the installed runtime does not."""
+        op = self.target.state_ops.get(name, "")
+        known = self.target.state_ops_since_first if self.options.runtime_ops is None else self.options.runtime_ops
+        return op if op in known else ""
 
     def result(self, model: onnx.ModelProto) -> Lowered:
         """What the lowering gives, with the model as it came out."""

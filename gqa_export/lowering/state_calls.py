@@ -74,6 +74,11 @@ def number_of_states(context: Context) -> int:
     return len(context.spec.states)
 
 
+def fused_states(context: Context) -> int:
+    """How many calls become an operator of the runtime."""
+    return sum(bool(context.fused_state_op(OP_OF_KIND[state.kind].name)) for state in context.spec.states)
+
+
 def _check(call: StateCall) -> None:
     node, op, state = call
     wrong = []

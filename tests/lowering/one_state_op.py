@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,15 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from gqa_export import state_ops
+from gqa_export import graph_io, state_ops
+from gqa_export.graph import edit
+from gqa_export.graph.passes import Pass, run_passes
+from gqa_export.lowering import state_functions
+from gqa_export.lowering.context import Context, LowerOptions
+from gqa_export.lowering.state_calls import fused_states
+from gqa_export.spec import ModelSpec, StateSpec
 from gqa_export.state_ops import ACTIVATIONS, CAUSAL_CONV, LINEAR_ATTENTION, RULES, StateOp, is_delta, is_gated
+from gqa_export.targets import get_target
 from gqa_export.trace.states import ops
 
 Feeds = dict[str, np.ndarray]
@@ -88,13 +96,16 @@ def op_model(op: StateOp, feeds: Feeds, attributes: dict[str, Any], opset: int =
     def info(port: state_ops.StatePort, array: np.ndarray | None, element: int) -> onnx.ValueInfoProto:
         dims = [axes.get(letter) or (int(array.shape[place]) if array is not None else None)
                 for place, letter in enumerate(port.shape)]
-        return helper.make_tensor_value_info(port.name, element, dims)
+        return helper.make_tensor_value_info(names.get(port.name, port.name), element, dims)
 
+    state = state_of(op, feeds)
+    names = {"state": graph_io.past_state(state), "new_state": graph_io.present_state(state)}
     elements = {name: helper.np_dtype_to_tensor_dtype(value.dtype) for name, value in feeds.items()}
     constant = {name for name, value in feeds.items() if value.size == 1 and name in ("decay", "beta", "bias")}
     inputs = [info(port, feeds[port.name], elements[port.name]) for port in op.inputs if port.name not in constant]
     outputs = [info(port, None, elements[op.input_names[0] if port.type == "T" else "state"]) for port in op.outputs]
-    node = helper.make_node(op.name, list(op.input_names), list(op.output_names), name="layers.0/call",
+    node = helper.make_node(op.name, [names.get(name, name) for name in op.input_names],
+                            [names.get(name, name) for name in op.output_names], name="layers.0/call",
                             domain=state_ops.DOMAIN, **attributes)
     tensors = [onnx.numpy_helper.from_array(feeds[name], name) for name in sorted(constant)]
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(state_ops.DOMAIN, state_ops.VERSION)]
@@ -109,7 +120,28 @@ def run(model: onnx.ModelProto, feeds: Feeds) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()})
+    return session.run(None, inputs_of(session.get_inputs(), feeds))
+
+
+def inputs_of(inputs: Iterable[Any], feeds: Feeds) -> Feeds:
+    """`feeds` by the names of a graph's inputs: a state goes by another one there."""
+    return {value.name: feeds[value.name] if value.name in feeds else feeds["state"] for value in inputs}
+
+
+def state_of(op: StateOp, feeds: Feeds) -> StateSpec:
+    """The spec of the state of a call."""
+    return StateSpec(0, "conv" if op is CAUSAL_CONV else "recurrent", 0, op.torch_name, feeds["state"].shape[1:])
+
+
+def lowered(op: StateOp, model: onnx.ModelProto, feeds: Feeds, target: str, lower_states: Any,
+            runtime_ops: frozenset[str] | None = None) -> onnx.ModelProto:
+    """The call after a target's pass, and what that left written as its body."""
+    spec = ModelSpec(model_type="one_op", architecture="OneOp", vocabulary=1, hidden_size=1, max_positions=0, rope="",
+                     layers=(), states=(state_of(op, feeds),))
+    context = Context(spec, get_target(target), LowerOptions(target, runtime_ops=runtime_ops), model)
+    graph = edit.load(model)
+    run_passes(graph, [Pass("lower_states", lower_states, expect=fused_states)], context, context.log)
+    return state_functions.inline(edit.save(graph))
 
 
 def roundings(op: StateOp, feeds: Feeds) -> int:

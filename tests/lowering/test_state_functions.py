@@ -21,6 +21,7 @@ from .one_state_op import (
     assert_same,
     conv_feeds,
     in_type,
+    inputs_of,
     label,
     linear_feeds,
     op_model,
@@ -54,9 +55,9 @@ def test_body_in_fp64_is_exact(case, runtime):
     if runtime == "onnxruntime":
         actual = run(model, wide)
     else:
-        names = {value.name for value in model.graph.input}
         with np.errstate(all="ignore"):  # it computes what is padded too
-            actual = onnx.reference.ReferenceEvaluator(model).run(None, {name: wide[name] for name in names})
+            actual = onnx.reference.ReferenceEvaluator(model).run(
+                None, inputs_of(model.graph.input, wide))
     assert_same(op, actual, wide, attributes, unit=2.0 ** -53)
 
 

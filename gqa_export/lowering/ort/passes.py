@@ -14,7 +14,8 @@ from .. import attention_function, head_axes, state_functions
 from ..attention_calls import only_fallbacks_are_left
 from ..context import Context
 from ..rotary import fold
-from . import attention, matmul, norms, position_guard
+from ..state_calls import fused_states
+from . import attention, matmul, norms, position_guard, states
 
 PREPARE = [
     Pass("fuse_norms", norms.fuse_norms, requires=("infer_shapes",)),
@@ -31,6 +32,7 @@ PASSES = [
     Pass("unreshape", head_axes.unreshape, requires=("norms_before_transposes", "rotary_inside")),
     Pass("lower_attention", attention.lower_attention, expect=attention.holdable, requires=("rotary_inside",),
          ensures=only_fallbacks_are_left),
+    Pass("lower_states", states.lower_states, expect=fused_states),
     Pass("transposed_products", matmul.transposed_products),
     Pass("packed_projections", matmul.pack_projections, requires=("lower_attention", "transposed_products")),
     Pass("lean_guard", position_guard.lean_guard, expect=lambda context: 1),
