@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import GqaExportError, UnsupportedModel
+from .states.stand_in_cache import current
 
 NAME = "gqa_export"
 
@@ -128,7 +129,9 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
     Raises:
         UnsupportedModel: an argument is not understood, or the layer's number is not known.
     """
-    layer = getattr(module, "layer_idx", None) if layer is None else layer
+    cache = current()
+    shared = cache.layer_of(key) if cache is not None else None  # one module may serve several layers
+    layer = shared if shared is not None else getattr(module, "layer_idx", None) if layer is None else layer
     for name, value_given in others.items():
         if name in WITHOUT_EFFECT or value_given is None or value_given is False:
             continue

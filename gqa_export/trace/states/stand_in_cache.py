@@ -95,6 +95,10 @@ class StandInCache:
         self.stored[layer] = (key, value)
         return key, value
 
+    def layer_of(self, key: torch.Tensor) -> int | None:
+        """The layer that gave these keys; None where they were made after the cache (from latents)."""
+        return next((layer for layer, (stored, _) in self.stored.items() if stored is key), None)
+
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
         """Nothing: the convolution reads its state itself."""
 
