@@ -6,13 +6,15 @@ baseline of `compare.tolerance`), and the bundle.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 from ..bundle.attention_claims import check_claims
 from ..bundle.integrity import check_belongs, check_files
-from ..bundle.manifest import read_manifest
+from ..bundle.manifest import Manifest, read_manifest
 from ..checkpoint.checkpoint import Checkpoint
 from ..compare.judge import judge
 from ..compare.suite import STEPS, plan_suite
@@ -94,6 +96,11 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         bundle=str(folder), against=str(against), target=manifest.target, dtype=manifest.dtype,
         checked_dtype=ran_dtype, reference_dtype=known.dtype, provider=provider, cache=manifest.cache,
         capacity=manifest.capacity, cases=(*(judge(log, ran_dtype) for log in logs), refused), level=level,
-        notes=(*plan.notes, *notes), versions=versions(), seconds=time.perf_counter() - began)
+        notes=(*plan.notes, *notes), versions=versions(), seconds=time.perf_counter() - began,
+        identity=identity_of(manifest, known.digest))
 
 
+def identity_of(manifest: Manifest, digest: str) -> str:
+    """See `Verdict.identity`. digest: of the checkpoint."""
+    chosen = [digest, manifest.logits, manifest.weights, manifest.source.get("text_only", False)]
+    return hashlib.sha256(json.dumps(chosen, default=str).encode()).hexdigest()
