@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedModel, first_line
+from ..errors import UnsupportedModel, cause_of
 from .gguf_header import GgufHeader, read_gguf_header
 from .gguf_reader_patch import quick_gguf
 from .quiet import quiet
@@ -33,7 +33,7 @@ def gguf_facts(path: str, mtime_ns: int) -> tuple[transformers.PretrainedConfig,
                                                 trust_remote_code=False)
     except Exception as error:
         raise UnsupportedModel(f"transformers cannot read the GGUF architecture {header.architecture!r}: "
-                               f"{first_line(error)}", path, "give the original Hugging Face checkpoint",
+                               f"{cause_of(error)}", path, "give the original Hugging Face checkpoint",
                                code="E-CKPT-GGUF-ARCHITECTURE") from error
     return config, header
 

@@ -7,8 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import GqaExportError, InvalidCheckpoint, first_line
+from ..errors import GqaExportError, InvalidCheckpoint, cause_of
 from ..spec import FLOATS
+from .building import building
 from .checkpoint import Checkpoint
 from .gguf_config import gguf_facts, identity
 from .gguf_reader_patch import quick_gguf
@@ -30,7 +31,7 @@ def load_skeleton(checkpoint: Checkpoint, **config_overrides: Any) -> torch.nn.M
     from transformers import AutoModelForCausalLM
 
     config = load_config(checkpoint, **config_overrides)
-    with quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"), building(config):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     refuse_modules(model, checkpoint.source, checkpoint.text_only)
     return model.eval()
@@ -84,7 +85,7 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
         if unmerged:
             raise InvalidCheckpoint(f"the checkpoint lacks parts of {some(sorted(set(unmerged)))}", checkpoint.source,
                                     "download the checkpoint again", code="E-CKPT-TENSORS-MISSING") from error
-        raise InvalidCheckpoint(f"transformers cannot load the model: {first_line(error)}", checkpoint.source,
+        raise InvalidCheckpoint(f"transformers cannot load the model: {cause_of(error)}", checkpoint.source,
                                 "check that config.json and the weights belong together",
                                 code="E-CKPT-LOAD") from error
     model, info = cast("tuple[Any, dict[str, Any]]", loaded)

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InvalidCheckpoint, first_line
+from ..errors import InvalidCheckpoint, cause_of
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever a damaged or malicious pickle makes the unpickler raise
-        raise InvalidCheckpoint(f"the pickle holds something else than tensors, or is damaged: {first_line(error)}",
+        raise InvalidCheckpoint(f"the pickle holds something else than tensors, or is damaged: {cause_of(error)}",
                                 str(path), CONVERT, code="E-CKPT-PICKLE-CONTENT") from error
     if not isinstance(found, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
                                               for name, value in found.items()):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.load_config import load_config
 from ..checkpoint.tokenizer import has_tokenizer, tokenizer_files
-from ..errors import InvalidCheckpoint, first_line
+from ..errors import InvalidCheckpoint, cause_of
 from ..files.scratch import scratch_folder
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises plain Exception, and panics with what is not even one
-        raise InvalidCheckpoint(f"the tokenizer cannot be read: {first_line(error)}", str(path),
+        raise InvalidCheckpoint(f"the tokenizer cannot be read: {cause_of(error)}", str(path),
                                 "fetch tokenizer.json again, or remove it to export for token ids only",
                                 code="E-CKPT-TOKENIZER") from error
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compare.verdict import CaseVerdict, Verdict
-from ..errors import GqaExportError, first_line
+from ..errors import GqaExportError, cause_of
 
 FORMAT = 2
 BY_NAME = 1
@@ -65,7 +65,7 @@ class Baseline:
             raise GqaExportError("the baseline does not exist", str(path), REMAKE,
                                  code="E-REPORT-BASELINE-MISSING") from error
         except (OSError, ValueError, RecursionError) as error:
-            raise GqaExportError(f"the baseline cannot be read: {first_line(error)}", str(path), ANEW,
+            raise GqaExportError(f"the baseline cannot be read: {cause_of(error)}", str(path), ANEW,
                                  code="E-REPORT-BASELINE-READ") from error
         if isinstance(data, dict) and data.get("format") == BY_NAME:
             raise GqaExportError("this baseline has format 1, which tells bundles apart by their folder's name alone: "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.tokenized_text import load_tokenizer, packed, read_text, spread, tokenize
-from ..errors import GqaExportError, InvalidCheckpoint, first_line
+from ..errors import GqaExportError, InvalidCheckpoint, cause_of
 from ..files.sha256 import files_sha256
 from .options import UptrainOptions
 
@@ -47,7 +47,7 @@ def documents(spec: str) -> Iterator[str]:
         for example in data:
             yield str(example["text"])
     except Exception as error:  # the library raises anything for a missing name, configuration, split or column
-        raise GqaExportError(f"the data set cannot be read: {first_line(error)}", spec,
+        raise GqaExportError(f"the data set cannot be read: {cause_of(error)}", spec,
                              "give hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT of a data set with a column "
                              "text, or a text file", code="E-UPTRAIN-DATA-SET") from error
 

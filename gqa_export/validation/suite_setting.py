@@ -13,7 +13,7 @@ import numpy as np
 
 from ..bundle.manifest import Manifest
 from ..compare.suite import Setting
-from ..errors import GqaExportError, InvalidBundle, first_line
+from ..errors import GqaExportError, InvalidBundle, cause_of
 from ..runtime.text import JSON, open_tokenizer
 
 SAMPLE = ("The water of a river that reaches the sea has travelled for weeks. Most of it fell as rain, some as snow, "
@@ -92,7 +92,7 @@ def _encoded(folder: Path, text: str) -> np.ndarray | None:
     except (GqaExportError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library panics with an exception that is not an Exception
-        raise InvalidBundle(f"the tokenizer cannot encode a sentence: {first_line(error)}", str(folder / JSON),
+        raise InvalidBundle(f"the tokenizer cannot encode a sentence: {cause_of(error)}", str(folder / JSON),
                             "copy it from the checkpoint again", code="E-BUNDLE-TOKENIZER") from error
 
 
@@ -109,7 +109,7 @@ def _read(folder: Path, path: Path) -> np.ndarray:
     try:
         ids = _encoded(folder, path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise GqaExportError(f"the text cannot be read: {first_line(error)}", str(path), "give a text file in UTF-8",
+        raise GqaExportError(f"the text cannot be read: {cause_of(error)}", str(path), "give a text file in UTF-8",
                              code="E-OPTION-TEXT-FILE") from error
     if ids is None:
         raise GqaExportError("--text needs a tokenizer, and the bundle has none", str(folder),

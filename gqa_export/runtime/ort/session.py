@@ -16,7 +16,7 @@ import numpy as np
 
 from ...bundle.integrity import check_files
 from ...bundle.manifest import MODEL, Manifest, read_manifest
-from ...errors import GqaExportError, first_line
+from ...errors import GqaExportError, cause_of
 from ...graph_io import ATTENTION_MASK, INPUT_IDS, past_names, present_names
 from ...spec import DTYPES
 from ...targets import Target, get_target
@@ -155,7 +155,7 @@ class OrtSession:
         except (GqaExportError, MemoryError):
             raise
         except Exception as error:  # onnxruntime's own exceptions share no public base class
-            raise GqaExportError(f"ONNX Runtime failed while running the graph: {first_line(error)}",
+            raise GqaExportError(f"ONNX Runtime failed while running the graph: {cause_of(error)}",
                                  f"{len(ids)} sequences, {ids.shape[1]} new tokens, {past} past",
                                  "validate the bundle; if it passes, report this message",
                                  code="E-RUN-FAILED") from error

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...checkpoint.cache_argument import cache_argument
-from ...errors import GqaExportError, UnsupportedModel, first_line
+from ...errors import GqaExportError, UnsupportedModel, cause_of
 from ...spec import AttentionSpec, ModelSpec
 from .. import attention_hook, skeleton
 from ..attention_hook import Call
@@ -134,7 +134,7 @@ def listen(model: torch.nn.Module, use_cache: bool = False, **cache: Any) -> dic
                                        "experts does), which a fixed graph cannot hold", type(model).__name__,
                                        "not supported; models whose experts go through transformers' experts "
                                        "interface are", code="E-MODEL-DATA-DEPENDENT") from error
-            raise UnsupportedModel(f"the model does not run as a decoder: {first_line(error)}", type(model).__name__,
+            raise UnsupportedModel(f"the model does not run as a decoder: {cause_of(error)}", type(model).__name__,
                                    "only decoder language models that take input_ids, attention_mask and position_ids "
                                    "are supported", code="E-MODEL-NOT-A-DECODER") from error
     return listener.calls
