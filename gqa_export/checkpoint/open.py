@@ -17,6 +17,7 @@ from .pickle_permission import trust
 from .pickle_weights import pickle_files
 from .refusals import refuse_quantized, refuse_raw_config
 from .safetensors_header import StoredTensor, read_header
+from .same_weights import refuse_twice, refuse_two_checkpoints
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
@@ -91,7 +92,7 @@ def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:
 
 def _read_tensors(source: str, folder: Path) -> dict[str, StoredTensor]:
     if (folder / INDEX).is_file():
-        return _read_shards(folder)
+        return _read_indexed(folder)
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
     if any(folder.glob("pytorch_model*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
@@ -105,19 +106,39 @@ def _read_tensors(source: str, folder: Path) -> dict[str, StoredTensor]:
     refuse_weights(folder, source, FIX_FOLDER)
 
 
-def _read_shards(folder: Path) -> dict[str, StoredTensor]:
+def _read_indexed(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of the index's shards; of model.safetensors where that is there too and holds the same."""
+    weight_map = _weight_map(folder)
+    shards = set(weight_map.values())
+    if not (folder / SINGLE).is_file() or SINGLE in shards:
+        return _read_shards(folder, weight_map)
+    single = read_header(folder / SINGLE)
+    there = {name: shard for name, shard in weight_map.items() if (folder / shard).is_file()}
+    refuse_two_checkpoints(single, _read_shards(folder, there), (SINGLE, INDEX), str(folder),
+                           part=len(there) < len(weight_map))
+    return single
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """File by tensor, as the index has it."""
     index = read_json(folder / INDEX)
     weight_map = index.get("weight_map")
     again = "download or copy the checkpoint again"
     if not isinstance(weight_map, dict) or not weight_map:
         raise InvalidCheckpoint("the index of the shards does not have a weight_map", str(folder / INDEX), again,
                                 code="E-CKPT-INDEX")
-    shards: dict[str, dict[str, StoredTensor]] = {}
-    tensors = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise InvalidCheckpoint(f"the index places tensor {name!r} in {shard!r}, which is not a file of this "
                                     "folder", str(folder / INDEX), again, code="E-CKPT-INDEX")
+    return weight_map
+
+
+def _read_shards(folder: Path, weight_map: dict[str, str]) -> dict[str, StoredTensor]:
+    again = "download or copy the checkpoint again"
+    shards: dict[str, dict[str, StoredTensor]] = {}
+    tensors: dict[str, StoredTensor] = {}
+    for name, shard in weight_map.items():
         if shard not in shards:
             if not (folder / shard).is_file():
                 raise InvalidCheckpoint(f"the shard {shard} is missing", str(folder), again,
@@ -127,8 +148,11 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
             raise InvalidCheckpoint(f"tensor {name!r} is missing from its shard", str(folder / shard), again,
                                     code="E-CKPT-TENSORS-MISSING")
         tensors[name] = shards[shard][name]
-    for tensors_of_shard in shards.values():  # transformers loads what a shard has, listed in the index or not
-        tensors.update((name, tensor) for name, tensor in tensors_of_shard.items() if name not in weight_map)
+    for shard, found in shards.items():  # transformers loads what a shard has, listed in the index or not
+        for name, tensor in found.items():
+            known = tensors.setdefault(name, tensor)
+            if known is not tensor:
+                refuse_twice(name, known, tensor, (known.path.name, shard), str(folder))
     return tensors
 
 
