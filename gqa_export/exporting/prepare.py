@@ -95,7 +95,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
     budget.check("lowering")
     return Prepared(checkpoint, options, dtype, target, traced, kept, lowered, weight_store(checkpoint, traced, budget),
-                    notes)
+                    (*checkpoint.notes, *notes))
 
 
 def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, target: Target,
