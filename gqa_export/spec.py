@@ -75,7 +75,9 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A whole decoder. `max_positions` is the longest sequence it was made for; `rope` its rotary type or ""."""
+    """A whole decoder. `max_positions` is the longest sequence it was made for; `rope` its rotary type or "".
+    `rope_switch`: a sequence of more tokens than this is rotated by another table (`longrope`), 0: one table for all.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -86,6 +88,7 @@ class ModelSpec:
     max_positions: Count
     rope: Text
     layers: Annotated[tuple[AttentionSpec, ...], Limits(max_length=MOST_LAYERS, fail_fast=True)]
+    rope_switch: Count = 0
 
     def cache_bytes_per_token(self, element_bytes: int) -> int:
         """Bytes of keys and values that one token adds to the whole cache."""

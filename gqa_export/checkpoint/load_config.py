@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InvalidCheckpoint, UnsupportedModel, cause_of
 from .checkpoint import Checkpoint
 from .quiet import quiet
-from .refusals import FIX_DECODER, refuse_config
+from .refusals import FIX_DECODER, QUANTIZATION, refuse_config
 
 if TYPE_CHECKING:
     import transformers
@@ -42,6 +42,9 @@ def load_config(checkpoint: Checkpoint, **overrides: Any) -> transformers.Pretra
     except Exception as error:  # whatever a damaged config.json makes transformers raise
         raise InvalidCheckpoint(f"transformers cannot read config.json: {cause_of(error)}", checkpoint.source,
                                 "correct the file, or download it again", code="E-CKPT-CONFIG") from error
+    for key in QUANTIZATION:
+        if hasattr(config, key) and key not in checkpoint.config:
+            delattr(config, key)  # left over, as `open_checkpoint` found
     _check_architecture(config, checkpoint.source)
     refuse_config(config, checkpoint.source, checkpoint.text_only)
     return _override(config, overrides)

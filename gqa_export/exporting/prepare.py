@@ -95,7 +95,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
     budget.check("lowering")
     return Prepared(checkpoint, options, dtype, target, traced, kept, lowered, weight_store(checkpoint, traced, budget),
-                    notes)
+                    (*checkpoint.notes, *notes))
 
 
 def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, target: Target,
@@ -129,9 +129,12 @@ def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, tar
 
 
 def _capacity(asked: int, config: Any) -> int:
-    longest = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 0)
-    longest = longest if longest > 0 else DEFAULT_CAPACITY  # XLNet's is -1
+    from ..trace.probe import rotary
+
+    text = config.get_text_config()
+    longest = rotary.longest(text) or DEFAULT_CAPACITY
     if asked > longest:
+        rotary.check_dynamic(text, asked)
         raise GqaExportError(f"capacity {asked} is beyond the model's {longest} positions", "--capacity",
                              f"use --capacity {longest} or less", code="E-OPTION-CAPACITY")
     return asked or min(longest, DEFAULT_CAPACITY)

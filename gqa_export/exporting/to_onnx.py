@@ -6,6 +6,7 @@ import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..bundle.manifest import MODEL, Manifest
 from ..bundle.writer import check_output, writing_bundle
@@ -19,6 +20,9 @@ from .options import ExportOptions
 from .prepare import pick_provider, prepare
 from .record import add_genai, manifest_of, with_bytes
 from .tokenizer_files import add_tokenizer
+
+if TYPE_CHECKING:
+    from ..trace.traced import Traced
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,26 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
         if ready.target.genai:
             add_genai(writer, manifest, pick_provider(options.provider, ready.dtype, ready.target), notes)
         manifest = writer.finish(with_bytes(manifest, placement))
-    if traced.rope_regime:
-        notes.append(f"longrope: the {traced.rope_regime}-context frequencies are in the graph, as the capacity "
-                     f"{traced.capacity} asks for")
+    notes += rotary_notes(traced)
     budget.check("exporting")
     return Export(Path(output), manifest, len(lowered.model.graph.node), traced.traced_layers, traced.whole_because,
                   ready.trace_file, tuple(notes), ready.remarks)
+
+
+def rotary_notes(traced: Traced) -> list[str]:
+    """What a user must know of a rotary embedding that depends on the length; [] for any other."""
+    if traced.rope_regime == "short":
+        return [f"longrope: the capacity {traced.capacity} is within the original length, so the short table alone is "
+                "in the graph"]
+    if traced.rope_regime == "both":
+        return [f"longrope: both tables are in the graph. In each call a sequence of up to {traced.spec.rope_switch} "
+                "tokens is rotated by the short one, a longer one by the long one; keys in the cache stay as they are. "
+                f"Feed a prompt of more than {traced.spec.rope_switch} tokens in one call, and where a sequence grows "
+                "beyond them feed it again as a whole, as `gqa-export run` and transformers' generate do"]
+    if traced.rope_regime == "dynamic":
+        return [f"rotary type dynamic: up to {traced.spec.max_positions} tokens its frequencies are fixed, and the "
+                f"bundle holds {traced.capacity}"]
+    return []
 
 
 def _refuse_same(source: str | Path | Checkpoint, output: Path) -> None:

@@ -34,13 +34,16 @@ def setting_of(manifest: Manifest, folder: Path, steps: int, text: Path | None =
         GqaExportError: the text cannot be read or is too short, or the bundle has no tokenizer for it.
     """
     from ..targets import get_target
+    from ..trace.probe.rotary import switch_of
 
     special = _special(manifest)
     config = model.config.to_dict() if model is not None else {}
     avoided = special if model is None else tuple(set(special) & _own_special(model))
+    switch = manifest.spec.rope_switch if model is None else switch_of(model.config.get_text_config(),
+                                                                       manifest.capacity)
     return Setting(manifest.spec, manifest.capacity, steps, tuple(_windows(config)), _original_positions(config),
-                   special, _largest_embeddings(model, avoided) if model is not None else (), _encoded(folder, SAMPLE),
-                   _read(folder, text) if text is not None else None,
+                   switch, special, _largest_embeddings(model, avoided) if model is not None else (),
+                   _encoded(folder, SAMPLE), _read(folder, text) if text is not None else None,
                    literal=get_target(manifest.target).literal_capacity, avoided=avoided)
 
 

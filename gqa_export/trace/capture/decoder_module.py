@@ -14,6 +14,7 @@ import torch
 from ...errors import UnsupportedModel
 from ...spec import AttentionSpec, ModelSpec
 from ..attention_hook import Call, recording
+from ..probe import rotary
 from . import custom_op  # noqa: F401 registers the torch op
 
 
@@ -33,6 +34,7 @@ class Decoder(torch.nn.Module):
         self.growing = int(cache == "growing")
         self.logits, self.interface = logits, interface
         self._state: dict[str, Any] = {}
+        self._rotary = rotary.states(model)
         head = model.get_output_embeddings()  # type: ignore[operator]
         self._hooked = head is not None
         if head is not None:
@@ -58,6 +60,8 @@ class Decoder(torch.nn.Module):
         position_ids = past_lengths[:, None].to(torch.int64) + steps
         self._state = {"past": past, "past_lengths": past_lengths, "new_lengths": new_lengths, "present": {},
                        "left_padded": left_padded_B}
+        for state in self._rotary:
+            state["longest"] = past_lengths + new_lengths
         with recording(self, position_ids):
             logits = self.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids),
                                 position_ids=position_ids, use_cache=False).logits

@@ -42,7 +42,8 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
 
     Args:
         config: a transformers configuration.
-        model: its skeleton with our attention; None builds one on the meta device.
+        model: its skeleton with our attention and a settled rotary embedding (`rotary.settle`); None builds one on
+            the meta device.
 
     Raises:
         UnsupportedModel: a layer is not grouped-query attention, a mask is not causal with a window, or a rotary type
@@ -52,14 +53,14 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
     with registry.applied(config):
         if model is None:
             model = skeleton.build(config, torch.float32, device="meta", attention=attention_hook.register())
+            rotary.settle(model, TOKENS)
         calls, alike = listen_with_cache(model)
     if not calls:
         raise UnsupportedModel("no layer of this model calls transformers' attention interface", type(model).__name__,
                                "its attention, if any, is in the model's own code, which gqa-export cannot see; "
                                "it is not supported", code="E-MODEL-OWN-ATTENTION")
     text = config.get_text_config()
-    positions = int(getattr(text, "max_position_embeddings", 0) or 0)
-    positions = positions if positions > 0 else 2048
+    positions = rotary.longest(text) or 2048
     windows: dict[int, int] = {}
     layers = []
     for layer, call in sorted(calls.items()):
