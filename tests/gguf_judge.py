@@ -21,9 +21,10 @@ NEIGHBOURS = ("llama",)
 
 
 class Judge:
-    """The model in a GGUF file."""
+    """The model in a GGUF file. half_gelu: GELU as llama.cpp looks it up on a CPU, in a table of float16."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, half_gelu: bool = False) -> None:
+        self.gelu = (lambda values: half(gelu(half(values)))) if half_gelu else gelu
         reader = gguf.GGUFReader(path)
         self.keys: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
         self.arch = self.keys["general.architecture"]
@@ -168,8 +169,8 @@ class Judge:
         if self.arch == "nemotron":
             return self.linear(np.maximum(up, 0) ** 2, f"{stem}.ffn_down")
         if self.arch == "starcoder2":
-            return self.linear(gelu(up), f"{stem}.ffn_down")
-        act = gelu if self.arch.startswith("gemma") else silu
+            return self.linear(self.gelu(up), f"{stem}.ffn_down")
+        act = self.gelu if self.arch.startswith("gemma") else silu
         return self.linear(act(self.linear(values, f"{stem}.ffn_gate")) * up, f"{stem}.ffn_down")
 
     def experts(self, values: np.ndarray, stem: str) -> np.ndarray:
@@ -196,6 +197,11 @@ class Judge:
 def silu(values: np.ndarray) -> np.ndarray:
     """x * sigmoid(x)."""
     return values / (1 + np.exp(-values))
+
+
+def half(values: np.ndarray) -> np.ndarray:
+    """Rounded to float16."""
+    return values.astype(np.float16).astype(np.float64)
 
 
 def gelu(values: np.ndarray) -> np.ndarray:

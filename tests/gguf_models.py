@@ -148,10 +148,12 @@ def case(name: str) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
 
 
 def write_case(path: Path, name: str, keys: Mapping[str, Any] = (), tensors: Mapping[str, Any] = (), *,
-               drop: Iterable[str] = (), tokens: Mapping[str, Any] | None = None, **kwargs: Any) -> Path:
-    """One of `CASES` as a file, with keys and tensors more or fewer; returns its path. kwargs: of `write_gguf`."""
+               drop: Iterable[str] = (), tokens: Mapping[str, Any] | None = None, vocabulary: bool = False,
+               **kwargs: Any) -> Path:
+    """One of `CASES` as a file, with keys and tensors more or fewer; returns its path. vocabulary: with the key
+    vocab_size, which llama.cpp asks for where there are no tokens. kwargs: of `write_gguf`."""
     architecture, own, held = case(name)
-    keys, held = {**own, **dict(keys)}, {**held, **dict(tensors)}
+    keys, held = {**own, **({"vocab_size": ROWS} if vocabulary else {}), **dict(keys)}, {**held, **dict(tensors)}
     for gone in drop:
         (keys if gone in keys else held).pop(gone)
     return write_gguf(path, architecture, keys, held, tokens or {}, **kwargs)

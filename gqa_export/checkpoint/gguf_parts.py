@@ -15,6 +15,8 @@ from ..errors import InvalidCheckpoint
 from .gguf_header import GgufHeader, read_gguf_header
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+MOST_PARTS = 99_999
+"""what fits into a name"""
 FIX = "put all parts of the model into one folder, with the names they had, and give any one of them"
 
 
@@ -30,7 +32,9 @@ def read_gguf(path: Path) -> GgufHeader:
     header = read_gguf_header(path)
     named = PART.fullmatch(path.name)
     count = header.metadata.get("split.count", int(named["count"]) if named else 1)
-    if not isinstance(count, int) or count <= 1:
+    if type(count) is not int or not 0 <= count <= MOST_PARTS:
+        raise _broken(f"split.count is {count!r}, expected a number of parts up to {MOST_PARTS}", path)
+    if count <= 1:
         return header
     parts: dict[int, GgufHeader] = {}
     for place, number in _candidates(path, count):
@@ -41,11 +45,13 @@ def read_gguf(path: Path) -> GgufHeader:
                               f"{count}", path)
             continue
         number = part.metadata.get("split.no", number)
+        if type(number) is not int or not 0 <= number < count:
+            raise _broken(f"{place.name} has split.no {number!r}, expected a number from 0 to {count - 1}", path)
         if number in parts:
             raise _broken(f"{place.name} and {parts[number].files[0].name} are both part {number + 1} of {count}", path)
         parts[number] = part
     missing = [number + 1 for number in range(count) if number not in parts]
-    if missing or len(parts) != count:
+    if missing:
         raise _broken(f"the model has {count} parts, and part {missing[0]} of them is not here", path)
     return _joined([parts[number] for number in range(count)], path)
 

@@ -131,15 +131,17 @@ def test_the_quick_reader_reads_what_the_library_reads(tmp_path):
 
 @pytest.mark.parametrize(("kind", "merges"), [(None, ()), ("rwkv", ()), ("gpt2", ["x y"]), ("gpt2", ()),
                                               ("llama", ()), ("bert", ())])
-def test_a_gguf_without_a_tokenizer_that_can_be_converted_gives_its_configuration_alone(tmp_path, kind, merges):
+def test_a_gguf_without_a_tokenizer_that_can_be_converted_gives_its_configuration_alone(tmp_path, kind, merges, capfd):
     """Merges of tokens that are not in the list make tokenizers raise plain Exception."""
     from gqa_export.bundle.writer import writing_bundle
 
     write_gguf(tmp_path / "tiny.gguf", tokenizer=kind, tokens=["a"] * 320 if kind else (), merges=merges)
     checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
     assert has_tokenizer(checkpoint) is (kind is not None)
+    capfd.readouterr()
     with writing_bundle(tmp_path / "bundle") as writer:
         note = add_tokenizer(checkpoint, writer)
+    assert capfd.readouterr() == ("", "")
     assert ("has no tokenizer" in note) is (kind is None)
     assert ("has a tokenizer, which could not be converted" in note) is (kind is not None)
     assert {path.name for path in (tmp_path / "bundle").iterdir()} == {"config.json", "generation_config.json"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,16 @@ import pytest
 import torch
 from gguf_judge import Judge
 from gguf_models import CASES, EXPERTS, RMS, SIZES, YARN, case, ramp, tensors_of, write_case, write_gguf
+from gguf_run import exported_logits
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from refusal import refused
 
 from gqa_export.checkpoint.gguf_config import gguf_config, gguf_facts
 from gqa_export.checkpoint.gguf_facts import GgufFacts
 from gqa_export.checkpoint.gguf_families import FAMILIES
 from gqa_export.checkpoint.gguf_keys import KEYS, Applied
+from gqa_export.checkpoint.load_config import load_config
 from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.tokenizer import token_ids
@@ -53,26 +58,9 @@ def test_every_architecture_is_among_the_cases():
 @pytest.mark.parametrize("name", EXPORTED)
 def test_the_exported_graph_is_the_model_that_the_file_describes(tmp_path, name):
     """Prefill of nine tokens and a step for each of the others, in ONNX Runtime itself."""
-    import onnxruntime
-
-    import gqa_export
-
     path = write_case(tmp_path / "model.gguf", name)
-    capacity = 32 if name == "phi3 LongRoPE" else None
-    gqa_export.export(path, tmp_path / "bundle", target="ort", dtype="fp32", cache="growing", capacity=capacity)
-    session = onnxruntime.InferenceSession(str(tmp_path / "bundle" / "model.onnx"), providers=["CPUExecutionProvider"])
-    ports, cache = session.get_inputs(), {}
-    for port in ports:
-        if port.name.startswith("past_key_values."):
-            cache[port.name] = np.zeros((1, port.shape[1], 0, port.shape[3]), np.float32)
-    found, length = [], 0
-    for ids in [IDS[:9], *([one] for one in IDS[9:])]:
-        length += len(ids)
-        feed = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, length), np.int64), **cache}
-        logits, *present = session.run(None, {port.name: feed[port.name] for port in ports})
-        cache = dict(zip(cache, present, strict=True))
-        found.append(logits[0])
-    assert np.abs(np.concatenate(found) - Judge(path).logits(IDS)).max() < allowed(name)
+    found = exported_logits(path, tmp_path / "bundle", IDS, 9, 32 if name == "phi3 LongRoPE" else None)
+    assert np.abs(found - Judge(path).logits(IDS)).max() < allowed(name)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in DEEP])
@@ -254,6 +242,21 @@ def test_fewer_tokens_than_rows_and_a_vocabulary_size_beside_the_list(tmp_path):
                       tokens={"tokenizer.ggml.tokens": [f"t{number}" for number in range(50)]})
     assert open_checkpoint(path).config["vocab_size"] == 61
     assert np.abs(torch_logits(path) - Judge(path).logits(IDS)).max() < 1e-4
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damaged_metadata_never_raises_anything_else(tmp_path, data):
+    path = tmp_path / "whole.gguf"
+    if not path.is_file():
+        write_case(path, "gemma3", tokens={"split.count": 1, "split.no": 0, "general.type": "model"})
+    content = bytearray(path.read_bytes())
+    for place in data.draw(st.lists(st.integers(24, 1500), min_size=1, max_size=3)):
+        content[place] = data.draw(st.integers(0, 255))
+    (tmp_path / "fuzzed").mkdir(exist_ok=True)
+    (tmp_path / "fuzzed" / "model.gguf").write_bytes(content)
+    with contextlib.suppress(InvalidCheckpoint, UnsupportedModel):
+        load_config(open_checkpoint(tmp_path / "fuzzed" / "model.gguf"))
 
 
 @pytest.mark.parametrize("kind", ["adapter", "mmproj", "imatrix"])

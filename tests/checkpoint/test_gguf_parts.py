@@ -120,6 +120,13 @@ def test_a_part_alone_that_is_called_a_whole_model_is_refused(tmp_path):
     assert "llama.block_count" in refusal.error.what
 
 
+@pytest.mark.parametrize("keys", [{"split.count": 1 << 31}, {"split.count": "two"}, {"split.count": [2, 2]},
+                                  {"split.count": 2, "split.no": 2}, {"split.count": 2, "split.no": [0]}])
+def test_senseless_numbers_of_parts_are_refused(tmp_path, keys):
+    with refused("E-CKPT-GGUF-PARTS", InvalidCheckpoint):
+        open_checkpoint(write_case(tmp_path / "model.gguf", "llama", tokens=keys))
+
+
 def test_one_file_of_one_part_is_a_whole_model(tmp_path):
     path = write_case(tmp_path / "model-00001-of-00001.gguf", "llama")
     assert read_gguf(path).files == (path,)
