@@ -17,8 +17,9 @@ class Checkpoint:
         source: what the user gave.
         folder: where its files are.
         kind: "hf" or "gguf".
-        gguf_file: the file, of a GGUF checkpoint.
-        config: config.json (GGUF: as transformers reads it), without a quantization that its weights are not in.
+        gguf_file: the file of a GGUF checkpoint; of one in parts, the first.
+        config: config.json (GGUF: what the file says, as config.json would say it), without a quantization that its
+            weights are not in.
         stored_dtype: the float type that most bytes have, "bfloat16" (GGUF: what it is dequantized to unless stored
             plain).
         tensors: every tensor of the safetensors files; empty for GGUF and pickles.

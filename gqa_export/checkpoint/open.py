@@ -33,7 +33,8 @@ def open_checkpoint(source: str | Path, *, text_only: bool = False, revision: st
     """Open a checkpoint: read its configuration and headers, not its weights.
 
     Args:
-        source: a checkpoint folder, a hub id such as org/name, or a .gguf file.
+        source: a checkpoint folder, a hub id such as org/name, a .gguf file, or any part of one (or the folder of
+            its parts).
         text_only: of a multimodal model take the language model, which is given token ids alone.
         revision: branch, tag or commit of a hub id; None is the hub's main branch.
 
@@ -61,13 +62,16 @@ def _open_file(source: str, path: Path) -> Checkpoint:
         raise InvalidCheckpoint("this is one file of a checkpoint, not the checkpoint", source,
                                 f"give the folder that holds it: {path.parent}", code="E-CKPT-ONE-FILE")
     refuse_file(path, source)
-    from .gguf_config import gguf_config
-    from .gguf_header import read_gguf_header
+    return _open_gguf(source, path)
 
-    header = read_gguf_header(path)
-    config = gguf_config(path)
+
+def _open_gguf(source: str, path: Path) -> Checkpoint:
+    from .gguf_config import gguf_config, gguf_facts
+
+    facts = gguf_facts(path)
+    config = gguf_config(facts)
     refuse_raw_config(config, source)
-    return Checkpoint(source, path.parent, "gguf", path, config, header.stored_dtype)
+    return Checkpoint(source, path.parent, "gguf", facts.header.files[0], config, facts.header.stored_dtype)
 
 
 def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:
@@ -76,6 +80,10 @@ def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:
                                 "merge it into its base model first (peft: merge_and_unload, then save_pretrained)",
                                 code="E-CKPT-ADAPTER")
     if not (folder / "config.json").is_file():
+        from .gguf_parts import gguf_of_folder
+
+        if (parts := gguf_of_folder(folder)) is not None:
+            return _open_gguf(source, parts)
         refuse_folder(folder, source, FIX_FOLDER)
     refuse_lfs(folder / "config.json")
     config, notes = read_json(folder / "config.json"), tuple[str, ...]()

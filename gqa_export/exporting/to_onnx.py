@@ -19,7 +19,7 @@ from ..weights.memory_budget import Budget
 from .options import ExportOptions
 from .prepare import pick_provider, prepare
 from .record import add_genai, manifest_of, with_bytes
-from .tokenizer_files import add_tokenizer
+from .tokenizer_files import NO_TOKENIZER, add_tokenizer
 
 if TYPE_CHECKING:
     from ..trace.traced import Traced
@@ -73,11 +73,12 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
         placement = place(lowered.model, ready.store, writer, options.weights, checkpoint.folder,
                           hash_full=options.hash_full, on_bytes=written)
         writer.write(MODEL, lowered.model.SerializeToString())
-        tokenizer = has_tokenizer(checkpoint) if inplace else add_tokenizer(checkpoint, writer)
-        notes = list(ready.notes)
-        if not tokenizer:
-            notes.append("the checkpoint has no tokenizer: the bundle takes and gives token ids only")
-        manifest = manifest_of(checkpoint, traced, lowered, options, ready.dtype, tokenizer)
+        if inplace:
+            without = "" if has_tokenizer(checkpoint) else NO_TOKENIZER
+        else:
+            without = add_tokenizer(checkpoint, writer)
+        notes = [*ready.notes, *([without] if without else [])]
+        manifest = manifest_of(checkpoint, traced, lowered, options, ready.dtype, not without)
         if ready.target.genai:
             add_genai(writer, manifest, pick_provider(options.provider, ready.dtype, ready.target), notes)
         manifest = writer.finish(with_bytes(manifest, placement))

@@ -197,7 +197,8 @@ def open_tokenizer(folder: Path | str) -> Codec:
                                 "copy it from the checkpoint again, or use --token-ids",
                                 code="E-BUNDLE-TOKENIZER") from error
     if not has_tokenizer(folder):
-        raise GqaExportError("this bundle has no tokenizer: its checkpoint had none", str(folder),
+        raise GqaExportError("this bundle has no tokenizer: its checkpoint had none, or none that could be "
+                             "converted", str(folder),
                              "pass the prompt as --token-ids 1,2,3", code="E-RUN-TOKENIZER")
     from ..checkpoint.tokenized_text import load_tokenizer
 
