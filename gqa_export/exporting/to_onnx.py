@@ -35,15 +35,17 @@ class Export:
     traced_layers: int
     whole_because: str
     trace_file: Path | None
-    """of the trace cache, where the trace was taken from there"""
+    """of the trace cache, where the trace lies there"""
+    trace_kept: bool
+    """whether it was there before this export"""
     notes: tuple[str, ...]
     remarks: tuple[str, ...] = ()
     """what is right but slower than it could be: in the graph, with the layers it concerns, and in the tracing"""
 
     @property
-    def trace_kept(self) -> bool:
-        """Whether the trace was taken from the trace cache."""
-        return self.trace_file is not None
+    def stamped(self) -> bool:
+        """Whether layers were not traced, but are copies of others."""
+        return self.traced_layers < len(self.manifest.spec.layers)
 
     def forget_trace(self) -> None:
         """Remove the kept trace that this export was made from, so that no later export takes it."""
@@ -85,7 +87,7 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
     notes += rotary_notes(traced)
     budget.check("exporting")
     return Export(Path(output), manifest, len(lowered.model.graph.node), traced.traced_layers, traced.whole_because,
-                  ready.trace_file, tuple(notes), ready.remarks)
+                  ready.trace_file, ready.trace_taken, tuple(notes), ready.remarks)
 
 
 def rotary_notes(traced: Traced) -> list[str]:

@@ -50,7 +50,7 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
     from . import attention_hook, skeleton
     from .capture import canonical, decoder_module, export, simplify
     from .probe import rotary
-    from .probe.layer_probe import probe, refuse_mixing
+    from .probe.layer_probe import probe_layers, refuse_mixing
     from .stamping import layer_kinds, stamp
 
     name, torch_dtype = attention_hook.register(), getattr(torch, dtype)
@@ -59,13 +59,18 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
     if inspect:
         inspect(meta_model)
     regime = rotary.settle(meta_model, capacity)
-    spec = replace(probe(config, meta_model), rope_switch=regime.switch)
+    probed = probe_layers(config, meta_model)
+    spec = replace(probed.spec, rope_switch=regime.switch)
     if accept:
         accept(spec)
-    stack = layer_kinds.stack_of(meta_model, spec) if stamping else None
-    prints = layer_kinds.prints(meta_model, stack) if stack else ()
+    stack, prints, whole_because = None, (), "stamping is off"
+    if stamping:
+        try:
+            stack, prints = layer_kinds.plan(meta_model, probed)
+            whole_because = ""
+        except layer_kinds.NotAlike as reason:
+            stack, whole_because = None, str(reason)
     del meta_model
-    whole_because = "" if stack else "no layers that are alike" if stamping else "stamping is off"
     while True:
         short = layer_kinds.shorten(config, max(stack.traced) + 1) if stack else config
         model = skeleton.build(short, torch_dtype, attention=name)

@@ -6,6 +6,8 @@ scale, softcap and sinks; the tag in its mask gives the window.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,15 +19,26 @@ from .. import attention_hook, skeleton
 from ..attention_hook import Call
 from ..patches import registry
 from . import mask_window, rotary
+from .layer_code import CodeRecorder, LayerCode, layers_path
 
 TOKENS = 8
 LONGEST_GRID = 1 << 17
 """Masks are looked at up to this many positions; windows of known models are far below."""
 
 
+@dataclass(frozen=True)
+class Probed:
+    """What one run of a model without weights shows: the facts of its attention layers, and what the code of its
+    layers does (None where they are not items of one list)."""
+
+    spec: ModelSpec
+    code: LayerCode | None
+
+
 class _Listener:
-    def __init__(self) -> None:
+    def __init__(self, recorder: CodeRecorder | None) -> None:
         self.calls: dict[int, Call] = {}
+        self.recorder = recorder
 
     def attend(self, call: Call) -> torch.Tensor:
         if call.layer in self.calls:
@@ -33,6 +46,8 @@ class _Listener:
                                    "such a model needs several key/value caches per layer, which is not supported",
                                    code="E-MODEL-ATTENTION-TWICE")
         self.calls[call.layer] = call
+        if self.recorder is not None:
+            self.recorder.note("attention", call.query, call.key, call.value, call.sinks)
         batch, heads, tokens, _ = call.query.shape
         return call.query.new_empty(batch, tokens, heads, call.value.shape[-1])
 
@@ -49,12 +64,23 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
         UnsupportedModel: a layer is not grouped-query attention, a mask is not causal with a window, or a rotary type
             cannot be held by a fixed graph.
     """
+    return _probe(config, model, record=False).spec
+
+
+def probe_layers(config: Any, model: torch.nn.Module) -> Probed:
+    """As `probe`, with what the code of each layer does."""
+    return _probe(config, model, record=True)
+
+
+def _probe(config: Any, model: torch.nn.Module | None, record: bool) -> Probed:
     rotary.check_rope(config.get_text_config())
     with registry.applied(config):
         if model is None:
             model = skeleton.build(config, torch.float32, device="meta", attention=attention_hook.register())
             rotary.settle(model, TOKENS)
-        calls, alike = listen_with_cache(model)
+        path = layers_path(model) if record else None
+        recorder = CodeRecorder(model, path) if path is not None else None
+        calls, alike = listen_with_cache(model, recorder)
     if not calls:
         raise UnsupportedModel("no layer of this model calls transformers' attention interface", type(model).__name__,
                                "its attention, if any, is in the model's own code, which gqa-export cannot see; "
@@ -76,25 +102,28 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
                                f"{type(model).__name__}, layers {', '.join(map(str, missing[:8]))}",
                                "hybrid and state-space models keep state beside the key/value cache; "
                                "they are not supported", code="E-MODEL-LAYERS-WITHOUT-CALL")
-    return ModelSpec(model_type=config.model_type, architecture=type(model).__name__, vocabulary=text.vocab_size,
+    spec = ModelSpec(model_type=config.model_type, architecture=type(model).__name__, vocabulary=text.vocab_size,
                      hidden_size=text.hidden_size, max_positions=positions,
                      rope="+".join(rotary.rope_types(text)), layers=tuple(layers))
+    return Probed(spec, recorder.code if recorder is not None else None)
 
 
-def listen_with_cache(model: torch.nn.Module) -> tuple[dict[int, Call], set[int]]:
+def listen_with_cache(model: torch.nn.Module,
+                      recorder: CodeRecorder | None = None) -> tuple[dict[int, Call], set[int]]:
     """The attention calls of one run by layer, and the layers whose keys and values PyTorch's own cache holds in the
     form that attention gets them.
 
     Others cache latents (expanded after the cache) or read another layer's entry. Where the model cannot be run with
-    a cache on this device, all are taken to be alike: a difference then shows when caches are compared.
+    a cache on this device, all are taken to be alike: a difference then shows when caches are compared. recorder: is
+    told of every operation.
     """
     from transformers import DynamicCache
 
     cache = DynamicCache()
     try:
-        calls = listen(model, use_cache=True, **{cache_argument(model): cache})
+        calls = listen(model, True, recorder, **{cache_argument(model): cache})
     except GqaExportError:
-        calls = listen(model)
+        calls = listen(model, recorder=recorder)
         return calls, set(calls)
     alike = set()
     for layer, call in calls.items():
@@ -105,12 +134,14 @@ def listen_with_cache(model: torch.nn.Module) -> tuple[dict[int, Call], set[int]
     return calls, alike
 
 
-def listen(model: torch.nn.Module, use_cache: bool = False, **cache: Any) -> dict[int, Call]:
+def listen(model: torch.nn.Module, use_cache: bool = False, recorder: CodeRecorder | None = None,
+           **cache: Any) -> dict[int, Call]:
     """Run a model once on a few tokens.
 
     Args:
         model: with our attention, on any device, "meta" included.
         use_cache: as the model's own argument.
+        recorder: is told of every operation.
         **cache: further arguments of the model, such as past_key_values.
 
     Returns:
@@ -119,11 +150,12 @@ def listen(model: torch.nn.Module, use_cache: bool = False, **cache: Any) -> dic
     Raises:
         UnsupportedModel: the model does not run as a decoder, or what its attention calls are refused for.
     """
-    listener = _Listener()
+    listener = _Listener(recorder)
+    recording = recorder.recording() if recorder is not None else nullcontext()
     device = next(model.parameters()).device
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
     positions = torch.arange(TOKENS, device=device)[None]
-    with attention_hook.recording(listener, positions), torch.no_grad():
+    with attention_hook.recording(listener, positions), torch.no_grad(), recording:
         try:
             model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions,
                   use_cache=use_cache, **cache)
