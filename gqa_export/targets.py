@@ -70,6 +70,9 @@ class Target:
     """rotary inside the op only if D is a multiple of this"""
     rotary_half_multiple: int = 1
     """rotary inside the op only if R/2 is a multiple of this"""
+    whole_row_masks: bool = False
+    """a mask may have all ones of a row first, as onnxruntime-genai's Engine sends it, and not only the past first and
+    the new tokens first in the last columns; a row without new tokens cannot be told then"""
     genai: bool = False
     """bundles carry a genai_config.json and load in onnxruntime-genai"""
     packed_projections: bool = False
@@ -112,6 +115,7 @@ _ROWS = (
            interface="mask", value_head_size_differs=False, head_size_multiple=8, shares_buffer=True, chunks_alone=True,
            empty_alone=True,
            rotary_inside=True, rotary_head_multiple=16, rotary_half_multiple=8, packed_projections=True, genai=True,
+           whole_row_masks=True,
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")})),
     Target(name="onnx", dialect="onnx.passes", attention="Attention", fallback="gqa::GroupedQueryAttention",
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask", softcap=False, sinks=False,
