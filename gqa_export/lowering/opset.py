@@ -1,8 +1,8 @@
 """The lowest version of the standard ops at which a lowered model means the same: older runtimes take it then.
 
 A model is traced at one version, and a runtime refuses every model of a version that it does not know, whatever
-ops are in it. An op's definition holds from its `since_version` to the next one. Most later definitions only take more
-types (8-bit floats, 4-bit integers) or attributes: a node that uses neither means the same under the earlier one.
+ops are in it. An op's definition holds from its `since_version` to the next one. Most later definitions only take
+more types (8-bit floats, 4-bit integers) or attributes: without them a node means the same under the earlier one.
 
 Two things decide for each node: `SAME_SINCE`, the result of reading every later definition, and the schemas of onnx: the
 earlier definition must have the node's attributes, its number of inputs and outputs, and the types that it computes
