@@ -34,7 +34,8 @@ class Setting:
     names. switch: tokens beyond which another rotary table serves (longrope), 0: one table. special: ids that the case
     `special` feeds. avoided: those that random prompts
     avoid; None is `special`. largest: ids whose embeddings are largest. literal: the capacity is a
-    number in the graph. text: ids of a text that the user gave."""
+    number in the graph. whole_row_masks: the bundle takes masks that have all ones of a row first. text: ids of a text
+    that the user gave."""
 
     spec: ModelSpec
     capacity: int
@@ -48,6 +49,7 @@ class Setting:
     text: np.ndarray | None = None
     nan_tail_safe: bool = False
     literal: bool = False
+    whole_row_masks: bool = False
     avoided: tuple[int, ...] | None = None
     notes: list[str] = field(default_factory=list)
     core: dict[str, Case] = field(default_factory=dict)
@@ -77,6 +79,13 @@ class Entry:
 
 def _core(name: str) -> Callable[[Setting], Iterable[Case]]:
     return lambda s: [s.core[name]] if name in s.core else []
+
+
+def _whole_row_mask(s: Setting) -> Iterable[Case]:
+    if s.whole_row_masks:
+        base = s.core["ragged"]
+        yield Case("whole_row_mask", f"batch {base.batch}, the ragged rows, all ones of each row of the mask first",
+                   base.prompts, ((1,) * base.batch,) * min(8, s.steps), base.chunk, whole_row_mask=True)
 
 
 def _last_slots(s: Setting) -> Iterable[Case]:
@@ -210,6 +219,8 @@ SUITE: tuple[Entry, ...] = (
           "elsewhere", _core("teacher_forced")),
     Entry("free_running", "quick", "errors too small for one step that change the text", _core("free_running")),
     Entry("ragged", "quick", "right-padded batches garbled; rows that bring several tokens, or none", _core("ragged")),
+    Entry("whole_row_mask", "quick", "ragged batches of onnxruntime-genai's Engine, whose masks have all ones of a row "
+          "first, answered with NaN or at other positions", _whole_row_mask),
     Entry("garbage_tail", "quick", "what lies beyond the lengths (cache tail, padded ids) leaking into the result",
           _core("garbage_tail")),
     Entry("last_slots", "quick", "the last slots of a static cache overwritten or out of reach", _last_slots),

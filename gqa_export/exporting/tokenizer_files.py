@@ -80,5 +80,5 @@ def _convert_gguf(checkpoint: Checkpoint, folder: Path) -> str:
             raise
         except BaseException as error:  # the library raises plain Exception, and panics with what is not even one
             return ("the checkpoint has a tokenizer, which could not be converted "
-                    f"({first_line(error)}): the bundle takes and gives token ids only")
+                    f"({cause_of(error)}): the bundle takes and gives token ids only")
         return ""

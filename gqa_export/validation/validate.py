@@ -28,7 +28,7 @@ from .refusals import judge_refusals
 from .run_cases import run_cases
 from .sessions import Sessions, bundle_session, choose_bundle_provider, is_large, load_engine, torch_threads
 from .suite_setting import check_tokenizer, setting_of
-from .untrusted import logits_of_last_token, nan_tail_safe
+from .untrusted import logits_of_last_token, nan_tail_safe, takes_whole_row_masks
 
 
 def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str = "quick", steps: int = 0,
@@ -84,6 +84,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         session, fill_garbage = engine or stack.enter_context(bundle_session(where, ran, provider, notes, target))
         setting = setting_of(manifest, folder, steps or STEPS.get(level, 32), text, known.model)
         setting.nan_tail_safe = target.nan_tail_safe or (not built and nan_tail_safe(where))
+        setting.whole_row_masks = target.whole_row_masks or (not built and takes_whole_row_masks(where))
         plan = plan_suite(setting, level)
         sessions = Sessions(known.session, known.eager, session, fill_garbage, beside=not built and is_large(manifest),
                             alike=known.alike)

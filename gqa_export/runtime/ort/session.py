@@ -35,11 +35,16 @@ class _Ran:
 
 
 class OrtSession:
-    """A `Session` over a bundle. Make one with `OrtSession.load`."""
+    """A `Session` over a bundle. Make one with `OrtSession.load`.
+
+    Attributes:
+        whole_row_masks: send masks whose ones come first in the whole row, as onnxruntime-genai's Engine does, to a
+            target that takes both kinds (`Target.whole_row_masks`): the suite compares both.
+    """
 
     def __init__(self, manifest: Manifest, backend: Backend, target: Target, capacity: int) -> None:
         self.manifest, self.spec, self.capacity = manifest, manifest.spec, capacity
-        self._backend, self._target = backend, target
+        self._backend, self._target, self.whole_row_masks = backend, target, False
         self._static = manifest.cache == "static"
         self._inplace = self._static and target.writes_in_place(manifest.fallbacks)
         self._dtype = numpy_dtype(DTYPES.get(manifest.dtype, manifest.dtype))
@@ -149,7 +154,7 @@ class OrtSession:
         return ran.logits
 
     def _call(self, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray, past: int, tensors: Sequence[Any]) -> _Ran:
-        feed = step_feed(self._target.interface, ids, lengths, new, past)
+        feed = step_feed(self._target.interface, ids, lengths, new, past, whole_row=self.whole_row_masks)
         try:
             return _Ran(*self._backend.run(feed, tensors, self._inplace))
         except (GqaExportError, MemoryError):
