@@ -58,7 +58,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
            logits: Logits | None = None, provider: Provider = "auto", revision: str | None = None,
            tokenizer: PreTrainedTokenizerBase | None = None, full_hash: bool = False, max_ram: int | str | None = None,
            text_only: bool = False, allow_pickle: bool = False, ignore_unused: bool = False, force: bool = False,
-           dump_passes: Place | None = None, trace_cache: bool = True, progress: Progress | None = None) -> Bundle:
+           dump_passes: Place | None = None, trace_cache: bool = True, stamping: bool = True,
+           progress: Progress | None = None) -> Bundle:
     """Export a decoder to ONNX. Nothing is compared yet: `Bundle.validate` does that.
 
     Args:
@@ -80,6 +81,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
         dump_passes: an empty folder for the graph after each rewriting pass, without weights.
         trace_cache: take the trace that an earlier export of this architecture kept, and keep this one; False does
             neither.
+        stamping: trace two layers of each kind and copy them, where that is proved to be the same; False traces every
+            layer.
 
     Raises:
         InvalidCheckpoint, UnsupportedModel, GqaExportError: nothing is left behind then.
@@ -87,7 +90,7 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
     from .exporting.to_onnx import export_onnx
 
     options = _export_options(target, dtype, cache, capacity, weights, logits, provider, revision, full_hash, max_ram,
-                              text_only, force, path_of(dump_passes), ignore_unused, trace_cache)
+                              text_only, force, path_of(dump_passes), ignore_unused, trace_cache, stamping)
     _refuse_tokenizer(source, tokenizer)
     if not isinstance(source, str | Path):
         refuse_revision(revision, type(source).__name__, "a model in memory")
@@ -252,7 +255,7 @@ def _export_options(target: Target, dtype: Dtype, cache: Cache | None, capacity:
                     logits: Logits | None, provider: Provider, revision: str | None, full_hash: bool,
                     max_ram: int | str | None, text_only: bool, force: bool,
                     dump_passes: Path | None = None, ignore_unused: bool = False,
-                    trace_cache: bool = True) -> ExportOptions:
+                    trace_cache: bool = True, stamping: bool = True) -> ExportOptions:
     from .exporting.options import ExportOptions
     from .weights.memory_budget import parse_size
 
@@ -260,7 +263,7 @@ def _export_options(target: Target, dtype: Dtype, cache: Cache | None, capacity:
     check_counts(capacity=capacity)
     most = parse_size(max_ram) if isinstance(max_ram, str) else max_ram or 0
     return ExportOptions(target, dtype, cache or "", capacity or 0, weights, logits or "", provider, force, full_hash,
-                         most, text_only, revision, dump_passes, ignore_unused, trace_cache)
+                         most, text_only, revision, dump_passes, ignore_unused, trace_cache, stamping)
 
 
 def _refuse_tokenizer(source: Place | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:

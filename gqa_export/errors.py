@@ -16,10 +16,17 @@ EXIT_BUG = 70
 """an error of gqa-export itself (EX_SOFTWARE of sysexits.h), so that it is told from bad input"""
 
 
-def first_line(error: BaseException) -> str:
-    """An exception in one line: its type and the first line of its message, at most 300 characters of it."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
+LONGEST_CAUSE = 500
+"""characters of somebody else's message that are quoted"""
+
+
+def cause_of(error: BaseException) -> str:
+    """An exception in one line: its type and every line of its message, since the cause often stands on the second or
+    last one. Of a message beyond LONGEST_CAUSE characters the beginning and the end."""
+    text = " ".join(str(error).split())
+    if len(text) > LONGEST_CAUSE:
+        text = f"{text[:LONGEST_CAUSE * 2 // 3]} ... {text[-(LONGEST_CAUSE // 3 - 5):]}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 class GqaExportError(Exception):

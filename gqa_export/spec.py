@@ -119,8 +119,10 @@ STATE_AXES = {"conv": ("channels", "past inputs"), "recurrent": ("heads", "key s
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A whole decoder. `max_positions` is the longest sequence it was made for; `rope` its rotary type or "". `layers`
-    are those with attention, `states` what other layers (or these too) keep; a layer may have neither."""
+    """A whole decoder. `max_positions` is the longest sequence it was made for; `rope` its rotary type or "".
+    `rope_switch`: a sequence of more tokens than this is rotated by another table (`longrope`), 0: one table for all.
+    `layers` are those with attention, `states` what other layers (or these too) keep; a layer may have neither.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -131,6 +133,7 @@ class ModelSpec:
     max_positions: Count
     rope: Text
     layers: Annotated[tuple[AttentionSpec, ...], Limits(max_length=MOST_LAYERS, fail_fast=True)]
+    rope_switch: Count = 0
     states: Annotated[tuple[StateSpec, ...], Limits(max_length=4 * MOST_LAYERS, fail_fast=True)] = ()
 
     @property

@@ -24,7 +24,7 @@ class Target:
         name: as in `--target`.
         attention: the op that a layer becomes.
         fallback: what a layer becomes that `attention` cannot hold; "" if the export is refused then.
-        opset, ir_version: of the model.
+        opset, ir_version: of the model; where `lowest_opset`, at most.
         caches: "growing", "static" or both, the default first.
         interface: "mask" (attention_mask) or "lengths" (past_lengths, new_lengths).
         logits: "all", "last" or both, the default first.
@@ -70,10 +70,16 @@ class Target:
     """rotary inside the op only if D is a multiple of this"""
     rotary_half_multiple: int = 1
     """rotary inside the op only if R/2 is a multiple of this"""
+    whole_row_masks: bool = False
+    """a mask may have all ones of a row first, as onnxruntime-genai's Engine sends it, and not only the past first and
+    the new tokens first in the last columns; a row without new tokens cannot be told then"""
     genai: bool = False
     """bundles carry a genai_config.json and load in onnxruntime-genai"""
     packed_projections: bool = False
     """query, key and value may be one matrix product"""
+    lowest_opset: bool = False
+    """the model declares the lowest version of the standard ops at which it means the same, so that older runtimes take
+    it (`gqa_export.lowering.opset`)"""
     function: bool = False
     """the model carries the op as a model-local function"""
     state_ops: Mapping[str, str] = field(default_factory=dict)
@@ -121,15 +127,17 @@ _ROWS = (
            state_ops=MappingProxyType({"LinearAttention": "com.microsoft::LinearAttention",
                                        "CausalConv": "com.microsoft::CausalConvWithState"}),
            state_ops_since_first=("com.microsoft::LinearAttention", "com.microsoft::CausalConvWithState"),
+           whole_row_masks=True, lowest_opset=True,
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")})),
     Target(name="onnx", dialect="onnx.passes", attention="Attention", fallback="gqa::GroupedQueryAttention",
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask", softcap=False, sinks=False,
            # softcap: until 2026 the standard capped after the mask, which leaks masked tokens (onnx/onnx#7865, mended
            # in place by #7867); what a runtime does depends on its age
-           nan_tail_safe=False, shares_buffer=True,
+           nan_tail_safe=False, shares_buffer=True, lowest_opset=True,
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="portable", dialect="portable", attention="gqa::GroupedQueryAttention", fallback="",
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask", function=True,
+           lowest_opset=True,
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="trt-plugin", dialect="tensorrt.plugin", attention="gqa::GroupedQueryAttention", fallback="",
            opset=23, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,

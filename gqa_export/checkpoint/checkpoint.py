@@ -17,8 +17,9 @@ class Checkpoint:
         source: what the user gave.
         folder: where its files are.
         kind: "hf" or "gguf".
-        gguf_file: the file, of a GGUF checkpoint.
-        config: config.json (GGUF: as transformers reads it).
+        gguf_file: the file of a GGUF checkpoint; of one in parts, the first.
+        config: config.json (GGUF: what the file says, as config.json would say it), without a quantization that its
+            weights are not in.
         stored_dtype: the float type that most bytes have, "bfloat16" (GGUF: what it is dequantized to unless stored
             plain).
         tensors: every tensor of the safetensors files; empty for GGUF and pickles.
@@ -27,6 +28,7 @@ class Checkpoint:
         model: the transformers model itself where a program holds it in memory; then `folder` has everything but
             weights.
         revision: the commit of a hub id, else "".
+        notes: what a user must know of how it was read.
     """
 
     source: str
@@ -40,6 +42,7 @@ class Checkpoint:
     text_only: bool = False
     model: Any = field(default=None, repr=False, compare=False)
     revision: str = ""
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.source

@@ -9,18 +9,18 @@ if TYPE_CHECKING:
     import torch
 
 
-def layer_lists(model: torch.nn.Module, count: int) -> Iterator[tuple[str, torch.nn.ModuleList]]:
+def layer_lists(model: torch.nn.Module, count: int | None) -> Iterator[tuple[str, torch.nn.ModuleList]]:
     """Every list of modules that may be the decoder's layers, outer ones first.
 
     Args:
         model: any module tree.
-        count: number of layers; nothing is found for 0.
+        count: number of layers; nothing is found for 0, lists of any length for None.
 
     Returns:
-        Dotted name and ModuleList of each that has `count` items.
+        Dotted name and ModuleList of each that has so many items.
     """
     import torch
 
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count > 0:
+        if isinstance(module, torch.nn.ModuleList) and (len(module) if count is None else count) == len(module) > 0:
             yield name, module

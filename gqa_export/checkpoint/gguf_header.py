@@ -1,7 +1,7 @@
 """The header of a GGUF file: metadata, and the name, type, shape and place of each tensor. No weights.
 
-Lists in the metadata (the vocabulary) are skipped, which is why this takes milliseconds; the package gguf reads every
-entry. Whatever contradicts itself is refused here, because later stages read by offset.
+Long lists and lists of texts in the metadata (the vocabulary) are skipped, which is why this takes milliseconds; the
+package gguf reads every entry. Whatever contradicts itself is refused here, because later stages read by offset.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from .safetensors_header import DAMAGED
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
+LONGEST_LIST = 4096
+"""values of a list that is kept; one value a layer fits, one a token does not"""
 _PLAIN = {0: "float32", 1: "float16", 30: "bfloat16"}
 
 
@@ -27,12 +29,16 @@ class GgufHeader:
     """The header of a GGUF file.
 
     Attributes:
-        metadata: scalars and strings by full key.
+        metadata: scalars, texts and short lists of numbers by full key; None for every other list.
         tensors: name -> (ggml type number, shape in torch order).
+        places: name -> (file, offset of its first byte in it).
+        files: the file, or the parts of a model in parts, in order.
     """
 
     metadata: dict[str, Any]
     tensors: dict[str, tuple[int, tuple[int, ...]]]
+    places: dict[str, tuple[Path, int]] = field(default_factory=dict, repr=False)
+    files: tuple[Path, ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -101,6 +107,8 @@ class _Reader:
         inner, count = self.take("<IQ")
         if count > len(self.data):
             raise ValueError(f"a list of {count} values cannot fit into the file")
+        if inner in _SCALARS and count <= LONGEST_LIST:
+            return [self.take(_SCALARS[inner]) for _ in range(count)]
         if inner in _SCALARS:
             self.at += struct.calcsize(_SCALARS[inner]) * count
         elif inner == _STRING:
@@ -145,10 +153,12 @@ class _Reader:
             if start + offset + size > len(self.data):
                 raise InvalidCheckpoint(f"tensor {name!r} ends at byte {start + offset + size}, but the file has "
                                         f"{len(self.data)}", str(self.path), DAMAGED, code="E-CKPT-TRUNCATED")
-        return GgufHeader(metadata, tensors)
+        return GgufHeader(metadata, tensors, {name: (self.path, start + offset) for offset, name, _ in places},
+                          (self.path,))
 
 
 def _bytes(kind: int, count: int) -> int:
+    """The bytes that so many values of a ggml type take."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     elements, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]

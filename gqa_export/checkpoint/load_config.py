@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidCheckpoint, UnsupportedModel, first_line
+from ..errors import InvalidCheckpoint, UnsupportedModel, cause_of
 from .checkpoint import Checkpoint
 from .quiet import quiet
-from .refusals import FIX_DECODER, refuse_config
+from .refusals import FIX_DECODER, QUANTIZATION, refuse_config
 
 if TYPE_CHECKING:
     import transformers
@@ -30,7 +30,7 @@ def load_config(checkpoint: Checkpoint, **overrides: Any) -> transformers.Pretra
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
     model_type = checkpoint.config.get("model_type")
-    if model_type not in CONFIG_MAPPING_NAMES:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING_NAMES:
         remote = ", and code that comes with a checkpoint is not run" if checkpoint.config.get("auto_map") else ""
         raise UnsupportedModel(f"the installed transformers does not know the model_type {model_type!r}{remote}",
                                checkpoint.source, "upgrade transformers, or correct model_type in config.json",
@@ -40,8 +40,11 @@ def load_config(checkpoint: Checkpoint, **overrides: Any) -> transformers.Pretra
             config = AutoConfig.for_model(**checkpoint.config) if checkpoint.kind == "gguf" else \
                 AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a damaged config.json makes transformers raise
-        raise InvalidCheckpoint(f"transformers cannot read config.json: {first_line(error)}", checkpoint.source,
+        raise InvalidCheckpoint(f"transformers cannot read config.json: {cause_of(error)}", checkpoint.source,
                                 "correct the file, or download it again", code="E-CKPT-CONFIG") from error
+    for key in QUANTIZATION:
+        if hasattr(config, key) and key not in checkpoint.config:
+            delattr(config, key)  # left over, as `open_checkpoint` found
     _check_architecture(config, checkpoint.source)
     refuse_config(config, checkpoint.source, checkpoint.text_only)
     return _override(config, overrides)

@@ -7,11 +7,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import GqaExportError, InvalidCheckpoint, first_line
+from ..errors import GqaExportError, InvalidCheckpoint, cause_of
 from ..spec import FLOATS
+from .building import building
 from .checkpoint import Checkpoint
 from .gguf_config import gguf_facts, identity
-from .gguf_reader_patch import quick_gguf
+from .gguf_tensors import gguf_state
 from .load_config import load_config
 from .memory_model import model_of
 from .pickle_weights import read_pickles
@@ -20,8 +21,7 @@ from .refusals import refuse_modules
 
 if TYPE_CHECKING:
     import torch
-
-
+    import transformers
 
 
 def load_skeleton(checkpoint: Checkpoint, **config_overrides: Any) -> torch.nn.Module:
@@ -30,7 +30,7 @@ def load_skeleton(checkpoint: Checkpoint, **config_overrides: Any) -> torch.nn.M
     from transformers import AutoModelForCausalLM
 
     config = load_config(checkpoint, **config_overrides)
-    with quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"), building(config):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     refuse_modules(model, checkpoint.source, checkpoint.text_only)
     return model.eval()
@@ -65,14 +65,10 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
     try:
         with quiet() as messages:
             if checkpoint.gguf_file is not None:
-                model_class, state = _gguf_state(*identity(checkpoint.gguf_file))
-                loaded = model_class.from_pretrained(None, config=config, state_dict=dict(state), **kwargs)
+                loaded = _from_state(config, dict(_gguf_state(identity(checkpoint.gguf_file), checkpoint.gguf_file)),
+                                     kwargs)
             elif checkpoint.pickles:
-                from transformers.models.auto.auto_factory import _get_model_class
-
-                model_class = _get_model_class(config, AutoModelForCausalLM._model_mapping)
-                loaded = model_class.from_pretrained(None, config=config, state_dict=read_pickles(checkpoint.pickles),
-                                                     **kwargs)
+                loaded = _from_state(config, read_pickles(checkpoint.pickles), kwargs)
             else:
                 loaded = AutoModelForCausalLM.from_pretrained(
                     checkpoint.folder, config=config, local_files_only=True, trust_remote_code=False,
@@ -84,7 +80,7 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
         if unmerged:
             raise InvalidCheckpoint(f"the checkpoint lacks parts of {some(sorted(set(unmerged)))}", checkpoint.source,
                                     "download the checkpoint again", code="E-CKPT-TENSORS-MISSING") from error
-        raise InvalidCheckpoint(f"transformers cannot load the model: {first_line(error)}", checkpoint.source,
+        raise InvalidCheckpoint(f"transformers cannot load the model: {cause_of(error)}", checkpoint.source,
                                 "check that config.json and the weights belong together",
                                 code="E-CKPT-LOAD") from error
     model, info = cast("tuple[Any, dict[str, Any]]", loaded)
@@ -93,15 +89,24 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
     return model.eval()
 
 
+def _from_state(config: transformers.PretrainedConfig, state: dict[str, torch.Tensor],
+                kwargs: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    model_class = _get_model_class(config, AutoModelForCausalLM._model_mapping)
+    return model_class.from_pretrained(None, config=config, state_dict=state, **kwargs)
+
+
 def _refuse_incomplete(info: dict[str, Any], where: str) -> None:
     missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
-    fix = "download the checkpoint again; config.json and the weights must belong together"
+    fix = "download the checkpoint again; its configuration and its weights must belong together"
     if missing:
         raise InvalidCheckpoint(f"the checkpoint lacks {some(missing)}", where, fix, code="E-CKPT-TENSORS-MISSING")
     if mismatched:
         shapes = [f"{name} {tuple(stored)} instead of {tuple(wanted)}" for name, stored, wanted in mismatched]
-        raise InvalidCheckpoint(f"tensors do not have the shape that config.json requires: {some(shapes)}", where, fix,
-                                code="E-CKPT-TENSORS-SHAPE")
+        raise InvalidCheckpoint(f"tensors do not have the shape that the configuration requires: {some(shapes)}", where,
+                                fix, code="E-CKPT-TENSORS-SHAPE")
 
 
 def some(names: list[str]) -> str:
@@ -111,17 +116,6 @@ def some(names: list[str]) -> str:
 
 
 @lru_cache(maxsize=1)
-def _gguf_state(path: str, mtime_ns: int) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Model class and all weights, dequantized to float32 (or as stored). Once per process: it takes half a minute."""
-    import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    config, header = gguf_facts(path, mtime_ns)
-    with quick_gguf(vocabulary=False):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            Path(path).parent, gguf_file=Path(path).name, config=config, dtype=getattr(torch, header.stored_dtype),
-            local_files_only=True, trust_remote_code=False, output_loading_info=True,
-            quantization_config=GgufConfig(dequantize=True))
-    model, info = loaded
-    _refuse_incomplete(info, path)
-    return type(model), model.state_dict()
+def _gguf_state(files: tuple[tuple[str, int], ...], path: Path) -> dict[str, torch.Tensor]:
+    """All weights, dequantized to float32 (or as stored). Once per process: it takes seconds and much memory."""
+    return gguf_state(gguf_facts(path))

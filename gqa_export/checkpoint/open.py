@@ -14,13 +14,16 @@ from ..spec import FLOATS
 from .checkpoint import Checkpoint
 from .mistaken import refuse_file, refuse_folder, refuse_foreign, refuse_lfs, refuse_weights
 from .pickle_permission import trust
-from .pickle_weights import pickle_files
-from .refusals import refuse_quantized, refuse_raw_config
+from .pickle_weights import pickle_files, read_pickles
+from .refusals import QUANTIZATION, STORED_AS_CODES, quantization_method, refuse_quantized, refuse_raw_config
 from .safetensors_header import StoredTensor, read_header
+from .same_weights import refuse_twice, refuse_two_checkpoints
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
 """files of a hub repository that a checkpoint consists of"""
+PLACES = ("position_ids", "masked_bias", "attn.bias", "attention.bias", "causal_mask")
+"""ends of names of buffers that are not weights, and may be whole numbers"""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FIX_FOLDER = "give a folder with config.json and .safetensors files, a hub id such as org/name, or a .gguf file"
@@ -30,7 +33,8 @@ def open_checkpoint(source: str | Path, *, text_only: bool = False, revision: st
     """Open a checkpoint: read its configuration and headers, not its weights.
 
     Args:
-        source: a checkpoint folder, a hub id such as org/name, or a .gguf file.
+        source: a checkpoint folder, a hub id such as org/name, a .gguf file, or any part of one (or the folder of
+            its parts).
         text_only: of a multimodal model take the language model, which is given token ids alone.
         revision: branch, tag or commit of a hub id; None is the hub's main branch.
 
@@ -58,13 +62,16 @@ def _open_file(source: str, path: Path) -> Checkpoint:
         raise InvalidCheckpoint("this is one file of a checkpoint, not the checkpoint", source,
                                 f"give the folder that holds it: {path.parent}", code="E-CKPT-ONE-FILE")
     refuse_file(path, source)
-    from .gguf_config import gguf_config
-    from .gguf_header import read_gguf_header
+    return _open_gguf(source, path)
 
-    header = read_gguf_header(path)
-    config = gguf_config(path)
+
+def _open_gguf(source: str, path: Path) -> Checkpoint:
+    from .gguf_config import gguf_config, gguf_facts
+
+    facts = gguf_facts(path)
+    config = gguf_config(facts)
     refuse_raw_config(config, source)
-    return Checkpoint(source, path.parent, "gguf", path, config, header.stored_dtype)
+    return Checkpoint(source, path.parent, "gguf", facts.header.files[0], config, facts.header.stored_dtype)
 
 
 def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:
@@ -73,25 +80,47 @@ def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:
                                 "merge it into its base model first (peft: merge_and_unload, then save_pretrained)",
                                 code="E-CKPT-ADAPTER")
     if not (folder / "config.json").is_file():
+        from .gguf_parts import gguf_of_folder
+
+        if (parts := gguf_of_folder(folder)) is not None:
+            return _open_gguf(source, parts)
         refuse_folder(folder, source, FIX_FOLDER)
     refuse_lfs(folder / "config.json")
-    config = read_json(folder / "config.json")
+    config, notes = read_json(folder / "config.json"), tuple[str, ...]()
+    method = quantization_method(config)
+    if method in STORED_AS_CODES:
+        config = {key: value for key, value in config.items() if key not in QUANTIZATION}
+        notes = (f"config.json describes the weights as quantized ({method}), but all of them are stored as plain "
+                 "numbers: the entry was left over, and is ignored",)
     refuse_raw_config(config, source, text_only)
     if trust().pickle and not any((folder / name).exists() for name in (SINGLE, INDEX)):
-        return Checkpoint(source, folder, "hf", None, config, _stored_dtype(config, {}), pickles=pickle_files(folder),
-                          text_only=text_only)
+        files = pickle_files(folder)
+        if notes:
+            _refuse_codes({name: str(tensor.dtype) for name, tensor in read_pickles(files).items()}, method, source)
+        return Checkpoint(source, folder, "hf", None, config, _stored_dtype(config, {}), pickles=files,
+                          text_only=text_only, notes=notes)
     tensors = _read_tensors(source, folder)
     refuse_foreign(config, list(tensors), source)
     eighths = sorted(name for name, tensor in tensors.items() if tensor.dtype.startswith("float8"))
     if eighths:
         refuse_quantized(f"{tensors[eighths[0]].dtype}: {eighths[0]}", source)
+    if notes:
+        _refuse_codes({name: tensor.dtype for name, tensor in tensors.items()}, method, source)
     return Checkpoint(source, folder, "hf", None, config, _stored_dtype(config, tensors), tensors,
-                      text_only=text_only)
+                      text_only=text_only, notes=notes)
+
+
+def _refuse_codes(dtypes: dict[str, str], method: str, source: str) -> None:
+    """Refuse a checkpoint that is described as quantized unless all its tensors are plain numbers."""
+    codes = sorted(name for name, dtype in dtypes.items() if dtype.removeprefix("torch.") not in FLOATS.values()
+                   and not name.endswith(PLACES))
+    if codes:
+        refuse_quantized(f"{method}: {codes[0]} is {dtypes[codes[0]]}", source)
 
 
 def _read_tensors(source: str, folder: Path) -> dict[str, StoredTensor]:
     if (folder / INDEX).is_file():
-        return _read_shards(folder)
+        return _read_indexed(folder)
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
     if any(folder.glob("pytorch_model*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
@@ -105,19 +134,39 @@ def _read_tensors(source: str, folder: Path) -> dict[str, StoredTensor]:
     refuse_weights(folder, source, FIX_FOLDER)
 
 
-def _read_shards(folder: Path) -> dict[str, StoredTensor]:
+def _read_indexed(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of the index's shards; of model.safetensors where that is there too and holds the same."""
+    weight_map = _weight_map(folder)
+    shards = set(weight_map.values())
+    if not (folder / SINGLE).is_file() or SINGLE in shards:
+        return _read_shards(folder, weight_map)
+    single = read_header(folder / SINGLE)
+    there = {name: shard for name, shard in weight_map.items() if (folder / shard).is_file()}
+    refuse_two_checkpoints(single, _read_shards(folder, there), (SINGLE, INDEX), str(folder),
+                           part=len(there) < len(weight_map))
+    return single
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """File by tensor, as the index has it."""
     index = read_json(folder / INDEX)
     weight_map = index.get("weight_map")
     again = "download or copy the checkpoint again"
     if not isinstance(weight_map, dict) or not weight_map:
         raise InvalidCheckpoint("the index of the shards does not have a weight_map", str(folder / INDEX), again,
                                 code="E-CKPT-INDEX")
-    shards: dict[str, dict[str, StoredTensor]] = {}
-    tensors = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise InvalidCheckpoint(f"the index places tensor {name!r} in {shard!r}, which is not a file of this "
                                     "folder", str(folder / INDEX), again, code="E-CKPT-INDEX")
+    return weight_map
+
+
+def _read_shards(folder: Path, weight_map: dict[str, str]) -> dict[str, StoredTensor]:
+    again = "download or copy the checkpoint again"
+    shards: dict[str, dict[str, StoredTensor]] = {}
+    tensors: dict[str, StoredTensor] = {}
+    for name, shard in weight_map.items():
         if shard not in shards:
             if not (folder / shard).is_file():
                 raise InvalidCheckpoint(f"the shard {shard} is missing", str(folder), again,
@@ -127,8 +176,11 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
             raise InvalidCheckpoint(f"tensor {name!r} is missing from its shard", str(folder / shard), again,
                                     code="E-CKPT-TENSORS-MISSING")
         tensors[name] = shards[shard][name]
-    for tensors_of_shard in shards.values():  # transformers loads what a shard has, listed in the index or not
-        tensors.update((name, tensor) for name, tensor in tensors_of_shard.items() if name not in weight_map)
+    for shard, found in shards.items():  # transformers loads what a shard has, listed in the index or not
+        for name, tensor in found.items():
+            known = tensors.setdefault(name, tensor)
+            if known is not tensor:
+                refuse_twice(name, known, tensor, (known.path.name, shard), str(folder))
     return tensors
 
 

@@ -12,7 +12,8 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InvalidCheckpoint, first_line
+from ..errors import InvalidCheckpoint, cause_of
+from .same_weights import refuse_twice, refuse_two_checkpoints
 
 if TYPE_CHECKING:
     import torch
@@ -25,10 +26,26 @@ def pickle_files(folder: Path) -> tuple[Path, ...]:
     """The pickle files of a checkpoint, in order.
 
     Raises:
-        InvalidCheckpoint: the folder has none of the usual names, the index is not valid, or a shard is missing.
+        InvalidCheckpoint: the folder has none of the usual names, the index is not valid, a shard is missing, or a
+            single file lies beside shards that are not the same.
     """
     if (folder / SINGLE).is_file():
+        named = _named(folder) if (folder / INDEX).is_file() else []
+        there = tuple(folder / name for name in named if (folder / name).is_file())
+        if there and SINGLE not in named:
+            read = read_pickles((folder / SINGLE,)), read_pickles(there)
+            refuse_two_checkpoints(*read, (SINGLE, INDEX), str(folder), part=len(there) < len(named))
         return (folder / SINGLE,)
+    named = _named(folder)
+    missing = [name for name in named if not (folder / name).is_file()]
+    if missing:
+        raise InvalidCheckpoint(f"the shard {missing[0]} is missing", str(folder), "download the checkpoint again",
+                                code="E-CKPT-SHARD-MISSING")
+    return tuple(folder / name for name in named)
+
+
+def _named(folder: Path) -> list[str]:
+    """The files that the index names."""
     try:
         names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
         if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
@@ -39,22 +56,24 @@ def pickle_files(folder: Path) -> tuple[Path, ...]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidCheckpoint(f"the index of the pickle files is not valid: {error}", str(folder / INDEX), CONVERT,
                                 code="E-CKPT-INDEX") from error
-    missing = [name for name in sorted(names) if not (folder / name).is_file()]
-    if missing:
-        raise InvalidCheckpoint(f"the shard {missing[0]} is missing", str(folder), "download the checkpoint again",
-                                code="E-CKPT-SHARD-MISSING")
-    return tuple(folder / name for name in sorted(names))
+    return sorted(names)
 
 
 def read_pickles(paths: tuple[Path, ...]) -> dict[str, torch.Tensor]:
     """All tensors of these files by name, mapped rather than read where the format allows.
 
     Raises:
-        InvalidCheckpoint: a file holds something else than tensors, is damaged, or unpacks to more than its size.
+        InvalidCheckpoint: a file holds something else than tensors, is damaged, or unpacks to more than its size; or
+            two files store different values for a tensor.
     """
     state: dict[str, torch.Tensor] = {}
+    files: dict[str, str] = {}
     for path in paths:
-        state.update(_read(path))
+        for name, tensor in _read(path).items():
+            if name in state:
+                refuse_twice(name, state[name], tensor, (files[name], path.name), str(path.parent))
+            state[name] = tensor
+            files[name] = path.name
     return state
 
 
@@ -67,7 +86,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever a damaged or malicious pickle makes the unpickler raise
-        raise InvalidCheckpoint(f"the pickle holds something else than tensors, or is damaged: {first_line(error)}",
+        raise InvalidCheckpoint(f"the pickle holds something else than tensors, or is damaged: {cause_of(error)}",
                                 str(path), CONVERT, code="E-CKPT-PICKLE-CONTENT") from error
     if not isinstance(found, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
                                               for name, value in found.items()):

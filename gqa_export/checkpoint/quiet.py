@@ -19,6 +19,7 @@ def quiet() -> Iterator[list[str]]:
     listener = logging.Handler(logging.WARNING)
     listener.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    printing = logging.getLogger("transformers").handlers[:]
     hf.set_verbosity(logging.WARNING)
     hf.disable_default_handler()
     hf.add_handler(listener)
@@ -27,7 +28,7 @@ def quiet() -> Iterator[list[str]]:
         yield messages
     finally:
         hf.remove_handler(listener)
-        hf.enable_default_handler()
+        logging.getLogger("transformers").handlers[:] = printing  # none of them within another `quiet`
         hf.set_verbosity(level)
         if bars:
             hf.enable_progress_bar()

@@ -45,6 +45,25 @@ def refuse_absurd(config: dict[str, Any], where: str) -> None:
                                         code="E-CKPT-CONFIG-VALUE")
 
 
+QUANTIZATION = ("quantization_config", "compression_config")
+"""keys of config.json under which a quantization is described"""
+STORED_AS_CODES = frozenset((
+    "aqlm", "auto-round", "awq", "bitsandbytes", "compressed-tensors", "eetq", "fbgemm_fp8", "fp8", "gptq", "higgs",
+    "hqq", "mxfp4", "quanto", "spqr", "vptq"))
+"""Methods that store codes in place of weights. Plain weights beside such an entry were merged or dequantized, and the
+entry was left over. (BitNet is not one of them: it rounds plain weights whenever the model runs.)"""
+
+
+def quantization_method(config: dict[str, Any]) -> str:
+    """How config.json describes the weights as quantized; "" if it does not."""
+    for key in QUANTIZATION:
+        if config.get(key):
+            entry = config[key] if isinstance(config[key], dict) else {}
+            old = any(name.startswith(("load_in_", "bnb_")) for name in entry)  # bitsandbytes before it had a name
+            return str(entry.get("quant_method", "bitsandbytes" if old else key))
+    return ""
+
+
 def refuse_raw_config(config: dict[str, Any], where: str, text_only: bool = False) -> None:
     """Refuse what config.json alone shows.
 
@@ -58,10 +77,8 @@ def refuse_raw_config(config: dict[str, Any], where: str, text_only: bool = Fals
         UnsupportedModel: the model is quantized, multimodal or an encoder-decoder.
     """
     refuse_absurd(config, where)
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            method = config[key].get("quant_method", key) if isinstance(config[key], dict) else key
-            refuse_quantized(method, where)
+    if method := quantization_method(config):
+        refuse_quantized(method, where)
     inner = config.get("text_config")
     if isinstance(inner, dict) and not text_only:
         others = sorted(key.removesuffix("_config") for key, value in config.items()

@@ -6,16 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
-
-import numpy as np
 
 from .checkpoint import Checkpoint
 from .pickle_weights import read_pickles
-from .safetensors_header import StoredTensor
-
-CHUNK_ELEMENTS = 1 << 20
+from .same_weights import differ
 
 
 def stored_apart(checkpoint: Checkpoint, group: tuple[str, ...]) -> bool:
@@ -27,32 +22,4 @@ def stored_apart(checkpoint: Checkpoint, group: tuple[str, ...]) -> bool:
     if checkpoint.model is not None or checkpoint.pickles:
         state = checkpoint.model.state_dict() if checkpoint.model is not None else read_pickles(checkpoint.pickles)
         there = [state[name] for name in group if name in state]
-    return any(_differ(there[0], other) for other in there[1:])
-
-
-def _differ(one: Any, other: Any) -> bool:
-    if tuple(one.shape) != tuple(other.shape):
-        return True
-    if isinstance(one, StoredTensor):
-        return any(not np.array_equal(a, b) for a, b in zip(_chunks(one), _chunks(other), strict=True))
-    import torch
-
-    if one.data_ptr() == other.data_ptr():
-        return False
-    wide = torch.promote_types(one.dtype, other.dtype)
-    return not torch.equal(one.to(wide), other.to(wide))
-
-
-def _chunks(tensor: StoredTensor) -> Iterator[np.ndarray[Any, Any]]:
-    """The values in pieces of CHUNK_ELEMENTS; bfloat16 and float16 exactly as float32."""
-    import ml_dtypes
-
-    dtype = np.dtype(getattr(ml_dtypes, tensor.dtype, None) or tensor.dtype)
-    left = tensor.nbytes // dtype.itemsize
-    with open(tensor.path, "rb") as file:
-        file.seek(tensor.offset)
-        while left:
-            count = min(left, CHUNK_ELEMENTS)
-            left -= count
-            values = np.frombuffer(file.read(count * dtype.itemsize), dtype)
-            yield values.astype(np.float32) if dtype.itemsize < 4 else values
+    return any(differ(there[0], other) for other in there[1:])

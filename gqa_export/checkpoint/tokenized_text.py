@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import GqaExportError, InvalidCheckpoint, first_line
+from ..errors import GqaExportError, InvalidCheckpoint, cause_of
 
 PIECE_CHARACTERS = 1 << 18
 
@@ -23,7 +23,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises anything between OSError and KeyError for a missing tokenizer
-        raise InvalidCheckpoint(f"transformers cannot load the checkpoint's tokenizer: {first_line(error)}",
+        raise InvalidCheckpoint(f"transformers cannot load the checkpoint's tokenizer: {cause_of(error)}",
                                 str(folder), "copy tokenizer.json and tokenizer_config.json into the folder",
                                 code="E-CKPT-TOKENIZER") from error
 

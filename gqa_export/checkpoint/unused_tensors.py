@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidCheckpoint
+from .building import building
 from .checkpoint import Checkpoint
 from .load_config import load_config
 from .load_model import load_skeleton, some
@@ -107,8 +108,9 @@ def _whole_model(checkpoint: Checkpoint, skeleton: torch.nn.Module) -> torch.nn.
     found: Any = next((made for name in named if (made := getattr(transformers, str(name), None))), None)
     if not hasattr(found, "_from_config"):
         return None
-    with quiet(), torch.device("meta"):
-        model: torch.nn.Module = found._from_config(load_config(checkpoint))
+    config = load_config(checkpoint)
+    with quiet(), torch.device("meta"), building(config):
+        model: torch.nn.Module = found._from_config(config)
     return model
 
 

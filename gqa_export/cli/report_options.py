@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..errors import GqaExportError, first_line
+from ..errors import GqaExportError, cause_of
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 OPTIONS = {
@@ -68,7 +68,7 @@ def problem_of(error: BaseException) -> GqaExportError:
                               code="E-OPTION-USAGE")
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return Crash("the run was interrupted", "", "run it again", code="E-REPORT-INTERRUPTED")
-    return Crash(first_line(error), "", "this is a bug in gqa-export: report it", code="E-REPORT-BUG")
+    return Crash(cause_of(error), "", "this is a bug in gqa-export: report it", code="E-REPORT-BUG")
 
 
 def write_golden(bundle: Path, against: str | None, folder: Path) -> None:

@@ -31,7 +31,8 @@ class Case:
     """prompts: one id array per row. counts: new tokens per row [B] for each step after the prompt. free: each side
     feeds its own best token. garbage: what fills the cache beyond the lengths, in turn (none: left as it is). single:
     the bundle takes the prompt one token at a time, PyTorch a piece at once. capacity: of every side's cache, 0 is the
-    bundle's own. perplexity: measured over the prompt. entry: its line in the suite."""
+    bundle's own. perplexity: measured over the prompt. whole_row_mask: the bundle's masks have all ones of a row first.
+    entry: its line in the suite."""
 
     name: str
     purpose: str
@@ -43,6 +44,7 @@ class Case:
     single: bool = False
     capacity: int = 0
     perplexity: bool = False
+    whole_row_mask: bool = False
     entry: str = ""
 
     @property

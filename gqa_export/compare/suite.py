@@ -31,21 +31,25 @@ REFUSALS = "refusals"
 @dataclass
 class Setting:
     """What the builders look at. windows: those of the manifest and those that the checkpoint's own configuration
-    names. special: ids that the case `special` feeds. avoided: those that random prompts
+    names. switch: tokens beyond which another rotary table serves (longrope), 0: one table. special: ids that the case
+    `special` feeds. avoided: those that random prompts
     avoid; None is `special`. largest: ids whose embeddings are largest. literal: the capacity is a
-    number in the graph. text: ids of a text that the user gave."""
+    number in the graph. whole_row_masks: the bundle takes masks that have all ones of a row first. text: ids of a text
+    that the user gave."""
 
     spec: ModelSpec
     capacity: int
     steps: int
     windows: tuple[int, ...] = ()
     original_positions: int = 0
+    switch: int = 0
     special: tuple[int, ...] = ()
     largest: tuple[int, ...] = ()
     sample: np.ndarray | None = None
     text: np.ndarray | None = None
     nan_tail_safe: bool = False
     literal: bool = False
+    whole_row_masks: bool = False
     avoided: tuple[int, ...] | None = None
     notes: list[str] = field(default_factory=list)
     core: dict[str, Case] = field(default_factory=dict)
@@ -75,6 +79,13 @@ class Entry:
 
 def _core(name: str) -> Callable[[Setting], Iterable[Case]]:
     return lambda s: [s.core[name]] if name in s.core else []
+
+
+def _whole_row_mask(s: Setting) -> Iterable[Case]:
+    if s.whole_row_masks:
+        base = s.core["ragged"]
+        yield Case("whole_row_mask", f"batch {base.batch}, the ragged rows, all ones of each row of the mask first",
+                   base.prompts, ((1,) * base.batch,) * min(8, s.steps), base.chunk, whole_row_mask=True)
 
 
 def _last_slots(s: Setting) -> Iterable[Case]:
@@ -120,8 +131,27 @@ def _chunks(s: Setting) -> Iterable[Case]:
                (s.ids(longest), s.ids(max(1, longest // 2))), ((1, 1),) * 2, 7)
 
 
+def _switch(s: Setting) -> Iterable[Case]:
+    if not s.switch:
+        return
+    if s.switch + 12 > min(s.capacity, FARTHEST):
+        s.notes.append(f"no prompt passes the {s.switch} tokens beyond which longrope's second table serves")
+        return
+    near, few = max(1, s.switch - 2), min(5, s.switch)
+    yield Case("switch", f"batch 2, a row of {near} tokens decodes across longrope's switch at {s.switch}, the other "
+               "stays below", (s.ids(near), s.ids(few)), ((1, 1),) * 6, s.chunk)
+    yield Case("switched", f"batch 2, rows of {s.switch + 1} and {few} tokens, on both sides of longrope's switch at "
+               f"{s.switch}", (s.ids(s.switch + 1), s.ids(few)), ((1, 1),) * 4, s.chunk)
+
+
+def _one_by_one(s: Setting, length: int) -> int:
+    """Tokens that may be fed one by one on one side and at once on the other: keys of before longrope's switch stay as
+    they were, so beyond it the two are not the same."""
+    return min(length, s.switch or length)
+
+
 def _stepwise(s: Setting) -> Iterable[Case]:
-    length = min(s.capacity - 2, max([24, *(w + 5 for w in s.windows if w < 200)]))
+    length = _one_by_one(s, min(s.capacity - 2, max([24, *(w + 5 for w in s.windows if w < 200)])))
     yield Case("stepwise", f"batch 1, {length} tokens one by one, against PyTorch at once", (s.ids(length),),
                ((1,),) * 2, s.chunk, single=True)
 
@@ -151,9 +181,10 @@ def _beyond(s: Setting) -> Iterable[Case]:
 
 
 def _drift(s: Setting) -> Iterable[Case]:
-    steps = min(DRIFT_STEPS, s.capacity)
+    steps = _one_by_one(s, min(DRIFT_STEPS, s.capacity))
     if steps < DRIFT_STEPS:
-        s.notes.append(f"{steps} steps of drift instead of {DRIFT_STEPS}: the cache holds {s.capacity} tokens")
+        s.notes.append(f"{steps} steps of drift instead of {DRIFT_STEPS}: " + (
+            f"the cache holds {s.capacity} tokens" if steps == s.capacity else "longrope's other table serves beyond"))
     yield Case("drift", f"batch 1, {steps} tokens one by one, against PyTorch in pieces of 64", (s.ids(steps),), (),
                min(64, s.chunk), single=True)
 
@@ -188,12 +219,16 @@ SUITE: tuple[Entry, ...] = (
           "elsewhere", _core("teacher_forced")),
     Entry("free_running", "quick", "errors too small for one step that change the text", _core("free_running")),
     Entry("ragged", "quick", "right-padded batches garbled; rows that bring several tokens, or none", _core("ragged")),
+    Entry("whole_row_mask", "quick", "ragged batches of onnxruntime-genai's Engine, whose masks have all ones of a row "
+          "first, answered with NaN or at other positions", _whole_row_mask),
     Entry("garbage_tail", "quick", "what lies beyond the lengths (cache tail, padded ids) leaking into the result",
           _core("garbage_tail")),
     Entry("last_slots", "quick", "the last slots of a static cache overwritten or out of reach", _last_slots),
     Entry("special", "quick", "a pad or end token in the prompt taken for padding", _special),
     Entry(REFUSALS, "quick", "a token past the capacity, an id out of vocabulary or left padding answered with "
           "plausible numbers", lambda s: ()),
+    Entry("switch", "quick", "the wrong one of longrope's two tables, before, at or after the original length",
+          _switch),
     Entry("text", "quick", "quality lost on real text (with --text)", _text),
     Entry("window W", "full", "every window's edge: W - 1, W, W + 1 and 4 W", _windows),
     Entry("permuted", "full", "rows of a batch influencing each other", _permuted),

@@ -158,6 +158,8 @@ class Verdict:
         provider: of ONNX Runtime, or the flavour of an engine. cache: "growing" or "static". capacity: in tokens.
         cases: in the order in which they ran. notes: what a reader must know, such as what was not compared.
         versions: of the packages that took part. level: "quick" or "full".
+        identity: sha256 over the checkpoint's configuration and weights and over what the export chose (logits and
+            weights), so that bundles are told apart whatever their folders are called; "" where no checkpoint was open.
     """
 
     bundle: str
@@ -174,6 +176,7 @@ class Verdict:
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     level: str = ""
+    identity: str = ""
 
     @property
     def passed(self) -> bool:

@@ -37,9 +37,10 @@ def examine(source: str | Path, *, revision: str | None = None) -> Inspection:
 def stored_in_checkpoint(checkpoint: Checkpoint) -> tuple[int, int]:
     """Elements and bytes of the stored tensors; of a GGUF file, its (quantized) size."""
     if checkpoint.gguf_file is not None:
-        from ..checkpoint.gguf_header import read_gguf_header
+        from ..checkpoint.gguf_parts import read_gguf
 
-        header = read_gguf_header(checkpoint.gguf_file)
-        return sum(prod(shape) for _, shape in header.tensors.values()), checkpoint.gguf_file.stat().st_size
+        header = read_gguf(checkpoint.gguf_file)
+        return (sum(prod(shape) for _, shape in header.tensors.values()),
+                sum(file.stat().st_size for file in header.files))
     tensors = checkpoint.tensors.values()
     return sum(prod(tensor.shape) for tensor in tensors), sum(tensor.nbytes for tensor in tensors)

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from ..errors import GqaExportError, first_line
+from ..errors import GqaExportError, cause_of
 from .build_job import SEE_LOG, Built, Job, Tensor
 
 ALIASED_IO = "ALIASED_PLUGIN_IO_10_03"
@@ -78,7 +78,7 @@ def run(job: Job, report: Any) -> Built:
         data = EngineBytesFromNetwork(network, _config(trt, job, report), save_timing_cache=cache)()
     except PolygraphyException as error:
         raise plugin.failures[0] if plugin.failures else GqaExportError(
-            f"{job.canonical} could not build the engine: {first_line(error)}", job.model,
+            f"{job.canonical} could not build the engine: {cause_of(error)}", job.model,
             SEE_LOG, code="E-ENGINE-BUILD") from error
     view = memoryview(data)
     with open(job.engine, "wb") as file:

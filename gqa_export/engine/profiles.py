@@ -15,8 +15,18 @@ USUAL_PROMPT = 512
 
 
 def make_profiles(manifest: Manifest, max_batch: int, max_prompt: int) -> tuple[ProfileFacts, ...]:
-    """decode: S = 1; prefill: S = 1 .. max_prompt (0: the capacity, at most 4096); both for 1 .. max_batch."""
-    longest = max_prompt or min(manifest.capacity, MOST_PROMPT)
+    """decode: S = 1; prefill: S = 1 .. max_prompt (0: the capacity, at most 4096); both for 1 .. max_batch.
+
+    A runtime cuts a longer prompt into pieces, which a longrope model would rotate by different tables: its engine
+    takes the whole capacity at once.
+    """
+    switch = manifest.spec.rope_switch
+    longest = max_prompt or (manifest.capacity if switch else min(manifest.capacity, MOST_PROMPT))
+    if switch and longest < manifest.capacity:
+        raise GqaExportError(f"prompts of more than {longest} tokens would be fed in pieces, and a longrope model "
+                             f"takes one of more than {switch} tokens at once", "--max-prompt",
+                             f"leave --max-prompt out, or export the bundle with --capacity {switch} or less",
+                             code="E-ENGINE-PROMPT-PIECES")
     if longest > manifest.capacity:
         raise GqaExportError(f"prompts of {longest} tokens do not fit the cache's capacity of {manifest.capacity}",
                              "--max-prompt", f"use --max-prompt {manifest.capacity} or less, or export the bundle with "

@@ -26,7 +26,9 @@ for names in json.loads(sys.argv[1]):
         try:
             module = importlib.import_module(name)
         except BaseException as error:
-            facts["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            text = " ".join(str(error).split())
+            text = text if len(text) <= 500 else text[:330] + " ... " + text[-160:]
+            facts["error"] = f"{type(error).__name__}: {text}"
             continue
         facts = {"error": "", "version": str(getattr(module, "__version__", ""))}
         if name == "onnxruntime":

@@ -16,7 +16,8 @@ class ExportOptions:
     cache and logits "": the target's own. max_ram: bytes this process may occupy, 0 is no limit. text_only: of a
     multimodal model the language model alone. revision: branch, tag or commit of a hub id, None is its main branch.
     dump_passes: a folder for the graph after each pass. ignore_unused: tensors of the checkpoint that the model does
-    not use are noted instead of refused. trace_cache: False neither takes nor keeps a trace."""
+    not use are noted instead of refused. trace_cache: False neither takes nor keeps a trace.
+    stamping: False traces every layer, also those that are alike."""
 
     target: str = "ort"
     dtype: str = "auto"
@@ -33,3 +34,4 @@ class ExportOptions:
     dump_passes: Path | None = None
     ignore_unused: bool = False
     trace_cache: bool = True
+    stamping: bool = True

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Prepared:
     """Everything about an export that is known before a byte is written. Options are resolved. trace_file: of the trace
-    cache, where the trace was taken from there."""
+    cache, where the trace lies there. trace_taken: it was there already."""
 
     checkpoint: Checkpoint
     options: ExportOptions
@@ -39,6 +39,7 @@ class Prepared:
     target: Target
     traced: Traced
     trace_file: Path | None
+    trace_taken: bool
     lowered: Lowered
     store: WeightStore
     notes: tuple[str, ...] = ()
@@ -81,9 +82,9 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     if dtype not in DTYPES.values():
         raise UnsupportedModel(f"decoders are not exported with weights of type {dtype}", checkpoint.source,
                                "choose a type with --dtype fp32|fp16|bf16", code="E-MODEL-DTYPE")
-    traced, kept = traced_model(checkpoint, options, dtype, target, say)
+    traced, kept, taken = traced_model(checkpoint, options, dtype, target, say)
     if any(stored_apart(checkpoint, group) for group in traced.tied):
-        traced, kept = traced_model(checkpoint, options, dtype, target, say, untied=True)
+        traced, kept, taken = traced_model(checkpoint, options, dtype, target, say, untied=True)
         if still := [group for group in traced.tied if stored_apart(checkpoint, group)]:
             raise UnsupportedModel(f"the checkpoint stores different values for {' and '.join(still[0])}, which are "
                                    "one weight in this model", checkpoint.source,
@@ -94,23 +95,23 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
                             pick_provider(options.provider, dtype, target), packed=options.weights == "copy")
     lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
     budget.check("lowering")
-    return Prepared(checkpoint, options, dtype, target, traced, kept, lowered, weight_store(checkpoint, traced, budget),
-                    notes)
+    return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered,
+                    weight_store(checkpoint, traced, budget), (*checkpoint.notes, *notes))
 
 
 def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, target: Target,
-                 say: Progress, untied: bool = False) -> tuple[Traced, Path | None]:
-    """The canonical model of a checkpoint, and the file in which an earlier export kept it (then PyTorch is not even
-    imported: whatever its configuration could be refused for, it was not refused then); None if traced now. untied:
-    with a head of its own, whatever its configuration says."""
+                 say: Progress, untied: bool = False) -> tuple[Traced, Path | None, bool]:
+    """The canonical model of a checkpoint, the file in which it is kept (None: it is not), and whether an earlier
+    export kept it there (then PyTorch is not even imported: whatever its configuration could be refused for, it was
+    not refused then). untied: with a head of its own, whatever its configuration says."""
     from ..trace import trace_cache
 
     asked = {"dtype": dtype, "cache": options.cache, "capacity": options.capacity, "logits": options.logits,
              "interface": target.interface, "text_only": options.text_only, **({"untied": True} if untied else {})}
     place = trace_cache.place_of({"kind": checkpoint.kind, **checkpoint.config}, asked) if options.trace_cache else None
     known = trace_cache.load(place) if place else None
-    if known:
-        return known, place
+    if known and (options.stamping or known.traced_layers == len(known.spec.layers)):
+        return known, place, True
     from ..checkpoint.refusals import refuse_modules
     from ..targets import refuse_layers
     from ..trace.tracing import trace
@@ -120,18 +121,21 @@ def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, tar
     if untied:
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     traced = trace(config, dtype=dtype, cache=options.cache, capacity=_capacity(options.capacity, config),
-                   logits=options.logits, interface=target.interface,
+                   logits=options.logits, interface=target.interface, stamping=options.stamping,
                    inspect=lambda module: refuse_modules(module, checkpoint.source, checkpoint.text_only),
                    accept=lambda spec: refuse_layers(spec.layers, target))
     if place:
         trace_cache.keep(place, traced)
-    return traced, None
+    return traced, place, False
 
 
 def _capacity(asked: int, config: Any) -> int:
-    longest = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 0)
-    longest = longest if longest > 0 else DEFAULT_CAPACITY  # XLNet's is -1
+    from ..trace.probe import rotary
+
+    text = config.get_text_config()
+    longest = rotary.longest(text) or DEFAULT_CAPACITY
     if asked > longest:
+        rotary.check_dynamic(text, asked)
         raise GqaExportError(f"capacity {asked} is beyond the model's {longest} positions", "--capacity",
                              f"use --capacity {longest} or less", code="E-OPTION-CAPACITY")
     return asked or min(longest, DEFAULT_CAPACITY)

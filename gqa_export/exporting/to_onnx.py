@@ -6,6 +6,7 @@ import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..bundle.manifest import MODEL, Manifest
 from ..bundle.writer import check_output, writing_bundle
@@ -18,7 +19,10 @@ from ..weights.memory_budget import Budget
 from .options import ExportOptions
 from .prepare import pick_provider, prepare
 from .record import add_genai, manifest_of, with_bytes
-from .tokenizer_files import add_tokenizer
+from .tokenizer_files import NO_TOKENIZER, add_tokenizer
+
+if TYPE_CHECKING:
+    from ..trace.traced import Traced
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,17 @@ class Export:
     traced_layers: int
     whole_because: str
     trace_file: Path | None
-    """of the trace cache, where the trace was taken from there"""
+    """of the trace cache, where the trace lies there"""
+    trace_kept: bool
+    """whether it was there before this export"""
     notes: tuple[str, ...]
     remarks: tuple[str, ...] = ()
     """what is right but slower than it could be: in the graph, with the layers it concerns, and in the tracing"""
 
     @property
-    def trace_kept(self) -> bool:
-        """Whether the trace was taken from the trace cache."""
-        return self.trace_file is not None
+    def stamped(self) -> bool:
+        """Whether layers were not traced, but are copies of others."""
+        return self.traced_layers < len(self.manifest.spec.layers)
 
     def forget_trace(self) -> None:
         """Remove the kept trace that this export was made from, so that no later export takes it."""
@@ -69,20 +75,35 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
         placement = place(lowered.model, ready.store, writer, options.weights, checkpoint.folder,
                           hash_full=options.hash_full, on_bytes=written)
         writer.write(MODEL, lowered.model.SerializeToString())
-        tokenizer = has_tokenizer(checkpoint) if inplace else add_tokenizer(checkpoint, writer)
-        notes = list(ready.notes)
-        if not tokenizer:
-            notes.append("the checkpoint has no tokenizer: the bundle takes and gives token ids only")
-        manifest = manifest_of(checkpoint, traced, lowered, options, ready.dtype, tokenizer)
+        if inplace:
+            without = "" if has_tokenizer(checkpoint) else NO_TOKENIZER
+        else:
+            without = add_tokenizer(checkpoint, writer)
+        notes = [*ready.notes, *([without] if without else [])]
+        manifest = manifest_of(checkpoint, traced, lowered, options, ready.dtype, not without)
         if ready.target.genai:
             add_genai(writer, manifest, pick_provider(options.provider, ready.dtype, ready.target), notes)
         manifest = writer.finish(with_bytes(manifest, placement))
-    if traced.rope_regime:
-        notes.append(f"longrope: the {traced.rope_regime}-context frequencies are in the graph, as the capacity "
-                     f"{traced.capacity} asks for")
+    notes += rotary_notes(traced)
     budget.check("exporting")
     return Export(Path(output), manifest, len(lowered.model.graph.node), traced.traced_layers, traced.whole_because,
-                  ready.trace_file, tuple(notes), ready.remarks)
+                  ready.trace_file, ready.trace_taken, tuple(notes), ready.remarks)
+
+
+def rotary_notes(traced: Traced) -> list[str]:
+    """What a user must know of a rotary embedding that depends on the length; [] for any other."""
+    if traced.rope_regime == "short":
+        return [f"longrope: the capacity {traced.capacity} is within the original length, so the short table alone is "
+                "in the graph"]
+    if traced.rope_regime == "both":
+        return [f"longrope: both tables are in the graph. In each call a sequence of up to {traced.spec.rope_switch} "
+                "tokens is rotated by the short one, a longer one by the long one; keys in the cache stay as they are. "
+                f"Feed a prompt of more than {traced.spec.rope_switch} tokens in one call, and where a sequence grows "
+                "beyond them feed it again as a whole, as `gqa-export run` and transformers' generate do"]
+    if traced.rope_regime == "dynamic":
+        return [f"rotary type dynamic: up to {traced.spec.max_positions} tokens its frequencies are fixed, and the "
+                f"bundle holds {traced.capacity}"]
+    return []
 
 
 def _refuse_same(source: str | Path | Checkpoint, output: Path) -> None:

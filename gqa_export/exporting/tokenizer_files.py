@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.load_config import load_config
 from ..checkpoint.tokenizer import has_tokenizer, tokenizer_files
-from ..errors import InvalidCheckpoint, first_line
+from ..errors import InvalidCheckpoint, cause_of
 from ..files.scratch import scratch_folder
 
 if TYPE_CHECKING:
@@ -15,17 +15,24 @@ if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
 
 
-def add_tokenizer(checkpoint: Checkpoint, writer: BundleWriter) -> bool:
-    """Put the tokenizer's files into a bundle. False: the checkpoint has none, or none that can be converted."""
+NO_TOKENIZER = "the checkpoint has no tokenizer: the bundle takes and gives token ids only"
+
+
+def add_tokenizer(checkpoint: Checkpoint, writer: BundleWriter) -> str:
+    """Put the tokenizer's files into a bundle.
+
+    Returns:
+        Why the bundle has no tokenizer, as a note for the user; "" if it has one.
+    """
     if checkpoint.kind == "hf":
         for path in tokenizer_files(checkpoint):
             writer.copy(path, path.name)
-        return has_tokenizer(checkpoint)
+        return "" if has_tokenizer(checkpoint) else NO_TOKENIZER
     with scratch_folder("tokenizer") as folder:
-        converted = _convert_gguf(checkpoint, folder)
+        note = _convert_gguf(checkpoint, folder)
         for path in sorted(folder.iterdir()):
             writer.copy(path, path.name)
-    return converted
+    return note
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
@@ -44,28 +51,34 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises plain Exception, and panics with what is not even one
-        raise InvalidCheckpoint(f"the tokenizer cannot be read: {first_line(error)}", str(path),
+        raise InvalidCheckpoint(f"the tokenizer cannot be read: {cause_of(error)}", str(path),
                                 "fetch tokenizer.json again, or remove it to export for token ids only",
                                 code="E-CKPT-TOKENIZER") from error
 
 
-def _convert_gguf(checkpoint: Checkpoint, folder: Path) -> bool:
+def _convert_gguf(checkpoint: Checkpoint, folder: Path) -> str:
+    """Write configuration and tokenizer of a GGUF file; returns as `add_tokenizer`."""
     from transformers import AutoTokenizer, GenerationConfig
 
     from ..checkpoint.gguf_reader_patch import quick_gguf
     from ..checkpoint.quiet import quiet
 
     assert checkpoint.gguf_file is not None
-    with quiet(), quick_gguf(vocabulary=True):
+    with quiet():
         config = load_config(checkpoint)
         config.save_pretrained(folder)
         GenerationConfig.from_model_config(config).save_pretrained(folder)
         if not has_tokenizer(checkpoint):
-            return False
+            return NO_TOKENIZER
         try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf_file.name,
-                                                      local_files_only=True, trust_remote_code=False)
-        except (ValueError, KeyError, NotImplementedError):  # a kind of tokenizer that transformers cannot convert
-            return False
-        tokenizer.save_pretrained(folder)
-        return True
+            with scratch_folder("converted") as converted, quick_gguf():
+                AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf_file.name,
+                                              local_files_only=True, trust_remote_code=False).save_pretrained(converted)
+                for path in converted.iterdir():
+                    path.replace(folder / path.name)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises plain Exception, and panics with what is not even one
+            return ("the checkpoint has a tokenizer, which could not be converted "
+                    f"({cause_of(error)}): the bundle takes and gives token ids only")
+        return ""

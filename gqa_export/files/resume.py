@@ -38,7 +38,7 @@ def stage(output: Path, parent: Path) -> Claimed:
     while True:
         handle, name = tempfile.mkstemp(prefix=f".{output.name}.partial-", suffix=LOCK, dir=parent)
         os.close(handle)
-        lock = _claim(Path(name))
+        lock = claim(Path(name))
         if lock is not None:
             break  # else another process took it for abandoned before it was locked
     folder = Path(name.removesuffix(LOCK))
@@ -46,7 +46,7 @@ def stage(output: Path, parent: Path) -> Claimed:
     return folder, lock
 
 
-def _claim(path: Path) -> BaseFileLock | None:
+def claim(path: Path) -> BaseFileLock | None:
     """Lock a lock file until it is released. None: a living process holds it, or it may not be opened."""
     from filelock import FileLock, Timeout
 
@@ -62,7 +62,7 @@ def abandoned(output: Path) -> list[Claimed]:
     """Staging folders of `output` that no living process fills, each claimed for this one."""
     found: list[Claimed] = []
     for path in sorted(output.parent.glob(f".{glob.escape(output.name)}.partial-*{LOCK}")):
-        lock = None if path.is_symlink() else _claim(path)
+        lock = None if path.is_symlink() else claim(path)
         if lock is not None:
             found.append((path.with_name(path.name.removesuffix(LOCK)), lock))
     return found

@@ -12,7 +12,7 @@ from itertools import zip_longest
 
 import onnx
 
-from ..errors import UnsupportedModel
+from ..errors import UnsupportedModel, cause_of
 from ..graph_io import RECIPE, TensorFact
 
 MAX_IR_VERSION = 13
@@ -112,5 +112,5 @@ def _check_standard(model: onnx.ModelProto, where: str) -> None:
     try:
         onnx.checker.check_model(copy)
     except onnx.checker.ValidationError as error:
-        raise UnsupportedModel(f"onnx's checker refuses the graph: {str(error).splitlines()[0]}", where, FIX,
+        raise UnsupportedModel(f"onnx's checker refuses the graph: {cause_of(error)}", where, FIX,
                                code="E-GRAPH-CHECKER") from error

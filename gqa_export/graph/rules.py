@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import GqaExportError, first_line
+from ..errors import GqaExportError, cause_of
 
 
 def narrowed(rules: Iterable[Any]) -> Any:
@@ -46,7 +46,7 @@ def usual_rules() -> Any:
 
 def _unknown(error: Exception) -> GqaExportError:
     return GqaExportError(f"this onnxscript ({version('onnxscript')}) keeps its rewrite rules in another form: "
-                          f"{first_line(error)}", "onnxscript.rewriter",
+                          f"{cause_of(error)}", "onnxscript.rewriter",
                           "install the version that constraints.txt names", code="E-ENV-ONNXSCRIPT")
 
 

@@ -41,6 +41,7 @@ def lower(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions,
     from ..graph import edit
     from ..graph.check import check
     from ..graph.passes import run_passes
+    from .opset import settle_opset
     from .prepare import prepare
 
     target = get_target(options.target)
@@ -60,6 +61,8 @@ def lower(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions,
     if hasattr(dialect, "finish"):
         lowered = dialect.finish(lowered, context)
     lowered.ir_version = target.ir_version
+    if target.lowest_opset:
+        settle_opset(lowered)
     inputs, outputs = interface(model, spec, target, options)
     check(lowered, inputs, outputs)
     return context.result(lowered)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import onnx
 
 from .. import attention_op, graph_io
-from ..errors import first_line
+from ..errors import cause_of
 from ..graph.passes import NearMiss, Pass, Rewritten, run_passes
 from ..state_ops import CAUSAL_CONV
 from .context import Context
@@ -51,7 +51,7 @@ def infer_shapes(model: onnx.ModelProto, context: Context) -> Rewritten:
         model.CopyFrom(onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True))
     except Exception as reason:  # slower, equally right
         logger.debug("types and shapes could not be inferred", exc_info=True)
-        remark = f"types and shapes could not be inferred, so what needs them is not fused: {first_line(reason)}"
+        remark = f"types and shapes could not be inferred, so what needs them is not fused: {cause_of(reason)}"
         context.remarks.extend((layer.layer, remark) for layer in context.spec.layers)
     return Rewritten(count + states, (*misses, *state_misses))
 

@@ -16,35 +16,42 @@ from pathlib import Path
 from typing import Any
 
 from ..compare.verdict import CaseVerdict, Verdict
-from ..errors import GqaExportError, first_line
+from ..errors import GqaExportError, cause_of
 
-FORMAT = 1
+FORMAT = 2
+BY_NAME = 1
+"""the format in which bundles were told apart by their folder's name alone"""
 FACTOR = 2.0
 FLOOR = 0.02
 REMAKE = "make it with --baseline FILE --update-baseline"
+ANEW = f"remove the file, then {REMAKE}"
 
 
 @dataclass(frozen=True)
 class Drift:
-    """One thing that left the baseline. case "": the whole bundle."""
+    """One thing that left the baseline. bundle: its key. case "": the whole bundle. name: of the bundle's folder."""
 
     bundle: str
     case: str
     message: str
+    name: str = ""
 
     def __str__(self) -> str:
         place = f"case {self.case}, " if self.case else ""
-        return f"{self.bundle}: {place}{self.message}"
+        return f"{self.name} {self.bundle}: {place}{self.message}".lstrip()
 
 
 def key_of(verdict: Verdict) -> str:
-    """What a bundle is called in a baseline: its folder's name and everything that changes its rounding."""
-    facts = (verdict.target, verdict.checked_dtype, verdict.cache, verdict.provider)
-    return f"{Path(verdict.bundle).name} ({', '.join(facts)})"
+    """What a bundle is called in a baseline: the checkpoint's and the export's digest, and everything that changes its
+    rounding. Folders and their names are not in it: two bundles called `model` are two, a moved one is the same."""
+    facts = (verdict.target, verdict.dtype, *([f"as {verdict.checked_dtype}"] if verdict.checked_dtype != verdict.dtype
+                                              else []), verdict.cache, f"capacity {verdict.capacity}", verdict.provider)
+    return f"{verdict.identity[:16] or 'unknown'} ({', '.join(facts)})"
 
 
 class Baseline:
-    """A baseline file: {"format", "bundles": {key: {"cases": {case: {"best_tokens", "max_abs": {kind: number}}}}}}."""
+    """A baseline file: {"format", "bundles": {key: {"name", "cases": {case: {"best_tokens", "max_abs": {kind:
+    number}}}}}}. name: of the folder when it was made, for people."""
 
     def __init__(self, bundles: dict[str, Any], where: str) -> None:
         self.bundles, self.where = bundles, where
@@ -58,10 +65,14 @@ class Baseline:
             raise GqaExportError("the baseline does not exist", str(path), REMAKE,
                                  code="E-REPORT-BASELINE-MISSING") from error
         except (OSError, ValueError, RecursionError) as error:
-            raise GqaExportError(f"the baseline cannot be read: {first_line(error)}", str(path), REMAKE,
+            raise GqaExportError(f"the baseline cannot be read: {cause_of(error)}", str(path), ANEW,
                                  code="E-REPORT-BASELINE-READ") from error
+        if isinstance(data, dict) and data.get("format") == BY_NAME:
+            raise GqaExportError("this baseline has format 1, which tells bundles apart by their folder's name alone: "
+                                 "bundles of one name replaced each other in it", str(path), REMAKE,
+                                 code="E-REPORT-BASELINE-OLD")
         if not isinstance(data, dict) or data.get("format") != FORMAT or not _sound(data.get("bundles")):
-            raise GqaExportError(f"this is not a baseline of format {FORMAT}", str(path), REMAKE,
+            raise GqaExportError(f"this is not a baseline of format {FORMAT}", str(path), ANEW,
                                  code="E-REPORT-BASELINE-FORMAT")
         return cls(data["bundles"], str(path))
 
@@ -70,14 +81,22 @@ class Baseline:
         """Put passed verdicts into a file, beside those of other bundles; notes on what was (not) kept."""
         from ..files.write_text import write_text
 
-        bundles = cls.read(path).bundles if path.exists() else {}
+        old: tuple[str, ...] = ()
+        try:
+            bundles = cls.read(path).bundles if path.exists() else {}
+        except GqaExportError as error:
+            if error.code != "E-REPORT-BASELINE-OLD":
+                raise
+            bundles, old = {}, ("the file had format 1, whose entries name no bundle for certain: all were dropped, "
+                                "update it with every bundle that it is for",)
         wrong = [verdict for verdict in verdicts if not verdict.passed]
         if wrong:
             return (f"the baseline was left as it was: {Path(wrong[0].bundle).name} did not pass",)
         for verdict in verdicts:
-            bundles[key_of(verdict)] = {"cases": {case.name: _kept(case) for case in verdict.cases}}
+            bundles[key_of(verdict)] = {"name": Path(verdict.bundle).name,
+                                        "cases": {case.name: _kept(case) for case in verdict.cases}}
         write_text(path, json.dumps({"format": FORMAT, "bundles": dict(sorted(bundles.items()))}, indent=1) + "\n")
-        return (f"baseline written: {path} ({', '.join(key_of(verdict) for verdict in verdicts)})",)
+        return (*old, f"baseline written: {path} ({', '.join(key_of(verdict) for verdict in verdicts)})")
 
     def judge(self, verdicts: Sequence[Verdict]) -> tuple[tuple[Drift, ...], tuple[str, ...]]:
         """What left the baseline, and notes on what it does not know. GqaExportError for a bundle not in it."""
@@ -87,14 +106,18 @@ class Baseline:
             key = key_of(verdict)
             if key not in self.bundles:
                 raise GqaExportError(f"the baseline does not contain {key}",
-                                     f"{self.where}: {', '.join(self.bundles)}", REMAKE,
+                                     f"{self.where}: {', '.join(self.bundles)}",
+                                     "validate the bundle against the checkpoint that the baseline was made with, or "
+                                     + REMAKE,
                                      code="E-REPORT-BASELINE-BUNDLE")
             kept = self.bundles[key]["cases"]
             found = {case.name: case for case in verdict.cases}
-            drifts += [Drift(key, name, "it is in the baseline and was not run") for name in kept if name not in found]
+            folder = Path(verdict.bundle).name
+            drifts += [Drift(key, name, "it is in the baseline and was not run", folder)
+                       for name in kept if name not in found]
             notes += [f"the baseline does not contain case {name} of {key}" for name in found if name not in kept]
             for name in found.keys() & kept.keys():
-                drifts += [Drift(key, name, message) for message in _drifted(found[name], kept[name])]
+                drifts += [Drift(key, name, message, folder) for message in _drifted(found[name], kept[name])]
         return tuple(drifts), tuple(notes)
 
 

@@ -65,20 +65,24 @@ def check_feed(input_ids: np.ndarray, new_lengths: np.ndarray | None, lengths: n
     return np.where(real, ids, 0), new
 
 
-def attention_mask(lengths: np.ndarray, new: np.ndarray, past: int, sequence: int) -> np.ndarray:
-    """int64 [B, past + sequence]: lengths[b] ones in the first `past` columns, new[b] ones in the last `sequence`."""
+def attention_mask(lengths: np.ndarray, new: np.ndarray, past: int, sequence: int, *,
+                   whole_row: bool = False) -> np.ndarray:
+    """int64 [B, past + sequence]: lengths[b] ones in the first `past` columns, new[b] ones in the last `sequence`.
+    whole_row: all of a row's ones first, as onnxruntime-genai's Engine sends them to targets that take both."""
+    if whole_row:
+        return (np.arange(past + sequence)[None] < (lengths + new)[:, None]).astype(np.int64)
     columns = np.arange(past)[None] < lengths[:, None]
     return np.concatenate([columns, np.arange(sequence)[None] < new[:, None]], axis=1).astype(np.int64)
 
 
 def step_feed(interface: str, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray,
-              past: int) -> dict[str, np.ndarray]:
+              past: int, *, whole_row: bool = False) -> dict[str, np.ndarray]:
     """All inputs of a step but the cache, by name. interface: "mask" or "lengths", as in `graph_io.graph_inputs`.
-    past: length of the past axis as far as the mask is to reach."""
+    past: length of the past axis as far as the mask is to reach. whole_row: see `attention_mask`."""
     if interface == "lengths":
         return {INPUT_IDS: ids.astype(np.int32), PAST_LENGTHS: lengths.astype(np.int32),
                 NEW_LENGTHS: new.astype(np.int32)}
-    return {INPUT_IDS: ids, ATTENTION_MASK: attention_mask(lengths, new, past, ids.shape[1])}
+    return {INPUT_IDS: ids, ATTENTION_MASK: attention_mask(lengths, new, past, ids.shape[1], whole_row=whole_row)}
 
 
 def must_run_alone(lengths: np.ndarray, new: np.ndarray, sequence: int, *, capacity: int | None,

@@ -78,6 +78,10 @@ def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens:
 
     A sequence that is done rides along with the others; its cache is of no use after.
 
+    A longrope model rotates a sequence beyond its original length by another table, and keys in the cache stay as they
+    were: a prompt beyond it is fed at once, and a sequence that grows beyond it is fed again as a whole, as the
+    `generate` of transformers does for these models.
+
     Args:
         session: reset first.
         prompts: token ids of each sequence, one or more.
@@ -116,15 +120,21 @@ def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens:
             elif session.lengths[row] >= session.capacity:
                 finish[row] = FULL
 
+    switch = _switch(session)
     started = time.perf_counter()
-    take(_prefill(session, prompts, lengths, prefill_piece))
+    take(_prefill(session, prompts, prefill_piece, switch))
     prefilled = time.perf_counter()
     steps = 0
     while not all(finish):
+        going = np.array([not f for f in finish])
+        if switch and (going & (session.lengths == switch)).any():
+            take(_prefill(session, _so_far(session, prompts, tokens, going), prefill_piece, switch))
+            steps += 1
+            continue
         ids = np.array([[row[-1]] for row in tokens], dtype=np.int64)
         # a finished sequence with a full cache can bring nothing more; others ride along: a batch whose rows all
         # bring one token is what every backend does in one call
-        new = np.where(np.array([bool(f) for f in finish]) & (session.lengths >= session.capacity), 0, 1)
+        new = np.where(~going & (session.lengths >= session.capacity), 0, 1)
         take(session.step(ids, new).logits[:, 0])
         steps += 1
     ended = time.perf_counter()
@@ -143,9 +153,27 @@ def _check(lengths: np.ndarray, capacity: int, max_new_tokens: int) -> None:
                              code="E-RUN-CAPACITY")
 
 
-def _prefill(session: Session, prompts: Sequence[Sequence[int]], lengths: np.ndarray, piece: int) -> np.ndarray:
-    """Feed all prompts; the logits [B, V] of each one's last token."""
+def _switch(session: Session) -> int:
+    """Tokens beyond which another rotary table serves; 0: one table, or a session made without a spec."""
+    try:
+        return getattr(session.spec, "rope_switch", 0)
+    except GqaExportError:
+        return 0
+
+
+def _so_far(session: Session, prompts: Sequence[Sequence[int]], tokens: list[list[int]],
+            going: np.ndarray) -> list[Sequence[int]]:
+    """What each sequence consists of, its last token included; of one that is done, what the cache holds."""
+    whole = [[*prompt, *new] for prompt, new in zip(prompts, tokens)]
+    return [row if more else row[: int(held)] for row, more, held in zip(whole, going, session.lengths)]
+
+
+def _prefill(session: Session, prompts: Sequence[Sequence[int]], piece: int, switch: int) -> np.ndarray:
+    """Feed all prompts; the logits [B, V] of each one's last token. switch: a prompt of more tokens is fed at once."""
     session.reset(len(prompts))
+    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+    if 0 < switch < lengths.max():
+        piece = int(lengths.max())
     last: list[np.ndarray] = [np.empty(0)] * len(prompts)
     for start in range(0, int(lengths.max()), piece):
         new = np.clip(lengths - start, 0, piece)

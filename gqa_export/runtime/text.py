@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import GqaExportError, InvalidBundle, first_line
+from ..errors import GqaExportError, InvalidBundle, cause_of
 
 JSON, CONFIG = "tokenizer.json", "tokenizer_config.json"
 OTHER_FORMATS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
@@ -193,11 +193,12 @@ def open_tokenizer(folder: Path | str) -> Codec:
         try:
             return _Fast(Tokenizer.from_file(str(folder / JSON)))
         except Exception as error:  # the library raises plain Exception
-            raise InvalidBundle(f"the tokenizer cannot be read: {first_line(error)}", str(folder / JSON),
+            raise InvalidBundle(f"the tokenizer cannot be read: {cause_of(error)}", str(folder / JSON),
                                 "copy it from the checkpoint again, or use --token-ids",
                                 code="E-BUNDLE-TOKENIZER") from error
     if not has_tokenizer(folder):
-        raise GqaExportError("this bundle has no tokenizer: its checkpoint had none", str(folder),
+        raise GqaExportError("this bundle has no tokenizer: its checkpoint had none, or none that could be "
+                             "converted", str(folder),
                              "pass the prompt as --token-ids 1,2,3", code="E-RUN-TOKENIZER")
     from ..checkpoint.tokenized_text import load_tokenizer
 

@@ -7,7 +7,12 @@ caches, activations, the loading of weights) and its integrations (attention fun
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
+import sysconfig
+import types
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,9 @@ FILES = ("modeling_*.py", "configuration_*.py")
 """patterns below the folder of one model"""
 TYPE = re.compile(r"""^\s+model_type\b[^=\n]*=\s*["']([\w.-]+)["']""", re.MULTILINE)
 IMPORT = re.compile(r"^\s*from (?:\.\.|\.\.\.models\.|transformers\.models\.)(\w+)\.(\w+) import", re.MULTILINE)
+DEFINED = re.compile(r"^(|    )(class|def) (\w+)", re.MULTILINE)
+DECORATORS = ("torch", "huggingface_hub")
+"""packages whose decorators put functions of their own into transformers' classes"""
 LOCAL = re.compile(r"^\s*from \.(\w+) import", re.MULTILINE)
 
 
@@ -72,3 +80,53 @@ def _folder(models: Path, name: str) -> Path | None:
             if name in TYPE.findall(path.read_text(encoding="utf-8")):
                 return folder
     return None
+
+
+def changed_in_memory(config: dict[str, Any], sources: list[Path]) -> bool:
+    """Whether this process would not run the code of these files: classes were registered for a `model_type` of the
+    configuration, or a class, function or method that a loaded file defines was replaced by another."""
+    if "transformers" not in sys.modules:
+        return False
+    if set(_registered()) & set(_types(config)):
+        return True
+    root = _installed()
+    homes = [str(root), sysconfig.get_paths()["stdlib"]]
+    homes += [str(Path(sys.modules[name].__file__ or root).parent) for name in DECORATORS if name in sys.modules]
+    for path in sources:
+        name = ".".join(("transformers", *path.relative_to(root).with_suffix("").parts))
+        module = sys.modules.get(name)
+        if module is not None and module.__file__ == str(path) and any(_replaced(member, name, homes) for member in _members(module, path)):
+            return True
+    return False
+
+
+def _registered() -> list[str]:
+    """The `model_type`s for which this process registered classes with transformers."""
+    configurations = sys.modules.get("transformers.models.auto.configuration_auto")
+    models = sys.modules.get("transformers.models.auto.modeling_auto")
+    kinds = list(configurations.CONFIG_MAPPING._extra_content) if configurations else []
+    if models is not None:
+        kinds += [config.model_type for config in models.AutoModelForCausalLM._model_mapping._extra_content]
+    return kinds
+
+
+def _members(module: Any, path: Path) -> Iterator[Any]:
+    """What a loaded module has in the places of the classes, functions and methods that its file defines."""
+    owner: Any = None
+    for indent, kind, name in DEFINED.findall(path.read_text(encoding="utf-8")):
+        if not indent:
+            owner = vars(module).get(name)
+            yield owner
+        elif kind == "def" and isinstance(owner, type):
+            yield vars(owner).get(name)
+
+
+def _replaced(member: Any, module: str, homes: list[str]) -> bool:
+    """Whether a class is of another module than this, or a function's code is in a file outside of these folders."""
+    if isinstance(member, type):
+        return member.__module__ != module
+    member = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+    if not isinstance(member, types.FunctionType):
+        return False
+    place = inspect.unwrap(member).__code__.co_filename
+    return not any(Path(place).is_relative_to(home) for home in homes)

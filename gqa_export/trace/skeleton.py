@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedModel, first_line
+from ..checkpoint.building import building
 
 
 def build(config: Any, dtype: torch.dtype, *, device: str = "cpu", attention: str = "eager") -> torch.nn.Module:
@@ -32,13 +32,8 @@ def build(config: Any, dtype: torch.dtype, *, device: str = "cpu", attention: st
 
     config = copy.deepcopy(config)
     kwargs: dict[str, Any] = {"attn_implementation": attention, "dtype": dtype}
-    with initialization.no_init_weights(), torch.device(device):
-        try:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **kwargs)
-        except Exception as error:  # a package that parts of it are in (timm), a configuration against itself
-            raise UnsupportedModel(f"transformers cannot build this model here: {first_line(error)}",
-                                   f"model_type {config.model_type}", "install the package that the message names, or "
-                                   "correct config.json", code="E-MODEL-BUILD") from error
+    with initialization.no_init_weights(), torch.device(device), building(config):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **kwargs)
     model.tie_weights()
     _keep_in_fp32(model, dtype)
     if has_experts(model):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files.cache_folder import cache_folder
 from ..files.sha256 import files_sha256
-from .modelling_sources import modelling_sources
+from .modelling_sources import changed_in_memory, modelling_sources
 
 if TYPE_CHECKING:
     from .traced import Traced
@@ -40,10 +40,11 @@ def folder() -> Path | None:
 
 def place_of(config: dict[str, Any], options: dict[str, Any]) -> Path | None:
     """Where the trace of this configuration (config.json as read) with these options is kept; None: nowhere, because
-    the cache is off or the sources of the model are not where transformers keeps them."""
+    the cache is off, the sources of the model are not where transformers keeps them, or they are not the code that this
+    process runs."""
     there = folder()
     model = modelling_sources(config) if there is not None else None
-    if there is None or model is None:
+    if there is None or model is None or changed_in_memory(config, model):
         return None
     package = Path(__file__).parent.parent
     sources = [*Path(__file__).parent.rglob("*.py"), *package.glob("*.py"), *(package / "checkpoint").glob("*.py"),

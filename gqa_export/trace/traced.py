@@ -20,7 +20,8 @@ class Traced:
         spec: facts of every attention layer.
         traced_layers: how many decoder layers were recorded.
         whole_because: "" if the rest were stamped, else why every layer was traced.
-        rope_regime: "short" or "long" where `longrope` was fixed by the capacity, else "".
+        rope_regime: "short" where `longrope` has one table because of the capacity, "both" where it has two, "dynamic"
+            where such a rotary was fixed, else "".
         tied: groups of names of one tensor.
         converts: transformers renames or merges tensors on load.
         capacity: tokens that it was traced for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..spec import ModelSpec
@@ -23,7 +24,8 @@ def trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str = "
         config: a transformers configuration.
         dtype: "float32", "float16" or "bfloat16".
         cache: "growing" or "static".
-        capacity: tokens that the cache shall hold; it decides the regime of `longrope`.
+        capacity: tokens that the cache shall hold; beyond the original length of `longrope` both its tables are in
+            the graph.
         logits: "all" or "last".
         interface: "mask" (attention_mask is an input) or "lengths" (past_lengths and new_lengths are).
         stamping: trace two layers of each kind and repeat them, where that can be proved; False traces all layers.
@@ -48,7 +50,7 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
     from . import attention_hook, skeleton
     from .capture import canonical, decoder_module, export, simplify
     from .probe import rotary
-    from .probe.layer_probe import probe, refuse_mixing
+    from .probe.layer_probe import probe_layers, refuse_mixing
     from .stamping import layer_kinds, stamp
 
     name, torch_dtype = attention_hook.register(), getattr(torch, dtype)
@@ -56,23 +58,30 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
     meta_model = skeleton.build(config, torch_dtype, device="meta", attention=name)
     if inspect:
         inspect(meta_model)
-    spec = probe(config, meta_model)
+    regime = rotary.settle(meta_model, capacity)
+    probed = probe_layers(config, meta_model)
+    spec = replace(probed.spec, rope_switch=regime.switch)
     if accept:
         accept(spec)
-    stack = layer_kinds.stack_of(meta_model, spec) if stamping and not spec.states else None
-    prints = layer_kinds.prints(meta_model, stack) if stack else ()
+    stack, prints, whole_because = None, (), "stamping is off"
+    if stamping and spec.states:
+        whole_because = "layers with states are traced one by one"
+    elif stamping:
+        try:
+            stack, prints = layer_kinds.plan(meta_model, probed)
+            whole_because = ""
+        except layer_kinds.NotAlike as reason:
+            stack, whole_because = None, str(reason)
     del meta_model
-    whole_because = "" if stack else "stamping is off" if not stamping else \
-        "layers with states are traced one by one" if spec.states else "no layers that are alike"
     while True:
         short = layer_kinds.shorten(config, max(stack.traced) + 1) if stack else config
         model = skeleton.build(short, torch_dtype, attention=name)
+        rotary.settle(model, capacity)
         if stack:
             layer_kinds.keep_layers(model, stack)
             if layer_kinds.prints(model, stack) != prints:
                 stack, whole_because = None, "something in the model is computed from the number of layers"
                 continue
-        regime = rotary.freeze_regime(model, capacity)
         layers = [spec.layers[i] for i in stack.traced] if stack else list(spec.layers)
         part = ModelSpec(**{**vars(spec), "layers": tuple(layers)})
         decoder = decoder_module.Decoder(model, part, cache=cache, logits=logits, interface=interface)
@@ -95,5 +104,5 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
     proto = canonical.to_proto(program, weights, spec, cache=cache, logits=logits, interface=interface,
                                prefix="model.")
     refuse_mixing(proto)
-    return Traced(proto, spec, len(layers), whole_because, regime, skeleton.tied(model), skeleton.converts(model),
+    return Traced(proto, spec, len(layers), whole_because, regime.name, skeleton.tied(model), skeleton.converts(model),
                   capacity, slow_because)

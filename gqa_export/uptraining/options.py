@@ -67,7 +67,7 @@ class UptrainOptions:
     force: bool = False
 
     def settings(self) -> str:
-        """What must be equal for a run to be resumed, as JSON."""
+        """The options that change what is trained, as JSON, paths resolved."""
         chosen = {name: value for name, value in asdict(self).items() if name not in FREE}
         for name in ("text", "eval_text", "teacher"):
             if chosen[name] and Path(chosen[name]).exists():

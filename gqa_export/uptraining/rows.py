@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.tokenized_text import load_tokenizer, packed, read_text, spread, tokenize
-from ..errors import GqaExportError, InvalidCheckpoint, first_line
+from ..errors import GqaExportError, InvalidCheckpoint, cause_of
+from ..files.sha256 import files_sha256
 from .options import UptrainOptions
 
 HUB = "hub:"
@@ -46,9 +47,20 @@ def documents(spec: str) -> Iterator[str]:
         for example in data:
             yield str(example["text"])
     except Exception as error:  # the library raises anything for a missing name, configuration, split or column
-        raise GqaExportError(f"the data set cannot be read: {first_line(error)}", spec,
+        raise GqaExportError(f"the data set cannot be read: {cause_of(error)}", spec,
                              "give hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT of a data set with a column "
                              "text, or a text file", code="E-UPTRAIN-DATA-SET") from error
+
+
+def content_of(spec: str) -> str:
+    """What a text is, wherever it lies: sha256 of a file; a data set of the hub is known by its name."""
+    if spec.startswith(HUB):
+        return spec
+    try:
+        return files_sha256([Path(spec)])
+    except OSError:
+        read_text(Path(spec))  # says what is wrong with it
+        raise
 
 
 def tokens_of(spec: str, tokenizer: Any) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -22,11 +23,12 @@ from ..progress import Progress, silent
 from .curve import Point, picture, split_log
 from .options import UptrainOptions, steps_of
 from .rows import EVAL, TRAIN, Rows, prepare
+from .work import claimed, on_first_rank, open_work, settings_of, work_folder
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
 
-REPORT, PICTURE, SETTINGS = "gqa_uptrain.json", "gqa_uptrain.svg", "settings.json"
+REPORT, PICTURE = "gqa_uptrain.json", "gqa_uptrain.svg"
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,6 @@ class Uptraining:
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
-def work_folder(output: Path) -> Path:
-    """Where a run keeps its rows and checkpoints until it is done."""
-    return output.resolve().parent / f".{output.name}.uptrain"
-
-
 def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, report: Progress | None = None,
             restart: bool = False) -> Uptraining:
     """Train a checkpoint and write the result. On an error the output is not written, and what was trained is kept for
@@ -101,21 +98,25 @@ def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, repor
                              "give the original Hugging Face checkpoint folder", code="E-UPTRAIN-GGUF")
     work = work_folder(output)
     from ..checkpoint.quiet import quiet
+    from .trainer import DistillingTrainer, Watch, arguments, last_checkpoint
 
-    with disk_errors(work), quiet():
-        _open_work(work, checkpoint, options, restart)
+    with disk_errors(work), quiet(), ExitStack() as held_locks:
         config = load_config(checkpoint)
         longest = int(getattr(config, "max_position_embeddings", 0) or options.length)
         if options.length > longest:
             raise GqaExportError(f"rows of {options.length} tokens are longer than the model's {longest} positions",
                                  "--length", f"use --length {longest} or less", code="E-UPTRAIN-LENGTH")
-        from .trainer import DistillingTrainer, Watch, arguments, last_checkpoint
+        settings = arguments(options, work, 1, resuming=False)
 
-        found = last_checkpoint(work)
-        settings = arguments(options, work, 1, resuming=found is not None)
-        with settings.main_process_first(desc="tokenizing"):
+        def begin() -> None:
+            held_locks.enter_context(claimed(work))
+            progress("comparing with an unfinished run" if work.exists() else "hashing what is trained", None, None)
+            open_work(work, settings_of(checkpoint, options, settings.world_size), restart)
             progress("tokenizing the text", None, None)
             prepare(checkpoint.folder, work, options, config.vocab_size)
+
+        on_first_rank(settings.process_index, settings.world_size, begin)
+        found = last_checkpoint(work)
         train, held = Rows(work / TRAIN), Rows(work / EVAL, options.eval_rows)
         steps = steps_of(options, len(train), settings.world_size)
         settings = arguments(options, work, steps, resuming=found is not None)
@@ -138,21 +139,6 @@ def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, repor
             shutil.rmtree(work)
         trainer.accelerator.wait_for_everyone()
     return result
-
-
-def _open_work(work: Path, checkpoint: Checkpoint, options: UptrainOptions, restart: bool) -> None:
-    """Make the work folder, or go on in that of the same run."""
-    settings = json.dumps({"checkpoint": str(checkpoint.folder.resolve()), **json.loads(options.settings())}, indent=1)
-    if restart and work.exists():
-        shutil.rmtree(work)
-    if (work / SETTINGS).is_file() and (work / SETTINGS).read_text(encoding="utf-8") != settings:
-        before = json.loads((work / SETTINGS).read_text(encoding="utf-8"))
-        other = sorted(name for name, value in json.loads(settings).items() if before.get(name) != value)
-        raise GqaExportError(f"an unfinished run has other settings (different: {', '.join(other)})", str(work),
-                             "repeat its settings to go on, or pass --restart to throw it away",
-                             code="E-UPTRAIN-OTHER-SETTINGS")
-    work.mkdir(parents=True, exist_ok=True)
-    (work / SETTINGS).write_text(settings, encoding="utf-8")
 
 
 def _teacher(options: UptrainOptions, config: Any, *, bf16: bool) -> Any:

@@ -28,7 +28,7 @@ from .refusals import judge_refusals
 from .run_cases import run_cases
 from .sessions import FillGarbage, Sessions, bundle_session, choose_bundle_provider, load_engine
 from .suite_setting import setting_of
-from .untrusted import logits_of_last_token, nan_tail_safe
+from .untrusted import logits_of_last_token, nan_tail_safe, takes_whole_row_masks
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class _Opened:
     session: Session
     fill_garbage: FillGarbage | None
     nan_tail_safe: bool
+    whole_row_masks: bool = False
 
 
 def cross_check(bundles: Sequence[Path], *, level: str = "quick", steps: int = 0, provider: str = "auto",
@@ -76,7 +77,7 @@ def _compare(first: _Opened, other: _Opened, level: str, steps: int, notes: list
     began = time.perf_counter()
     smaller = min(first.manifest.capacity, other.manifest.capacity)
     setting = setting_of(replace(other.manifest, capacity=smaller), other.folder, steps or STEPS.get(level, 32))
-    setting.nan_tail_safe = other.nan_tail_safe
+    setting.nan_tail_safe, setting.whole_row_masks = other.nan_tail_safe, other.whole_row_masks
     setting.literal = setting.literal or setting_of(first.manifest, first.folder, 1).literal
     plan = plan_suite(setting, level)
     logs = run_cases(Sessions(first.session, None, other.session, other.fill_garbage), plan,
@@ -106,7 +107,8 @@ def _open(stack: ExitStack, folder: Path, manifest: Manifest, provider: str, as_
     ran, where, target = runnable(stack, folder, manifest, ran_dtype, notes, report)
     session, fill_garbage = stack.enter_context(bundle_session(where, ran, provider, notes, target))
     return _Opened(folder, manifest, ran_dtype, provider, session, fill_garbage,
-                   target.nan_tail_safe or nan_tail_safe(where))
+                   target.nan_tail_safe or nan_tail_safe(where),
+                   target.whole_row_masks or takes_whole_row_masks(where))
 
 
 def _same_model(first: Manifest, other: Manifest, where: str) -> None:

@@ -30,13 +30,14 @@ class Reference:
 
     session: PyTorch in fp64, the reference (fp32 where fp64 does not fit). eager: PyTorch in the number format that is
     run, the same-dtype baseline; None where there is no room. dtype: of `session`. model: the module. shown: see
-    `observed_facts`."""
+    `observed_facts`. digest: of the checkpoint, see `model_digest`."""
 
     session: Session
     eager: Session | None
     dtype: str
     model: Any
     shown: dict[str, object]
+    digest: str = ""
 
     @property
     def alike(self) -> frozenset[int]:
@@ -74,9 +75,12 @@ def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dty
         NotCheckedHere: two fp32 models do not fit in memory.
     """
     from ..bundle.source_checkpoint import open_for
+    from ..checkpoint.content import model_digest
 
-    session, eager, dtype = pytorch_sessions(open_for(manifest, against), manifest, ran_dtype, notes)
-    return Reference(session, eager, dtype, session.model, observed_facts(session, str(against)))
+    checkpoint = open_for(manifest, against)
+    session, eager, dtype = pytorch_sessions(checkpoint, manifest, ran_dtype, notes)
+    return Reference(session, eager, dtype, session.model, observed_facts(session, str(against)),
+                     model_digest(checkpoint))
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def run_cases(sessions: Sessions, plan: Plan, *, last_only: bool = False, report
             continue
         if sessions.fill_garbage is not None:
             sessions.fill_garbage(case.garbage)
-        with limited(sessions, case.capacity):
+        with limited(sessions, case.capacity), masked(sessions.bundle, case.whole_row_mask):
             log = run_case(sessions, case, last_only, tick)
             if sessions.eager is not None and doubtful(judge(log, dtype)):
                 measure_again(sessions, log, last_only)
@@ -69,6 +69,18 @@ def limited(sessions: Sessions, capacity: int) -> Iterator[None]:
     finally:
         for session, whole in zip(present, before):
             session.capacity = whole
+
+
+@contextmanager
+def masked(bundle: Any, whole_row: bool) -> Iterator[None]:
+    """Inside, the bundle's session sends masks that have all ones of a row first, if `whole_row`."""
+    if whole_row:
+        bundle.whole_row_masks = True
+    try:
+        yield
+    finally:
+        if whole_row:
+            bundle.whole_row_masks = False
 
 
 def run_case(sessions: Sessions, case: Case, last_only: bool, tick: Callable[[], None]) -> CaseLog:

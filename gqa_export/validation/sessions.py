@@ -124,12 +124,14 @@ def cached_layers(config: Any) -> tuple[tuple[int, ...], frozenset[int]] | None:
 
     from ..trace import attention_hook, skeleton
     from ..trace.patches import registry
+    from ..trace.probe import rotary
     from ..trace.probe.layer_probe import listen_with_cache
 
     try:
         with registry.applied(config):
-            calls, alike, _ = listen_with_cache(skeleton.build(config, torch.float32, device="meta",
-                                                            attention=attention_hook.register()))
+            model = skeleton.build(config, torch.float32, device="meta", attention=attention_hook.register())
+            rotary.settle(model, 1)
+            calls, alike, _ = listen_with_cache(model)
     except GqaExportError:
         return None
     return tuple(sorted(calls)), frozenset(alike)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..bundle.manifest import Manifest
 from ..compare.suite import Setting
-from ..errors import GqaExportError, InvalidBundle, first_line
+from ..errors import GqaExportError, InvalidBundle, cause_of
 from ..runtime.text import JSON, open_tokenizer
 
 SAMPLE = ("The water of a river that reaches the sea has travelled for weeks. Most of it fell as rain, some as snow, "
@@ -34,13 +34,16 @@ def setting_of(manifest: Manifest, folder: Path, steps: int, text: Path | None =
         GqaExportError: the text cannot be read or is too short, or the bundle has no tokenizer for it.
     """
     from ..targets import get_target
+    from ..trace.probe.rotary import switch_of
 
     special = _special(manifest)
     config = model.config.to_dict() if model is not None else {}
     avoided = special if model is None else tuple(set(special) & _own_special(model))
+    switch = manifest.spec.rope_switch if model is None else switch_of(model.config.get_text_config(),
+                                                                       manifest.capacity)
     return Setting(manifest.spec, manifest.capacity, steps, tuple(_windows(config)), _original_positions(config),
-                   special, _largest_embeddings(model, avoided) if model is not None else (), _encoded(folder, SAMPLE),
-                   _read(folder, text) if text is not None else None,
+                   switch, special, _largest_embeddings(model, avoided) if model is not None else (),
+                   _encoded(folder, SAMPLE), _read(folder, text) if text is not None else None,
                    literal=get_target(manifest.target).literal_capacity, avoided=avoided)
 
 
@@ -92,7 +95,7 @@ def _encoded(folder: Path, text: str) -> np.ndarray | None:
     except (GqaExportError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library panics with an exception that is not an Exception
-        raise InvalidBundle(f"the tokenizer cannot encode a sentence: {first_line(error)}", str(folder / JSON),
+        raise InvalidBundle(f"the tokenizer cannot encode a sentence: {cause_of(error)}", str(folder / JSON),
                             "copy it from the checkpoint again", code="E-BUNDLE-TOKENIZER") from error
 
 
@@ -109,7 +112,7 @@ def _read(folder: Path, path: Path) -> np.ndarray:
     try:
         ids = _encoded(folder, path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise GqaExportError(f"the text cannot be read: {first_line(error)}", str(path), "give a text file in UTF-8",
+        raise GqaExportError(f"the text cannot be read: {cause_of(error)}", str(path), "give a text file in UTF-8",
                              code="E-OPTION-TEXT-FILE") from error
     if ids is None:
         raise GqaExportError("--text needs a tokenizer, and the bundle has none", str(folder),

@@ -27,6 +27,13 @@ def logits_of_last_token(manifest: Manifest, where: str) -> bool:
     return last
 
 
+def takes_whole_row_masks(folder: Path) -> bool:
+    """Whether a bundle's graph must take masks that have all ones of a row first: what has GroupQueryAttention, which
+    counts them, is an `ort` graph, whatever target the manifest names."""
+    return any(node.op_type == "GroupQueryAttention" and node.domain == "com.microsoft"
+               for node in read_graph(folder).graph.node)
+
+
 def nan_tail_safe(folder: Path) -> bool:
     """Whether a bundle's graph must ignore NaN beyond the valid tokens: all but ONNX's own Attention, which adds its
     mask to scores. What target the manifest names does not matter."""

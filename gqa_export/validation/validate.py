@@ -6,13 +6,15 @@ baseline of `compare.tolerance`), and the bundle.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 from ..bundle.attention_claims import check_claims
 from ..bundle.integrity import check_belongs, check_files
-from ..bundle.manifest import read_manifest
+from ..bundle.manifest import Manifest, read_manifest
 from ..checkpoint.checkpoint import Checkpoint
 from ..compare.judge import judge
 from ..compare.suite import STEPS, plan_suite
@@ -26,7 +28,7 @@ from .refusals import judge_refusals
 from .run_cases import run_cases
 from .sessions import Sessions, bundle_session, choose_bundle_provider, is_large, load_engine, torch_threads
 from .suite_setting import check_tokenizer, setting_of
-from .untrusted import logits_of_last_token, nan_tail_safe
+from .untrusted import logits_of_last_token, nan_tail_safe, takes_whole_row_masks
 
 
 def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str = "quick", steps: int = 0,
@@ -82,6 +84,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         session, fill_garbage = engine or stack.enter_context(bundle_session(where, ran, provider, notes, target))
         setting = setting_of(manifest, folder, steps or STEPS.get(level, 32), text, known.model)
         setting.nan_tail_safe = target.nan_tail_safe or (not built and nan_tail_safe(where))
+        setting.whole_row_masks = target.whole_row_masks or (not built and takes_whole_row_masks(where))
         plan = plan_suite(setting, level)
         sessions = Sessions(known.session, known.eager, session, fill_garbage, beside=not built and is_large(manifest),
                             alike=known.alike)
@@ -94,6 +97,11 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         bundle=str(folder), against=str(against), target=manifest.target, dtype=manifest.dtype,
         checked_dtype=ran_dtype, reference_dtype=known.dtype, provider=provider, cache=manifest.cache,
         capacity=manifest.capacity, cases=(*(judge(log, ran_dtype) for log in logs), refused), level=level,
-        notes=(*plan.notes, *notes), versions=versions(), seconds=time.perf_counter() - began)
+        notes=(*plan.notes, *notes), versions=versions(), seconds=time.perf_counter() - began,
+        identity=identity_of(manifest, known.digest))
 
 
+def identity_of(manifest: Manifest, digest: str) -> str:
+    """See `Verdict.identity`. digest: of the checkpoint."""
+    chosen = [digest, manifest.logits, manifest.weights, manifest.source.get("text_only", False)]
+    return hashlib.sha256(json.dumps(chosen, default=str).encode()).hexdigest()

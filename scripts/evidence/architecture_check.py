@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gqa_export.checkpoint.load_config import load_config
-from gqa_export.errors import GqaExportError, first_line
+from gqa_export.errors import GqaExportError, cause_of
 
 SUPPORTED, REFUSED, WRONG, FAILED = "supported", "refused", "wrong", "failed"
 TARGETS = ("ort", "portable")
@@ -65,7 +65,7 @@ def check(name: str, architecture: str, checkpoint: Path, *, targets: tuple[str,
         row.verdict, row.reason = REFUSED, f"{refusal.what} [{_short(refusal.where, checkpoint)}]"
     except Exception as error:
         row.verdict = FAILED
-        row.reason = f"{first_line(error)} [{_spot(error)}]"
+        row.reason = f"{cause_of(error)} [{_spot(error)}]"
     finally:
         row.seconds = round(time.perf_counter() - began, 1)
     return row
@@ -77,7 +77,7 @@ def add_depth(known: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     try:
         return {**known, "depth": prove_depth(checkpoint)}
     except Exception as error:
-        return {**known, "verdict": FAILED, "reason": f"{first_line(error)} [{_spot(error)}]",
+        return {**known, "verdict": FAILED, "reason": f"{cause_of(error)} [{_spot(error)}]",
                 "seconds": round(time.perf_counter() - began, 1)}
 
 

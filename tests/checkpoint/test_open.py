@@ -230,9 +230,57 @@ def test_a_folder_without_weights_and_a_dangling_link_are_refused(copy):
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "bitsandbytes", "compressed-tensors"])
-def test_a_quantized_checkpoint_is_refused_naming_the_method(copy, method):
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int32"])
+def test_a_quantized_checkpoint_is_refused_naming_the_method(copy, method, dtype):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(copy / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(getattr(torch, dtype))
+    save_file(tensors, copy / "model.safetensors")
+    folder = edit_config(copy, quantization_config={"quant_method": method})
+    assert f"({method}: {name}" in refusal_of(folder, "E-MODEL-QUANTIZED", "unquantized", UnsupportedModel).what
+
+
+@pytest.mark.parametrize("method", ["bitnet", "of next year"])
+def test_a_method_that_rounds_plain_weights_or_is_unknown_is_refused(copy, method):
     folder = edit_config(copy, quantization_config={"quant_method": method})
     assert f"({method})" in refusal_of(folder, "E-MODEL-QUANTIZED", "unquantized", UnsupportedModel).what
+
+
+@pytest.mark.parametrize("entry", [
+    {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "_load_in_8bit": False}},
+    {"quantization_config": {"load_in_8bit": True, "llm_int8_threshold": 6.0}},
+    {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}},
+    {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+    {"compression_config": {"quant_method": "compressed-tensors", "format": "dense"}}])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_quantization_left_over_beside_plain_weights_is_noted_and_ignored(copy, tmp_path, entry, pickled):
+    import numpy as np
+    import torch
+    from safetensors.torch import load_file
+
+    from gqa_export.checkpoint.load_model import load_model
+    from gqa_export.checkpoint.pickle_permission import Trust, trusting
+    from gqa_export.exporting.options import ExportOptions
+    from gqa_export.exporting.to_onnx import export_onnx
+    from gqa_export.runtime.ort.session import OrtSession
+
+    plain = load_model(open_checkpoint(copy), "fp32")
+    folder, ids = edit_config(copy, **entry), np.arange(4, 20)[None]
+    if pickled:
+        torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+        (copy / "model.safetensors").unlink()
+    with trusting(Trust(pickle=pickled)):
+        export = export_onnx(folder, tmp_path / "bundle", ExportOptions(capacity=32))
+        reference = load_model(open_checkpoint(folder), "fp32")
+    method = next(iter(entry.values())).get("quant_method", "bitsandbytes")
+    assert any(f"({method})" in note and "left over" in note for note in export.notes)
+    with torch.no_grad():
+        expected = plain(torch.from_numpy(ids)).logits.numpy()
+        np.testing.assert_array_equal(reference(torch.from_numpy(ids)).logits.numpy(), expected)
+    np.testing.assert_allclose(OrtSession.load(tmp_path / "bundle", "cpu").step(ids).logits, expected, atol=2e-5)
 
 
 def test_weights_in_eight_bits_without_a_word_in_the_config_are_refused(copy):

@@ -35,25 +35,41 @@ def by_name(found):
 
 @settings(max_examples=30, deadline=None)
 @given(capacity=st.integers(8, 2000), window=st.integers(0, 700), original=st.integers(0, 700),
-       vocabulary=st.sampled_from([5, 300, 60_000]), literal=st.booleans(), level=st.sampled_from(LEVELS))
-def test_no_case_of_any_level_ever_exceeds_its_capacity(capacity, window, original, vocabulary, literal, level):
+       switch=st.integers(0, 700), vocabulary=st.sampled_from([5, 300, 60_000]), literal=st.booleans(),
+       whole=st.booleans(), level=st.sampled_from(LEVELS))
+def test_no_case_of_any_level_ever_exceeds_its_capacity(capacity, window, original, switch, vocabulary, literal, whole,
+                                                        level):
     setting = Setting(spec(window, 0, vocabulary=vocabulary), capacity, 16, original_positions=original,
-                      special=(0, 2), largest=(1, 3), literal=literal)
+                      switch=switch, special=(0, 2), largest=(1, 3), literal=literal, whole_row_masks=whole)
     for case in plan_suite(setting, level).cases:
         assert case.capacity <= capacity
         for row, prompt in enumerate(case.prompts):
             assert len(prompt) + sum(count[row] for count in case.counts) <= (case.capacity or capacity), case.name
             assert np.isin(prompt, np.arange(vocabulary)).all()
         assert case.entry in [entry.name for entry in SUITE]
+        # what one side is fed token by token must mean the same to the other at once: not across longrope's switch
+        assert not case.single or max(len(prompt) for prompt in case.prompts) <= (switch or capacity)
         # one step's logits of all rows stay near the budget that keeps memory bounded
         assert case.chunk <= max(16, (1 << 24) // vocabulary) or case.batch > 1
 
 
 def test_every_line_of_the_suite_gives_a_case_where_there_is_room():
-    found = {case.entry for case in plan(windows=(16,), capacity=2048, original_positions=64,
-                                         text=np.arange(9)).cases}
+    found = {case.entry for case in plan(windows=(16,), capacity=2048, original_positions=64, switch=64,
+                                         text=np.arange(9), whole_row_masks=True).cases}
     assert found == {entry.name for entry in SUITE} - {"refusals"}  # those are judged beside the cases
     assert all(entry.aim for entry in SUITE)
+
+
+def test_masks_with_all_ones_first_are_sent_to_a_bundle_that_takes_them():
+    assert "whole_row_mask" not in by_name(plan("quick"))
+    found = by_name(plan("quick", whole_row_masks=True))
+    assert [case.name for case in found.values() if case.whole_row_mask] == ["whole_row_mask"]
+    case = found["whole_row_mask"]
+    assert len({len(prompt) for prompt in case.prompts}) == case.batch >= 3
+    assert set(case.counts) == {(1,) * case.batch}
+    others = by_name(plan("full", whole_row_masks=True))
+    for name, one in by_name(plan("full")).items():
+        assert all(np.array_equal(a, b) for a, b in zip(one.prompts, others[name].prompts)), name
 
 
 def test_quick_is_a_part_of_full():
@@ -227,3 +243,14 @@ def test_the_greedy_prefix_ends_where_the_tokens_part():
     assert free.metrics.greedy_prefix == 3  # the tokens after positions 23, 24 and 25 were the same
     same = next(case for case in scripted(Checked(noise=1e-6), "quick").cases if case.name == "free_running")
     assert same.metrics.greedy_prefix == 8
+
+
+def test_a_switch_is_crossed_in_decode_and_passed_in_a_prompt_at_every_level():
+    for level in LEVELS:
+        found = by_name(plan(level, switch=40))
+        near, few = found["switch"].prompts
+        assert len(near) < 40 < len(near) + len(found["switch"].counts)
+        assert len(few) + len(found["switch"].counts) < 40
+        assert [len(prompt) for prompt in found["switched"].prompts] == [41, 5]
+    assert "switch" not in by_name(plan())
+    assert any("second table" in note for note in plan("quick", capacity=48, switch=40).notes)

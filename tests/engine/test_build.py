@@ -119,6 +119,13 @@ def test_profiles_are_decode_and_prefill_with_the_capacity_literal() -> None:
     assert make_profiles(large, 1, 50_000)[1].most("input_ids", 1) == 50_000
 
 
+def test_an_engine_of_a_longrope_model_takes_any_prompt_at_once() -> None:
+    two_tables = replace(MANIFEST, capacity=100_000, spec=replace(SPEC, rope_switch=4096))
+    assert make_profiles(two_tables, 1, 0)[1].most("input_ids", 1) == 100_000
+    with refused("E-ENGINE-PROMPT-PIECES"):
+        make_profiles(two_tables, 1, 50_000)
+
+
 def test_a_capacity_that_is_not_literal_is_refused() -> None:
     inputs = (*MANIFEST.inputs[:-1], replace(MANIFEST.inputs[-1], shape=("batch", 2, "capacity", 48)))
     with refused("E-ENGINE-AXIS"):

@@ -77,6 +77,7 @@ def sample(tmp_path_factory):
 @pytest.mark.parametrize(("kind", "quick"), [
     ("scale wrong", {"teacher_forced", "free_running", "ragged"}), ("stale tail", {"ragged", "garbage_tail"}),
     ("rows leak", {"ragged", "garbage_tail"}), ("embedding row", {"special"}), ("guard dropped", {"refusals"}),
+    ("whole rows refused", {"whole_row_mask"}),
     ("newest row lost", {"teacher_forced"}), ("weight row", {"teacher_forced", "free_running", "ragged"}),
     ("cos, sin in fp16", {"teacher_forced", "free_running", "ragged"}), ("tables too short", set()),
 ])

@@ -164,6 +164,50 @@ def test_left_padding_gives_nan_for_that_row_and_leaves_the_other_alone(mask: li
     np.testing.assert_allclose(logits[0], truth(eager("llama"), rows[0])[0], atol=TOLERANCE, rtol=0)
 
 
+WHOLE_ROWS = [("llama", (), "all"), ("llama", (), "last"), ("llama", WIDE, "all"), ("llama", WIDE, "last"),
+              ("stablelm", (), "all"), ("gpt2", (), "all"), ("gemma2", (), "last"), ("mistral", (), "all")]
+"""everything inside the op, layers that fell back, rotary outside, positions looked up, a window"""
+
+
+@pytest.mark.parametrize("mode", ["growing", "static"])
+@pytest.mark.parametrize(("name", "overrides", "logits"), WHOLE_ROWS)
+def test_a_mask_with_all_ones_of_a_row_first_is_right_too(name: str, overrides, logits: str, mode: str) -> None:
+    """As onnxruntime-genai's Engine pads a batch, and `arange(total) < length`."""
+    rows = tokens(30, 21, 13, 8)
+    run = decoder(name, mode, 4, overrides=overrides, logits=logits)
+    wanted = [truth(eager(name, overrides), row)[0] for row in rows]
+    run.step([row[:-6] for row in rows])
+    for step in range(6):
+        ends = [len(row) - 6 + step for row in rows]
+        past = next(iter(run.past.values())).shape[2] if mode == "growing" else int(run.lengths.max()) + step % 2
+        mask = (np.arange(past + 1) < np.array(ends)[:, None] + 1).astype(np.int64)
+        got = run.step([[row[end]] for row, end in zip(rows, ends)], mask)
+        for b, end in enumerate(ends):
+            np.testing.assert_allclose(got[b, 0], wanted[b][end], atol=TOLERANCE, rtol=0)
+    assert_cache(run, name, rows, overrides)
+
+
+@pytest.mark.parametrize("name", ["llama", "stablelm"])
+@pytest.mark.parametrize("mask", [[0, 1, 1, 1, 1, 0], [1, 1, 0, 1, 1, 0], [1, 0, 1, 0, 0, 0]])
+def test_a_hole_in_the_mask_of_a_decode_step_gives_nan_for_that_row(name: str, mask: list[int]) -> None:
+    rows = tokens(6, 6)
+    run = decoder(name, batch=2)
+    run.step([row[:5] for row in rows])
+    logits = run.step([row[5:] for row in rows], np.array([[1] * 6, mask]))
+    assert np.isnan(logits[1]).all()
+    np.testing.assert_allclose(logits[0, 0], truth(eager(name), rows[0])[0][5], atol=TOLERANCE, rtol=0)
+
+
+def test_several_tokens_under_a_mask_wider_than_the_cache_s_tokens_are_counted_from_its_end() -> None:
+    """A static mask: as wide as the buffer from the first step on."""
+    row = tokens(9)[0]
+    for name in ("llama", "stablelm", "gpt2"):
+        run, wanted = decoder(name, "static"), truth(eager(name), row)[0]
+        for start, end in ((0, 5), (5, 8), (8, 9)):
+            mask = (np.arange(CAPACITY)[None] < end).astype(np.int64)
+            np.testing.assert_allclose(run.step([row[start:end]], mask)[0], wanted[start:end], atol=TOLERANCE, rtol=0)
+
+
 def test_logits_of_the_last_token_are_those_of_each_row() -> None:
     rows = tokens(9, 4)
     run = decoder("llama", batch=2, logits="last")

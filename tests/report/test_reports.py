@@ -268,12 +268,39 @@ def test_updating_keeps_other_bundles_and_never_keeps_a_failure(good, bad, tmp_p
     assert file.read_text() == before
 
 
+def test_two_bundles_of_one_folder_name_are_two_and_a_moved_one_is_the_same(good, tmp_path):
+    """One digest for each checkpoint and export: `a/model` and `b/model` must not replace one another."""
+    file = tmp_path / "b.json"
+    one = replace(good, bundle="a/model", identity="1" * 64)
+    other = replace(worse(good, 3), bundle="b/model", identity="2" * 64)
+    longer = replace(one, capacity=one.capacity * 2)
+    twin = replace(one, dtype="bfloat16")  # its fp32 twin is compared: not the fp32 bundle
+    Baseline.update(file, [one, other, longer, twin])
+    known = Baseline.read(file)
+    assert len(known.bundles) == 4
+    assert {entry["name"] for entry in known.bundles.values()} == {"model"}
+    assert not known.judge([other])[0]
+    moved = known.judge([replace(worse(good, 3), bundle="elsewhere/other", identity="1" * 64)])[0]
+    assert [str(drift).startswith(f"other {key_of(one)}: case teacher_forced") for drift in moved] == [True]
+
+
+def test_a_baseline_by_folder_names_is_refused_and_updating_starts_it_anew(good, tmp_path):
+    file = tmp_path / "b.json"
+    file.write_text(json.dumps({"format": 1, "bundles": {"model (ort, float32, growing, cpu)": {"cases": {}}}}))
+    with refused("E-REPORT-BASELINE-OLD") as refusal:
+        Reports(baseline=file).check()
+    assert "--update-baseline" in refusal.error.fix
+    notes = Baseline.update(file, [good])
+    assert "dropped" in notes[0]
+    assert set(Baseline.read(file).bundles) == {key_of(good)}
+
+
 @pytest.mark.parametrize("content", [
-    "", "[]", "{}", '{"format": 2, "bundles": {}}', '{"format": 1, "bundles": []}',
-    '{"format": 1, "bundles": {"a": 3}}',
-    '{"format": 1, "bundles": {"a": {"cases": {"c": {"best_tokens": "x", "max_abs": {}}}}}}',
-    '{"format": 1, "bundles": {"a": {"cases": {"c": {"best_tokens": "1/2", "max_abs": {"k": NaN}}}}}}',
-    '{"format": 1, "bundles": {"a": {"cases": {"c": {"best_tokens": "1/2", "max_abs": {"k": "0"}}}}}}', "[" * 100_000,
+    "", "[]", "{}", '{"format": 3, "bundles": {}}', '{"format": 2, "bundles": []}',
+    '{"format": 2, "bundles": {"a": 3}}',
+    '{"format": 2, "bundles": {"a": {"cases": {"c": {"best_tokens": "x", "max_abs": {}}}}}}',
+    '{"format": 2, "bundles": {"a": {"cases": {"c": {"best_tokens": "1/2", "max_abs": {"k": NaN}}}}}}',
+    '{"format": 2, "bundles": {"a": {"cases": {"c": {"best_tokens": "1/2", "max_abs": {"k": "0"}}}}}}', "[" * 100_000,
 ], ids=range(10))
 def test_a_file_that_is_no_baseline_is_refused_before_the_work(content, tmp_path):
     (tmp_path / "b.json").write_text(content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from refusal import refused
 
@@ -39,6 +40,43 @@ def test_genai_gives_the_tokens_that_our_own_loop_gives(bundle, cache) -> None:
     ours = generate(OrtSession.load(folder, "cpu"), [PROMPT], 30, read_manifest(folder).tokens["eos"]).tokens[0]
     assert through_genai(folder, 30) == ours
     assert len(ours) > 20
+
+
+RAGGED = ([5, 6, 7, 40, 41], [9], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21], [300, 30, 3])
+
+
+def through_engine(folder, prompts, count: int) -> list[list[int]]:
+    """Greedy tokens of several requests that onnxruntime-genai's Engine runs as one batch."""
+    import onnxruntime_genai as og
+
+    engine = og.Engine(og.Model(str(folder)))
+    events, found = engine.create_event_buffer(64), []
+    for prompt in prompts:
+        request = engine.create_request()
+        options = og.TurnOptions(request)
+        options.set_max_generated_tokens(count)
+        options.set_do_sample(False)
+        request.begin_turn(np.array(prompt, np.int32), options)
+        found.append((request, []))
+    for _ in range(20 * count):
+        if not engine.has_pending_requests():
+            break
+        for event in engine.run(events):
+            for request, tokens in found:
+                if event.request == request and int(event.flags) & int(og.EngineEventFlags.TOKEN):
+                    tokens.append(int(event.token))
+    return [tokens for _, tokens in found]
+
+
+@pytest.mark.parametrize("cache", ["growing", "static"])
+def test_genai_s_engine_gives_every_row_of_a_ragged_batch_what_it_gets_alone(bundle, cache) -> None:
+    og = pytest.importorskip("onnxruntime_genai")
+    if not hasattr(og, "Engine"):
+        pytest.skip("onnxruntime-genai below 0.18 has another Engine")
+    folder = bundle("ort", cache)
+    alone = [generate(OrtSession.load(folder, "cpu"), [prompt], 12, []).tokens[0] for prompt in RAGGED]
+    assert through_engine(folder, RAGGED, 12) == alone
+    assert all(len(set(tokens)) > 1 for tokens in alone)
 
 
 def test_genai_stops_at_any_of_several_end_tokens(copied) -> None:

@@ -171,6 +171,18 @@ def test_the_mask_counts_past_in_its_first_columns_and_new_in_its_last() -> None
     assert mask.tolist() == [[1, 1, 1, 1, 0], [1, 0, 0, 1, 1]]
 
 
+def test_the_mask_of_the_whole_row_has_all_ones_first() -> None:
+    mask = attention_mask(np.array([3, 1]), np.array([1, 2]), 3, 2, whole_row=True)
+    assert mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
+
+
+def test_a_session_gives_the_same_under_both_kinds_of_mask(bundle) -> None:
+    for cache in ("growing", "static"):
+        ours, theirs = (OrtSession.load(bundle("ort", cache), "cpu") for _ in range(2))
+        theirs.whole_row_masks = True
+        assert largest_difference(drive(ours, RAGGED), drive(theirs, RAGGED)) == 0
+
+
 @pytest.mark.parametrize(("lengths", "new", "width", "alone"), [
     ([0, 0], [5, 3], 5, False),  # first prompt
     ([4, 2], [1, 1], 1, False),  # decode

@@ -45,7 +45,7 @@ def test_a_window_that_is_only_in_the_mask_is_honoured(config_of):
 @pytest.mark.parametrize(("name", "code", "named"), [
     ("llama4", "E-MODEL-MASK-DATA", "chunked_overlay"),
     ("gemma3_bidirectional", "E-MODEL-MASK", "_bidirectional_window_overlay"),
-    ("llama_dynamic", "E-MODEL-ROPE-DYNAMIC", "`dynamic`")])
+    ])
 def test_what_grouped_attention_cannot_hold_is_refused_by_name(config_of, name, code, named):
     with refused(code, UnsupportedModel) as refusal:
         probe(config_of(name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ import torch
 from refusal import refused
 from safetensors.torch import load_file
 
+from gqa_export.checkpoint.content import model_digest
 from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.uptraining.curve import Point, picture, split_log
 from gqa_export.uptraining.options import UptrainOptions, steps_of
 from gqa_export.uptraining.trainer import divergence, last_checkpoint
-from gqa_export.uptraining.uptrain import uptrain, work_folder
+from gqa_export.uptraining.uptrain import uptrain
+from gqa_export.uptraining.work import claimed, on_first_rank, open_work, settings_of, work_folder
 
 pytestmark = pytest.mark.whole_model
 
@@ -100,16 +103,135 @@ def test_a_killed_run_goes_on_with_the_same_curve_and_the_same_weights(plain, st
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def begun(student, output, book, **more):
+    """The work folder of a run that was killed before its first step."""
+    open_work(work_folder(output), settings_of(open_checkpoint(student), options(book, **more), 1), restart=False)
+
+
 def test_an_unfinished_run_with_other_settings_is_not_mixed(student, book, tmp_path):
-    work = work_folder(tmp_path / "out")
-    work.mkdir()
-    (work / "settings.json").write_text(json.dumps({"checkpoint": str(student.resolve()),
-                                                    **json.loads(options(book, steps=9).settings())}, indent=1))
+    begun(student, tmp_path / "out", book, steps=9)
     with refused("E-UPTRAIN-OTHER-SETTINGS") as refusal:
         train(student, tmp_path / "out", book)
     assert "(different: steps)" in refusal.error.what
     result = uptrain(open_checkpoint(student), tmp_path / "out", options(book, steps=2), restart=True)
     assert result.steps == 2
+
+
+def edit_text(folder, book):
+    book.write_text(book.read_text() + "One sentence more. ")
+    return "text"
+
+
+def edit_weights(folder, book):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x3c")
+    return "checkpoint"
+
+
+def edit_config(folder, book):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    return "checkpoint"
+
+
+def edit_tokenizer(folder, book):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, "truncation": None, "padding": None}, indent=3))
+    return "tokenizer"
+
+
+@pytest.mark.parametrize("edit", [edit_text, edit_weights, edit_config, edit_tokenizer])
+def test_a_run_is_told_by_what_its_files_hold_not_by_their_names(student, book, tmp_path, edit):
+    """Edited beneath the same path, a run is another one; moved or copied, it is the same and goes on."""
+    folder, copy = tmp_path / "student", tmp_path / "book.txt"
+    shutil.copytree(student, folder)
+    shutil.copy(book, copy)
+    begun(student, tmp_path / "out", book, steps=1)
+    same = settings_of(open_checkpoint(folder), options(copy, steps=1), 1)
+    open_work(work_folder(tmp_path / "out"), same, restart=False)
+    changed = edit(folder, copy)
+    with refused("E-UPTRAIN-OTHER-SETTINGS") as refusal:
+        train(folder, tmp_path / "out", copy, steps=1)
+    assert f"(different: {changed})" in refusal.error.what
+
+
+def test_another_teacher_or_another_number_of_processes_is_another_run(student, book, tmp_path):
+    import gqa_models
+
+    teacher = gqa_models.write_tiny("llama", tmp_path / "teacher", seed=5, num_hidden_layers=2)
+    taught = options(book, teacher=str(teacher))
+    before = settings_of(open_checkpoint(student), taught, 1)
+    gqa_models.write_tiny("llama", tmp_path / "teacher2", seed=6, num_hidden_layers=2)
+    shutil.copy(tmp_path / "teacher2" / "model.safetensors", teacher / "model.safetensors")
+    after = settings_of(open_checkpoint(student), taught, 2)
+    assert {name for name in before if before[name] != after[name]} == {"teacher", "processes"}
+
+
+def test_the_same_weights_in_shards_are_the_same_checkpoint(student, tmp_path):
+    from safetensors.torch import save_file
+
+    tensors = load_file(student / "model.safetensors")
+    folder = tmp_path / "shards"
+    shutil.copytree(student, folder)
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    save_file({name: tensors[name] for name in names[:3]}, folder / "a.safetensors")
+    save_file({name: tensors[name] for name in names[3:]}, folder / "b.safetensors")
+    weight_map = {name: "a.safetensors" if name in names[:3] else "b.safetensors" for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert model_digest(open_checkpoint(folder)) == model_digest(open_checkpoint(student))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "\udcff"], ids=range(4))
+def test_settings_that_cannot_be_read_are_those_of_another_run(student, book, tmp_path, content):
+    work = work_folder(tmp_path / "out")
+    work.mkdir()
+    (work / "settings.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with refused("E-UPTRAIN-OTHER-SETTINGS"):
+        train(student, tmp_path / "out", book)
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from gqa_export.uptraining.work import claimed
+with claimed(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_runs_cannot_fill_one_folder_and_a_killed_one_does_not_block(student, book, tmp_path):
+    work = work_folder(tmp_path / "out")
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with refused("E-UPTRAIN-RUNNING"):
+            uptrain(open_checkpoint(student), tmp_path / "out", options(book, steps=1), restart=True)
+        other.kill()
+    assert uptrain(open_checkpoint(student), tmp_path / "out", options(book, steps=1)).steps == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_the_first_rank_touches_the_work_folder(tmp_path, monkeypatch):
+    """The others wait for it and go on, or end with its error."""
+    import accelerate.utils
+
+    sent = []
+
+    def broadcast(objects):
+        objects[:] = sent or objects
+        sent[:] = objects
+
+    monkeypatch.setattr(accelerate.utils, "broadcast_object_list", broadcast)
+    on_first_rank(0, 2, (tmp_path / "made").mkdir)
+    on_first_rank(1, 2, lambda: pytest.fail("another rank ran it"))
+    assert (tmp_path / "made").is_dir()
+    sent.clear()
+    with claimed(tmp_path / "work"):
+        for rank in (0, 1):
+            with refused("E-UPTRAIN-RUNNING"):
+                on_first_rank(rank, 2, claimed(tmp_path / "work").__enter__)
 
 
 def test_accumulated_batches_give_the_curve_of_one_large_batch(student, book, tmp_path):

@@ -20,6 +20,7 @@ from gqa_export.errors import GqaExportError, NotCheckedHere
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.files.sha256 import file_sha256
+from gqa_export.report.baseline import key_of
 from gqa_export.validation.validate import validate
 
 pytestmark = pytest.mark.whole_model
@@ -121,8 +122,9 @@ def one_weight(folder: Path) -> None:
 def test_an_exported_bundle_passes(bundles, checkpoints, name, target, cache):
     verdict = validate(bundles(name, target=target, cache=cache), checkpoints(name), steps=STEPS)
     assert verdict.passed, str(verdict.first)
-    assert [case.name for case in verdict.cases] == ["teacher_forced", "free_running", "ragged", "garbage_tail",
-                                                     "last_slots", "special", "refusals"]
+    whole_row = ["whole_row_mask"] if target == "ort" else []
+    assert [case.name for case in verdict.cases] == ["teacher_forced", "free_running", "ragged", *whole_row,
+                                                     "garbage_tail", "last_slots", "special", "refusals"]
     # far below: the bound is a few times PyTorch's own rounding
     assert verdict.max_abs_logits < 1e-4
 
@@ -157,6 +159,19 @@ def test_one_changed_weight_is_caught(bundles, checkpoints, tmp_path):
     shutil.copytree(bundles("llama", target="ort"), tmp_path / "b")
     one_weight(tmp_path / "b")
     assert not validate(tmp_path / "b", checkpoints("llama"), steps=STEPS).passed
+
+
+def test_a_baseline_knows_a_bundle_by_its_checkpoint_not_by_its_folder(bundles, checkpoints, tmp_path):
+    """Two checkpoints of one architecture in folders of one name; and the first again, copied elsewhere."""
+    other = write_tiny("llama", tmp_path / "b", seed=7)
+    export_onnx(other, tmp_path / "bundle", ExportOptions(capacity=128))
+    shutil.copytree(checkpoints("llama"), tmp_path / "copy")
+    found = [validate(bundle, against, steps=1) for bundle, against in (
+        (bundles("llama"), checkpoints("llama")), (tmp_path / "bundle", other),
+        (bundles("llama"), tmp_path / "copy"))]
+    assert Path(found[0].bundle).name == Path(found[1].bundle).name
+    assert key_of(found[0]) != key_of(found[1])
+    assert key_of(found[0]) == key_of(found[2])
 
 
 @pytest.mark.parametrize("dtype", ["bf16"])

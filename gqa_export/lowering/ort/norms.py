@@ -62,7 +62,7 @@ def _reason(model: onnx_ir.Model, node: onnx_ir.Node, rules: Sequence[RewriteRul
     place, reason = node.name or node.outputs[0].name or "", "a constant, a type or a shape is not that of the pattern"
     if matches:
         best = max(matches, key=lambda match: len(match.nodes))
-        reason = best.reason.strip().splitlines()[0]
+        reason = " ".join(best.reason.split())
         place = next((found.name for found in best.failure_nodes_and_values if found.name), place)
     return NearMiss(place, reason)
 

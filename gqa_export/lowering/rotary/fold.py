@@ -22,6 +22,8 @@ from .verify import Region, Rotation
 Found = tuple[Region, Rotation] | str | None
 """what a `Finder` gives"""
 
+TWO_TABLES = "each sequence chooses one of longrope's two tables by its length, and the op holds one for all"
+
 QUERY, KEY, PAST_LENGTHS = (attention_op.input_index(name) for name in ("query", "key", "past_lengths"))
 
 
@@ -37,7 +39,7 @@ def fold_rotary(graph: gs.Graph, context: Context) -> Rewritten:
     for node, layer in calls:
         query = finder.find(node.inputs[QUERY], layer.num_heads, layer.head_size)
         key = finder.find(node.inputs[KEY], layer.kv_num_heads, layer.head_size)
-        why = "" if query is None and key is None else _why_outside(query, key, layer, context)
+        why = _why_outside(query, key, layer, context)
         if why:
             outside.append(NearMiss(node.name, f"rotary stays outside attention: {why}"))
             context.remarks.append((layer.layer, f"rotary stays outside attention: {why}"))
@@ -52,6 +54,8 @@ def fold_rotary(graph: gs.Graph, context: Context) -> Rewritten:
 
 
 def _why_outside(query: Found, key: Found, layer: AttentionSpec, context: Context) -> str:
+    if query is None and key is None:
+        return TWO_TABLES if context.spec.rope_switch else ""
     if not isinstance(query, tuple):
         return f"query: {query or 'is not rotated'}"
     if not isinstance(key, tuple):

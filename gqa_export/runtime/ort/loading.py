@@ -14,7 +14,7 @@ from typing import Any
 from ...bundle.graph_file import read_graph
 from ...bundle.integrity import check_files
 from ...bundle.manifest import MODEL, Manifest
-from ...errors import GqaExportError, InvalidBundle, NotCheckedHere, first_line
+from ...errors import GqaExportError, InvalidBundle, NotCheckedHere, cause_of
 from ...graph_io import TensorFact
 from ...spec import DTYPES
 
@@ -83,7 +83,7 @@ def open_session(folder: Path | str, manifest: Manifest, provider: str, *, low_m
     try:
         session = ort.InferenceSession(str(folder / MODEL), options, providers=names)
     except Exception as error:  # onnxruntime's own exceptions share no public base class
-        raise InvalidBundle(f"ONNX Runtime cannot open the graph: {first_line(error)}", str(folder / MODEL),
+        raise InvalidBundle(f"ONNX Runtime cannot open the graph: {cause_of(error)}", str(folder / MODEL),
                             "export the bundle again, or try --target portable", code="E-BUNDLE-OPEN") from error
     if PROVIDERS[provider] not in session.get_providers():
         raise NotCheckedHere(f"ONNX Runtime could not start {PROVIDERS[provider]}", "see its message above",

@@ -17,7 +17,7 @@ import numpy as np
 
 from ...bundle.integrity import check_files
 from ...bundle.manifest import MODEL, Manifest, read_manifest
-from ...errors import GqaExportError, first_line
+from ...errors import GqaExportError, cause_of
 from ...graph_io import ATTENTION_MASK, INPUT_IDS, past_names, past_state, present_names, present_state
 from ...spec import DTYPES
 from ...targets import Target, get_target
@@ -36,11 +36,16 @@ class _Ran:
 
 
 class OrtSession:
-    """A `Session` over a bundle. Make one with `OrtSession.load`."""
+    """A `Session` over a bundle. Make one with `OrtSession.load`.
+
+    Attributes:
+        whole_row_masks: send masks whose ones come first in the whole row, as onnxruntime-genai's Engine does, to a
+            target that takes both kinds (`Target.whole_row_masks`): the suite compares both.
+    """
 
     def __init__(self, manifest: Manifest, backend: Backend, target: Target, capacity: int) -> None:
         self.manifest, self.spec, self.capacity = manifest, manifest.spec, capacity
-        self._backend, self._target = backend, target
+        self._backend, self._target, self.whole_row_masks = backend, target, False
         self._static, self._cached = manifest.cache == "static", 2 * len(manifest.spec.layers)
         self._inplace = self._static and target.writes_in_place(manifest.fallbacks)
         self._dtype = numpy_dtype(DTYPES.get(manifest.dtype, manifest.dtype))
@@ -158,13 +163,13 @@ class OrtSession:
         return ran.logits
 
     def _call(self, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray, past: int, tensors: Sequence[Any]) -> _Ran:
-        feed = step_feed(self._target.interface, ids, lengths, new, past)
+        feed = step_feed(self._target.interface, ids, lengths, new, past, whole_row=self.whole_row_masks)
         try:
             return _Ran(*self._backend.run(feed, tensors, self._inplace))
         except (GqaExportError, MemoryError):
             raise
         except Exception as error:  # onnxruntime's own exceptions share no public base class
-            raise GqaExportError(f"ONNX Runtime failed while running the graph: {first_line(error)}",
+            raise GqaExportError(f"ONNX Runtime failed while running the graph: {cause_of(error)}",
                                  f"{len(ids)} sequences, {ids.shape[1]} new tokens, {past} past",
                                  "validate the bundle; if it passes, report this message",
                                  code="E-RUN-FAILED") from error

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...bundle.engine_facts import DECODE, PREFILL, REBUILD
 from ...bundle.manifest import Manifest
-from ...errors import GqaExportError, first_line
+from ...errors import GqaExportError, cause_of
 from ...graph_io import INPUT_IDS, LOGITS, NEW_LENGTHS, PAST_LENGTHS, past_names, present_names
 
 
@@ -113,7 +113,7 @@ class DeviceBackend:
                 with torch.cuda.graph(graph, stream=self.stream):
                     self._enqueue(DECODE, inputs, 0, self._logits)
             except RuntimeError as error:
-                raise self._refusal(f"cannot be captured in a CUDA graph ({first_line(error)})",
+                raise self._refusal(f"cannot be captured in a CUDA graph ({cause_of(error)})",
                                     "load it with cuda_graph=False", code="E-ENGINE-CAPTURE") from error
             self._graph = graph
         self._graph.replay()

@@ -16,6 +16,7 @@ from ...checkpoint.cache_argument import cache_argument
 from ...errors import UnsupportedModel
 from ...spec import AttentionSpec, ModelSpec, StateSpec
 from ..attention_hook import Call, recording
+from ..probe import rotary
 from ..states import ops
 from ..states.stand_in_cache import Convolution, Recurrence, StandInCache, listening
 from . import custom_op  # noqa: F401 registers the torch op
@@ -38,6 +39,7 @@ class Decoder(torch.nn.Module):
         self.growing = int(cache == "growing")
         self.logits, self.interface = logits, interface
         self._state: dict[str, Any] = {}
+        self._rotary = rotary.states(model)
         head = model.get_output_embeddings()  # type: ignore[operator]
         self._hooked = head is not None
         if head is not None:
@@ -64,6 +66,8 @@ class Decoder(torch.nn.Module):
         position_ids = past_lengths[:, None].to(torch.int64) + steps
         self._state = {"past": past, "past_lengths": past_lengths, "new_lengths": new_lengths, "present": {},
                        "new_counts": new_counts, "left_padded": left_padded_B}
+        for state in self._rotary:
+            state["longest"] = past_lengths + new_lengths
         with recording(self, position_ids):
             logits = self._run(input_ids, position_ids)
         if not self._hooked:

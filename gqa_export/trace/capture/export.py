@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from ... import graph_io
-from ...errors import GqaExportError, UnsupportedModel, first_line
+from ...errors import GqaExportError, UnsupportedModel, cause_of
 from ...spec import ModelSpec
 from . import capture, scalars
 from .capture import Input
@@ -43,7 +43,7 @@ def export_decoder(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype, capaci
             logger.debug("the light capture does not apply: %s: %s", type(reason).__name__, reason)
             stopped = reason
         try:
-            return _stock(decoder, inputs, outputs), first_line(stopped)
+            return _stock(decoder, inputs, outputs), cause_of(stopped)
         except GqaExportError:
             raise
         except Exception as error:
@@ -52,7 +52,7 @@ def export_decoder(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype, capaci
                                        type(decoder.model).__name__, "one graph holds one way of computing; if "
                                        "config.json offers a way for all lengths (attention_type), choose it",
                                        code="E-MODEL-LENGTHS") from error
-            raise UnsupportedModel(f"the model cannot be traced: {first_line(error)}", type(decoder.model).__name__,
+            raise UnsupportedModel(f"the model cannot be traced: {cause_of(error)}", type(decoder.model).__name__,
                                    "this architecture does something that torch.export cannot record; rerun with "
                                    "--debug for the full traceback", code="E-MODEL-TRACE") from error
 

@@ -7,6 +7,8 @@ scale, softcap and sinks; the tag in its mask gives the window.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from ...checkpoint.cache_argument import cache_argument
 from ...checkpoint.decoder_layers import layer_lists
 from ...checkpoint.refusals import state_module
 from ...checkpoint.state_kernels import keeps_states
-from ...errors import GqaExportError, UnsupportedModel, first_line
+from ...errors import GqaExportError, UnsupportedModel, cause_of
 from ...spec import AttentionSpec, ModelSpec, StateSpec
 from .. import attention_hook, skeleton
 from ..attention_hook import Call
@@ -23,16 +25,27 @@ from ..patches import registry
 from ..states.observed import StateListener
 from ..states.stand_in_cache import StandInCache, listening
 from . import mask_window, rotary
+from .layer_code import CodeRecorder, LayerCode, layers_path
 
 TOKENS = 8
 LONGEST_GRID = 1 << 17
 """Masks are looked at up to this many positions; windows of known models are far below."""
 
 
+@dataclass(frozen=True)
+class Probed:
+    """What one run of a model without weights shows: the facts of its attention layers, and what the code of its
+    layers does (None where they are not items of one list)."""
+
+    spec: ModelSpec
+    code: LayerCode | None
+
+
 class _Listener(StateListener):
-    def __init__(self) -> None:
+    def __init__(self, recorder: CodeRecorder | None) -> None:
         super().__init__()
         self.calls: dict[int, Call] = {}
+        self.recorder = recorder
 
     def attend(self, call: Call) -> torch.Tensor:
         if call.layer in self.calls:
@@ -40,6 +53,8 @@ class _Listener(StateListener):
                                    "such a model needs several key/value caches per layer, which is not supported",
                                    code="E-MODEL-ATTENTION-TWICE")
         self.calls[call.layer] = call
+        if self.recorder is not None:
+            self.recorder.note("attention", call.query, call.key, call.value, call.sinks)
         batch, heads, tokens, _ = call.query.shape
         return call.query.new_empty(batch, tokens, heads, call.value.shape[-1])
 
@@ -49,24 +64,36 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
 
     Args:
         config: a transformers configuration.
-        model: its skeleton with our attention; None builds one on the meta device.
+        model: its skeleton with our attention and a settled rotary embedding (`rotary.settle`); None builds one on
+            the meta device.
 
     Raises:
         UnsupportedModel: a layer is not grouped-query attention, a mask is not causal with a window, or a rotary type
             cannot be held by a fixed graph.
     """
+    return _probe(config, model, record=False).spec
+
+
+def probe_layers(config: Any, model: torch.nn.Module) -> Probed:
+    """As `probe`, with what the code of each layer does."""
+    return _probe(config, model, record=True)
+
+
+def _probe(config: Any, model: torch.nn.Module | None, record: bool) -> Probed:
     rotary.check_rope(config.get_text_config())
     with registry.applied(config):
         if model is None:
             model = skeleton.build(config, torch.float32, device="meta", attention=attention_hook.register())
-        calls, alike, states = listen_with_cache(model)
+            rotary.settle(model, TOKENS)
+        path = layers_path(model) if record else None
+        recorder = CodeRecorder(model, path) if path is not None else None
+        calls, alike, states = listen_with_cache(model, recorder)
     if not calls and not states:
         raise UnsupportedModel("no layer of this model calls transformers' attention interface", type(model).__name__,
                                "its attention, if any, is in the model's own code, which gqa-export cannot see; "
                                "it is not supported", code="E-MODEL-OWN-ATTENTION")
     text = config.get_text_config()
-    positions = int(getattr(text, "max_position_embeddings", 0) or 0)
-    positions = positions if positions > 0 else 2048
+    positions = rotary.longest(text) or 2048
     windows: dict[int, int] = {}
     layers = []
     for layer, call in sorted(calls.items()):
@@ -77,9 +104,10 @@ def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
         layers.append(_layer_spec(call, windows[key], layer in alike))
     _refuse_silent(model, set(calls) | {state.layer for state in states},
                    int(getattr(text, "num_hidden_layers", len(layers))), bool(states))
-    return ModelSpec(model_type=config.model_type, architecture=type(model).__name__, vocabulary=text.vocab_size,
+    spec = ModelSpec(model_type=config.model_type, architecture=type(model).__name__, vocabulary=text.vocab_size,
                      hidden_size=text.hidden_size, max_positions=positions,
                      rope="+".join(rotary.rope_types(text)), layers=tuple(layers), states=states)
+    return Probed(spec, recorder.code if recorder is not None else None)
 
 
 def _refuse_silent(model: torch.nn.Module, heard: set[int], expected: int, states: bool) -> None:
@@ -96,28 +124,30 @@ def _refuse_silent(model: torch.nn.Module, heard: set[int], expected: int, state
                                "cannot see; they are not supported", code="E-MODEL-LAYERS-WITHOUT-CALL")
 
 
-def listen_with_cache(model: torch.nn.Module) -> tuple[dict[int, Call], set[int], tuple[StateSpec, ...]]:
+def listen_with_cache(model: torch.nn.Module, recorder: CodeRecorder | None = None) -> tuple[
+        dict[int, Call], set[int], tuple[StateSpec, ...]]:
     """The attention calls of one run by layer, the layers whose keys and values PyTorch's own cache holds in the
     form that attention gets them, and the states of fixed size.
 
     Others cache latents (expanded after the cache) or read another layer's entry. Where the model cannot be run with
-    a cache on this device, all are taken to be alike: a difference then shows when caches are compared.
+    a cache on this device, all are taken to be alike: a difference then shows when caches are compared. recorder: is
+    told of every operation.
     """
     from transformers import DynamicCache
 
     if keeps_states(model.config):
-        stand_in = StandInCache(listener := _Listener())
+        stand_in = StandInCache(listener := _Listener(recorder))
         with listening(stand_in):
-            calls = listen(model, use_cache=True, cache={cache_argument(model): stand_in}, listener=listener)
+            calls = listen(model, True, recorder, {cache_argument(model): stand_in}, listener)
         stand_in.finish()
         stored = stand_in.stored
         return calls, {layer for layer, call in calls.items() if layer in stored and all(
             one.shape == seen.shape for one, seen in zip(stored[layer], (call.key, call.value)))}, listener.found()
     cache = DynamicCache()
     try:
-        calls = listen(model, use_cache=True, cache={cache_argument(model): cache})
+        calls = listen(model, True, recorder, {cache_argument(model): cache})
     except GqaExportError:
-        calls = listen(model)
+        calls = listen(model, recorder=recorder)
         return calls, set(calls), ()
     alike = set()
     for layer, call in calls.items():
@@ -128,13 +158,14 @@ def listen_with_cache(model: torch.nn.Module) -> tuple[dict[int, Call], set[int]
     return calls, alike, ()
 
 
-def listen(model: torch.nn.Module, use_cache: bool = False, cache: Mapping[str, Any] | None = None,
-           listener: _Listener | None = None) -> dict[int, Call]:
+def listen(model: torch.nn.Module, use_cache: bool = False, recorder: CodeRecorder | None = None,
+           cache: Mapping[str, Any] | None = None, listener: _Listener | None = None) -> dict[int, Call]:
     """Run a model once on a few tokens.
 
     Args:
         model: with our attention, on any device, "meta" included.
         use_cache: as the model's own argument.
+        recorder: is told of every operation.
         cache: further arguments of the model, such as past_key_values.
         listener: takes the calls; None makes one.
 
@@ -144,11 +175,12 @@ def listen(model: torch.nn.Module, use_cache: bool = False, cache: Mapping[str, 
     Raises:
         UnsupportedModel: the model does not run as a decoder, or what its attention calls are refused for.
     """
-    listener = listener or _Listener()
+    listener = listener or _Listener(recorder)
+    recording = recorder.recording() if recorder is not None else nullcontext()
     device = next(model.parameters()).device
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
     positions = torch.arange(TOKENS, device=device)[None]
-    with attention_hook.recording(listener, positions), torch.no_grad():
+    with attention_hook.recording(listener, positions), torch.no_grad(), recording:
         try:
             model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions,
                   use_cache=use_cache, **(cache or {}))
@@ -160,7 +192,7 @@ def listen(model: torch.nn.Module, use_cache: bool = False, cache: Mapping[str, 
                                        "experts does), which a fixed graph cannot hold", type(model).__name__,
                                        "not supported; models whose experts go through transformers' experts "
                                        "interface are", code="E-MODEL-DATA-DEPENDENT") from error
-            raise UnsupportedModel(f"the model does not run as a decoder: {first_line(error)}", type(model).__name__,
+            raise UnsupportedModel(f"the model does not run as a decoder: {cause_of(error)}", type(model).__name__,
                                    "only decoder language models that take input_ids, attention_mask and position_ids "
                                    "are supported", code="E-MODEL-NOT-A-DECODER") from error
     return listener.calls

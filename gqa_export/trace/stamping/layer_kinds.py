@@ -1,7 +1,8 @@
 """Which layers must be traced: two of each kind. Kinds come from a fingerprint of every layer, not of the traced ones.
 
-Two layers are of one kind if their modules have the same classes, scalars and parameter shapes, and attention makes
-the same call there. What a fingerprint cannot see, the isomorphism proof in `stamp` and the final validation do.
+Two layers are of one kind if their code did the same when the probe ran it, their modules have the same classes,
+attributes and parameter shapes, and attention makes the same call there. What a fingerprint cannot see, the
+isomorphism proof in `stamp` and the final validation do.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from typing import Any
 
 import torch
 
-from ...checkpoint.decoder_layers import layer_lists
-from ...spec import ModelSpec
-
-_SCALARS = (bool, int, float, str, type(None), torch.dtype)
-_PLACE = ("layer_idx", "layer_id", "layer_number")
+from ...errors import GqaExportError
+from ..probe.layer_code import CodeRecorder, LayerCode, layers_path
+from ..probe.layer_probe import Probed, listen_with_cache
+from . import module_attributes
 
 
 @dataclass(frozen=True)
@@ -38,41 +38,71 @@ class Stack:
         return [other for other in self.traced if self.kinds[other] == self.kinds[layer]][-1]
 
 
-def stack_of(model: torch.nn.Module, spec: ModelSpec) -> Stack | None:
-    """The layers of a (meta-device) skeleton by kind, or None where there is nothing to gain or to be sure of."""
-    path = _layers_path(model, spec)
+class NotAlike(Exception):
+    """Depth cannot be stamped; the message says why."""
+
+
+def plan(model: torch.nn.Module, probed: Probed) -> tuple[Stack, tuple[Any, ...]]:
+    """The layers of a (meta-device) skeleton by kind, and the fingerprints that the model to be traced must have.
+
+    The skeleton is shortened to the traced layers, to see that they still do the same. Raises NotAlike if not, and
+    where there is nothing to gain or to be sure of.
+    """
+    stack = stack_of(model, probed)
+    found = prints(model, stack)
+    assert probed.code is not None
+    keep_layers(model, stack)
+    check_shortened(model, stack, probed.code)
+    return stack, found
+
+
+def stack_of(model: torch.nn.Module, probed: Probed) -> Stack:
+    """The layers of a (meta-device) skeleton by kind. NotAlike where nothing is gained or anything is unsure."""
+    spec, code = probed.spec, probed.code
+    path = layers_path(model, len(spec.layers))
     if path is None:
-        return None
+        raise NotAlike("no layers that are alike")
+    if code is None or code.path != path or not code.in_order:
+        raise NotAlike("the layers are not called one after the other")
+    if len(set(code.between)) > 1:
+        raise NotAlike("what is done between the layers depends on their number")
     layers = model.get_submodule(path)
     kinds_of = getattr(_text(model.config), "layer_types", None) or [None] * len(spec.layers)
     seen: dict[tuple[Any, ...], int] = {}
     kinds = []
-    for layer, attention, named in zip(layers, spec.layers, kinds_of):  # type: ignore[call-overload]
+    for place, (layer, attention, named) in enumerate(zip(layers, spec.layers, kinds_of)):  # type: ignore[call-overload]
         if _computed(layer):
-            return None
-        key = (named, replace(attention, layer=0), _fingerprint(layer))
+            raise NotAlike("the layers hold tensors that are in no checkpoint")
+        key = (named, replace(attention, layer=0), code.layers[place], _fingerprint(layer),
+               tuple(module_attributes.attributes(module) for module in layer.modules()))
         kinds.append(seen.setdefault(key, len(seen)))
     traced = tuple(sorted(i for kind in set(kinds) for i in [j for j, k in enumerate(kinds) if k == kind][:2]))
     if len(traced) == len(kinds):
-        return None
+        raise NotAlike("no layers that are alike")
     return Stack(path, tuple(kinds), traced)
 
 
 def _computed(layer: torch.nn.Module) -> bool:
-    """Whether a layer holds buffers that no checkpoint has: they may differ from layer to layer, and their values
-    are not known here. Those a checkpoint has (a router's correction) are weights like others."""
+    """Whether a layer holds buffers or other tensors that no checkpoint has: they may differ from layer to layer, and
+    their values are not known here. Those a checkpoint has (a router's correction) are weights like others."""
     stored = layer.state_dict()
-    return any(name not in stored for name, _ in layer.named_buffers())
+    return any(name not in stored for name, _ in layer.named_buffers()) or any(
+        True for module in layer.modules() for _ in module_attributes.tensors(module))
 
 
-def _layers_path(model: torch.nn.Module, spec: ModelSpec) -> str | None:
-    """The ModuleList whose item i makes attention call i, for all i; None if there is not one."""
-    for name, layers in layer_lists(model, len(spec.layers)):
-        indices = [{sub.layer_idx for sub in layer.modules() if isinstance(getattr(sub, "layer_idx", None), int)}
-                   for layer in layers]
-        if indices == [{i} for i in range(len(layers))]:
-            return name
-    return None
+def check_shortened(model: torch.nn.Module, stack: Stack, code: LayerCode) -> None:
+    """Run a skeleton that `keep_layers` shortened, without weights. Raises NotAlike unless each layer in it does what
+    it does in the whole model, and so does all that is around them: code that counts layers takes others for them."""
+    recorder = CodeRecorder(model, stack.path)
+    try:
+        listen_with_cache(model, recorder)
+    except GqaExportError as reason:
+        raise NotAlike(f"the model does not run with some of its layers alone: {reason.what}") from reason
+    short = recorder.code
+    same = (short.in_order and short.around == code.around and set(short.between) <= set(code.between)
+            and all(short.layers[layer] == code.layers[layer] for layer in stack.traced))
+    if not same:
+        raise NotAlike("something in the model is computed from the number of layers")
 
 
 def prints(model: torch.nn.Module, stack: Stack) -> tuple[Any, ...]:
@@ -87,11 +117,9 @@ def _fingerprint(layer: torch.nn.Module, without: str = " ") -> tuple[Any, ...]:
     for name, module in layer.named_modules():
         if name.startswith(without):
             continue
-        scalars = tuple(sorted((key, repr(value)) for key, value in vars(module).items()
-                               if isinstance(value, _SCALARS) and key not in _PLACE and not key.startswith("_")))
         shapes = tuple((key, tuple(value.shape)) for key, value in (*module._parameters.items(),
                                                                     *module._buffers.items()) if value is not None)
-        rows.append((name, type(module).__qualname__, scalars, shapes))
+        rows.append((name, type(module).__qualname__, module_attributes.scalars(module), shapes))
     return tuple(rows)
 
 

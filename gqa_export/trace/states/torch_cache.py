@@ -29,11 +29,13 @@ def observed_states(config: Any) -> tuple[StateSpec, ...]:
     if key not in _found:
         from .. import attention_hook, skeleton
         from ..patches import registry
+        from ..probe import rotary
         from ..probe.layer_probe import listen_with_cache
 
         with registry.applied(config):
-            *_, states = listen_with_cache(skeleton.build(config, torch.float32, device="meta",
-                                                          attention=attention_hook.register()))
+            model = skeleton.build(config, torch.float32, device="meta", attention=attention_hook.register())
+            rotary.settle(model, 1)
+            *_, states = listen_with_cache(model)
         _found[key] = states
     return _found[key]
 

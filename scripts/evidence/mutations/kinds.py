@@ -179,6 +179,18 @@ def guard_dropped(broken: Broken) -> None:
                 node.input[place] = guard.input[1]
 
 
+def whole_rows_refused(broken: Broken) -> None:
+    """The guard takes no mask that has all ones of a row first."""
+    either = broken.node("guard/Or", op="Or")
+    either.input[1] = either.input[0]
+
+
+def whole_rows_miscounted(broken: Broken) -> None:
+    """Positions outside attention count the new tokens in the mask's last columns only."""
+    counted = broken.node("guard/new_tokens/Where", op="Where")
+    counted.input[1] = counted.input[2]
+
+
 def final_softcap_dropped(broken: Broken) -> None:
     """The cap on the logits."""
     last = next((node for node in reversed(broken.nodes) if node.op_type == "Tanh"), None)
@@ -265,4 +277,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("head row", "one row of the last matrix damaged", head_row, -1),
     Mutation("final softcap dropped", "the cap on the logits ignored", final_softcap_dropped, -1),
     Mutation("guard dropped", "left padding answered with plausible numbers", guard_dropped, -1),
+    Mutation("whole rows refused", "the masks of onnxruntime-genai's Engine taken for left padding",
+             whole_rows_refused, -1),
+    Mutation("whole rows miscounted", "positions shifted under the masks of onnxruntime-genai's Engine",
+             whole_rows_miscounted, -1),
 )

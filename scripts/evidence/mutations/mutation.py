@@ -143,11 +143,20 @@ def break_bundle(bundle: Path, folder: Path, change: Callable[[Broken], None]) -
     shutil.copytree(bundle, folder)
     broken = Broken(folder, read_manifest(folder), onnx.load(str(folder / MODEL), load_external_data=False))
     change(broken)
+    _raise_opset(broken.model)
     onnx.save(broken.model, str(folder / MODEL))
     facts = attention_facts(broken.model)
     layers = tuple(replace(layer, **facts.get(layer.layer, {})) for layer in broken.manifest.spec.layers)
     sign(folder, replace(broken.manifest, spec=replace(broken.manifest.spec, layers=layers)))
     return folder
+
+
+def _raise_opset(model: onnx.ModelProto) -> None:
+    """The nodes that damage puts in are written for opset 18; those of the graph mean the same there."""
+    for imports in (model.opset_import, *(function.opset_import for function in model.functions)):
+        for entry in imports:
+            if entry.domain in ("", "ai.onnx"):
+                entry.version = max(entry.version, 18)
 
 
 def sign(folder: Path, manifest: Manifest) -> None:
