@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from .errors import GqaExportError, UnsupportedModel
-from .spec import DTYPES, AttentionSpec, Fallback
+from .spec import DTYPES, AttentionSpec, Fallback, StateSpec
 
 FLOATS = tuple(DTYPES.values())
 
@@ -118,6 +118,9 @@ class Target:
                 and rotary_size % 2 == 0 and (rotary_size // 2) % self.rotary_half_multiple == 0)
 
 
+_NO_STATES = ("TensorRT has no operator for them; TensorRT-RTX reads LinearAttention and CausalConvWithState as "
+              "plugins of a library that needs NVIDIA's driver to be loaded, so that nothing is known of its results")
+
 _ROWS = (
     Target(name="ort", dialect="ort.passes", attention="com.microsoft::GroupQueryAttention",
            fallback="gqa::GroupedQueryAttention", opset=23, ir_version=10, caches=("growing", "static"),
@@ -134,6 +137,7 @@ _ROWS = (
            # softcap: until 2026 the standard capped after the mask, which leaks masked tokens (onnx/onnx#7865, mended
            # in place by #7867); what a runtime does depends on its age
            nan_tail_safe=False, shares_buffer=True, lowest_opset=True,
+           state_ops=MappingProxyType({"LinearAttention": "ai.onnx::LinearAttention"}),
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="portable", dialect="portable", attention="gqa::GroupedQueryAttention", fallback="",
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask", function=True,
@@ -142,11 +146,11 @@ _ROWS = (
     Target(name="trt-plugin", dialect="tensorrt.plugin", attention="gqa::GroupedQueryAttention", fallback="",
            opset=23, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            rotary_inside=True, head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
-           writes_padding=False, dtypes=MappingProxyType({"tensorrt": FLOATS})),
+           writes_padding=False, states_missing=_NO_STATES, dtypes=MappingProxyType({"tensorrt": FLOATS})),
     Target(name="trt-native", dialect="tensorrt.native", attention="Attention", fallback="",
            opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            softcap=False, sinks=False, value_head_size_differs=False, nan_tail_safe=False, shares_buffer=True,
-           literal_capacity=True, runs_in_onnxruntime=False,
+           literal_capacity=True, runs_in_onnxruntime=False, states_missing=_NO_STATES,
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
 )
 
@@ -182,14 +186,21 @@ def reasons_against(layers: Iterable[AttentionSpec], target: Target) -> list[str
     return by_reason((layer.layer, reason) for layer in layers for reason in target.cannot_hold(layer))
 
 
-def refuse_layers(layers: Iterable[AttentionSpec], target: Target) -> None:
+def refuse_layers(layers: Iterable[AttentionSpec], target: Target, states: Iterable[StateSpec] = ()) -> None:
     """Refuse a model that `target` cannot hold.
 
     Raises:
-        UnsupportedModel: the target has no fallback, and its attention op cannot hold some layer. Every reason is
-            given, and the targets with the same interface that can hold the model.
+        UnsupportedModel: a layer keeps a state of fixed size and the target has no operator for it; or the target has
+            no fallback, and its attention op cannot hold some layer. Every reason is given, and the targets with the
+            same interface that can hold the model.
     """
-    layers = list(layers)
+    layers, keeping = list(layers), sorted({state.layer for state in states})
+    if keeping and target.states_missing:
+        raise UnsupportedModel(f"target {target.name} cannot hold layers that keep a state of fixed size "
+                               f"(convolution, linear attention, state space): {target.states_missing}",
+                               layers_label(keeping), "use --target " + " or ".join(
+                                   row.name for row in TARGETS.values() if not row.states_missing)
+                               + " and ONNX Runtime", code="E-TARGET-STATES")
     reasons = [] if target.fallback else reasons_against(layers, target)
     if not reasons:
         return

@@ -1,36 +1,57 @@
-"""Writes the tables of docs/op.md from gqa_export/attention_op.py.   python scripts/op_tables.py"""
+"""Writes the tables of docs/op.md from gqa_export/attention_op.py and state_ops.py.   python scripts/op_tables.py"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from gqa_export import attention_op
+from gqa_export import attention_op, state_ops
+from gqa_export.attention_op import Attribute, Port
+from gqa_export.state_ops import StateAttribute, StateOp, StatePort
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "op.md"
-BEGIN, END = "<!-- tables from gqa_export/attention_op.py: begin -->", "<!-- end -->"
+END = "<!-- end -->"
 
 
-def tables() -> str:
-    """Inputs, outputs and attributes as Markdown."""
-    lines = [f"`{attention_op.DOMAIN}::{attention_op.OP}`, version {attention_op.VERSION}.", "",
-             "| # | input | shape | type | |",
-             "|---|---|---|---|---|"]
-    for number, port in enumerate(attention_op.INPUTS):
+def begin(source: str) -> str:
+    """The mark before the tables from a module."""
+    return f"<!-- tables from gqa_export/{source}: begin -->"
+
+
+def tables(title: str, inputs: Iterable[Port | StatePort], outputs: Iterable[Port | StatePort],
+           attributes: Iterable[Attribute | StateAttribute]) -> str:
+    """Inputs, outputs and attributes of an op as Markdown."""
+    lines = [title, "", "| # | input | shape | type | |", "|---|---|---|---|---|"]
+    for number, port in enumerate(inputs):
         name = f"`{port.name}`{' (optional)' if port.optional else ''}"
         lines.append(f"| {number} | {name} | [{', '.join(port.shape)}] | {port.type} | {port.meaning} |")
     lines += ["", "| # | output | shape | type | |", "|---|---|---|---|---|"]
-    for number, port in enumerate(attention_op.OUTPUTS):
+    for number, port in enumerate(outputs):
         lines.append(f"| {number} | `{port.name}` | [{', '.join(port.shape)}] | {port.type} | {port.meaning} |")
     lines += ["", "| attribute | type | |", "|---|---|---|"]
-    lines += [f"| `{attribute.name}` | {attribute.type} | {attribute.meaning} |"
-              for attribute in attention_op.ATTRIBUTES]
+    lines += [f"| `{attribute.name}` | {attribute.type} | {attribute.meaning} |" for attribute in attributes]
     return "\n".join(lines)
 
 
+def attention() -> str:
+    """The tables of the attention op."""
+    return tables(f"`{attention_op.DOMAIN}::{attention_op.OP}`, version {attention_op.VERSION}.", attention_op.INPUTS,
+                  attention_op.OUTPUTS, attention_op.ATTRIBUTES)
+
+
+def state(op: StateOp) -> str:
+    """The tables of a state op."""
+    return tables(f"`{state_ops.DOMAIN}::{op.name}`, version {state_ops.VERSION}.", op.inputs, op.outputs,
+                  op.attributes)
+
+
 def rewritten(page: str) -> str:
-    """The page with fresh tables between its two marks."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{tables()}\n{END}{rest.split(END, 1)[1]}"
+    """The page with fresh tables between its marks."""
+    for source, text in (("attention_op.py", attention()),
+                         ("state_ops.py", "\n\n".join(map(state, state_ops.STATE_OPS)))):
+        before, rest = page.split(begin(source))
+        page = f"{before}{begin(source)}\n{text}\n{END}{rest.split(END, 1)[1]}"
+    return page
 
 
 if __name__ == "__main__":

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
 from refusal import refused
 
+import gqa_export
 from gqa_export import state_ops
 from gqa_export.errors import GqaExportError, UnsupportedModel
 from gqa_export.state_ops import ACTIVATIONS, CAUSAL_CONV, LINEAR_ATTENTION, RULES, STATE_OPS, StateOp, StatePort
 from gqa_export.trace.states import ops, reference
 
+ROOT = Path(gqa_export.__file__).parent.parent
 SIZES = {"B": 3, "S": 5, "Hq": 2, "Hk": 3, "Hv": 6, "Dk": 8, "Dv": 4, "Dg": 8, "C": 7, "K": 4, "K-1": 3}
 TORCH_TYPES = {"T": torch.float32, "F": torch.float32, "int64": torch.int64}
 ATTRIBUTES = {"rule": RULES.index("gated_delta"), "scale": 0.5, "activation": ACTIVATIONS.index("silu")}
@@ -75,6 +79,18 @@ def test_onnx_schema_of_the_trace_is_the_contract(op: StateOp) -> None:
     assert tuple(port.name for port in schema.outputs) == op.output_names
     assert set(schema.attributes) == set(op.attribute_names)
     assert all(attribute.required for attribute in schema.attributes.values())
+
+
+def test_documentation_of_the_ops_holds_the_tables_of_the_contract() -> None:
+    spec = importlib.util.spec_from_file_location("op_tables", ROOT / "scripts" / "op_tables.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert page == script.rewritten(page), "run scripts/op_tables.py"
+    for op in STATE_OPS:
+        assert script.state(op) in page
+    assert all(f"{number} {rule.replace('_', ' ')}" in LINEAR_ATTENTION.attributes[0].meaning
+               for number, rule in enumerate(RULES))
 
 
 def linear_inputs(seed: int, steps: int, lengths: list[int], *, per_key: bool = False, heads: tuple[int, int, int] =

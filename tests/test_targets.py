@@ -9,7 +9,7 @@ import pytest
 from refusal import refused
 
 from gqa_export.errors import UnsupportedModel
-from gqa_export.spec import AttentionSpec
+from gqa_export.spec import AttentionSpec, StateSpec
 from gqa_export.targets import (
     TARGETS,
     by_reason,
@@ -106,3 +106,18 @@ def test_rotation_inside_asks_for_its_multiples():
     assert not ort.rotates(24, 24)
     assert not ort.rotates(64, 24)
     assert not TARGETS["onnx"].rotates(64, 64)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_holds_states_of_fixed_size_or_says_what_is_missing(name):
+    states = [StateSpec(layer, "conv", 0, "causal_conv1d_fn", (64, 3)) for layer in (3, 5)]
+    target = get_target(name)
+    if target.runs_in_onnxruntime:
+        refuse_layers([LAYER], target, states)
+        return
+    with refused("E-TARGET-STATES", UnsupportedModel) as refusal:
+        refuse_layers([LAYER], target, states)
+    assert "layers 3, 5" in refusal.error.where
+    assert target.states_missing in refusal.error.what
+    assert all(row.name in refusal.error.fix for row in TARGETS.values() if row.runs_in_onnxruntime)
+    refuse_layers([LAYER], target)

@@ -81,6 +81,8 @@ def dry_run(source: str | Path | Checkpoint, options: ExportOptions, output: Pat
 def _suits(target: Target, ready: Prepared) -> str:
     """What a target would do with each layer, by the table."""
     layers = ready.traced.spec.layers
+    if ready.traced.spec.states and target.states_missing:
+        return f"refused: layers that keep a state of fixed size: {target.states_missing}"
     reasons = "; ".join(reasons_against(layers, target))
     unheld = sum(bool(target.cannot_hold(layer)) for layer in layers)
     runs = ", ".join(provider for provider, types in target.dtypes.items() if ready.dtype in types)

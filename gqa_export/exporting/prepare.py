@@ -13,6 +13,7 @@ from ..checkpoint.load_model import load_model
 from ..checkpoint.open import open_checkpoint
 from ..checkpoint.tied_weights import stored_apart
 from ..checkpoint.unused_tensors import unused_notes
+from ..environment.onnxruntime_ops import state_ops_of_runtime
 from ..errors import GqaExportError, UnsupportedModel
 from ..progress import Progress
 from ..spec import DTYPES
@@ -91,8 +92,10 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
                                    "check that config.json and the weights belong together", code="E-MODEL-TIED")
     budget.check("tracing")
     notes = unused_notes(checkpoint, used_names(traced), options.ignore_unused)
-    lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits,
-                            pick_provider(options.provider, dtype, target), packed=options.weights == "copy")
+    provider = pick_provider(options.provider, dtype, target)
+    lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider,
+                            packed=options.weights == "copy",
+                            runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None)
     lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
     budget.check("lowering")
     return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered,
@@ -123,7 +126,7 @@ def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, tar
     traced = trace(config, dtype=dtype, cache=options.cache, capacity=_capacity(options.capacity, config),
                    logits=options.logits, interface=target.interface, stamping=options.stamping,
                    inspect=lambda module: refuse_modules(module, checkpoint.source, checkpoint.text_only),
-                   accept=lambda spec: refuse_layers(spec.layers, target))
+                   accept=lambda spec: refuse_layers(spec.layers, target, spec.states))
     if place:
         trace_cache.keep(place, traced)
     return traced, place, False

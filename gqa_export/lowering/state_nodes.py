@@ -56,21 +56,31 @@ class StateNodes:
         tensor = call.given(name)
         return tensor if _is_fp32(tensor) else self.near(call)(f"{name}/wide", "Cast", tensor, to=FLOAT)
 
-    def flat(self, call: StateCall, name: str, *, masked: bool = True) -> gs.Tensor:
-        """An input [B, S, H, D] of linear attention as [B, S, H * D] in fp32, zero where it is padded."""
-        tensor_BSX = self.near(call)(f"{name}/flat", "Reshape", self.wide(call, name), [0, 0, -1])
+    def flat(self, call: StateCall, name: str, *, masked: bool = True, repeated: bool = False) -> gs.Tensor:
+        """An input [B, S, H, D] of linear attention as [B, S, H * D] in fp32, zero where it is padded. repeated: each
+        head as often as it is shared."""
+        tensor, heads, near = self.wide(call, name), call.state.shape[0], self.near(call)
+        if repeated and not (tensor.shape and tensor.shape[2] == heads):
+            times = near(f"{name}/times", "Div", [heads], near(f"{name}/heads", "Shape", tensor, start=2, end=3))
+            shape = near(f"{name}/shape", "Concat", [1, 1, 1], times, [1], axis=0)
+            tensor = near(f"{name}/repeated", "Expand", near(f"{name}/column", "Unsqueeze", tensor, [3]), shape)
+        tensor_BSX = near(f"{name}/flat", "Reshape", tensor, [0, 0, -1])
         return self.masked(call, name, tensor_BSX, axis=2) if masked else tensor_BSX
 
     def masked(self, call: StateCall, label: str, tensor: gs.Tensor, axis: int) -> gs.Tensor:
         """A tensor with zeros at padded positions. axis: as of `real`."""
         return self.near(call)(f"{label}/real", "Where", self.real(call, axis), tensor, self.zero)
 
-    def linear_inputs(self, call: StateCall) -> list[gs.Tensor | None]:
-        """query, key, value, state, decay and beta as the fused operators take them; None for what the rule lacks."""
+    def linear_inputs(self, call: StateCall, *, repeated: bool = False) -> list[gs.Tensor | None]:
+        """query, key, value, state, decay and beta as the fused operators take them; None for what the rule lacks.
+
+        repeated: queries and keys get a head for each state; else they stay shared.
+        """
         rule = RULES[call.node.attrs["rule"]]
         beta = self.masked(call, "beta", self.wide(call, "beta"), axis=2) if is_delta(rule) else None
-        return [self.flat(call, "query", masked=False), self.flat(call, "key"), self.flat(call, "value"),
-                call.given("state"), self.flat(call, "decay") if is_gated(rule) else None, beta]
+        return [self.flat(call, "query", masked=False, repeated=repeated),
+                self.flat(call, "key", repeated=repeated), self.flat(call, "value"), call.given("state"),
+                self.flat(call, "decay") if is_gated(rule) else None, beta]
 
     def replace(self, call: StateCall, op: str, inputs: list[gs.Tensor | None], *, domain: str,
                 attrs: dict[str, Any], keep_state: bool) -> None:

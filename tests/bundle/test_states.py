@@ -15,7 +15,7 @@ from gqa_export.spec import AttentionSpec, ModelSpec, StateSpec
 
 STATES = (StateSpec(0, "conv", 0, "causal_conv1d_fn", (12, 3)), StateSpec(0, "conv", 1, "causal_conv1d_fn", (6, 3)),
           StateSpec(0, "recurrent", 0, "chunk_gated_delta_rule", (4, 8, 6)))
-SPEC = ModelSpec("toy", "Toy", 32, 16, 64, "", (AttentionSpec(1, 4, 2, 8, 8, 0.5),), STATES)
+SPEC = ModelSpec("toy", "Toy", 32, 16, 64, "", (AttentionSpec(1, 4, 2, 8, 8, 0.5),), states=STATES)
 
 
 def manifest(spec: ModelSpec = SPEC) -> Manifest:

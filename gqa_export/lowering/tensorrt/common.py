@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def refuse_layers(graph: gs.Graph, context: Context) -> int:
-    """Refuse a model with layers that the target's attention cannot hold; rewrites nothing."""
-    targets.refuse_layers(context.spec.layers, context.target)
+    """Refuse a model with layers that the target cannot hold; rewrites nothing."""
+    targets.refuse_layers(context.spec.layers, context.target, context.spec.states)
     return 0
 
 
