@@ -61,6 +61,25 @@ def layer_of_cache(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+_KEPT_NAME = re.compile(r"(past_key_values|present)\.(0|[1-9][0-9]*)\.(key|value|conv_state|recurrent_state)"
+                        r"(?:_([1-9][0-9]*))?")
+
+
+def in_layer(name: str, old: int, new: int) -> str:
+    """The name of the same cache or state in layer `new`, where `name` is one of layer `old`; else the name itself."""
+    found = _KEPT_NAME.fullmatch(name)
+    if found is None or int(found[2]) != old:
+        return name
+    return f"{found[1]}.{new}.{name.split('.', 2)[2]}"
+
+
+def place_of_cache(name: str) -> tuple[int, int, str, int]:
+    """By what the inputs, or the outputs, of caches and states are ordered: keys and values by layer, then states."""
+    found = _KEPT_NAME.fullmatch(name)
+    assert found is not None, name
+    return int(found[3].endswith("_state")), int(found[2]), found[3], int(found[4] or 0)
+
+
 def past_state(state: StateSpec) -> str:
     """Name of the input of a state of fixed size. Source: the names that onnxruntime-genai looks for (0.18)."""
     return f"past_key_values.{state.layer}.{state.name}"

@@ -137,6 +137,12 @@ class ModelSpec:
     states: Annotated[tuple[StateSpec, ...], Limits(max_length=4 * MOST_LAYERS, fail_fast=True)] = ()
 
     @property
+    def depth(self) -> int:
+        """How many layers the decoder has, as far as what they keep shows."""
+        numbers = [layer.layer for layer in self.layers] + [state.layer for state in self.states]
+        return 1 + max(numbers, default=-1)
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of all states of one sequence, constant in its length."""
         return sum(state.bytes for state in self.states)

@@ -50,7 +50,8 @@ def show(data: dict[str, Any]) -> None:
         shown = Table("name", "attention" if supported else "reason", *(["checked on"] if supported else []),
                       title=f"{end} ({len(rows)})", title_justify="left", box=None, pad_edge=False)
         for name, row in rows.items():
-            cells = [", ".join(row.get("features", [])), checked(row)] if supported else [row.get("reason", "")]
+            kept = (*row.get("features", []), *row.get("states", []))
+            cells = [", ".join(kept), checked(row)] if supported else [row.get("reason", "")]
             shown.add_row(name, *map(Text, cells))  # not markup: reasons hold brackets
         console.print(shown)
         console.print()

@@ -107,12 +107,12 @@ def describe(bundle: Bundle) -> None:
     manifest, export = bundle.manifest, bundle.exported
     assert export is not None
     click.echo(f"{bundle.folder}: {manifest.target}, {manifest.dtype}, {manifest.cache} cache, capacity "
-               f"{manifest.capacity}, {len(manifest.spec.layers)} layers, {export.nodes} nodes")
+               f"{manifest.capacity}, {manifest.spec.depth} layers, {export.nodes} nodes")
     click.echo(f"  weights: {manifest.bytes_copied / 1e6:,.1f} MB written, {manifest.bytes_linked / 1e6:,.1f} MB used "
                "where they are")
     click.echo("  trace: from the trace cache" if export.trace_kept else
-               f"  trace: {export.traced_layers} of {len(manifest.spec.layers)} layers traced, the others are copies"
-               if export.traced_layers < len(manifest.spec.layers) else "  trace: every layer traced" +
+               f"  trace: {export.traced_layers} of {manifest.spec.depth} layers traced, the others are copies"
+               if export.traced_layers < manifest.spec.depth else "  trace: every layer traced" +
                (f" ({export.whole_because})" if export.whole_because else ""))
     for fallback in manifest.fallbacks:
         place = f"layer {fallback.layer}" if fallback.layer >= 0 else "model"

@@ -71,11 +71,12 @@ def document(data: dict[str, Any]) -> str:
         f"**{how['supported']} supported**, {how['refused']} refused, {how['wrong']} differ from PyTorch, "
         f"{how['failed']} fail in another way, {how['unchecked']} not checked. {data['date']}, {made_with}.",
         *later_rows(data), "", "## Supported", "",
-        "| name | attention | checked | largest difference (allowed) | depth |", "|---|---|---|---|---|"]
+        "| name | attention | states | checked | largest difference (allowed) | depth |", "|---|---|---|---|---|---|"]
     for name, row in sorted(data["rows"].items()):
         if row["verdict"] == "supported":
             worst = max(row["worst"].values(), key=lambda pair: pair[0])
-            lines.append(f"| {name} | {', '.join(row.get('features', []))} | {checked(row)} | {worst[0]:.1e} "
+            kinds = (", ".join(row.get(kind, [])) or "none" for kind in ("features", "states"))
+            lines.append(f"| {name} | {' | '.join(kinds)} | {checked(row)} | {worst[0]:.1e} "
                          f"({worst[1]:.1e}) | {row.get('depth') or 'not compared'} |")
     for title, end in (("Refused", "refused"), ("Differ from PyTorch: not supported", "wrong"),
                        ("Fail in another way: not supported", "failed"), ("Not checked: not supported", "unchecked")):

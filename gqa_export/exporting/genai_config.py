@@ -1,8 +1,8 @@
 """`genai_config.json`: what onnxruntime-genai needs to know to run an `ort` bundle as it is.
 
-Keys as its model builder writes them (onnxruntime_genai/models/builders/base.py, 0.18). The model type is "decoder", the
-name it has for any decoder with these inputs; most families' own names it does not know. It finds the states of fixed
-size by the names of their inputs, but where all are convolutions' only under the type CONVOLUTIONS.
+Keys as its model builder writes them (onnxruntime_genai/models/builders/base.py, 0.18). The model type is "decoder",
+the name it has for any decoder with these inputs; most families' own names it does not know. It finds the states of
+fixed size by the names of their inputs, but where all are convolutions' only under the type CONVOLUTIONS.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def misfit(manifest: Manifest) -> str:
         return "some layers own no cache"
     if any(state.index for state in states):
         return "a layer keeps several states of one kind"
-    keeping = [entry.layer for entry in (*layers, *states)]
-    if convolutions_alone(manifest.spec) and sorted(keeping) != list(range(depth(manifest.spec))):
+    keeping = [layer.layer for layer in layers] + [state.layer for state in states]
+    if convolutions_alone(manifest.spec) and sorted(keeping) != list(range(manifest.spec.depth)):
         return "layers keep something else than keys and values or the inputs of a convolution"
     if len({_cache_shape(layer) for layer in layers}) > 1:
         return "layers differ in key/value heads or head size"
@@ -83,7 +83,7 @@ def genai_config(manifest: Manifest, provider: str = "cpu") -> dict[str, Any]:
                 "head_size": layer.head_size,
                 "hidden_size": spec.hidden_size,
                 "num_attention_heads": layer.num_heads,
-                "num_hidden_layers": depth(spec),
+                "num_hidden_layers": spec.depth,
                 **({"layer_types": layer_types(spec)} if convolutions_alone(spec) else {}),
                 "num_key_value_heads": layer.kv_num_heads,
                 "inputs": {
@@ -117,11 +117,6 @@ def genai_config(manifest: Manifest, provider: str = "cpu") -> dict[str, Any]:
     }
 
 
-def depth(spec: ModelSpec) -> int:
-    """How many layers a decoder has, as far as its caches and states show."""
-    return 1 + max(entry.layer for entry in (*spec.layers, *spec.states))
-
-
 def convolutions_alone(spec: ModelSpec) -> bool:
     """Whether all states of a decoder are inputs of convolutions."""
     return bool(spec.states) and not spec.states_of("recurrent")
@@ -130,7 +125,7 @@ def convolutions_alone(spec: ModelSpec) -> bool:
 def layer_types(spec: ModelSpec) -> list[str]:
     """Of each layer, what it keeps, in the words of onnxruntime-genai."""
     attention = {layer.layer for layer in spec.layers}
-    return ["full_attention" if layer in attention else "conv" for layer in range(depth(spec))]
+    return ["full_attention" if layer in attention else "conv" for layer in range(spec.depth)]
 
 
 def _state_patterns(spec: ModelSpec, side: str, name: Callable[[StateSpec], str]) -> dict[str, str]:

@@ -64,9 +64,7 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
     if accept:
         accept(spec)
     stack, prints, whole_because = None, (), "stamping is off"
-    if stamping and spec.states:
-        whole_because = "layers with states are traced one by one"
-    elif stamping:
+    if stamping:
         try:
             stack, prints = layer_kinds.plan(meta_model, probed)
             whole_because = ""
@@ -82,8 +80,8 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
             if layer_kinds.prints(model, stack) != prints:
                 stack, whole_because = None, "something in the model is computed from the number of layers"
                 continue
-        layers = [spec.layers[i] for i in stack.traced] if stack else list(spec.layers)
-        part = ModelSpec(**{**vars(spec), "layers": tuple(layers)})
+        part = replace(spec, layers=tuple(layer for layer in spec.layers if layer.layer in stack.traced),
+                       states=tuple(state for state in spec.states if state.layer in stack.traced)) if stack else spec
         decoder = decoder_module.Decoder(model, part, cache=cache, logits=logits, interface=interface)
         program, slow_because = export.export_decoder(decoder, part, torch_dtype, capacity)
         names = {f"model.{key}" for key in model.state_dict(keep_vars=True)}
@@ -104,5 +102,5 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
     proto = canonical.to_proto(program, weights, spec, cache=cache, logits=logits, interface=interface,
                                prefix="model.")
     refuse_mixing(proto)
-    return Traced(proto, spec, len(layers), whole_because, regime.name, skeleton.tied(model), skeleton.converts(model),
-                  capacity, slow_because)
+    return Traced(proto, spec, len(stack.traced) if stack else spec.depth, whole_because, regime.name,
+                  skeleton.tied(model), skeleton.converts(model), capacity, slow_because)

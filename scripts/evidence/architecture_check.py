@@ -31,13 +31,15 @@ STEPS = 8
 @dataclass
 class Row:
     """What is known of one architecture. worst: per "target/cache", the largest |logit difference| to PyTorch in
-    fp64, and the bound it was held to. features: what its attention needs. depth: how depth was made."""
+    fp64, and the bound it was held to. features: what its attention needs. states: what its layers keep beside keys and
+    values. depth: how depth was made."""
 
     name: str
     architecture: str
     verdict: str
     reason: str = ""
     features: list[str] = field(default_factory=list)
+    states: list[str] = field(default_factory=list)
     worst: dict[str, list[float]] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
     depth: str = ""
@@ -91,6 +93,7 @@ def _one(row: Row, checkpoint: Path, bundle: Path, target: str, cache: str) -> N
                                                            provider="cpu", text_only=text_only))
     spec = export.manifest.spec
     row.features = features_of(spec) + (["--text-only"] if text_only else [])
+    row.states = states_of(spec)
     row.fallbacks = sorted({*row.fallbacks, *(fallback.reason for fallback in export.manifest.fallbacks
                                               if fallback.layer >= 0)})
     verdict = validate(bundle, checkpoint, steps=STEPS, provider="cpu", check_hashes=False)
@@ -119,6 +122,18 @@ def features_of(spec: Any) -> list[str]:
     if len({(layer.num_heads, layer.kv_num_heads, layer.head_size) for layer in spec.layers}) > 1:
         found.add("layers differ in heads")
     return sorted(found)
+
+
+STATES = {
+    "causal_conv1d_fn": "convolution", "chunk_gated_delta_rule": "gated delta rule",
+    "chunk_kda": "Kimi delta attention", "mamba_chunk_scan_combined": "Mamba-2 scan", "selective_scan_fn": "Mamba scan",
+}  # fmt: skip
+"""what keeps a state, by the name of its kernel"""
+
+
+def states_of(spec: Any) -> list[str]:
+    """What a decoder's layers keep beside keys and values, in words; sorted."""
+    return sorted({STATES.get(state.kernel, state.kernel) for state in spec.states})
 
 
 def prove_depth(checkpoint: Path) -> str:

@@ -168,3 +168,24 @@ def test_an_unknown_method_word_or_kernel_is_refused_by_name() -> None:
     with listening(cache), refused("E-MODEL-STATE-ARGUMENT", UnsupportedModel) as refusal:
         _stand_in("causal_conv1d_fn", listener)(x, torch.zeros(4, 2), dilation=2)
     assert "`dilation`" in refusal.error.what
+
+
+@pytest.mark.parametrize(("name", "layers", "traced"), [
+    ("lfm2", ["conv", "conv", "full_attention"], 4),
+    ("qwen3_next", ["linear_attention", "linear_attention", "linear_attention", "full_attention"], 4),
+    ("mamba2", None, 2)])
+def test_depth_costs_nothing_two_layers_of_each_kind_are_traced(name: str, layers: list[str] | None,
+                                                                traced: int) -> None:
+    from evidence.output_hashes import output_hashes
+
+    from gqa_export.trace.tracing import trace
+
+    depth = 8
+    kinds: dict[str, Any] = {"layer_types": (layers * depth)[:depth]} if layers else {}
+    config = small_config(name, num_hidden_layers=depth, **kinds)
+    options: dict[str, Any] = {"dtype": "float32", "cache": "growing", "capacity": 64}
+    stamped, whole = trace(config, **options), trace(config, **options, stamping=False)
+    assert (stamped.whole_because, stamped.traced_layers, whole.traced_layers) == ("", traced, depth)
+    assert output_hashes(stamped.model) == output_hashes(whole.model)
+    assert [port.name for port in stamped.model.graph.input] == [port.name for port in whole.model.graph.input]
+    assert [port.name for port in stamped.model.graph.output] == [port.name for port in whole.model.graph.output]

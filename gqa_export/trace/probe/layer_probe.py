@@ -47,6 +47,11 @@ class _Listener(StateListener):
         self.calls: dict[int, Call] = {}
         self.recorder = recorder
 
+    def note_step(self, name: str, *tensors: torch.Tensor | None) -> None:
+        """See `StateListener`."""
+        if self.recorder is not None:
+            self.recorder.note(name, *tensors)
+
     def attend(self, call: Call) -> torch.Tensor:
         if call.layer in self.calls:
             raise UnsupportedModel("a layer calls attention more than once", f"layer {call.layer}",

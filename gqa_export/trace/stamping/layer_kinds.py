@@ -1,8 +1,8 @@
 """Which layers must be traced: two of each kind. Kinds come from a fingerprint of every layer, not of the traced ones.
 
 Two layers are of one kind if their code did the same when the probe ran it, their modules have the same classes,
-attributes and parameter shapes, and attention makes the same call there. What a fingerprint cannot see, the
-isomorphism proof in `stamp` and the final validation do.
+attributes and parameter shapes, attention makes the same call there and they keep the same states. What a fingerprint
+cannot see, the isomorphism proof in `stamp` and the final validation do.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def plan(model: torch.nn.Module, probed: Probed) -> tuple[Stack, tuple[Any, ...]
 def stack_of(model: torch.nn.Module, probed: Probed) -> Stack:
     """The layers of a (meta-device) skeleton by kind. NotAlike where nothing is gained or anything is unsure."""
     spec, code = probed.spec, probed.code
-    path = layers_path(model, len(spec.layers))
+    path = layers_path(model, None if spec.states else len(spec.layers))
     if path is None:
         raise NotAlike("no layers that are alike")
     if code is None or code.path != path or not code.in_order:
@@ -67,13 +67,15 @@ def stack_of(model: torch.nn.Module, probed: Probed) -> Stack:
     if len(set(code.between)) > 1:
         raise NotAlike("what is done between the layers depends on their number")
     layers = model.get_submodule(path)
-    kinds_of = getattr(_text(model.config), "layer_types", None) or [None] * len(spec.layers)
+    kinds_of = getattr(_text(model.config), "layer_types", None) or [None] * len(layers)  # type: ignore[arg-type]
+    attentions = {layer.layer: replace(layer, layer=0) for layer in spec.layers}
     seen: dict[tuple[Any, ...], int] = {}
     kinds = []
-    for place, (layer, attention, named) in enumerate(zip(layers, spec.layers, kinds_of)):  # type: ignore[call-overload]
+    for place, (layer, named) in enumerate(zip(layers, kinds_of)):  # type: ignore[call-overload]
         if _computed(layer):
             raise NotAlike("the layers hold tensors that are in no checkpoint")
-        key = (named, replace(attention, layer=0), code.layers[place], _fingerprint(layer),
+        states = tuple(replace(state, layer=0) for state in spec.states if state.layer == place)
+        key = (named, attentions.get(place), states, code.layers[place], _fingerprint(layer),
                tuple(module_attributes.attributes(module) for module in layer.modules()))
         kinds.append(seen.setdefault(key, len(seen)))
     traced = tuple(sorted(i for kind in set(kinds) for i in [j for j, k in enumerate(kinds) if k == kind][:2]))

@@ -60,10 +60,9 @@ def stamp(model: ir.Model, stack: Stack, prefix: str) -> None:
     for node, place in after_last:
         node.replace_input_with(place, carried)
     logits = graph.outputs[0]
-    names = [name for index in range(len(stack.kinds)) for name in graph_io.present_names(index)]
-    graph.outputs[:] = [logits, *[presents[name] for name in names]]
+    graph.outputs[:] = [logits, *[presents[name] for name in _in_order(presents, logits.name)]]
     weights = [value for name, value in inputs.items() if not name.startswith("past_key_values.")]  # type: ignore
-    pasts = [inputs[name] for index in range(len(stack.kinds)) for name in graph_io.past_names(index)]
+    pasts = [inputs[name] for name in _in_order(inputs, *(value.name for value in weights))]
     head = len([value for value in graph.inputs if value.name in (
         graph_io.INPUT_IDS, graph_io.ATTENTION_MASK, graph_io.PAST_LENGTHS, graph_io.NEW_LENGTHS)])
     graph.inputs[:] = [*weights[:head], *pasts, *weights[head:]]
@@ -169,11 +168,14 @@ def _renamed(name: str, old: int, new: int, stack: Stack, prefix: str) -> str:
     layers = f"{prefix}{stack.path}."
     if name.startswith(f"{layers}{old}."):
         return f"{layers}{new}." + name.removeprefix(f"{layers}{old}.")
-    for before, after in zip((*graph_io.past_names(old), *graph_io.present_names(old)),
-                             (*graph_io.past_names(new), *graph_io.present_names(new))):
-        if name == before:
-            return after
-    return name
+    return graph_io.in_layer(name, old, new)
+
+
+def _in_order(values: Iterable[str | None], *others: str | None) -> list[str]:
+    """The names of caches and states among `values`, in the order of the graph: keys and values layer by layer, then
+    states."""
+    names = [name for name in values if name is not None and name not in others]
+    return sorted(names, key=graph_io.place_of_cache)
 
 
 def _redirect(node: ir.Node, old: ir.Value | None, new: ir.Value | None) -> None:

@@ -19,6 +19,7 @@ class StateListener:
         """See `StateRecorder`."""
         channels, taps = call.weight.shape
         self._note(StateSpec(call.layer, "conv", call.index, call.kernel, (int(channels), int(taps) - 1)))
+        self.note_step(f"convolution {call.index} {call.kernel} {call.activation}", call.x, call.weight, call.bias)
         return torch.empty_like(call.x)
 
     def recur(self, call: Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,11 +27,16 @@ class StateListener:
         batch, _, heads, value_size = call.value.shape
         shape = (int(heads), int(call.query.shape[-1]), int(value_size))
         self._note(StateSpec(call.layer, "recurrent", call.index, call.kernel, shape))
+        self.note_step(f"recurrence {call.index} {call.kernel} {call.rule} {call.scale!r}", call.query, call.key,
+                       call.value, call.decay, call.beta)
         return torch.empty_like(call.value), call.value.new_empty(batch, *shape)
 
     def steps_alone(self) -> torch.Tensor | None:
         """See `StateRecorder`: no shape depends on it."""
         return None
+
+    def note_step(self, name: str, *tensors: torch.Tensor | None) -> None:
+        """Take note of a step that is no operation of PyTorch; for listeners that compare layers."""
 
     def found(self) -> tuple[StateSpec, ...]:
         """All states: by layer, those of convolutions first."""
