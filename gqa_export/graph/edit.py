@@ -50,15 +50,21 @@ def snapshot(graph: gs.Graph) -> onnx.ModelProto:
             order[place] = node
         elif place not in order:
             stack.append((place, True))
-            stack.extend((makers[name], False) for name in node.input if name in makers and makers[name] not in order)
+            stack.extend((makers[name], False) for name in reads(node) if name in makers and makers[name] not in order)
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in order.values()]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    read = {name for node in nodes for name in node.input}
+    read = {name for node in nodes for name in reads(node)}
     weights = [tensor for tensor in model.graph.initializer if tensor.name in read]
     del model.graph.initializer[:]
     model.graph.initializer.extend(weights)
     return model
+
+
+def reads(node: onnx.NodeProto) -> list[str]:
+    """The names that a node reads, those that its subgraphs take from around them included."""
+    graphs = [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
+    return [*node.input, *(name for graph in graphs for inner in graph.node for name in reads(inner))]
 
 
 def tidy(graph: gs.Graph) -> int:

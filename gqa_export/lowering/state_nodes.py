@@ -18,7 +18,7 @@ from .. import graph_io
 from ..graph import edit
 from ..graph.match import const_value, produced_by
 from ..graph.node_builder import Nodes
-from ..state_ops import RULES, is_delta, is_gated
+from ..state_ops import LINEAR_ATTENTION, RULES, is_delta, is_gated
 from .state_calls import StateCall
 
 FLOAT = onnx.TensorProto.FLOAT
@@ -41,15 +41,21 @@ class StateNodes:
         new_lengths = call.given("new_lengths")
         key = ("real", id(new_lengths), axis)
         if key not in self._made:
-            node = self.shared
-            ids = [tensor for tensor in self.graph.inputs if tensor.name == graph_io.INPUT_IDS]
-            source, place = (ids[0], 1) if ids else (call.node.inputs[0], 1 if axis == 2 else 2)
-            end = node(f"end_{axis}", "Squeeze", node(f"steps_{axis}", "Shape", source, start=place, end=place + 1),
-                       [0])
-            step_S = node(f"step_{axis}", "Range", 0, end, 1)
-            row_BS = node(f"row_{axis}", "Less", step_S, node(f"new_{axis}", "Unsqueeze", new_lengths, [1]))
-            self._made[key] = node(f"real_{axis}", "Unsqueeze", row_BS, [axis])
+            if (row := ("row", id(new_lengths))) not in self._made:
+                step_S = self.shared("step", "Range", 0, self._steps(call), 1)
+                self._made[row] = self.shared("row", "Less", step_S,
+                                              self.shared("new", "Unsqueeze", new_lengths, [1]))
+            self._made[key] = self.shared(f"real_{axis}", "Unsqueeze", self._made[row], [axis])
         return self._made[key]
+
+    def _steps(self, call: StateCall) -> gs.Tensor:
+        """The number of columns of the batch, a scalar."""
+        if "steps" not in self._made:
+            ids = [tensor for tensor in self.graph.inputs if tensor.name == graph_io.INPUT_IDS]
+            place = 1 if ids or call.op is LINEAR_ATTENTION else 2
+            shape = self.shared("shape", "Shape", ids[0] if ids else call.node.inputs[0], start=place, end=place + 1)
+            self._made["steps"] = self.shared("steps", "Squeeze", shape, [0])
+        return self._made["steps"]
 
     def wide(self, call: StateCall, name: str) -> gs.Tensor:
         """An input of a call in fp32, the type of the states."""
@@ -83,51 +89,72 @@ class StateNodes:
                 self.flat(call, "decay") if is_gated(rule) else None, beta]
 
     def replace(self, call: StateCall, op: str, inputs: list[gs.Tensor | None], *, domain: str,
-                attrs: dict[str, Any], keep_state: bool) -> None:
-        """Put a fused operator and what makes its first output that of the contract in the place of a call.
-
-        keep_state: the operator's own second output is the new state; else the last inputs of a convolution are.
-        """
+                attrs: dict[str, Any]) -> None:
+        """Put a fused operator in the place of a call, and what makes its results those of the contract."""
         output, new_state = call.node.outputs
-        last = None if keep_state else self.last_inputs(call)
-        result, name = gs.Variable(f"{call.node.name}/fused.0"), call.node.name
+        name, conv = call.node.name, len(call.state.shape) == 2
+        result, end_state = gs.Variable(f"{name}/fused.0"), gs.Variable(f"{name}/fused.1") if conv else new_state
         call.node.outputs.clear()
         edit.add_node(self.graph, op, inputs, name=f"{name}/fused", domain=domain, attrs=attrs,
-                      outputs=[result, new_state if keep_state else gs.Variable(f"{name}/fused.1")])
-        if last is not None:
-            edit.add_node(self.graph, "Identity", [last], name=f"{name}/new_state", outputs=[new_state])
+                      outputs=[result, end_state])
         narrow = not _is_fp32(call.node.inputs[0])
         done = [gs.Variable(f"{name}/wide.0")] if narrow else [output]
-        if len(call.state.shape) == 3:
+        if conv:
+            self._last_inputs(call, end_state, new_state)
+            edit.add_node(self.graph, "Where", [self.real(call, 1), result, self.zero], name=f"{name}/output",
+                          outputs=done)
+        else:
             heads, _, size = call.state.shape
             shape = edit.constant(f"{name}/heads", np.array([0, 0, heads, size], np.int64))
             edit.add_node(self.graph, "Reshape", [self.masked(call, "output", result, axis=2), shape],
                           name=f"{name}/output", outputs=done)
-        else:
-            edit.add_node(self.graph, "Where", [self.real(call, 1), result, self.zero], name=f"{name}/output",
-                          outputs=done)
         if narrow:
             edit.add_node(self.graph, "CastLike", [*done, call.node.inputs[0]], name=f"{name}/narrow",
                           outputs=[output])
         call.node.inputs.clear()
 
+    def _last_inputs(self, call: StateCall, end_state: gs.Tensor, new_state: gs.Tensor) -> None:
+        """Make the new state of a convolution: its last K-1 real inputs, those of its state included, [B, C, K-1].
+
+        Without padding that is the operator's own, `end_state`. Gathering takes as long as the convolution of one
+        token, so it is done only where a row is padded.
+        """
+        channels, kept = call.state.shape
+        name, made = call.node.name, [gs.Variable(f"{call.node.name}/{branch}.0", np.float32, new_state.shape)
+                                      for branch in ("whole", "padded")]
+        inputs_BCL, index_BCJ = (gs.Variable(f"{name}/{label}.0") for label in ("inputs", "index"))
+        sizes = edit.constant(f"{name}/sizes", np.array([1, channels, 1], np.int64))
+        whole = [gs.Node("Identity", f"{name}/whole", inputs=[end_state], outputs=made[:1])]
+        padded = [gs.Node("Concat", f"{name}/inputs", {"axis": 2}, [call.given("state"), self.wide(call, "x")],
+                          [inputs_BCL]),
+                  gs.Node("Expand", f"{name}/index", {}, [self._last_places(call, kept), sizes], [index_BCJ]),
+                  gs.Node("GatherElements", f"{name}/padded", {"axis": 2}, [inputs_BCL, index_BCJ], made[1:])]
+        branches = {f"{branch}_branch": gs.Graph(nodes, outputs=[out], name=f"{name}/{branch}")
+                    for branch, nodes, out in (("then", whole, made[0]), ("else", padded, made[1]))}
+        edit.add_node(self.graph, "If", [self._without_padding(call)], name=f"{name}/new_state", outputs=[new_state],
+                      attrs=branches)
+
+    def _last_places(self, call: StateCall, kept: int) -> gs.Tensor:
+        """Where the last K-1 real inputs of each row lie in [state | new inputs]: [B, 1, K-1]."""
+        key = ("last", id(call.given("new_lengths")), kept)
+        if key not in self._made:
+            taps = edit.constant(f"states/last_{kept}.taps", np.arange(kept, dtype=np.int64).reshape(1, 1, kept))
+            new_B11 = self.shared(f"last_{kept}/new", "Unsqueeze", call.given("new_lengths"), [1, 2])
+            self._made[key] = self.shared(f"last_{kept}/place", "Add", new_B11, taps)
+        return self._made[key]
+
+    def _without_padding(self, call: StateCall) -> gs.Tensor:
+        """Whether every row brings as many tokens as the batch has columns."""
+        key = ("whole", id(call.given("new_lengths")))
+        if key not in self._made:
+            fewest = self.shared("fewest", "ReduceMin", call.given("new_lengths"), keepdims=0)
+            self._made[key] = self.shared("whole", "GreaterOrEqual", fewest, self._steps(call))
+        return self._made[key]
+
     def bias(self, call: StateCall) -> gs.Tensor | None:
         """The bias of a convolution; None where it is zero."""
         value = const_value(call.given("bias"))
         return None if value is not None and not value.any() else self.wide(call, "bias")
-
-    def last_inputs(self, call: StateCall) -> gs.Tensor:
-        """The last K-1 real inputs of a convolution, those of its state included: [B, C, K-1]."""
-        channels, kept = call.state.shape
-        new_lengths = call.given("new_lengths")
-        key = ("last", id(new_lengths), channels, kept)
-        if key not in self._made:
-            node, label = self.shared, f"last_{channels}_{kept}"
-            places = edit.constant(f"states/{label}.taps", np.arange(kept, dtype=np.int64).reshape(1, 1, kept))
-            last_B1J = node(f"{label}/place", "Add", node(f"{label}/new", "Unsqueeze", new_lengths, [1, 2]), places)
-            self._made[key] = node(f"{label}/index", "Expand", last_B1J, [1, channels, 1])
-        inputs_BCL = self.near(call)("inputs", "Concat", call.given("state"), self.wide(call, "x"), axis=2)
-        return self.near(call)("last", "GatherElements", inputs_BCL, self._made[key], axis=2)
 
     def kernel(self, call: StateCall) -> gs.Tensor:
         """The weight of a convolution as operators take it, [C, 1, K]."""

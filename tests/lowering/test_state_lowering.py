@@ -8,6 +8,7 @@ import pytest
 from onnx import TensorProto
 
 from gqa_export.environment.onnxruntime_ops import SINCE, registered_on_cpu, state_ops_of_runtime
+from gqa_export.graph import edit
 from gqa_export.lowering.onnx import states as onnx_states
 from gqa_export.lowering.ort import states as ort_states
 from gqa_export.state_ops import CAUSAL_CONV, LINEAR_ATTENTION, STATE_OPS
@@ -108,6 +109,14 @@ def test_a_stored_kernel_is_used_as_it_lies():
     assert_same(op, run(flat, {**feeds, "weight": feeds["weight"][:, None]}), feeds, attributes)
 
 
+def test_a_dump_of_the_graph_keeps_what_a_branch_reads():
+    op, feeds, attributes = CASES[-6]
+    graph = edit.load(dialect("ort", CASES[-6]))
+    dumped = edit.snapshot(graph)
+    assert {node.name for node in dumped.graph.node} == {node.name for node in graph.nodes}
+    assert_same(op, run(dumped, feeds), feeds, attributes)
+
+
 def node_of(model, suffix):
     found = [node for node in model.graph.node if node.name.endswith(suffix)]
     assert len(found) == 1, f"{len(found)} nodes end with {suffix}"
@@ -166,7 +175,7 @@ def conv_state_shifted(model):
 
 
 def conv_state_of_the_padded_end(model):
-    node = next(node for node in model.graph.node if model.graph.output[1].name in node.output)
+    node = node_of(model, "/new_state")
     node.op_type, node.input[:] = "Identity", [node_of(model, "/fused").output[1]]
     del node.attribute[:]
 

@@ -28,8 +28,7 @@ def lower_states(graph: gs.Graph, context: Context) -> Rewritten:
             heads = call.state.shape[0]
             attrs = {"q_num_heads": heads, "kv_num_heads": heads, "update_rule": RULES[call.node.attrs["rule"]],
                      "scale": float(call.node.attrs["scale"])}
-            nodes.replace(call, LINEAR_ATTENTION.name, nodes.linear_inputs(call, repeated=True), domain="",
-                          attrs=attrs, keep_state=True)
+            nodes.replace(call, LINEAR_ATTENTION.name, nodes.linear_inputs(call, repeated=True), domain="", attrs=attrs)
             count += 1
     return Rewritten(count, misses)
 

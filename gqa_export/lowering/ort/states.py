@@ -2,8 +2,8 @@
 
 Source: onnxruntime docs/ContribOperators.md; both are in every version that this package takes (1.26 and later), for
 fp32 on the CPU provider. Heads are shared as in the contract: the number of key heads follows from the width. They
-know no lengths, so padding is set to zero before and after (`state_nodes`), and the state of a convolution is taken
-from its inputs: the operator's own is that of the padded end.
+know no lengths, so padding is set to zero before and after (`state_nodes`), and where a row is padded the state of a
+convolution is gathered from its inputs: the operator's own is that of the padded end.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def lower_states(graph: gs.Graph, context: Context) -> Rewritten:
 def _linear(nodes: StateNodes, call: StateCall) -> None:
     attrs = {"q_num_heads": int(call.given("query").shape[2]), "kv_num_heads": call.state.shape[0],
              "update_rule": RULES[call.node.attrs["rule"]], "scale": float(call.node.attrs["scale"])}
-    nodes.replace(call, "LinearAttention", nodes.linear_inputs(call), domain=DOMAIN, attrs=attrs, keep_state=True)
+    nodes.replace(call, "LinearAttention", nodes.linear_inputs(call), domain=DOMAIN, attrs=attrs)
 
 
 def _conv(nodes: StateNodes, call: StateCall) -> None:
     inputs = [nodes.wide(call, "x"), nodes.kernel(call), nodes.bias(call), call.given("state")]
     attrs = {"activation": ACTIVATIONS[call.node.attrs["activation"]] or "none"}
-    nodes.replace(call, "CausalConvWithState", inputs, domain=DOMAIN, attrs=attrs, keep_state=False)
+    nodes.replace(call, "CausalConvWithState", inputs, domain=DOMAIN, attrs=attrs)
