@@ -1,7 +1,7 @@
 """The bodies of `gqa::LinearAttention` and `gqa::CausalConv` version 1 in standard ONNX ops.
 
 Any ONNX runtime can run them. Linear attention is a Scan over the new tokens: the state goes in and out of each step
-and nothing is approximated, whatever the decay. One body serves the four rules: what a rule lacks is a neutral input
+and nothing is approximated, whatever the decay; a convolution is one over the taps of its kernel. One body serves the four rules: what a rule lacks is a neutral input
 (decay 0, beta 1), and `pull`, which takes back what the state already holds, is 0 unless the rule is a delta rule.
 Padded positions are set to zero before they meet a state, so that it stays as it is even if they are NaN. Arithmetic
 is in the type of the state: fp32, or fp64 where the state is. Dimensions as in `gqa_export.state_ops`; J is K-1, L is
@@ -107,6 +107,7 @@ _LINEAR_ATTENTION = _CONSTANTS + """
 """
 
 _CAUSAL_CONV = _CONSTANTS + """
+    axis_2 = Constant <value_ints: ints = [2]> ()
     axes_1_3 = Constant <value_ints: ints = [1, 3]> ()
     single = Constant <value_ints: ints = [1]> ()
     activation_ = Constant <value_int: int = @activation> ()
@@ -125,12 +126,18 @@ _CAUSAL_CONV = _CONSTANTS + """
     weight_f = CastLike (weight, state)
     bias_f = CastLike (bias, state)
     inputs_BCL = Concat <axis: int = 2> (state, x_f)
-    step_S1 = Unsqueeze (step_S, axis_1)
-    place_SK = Add (step_S1, tap_K)
-    windows_BCSK = Gather <axis: int = 2> (inputs_BCL, place_SK)
-    weight_C1K = Unsqueeze (weight_f, axis_1)
-    products_BCSK = Mul (windows_BCSK, weight_C1K)
-    sums_BCS = ReduceSum <keepdims: int = 0> (products_BCSK, axis_last)
+    weight_KC = Transpose <perm: ints = [1, 0]> (weight_f)
+    weight_KC1 = Unsqueeze (weight_KC, axis_last)
+    shape_BCS = Shape (x)
+    nothing_BCS = ConstantOfShape (shape_BCS)
+    nothing_f = CastLike (nothing_BCS, state)
+    sums_BCS = Scan <num_scan_inputs: int = 2, body: graph = tap (before_BCS, weight_C1, place) => (after_BCS) {
+        start = Unsqueeze (place, axis_0)
+        end = Add (start, S)
+        met_BCS = Slice (inputs_BCL, start, end, axis_2)
+        product_BCS = Mul (met_BCS, weight_C1)
+        after_BCS = Add (before_BCS, product_BCS)
+    }> (nothing_f, weight_KC1, tap_K)
     bias_C1 = Unsqueeze (bias_f, axis_1)
     biased_BCS = Add (sums_BCS, bias_C1)
     gate_BCS = Sigmoid (biased_BCS)
@@ -141,11 +148,20 @@ _CAUSAL_CONV = _CONSTANTS + """
     rows_BCS = Where (real_B1S, active_BCS, zero_f)
     y = CastLike (rows_BCS, x)
 
-    last_BJ = Add (new_B1, kept_J)
-    last_B1J1 = Unsqueeze (last_BJ, axes_1_3)
-    C11 = Concat <axis: int = 0> (C, single, single)
-    last_BCJ1 = Expand (last_B1J1, C11)
-    new_state = GatherND <batch_dims: int = 2> (inputs_BCL, last_BCJ1)
+    fewest = ReduceMin <keepdims: int = 0> (new_lengths)
+    without_padding = GreaterOrEqual (fewest, S_scalar)
+    L = Add (J, S)
+    new_state = If (without_padding) <
+        then_branch: graph = whole () => (end_BCJ) {
+            end_BCJ = Slice (inputs_BCL, S, L, axis_2)
+        },
+        else_branch: graph = padded () => (last_BCJ) {
+            last_BJ = Add (new_B1, kept_J)
+            last_B1J1 = Unsqueeze (last_BJ, axes_1_3)
+            C11 = Concat <axis: int = 0> (C, single, single)
+            last_BCJ1 = Expand (last_B1J1, C11)
+            last_BCJ = GatherND <batch_dims: int = 2> (inputs_BCL, last_BCJ1)
+        }>
 """
 
 _BODIES = {LINEAR_ATTENTION.name: _LINEAR_ATTENTION.format(first_delta=RULES.index("delta")),

@@ -162,12 +162,12 @@ MUTATIONS = {
     "state not written back": ("LinearAttention", "    new_state, rows_SBH1E", "    lost, rows_SBH1E"),
     "state transposed": ("LinearAttention", "    new_state, rows_SBH1E", "    turned_state, rows_SBH1E"),
     "scale dropped": ("LinearAttention", "Mul (query_f, scale_f)", "Identity (query_f)"),
-    "convolution shifted by one": ("CausalConv", "Add (step_S1, tap_K)", "Max (shifted, zero)"),
+    "convolution shifted by one": ("CausalConv", "Unsqueeze (place, axis_0)", "Unsqueeze (before, axis_0)"),
     "convolution's state shifted by one": ("CausalConv", "Add (new_B1, kept_J)", "Max (shifted_state, zero)"),
     "convolution's state from the padded end": ("CausalConv", "Add (new_B1, kept_J)", "Add (end_B1, kept_J)"),
     "convolution's state not written back": ("CausalConv", "GatherND <batch_dims: int = 2> (inputs_BCL, last_BCJ1)",
                                              "Identity (state)"),
-    "kernel turned around": ("CausalConv", "Unsqueeze (weight_f, axis_1)", "Unsqueeze (turned, axis_1)"),
+    "kernel turned around": ("CausalConv", "Transpose <perm: ints = [1, 0]> (weight_f)", "Transpose <perm: ints = [1, 0]> (turned)"),
     "bias dropped": ("CausalConv", "Add (sums_BCS, bias_C1)", "Identity (sums_BCS)"),
     "SiLU dropped": ("CausalConv", "Where (is_silu, silu_BCS, biased_BCS)", "Identity (biased_BCS)"),
     "convolution's output at the padding": ("CausalConv", "Where (real_B1S, active_BCS, zero_f)",
@@ -179,7 +179,7 @@ BESIDE = {
     "decay of the wrong sign": "    factor_of = Exp (decay_BSHG)\n",
     "beta of the wrong head": ("    heads_back = Constant <value_ints: ints = [3, 0, 1, 2]> ()\n"
                                "    turned = Gather <axis: int = 2> (beta, heads_back)\n"),
-    "convolution shifted by one": "    earlier = Add (step_S1, tap_K)\n    shifted = Sub (earlier, one)\n",
+    "convolution shifted by one": "    earlier = Sub (place, one)\n    before = Max (earlier, zero)\n",
     "convolution's state shifted by one": "    later = Add (new_B1, kept_J)\n    shifted_state = Sub (later, one)\n",
     "kernel turned around": ("    back = Constant <value_ints: ints = [3, 2, 1, 0]> ()\n"
                              "    turned = Gather <axis: int = 1> (weight_f, back)\n"),
