@@ -1,11 +1,11 @@
 """The bodies of `gqa::LinearAttention` and `gqa::CausalConv` version 1 in standard ONNX ops.
 
 Any ONNX runtime can run them. Linear attention is a Scan over the new tokens: the state goes in and out of each step
-and nothing is approximated, whatever the decay; a convolution is one over the taps of its kernel. One body serves the four rules: what a rule lacks is a neutral input
-(decay 0, beta 1), and `pull`, which takes back what the state already holds, is 0 unless the rule is a delta rule.
-Padded positions are set to zero before they meet a state, so that it stays as it is even if they are NaN. Arithmetic
-is in the type of the state: fp32, or fp64 where the state is. Dimensions as in `gqa_export.state_ops`; J is K-1, L is
-K-1+S, G is 1 or Dk.
+and nothing is approximated, whatever the decay; a convolution is one over the taps of its kernel. One body serves the
+four rules: what a rule lacks is a neutral input (decay 0, beta 1), and `pull`, which takes back what the state already
+holds, is 0 unless the rule is a delta rule. Padded positions are set to zero before they meet a state, so that it stays
+as it is even if they are NaN. Arithmetic is in the type of the state: fp32, or fp64 where the state is. Dimensions as
+in `gqa_export.state_ops`; J is K-1, L is K-1+S, G is 1 or Dk.
 
 A lowering writes the bodies in place of the calls (`inline`), because a runtime may take a function of this name for
 the standard operator: onnx.reference does.

@@ -231,3 +231,27 @@ def widened(feeds: Feeds) -> Feeds:
 
 HALVES = {TensorProto.FLOAT16: 2.0 ** -11, TensorProto.BFLOAT16: 2.0 ** -8}
 """narrow types and their unit roundoff: an output is rounded to them once"""
+
+
+def fed_in_fp32(model: onnx.ModelProto, element: int) -> onnx.ModelProto:
+    """A copy that takes and gives fp32 where `model` takes and gives `element`: ONNX Runtime's Python cannot pass
+    bfloat16, and a number that is already of the narrow type passes through unchanged."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    graph, outside = copy.graph, {}
+    for value in [*graph.input, *graph.output]:
+        if value.type.tensor_type.elem_type == element:
+            outside[value.name] = f"{value.name}_narrow"
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in graph.node:
+        node.input[:] = [outside.get(name, name) for name in node.input]
+        node.output[:] = [outside.get(name, name) for name in node.output]
+    for place, value in enumerate(graph.input):
+        if value.name in outside:
+            graph.node.insert(0, helper.make_node("Cast", [value.name], [outside[value.name]], to=element,
+                                                  name=f"narrow_{place}"))
+    for place, value in enumerate(graph.output):
+        if value.name in outside:
+            graph.node.append(helper.make_node("Cast", [outside[value.name]], [value.name], to=TensorProto.FLOAT,
+                                               name=f"wide_{place}"))
+    return copy

@@ -18,6 +18,7 @@ from .one_state_op import (
     CASES,
     HALVES,
     assert_same,
+    fed_in_fp32,
     in_type,
     label,
     lowered,
@@ -77,13 +78,16 @@ def test_a_convolution_stays_in_standard_operators_on_onnx():
     assert_same(op, run(model, feeds), feeds, attributes)
 
 
-@pytest.mark.parametrize("case", [CASES[3], CASES[-6]], ids=label)
-def test_states_stay_fp32_where_activations_are_fp16(case):
+@pytest.mark.parametrize("element", list(HALVES), ids=TensorProto.DataType.Name)
+@pytest.mark.parametrize(("target", "case"), [("ort", CASES[3]), ("ort", CASES[-6]), ("onnx", CASES[5])],
+                         ids=lambda value: value if isinstance(value, str) else label(value))
+def test_states_stay_fp32_where_activations_are_halves(target, case, element):
     op, feeds, attributes = case
-    feeds = in_type(feeds, TensorProto.FLOAT16)
-    actual = run(dialect("ort", (op, feeds, attributes)), feeds)
-    assert (actual[0].dtype, actual[1].dtype) == (np.float16, np.float32)
-    assert_same(op, actual, widened(feeds), attributes, output_unit=HALVES[TensorProto.FLOAT16])
+    feeds = in_type(feeds, element)
+    narrow = fed_in_fp32(op_model(op, feeds, attributes, OPSET[target]), element)
+    model = dialect(target, (op, feeds, attributes), narrow)
+    assert fused_ops(model) == {FUSED[target, op.name]}
+    assert_same(op, run(model, widened(feeds)), widened(feeds), attributes, output_unit=HALVES[element])
 
 
 @pytest.mark.parametrize("case", [CASES[3], CASES[-6]], ids=label)

@@ -39,9 +39,11 @@ def lower_states(graph: gs.Graph, context: Context) -> Rewritten:
 
 
 def _linear(nodes: StateNodes, call: StateCall) -> None:
-    attrs = {"q_num_heads": int(call.given("query").shape[2]), "kv_num_heads": call.state.shape[0],
+    heads, shape = call.state.shape[0], call.given("query").shape
+    shared = shape is not None and isinstance(shape[2], int)  # else nothing was inferred: every state gets its own
+    attrs = {"q_num_heads": shape[2] if shared else heads, "kv_num_heads": heads,
              "update_rule": RULES[call.node.attrs["rule"]], "scale": float(call.node.attrs["scale"])}
-    nodes.replace(call, "LinearAttention", nodes.linear_inputs(call), domain=DOMAIN, attrs=attrs)
+    nodes.replace(call, "LinearAttention", nodes.linear_inputs(call, repeated=not shared), domain=DOMAIN, attrs=attrs)
 
 
 def _conv(nodes: StateNodes, call: StateCall) -> None:
