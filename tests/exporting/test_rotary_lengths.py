@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from refusal import refused
 
 from gqa_export.checkpoint.load_model import load_model
@@ -70,6 +72,8 @@ def passes(checkpoint, folder, level="quick", **options):
     ("llama", "ort", "growing"), ("gemma3", "onnx", "growing"), ("gemma3", "trt-plugin", "static"),
     ("phimoe", "ort", "growing")])
 def test_longrope_beyond_its_original_length_passes_on_both_sides_of_it(checkpoint_of, tmp_path, name, target, cache):
+    if name == "gemma3" and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("transformers 5.20 fails when layers of one type change their table a second time")
     export, cases = passes(checkpoint_of(name), tmp_path / "bundle", "full" if name == "phi3" else "quick",
                            target=target, cache=cache)
     assert {"switch", "switched"} <= cases
