@@ -158,7 +158,8 @@ def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle:
     assert verdict is not None
     print_verdict(verdict, Console())
     if verdict.exit_code == EXIT_DIFFERENT:
-        click.echo("error: the bundle's outputs differ from PyTorch's; do not use it", err=True)
+        click.echo("error: the bundle's outputs differ from PyTorch's; do not use it"
+                   + (f" ({verdict.overflow})" if verdict.overflow else ""), err=True)
     return verdict.exit_code
 
 

@@ -45,6 +45,8 @@ def details(verdict: Verdict) -> list[str]:
             lines.append(case.wrong_token)
         lines += [f"case {case.name}, step {c.step}, batch {c.row}: a tie between tokens {c.expected} and {c.got} "
                   f"(margin {c.margin:.3g})" for c in case.ties]
+    if verdict.overflow:
+        lines.append(f"reason: {verdict.overflow}")
     lines += [f"note: {note}" for note in verdict.notes]
     lines.append(f"compared: {', '.join(verdict.compared) or 'nothing'}")
     eager = verdict.max_abs_logits_eager

@@ -105,7 +105,7 @@ def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens:
         active = np.array([not f for f in finish])
         if np.isnan(logits[active]).any():
             raise GqaExportError("the logits are NaN", f"after {len(max(tokens, key=len))} new tokens",
-                                 "compare the bundle with its checkpoint: gqa-export validate BUNDLE --against ...",
+                                 _fix_for_nan(session),
                                  code="E-RUN-NAN")
         for row, token in enumerate(choose(logits).tolist()):
             if finish[row]:
@@ -139,6 +139,12 @@ def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens:
         steps += 1
     ended = time.perf_counter()
     return GenerationResult(tokens, finish, int(lengths.sum()), prefilled - started, ended - prefilled, steps)
+
+
+def _fix_for_nan(session: Session) -> str:
+    check = "compare the bundle with its checkpoint: gqa-export validate BUNDLE --against ..."
+    half = getattr(getattr(session, "manifest", None), "dtype", "") == "float16"
+    return f"float16 may have overflowed, export with --dtype bf16 or fp32; or {check}" if half else check
 
 
 def _check(lengths: np.ndarray, capacity: int, max_new_tokens: int) -> None:
