@@ -12,6 +12,7 @@ from ..checkpoint.load_config import load_config
 from ..checkpoint.load_model import load_model
 from ..checkpoint.open import open_checkpoint
 from ..checkpoint.tied_weights import stored_apart
+from ..checkpoint.tokenizer import token_ids
 from ..checkpoint.unused_tensors import unused_notes
 from ..errors import GqaExportError, UnsupportedModel
 from ..progress import Progress
@@ -68,6 +69,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
         source, text_only=options.text_only, revision=options.revision)
     check_tokenizer(checkpoint)
+    token_ids(checkpoint)  # refuses damaged files beside the weights before the work
     if options.weights == "inplace" and output is not None and output.resolve() != checkpoint.folder.resolve():
         raise GqaExportError("--weights inplace writes the graph into the checkpoint folder, but -o names another one",
                              str(output), f"use -o {checkpoint.folder}", code="E-OPTION-INPLACE")
