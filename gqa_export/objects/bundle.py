@@ -142,11 +142,12 @@ class Bundle:
         return measure(self.folder, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repeat=repeat,
                        provider=provider, low_memory=low_memory, threads=threads or 0, report=progress)
 
-    def bisect(self, against: Place) -> Bisection:
-        """Find the first layer and operator whose output is out of tolerance, each fed with PyTorch's own inputs."""
+    def bisect(self, against: Place, *, ignore_unused: bool = False) -> Bisection:
+        """Find the first layer and operator whose output is out of tolerance, each fed with PyTorch's own inputs.
+        ignore_unused: note tensors of the checkpoint that its model does not use; otherwise they are refused."""
         from ..bisect.bisection import bisect
 
-        return bisect(self.folder, str(against))
+        return bisect(self.folder, str(against), ignore_unused)
 
     def build_engine(self, output: Place, *, flavor: Flavor = "auto", compute_capability: Sequence[str] = (),
                      max_batch: int = 1, max_prompt: int | None = None, timing_cache: Place | None = None,
