@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -43,7 +44,7 @@ def open_checkpoint(source: str | Path, *, text_only: bool = False, revision: st
         UnsupportedModel: the configuration alone shows that the model cannot be exported.
         GqaExportError: the hub cannot be reached, or refuses the id.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # pathlib's raises for a user that does not exist
     if revision is not None and path.exists():
         raise GqaExportError("a revision is a branch, tag or commit of the hub, and this is a local path", str(source),
                              "leave out --revision, or give a hub id", code="E-OPTION-REVISION")

@@ -6,11 +6,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
+from ..errors import UnsupportedModel
 from .checkpoint import Checkpoint
 from .pickle_weights import read_pickles
 from .same_weights import differ
+
+if TYPE_CHECKING:
+    import torch
+
+
+def tied(model: torch.nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Groups of parameter names that are one tensor, in the model's order."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return tuple(tuple(group) for group in names.values() if len(group) > 1)
+
+
+def untie(config: Any) -> None:
+    """Give the model of a transformers configuration a head of its own."""
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+
+
+def refuse_tied(checkpoint: Checkpoint, groups: Iterable[tuple[str, ...]]) -> None:
+    """Refuse tensors that are stored with different values and are one in the model, whatever its configuration says.
+
+    Raises:
+        UnsupportedModel: names them.
+    """
+    if still := [group for group in groups if stored_apart(checkpoint, group)]:
+        raise UnsupportedModel(f"the checkpoint stores different values for {' and '.join(still[0])}, which are "
+                               "one weight in this model", checkpoint.source,
+                               "check that config.json and the weights belong together", code="E-MODEL-TIED")
 
 
 def stored_apart(checkpoint: Checkpoint, group: tuple[str, ...]) -> bool:

@@ -35,6 +35,7 @@ class Sampling:
             ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
             ("top_k", self.top_k >= 0, "0 (all) or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
+            ("seed", self.seed is None or self.seed >= 0, "0 or more"),
         ):
             if not good:
                 raise GqaExportError(f"{name} is out of range: {getattr(self, name)}",
@@ -210,8 +211,9 @@ class _Chooser:
         s = self._sampling
         order = np.argsort(-logits, kind="stable")
         order = order[: s.top_k] if s.top_k else order
-        scaled = logits[order].astype(np.float64) / s.temperature
-        p = np.exp(scaled - scaled[0])
+        apart = logits[order].astype(np.float64) - float(logits[order[0]])
+        with np.errstate(over="ignore"):  # a tiny temperature is greedy
+            p = np.exp(apart / s.temperature)
         p /= p.sum()
         keep = np.cumsum(p) - p < s.top_p
         p = p[keep] / p[keep].sum()
