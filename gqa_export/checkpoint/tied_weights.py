@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedModel
+from ..errors import InvalidCheckpoint, UnsupportedModel
 from .checkpoint import Checkpoint
 from .pickle_weights import read_pickles
 from .same_weights import differ
@@ -47,9 +47,18 @@ def stored_apart(checkpoint: Checkpoint, group: tuple[str, ...]) -> bool:
     """Whether the checkpoint stores tensors of different values under these names, of which it may lack some.
 
     Values are compared as they are stored: a head that equals the embedding only after rounding is another head.
+
+    Raises:
+        InvalidCheckpoint: their shapes differ.
     """
-    there: list[Any] = [checkpoint.tensors[name] for name in group if name in checkpoint.tensors]
+    stored: Any = checkpoint.tensors
     if checkpoint.model is not None or checkpoint.pickles:
-        state = checkpoint.model.state_dict() if checkpoint.model is not None else read_pickles(checkpoint.pickles)
-        there = [state[name] for name in group if name in state]
-    return any(differ(there[0], other) for other in there[1:])
+        stored = checkpoint.model.state_dict() if checkpoint.model is not None else read_pickles(checkpoint.pickles)
+    there = {name: stored[name] for name in group if name in stored}
+    if len({tuple(tensor.shape) for tensor in there.values()}) > 1:
+        shapes = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in there.items())
+        raise InvalidCheckpoint(f"the checkpoint stores {shapes}, which are one weight of one shape in this model",
+                                checkpoint.source, "check that config.json and the weights belong together",
+                                code="E-CKPT-TENSORS-SHAPE")
+    first, *others = there.values() if there else [None]
+    return any(differ(first, other) for other in others)
