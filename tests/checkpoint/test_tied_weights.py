@@ -61,4 +61,5 @@ def test_a_head_of_another_shape_than_the_embedding_is_refused_with_both_shapes(
     folder = with_head(tmp_path / "ck", lambda rows: torch.cat([rows, rows]))
     with refused("E-CKPT-TENSORS-SHAPE", InvalidCheckpoint) as refusal:
         gqa.export(folder, tmp_path / "out", capacity=64)
-    assert HEAD in refusal.error.what and EMBEDDING in refusal.error.what
+    assert HEAD in refusal.error.what
+    assert EMBEDDING in refusal.error.what
