@@ -174,10 +174,10 @@ def page(result: dict[str, Any]) -> str:
     lines = ["# GGUF files, judged by llama.cpp", "",
              f"{result['date']}, {result['machine']}, llama-cpp-python {result['llama_cpp_python']}, "
              + ", ".join(f"{name} {version}" for name, version in result["versions"].items()) + ".",
-             "Each file is exported (`ort`, fp32) and decoded token after token in ONNX Runtime and in llama.cpp, in "
+             "Each file is exported (`ort`, fp32) and decoded token after token in ONNX Runtime and in llama.cpp, in",
              f"float32. The largest difference of a logit may be {result['allowed']:g}; where a model has GELU, which",
-             "llama.cpp looks up in a table of float16, twice what that changes is added. Made by",
-             "`scripts/llama_cpp_check.py`.", "",
+             "llama.cpp looks up in a table of float16, twice what that changes is added. The real model's tensors are",
+             "written in float32 first. Made by `scripts/llama_cpp_check.py`.", "",
              "| file | tokens | difference | allowed | spread of the logits | |", "|---|---|---|---|---|---|"]
     for row in result["rows"]:
         if "left_out" in row:

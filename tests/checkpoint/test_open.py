@@ -328,13 +328,13 @@ def test_tokenizer_files_travel_and_a_checkpoint_without_tokenizer_says_so(copy,
     (copy / "chat_template.jinja").write_text("{{ messages }}")
     assert has_tokenizer(open_checkpoint(copy)) is False
     with writing_bundle(tmp_path / "without") as writer:
-        assert add_tokenizer(open_checkpoint(copy), writer) is False
+        assert "has no tokenizer" in add_tokenizer(open_checkpoint(copy), writer)
     (copy / "tokenizer.json").write_text("{}")
     (copy / "tokenizer_config.json").write_text("{}")
     (copy / "unrelated.txt").write_text("x")
     assert has_tokenizer(open_checkpoint(copy)) is True
     with writing_bundle(tmp_path / "with") as writer:
-        assert add_tokenizer(open_checkpoint(copy), writer) is True
+        assert add_tokenizer(open_checkpoint(copy), writer) == ""
     assert {path.name for path in (tmp_path / "with").iterdir()} == {
         "config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
