@@ -383,3 +383,19 @@ def test_ends_that_only_the_tokenizer_names_end_an_answer_too(copy, files, ends)
 def test_a_negative_id_stands_for_none(copy):
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 5], "pad_token_id": -1}))
     assert token_ids(open_checkpoint(copy)) == {"eos": [5, 2], "bos": 1, "pad": 0}
+
+
+def test_a_quantization_left_over_in_a_model_in_memory_is_noted_and_ignored(copy, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import gqa_export
+
+    model = AutoModelForCausalLM.from_pretrained(copy)
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    bundle = gqa_export.export(model, tmp_path / "bundle", capacity=32)
+    assert any("(bitsandbytes)" in note for note in bundle.exported.notes)
+    model.lm_head.weight.requires_grad_(False)
+    model.lm_head.weight.data = model.lm_head.weight.data.to(torch.int8)
+    with refused("E-MODEL-QUANTIZED", UnsupportedModel):
+        gqa_export.export(model, tmp_path / "other", capacity=32)
