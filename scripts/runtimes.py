@@ -236,8 +236,8 @@ def markdown(report: dict[str, Any]) -> str:
     versions = report["versions"]
     lines = ["# Releases of ONNX Runtime that load the bundles", "",
              f"{report['date']}, {report['machine']}. Made by `scripts/{NAME}.py`: tiny models in fp32, a prompt of "
-             "two rows (one padded) and two decode steps. The largest difference of the logits from those of onnxruntime "
-             f"{versions[-1]}; *refused* where the release does not load the bundle.", "",
+             "two rows (one padded) and two decode steps. Figures are the largest difference of the logits from those "
+             f"of onnxruntime {versions[-1]}; *refused* where the release does not load the bundle.", "",
              f"| bundle | for | opset | IR version | {' | '.join(versions)} |",
              "|---|---|---|---|" + "---|" * len(versions)]
     for row in report["rows"]:
