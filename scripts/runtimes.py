@@ -118,7 +118,7 @@ def structures() -> dict[str, dict[str, Any]]:
             if not folder.exists():
                 gqa_models.write_tiny(name, folder, **overrides)
             options = ExportOptions("ort", cache=cache, capacity=CAPACITY, logits="all")
-            traced, _ = traced_model(open_checkpoint(folder), options, "float32", get_target("ort"), silent)
+            traced = traced_model(open_checkpoint(folder), options, "float32", get_target("ort"), silent)[0]
             graph = lower(traced.model, traced.spec, LowerOptions(target, cache, CAPACITY)).model
             found[label((name, overrides, target, cache, purpose))] = {
                 "opset": opset_of(graph), "ir_version": graph.ir_version, "structure": structure(graph)}
