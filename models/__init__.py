@@ -56,8 +56,11 @@ def write_tiny(name: str, folder: str | os.PathLike[str], *, seed: int = 0, dtyp
 
 
 def save_random(config: Any, folder: str | os.PathLike[str], *, seed: int = 0, dtype: str = "float32",
-                model_class: str | None = None) -> Path:
-    """Save a model of this transformers config, every parameter random and seeded; see `write_tiny`."""
+                model_class: str | None = None, faint_rows: int = 0, faint: float = 1.0) -> Path:
+    """Save a model of this transformers config, every parameter random and seeded; see `write_tiny`.
+
+    faint_rows, faint: every so many rows of the token embedding are multiplied by so much; 0 leaves all alike.
+    """
     import torch
     import transformers
 
@@ -71,6 +74,8 @@ def save_random(config: Any, folder: str | os.PathLike[str], *, seed: int = 0, d
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.copy_(_random_like(parameter, random))
+        if faint_rows:
+            model.get_input_embeddings().weight[::faint_rows] *= faint
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return Path(folder)
 

@@ -1,12 +1,17 @@
 """Any causal-LM configuration of transformers made small: `matrix.toml` has the sizes, this module applies them.
 
 Nothing here knows an architecture: whole numbers are replaced by name, lists with one entry a layer are cut to the
-depth so that every kind of layer stays, nested configurations are made small the same way.
+depth so that every kind of layer stays, nested configurations are made small the same way. Only sizes shrink: epsilons,
+scales, rotary bases, softcaps and multipliers stay those of the configuration's class (`scalars` lists them), or, where
+that class leaves them neutral and every published model does not, `matrix.toml` has the published ones.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -17,6 +22,12 @@ ABOUT = ("note", "seed")
 """keys of a model's table that are not the configuration's"""
 NULLABLE = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "n_group", "topk_group", "n_routed_experts")
 """whole numbers whose default may be None: derived from others, or unusable without a value"""
+SCALAR = re.compile("eps|scal|multiplier|softcap|theta|factor|alpha|beta|limit|clip")
+NO_SCALAR = re.compile("loss|init|dropout|layer_rope|variance|emb_scaling|init_values")
+"""what a configuration's numbers are called that go into arithmetic, and those that only training or a table uses"""
+FAINT_ROWS, FAINT = 8, 1e-3
+"""every so many rows of the embedding are drawn so much smaller: a norm's epsilon then decides what they become, and
+one that is lost or moved shows (at the usual size of a random embedding, 1e-8 would be below every tolerance)"""
 
 
 @cache
@@ -74,7 +85,7 @@ def _shrunk(default: Any, depth: int | None = None) -> dict[str, Any]:
         if isinstance(getattr(type(default), key, None), property):
             continue  # computed from the others
         if hasattr(value, "to_dict"):
-            values[key] = {**_shrunk(value), "model_type": value.model_type}
+            values[key] = {**_set_from_outside(value), **_shrunk(value), "model_type": value.model_type}
         elif key in sizes and ((isinstance(value, int) and not isinstance(value, bool))
                                or (value is None and key in NULLABLE)):
             values[key] = sizes[key]
@@ -87,6 +98,42 @@ def _shrunk(default: Any, depth: int | None = None) -> dict[str, Any]:
     if "kv_lora_rank" in values and "num_key_value_heads" in values:
         values["num_key_value_heads"] = values["num_attention_heads"]  # and every head has its own keys
     return values
+
+
+def _set_from_outside(inner: Any) -> dict[str, Any]:
+    """What a configuration sets in one inside it against that one's own defaults, sizes aside: its rotary base, its
+    epsilon, whether weights are tied."""
+    try:
+        plain = type(inner)()
+    except Exception:  # a class without usable defaults
+        return {}
+    return {key: value for key, value in _fields(inner).items()
+            if (isinstance(value, bool | float) or (key == "rope_parameters" and value))
+            and getattr(plain, key, None) != value}
+
+
+def scalars(config: Any) -> dict[str, float]:
+    """The numbers of a configuration's decoder that go into arithmetic (epsilons, rotary bases, scales, softcaps), by
+    name; of a nested table, such as rotary parameters by layer type, `table.name`."""
+    found: dict[str, float] = {}
+
+    def walk(table: dict[str, Any], prefix: str, inside: bool = False) -> None:
+        for key, value in sorted(table.items()):
+            if isinstance(value, dict) and (inside or key in ("rope_parameters", "attn_config")):
+                walk(value, prefix if key == "rope_parameters" else f"{prefix}{key}.", True)
+            elif (isinstance(value, int | float) and not isinstance(value, bool) and SCALAR.search(key)
+                  and not NO_SCALAR.search(key)):
+                found[f"{prefix}{key}"] = value
+
+    walk(config.get_text_config(decoder=True).to_dict(), "")
+    return found
+
+
+def drawn(config: Any) -> str:
+    """A short digest of a small configuration and of how its weights are drawn: another one is another model."""
+    values = {key: value for key, value in config.to_dict().items() if key != "transformers_version"}
+    text = json.dumps([values, FAINT_ROWS, FAINT], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _fields(config: Any) -> dict[str, Any]:
@@ -114,4 +161,5 @@ def write_small(name: str, folder: str | os.PathLike[str], **overrides: Any) -> 
     """Write a small random checkpoint of causal-LM name `name` into `folder` and return that folder."""
     from . import save_random
 
-    return save_random(small_config(name, **overrides), folder, seed=about(name, "seed", 0))
+    return save_random(small_config(name, **overrides), folder, seed=about(name, "seed", 0), faint_rows=FAINT_ROWS,
+                       faint=FAINT)

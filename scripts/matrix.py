@@ -1,6 +1,7 @@
 """Every causal-LM architecture that the installed transformers knows: exported, validated, written down.
 
     python scripts/matrix.py --resume            # all that are missing, then models/matrix.json and docs/models.md
+    python scripts/matrix.py --stale             # all whose row another version or configuration made
     python scripts/matrix.py --only llama,gemma3_text --work DIR
 
 One process imports everything once; each architecture then runs in a fork of it with a time limit, so that whatever
@@ -29,6 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="names, separated by commas")
     parser.add_argument("--resume", action="store_true", help="only names that were not checked yet")
+    parser.add_argument("--stale", action="store_true", help="only names whose row was made with other versions, or "
+                        "with another small configuration, than it would be now; a killed run goes on when repeated")
     parser.add_argument("--failed", action="store_true", help="only names whose row is `wrong` or `failed`")
     parser.add_argument("--data", type=Path, default=DATA, help="the JSON file to write into")
     parser.add_argument("--keep", type=Path, default=None, help="keep the small checkpoints here")
@@ -57,6 +60,8 @@ def main() -> None:
         names = arguments.only.split(",")
     if arguments.resume:
         names = [name for name in names if table["rows"].get(name, {}).get("verdict", "unchecked") == "unchecked"]
+    if arguments.stale:
+        names = [name for name in names if stale(name, table, versions())]
     if arguments.failed:
         names = [name for name in names if table["rows"].get(name, {}).get("verdict") in ("wrong", "failed")]
     if arguments.prove:
@@ -69,7 +74,7 @@ def main() -> None:
     for number, name in enumerate(names, 1):
         row = in_a_fork(name, known_names()[name], arguments, table["rows"].get(name, {}))
         table = json.loads(arguments.data.read_text()) if arguments.data.exists() else {"rows": {}}
-        table["rows"][name] = row
+        table["rows"][name] = {**row, **drawing(name)}
         table["rows"] = dict(sorted(table["rows"].items()))
         date_rows(table, name, versions())
         temporary = arguments.data.with_suffix(".part")
@@ -79,6 +84,27 @@ def main() -> None:
               f"{row.get('reason', '')[:230]} ({row.get('seconds', 0)}s)", flush=True)
     if arguments.data == DATA:
         write_document()
+
+
+def stale(name: str, table: dict, here: dict) -> bool:
+    """Whether the row of a name was not made by these versions with the small configuration of now."""
+    row = table["rows"].get(name)
+    return row is None or row.get("made_with", table.get("versions")) != here or row.get("drawn") != drawing(name).get(
+        "drawn")
+
+
+def drawing(name: str) -> dict:
+    """What a row holds of its small configuration: its digest, and the numbers of it that go into arithmetic."""
+    from gqa_models.shrink import drawn, scalars, small_config
+
+    found: dict = {}
+    try:
+        config = small_config(name)
+        found["drawn"] = drawn(config)
+        found["scalars"] = scalars(config)
+    except Exception:  # a configuration that transformers refuses, or that has several decoders: its row names why
+        return found
+    return found
 
 
 def date_rows(table: dict, name: str, here: dict) -> None:

@@ -46,7 +46,7 @@ def tiny_samples(work: Path, wanted=TINY) -> list[Sample]:
 @click.command()
 @click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), help="A real model instead of tiny ones.")
 @click.option("--capacity", default=256, show_default=True, help="Capacity of the real model's bundle.")
-@click.option("--only", multiple=True, help="A kind of damage; the other rows of the committed table stay.")
+@click.option("--only", multiple=True, help="A kind of damage, known to the table or not; its other rows stay.")
 def main(checkpoint: Path | None, capacity: int, only: tuple[str, ...]) -> None:
     """Break bundles, run the suite, write the table."""
     behaviour = [kind for kind in MUTATIONS if not only or kind.name in only]
@@ -69,11 +69,11 @@ def main(checkpoint: Path | None, capacity: int, only: tuple[str, ...]) -> None:
 
 
 def merged(rows: list[Row], committed: Path) -> list[Row]:
-    """The committed rows with these in place of theirs."""
-    new = {row.kind: row for row in rows}
+    """The committed rows with these in place of theirs, or beside them, in the order of the kinds."""
     old = json.loads(committed.read_text(encoding="utf-8"))["rows"]
-    return [new.get(row["kind"]) or Row(**{**row, "caught": {k: tuple(v) for k, v in row["caught"].items()}})
-            for row in old]
+    known = {row["kind"]: Row(**{**row, "caught": {k: tuple(v) for k, v in row["caught"].items()}}) for row in old}
+    known.update({row.kind: row for row in rows})
+    return [known[kind.name] for kind in (*MUTATIONS, *CONTRADICTIONS) if kind.name in known]
 
 
 def write(rows: list[Row], samples: list[str], *, real: bool) -> None:

@@ -118,7 +118,7 @@ def structures() -> dict[str, dict[str, Any]]:
             if not folder.exists():
                 gqa_models.write_tiny(name, folder, **overrides)
             options = ExportOptions("ort", cache=cache, capacity=CAPACITY, logits="all")
-            traced, _ = traced_model(open_checkpoint(folder), options, "float32", get_target("ort"), silent)
+            traced = traced_model(open_checkpoint(folder), options, "float32", get_target("ort"), silent)[0]
             graph = lower(traced.model, traced.spec, LowerOptions(target, cache, CAPACITY)).model
             found[label((name, overrides, target, cache, purpose))] = {
                 "opset": opset_of(graph), "ir_version": graph.ir_version, "structure": structure(graph)}
@@ -236,8 +236,8 @@ def markdown(report: dict[str, Any]) -> str:
     versions = report["versions"]
     lines = ["# Releases of ONNX Runtime that load the bundles", "",
              f"{report['date']}, {report['machine']}. Made by `scripts/{NAME}.py`: tiny models in fp32, a prompt of "
-             "two rows (one padded) and two decode steps. The largest difference of the logits from those of onnxruntime "
-             f"{versions[-1]}; *refused* where the release does not load the bundle.", "",
+             "two rows (one padded) and two decode steps. Figures are the largest difference of the logits from those "
+             f"of onnxruntime {versions[-1]}; *refused* where the release does not load the bundle.", "",
              f"| bundle | for | opset | IR version | {' | '.join(versions)} |",
              "|---|---|---|---|" + "---|" * len(versions)]
     for row in report["rows"]:

@@ -43,9 +43,10 @@ def write_sparse(name: str, folder: Path, *, layers: int = 0, dtype: str = "bflo
     if layers:
         values["num_hidden_layers"] = layers
     config = AutoConfig.for_model(**values)
-    config.dtype, config.architectures = dtype, ["LlamaForCausalLM"]
+    config.dtype = dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items() if key not in tied}
     folder.mkdir(parents=True)

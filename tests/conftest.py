@@ -29,7 +29,7 @@ LONGEST = (
     "evidence/test_mutation_table.py", "engine/test_rtx_smollm2.py", "lowering/test_trt.py",
     "compare/test_mutations.py", "conversion/test_cli.py", "lowering/test_ort.py", "validation/test_bundles.py",
     "trace/test_stamp.py", "trace/test_capture.py", "report/test_pytest_plugin.py", "report/test_polygraphy.py",
-    "test_scale.py", "bisect/test_bisect.py", "checkpoint/test_gguf.py",
+    "test_scale.py", "bisect/test_bisect.py", "checkpoint/test_gguf_families.py", "checkpoint/test_gguf.py",
 )
 """files that take long, the longest first, so that no worker sits alone with one at the end (a file stays with one)"""
 

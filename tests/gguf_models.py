@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+F32 = gguf.GGMLQuantizationType.F32
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD, WIDTH, ROWS = 2, 32, 4, 2, 8, 48, 61
 SIZES = {"block_count": LAYERS, "context_length": 64, "embedding_length": HIDDEN, "feed_forward_length": WIDTH,
          "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS, "vocab_size": ROWS}
@@ -160,8 +161,9 @@ def write_case(path: Path, name: str, keys: Mapping[str, Any] = (), tensors: Map
 
 
 def write_gguf(path: Path, architecture: str, keys: Mapping[str, Any], tensors: Mapping[str, Any],
-               others: Mapping[str, Any], **kwargs: Any) -> Path:
-    """A GGUF file. keys: without the architecture's name; others: whole keys. kwargs: of `gguf.GGUFWriter`."""
+               others: Mapping[str, Any], stored: gguf.GGMLQuantizationType = F32, **kwargs: Any) -> Path:
+    """A GGUF file. keys: without the architecture's name; others: whole keys; stored: the type of matrices. kwargs: of
+    `gguf.GGUFWriter`."""
     writer = gguf.GGUFWriter(path, architecture, **kwargs)
     for key, value in {**{f"{architecture}.{key}": value for key, value in keys.items()}, **others}.items():
         if isinstance(value, str):
@@ -175,7 +177,11 @@ def write_gguf(path: Path, architecture: str, keys: Mapping[str, Any], tensors: 
         else:
             writer.add_uint32(key, value)
     for key, value in tensors.items():
-        writer.add_tensor(key, np.ascontiguousarray(value))
+        value = np.ascontiguousarray(value)
+        if value.ndim == 1 or stored == F32:
+            writer.add_tensor(key, value)
+        else:
+            writer.add_tensor(key, gguf.quants.quantize(value, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

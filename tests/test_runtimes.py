@@ -27,7 +27,8 @@ REPORT = json.loads((runtimes.OUT / f"{runtimes.NAME}.json").read_text(encoding=
 
 @pytest.mark.whole_model
 def test_the_result_is_of_the_graphs_that_this_code_makes() -> None:
-    found = {row["sample"]: {name: row[name] for name in ("opset", "ir_version", "structure")} for row in REPORT["rows"]}
+    facts = ("opset", "ir_version", "structure")
+    found = {row["sample"]: {name: row[name] for name in facts} for row in REPORT["rows"]}
     assert found == runtimes.structures(), "run scripts/runtimes.py again and commit its result"
 
 

@@ -55,6 +55,8 @@ class Bisection:
     finding: Finding | None
     probes: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    """on the checkpoint"""
 
     @property
     def exit_code(self) -> int:
@@ -62,23 +64,27 @@ class Bisection:
         return EXIT_DIFFERENT if self.finding else EXIT_PASSED
 
 
-def bisect(bundle: Path, against: str | Path) -> Bisection:
+def bisect(bundle: Path, against: str | Path, ignore_unused: bool = False) -> Bisection:
     """Find the first layer and operator of a bundle whose output is out of tolerance.
 
     Args:
         bundle: folder of a bundle with a graph.
         against: the checkpoint it was made from.
+        ignore_unused: note tensors that its model does not use, instead of refusing them.
 
     Returns:
         What was found, or that these probes found nothing.
 
     Raises:
         InvalidBundle: the bundle is damaged.
+        InvalidCheckpoint: the checkpoint has tensors that its model does not use.
         GqaExportError: it holds an engine, or the names of its nodes do not tell the layers.
         NotCheckedHere: PyTorch does not fit in memory.
     """
     from ..bundle.attention_claims import check_claims
     from ..bundle.source_checkpoint import open_for
+    from ..checkpoint.decided import decided_by_weights
+    from ..checkpoint.unused_tensors import unused_notes
     from ..validation.reference import runnable
     from ..validation.sessions import pytorch_sessions, torch_threads
 
@@ -91,7 +97,10 @@ def bisect(bundle: Path, against: str | Path) -> Bisection:
     with ExitStack() as stack:
         stack.enter_context(torch_threads(manifest))
         ran, where, target = runnable(stack, bundle, manifest, "float32", [], silent)
-        reference, _, _ = pytorch_sessions(open_for(manifest, against), manifest, "float32", [])
+        checkpoint = open_for(manifest, against)
+        decided_by_weights(checkpoint)
+        notes = unused_notes(checkpoint, (), ignore_unused)
+        reference, _, _ = pytorch_sessions(checkpoint, manifest, "float32", [])
         prefix, layers = layer_list(reference.model, len(manifest.spec.layers))
         search = _Search(ran, where, target.interface, reference, layers, prefix)
         done: list[str] = []
@@ -99,8 +108,8 @@ def bisect(bundle: Path, against: str | Path) -> Bisection:
             done.append(probe.name)
             finding = search.look(probe)
             if finding is not None:
-                return Bisection(finding, done, search.hidden)
-        return Bisection(None, done, search.hidden)
+                return Bisection(finding, done, search.hidden, notes)
+        return Bisection(None, done, search.hidden, notes)
 
 
 class _Search:

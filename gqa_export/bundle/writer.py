@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import GqaExportError
 from ..files.atomic_replace import move_files, replace_folder
 from ..files.resume import JOURNAL, Journal, take_over
-from ..files.staging import check_folder, disk_errors, staging_folder
+from ..files.staging import check_folder, disk_errors, named, staging_folder
 from .integrity import check_no_code
 from .manifest import MANIFEST, FileFact, Manifest, read_manifest
 
@@ -66,8 +66,8 @@ class HashingFile:
 class BundleWriter:
     """Collects the files of one bundle in a staging folder. Use through `writing_bundle`."""
 
-    def __init__(self, staging: Path, leftovers: Iterable[Any] = ()) -> None:
-        self.staging, self.leftovers = staging, tuple(leftovers)
+    def __init__(self, staging: Path, leftovers: Iterable[Any] = (), lost: tuple[str, ...] = ()) -> None:
+        self.staging, self.leftovers, self._lost = staging, tuple(leftovers), lost
         self.files: dict[str, FileFact] = {}
 
     @contextmanager
@@ -92,6 +92,12 @@ class BundleWriter:
     def record(self, name: str, fact: FileFact) -> None:
         """Note a file that we did not write (linked or already in place)."""
         self.files[name] = fact
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user must know of what this bundle replaces."""
+        return [f"--force replaced the old bundle, and removed what its manifest did not list: {named(self._lost)}"] \
+            if self._lost else []
 
     def finish(self, manifest: Manifest) -> Manifest:
         """Write the manifest, last, with the facts of every file."""
@@ -121,7 +127,7 @@ def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) 
         check_output(output, force)
     parent = output if inplace else output.parent
     with disk_errors(output), staging_folder(output, parent) as (staging, leftovers):
-        yield BundleWriter(staging, leftovers)
+        yield BundleWriter(staging, leftovers, () if inplace else foreign_files(output))
         if inplace:
             _move_into(staging, output, force)
         else:
@@ -130,7 +136,19 @@ def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) 
 
 def check_output(output: Path, force: bool) -> None:
     """Refuse, before any work, an output that must not be replaced."""
-    check_folder(output, force=force, marker=MANIFEST)
+    check_folder(output, force=force, marker=MANIFEST, lost=foreign_files(output))
+
+
+def foreign_files(output: Path) -> tuple[str, ...]:
+    """Files in the folder of an earlier bundle that its manifest does not list, sorted; () where there is no bundle."""
+    if output.is_symlink() or not (output / MANIFEST).is_file():
+        return ()
+    try:
+        ours = {MANIFEST, *read_manifest(output).files}
+    except GqaExportError:
+        ours = {MANIFEST}  # it cannot be read: all are named
+    there = (Path(place, name).relative_to(output).as_posix() for place, _, names in os.walk(output) for name in names)
+    return tuple(sorted(name for name in there if name not in ours))
 
 
 def _move_into(staging: Path, output: Path, force: bool) -> None:

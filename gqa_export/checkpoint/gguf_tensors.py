@@ -19,7 +19,8 @@ Array = Any
 
 
 def gguf_state(facts: GgufFacts) -> dict[str, torch.Tensor]:
-    """Every tensor of the model under transformers' name, dequantized to float32 (or as stored).
+    """Every tensor of the model under transformers' name: matrices dequantized to float32 or as stored, what has one
+    dimension in float32.
 
     Biases that only some matrices of a group have are zero for the others: transformers has one switch for a group.
     """
@@ -27,9 +28,8 @@ def gguf_state(facts: GgufFacts) -> dict[str, torch.Tensor]:
     import torch
 
     dtype = getattr(torch, facts.header.stored_dtype)
-    arrays: dict[str, Array] = dict(_arrays(facts))
-    state = {name: torch.from_numpy(np.ascontiguousarray(values)).to(dtype)
-             for name, values in _joined(facts, arrays).items()}
+    state = _joined(facts, {name: torch.from_numpy(np.ascontiguousarray(values)).to(
+        dtype if values.ndim > 1 else torch.float32) for name, values in _arrays(facts)})
     if "output.weight" not in facts.header.tensors:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     return state
@@ -102,14 +102,14 @@ def _zero_biases(facts: GgufFacts, biased: set[tuple[int, str]]) -> Iterator[tup
                     yield (f"model.layers.{layer}.{facts.family.layer[stem]}.bias", np.zeros(rows[stem], np.float32))
 
 
-def _joined(facts: GgufFacts, arrays: dict[str, Array]) -> dict[str, Array]:
+def _joined(facts: GgufFacts, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Matrices that transformers has as one."""
-    import numpy as np
+    import torch
 
     def together(names: list[str], whole: str, axis: int) -> None:
-        parts = [arrays.pop(name) for name in names if name in arrays]
+        parts = [state.pop(name) for name in names if name in state]
         if parts:
-            arrays[whole] = np.concatenate(parts, axis)
+            state[whole] = torch.cat(parts, axis)
 
     for layer in range(facts.layers):
         stem = f"model.layers.{layer}"
@@ -119,4 +119,4 @@ def _joined(facts: GgufFacts, arrays: dict[str, Array]) -> dict[str, Array]:
         if facts.family.experts:
             whole = f"{stem}.mlp.experts.gate_up_proj"
             together([f"{whole}:ffn_gate_exps", f"{whole}:ffn_up_exps"], whole, 1)
-    return arrays
+    return state

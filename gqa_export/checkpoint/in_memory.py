@@ -19,7 +19,7 @@ from ..files.scratch import scratch_folder
 from .checkpoint import Checkpoint
 from .load_model import load_skeleton
 from .quiet import quiet
-from .refusals import refuse_raw_config
+from .refusals import LEFT_OVER, refuse_codes, refuse_raw_config, without_left_over
 
 if TYPE_CHECKING:
     import transformers
@@ -50,10 +50,12 @@ def memory_checkpoint(model: transformers.PreTrainedModel,
             model.generation_config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        values = read_json(folder / "config.json")
+        values, method = without_left_over(read_json(folder / "config.json"))
+        if method:
+            refuse_codes({name: str(tensor.dtype) for name, tensor in model.state_dict().items()}, method, where)
         refuse_raw_config(values, where, text_only)
         checkpoint = Checkpoint(where, folder, "hf", None, values, _dtype(model, where), model=model,
-                                text_only=text_only)
+                                text_only=text_only, notes=(LEFT_OVER.format(method=method),) if method else ())
         _refuse_other_structure(model, checkpoint)
         yield checkpoint
 

@@ -21,7 +21,7 @@ def load_config(checkpoint: Checkpoint, **overrides: Any) -> transformers.Pretra
         **overrides: fields to set. Lists with one value per layer are cut to a smaller `num_hidden_layers`.
 
     Raises:
-        InvalidCheckpoint: transformers cannot read config.json, or a size in it is absurd.
+        InvalidCheckpoint: transformers cannot read the configuration, or a size in it is absurd.
         UnsupportedModel: transformers does not know the architecture as a causal language model, or `refuse_config`
             refuses it.
         KeyError: an override names a field that the configuration does not have.
@@ -40,7 +40,7 @@ def load_config(checkpoint: Checkpoint, **overrides: Any) -> transformers.Pretra
             config = AutoConfig.for_model(**checkpoint.config) if checkpoint.kind == "gguf" else \
                 AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a damaged config.json makes transformers raise
-        raise InvalidCheckpoint(f"transformers cannot read config.json: {cause_of(error)}", checkpoint.source,
+        raise InvalidCheckpoint(f"transformers cannot read the configuration: {cause_of(error)}", checkpoint.source,
                                 "correct the file, or download it again", code="E-CKPT-CONFIG") from error
     for key in QUANTIZATION:
         if hasattr(config, key) and key not in checkpoint.config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -15,15 +16,13 @@ from .checkpoint import Checkpoint
 from .mistaken import refuse_file, refuse_folder, refuse_foreign, refuse_lfs, refuse_weights
 from .pickle_permission import trust
 from .pickle_weights import pickle_files, read_pickles
-from .refusals import QUANTIZATION, STORED_AS_CODES, quantization_method, refuse_quantized, refuse_raw_config
+from .refusals import LEFT_OVER, refuse_codes, refuse_quantized, refuse_raw_config, without_left_over
 from .safetensors_header import StoredTensor, read_header
 from .same_weights import refuse_twice, refuse_two_checkpoints
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
 """files of a hub repository that a checkpoint consists of"""
-PLACES = ("position_ids", "masked_bias", "attn.bias", "attention.bias", "causal_mask")
-"""ends of names of buffers that are not weights, and may be whole numbers"""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FIX_FOLDER = "give a folder with config.json and .safetensors files, a hub id such as org/name, or a .gguf file"
@@ -43,7 +42,7 @@ def open_checkpoint(source: str | Path, *, text_only: bool = False, revision: st
         UnsupportedModel: the configuration alone shows that the model cannot be exported.
         GqaExportError: the hub cannot be reached, or refuses the id.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # pathlib's raises for a user that does not exist
     if revision is not None and path.exists():
         raise GqaExportError("a revision is a branch, tag or commit of the hub, and this is a local path", str(source),
                              "leave out --revision, or give a hub id", code="E-OPTION-REVISION")
@@ -87,16 +86,14 @@ def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:
         refuse_folder(folder, source, FIX_FOLDER)
     refuse_lfs(folder / "config.json")
     config, notes = read_json(folder / "config.json"), tuple[str, ...]()
-    method = quantization_method(config)
-    if method in STORED_AS_CODES:
-        config = {key: value for key, value in config.items() if key not in QUANTIZATION}
-        notes = (f"config.json describes the weights as quantized ({method}), but all of them are stored as plain "
-                 "numbers: the entry was left over, and is ignored",)
+    config, method = without_left_over(config)
+    if method:
+        notes = (LEFT_OVER.format(method=method),)
     refuse_raw_config(config, source, text_only)
     if trust().pickle and not any((folder / name).exists() for name in (SINGLE, INDEX)):
         files = pickle_files(folder)
-        if notes:
-            _refuse_codes({name: str(tensor.dtype) for name, tensor in read_pickles(files).items()}, method, source)
+        if method:
+            refuse_codes({name: str(tensor.dtype) for name, tensor in read_pickles(files).items()}, method, source)
         return Checkpoint(source, folder, "hf", None, config, _stored_dtype(config, {}), pickles=files,
                           text_only=text_only, notes=notes)
     tensors = _read_tensors(source, folder)
@@ -104,18 +101,10 @@ def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:
     eighths = sorted(name for name, tensor in tensors.items() if tensor.dtype.startswith("float8"))
     if eighths:
         refuse_quantized(f"{tensors[eighths[0]].dtype}: {eighths[0]}", source)
-    if notes:
-        _refuse_codes({name: tensor.dtype for name, tensor in tensors.items()}, method, source)
+    if method:
+        refuse_codes({name: tensor.dtype for name, tensor in tensors.items()}, method, source)
     return Checkpoint(source, folder, "hf", None, config, _stored_dtype(config, tensors), tensors,
                       text_only=text_only, notes=notes)
-
-
-def _refuse_codes(dtypes: dict[str, str], method: str, source: str) -> None:
-    """Refuse a checkpoint that is described as quantized unless all its tensors are plain numbers."""
-    codes = sorted(name for name, dtype in dtypes.items() if dtype.removeprefix("torch.") not in FLOATS.values()
-                   and not name.endswith(PLACES))
-    if codes:
-        refuse_quantized(f"{method}: {codes[0]} is {dtypes[codes[0]]}", source)
 
 
 def _read_tensors(source: str, folder: Path) -> dict[str, StoredTensor]:

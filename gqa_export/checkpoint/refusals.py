@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import InvalidCheckpoint, UnsupportedModel
+from ..spec import FLOATS
 from .decoder_layers import layer_lists
 from .state_kernels import keeps_states, state_kernels
 
@@ -52,6 +53,37 @@ STORED_AS_CODES = frozenset((
     "hqq", "mxfp4", "quanto", "spqr", "vptq"))
 """Methods that store codes in place of weights. Plain weights beside such an entry were merged or dequantized, and the
 entry was left over. (BitNet is not one of them: it rounds plain weights whenever the model runs.)"""
+
+
+LEFT_OVER = ("config.json describes the weights as quantized ({method}), but all of them are stored as plain numbers: "
+             "the entry was left over, and is ignored")
+BUFFERS = ("position_ids", "masked_bias", "attn.bias", "attention.bias", "causal_mask")
+"""ends of names of tensors that are not weights, and may be whole numbers"""
+
+
+def without_left_over(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """config.json without a quantization that may be left over, and its method, for `refuse_codes`; else ""."""
+    method = quantization_method(config)
+    if method not in STORED_AS_CODES:
+        return config, ""
+    return {key: value for key, value in config.items() if key not in QUANTIZATION}, method
+
+
+def refuse_codes(dtypes: dict[str, str], method: str, where: str) -> None:
+    """Refuse weights that are described as quantized unless all of them are plain numbers.
+
+    Args:
+        dtypes: type of each tensor by name, as numpy or PyTorch call it.
+        method: how they are described.
+        where: the checkpoint, for the message.
+
+    Raises:
+        UnsupportedModel: one is not a plain number; names the first.
+    """
+    codes = sorted(name for name, dtype in dtypes.items() if dtype.removeprefix("torch.") not in FLOATS.values()
+                   and not name.endswith(BUFFERS))
+    if codes:
+        refuse_quantized(f"{method}: {codes[0]} is {dtypes[codes[0]]}", where)
 
 
 def quantization_method(config: dict[str, Any]) -> str:

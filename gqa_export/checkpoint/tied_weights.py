@@ -6,20 +6,59 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
+from ..errors import InvalidCheckpoint, UnsupportedModel
 from .checkpoint import Checkpoint
 from .pickle_weights import read_pickles
 from .same_weights import differ
+
+if TYPE_CHECKING:
+    import torch
+
+
+def tied(model: torch.nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Groups of parameter names that are one tensor, in the model's order."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return tuple(tuple(group) for group in names.values() if len(group) > 1)
+
+
+def untie(config: Any) -> None:
+    """Give the model of a transformers configuration a head of its own."""
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+
+
+def refuse_tied(checkpoint: Checkpoint, groups: Iterable[tuple[str, ...]]) -> None:
+    """Refuse tensors that are stored with different values and are one in the model, whatever its configuration says.
+
+    Raises:
+        UnsupportedModel: names them.
+    """
+    if still := [group for group in groups if stored_apart(checkpoint, group)]:
+        raise UnsupportedModel(f"the checkpoint stores different values for {' and '.join(still[0])}, which are "
+                               "one weight in this model", checkpoint.source,
+                               "check that config.json and the weights belong together", code="E-MODEL-TIED")
 
 
 def stored_apart(checkpoint: Checkpoint, group: tuple[str, ...]) -> bool:
     """Whether the checkpoint stores tensors of different values under these names, of which it may lack some.
 
     Values are compared as they are stored: a head that equals the embedding only after rounding is another head.
+
+    Raises:
+        InvalidCheckpoint: their shapes differ.
     """
-    there: list[Any] = [checkpoint.tensors[name] for name in group if name in checkpoint.tensors]
+    stored: Any = checkpoint.tensors
     if checkpoint.model is not None or checkpoint.pickles:
-        state = checkpoint.model.state_dict() if checkpoint.model is not None else read_pickles(checkpoint.pickles)
-        there = [state[name] for name in group if name in state]
-    return any(differ(there[0], other) for other in there[1:])
+        stored = checkpoint.model.state_dict() if checkpoint.model is not None else read_pickles(checkpoint.pickles)
+    there = {name: stored[name] for name in group if name in stored}
+    if len({tuple(tensor.shape) for tensor in there.values()}) > 1:
+        shapes = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in there.items())
+        raise InvalidCheckpoint(f"the checkpoint stores {shapes}, which are one weight of one shape in this model",
+                                checkpoint.source, "check that config.json and the weights belong together",
+                                code="E-CKPT-TENSORS-SHAPE")
+    first, *others = there.values() if there else [None]
+    return any(differ(first, other) for other in others)

@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import InvalidCheckpoint
+from .special_tokens import end_token_ids
+
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
+
+MOST_TOKENS = 1 << 31
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
               "spiece.model", "sentencepiece.bpe.model", "tekken.json")  # fmt: skip
@@ -33,23 +38,40 @@ def has_tokenizer(checkpoint: Checkpoint) -> bool:
 
 
 def token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Ids of the special tokens, from generation_config.json, else from config.json, else from its text section.
-    Defaults of a configuration class do not count: transformers' `generate` does not stop at them either.
+    """Ids of the special tokens. An answer ends at any token that generation_config.json, config.json, its text section
+    or the tokenizer (eos, eot, eom) names as an end; bos and pad are those of the first file that has one. Defaults of
+    a configuration class do not count: transformers' `generate` does not stop at them either.
 
     Returns:
         {"eos": list of ids, "bos": id or None, "pad": id or None}.
-    """
-    path = checkpoint.folder / "generation_config.json"
-    generation: dict[str, Any] = {}
-    if checkpoint.kind == "hf" and path.is_file():
-        from ..files.read_json import read_json
 
-        generation = read_json(path)
-    places = [generation, checkpoint.config, *_text_sections(checkpoint.config)]
-    found = {name: next((value for place in places if (value := place.get(f"{name}_token_id")) is not None), None)
-             for name in ("eos", "bos", "pad")}
-    eos = found["eos"]
-    return {**found, "eos": [] if eos is None else list(eos) if isinstance(eos, list) else [eos]}
+    Raises:
+        InvalidCheckpoint: a file is not valid JSON, or an id is not one.
+    """
+    from ..files.read_json import read_json
+
+    folder = checkpoint.folder
+    path = folder / "generation_config.json"
+    generation = read_json(path) if checkpoint.kind == "hf" and path.is_file() else {}
+    places = [(path, generation)]
+    places += [(folder / "config.json", place) for place in (checkpoint.config, *_text_sections(checkpoint.config))]
+    found = {name: [_ids(file, f"{name}_token_id", place) for file, place in places] for name in ("eos", "bos", "pad")}
+    eos = [number for ids in found["eos"] for number in ids]
+    if checkpoint.kind == "hf":
+        eos += end_token_ids(folder, read_json)
+    first = {name: next((ids for ids in found[name] if ids), [None]) for name in ("bos", "pad")}
+    return {"eos": list(dict.fromkeys(eos)), **{name: ids[0] if len(ids) == 1 else ids for name, ids in first.items()}}
+
+
+def _ids(file: Path, key: str, settings: dict[str, Any]) -> list[int]:
+    """The ids under a key: one, or a list; a negative one stands for none."""
+    value = settings.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for number in ids:
+        if isinstance(number, bool) or not isinstance(number, int) or number >= MOST_TOKENS:
+            raise InvalidCheckpoint(f"{key} is {str(value)[:80]}, expected a token id or a list of them", str(file),
+                                    "correct the file, or download it again", code="E-CKPT-TOKEN-ID")
+    return [number for number in ids if number >= 0]
 
 
 def _text_sections(config: dict[str, Any]) -> list[dict[str, Any]]:

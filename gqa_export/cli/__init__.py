@@ -7,6 +7,7 @@ a bug of gqa-export; 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
@@ -141,12 +142,28 @@ def as_refusal(error: BaseException) -> GqaExportError | None:
     if is_out_of_memory(error):
         return GqaExportError("the machine has no memory left for this", code="E-ENV-MEMORY",
                               fix="close other programs, use a machine with more memory, or export with --weights link")
+    if isinstance(error, OSError) and error.errno and error.errno != errno.EPIPE:
+        return GqaExportError(f"the system refused: {error.strerror or os.strerror(error.errno)}", place_of(error),
+                              "check that the path exists, may be read or written, and that its disk has room",
+                              code="E-FILE-SYSTEM")
+    if isinstance(error, UnicodeEncodeError) and "\ud800" <= error.object[error.start] <= "\udfff":
+        return GqaExportError("a text or file name is not valid Unicode", ascii(error.object[:200]),
+                              "give text in UTF-8, and rename files whose names are not UTF-8", code="E-OPTION-UNICODE")
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("gqa_"):
         package = error.name.split(".")[0]
         wanted = f"gqa-export[{EXTRA_OF[package]}]" if package in EXTRA_OF else package
         return GqaExportError(f"the Python package {package} is not installed", code="E-ENV-PACKAGE",
                               fix=f"pip install '{wanted}' (see `gqa-export doctor`)")
     return None
+
+
+def place_of(error: OSError) -> str:
+    """What the system refused to open, or that the working directory is gone."""
+    try:
+        os.getcwd()
+    except OSError:
+        return "the working directory does not exist any more"
+    return os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
 
 
 def keep_traceback(error: BaseException) -> str:
@@ -180,15 +197,19 @@ def entry() -> NoReturn:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     code: Any = EXIT_BUG
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # None or closed
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console that is not UTF-8
     try:
         main.main(prog_name="gqa-export")
     except SystemExit as ending:
         code = 0 if ending.code is None else ending.code
     if "gqa_export.files.staging" in sys.modules:
         sys.modules["gqa_export.files.staging"].tidy_up()
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:
-        code = code or EXIT_BAD_INPUT
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError) as error:  # a pipe that was closed, a full disk
+            code = code or (EXIT_BROKEN_PIPE if getattr(error, "errno", 0) == errno.EPIPE else EXIT_BAD_INPUT)
     os._exit(code if isinstance(code, int) else EXIT_BUG)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .trust_options import revision_option, trust_options
+from .trust_options import revision_option, trust_options, unused_option
 
 if TYPE_CHECKING:
     from ..conversion.convert import Conversion
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of --method random.")
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the report as JSON; - is standard output.")
 @click.option("--force", is_flag=True, help="Replace an earlier conversion.")
+@unused_option
 @revision_option
 @trust_options
 def command(checkpoint: str, output: Path, json_file: str | None, **options: Any) -> None:

@@ -50,11 +50,13 @@ if TYPE_CHECKING:
               help="Write the graph after each rewriting pass to DIR, without weights.")
 @click.option("--trace-cache/--no-trace-cache", default=True, show_default=True,
               help="Take the trace that an earlier export of this architecture kept, and keep this one.")
+@click.option("--verbose", is_flag=True, help="Print the whole table of a comparison that passed.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, its size, time and memory; write nothing.")
 @revision_option
 @trust_options
-def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, provider: Provider, hash_full: bool,
-            force: bool, allow_pickle: bool, revision: str | None, dump_passes: Path | None, **options: Any) -> None:
+def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, verbose: bool, provider: Provider,
+            hash_full: bool, force: bool, allow_pickle: bool, revision: str | None, dump_passes: Path | None,
+            **options: Any) -> None:
     """Export CHECKPOINT (a folder, a hub id or a .gguf file) to an ONNX bundle.
 
     If this machine cannot run the bundle's number format (bf16 on a CPU), its fp32 twin is compared.
@@ -86,7 +88,7 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, pr
     bundle = export()
     if check:
         raise SystemExit(_validate(bundle, checkpoint, provider, allow_pickle,
-                                   lambda **options: export(force=True, **options)))
+                                   lambda **options: export(force=True, **options), short=not verbose))
 
 
 @contextmanager
@@ -104,6 +106,8 @@ def no_collection() -> Iterator[None]:
 
 def describe(bundle: Bundle) -> None:
     """Print what was written, fallbacks and notes."""
+    from ..targets import by_reason
+
     manifest, export = bundle.manifest, bundle.exported
     assert export is not None
     click.echo(f"{bundle.folder}: {manifest.target}, {manifest.dtype}, {manifest.cache} cache, capacity "
@@ -114,17 +118,19 @@ def describe(bundle: Bundle) -> None:
                f"  trace: {export.traced_layers} of {manifest.spec.depth} layers traced, the others are copies"
                if export.traced_layers < manifest.spec.depth else "  trace: every layer traced" +
                (f" ({export.whole_because})" if export.whole_because else ""))
-    for fallback in manifest.fallbacks:
-        place = f"layer {fallback.layer}" if fallback.layer >= 0 else "model"
-        click.echo(f"  fallback: {place}: {fallback.used} instead of {fallback.wanted}: {fallback.reason}")
+    said = [(fallback.layer, f"{fallback.used} instead of {fallback.wanted}: {fallback.reason}")
+            for fallback in manifest.fallbacks]
+    for line in (*(f"model: {words}" for layer, words in said if layer < 0),
+                 *by_reason(entry for entry in said if entry[0] >= 0)):
+        click.echo(f"  fallback: {line}")
     for note in (*export.remarks, *export.notes):
         click.echo(f"  note: {note}")
 
 
 def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle: bool,
-              again: Callable[..., Bundle]) -> int:
+              again: Callable[..., Bundle], *, short: bool) -> int:
     """Compare the bundle and print the verdict. again: exports anew, for a bundle whose trace may be what is wrong with
-    it: one from the trace cache, and one whose layers are copies of a few."""
+    it: one from the trace cache, and one whose layers are copies of a few. short: see `print_verdict`."""
     from rich.console import Console
 
     from ..report.console import print_verdict
@@ -156,9 +162,10 @@ def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle:
         else:
             break
     assert verdict is not None
-    print_verdict(verdict, Console())
+    print_verdict(verdict, Console(), short)
     if verdict.exit_code == EXIT_DIFFERENT:
-        click.echo("error: the bundle's outputs differ from PyTorch's; do not use it", err=True)
+        click.echo("error: the bundle's outputs differ from PyTorch's; do not use it"
+                   + (f" ({verdict.overflow})" if verdict.overflow else ""), err=True)
     return verdict.exit_code
 
 

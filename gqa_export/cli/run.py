@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from ..objects.choices import Provider
     from ..runtime.completion import Completion
     from .progress import Bar
 
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
 @click.option("--token-ids", metavar="1,2,3", help="The prompt as token ids, for a bundle without a tokenizer.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option("--system", help="The system message of --chat.")
+@click.option("--chat-template", metavar="NAME", help="Template of --chat, for a model that has several by name.")
+@click.option("--template-args", metavar="JSON",
+              help='Variables for the template: \'{"enable_thinking": false}\', \'{"tools": [...]}\'.')
 @click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Stop after this many tokens.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="Sampling temperature; 0 is greedy.")
 @click.option("--top-k", type=int, default=0, show_default=True, help="Sample among this many best tokens; 0 is all.")
@@ -32,9 +34,8 @@ if TYPE_CHECKING:
 @click.option("--low-memory", is_flag=True, help="Leave the weights in their files; about a tenth slower.")
 @click.option("--threads", type=int, default=0, show_default=True, help="Threads of ONNX Runtime; 0 lets it choose.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming.")
-def command(bundle: Path, prompt: str | None, token_ids: str | None, chat: bool, system: str | None,
-            max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int | None, provider: Provider,
-            low_memory: bool, threads: int, as_json: bool) -> None:
+def command(bundle: Path, prompt: str | None, token_ids: str | None, template_args: str | None, as_json: bool,
+            **options: Any) -> None:
     """Continue a prompt with BUNDLE. The text is written to standard output as it is generated, the speed to standard
     error.
 
@@ -45,11 +46,10 @@ def command(bundle: Path, prompt: str | None, token_ids: str | None, chat: bool,
 
     opened = api.open_bundle(bundle)
     ids = parse_ids(token_ids) if token_ids is not None else None
+    args = parse_args(template_args) if template_args is not None else None
     with progress(f"loading {bundle.name}") as bar:
-        done = opened.complete(
-            prompt, token_ids=ids, chat=chat, system=system, max_new_tokens=max_new_tokens, temperature=temperature,
-            top_k=top_k, top_p=top_p, seed=seed, provider=provider, low_memory=low_memory, threads=threads,
-            on_text=None if as_json else shown_after(bar))
+        done = opened.complete(prompt, token_ids=ids, template_args=args,
+                               on_text=None if as_json else shown_after(bar), **options)
     if as_json:
         click.echo(json.dumps(done.to_dict(), indent=1))
         return
@@ -76,6 +76,20 @@ def parse_ids(text: str) -> list[int]:
     except ValueError as error:
         raise GqaExportError(f"expected whole numbers, got {text!r}", "--token-ids", "write them like 1,2,3",
                              code="E-OPTION-TOKEN-IDS") from error
+
+
+def parse_args(text: str) -> dict[str, Any]:
+    """Variables for a chat template, written as a JSON object."""
+    from ..errors import GqaExportError
+
+    try:
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise GqaExportError(f"the variables of the template are not a JSON object: {error}", "--template-args",
+                             'write them like \'{"enable_thinking": false}\'', code="E-OPTION-TEMPLATE-ARGS") from error
+    return found
 
 
 def statistics(done: Completion, capacity: int) -> str:

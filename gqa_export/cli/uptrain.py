@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .trust_options import trust_options
+from .trust_options import trust_options, unused_option
 
 
 @click.command(short_help="Continue pre-training after a conversion.")
@@ -56,6 +56,7 @@ from .trust_options import trust_options
 @click.option("--restart", is_flag=True, help="Discard an unfinished run instead of resuming it.")
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the curve as JSON; - is standard output.")
 @click.option("--force", is_flag=True, help="Replace an earlier result.")
+@unused_option
 @trust_options
 def command(checkpoint: str, output: Path, restart: bool, json_file: str | None, **options: Any) -> None:
     """Train CHECKPOINT, a folder that `gqa-export convert` wrote, on a text. After a kill, run it again: it resumes.
@@ -74,6 +75,8 @@ def command(checkpoint: str, output: Path, restart: bool, json_file: str | None,
     click.echo(f"{result.folder}: {result.steps} steps, {result.tokens:,} tokens; held-out perplexity "
                f"{result.perplexity_before:.2f} -> {result.perplexity_after:.2f}")
     click.echo(f"  the curve: {result.folder}/gqa_uptrain.json and gqa_uptrain.svg")
+    for note in result.notes:
+        click.echo(f"  note: {note}")
     if result.resumed_at is not None:
         click.echo(f"  resumed at step {result.resumed_at}")
     if json_file is not None:

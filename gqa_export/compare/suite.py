@@ -83,9 +83,10 @@ def _core(name: str) -> Callable[[Setting], Iterable[Case]]:
 
 def _whole_row_mask(s: Setting) -> Iterable[Case]:
     if s.whole_row_masks:
-        base = s.core["ragged"]
-        yield Case("whole_row_mask", f"batch {base.batch}, the ragged rows, all ones of each row of the mask first",
-                   base.prompts, ((1,) * base.batch,) * min(8, s.steps), base.chunk, whole_row_mask=True)
+        prompt = s.core["ragged"].prompts[0][:9]
+        rows = (prompt, prompt[: len(prompt) // 2])
+        yield Case("whole_row_mask", f"batch 2, {len(rows[0])} and {len(rows[1])} tokens, all ones of each row of the "
+                   "mask first", rows, ((1, 1),) * min(2, s.steps), max(s.chunk, len(prompt)), whole_row_mask=True)
 
 
 def _last_slots(s: Setting) -> Iterable[Case]:

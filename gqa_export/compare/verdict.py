@@ -160,6 +160,8 @@ class Verdict:
         versions: of the packages that took part. level: "quick" or "full".
         identity: sha256 over the checkpoint's configuration and weights and over what the export chose (logits and
             weights), so that bundles are told apart whatever their folders are called; "" where no checkpoint was open.
+        overflow: why outputs are not finite where PyTorch's own in this number format are not either, and the option
+            that avoids it; "" otherwise.
     """
 
     bundle: str
@@ -177,6 +179,7 @@ class Verdict:
     seconds: float = 0.0
     level: str = ""
     identity: str = ""
+    overflow: str = ""
 
     @property
     def passed(self) -> bool:
@@ -209,7 +212,8 @@ class Verdict:
         wrong = next((case for case in self.cases if not case.passed), None)
         if wrong is None:
             return "no case was run"
-        return wrong.wrong_token if wrong.first is None else str(wrong.first)
+        found = wrong.wrong_token if wrong.first is None else str(wrong.first)
+        return f"{self.overflow}. {found}" if self.overflow else found
 
     def check(self) -> Verdict:
         """This verdict, if it passed.
@@ -219,6 +223,7 @@ class Verdict:
         """
         if not self.passed:
             raise OutputDiffers(f"the bundle's outputs differ from the reference's: {self.failure}", self.bundle,
+                                "export in a number format with larger numbers" if self.overflow else
                                 f"find the layer: gqa-export bisect {self.bundle} --against {self.against}",
                                 code="E-VALIDATE-DIFFERS")
         return self

@@ -26,10 +26,11 @@ INDEX = "model.safetensors.index.json"
 
 
 class Stored:
-    """Tensors of a checkpoint by the names that its model's parameters have."""
+    """Tensors of a checkpoint by the names that its model's parameters have. untied: its head is stored, with other
+    values than the embedding, whatever its config.json says."""
 
-    def __init__(self, checkpoint: Checkpoint, structure: Structure) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, structure: Structure, untied: bool = False) -> None:
+        self.checkpoint, self.untied = checkpoint, untied
         self.names: dict[str, str] = {}
         wanted = {name for layer in structure.layers for name in layer.parameters()}
         for name in wanted:
@@ -99,7 +100,7 @@ def write_checkpoint(folder: Path, stored: Stored, changed: Mapping[str, tuple[i
     for file in tokenizer_files(checkpoint):
         if file.name != "config.json":
             shutil.copyfile(file, folder / file.name)
-    config = {**checkpoint.config, **fields}
+    config = {**checkpoint.config, **fields, **({"tie_word_embeddings": False} if stored.untied else {})}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint.decided import decided_by_weights
 from ..checkpoint.load_config import load_config
+from ..checkpoint.unused_tensors import unused_notes
 from ..errors import GqaExportError
 from ..files.staging import check_folder, writing_folder
 from ..progress import Progress, silent
@@ -98,12 +100,14 @@ def convert(checkpoint: Checkpoint, output: Path, options: ConvertOptions,
     check_folder(Path(output), force=options.force, marker=REPORT)
     check_options(checkpoint, options)
     progress("finding the heads in the model's weights", None, None)
-    source = structure_of(load_config(checkpoint))
-    stored = Stored(checkpoint, source)
+    decided = decided_by_weights(checkpoint)
+    source = structure_of(decided.config)
+    stored = Stored(checkpoint, source, decided.untied)
+    notes = unused_notes(checkpoint, (), options.ignore_unused)
     counts = candidates(source)
     chosen = heads_per_layer(options, source)
     if options.method == "calibrated":
-        return _convert_calibrated(checkpoint, Path(output), options, source, stored, chosen, progress)
+        return _convert_calibrated(checkpoint, Path(output), options, source, stored, chosen, progress, notes)
     if chosen:
         with_kv_heads(source, chosen)  # refused now, not after measuring
     errors = _curve(source, stored, options, counts, chosen, progress)
@@ -124,7 +128,7 @@ def convert(checkpoint: Checkpoint, output: Path, options: ConvertOptions,
         return made[name] if name in made else stored.read(name)
 
     result = summary(checkpoint, Path(output), options, source, target, tuple(layers), errors,
-                     tuple(groups))
+                     tuple(groups), notes)
     with writing_folder(Path(output), force=options.force, marker=REPORT) as folder:
         write_checkpoint(folder, stored, {name: target.shapes[name] for name in owner}, make, fields, progress)
         (folder / REPORT).write_text(result.to_json(), encoding="utf-8")
@@ -132,7 +136,8 @@ def convert(checkpoint: Checkpoint, output: Path, options: ConvertOptions,
 
 
 def _convert_calibrated(checkpoint: Checkpoint, output: Path, options: ConvertOptions, source: Structure,
-                        stored: Stored, chosen: tuple[int, ...] | None, progress: Progress) -> Conversion:
+                        stored: Stored, chosen: tuple[int, ...] | None, progress: Progress,
+                        notes: tuple[str, ...]) -> Conversion:
     from .calibration import Calibration, calibration_rows, write_calibrated
 
     assert options.text is not None
@@ -153,7 +158,7 @@ def _convert_calibrated(checkpoint: Checkpoint, output: Path, options: ConvertOp
 
     def finish(folder: Path, errors: list[LayerError], pooled: list[Pooled]) -> None:
         groups = tuple(layer.groups for layer in pooled)
-        results.append(summary(checkpoint, output, options, source, target, tuple(errors), curve, groups))
+        results.append(summary(checkpoint, output, options, source, target, tuple(errors), curve, groups, notes))
         (folder / REPORT).write_text(results[0].to_json(), encoding="utf-8")
 
     write_calibrated(calibration, output, chosen, options.force, REPORT, finish)
@@ -162,14 +167,15 @@ def _convert_calibrated(checkpoint: Checkpoint, output: Path, options: ConvertOp
 
 def summary(checkpoint: Checkpoint, output: Path, options: ConvertOptions, source: Structure, target: Structure,
             layers: tuple[LayerError, ...], errors: dict[int, list[LayerError]],
-            groups: tuple[tuple[tuple[int, ...], ...], ...]) -> Conversion:
-    """The report of a conversion."""
+            groups: tuple[tuple[tuple[int, ...], ...], ...], notes: tuple[str, ...] = ()) -> Conversion:
+    """The report of a conversion. notes: on the checkpoint."""
     curve = {count: worst(rows) for count, rows in sorted(errors.items())}
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
     return Conversion(
         str(output), options.method, options.grouping, source.kv_heads, target.kv_heads,
         cache_bytes(source, checkpoint.stored_dtype), cache_bytes(target, checkpoint.stored_dtype), layers, curve,
-        knee({**curve, max(source.kv_heads): 0.0}), groups, _notes(source, options), checkpoint.source, settings)
+        knee({**curve, max(source.kv_heads): 0.0}), groups, (*notes, *_notes(source, options)), checkpoint.source,
+        settings)
 
 
 def _notes(source: Structure, options: ConvertOptions) -> tuple[str, ...]:

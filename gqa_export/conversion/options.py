@@ -31,6 +31,7 @@ class ConvertOptions:
         tokens: the most tokens of it that are used.
         seed: of the method "random".
         force: replace an earlier result.
+        ignore_unused: note tensors that the model does not use, instead of refusing them; they are copied.
     """
 
     kv_heads: str = AUTO
@@ -41,6 +42,7 @@ class ConvertOptions:
     tokens: int = 4096
     seed: int = 0
     force: bool = False
+    ignore_unused: bool = False
 
 
 def check_options(checkpoint: Checkpoint, options: ConvertOptions) -> None:

@@ -63,7 +63,8 @@ def document(data: dict[str, Any]) -> str:
     lines = [
         "# Architectures", "",
         "Written by `scripts/matrix.py`; do not edit. The same table: `gqa-export models`, with `--json` as data.", "",
-        f"transformers has {len(data['rows'])} causal language models by name. A small random model of each was made, "
+        f"transformers has {len(data['rows'])} causal language models by name. A small random model of each was made "
+        "(only sizes shrink: epsilons, scales, rotary bases and softcaps are those of its configuration class), "
         "exported (fp32) and compared with PyTorch in fp64 on a CPU: prompts longer than the attention window, decode "
         "steps, ragged batches, garbage in the unused cache. *Supported* means that every target and cache in the row "
         "passed. A model that is not supported is refused by name at export, or fails the comparison that "
@@ -71,13 +72,14 @@ def document(data: dict[str, Any]) -> str:
         f"**{how['supported']} supported**, {how['refused']} refused, {how['wrong']} differ from PyTorch, "
         f"{how['failed']} fail in another way, {how['unchecked']} not checked. {data['date']}, {made_with}.",
         *later_rows(data), "", "## Supported", "",
-        "| name | attention | states | checked | largest difference (allowed) | depth |", "|---|---|---|---|---|---|"]
+        "| name | attention | states | checked | largest difference (allowed) | depth | drawn at |",
+        "|---|---|---|---|---|---|---|"]
     for name, row in sorted(data["rows"].items()):
         if row["verdict"] == "supported":
             worst = max(row["worst"].values(), key=lambda pair: pair[0])
             kinds = (", ".join(row.get(kind, [])) or "none" for kind in ("features", "states"))
             lines.append(f"| {name} | {' | '.join(kinds)} | {checked(row)} | {worst[0]:.1e} "
-                         f"({worst[1]:.1e}) | {row.get('depth') or 'not compared'} |")
+                         f"({worst[1]:.1e}) | {row.get('depth') or 'not compared'} | {drawn_at(row)} |")
     for title, end in (("Refused", "refused"), ("Differ from PyTorch: not supported", "wrong"),
                        ("Fail in another way: not supported", "failed"), ("Not checked: not supported", "unchecked")):
         rows = {name: row for name, row in sorted(data["rows"].items()) if row["verdict"] == end}
@@ -103,6 +105,11 @@ def checked(row: dict[str, Any]) -> str:
     parts = [key.split("/") for key in row.get("worst", {})]
     targets, caches = dict.fromkeys(part[0] for part in parts), dict.fromkeys(part[1] for part in parts)
     return f"{' and '.join(targets)}, {' and '.join(caches)}"
+
+
+def drawn_at(row: dict[str, Any]) -> str:
+    """The numbers of a row's small configuration that go into arithmetic: "rms_norm_eps 1e-08, rope_theta 100000"."""
+    return ", ".join(f"{name} {value:g}" for name, value in row.get("scalars", {}).items())
 
 
 def escaped(text: str) -> str:

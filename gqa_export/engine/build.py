@@ -165,7 +165,10 @@ def build_engine(bundle: Path, output: Path, options: EngineOptions | None = Non
             versions = {**manifest.versions, CANONICAL[choice.library.flavor]: built.version}
             manifest = writer.finish(replace(manifest, engine=facts, versions=versions, bytes_linked=0,
                                              bytes_copied=engine.stat().st_size))
-    return EngineBuild(output, manifest, facts, (*choice.notes, *notes))
+    if manifest.spec.rope_switch:
+        notes.append(f"longrope: where a sequence grows beyond {manifest.spec.rope_switch} tokens, feed it again as a "
+                     "whole (`gqa-export run` does, the C++ runtime leaves it to its caller)")
+    return EngineBuild(output, manifest, facts, (*choice.notes, *notes, *writer.notes))
 
 
 def _kernels(model: onnx.ModelProto, bundle: Path, manifest: Manifest, choice: Choice, say: Progress) -> Compiled:

@@ -11,7 +11,8 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.load_config import load_config
 from ..checkpoint.load_model import load_model
 from ..checkpoint.open import open_checkpoint
-from ..checkpoint.tied_weights import stored_apart
+from ..checkpoint.tied_weights import refuse_tied, stored_apart, untie
+from ..checkpoint.tokenizer import token_ids
 from ..checkpoint.unused_tensors import unused_notes
 from ..environment.onnxruntime_ops import state_ops_of_runtime
 from ..errors import GqaExportError, UnsupportedModel
@@ -70,6 +71,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
         source, text_only=options.text_only, revision=options.revision)
     check_tokenizer(checkpoint)
+    token_ids(checkpoint)  # refuses damaged files beside the weights before the work
     if options.weights == "inplace" and output is not None and output.resolve() != checkpoint.folder.resolve():
         raise GqaExportError("--weights inplace writes the graph into the checkpoint folder, but -o names another one",
                              str(output), f"use -o {checkpoint.folder}", code="E-OPTION-INPLACE")
@@ -86,10 +88,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     traced, kept, taken = traced_model(checkpoint, options, dtype, target, say)
     if any(stored_apart(checkpoint, group) for group in traced.tied):
         traced, kept, taken = traced_model(checkpoint, options, dtype, target, say, untied=True)
-        if still := [group for group in traced.tied if stored_apart(checkpoint, group)]:
-            raise UnsupportedModel(f"the checkpoint stores different values for {' and '.join(still[0])}, which are "
-                                   "one weight in this model", checkpoint.source,
-                                   "check that config.json and the weights belong together", code="E-MODEL-TIED")
+        refuse_tied(checkpoint, traced.tied)
     budget.check("tracing")
     notes = unused_notes(checkpoint, used_names(traced), options.ignore_unused)
     provider = pick_provider(options.provider, dtype, target)
@@ -122,7 +121,7 @@ def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, tar
     say("tracing", None, None)
     config = load_config(checkpoint)
     if untied:
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        untie(config)
     traced = trace(config, dtype=dtype, cache=options.cache, capacity=_capacity(options.capacity, config),
                    logits=options.logits, interface=target.interface, stamping=options.stamping,
                    inspect=lambda module: refuse_modules(module, checkpoint.source, checkpoint.text_only),

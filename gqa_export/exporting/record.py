@@ -55,5 +55,9 @@ def add_genai(writer: BundleWriter, manifest: Manifest, provider: str, notes: li
     if reason:
         notes.append(f"{genai_config.FILE} was not written: {reason}")
         return
+    if manifest.spec.rope_switch:
+        notes.append("onnxruntime-genai does not feed a sequence again where it grows beyond "
+                     f"{manifest.spec.rope_switch} tokens: let it generate below that length, or from a prompt "
+                     "beyond it")
     config = genai_config.genai_config(manifest, provider)
     writer.write(genai_config.FILE, (json.dumps(config, indent=1) + "\n").encode())

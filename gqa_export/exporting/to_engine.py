@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..bundle.manifest import MANIFEST
 from ..engine.build import EngineBuild, EngineOptions, build_engine, check_request
+from ..errors import GqaExportError
 from ..files.resume import remove
 from ..files.staging import staging_folder
 from ..progress import Progress
@@ -21,11 +22,21 @@ def make_engine(source: str, output: Path, options: EngineOptions, report: Progr
     beside the output first. revision: of a hub id. Raises GqaExportError; then nothing is left behind."""
     if (Path(source) / MANIFEST).is_file():
         return build_engine(Path(source), output, options, report)
+    from ..checkpoint.open import HUB_ID, open_checkpoint
     from .options import ExportOptions
     from .to_onnx import export_onnx
 
     kind = options.attention or DEFAULT_ATTENTION
-    check_request(output, options, kind)
+    if Path(source).exists() or HUB_ID.fullmatch(source) is None:
+        open_checkpoint(source)  # what is wrong with it is told before what this machine lacks
+    try:
+        check_request(output, options, kind)
+    except GqaExportError as error:
+        if error.code != "E-ENV-TENSORRT":
+            raise
+        raise GqaExportError(f"{source} is a checkpoint, not a bundle; it would be exported first, and to build its "
+                             f"engine {error.what}", error.where, f"{error.fix}; the export alone does not need it: "
+                             f"gqa-export onnx {source} -o DIR --target trt-{kind}", code="E-ENV-TENSORRT") from error
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(output, output.absolute().parent) as (folder, left):
         remove(left)  # at once: a whole bundle that a killed run left

@@ -79,7 +79,7 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
             without = "" if has_tokenizer(checkpoint) else NO_TOKENIZER
         else:
             without = add_tokenizer(checkpoint, writer)
-        notes = [*ready.notes, *([without] if without else [])]
+        notes = [*ready.notes, *writer.notes, *([without] if without else [])]
         manifest = manifest_of(checkpoint, traced, lowered, options, ready.dtype, not without)
         if ready.target.genai:
             add_genai(writer, manifest, pick_provider(options.provider, ready.dtype, ready.target), notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,8 +24,10 @@ def tidy_up() -> None:
         _unfinished.clear()
 
 
-def check_folder(output: Path, *, force: bool, marker: str) -> None:
+def check_folder(output: Path, *, force: bool, marker: str, lost: Sequence[str] = ()) -> None:
     """Check, before any work, that an output may be written: `force` replaces folders that hold the file `marker`.
+
+    lost: names of files in it that are not of that result and would go too.
 
     Raises:
         GqaExportError: the output is not a folder, or is not empty and may not be replaced.
@@ -36,12 +38,17 @@ def check_folder(output: Path, *, force: bool, marker: str) -> None:
     if output.is_dir() and any(output.iterdir()):
         if not force:
             raise GqaExportError("the output folder is not empty", str(output),
-                                 "choose another one, or pass --force to replace an earlier result",
-                                 code="E-FILE-NOT-EMPTY")
+                                 "choose another one, or pass --force to replace an earlier result"
+                                 + (f"; this removes {named(lost)} as well" if lost else ""), code="E-FILE-NOT-EMPTY")
         if not (output / marker).is_file():
             raise GqaExportError(f"the output folder holds something else (it has no {marker})", str(output),
                                  "choose another one: --force replaces results of the same command only",
                                  code="E-FILE-FOREIGN")
+
+
+def named(files: Sequence[str]) -> str:
+    """The first five of these names, and how many more there are."""
+    return ", ".join(files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
 
 
 @contextmanager

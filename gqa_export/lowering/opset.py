@@ -4,8 +4,8 @@ A model is traced at one version, and a runtime refuses every model of a version
 ops are in it. An op's definition holds from its `since_version` to the next one. Most later definitions only take
 more types (8-bit floats, 4-bit integers) or attributes: without them a node means the same under the earlier one.
 
-Two things decide for each node: `SAME_SINCE`, the result of reading every later definition, and the schemas of onnx: the
-earlier definition must have the node's attributes, its number of inputs and outputs, and the types that it computes
+Two things decide for each node: `SAME_SINCE`, the result of reading every later definition, and the schemas of onnx:
+the earlier definition must have the node's attributes, its number of inputs and outputs, and the types that it computes
 with. An op that is not in the table counts from the definition in force. Subgraphs and functions count too; a model and
 its functions have one version. The IR version is the one that belongs to it: an old runtime refuses a newer one too.
 

@@ -1,4 +1,5 @@
-"""Canonical op -> the canonical op with its function body: nothing is rewritten, any ONNX runtime computes it.
+"""Canonical op -> the canonical op with its function body: nothing is rewritten, any runtime that knows ONNX functions
+computes it.
 
 The state ops are written as their bodies, in standard ops.
 `attention_function.inline` makes a copy without functions for a runtime that knows none.

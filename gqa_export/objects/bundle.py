@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -93,7 +93,8 @@ class Bundle:
                  system: str | None = None, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0,
                  top_p: float = 1.0, seed: int | None = None, provider: Provider = "auto", low_memory: bool = False,
                  threads: int | None = None, session: Session | None = None,
-                 on_text: Callable[[str], None] | None = None, progress: Progress | None = None) -> Completion:
+                 on_text: Callable[[str], None] | None = None, progress: Progress | None = None,
+                 chat_template: str | None = None, template_args: Mapping[str, object] | None = None) -> Completion:
         """Continue a prompt, and tell what was fed, what came, and how fast.
 
         Args:
@@ -103,6 +104,8 @@ class Bundle:
             seed: makes sampling repeatable.
             session: one that is open already (it is reset); else one is opened with the three options before it.
             on_text: called with each piece of text as it comes.
+            chat_template: name of the template, of a model that has several; None is its default one.
+            template_args: variables for the template, such as {"enable_thinking": False} or {"tools": [...]}.
         """
         from ..runtime.completion import complete, prompt_ids
         from ..runtime.generate import Sampling
@@ -112,7 +115,8 @@ class Bundle:
             raise GqaExportError("provider, low_memory and threads open a session; an open one was given", "session",
                                  "give either the session or these options", code="E-OPTION-SESSION")
         sampling, text = Sampling(temperature, top_k, top_p, seed), self._text(prompt is not None)
-        ids = prompt_ids(prompt, None if token_ids is None else list(token_ids), chat, system, text)
+        ids = prompt_ids(prompt, None if token_ids is None else list(token_ids), chat, system, text, chat_template,
+                         template_args)
         if progress is not None:
             progress(f"loading {self.folder.name}", None, None)
         inner = session.inner if session is not None else self._open(provider, low_memory, threads)
@@ -121,10 +125,12 @@ class Bundle:
 
     def generate(self, prompt: str, *, max_new_tokens: int = 128, chat: bool = False, system: str | None = None,
                  temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None,
-                 session: Session | None = None) -> str:
+                 session: Session | None = None, chat_template: str | None = None,
+                 template_args: Mapping[str, object] | None = None) -> str:
         """The text that `complete` continues a prompt with. Arguments as there."""
         done = self.complete(prompt, max_new_tokens=max_new_tokens, chat=chat, system=system, temperature=temperature,
-                             top_k=top_k, top_p=top_p, seed=seed, session=session)
+                             top_k=top_k, top_p=top_p, seed=seed, session=session, chat_template=chat_template,
+                             template_args=template_args)
         return done.text or ""
 
     def benchmark(self, *, prompt_tokens: int = 128, new_tokens: int = 64, batch: int = 1, repeat: int = 3,
@@ -136,11 +142,12 @@ class Bundle:
         return measure(self.folder, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repeat=repeat,
                        provider=provider, low_memory=low_memory, threads=threads or 0, report=progress)
 
-    def bisect(self, against: Place) -> Bisection:
-        """Find the first layer and operator whose output is out of tolerance, each fed with PyTorch's own inputs."""
+    def bisect(self, against: Place, *, ignore_unused: bool = False) -> Bisection:
+        """Find the first layer and operator whose output is out of tolerance, each fed with PyTorch's own inputs.
+        ignore_unused: note tensors of the checkpoint that its model does not use; otherwise they are refused."""
         from ..bisect.bisection import bisect
 
-        return bisect(self.folder, str(against))
+        return bisect(self.folder, str(against), ignore_unused)
 
     def build_engine(self, output: Place, *, flavor: Flavor = "auto", compute_capability: Sequence[str] = (),
                      max_batch: int = 1, max_prompt: int | None = None, timing_cache: Place | None = None,

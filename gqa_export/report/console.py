@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -10,9 +12,16 @@ from rich.text import Text
 
 from ..compare.verdict import CaseVerdict, KindVerdict, Verdict
 
+REFUSAL = "refusal"
 
-def print_verdict(verdict: Verdict, console: Console) -> None:
-    """Case x kind of output, then what went wrong and where, then the verdict in one line."""
+
+def print_verdict(verdict: Verdict, console: Console, short: bool = False) -> None:
+    """Case x kind of output, then what went wrong and where, then the verdict in one line. short: of a verdict that
+    passed, one line for each kind of output instead of the table."""
+    if short and verdict.passed:
+        for line in (*summary(verdict), *details(verdict)):
+            console.print(Text(line), soft_wrap=True)
+        return
     table = Table(title=f"{Path(verdict.bundle).name} ({verdict.target}, {verdict.checked_dtype}, {verdict.provider})"
                         f" against {verdict.against}", title_justify="left")
     for column in ("case", "output"):
@@ -21,11 +30,42 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
         table.add_column(column, justify="right")
     table.add_column("")
     for case in verdict.cases:
-        for number, kind in enumerate(case.kinds):
-            table.add_row(case.name if number == 0 else "", *_cells(case, kind), end_section=kind is case.kinds[-1])
+        rows = folded([_cells(case, kind) for kind in case.kinds])
+        for number, row in enumerate(rows):
+            table.add_row(case.name if number == 0 else "", *row, end_section=number == len(rows) - 1)
     console.print(table)
     for line in details(verdict):
         console.print(Text(line), soft_wrap=True)
+
+
+def folded(rows: Sequence[tuple[Text, ...]]) -> list[tuple[Text, ...]]:
+    """Rows without their repetitions: of equal ones the first, with how many there are."""
+    found: list[tuple[Text, ...]] = []
+    counts: list[int] = []
+    for row in rows:
+        if found and found[-1] == row:
+            counts[-1] += 1
+        else:
+            found.append(row)
+            counts.append(1)
+    return [(Text(f"{row[0].plain} ({count})"), *row[1:]) if count > 1 else row
+            for row, count in zip(found, counts, strict=True)]
+
+
+def summary(verdict: Verdict) -> list[str]:
+    """A line for each kind of output: its largest error in all cases as a part of what is allowed there."""
+    worst: dict[str, KindVerdict] = {}
+    cases: Counter[str] = Counter()
+    for case in verdict.cases:
+        cases.update({kind.kind for kind in case.kinds})
+        for kind in case.kinds:
+            known = worst.setdefault(kind.kind, kind)
+            if kind.max_abs * known.bound > known.max_abs * kind.bound:
+                worst[kind.kind] = kind
+    lines = [f"  {name}: max |difference| {kind.max_abs:.2e}, allowed {kind.bound:.2e} ({cases[name]} cases)"
+             for name, kind in worst.items() if name != REFUSAL]
+    refused = sum(kind.kind == REFUSAL for case in verdict.cases for kind in case.kinds)
+    return [*lines, *([f"  {refused} calls that must be refused were refused"] if refused else [])]
 
 
 def _cells(case: CaseVerdict, kind: KindVerdict) -> tuple[Text, ...]:
@@ -45,6 +85,8 @@ def details(verdict: Verdict) -> list[str]:
             lines.append(case.wrong_token)
         lines += [f"case {case.name}, step {c.step}, batch {c.row}: a tie between tokens {c.expected} and {c.got} "
                   f"(margin {c.margin:.3g})" for c in case.ties]
+    if verdict.overflow:
+        lines.append(f"reason: {verdict.overflow}")
     lines += [f"note: {note}" for note in verdict.notes]
     lines.append(f"compared: {', '.join(verdict.compared) or 'nothing'}")
     eager = verdict.max_abs_logits_eager

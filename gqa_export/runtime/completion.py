@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import GqaExportError
 from .generate import GenerationResult, Sampling, generate
@@ -43,8 +43,10 @@ class Completion:
 
 
 def prompt_ids(prompt: str | None, token_ids: list[int] | None, chat: bool, system: str | None,
-               text: BundleText | None) -> list[int]:
-    """The prompt's token ids. GqaExportError unless exactly one of prompt and token_ids is usable."""
+               text: BundleText | None, template: str | None = None,
+               template_args: Mapping[str, Any] | None = None) -> list[int]:
+    """The prompt's token ids. GqaExportError unless exactly one of prompt and token_ids is usable. template,
+    template_args: see `BundleText.render_chat`."""
     if (prompt is None) == (token_ids is None):
         raise GqaExportError("expected either a prompt or token ids, got "
                              + ("neither" if prompt is None else "both"), "--prompt, --token-ids",
@@ -52,14 +54,34 @@ def prompt_ids(prompt: str | None, token_ids: list[int] | None, chat: bool, syst
     if (token_ids is not None and chat) or (system is not None and not chat):
         raise GqaExportError("--system belongs to --chat, and --chat to --prompt", "--chat, --system",
                              "give --chat and --prompt together", code="E-OPTION-CHAT")
+    if not chat and (template is not None or template_args):
+        raise GqaExportError("--chat-template and --template-args belong to --chat", "--chat-template, --template-args",
+                             "give --chat and --prompt too", code="E-OPTION-CHAT")
+    for words, option in ((prompt, "--prompt"), (system, "--system")):
+        if words is not None and not _is_unicode(words):
+            raise GqaExportError("the text is not valid Unicode: it holds half of a surrogate pair, or bytes that are "
+                                 "not UTF-8", f"{option} {words[:80]!a}", "give text in UTF-8",
+                                 code="E-OPTION-UNICODE")
     if token_ids is not None:
+        if beyond := [number for number in token_ids if not 0 <= number < 1 << 31]:
+            raise GqaExportError(f"a token id is not in any vocabulary: {str(beyond[0])[:40]}", "--token-ids",
+                                 "give ids from 0 up to the size of the model's vocabulary",
+                                 code="E-OPTION-TOKEN-IDS")
         return list(token_ids)
     assert prompt is not None
     assert text is not None, "a caller with a prompt opens the tokenizer"
     if not chat:
         return text.encode(prompt)
     opening = [{"role": "system", "content": system}] if system is not None else []
-    return text.encode_chat([*opening, {"role": "user", "content": prompt}])
+    return text.encode_chat([*opening, {"role": "user", "content": prompt}], template, template_args)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def complete(session: Session, ids: list[int], text: BundleText | None, *, max_new_tokens: int,

@@ -35,6 +35,7 @@ class Sampling:
             ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
             ("top_k", self.top_k >= 0, "0 (all) or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
+            ("seed", self.seed is None or self.seed >= 0, "0 or more"),
         ):
             if not good:
                 raise GqaExportError(f"{name} is out of range: {getattr(self, name)}",
@@ -105,7 +106,7 @@ def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens:
         active = np.array([not f for f in finish])
         if np.isnan(logits[active]).any():
             raise GqaExportError("the logits are NaN", f"after {len(max(tokens, key=len))} new tokens",
-                                 "compare the bundle with its checkpoint: gqa-export validate BUNDLE --against ...",
+                                 _fix_for_nan(session),
                                  code="E-RUN-NAN")
         for row, token in enumerate(choose(logits).tolist()):
             if finish[row]:
@@ -139,6 +140,12 @@ def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens:
         steps += 1
     ended = time.perf_counter()
     return GenerationResult(tokens, finish, int(lengths.sum()), prefilled - started, ended - prefilled, steps)
+
+
+def _fix_for_nan(session: Session) -> str:
+    check = "compare the bundle with its checkpoint: gqa-export validate BUNDLE --against ..."
+    half = getattr(getattr(session, "manifest", None), "dtype", "") == "float16"
+    return f"float16 may have overflowed, export with --dtype bf16 or fp32; or {check}" if half else check
 
 
 def _check(lengths: np.ndarray, capacity: int, max_new_tokens: int) -> None:
@@ -204,8 +211,9 @@ class _Chooser:
         s = self._sampling
         order = np.argsort(-logits, kind="stable")
         order = order[: s.top_k] if s.top_k else order
-        scaled = logits[order].astype(np.float64) / s.temperature
-        p = np.exp(scaled - scaled[0])
+        apart = logits[order].astype(np.float64) - float(logits[order[0]])
+        with np.errstate(over="ignore"):  # a tiny temperature is greedy
+            p = np.exp(apart / s.temperature)
         p /= p.sum()
         keep = np.cumsum(p) - p < s.top_p
         p = p[keep] / p[keep].sum()

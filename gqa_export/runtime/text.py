@@ -8,15 +8,21 @@ PyTorch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..checkpoint.special_tokens import ADDED, CONFIG, FLAGS, MAP, Token, added_tokens, named_tokens
 from ..errors import GqaExportError, InvalidBundle, cause_of
+from .chat import choose_template, render
 
-JSON, CONFIG = "tokenizer.json", "tokenizer_config.json"
+JSON = "tokenizer.json"
 OTHER_FORMATS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 REPLACEMENT = "\ufffd"
+FRAME_ANEW = ("GPTNeoXTokenizer",)
+"""classes of transformers that replace the post-processor of tokenizer.json by one without special tokens"""
+FRAME_ANEW_TYPES = ("gpt_neox", "mpt", "olmo", "olmoe")
+"""model types for which AutoTokenizer takes such a class, unless tokenizer_config.json names another"""
 
 
 class Codec(Protocol):
@@ -33,11 +39,12 @@ class Codec(Protocol):
 
 
 class BundleText:
-    """The tokenizer of a folder. `config` is its tokenizer_config.json, or {}."""
+    """The tokenizer of a folder. `config` is its tokenizer_config.json, or {}; `tokens` its special tokens by name."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.config = _read(self.folder / CONFIG)
+        self.tokens = named_tokens(self.config, _read(self.folder / MAP))
         self._codec = open_tokenizer(self.folder)
 
     def encode(self, text: str) -> list[int]:
@@ -52,41 +59,32 @@ class BundleText:
         """A fresh incremental detokeniser."""
         return TextStream(self._codec.stepper(), self._codec.decode)
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Ids of a conversation (dicts of role and content) up to where the assistant's answer begins."""
-        return self._codec.encode(self.render_chat(messages), False)
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], template: str | None = None,
+                    args: Mapping[str, Any] | None = None) -> list[int]:
+        """Ids of a conversation (dicts of role and content) up to where the assistant's answer begins. Arguments as of
+        `render_chat`."""
+        return self._codec.encode(self.render_chat(messages, template, args), False)
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """The conversation as text. Raises GqaExportError if there is no template or it refuses the messages."""
-        template = self.chat_template()
-        if not template:
-            raise GqaExportError("this model has no chat template", str(self.folder), "leave out --chat",
-                                 code="E-RUN-CHAT-TEMPLATE")
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def render_chat(self, messages: Sequence[Mapping[str, str]], template: str | None = None,
+                    args: Mapping[str, Any] | None = None) -> str:
+        """The conversation as text.
 
-        names: dict[str, Any] = {name: _content(value) for name, value in self.config.items()
-                                 if name.endswith("_token")}
-        try:
-            # one conversation in; its text comes out, and the spans of the answers, which are not used
-            rendered: Any = render_jinja_template([list(messages)], chat_template=template,
-                                                  add_generation_prompt=True,
-                                                  **{name: text for name, text in names.items() if text is not None})
-        except TemplateError as error:
-            raise GqaExportError(f"the chat template refuses this conversation: {error}", str(self.folder),
-                                 "try without --system", code="E-RUN-CHAT-REFUSED") from error
-        return str(rendered[0][0])
+        Args:
+            messages: dicts of role and content.
+            template: name of the template; None is the default one (tool_use where `args` has tools).
+            args: variables for the template, such as tools or enable_thinking.
 
-    def chat_template(self) -> str:
-        """The template's source, from its own file or from tokenizer_config.json; "" if there is none."""
+        Raises:
+            GqaExportError: there is no such template, or it refuses the messages.
+        """
+        return render(self.chat_template(template, args or {}), messages, self.tokens, args or {}, self.folder)
+
+    def chat_template(self, name: str | None = None, args: Mapping[str, Any] | None = None) -> str:
+        """The template's source, from its own file or from tokenizer_config.json."""
         own = self.folder / "chat_template.jinja"
-        if own.is_file():
-            return own.read_text(encoding="utf-8")
-        found = _read(self.folder / "chat_template.json").get("chat_template") or self.config.get("chat_template") or ""
-        if isinstance(found, list):  # several, by name
-            named = {entry["name"]: entry["template"] for entry in found}
-            return str(named.get("default", ""))
-        return str(found)
+        stored = _read_text(own) if own.is_file() else \
+            _read(self.folder / "chat_template.json").get("chat_template") or self.config.get("chat_template")
+        return choose_template(stored, name, args or {}, self.folder)
 
 
 class TextStream:
@@ -119,16 +117,16 @@ class TextStream:
 class _Fast:
     """A tokenizer of the `tokenizers` library. Which special tokens frame a text is that library's word alone, as
     transformers 5 has it: `add_bos_token` and `add_eos_token` of tokenizer_config.json are left over from other
-    formats."""
+    formats. framed: False where transformers' class makes the frame anew, without any token."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, framed: bool = True) -> None:
+        self._tokenizer, self._framed = tokenizer, framed
         tokenizer.no_truncation()
         tokenizer.no_padding()
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Text to ids."""
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        return list(self._tokenizer.encode(text, add_special_tokens=special and self._framed).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text."""
@@ -190,8 +188,12 @@ def open_tokenizer(folder: Path | str) -> Codec:
     if (folder / JSON).is_file():
         from tokenizers import Tokenizer
 
+        config, tokens_map, added = (_read(folder / name) for name in (CONFIG, MAP, ADDED))
         try:
-            return _Fast(Tokenizer.from_file(str(folder / JSON)))
+            tokenizer = Tokenizer.from_file(str(folder / JSON))
+            _add_tokens(tokenizer, list(added_tokens(config, tokens_map, added)),
+                        set(named_tokens(config, tokens_map).values()))
+            return _Fast(tokenizer, framed=not _frames_anew(folder, config))
         except Exception as error:  # the library raises plain Exception
             raise InvalidBundle(f"the tokenizer cannot be read: {cause_of(error)}", str(folder / JSON),
                                 "copy it from the checkpoint again, or use --token-ids",
@@ -212,10 +214,27 @@ def open_tokenizer(folder: Path | str) -> Codec:
     return _Slow(tokenizer) if backend is None else _Fast(backend)
 
 
-def _content(value: Any) -> str | None:
-    """A special token's text: stored as a string, or as a dict with its flags."""
-    value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else None
+def _add_tokens(tokenizer: Any, tokens: Sequence[Token], named: Collection[str]) -> None:
+    """Add those that are not there, or have other flags there, as transformers does. named: special by their names."""
+    from tokenizers import AddedToken
+
+    here = {token.content: repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
+    for token in tokens:
+        text = token["content"]
+        made = AddedToken(text, **{flag: bool(token[flag]) for flag in FLAGS if flag in token})
+        if text not in here or ("normalized" in token and here[text] != repr(made)):
+            here[text] = repr(made)
+            made.special = made.special or text in named
+            tokenizer.add_tokens([made])
+
+
+def _frames_anew(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether transformers' class of this tokenizer ignores the frame that tokenizer.json has."""
+    name = config.get("tokenizer_class")
+    if not isinstance(name, str):
+        kind = _read(folder / "config.json").get("model_type")
+        return isinstance(kind, str) and kind in FRAME_ANEW_TYPES
+    return name.removesuffix("Fast") in FRAME_ANEW
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -223,8 +242,18 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = json.loads(_read_text(path))
+        if not isinstance(data, dict):
+            raise ValueError("not a JSON object")
+    except (ValueError, RecursionError) as error:
         raise InvalidBundle(f"not valid JSON: {error}", str(path), "copy the file from the checkpoint again",
                             code="E-BUNDLE-JSON") from error
-    return data if isinstance(data, dict) else {}
+    return data
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidBundle(f"the file is not UTF-8: {error}", str(path), "copy the file from the checkpoint again",
+                            code="E-BUNDLE-JSON") from error

@@ -95,7 +95,9 @@ def changed_in_memory(config: dict[str, Any], sources: list[Path]) -> bool:
     for path in sources:
         name = ".".join(("transformers", *path.relative_to(root).with_suffix("").parts))
         module = sys.modules.get(name)
-        if module is not None and module.__file__ == str(path) and any(_replaced(member, name, homes) for member in _members(module, path)):
+        if module is None or module.__file__ != str(path):
+            continue
+        if any(_replaced(member, name, homes) for member in _members(module, path)):
             return True
     return False
 

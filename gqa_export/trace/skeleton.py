@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.building import building
+from ..checkpoint.tied_weights import tied as tied
 
 
 def build(config: Any, dtype: torch.dtype, *, device: str = "cpu", attention: str = "eager") -> torch.nn.Module:
@@ -55,14 +56,6 @@ def _keep_in_fp32(model: torch.nn.Module, dtype: torch.dtype) -> None:
 def has_experts(model: torch.nn.Module) -> bool:
     """Whether transformers' experts interface is in use (its default implementation cannot be traced)."""
     return bool(getattr(model, "_can_set_experts_implementation", lambda: False)())
-
-
-def tied(model: torch.nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Groups of parameter names that are one tensor, in the model's order."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return tuple(tuple(group) for group in names.values() if len(group) > 1)
 
 
 def converts(model: torch.nn.Module) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import GqaExportError
 
-FREE = ("save_steps", "force", "log_steps", "eval_rows")
+FREE = ("save_steps", "force", "ignore_unused", "log_steps", "eval_rows")
 """options that may differ when a run is resumed: they change no number that is trained"""
 
 
@@ -40,6 +40,7 @@ class UptrainOptions:
         log_steps: steps between entries of the log.
         save_steps: steps between checkpoints; 0 as eval_steps.
         force: replace an earlier result.
+        ignore_unused: note tensors that the model does not use, instead of refusing them; they are left out.
     """
 
     text: str
@@ -65,6 +66,7 @@ class UptrainOptions:
     log_steps: int = 1
     save_steps: int = 0
     force: bool = False
+    ignore_unused: bool = False
 
     def settings(self) -> str:
         """The options that change what is trained, as JSON, paths resolved."""

@@ -13,9 +13,11 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.load_config import load_config
+from ..checkpoint.decided import decided_by_weights
 from ..checkpoint.load_model import load_model
+from ..checkpoint.tied_weights import untie
 from ..checkpoint.tokenizer import tokenizer_files
+from ..checkpoint.unused_tensors import unused_notes
 from ..environment.versions import versions
 from ..errors import GqaExportError
 from ..files.staging import check_folder, disk_errors, writing_folder
@@ -48,6 +50,7 @@ class Uptraining:
         resumed_at: the step at which an earlier start ended; None for a run in one piece.
         date: ISO 8601.
         versions: of torch, transformers and accelerate.
+        notes: on the checkpoint.
     """
 
     folder: str
@@ -62,6 +65,7 @@ class Uptraining:
     resumed_at: int | None
     date: str
     versions: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The report, as written beside the weights."""
@@ -101,7 +105,9 @@ def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, repor
     from .trainer import DistillingTrainer, Watch, arguments, last_checkpoint
 
     with disk_errors(work), quiet(), ExitStack() as held_locks:
-        config = load_config(checkpoint)
+        decided = decided_by_weights(checkpoint)
+        notes = unused_notes(checkpoint, (), options.ignore_unused)
+        config = decided.config
         longest = int(getattr(config, "max_position_embeddings", 0) or options.length)
         if options.length > longest:
             raise GqaExportError(f"rows of {options.length} tokens are longer than the model's {longest} positions",
@@ -123,6 +129,8 @@ def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, repor
         progress("loading the model", None, None)
         model = load_model(checkpoint, "fp32", attn_implementation="sdpa")
         model.config.use_cache = False  # type: ignore[union-attr]
+        if decided.untied:
+            untie(model.config)
         trainer = DistillingTrainer(
             model, settings, train_dataset=train, eval_dataset=held, callbacks=[Watch(progress)],
             teacher=_teacher(options, config, bf16=options.bf16), weight=options.distill_weight,
@@ -131,7 +139,8 @@ def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, repor
         trainer.train(resume_from_checkpoint=str(found) if found else None)
         if not any(entry.get("step") == steps and "eval_loss" in entry for entry in trainer.state.log_history):
             trainer.evaluate()
-        result = _result(checkpoint, output, options, steps, settings.world_size, trainer.state.log_history, found)
+        result = _result(checkpoint, output, options, steps, settings.world_size, trainer.state.log_history, found,
+                         notes)
         state = trainer.accelerator.get_state_dict(trainer.model)
         if trainer.is_world_process_zero():
             dtype = getattr(torch, checkpoint.stored_dtype)
@@ -147,7 +156,8 @@ def _teacher(options: UptrainOptions, config: Any, *, bf16: bool) -> Any:
     from ..checkpoint.open import open_checkpoint
 
     teacher = open_checkpoint(options.teacher)
-    size = load_config(teacher).vocab_size
+    unused_notes(teacher, (), options.ignore_unused)
+    size = decided_by_weights(teacher).config.vocab_size
     if size != config.vocab_size:
         raise GqaExportError(f"the teacher's vocabulary has {size} tokens, the student's {config.vocab_size}",
                              options.teacher, "use the checkpoint that was converted as the teacher",
@@ -163,13 +173,13 @@ def _quiet(trainer: Any) -> None:
 
 
 def _result(checkpoint: Checkpoint, output: Path, options: UptrainOptions, steps: int, processes: int,
-            history: list[dict[str, Any]], found: Path | None) -> Uptraining:
+            history: list[dict[str, Any]], found: Path | None, notes: tuple[str, ...]) -> Uptraining:
     train, held = split_log(history)
     tokens = steps * options.batch * options.accumulate * options.length * processes
     return Uptraining(str(output), checkpoint.source, steps, tokens, held[0].perplexity, held[-1].perplexity,
                       tuple(train), tuple(held), json.loads(options.settings()),
                       int(found.name.rpartition("-")[2]) if found else None, date.today().isoformat(),
-                      versions(("torch", "transformers", "accelerate")))
+                      versions(("torch", "transformers", "accelerate")), notes)
 
 
 def _write(checkpoint: Checkpoint, model: Any, state: dict[str, Any], dtype: Any, output: Path,

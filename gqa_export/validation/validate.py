@@ -23,6 +23,7 @@ from ..environment.versions import versions
 from ..errors import GqaExportError
 from ..progress import Progress, silent
 from ..targets import get_target
+from .overflow import overflow_words
 from .reference import Reference, open_reference, runnable
 from .refusals import judge_refusals
 from .run_cases import run_cases
@@ -90,15 +91,27 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
                             alike=known.alike)
         logs = run_cases(sessions, plan, last_only=last_only, report=report, dtype=ran_dtype,
                          notes=notes)
+        overflow = overflow_words(sessions, logs, ran_dtype)
         refused = judge_refusals(session, resizable=not setting.literal)
-    if check_hashes and unhashed:
-        notes.append(f"sha256 not computed of {', '.join(unhashed)} (--hash computes all)")
+    if check_hashes:
+        notes += _hash_notes(manifest, unhashed)
     return Verdict(
         bundle=str(folder), against=str(against), target=manifest.target, dtype=manifest.dtype,
         checked_dtype=ran_dtype, reference_dtype=known.dtype, provider=provider, cache=manifest.cache,
         capacity=manifest.capacity, cases=(*(judge(log, ran_dtype) for log in logs), refused), level=level,
         notes=(*plan.notes, *notes), versions=versions(), seconds=time.perf_counter() - began,
-        identity=identity_of(manifest, known.digest))
+        identity=identity_of(manifest, known.digest), overflow=overflow)
+
+
+def _hash_notes(manifest: Manifest, unhashed: list[str]) -> list[str]:
+    """What the sha256 of the bundle's files did not show, and how it could."""
+    unknown = [name for name in unhashed if not manifest.files[name].sha256]
+    skipped = [name for name in unhashed if name not in unknown]
+    notes = [f"sha256 not computed of {', '.join(skipped)} (--hash computes all)"] if skipped else []
+    if unknown:
+        notes.append(f"the manifest has no sha256 of {', '.join(unknown)}: header, size and time of modification were "
+                     "compared (an export with --hash records the sha256 of files that are used where they are)")
+    return notes
 
 
 def identity_of(manifest: Manifest, digest: str) -> str:

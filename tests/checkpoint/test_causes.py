@@ -56,7 +56,6 @@ def edited(tmp_path, name="llama", **change):
     ("llama", {"rms_norm_eps": None}, "NoneType"),
     ("llama", {"rms_norm_eps": "1e-5"}, "str"),
     ("llama", {"attention_bias": 3}, "bool"),
-    ("llama", {"eos_token_id": [1, "x"]}, "at index 1"),
 ], ids=str)
 def test_what_a_strict_configuration_refuses_is_told_with_its_cause(tmp_path, name, change, cause):
     with refused("E-CKPT-CONFIG", InvalidCheckpoint) as refusal:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from gguf_judge import Judge
 from gguf_models import CASES, EXPERTS, RMS, SIZES, YARN, case, ramp, tensors_of, write_case, write_gguf
 from gguf_run import exported_logits
@@ -48,6 +49,17 @@ def torch_logits(path: Path) -> np.ndarray:
 def test_a_file_is_the_model_that_it_describes(tmp_path, name):
     path = write_case(tmp_path / "model.gguf", name)
     assert np.abs(torch_logits(path) - Judge(path).logits(IDS)).max() < allowed(name)
+
+
+@pytest.mark.parametrize("stored", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_1"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_matrices_of_another_type_are_dequantized_and_norms_keep_their_digits(tmp_path, name, stored):
+    path = write_case(tmp_path / "model.gguf", name, {"feed_forward_length": 64},
+                      tensors={key: np.resize(value, [64 if size == 48 else size for size in value.shape])
+                               for key, value in case(name)[2].items()}, stored=GGMLQuantizationType[stored])
+    with torch.no_grad():
+        found = load_model(open_checkpoint(path), "fp32")(torch.tensor([IDS])).logits[0].double().numpy()
+    assert np.abs(found - Judge(path).logits(IDS)).max() < allowed(name)
 
 
 def test_every_architecture_is_among_the_cases():

@@ -127,6 +127,20 @@ def test_senseless_numbers_of_parts_are_refused(tmp_path, keys):
         open_checkpoint(write_case(tmp_path / "model.gguf", "llama", tokens=keys))
 
 
+@pytest.mark.whole_model
+def test_an_export_of_parts_whose_tokenizer_cannot_be_converted(tmp_path):
+    """Merges that name tokens which are not in the list; the note says that there is a tokenizer."""
+    import gqa_export
+
+    parts = parts_of(tmp_path / "parts", tokens={
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": [f"t{number}" for number in range(61)],
+        "tokenizer.ggml.merges": ["x y"], "tokenizer.ggml.eos_token_id": 3, "tokenizer.ggml.eot_token_id": 7})
+    bundle = gqa_export.export(parts[3], tmp_path / "bundle", target="ort", dtype="fp32")
+    assert any("has a tokenizer, which could not be converted" in note for note in bundle.exported.notes)
+    assert not any("has no tokenizer" in note for note in bundle.exported.notes)
+    assert bundle.manifest.tokens == {"eos": [3, 7], "bos": None, "pad": None, "tokenizer": False}
+
+
 def test_one_file_of_one_part_is_a_whole_model(tmp_path):
     path = write_case(tmp_path / "model-00001-of-00001.gguf", "llama")
     assert read_gguf(path).files == (path,)

@@ -328,22 +328,22 @@ def test_tokenizer_files_travel_and_a_checkpoint_without_tokenizer_says_so(copy,
     (copy / "chat_template.jinja").write_text("{{ messages }}")
     assert has_tokenizer(open_checkpoint(copy)) is False
     with writing_bundle(tmp_path / "without") as writer:
-        assert add_tokenizer(open_checkpoint(copy), writer) is False
+        assert "has no tokenizer" in add_tokenizer(open_checkpoint(copy), writer)
     (copy / "tokenizer.json").write_text("{}")
     (copy / "tokenizer_config.json").write_text("{}")
     (copy / "unrelated.txt").write_text("x")
     assert has_tokenizer(open_checkpoint(copy)) is True
     with writing_bundle(tmp_path / "with") as writer:
-        assert add_tokenizer(open_checkpoint(copy), writer) is True
+        assert add_tokenizer(open_checkpoint(copy), writer) == ""
     assert {path.name for path in (tmp_path / "with").iterdir()} == {
         "config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
 
 
-def test_token_ids_come_from_the_generation_config_first_and_eos_is_always_a_list(copy):
+def test_token_ids_come_from_the_generation_config_first_and_every_end_counts(copy):
     assert token_ids(open_checkpoint(copy)) == {"eos": [2], "bos": 1, "pad": 0}
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8], "pad_token_id": None}))
-    assert token_ids(open_checkpoint(copy)) == {"eos": [7, 8], "bos": 1, "pad": 0}
+    assert token_ids(open_checkpoint(copy)) == {"eos": [7, 8, 2], "bos": 1, "pad": 0}
     (copy / "generation_config.json").unlink()
     assert token_ids(open_checkpoint(edit_config(copy, eos_token_id=None)))["eos"] == []
 
@@ -355,6 +355,47 @@ def test_the_end_token_of_a_multimodal_checkpoint_is_found_in_its_text_config(co
     (copy / "config.json").write_text(json.dumps(outer))
     assert token_ids(open_checkpoint(copy, text_only=True)) == {"eos": [7, 8], "bos": 3, "pad": inner["pad_token_id"]}
     (copy / "config.json").write_text(json.dumps({**outer, "eos_token_id": 4}))
-    assert token_ids(open_checkpoint(copy, text_only=True))["eos"] == [4]
+    assert token_ids(open_checkpoint(copy, text_only=True))["eos"] == [4, 7, 8]
     (copy / "config.json").write_text(json.dumps({"thinker_config": {**outer, "model_type": "q"}, "model_type": "q"}))
     assert token_ids(open_checkpoint(copy, text_only=True))["eos"] == [7, 8]
+
+
+@pytest.mark.parametrize(("files", "ends"), [
+    ({"tokenizer_config.json": {"eos_token": "<end>"}}, [2, 4]),
+    ({"tokenizer_config.json": {"eos_token": {"content": "</s>"}, "eot_token": "<turn>"}}, [2, 5]),
+    ({"tokenizer_config.json": {"extra_special_tokens": {"eom_token": "<turn>", "image_token": "<end>"}}}, [2, 5]),
+    ({"special_tokens_map.json": {"eos_token": "<end>"}}, [2, 4]),
+    ({"tokenizer_config.json": {"eos_token": "</s>"}, "special_tokens_map.json": {"eos_token": {"content": "<end>"}}},
+     [2, 4]),
+    ({"tokenizer_config.json": {"eos_token": "<far>", "added_tokens_decoder": {"9": {"content": "<far>"}}},
+      "special_tokens_map.json": {"eos_token": "<end>"}}, [2, 9]),
+    ({"tokenizer_config.json": {"eos_token": "<unknown>"}}, [2]),
+    ({"tokenizer_config.json": {"eos_token": 3, "eot_token": [], "extra_special_tokens": 3}}, [2]),
+], ids=str)
+def test_ends_that_only_the_tokenizer_names_end_an_answer_too(copy, files, ends):
+    added = [{"id": number, "content": text} for number, text in ((2, "</s>"), (4, "<end>"), (5, "<turn>"))]
+    (copy / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}, "added_tokens": added}))
+    for name, content in files.items():
+        (copy / name).write_text(json.dumps(content))
+    assert token_ids(open_checkpoint(copy))["eos"] == ends
+
+
+def test_a_negative_id_stands_for_none(copy):
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 5], "pad_token_id": -1}))
+    assert token_ids(open_checkpoint(copy)) == {"eos": [5, 2], "bos": 1, "pad": 0}
+
+
+def test_a_quantization_left_over_in_a_model_in_memory_is_noted_and_ignored(copy, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import gqa_export
+
+    model = AutoModelForCausalLM.from_pretrained(copy)
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    bundle = gqa_export.export(model, tmp_path / "bundle", capacity=32)
+    assert any("(bitsandbytes)" in note for note in bundle.exported.notes)
+    model.lm_head.weight.requires_grad_(False)
+    model.lm_head.weight.data = model.lm_head.weight.data.to(torch.int8)
+    with refused("E-MODEL-QUANTIZED", UnsupportedModel):
+        gqa_export.export(model, tmp_path / "other", capacity=32)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gqa_models
 import pytest
 import torch
+from refusal import refused
 from safetensors.torch import load_file, save_file
 
 import gqa_export as gqa
+from gqa_export.errors import InvalidCheckpoint
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -53,3 +55,11 @@ def test_a_model_in_memory_whose_head_was_untied_is_exported_with_it(tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0))
     assert gqa.export(model, tmp_path / "out", capacity=64).validate(model).passed
+
+
+def test_a_head_of_another_shape_than_the_embedding_is_refused_with_both_shapes(tmp_path):
+    folder = with_head(tmp_path / "ck", lambda rows: torch.cat([rows, rows]))
+    with refused("E-CKPT-TENSORS-SHAPE", InvalidCheckpoint) as refusal:
+        gqa.export(folder, tmp_path / "out", capacity=64)
+    assert HEAD in refusal.error.what
+    assert EMBEDDING in refusal.error.what

@@ -63,6 +63,29 @@ def test_an_export_is_validated_unless_told_otherwise(tiny, tmp_path):
     assert "passed" in result.output.lower()
 
 
+def test_a_passing_export_prints_few_lines_and_the_table_only_if_wanted(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = export(tiny, "-o", tmp_path / "bundle", "--capacity", 64)
+    lines = result.output.splitlines()
+    assert result.exit_code == 0, result.output
+    assert len(lines) <= 15, result.output
+    assert not any("teacher_forced" in line for line in lines)
+    assert any(line.startswith("  logits: max |difference|") for line in lines)
+    assert lines[-1].startswith("PASSED")
+    whole = export(tiny, "-o", tmp_path / "other", "--capacity", 64, "--verbose")
+    assert "teacher_forced" in whole.output
+    assert "refusal (5)" in whole.output
+
+
+def test_a_fallback_of_every_layer_is_one_line(tmp_path):
+    checkpoint = gqa_models.write_tiny("llama", tmp_path / "checkpoint", head_dim=20)
+    result = export(checkpoint, "-o", tmp_path / "bundle", "--capacity", 64, "--no-validate")
+    found = [line for line in result.output.splitlines() if line.startswith("  fallback: ")]
+    reasons = {line.split(": ", 2)[2] for line in found}
+    assert len(found) == len(reasons) > 0
+    assert "layers 0-2" in found[0]
+
+
 def test_bf16_on_a_cpu_is_compared_as_its_fp32_twin_and_that_is_said(tmp_path):
     checkpoint = gqa_models.write_tiny("llama", tmp_path / "checkpoint", dtype="bfloat16")
     result = export(checkpoint, "-o", tmp_path / "bundle", "--provider", "cpu")

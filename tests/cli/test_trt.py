@@ -103,7 +103,22 @@ def test_without_tensorrt_the_command_that_installs_it_is_named(tiny, tmp_path, 
     result = trt(tiny, "-o", tmp_path / "engine", "--flavor", "rtx")
     assert result.exit_code == 2
     assert "pip install 'gqa-export[rtx]'" in result.output
+    assert f"{tiny} is a checkpoint, not a bundle" in result.output
+    assert f"gqa-export onnx {tiny} -o DIR --target trt-plugin" in result.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("source", "code"), [("", "E-CKPT-NO-CONFIG"), ("nothing/here/at/all", "E-CKPT-NOT-FOUND"),
+                                              ("weights", "E-CKPT-ONE-FILE")])
+def test_without_tensorrt_too_a_source_that_is_neither_bundle_nor_checkpoint_is_named_first(
+        tiny, tmp_path, monkeypatch, source, code) -> None:
+    monkeypatch.setattr(tensorrt_libraries, "find_spec", lambda name: None)
+    (tmp_path / "empty").mkdir()
+    place = {"": tmp_path / "empty", "weights": tiny / "model.safetensors"}.get(source, source)
+    result = trt(place, "-o", tmp_path / "engine", "--flavor", "rtx")
+    assert result.exit_code == 2
+    assert "not installed" not in result.output
+    assert f"code: {code}" in result.output
 
 
 def test_an_output_that_is_not_ours_is_not_replaced(tiny, tmp_path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from gqa_export.cli import main
-from gqa_export.describe.architectures import ENDS, counts, document, known_names, later_rows, missing, table
+from gqa_export.describe.architectures import ENDS, counts, document, drawn_at, known_names, later_rows, missing, table
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "models.md"
 AGAIN = "python scripts/matrix.py --resume"
@@ -77,3 +77,46 @@ def test_rows_of_other_versions_than_the_table_are_told_apart_until_all_are_of_t
     date_rows(data, "one", new)
     assert (data["versions"], later_rows(data)) == (new, [])
     assert data["date"] != "2020-01-01"
+
+
+def test_a_row_is_stale_when_other_versions_or_another_small_configuration_made_it():
+    from matrix import drawing, stale
+
+    here = {"transformers": "1.1"}
+    row = drawing("helium")
+    assert row["scalars"]["rms_norm_eps"] == 1e-8
+    data = {"versions": here, "rows": {"helium": row}}
+    assert not stale("helium", data, here)
+    assert stale("llama", data, here)
+    assert stale("helium", data, {"transformers": "1.2"})
+    assert stale("helium", {**data, "rows": {"helium": {**row, "made_with": {"transformers": "1.0"}}}}, here)
+    assert stale("helium", {**data, "rows": {"helium": {**row, "drawn": "before"}}}, here)
+
+
+def test_a_row_shows_the_numbers_that_it_was_drawn_at():
+    from matrix import drawing
+
+    shown = drawn_at({"scalars": drawing("helium")["scalars"]})
+    assert "rms_norm_eps 1e-08" in shown
+    assert drawn_at({}) == ""
+
+
+@pytest.mark.parametrize("name", sorted(table()["rows"]))
+def test_only_sizes_of_a_small_configuration_shrink(name):
+    """What goes into arithmetic is as the class has it, or as `matrix.toml` has it from published models."""
+    from gqa_models.shrink import _tables, scalars, small_config
+    from transformers import AutoConfig
+
+    try:
+        default = scalars(AutoConfig.for_model(name))
+    except Exception:  # a class without usable defaults, or with several decoders
+        pytest.skip("nothing to compare with")
+    small, own = scalars(small_config(name)), _tables()["models"].get(name, {})
+    changed = {key.rpartition(".")[2] for key in default if small.get(key) != default[key]}
+    published = {key.rpartition(".")[2] for outer, inner in own.items()
+                 for key in (outer, *(inner if isinstance(inner, dict) else ()))}
+    assert changed <= published | OF_SIZES
+
+
+OF_SIZES = {"attention_multiplier", "partial_rotary_factor"}
+"""computed from sizes where a configuration does not give them: by HyperCLOVA X, by DeepSeek-V4 and dots3"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -51,14 +52,23 @@ def test_the_same_holds_on_a_model_of_135_million_parameters():
     data = json.loads((ROOT / "docs" / "benchmarks" / "mutations_smollm2.json").read_text())
     kinds = [row["kind"] for row in data["rows"]]
     absent = {m.name for m in MUTATIONS} - set(kinds)
-    # it has no window, softcap, sinks, biases, norms of queries; its head is its embedding; `ort` masks by itself
+    # it has no window, softcap, sinks, biases, norms of queries; its head is its embedding; `ort` masks by itself and
+    # rotates inside attention
     assert absent <= {"window longer", "window shorter", "window dropped", "softcap dropped", "sinks zeroed",
                       "sinks dropped", "bias dropped", "q norm dropped", "past one short", "mask upper-left",
-                      "embedding row", "final softcap dropped"}
+                      "embedding row", "final softcap dropped", "whole rows miscounted"}
     assert {c.name for c in CONTRADICTIONS} <= set(kinds), "run scripts/mutation_table.py --checkpoint again"
     caught = [row["caught"] for row in data["rows"]]
     assert sum(bool(row["quick"]) for row in caught) >= 0.9 * len(caught)
     assert all(row["full"] for row in caught)
+
+
+def test_a_new_kind_is_added_to_the_committed_rows_in_the_order_of_the_kinds(tmp_path):
+    script = runpy.run_path(str(ROOT / "scripts" / "mutation_table.py"))
+    few = [row for row in DATA["rows"] if row["kind"] not in ("scale wrong", "whole rows refused")]
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": few}))
+    new = [row for row in ROWS if row.kind in ("whole rows refused", "scale wrong", "epsilon")]
+    assert script["merged"](new[::-1], tmp_path / "rows.json") == ROWS
 
 
 def test_the_page_shows_the_committed_table():

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import gqa_models
 import numpy as np
+import onnx
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from refusal import refused
 
 from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
-from gqa_export.errors import EXIT_PASSED, UnsupportedModel
+from gqa_export.errors import EXIT_DIFFERENT, EXIT_PASSED, UnsupportedModel
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.runtime.generate import generate
@@ -66,6 +72,8 @@ def passes(checkpoint, folder, level="quick", **options):
     ("llama", "ort", "growing"), ("gemma3", "onnx", "growing"), ("gemma3", "trt-plugin", "static"),
     ("phimoe", "ort", "growing")])
 def test_longrope_beyond_its_original_length_passes_on_both_sides_of_it(checkpoint_of, tmp_path, name, target, cache):
+    if name == "gemma3" and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("transformers 5.20 fails when layers of one type change their table a second time")
     export, cases = passes(checkpoint_of(name), tmp_path / "bundle", "full" if name == "phi3" else "quick",
                            target=target, cache=cache)
     assert {"switch", "switched"} <= cases
@@ -73,6 +81,49 @@ def test_longrope_beyond_its_original_length_passes_on_both_sides_of_it(checkpoi
     assert any("both tables" in note for note in export.notes)
     if target in ("ort", "trt-plugin"):
         assert any("longrope" in remark for remark in export.remarks)
+
+
+def swapped(graph):
+    """The two tables exchanged."""
+    choices = [node for node in graph.node if node.op_type == "Where" and "rotary" in node.name]
+    assert choices
+    for node in choices:
+        node.input[1], node.input[2] = node.input[2], node.input[1]
+
+
+def moved(step):
+    """The switch at another length."""
+    def change(graph):
+        makers = {name: node for node in graph.node for name in node.output}
+        choices = [node for node in graph.node if node.op_type == "Where" and "rotary" in node.name]
+        compared = set()
+        for node in choices:
+            while node.op_type != "Greater":
+                node = makers[node.input[0]]
+            compared.add(node.input[1])
+        limits = [tensor for tensor in graph.initializer if tensor.name in compared]
+        assert limits
+        for tensor in limits:
+            values = onnx.numpy_helper.to_array(tensor)
+            assert (values == ORIGINAL).all()
+            tensor.CopyFrom(onnx.numpy_helper.from_array((values + step).astype(values.dtype), tensor.name))
+    return change
+
+
+@pytest.mark.parametrize("change", [swapped, moved(1), moved(-1)], ids=["swapped", "later", "earlier"])
+def test_the_wrong_table_or_a_switch_off_by_one_is_caught(checkpoint_of, tmp_path, change):
+    export_onnx(checkpoint_of("phi3"), tmp_path / "bundle", ExportOptions(capacity=CAPACITY))
+    model = onnx.load(tmp_path / "bundle" / "model.onnx", load_external_data=False)
+    change(model.graph)
+    content = model.SerializeToString()
+    (tmp_path / "bundle" / "model.onnx").write_bytes(content)
+    manifest = json.loads((tmp_path / "bundle" / "gqa_export.json").read_text())
+    manifest["files"]["model.onnx"].update(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    manifest["spec"]["rope_switch"] = 0  # a manifest from outside decides nothing
+    (tmp_path / "bundle" / "gqa_export.json").write_text(json.dumps(manifest))
+    verdict = validate(tmp_path / "bundle", checkpoint_of("phi3"), steps=4)
+    assert verdict.exit_code == EXIT_DIFFERENT
+    assert {case.name for case in verdict.cases if not case.passed} & {"switch", "switched"}
 
 
 def test_longrope_within_its_original_length_has_one_table(checkpoint_of, tmp_path):

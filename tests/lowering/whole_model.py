@@ -66,7 +66,7 @@ def _checkpoint(name: str, overrides: Overrides) -> Path:
 def _canonical(name: str, mode: str, overrides: Overrides, dtype: str, logits: str):
     options = ExportOptions("ort", cache=mode, capacity=CAPACITY, logits=logits)
     found = open_checkpoint(checkpoint(name, overrides))
-    traced, _ = traced_model(found, options, dtype, get_target("ort"), silent)
+    traced, _, _ = traced_model(found, options, dtype, get_target("ort"), silent)
     return traced.model, traced.spec
 
 

@@ -176,6 +176,13 @@ def test_the_mask_of_the_whole_row_has_all_ones_first() -> None:
     assert mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
 
 
+def test_which_masks_a_graph_takes_is_read_from_the_graph_and_not_from_the_manifest(bundle) -> None:
+    from gqa_export.validation.untrusted import takes_whole_row_masks
+
+    assert takes_whole_row_masks(bundle("ort"))
+    assert not takes_whole_row_masks(bundle("portable"))
+
+
 def test_a_session_gives_the_same_under_both_kinds_of_mask(bundle) -> None:
     for cache in ("growing", "static"):
         ours, theirs = (OrtSession.load(bundle("ort", cache), "cpu") for _ in range(2))

@@ -273,3 +273,29 @@ def test_exit_code_3_for_what_cannot_be_checked_here(bundles, checkpoints, progr
     assert done.returncode == 3
     assert "PASSED" not in done.stdout
     assert "--as fp32" in done.stderr
+
+
+def test_a_linked_weight_file_whose_sha256_was_not_recorded_is_told_as_such(bundles, checkpoints, tmp_path):
+    checkpoint = shutil.copytree(checkpoints("llama"), tmp_path / "checkpoint")
+    for name, recorded in (("plain", False), ("hashed", True)):
+        export_onnx(checkpoint, tmp_path / name, ExportOptions(capacity=64, weights="link", hash_full=recorded))
+        notes = validate(tmp_path / name, checkpoint, steps=2, full_hash=True).notes
+        assert not any("--hash computes all" in note for note in notes)
+        assert any("no sha256 of model.safetensors" in note for note in notes) != recorded
+
+
+def test_force_names_the_files_of_others_that_it_removes(checkpoints, tmp_path):
+    folder = tmp_path / "bundle"
+    options = ExportOptions(capacity=64)
+    assert not any("removed" in note for note in export_onnx(checkpoints("llama"), folder, options).notes)
+    (folder / "sub").mkdir()
+    for name in ("notes.txt", "sub/more.csv"):
+        (folder / name).write_text("mine")
+    with refused("E-FILE-NOT-EMPTY") as refusal:
+        export_onnx(checkpoints("llama"), folder, options)
+    assert "notes.txt, sub/more.csv" in refusal.error.fix
+    assert (folder / "notes.txt").exists()
+    notes = export_onnx(checkpoints("llama"), folder, replace(options, force=True)).notes
+    assert any("notes.txt, sub/more.csv" in note for note in notes)
+    notes = export_onnx(checkpoints("llama"), folder, replace(options, force=True)).notes
+    assert not any("removed" in note for note in notes)

@@ -19,6 +19,8 @@ from ...graph_io import TensorFact
 from ...spec import DTYPES
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+MOST_THREADS = 1024
+"""the system has room for a few hundred thousand, and starting them takes it minutes"""
 ORT_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16",
              "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(double)": "float64"}
 
@@ -74,6 +76,9 @@ def open_session(folder: Path | str, manifest: Manifest, provider: str, *, low_m
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    if not 0 <= threads <= MOST_THREADS:
+        raise GqaExportError(f"expected 0 to {MOST_THREADS} threads, got {str(threads)[:40]}", "--threads",
+                             "leave it out, or give at most the number of cores", code="E-OPTION-THREADS")
     options.intra_op_num_threads = threads
     if low_memory:
         options.add_session_config_entry("session.disable_prepacking", "1")

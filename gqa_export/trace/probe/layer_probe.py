@@ -94,9 +94,7 @@ def _probe(config: Any, model: torch.nn.Module | None, record: bool) -> Probed:
         recorder = CodeRecorder(model, path) if path is not None else None
         calls, alike, states = listen_with_cache(model, recorder)
     if not calls and not states:
-        raise UnsupportedModel("no layer of this model calls transformers' attention interface", type(model).__name__,
-                               "its attention, if any, is in the model's own code, which gqa-export cannot see; "
-                               "it is not supported", code="E-MODEL-OWN-ATTENTION")
+        raise _own_attention(model)
     text = config.get_text_config()
     positions = rotary.longest(text) or 2048
     windows: dict[int, int] = {}
@@ -197,10 +195,19 @@ def listen(model: torch.nn.Module, use_cache: bool = False, recorder: CodeRecord
                                        "experts does), which a fixed graph cannot hold", type(model).__name__,
                                        "not supported; models whose experts go through transformers' experts "
                                        "interface are", code="E-MODEL-DATA-DEPENDENT") from error
+            if "on device meta" in str(error) and not listener.calls and not getattr(
+                    model, "_supports_attention_backend", False):
+                raise _own_attention(model) from error  # its own code mixes devices, and stops before the end
             raise UnsupportedModel(f"the model does not run as a decoder: {cause_of(error)}", type(model).__name__,
                                    "only decoder language models that take input_ids, attention_mask and position_ids "
                                    "are supported", code="E-MODEL-NOT-A-DECODER") from error
     return listener.calls
+
+
+def _own_attention(model: torch.nn.Module) -> UnsupportedModel:
+    return UnsupportedModel("no layer of this model calls transformers' attention interface", type(model).__name__,
+                            "its attention, if any, is in the model's own code, which gqa-export cannot see; it is not "
+                            "supported", code="E-MODEL-OWN-ATTENTION")
 
 
 MIXING = frozenset({"Conv", "ConvTranspose", "CumSum", "Scan", "Loop", "LSTM", "GRU", "RNN"})
