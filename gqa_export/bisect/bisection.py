@@ -11,7 +11,7 @@ import numpy as np
 
 from ..bundle.integrity import check_files
 from ..bundle.manifest import Manifest, read_manifest
-from ..errors import EXIT_DIFFERENT, EXIT_PASSED, GqaExportError
+from ..errors import EXIT_DIFFERENT, EXIT_PASSED, GqaExportError, UnsupportedModel
 from ..graph_io import LOGITS, past_names
 from ..progress import silent
 from ..runtime.feeds import step_feed
@@ -78,6 +78,7 @@ def bisect(bundle: Path, against: str | Path, ignore_unused: bool = False) -> Bi
     Raises:
         InvalidBundle: the bundle is damaged.
         InvalidCheckpoint: the checkpoint has tensors that its model does not use.
+        UnsupportedModel: its layers keep states of fixed size.
         GqaExportError: it holds an engine, or the names of its nodes do not tell the layers.
         NotCheckedHere: PyTorch does not fit in memory.
     """
@@ -92,6 +93,10 @@ def bisect(bundle: Path, against: str | Path, ignore_unused: bool = False) -> Bi
     if manifest.engine is not None:
         raise GqaExportError("bisect needs a graph, and an engine does not show its nodes", str(bundle),
                              "bisect the ONNX bundle that it was built from", code="E-VALIDATE-BISECT-ENGINE")
+    if manifest.spec.states:
+        raise UnsupportedModel("bisect does not know the states of fixed size that layers of this model keep",
+                               str(bundle), "validate it: the verdict names the first layer whose state differs",
+                               code="E-VALIDATE-BISECT-STATES")
     check_files(bundle, manifest)
     check_claims(bundle, manifest)
     with ExitStack() as stack:

@@ -53,5 +53,8 @@ class Session(Protocol):
         the vocabulary, or the shapes do not fit the batch.
         """
 
+    def states(self) -> list[np.ndarray]:
+        """Every state of fixed size, [B, *shape], in the order of `spec.states`; copies."""
+
     def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Per layer (key [B, K, T, D], value [B, K, T, E]); only positions below `lengths[b]` are meaningful."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..bundle.manifest import Manifest
 from ..errors import GqaExportError
-from ..graph_io import LOGITS, past_names, present_names
+from ..graph_io import LOGITS, past_names, past_state, present_names, present_state
 from ..runtime.feeds import step_feed
 from ..runtime.ort.backend import numpy_dtype
 from ..runtime.session import Session
@@ -69,6 +69,8 @@ def write_files(folder: Path, reference: Session, manifest: Manifest, seed: int 
             for layer, pair in zip(manifest.spec.layers, reference.cache(), strict=True):
                 for name, array in zip(present_names(layer.layer), pair):
                     outputs[name] = _cache(array, int(lengths[0]), manifest, dtype)
+            for state, array in zip(manifest.spec.states, reference.states(), strict=True):
+                outputs[present_state(state)] = array.astype(state.dtype)
             feeds.append(feed)
             golden.append(IterationResult(outputs, runner_name=RUNNER))
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,6 +92,8 @@ def _feed(reference: Session, manifest: Manifest, ids: np.ndarray, dtype: np.dty
         arrays = pair or [np.zeros((len(ids), layer.kv_num_heads, 0, size)) for size in sizes]
         for name, array in zip(past_names(layer.layer), arrays):
             feed[name] = _cache(array, past, manifest, dtype)
+    for state, array in zip(manifest.spec.states, reference.states(), strict=True):
+        feed[past_state(state)] = array.astype(state.dtype)
     return feed
 
 

@@ -126,6 +126,10 @@ class EngineSession:
         """The logits of the last call [b, 1, V], where the backend keeps its tensors; None before the first."""
         return self._last
 
+    def states(self) -> list[np.ndarray]:
+        """None: no target for TensorRT holds layers that keep states of fixed size."""
+        return []
+
     def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Per layer (key [B, K, C, D], value [B, K, C, E]), copies."""
         return self.backend.cache()

@@ -93,7 +93,7 @@ def padding_in_the_convolution(broken: Broken) -> None:
     """The last columns are kept, real or not."""
     state = _state(broken, "conv")
     past, present = past_state(state), present_state(state)
-    node = next(each for each in broken.model.graph.node if each.op_type == "CausalConvWithState" and past in each.input)
+    node = next(one for one in broken.model.graph.node if one.op_type == "CausalConvWithState" and past in one.input)
     last, far, on = (broken.constant(f"broken/last/{name}", np.array([value], np.int64)) for name, value in
                      (("last", -state.shape[-1]), ("far", 1 << 40), ("axis", 2)))
     broken.before(node, helper.make_node("Concat", [past, node.input[0]], ["broken/columns"], axis=2),
