@@ -80,6 +80,10 @@ def document(data: dict[str, Any]) -> str:
             kinds = (", ".join(row.get(kind, [])) or "none" for kind in ("features", "states"))
             lines.append(f"| {name} | {' | '.join(kinds)} | {checked(row)} | {worst[0]:.1e} "
                          f"({worst[1]:.1e}) | {row.get('depth') or 'not compared'} | {drawn_at(row)} |")
+    older = sum(row["verdict"] == "supported" and "drawn" not in row for row in data["rows"].values())
+    if older:
+        lines += ["", f"{older} rows do not show what they were drawn at: they are older, and their query scales "
+                      "shrank with the sizes. `scripts/matrix.py --stale` makes them again."]
     for title, end in (("Refused", "refused"), ("Differ from PyTorch: not supported", "wrong"),
                        ("Fail in another way: not supported", "failed"), ("Not checked: not supported", "unchecked")):
         rows = {name: row for name, row in sorted(data["rows"].items()) if row["verdict"] == end}

@@ -99,6 +99,9 @@ def test_a_row_shows_the_numbers_that_it_was_drawn_at():
     shown = drawn_at({"scalars": drawing("helium")["scalars"]})
     assert "rms_norm_eps 1e-08" in shown
     assert drawn_at({}) == ""
+    rows = {"old": {"verdict": "supported", "worst": {"ort/growing": [1, 2]}}, "new": {"verdict": "refused"}}
+    page = document({"rows": rows, "versions": {}, "date": "2020-01-01"})
+    assert "1 rows do not show what they were drawn at" in page
 
 
 @pytest.mark.parametrize("name", sorted(table()["rows"]))
