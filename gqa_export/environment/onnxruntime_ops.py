@@ -8,8 +8,9 @@ from .packages import installed_version
 
 SINCE = {"com.microsoft::LinearAttention": (1, 26), "com.microsoft::CausalConvWithState": (1, 26),
          "ai.onnx::LinearAttention": (1, 32)}
-"""operator -> the first version of onnxruntime that runs it in fp32. Source: the kernels that 1.26 to 1.32 register;
-1.28 to 1.31 know ai.onnx::LinearAttention and refuse models of its opset, 27"""
+"""operator -> the first version of onnxruntime that runs it in fp32. Source: the kernels that the CPU provider of 1.26
+to 1.32 registers, and the sources of the CUDA provider; 1.28 to 1.31 know ai.onnx::LinearAttention and refuse models of
+its opset, 27"""
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 
 

@@ -160,8 +160,8 @@ class StateNodes:
         """The weight of a convolution as operators take it, [C, 1, K]."""
         weight = call.given("weight")
         squeeze = produced_by(weight, "Squeeze")
-        if squeeze is not None and squeeze.inputs[0].shape and len(squeeze.inputs[0].shape) == 3:
-            weight = squeeze.inputs[0]  # as it was stored; the middle axis of a depthwise kernel is 1
+        if squeeze is not None and list(squeeze.inputs[0].shape or [])[:2] == [call.state.shape[0], 1]:
+            weight = squeeze.inputs[0]  # as it was stored
             return weight if _is_fp32(weight) else self.near(call)("weight/wide", "Cast", weight, to=FLOAT)
         return self.near(call)("weight/kernel", "Unsqueeze", self.wide(call, "weight"), [1])
 

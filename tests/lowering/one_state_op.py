@@ -55,6 +55,13 @@ def linear_feeds(rule: str, lengths: list[int], *, steps: int = 0, heads: tuple[
     return feeds
 
 
+def of_one_key(feeds: Feeds, beta: float) -> Feeds:
+    """The same inputs where every token has the key of the first, as a prompt that repeats a word has: a chunk's
+    triangular system is then ill-conditioned, and a kernel that inverts it by powers loses all digits."""
+    return {**feeds, "key": np.repeat(feeds["key"][:, :1], feeds["key"].shape[1], axis=1),
+            "beta": np.full_like(feeds["beta"], beta)}
+
+
 def conv_feeds(lengths: list[int], *, steps: int = 0, channels: int = 5, kernel: int = 4, bias: bool = True,
                seed: int = 0, poison: bool = True) -> Feeds:
     """Random inputs of the convolution, in fp32, states not zero. poison: as of `linear_feeds`."""
@@ -196,6 +203,12 @@ CASES: list[tuple[StateOp, Feeds, dict[str, Any]]] = [
     (LINEAR_ATTENTION, linear_feeds("gated_delta", [9, 4], decay=1e4, seed=6), {"rule": 3, "scale": 0.3}),
     (LINEAR_ATTENTION, linear_feeds("gated", [70, 4], decay=1e4, per_key=True, seed=7), {"rule": 1, "scale": 0.3}),
     (LINEAR_ATTENTION, linear_feeds("gated_delta", [9, 4], decay=0.0, seed=8), {"rule": 3, "scale": 0.3}),
+    # chunks that are badly conditioned: one key again and again, and keys longer than the delta rule likes
+    *((LINEAR_ATTENTION, of_one_key(linear_feeds("gated_delta", [130, 64], decay=0.0, seed=11, poison=False), beta),
+       {"rule": 3, "scale": 0.3}) for beta in (1.0, 1.9)),
+    (LINEAR_ATTENTION, {name: value * np.float32(1.38) if name == "key" else value
+                        for name, value in linear_feeds("gated_delta", [130, 64], decay=0.01, seed=12).items()},
+     {"rule": 3, "scale": 0.3}),
     # Mamba-1: every channel is a head of one value, keys and queries are shared by all
     (LINEAR_ATTENTION, linear_feeds("gated", [7, 0, 3], heads=(1, 1, 48), sizes=(16, 1), per_key=True, seed=9),
      {"rule": 1, "scale": 1.0}),
