@@ -83,7 +83,7 @@ def test_force_replaces_an_earlier_dump_as_a_whole(tiny, tmp_path):
     rows = json.loads((folder / "passes.json").read_text())
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         [row["file"] for row in rows] + ["notes.txt", "passes.json"])
-    assert [row["pass"] for row in rows] == ["traced", "check_attention"]
+    assert [row["pass"] for row in rows] == ["traced", "check_attention", "check_states"]
 
 
 def test_a_dry_run_takes_no_dump(tiny, tmp_path):

@@ -218,7 +218,8 @@ def test_native_refuses_what_it_lacks_before_tracing_and_names_the_plugin(tmp_pa
      "target for TensorRT can hold this model")])
 def test_head_sizes_that_a_target_lacks_are_refused_with_the_way_out(target: str, sizes: dict, fix: str) -> None:
     layer = replace(AttentionSpec(0, 4, 2, 16, 16, 0.25), **sizes)
-    context = type("Context", (), {"spec": type("Spec", (), {"layers": (layer,)}), "target": TARGETS[target]})
+    spec = type("Spec", (), {"layers": (layer,), "states": ()})
+    context = type("Context", (), {"spec": spec, "target": TARGETS[target]})
     with refused("E-TARGET-LAYER", UnsupportedModel) as refusal:
         refuse_layers(None, context)
     assert refusal.error.fix == fix
