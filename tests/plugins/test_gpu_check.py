@@ -224,3 +224,16 @@ def test_script_knows_why_it_cannot_run(script, monkeypatch) -> None:
     assert "TRITON_INTERPRET" in script.why_not()
     assert script.sanitize(True)["passed"] is None
     assert {"python", "torch", "triton"} <= set(script.versions())
+
+
+@pytest.mark.parametrize("l2_megabytes", [40, 50, 60, 126])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1024), (1, 8192), (4, 1024), (16, 32768)])
+def test_caches_that_take_turns_do_not_stay_in_the_l2_cache(batch: int, length: int, l2_megabytes: int) -> None:
+    """At (1, 1k) a cache is 4 MB: eight copies would all lie in an L2 cache of 50 MB, and its speed be measured."""
+    from gqa_plugins.grouped_attention import gpu_bench
+
+    cache_bytes, l2_bytes = 2 * batch * 8 * length * 128 * 2, l2_megabytes * 2**20
+    copies = gpu_bench.copies_beyond_cache(cache_bytes, l2_bytes)
+    assert 1 <= copies <= gpu_bench.MOST_COPIES
+    assert copies * cache_bytes >= 2 * l2_bytes
+    assert (copies - 1) * cache_bytes < 4 * l2_bytes, "no more than it takes"
