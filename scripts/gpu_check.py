@@ -5,8 +5,10 @@
 Correctness of every kernel against fp64 over a matrix of shapes, a captured graph, then times beside PyTorch's SDPA
 (and flash-attn, FlashInfer where importable), against two ceilings measured in the same run. Where TensorRT or
 TensorRT for RTX is installed: engines with the plugin and without, built, compared with PyTorch and timed. A short
-table at the end; everything in DIR/gpu_check.json and DIR/gpu_check.md.
-Exit: 0 correct, 1 a kernel or an engine is wrong, 3 nothing to run on.
+table at the end; everything in DIR/gpu_check.json and DIR/gpu_check.md, written after every stage: what is finished is
+kept if the process is killed, and --resume goes on from there.
+Exit: 0 correct, 1 a kernel or an engine is wrong, 3 nothing to run on, 143 ended by SIGTERM. A stage that fails counts
+as wrong.
 """
 
 from __future__ import annotations
@@ -14,16 +16,25 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
+import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # runs from a checkout that is not installed
+
+from evidence.staged_run import FAILED, Stage, run_stages  # noqa: E402
+
+SANITIZER_S = 90
+TERMINATED = 143
 
 
 def _alias_plugins() -> None:
@@ -74,9 +85,9 @@ def sanitize(quiet: bool) -> dict[str, Any]:
     command = [tool, "--error-exitcode", "9", sys.executable, os.path.abspath(__file__), "--only", "correctness",
                "--quick", "--no-sanitizer"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SANITIZER_S)
     except subprocess.TimeoutExpired:
-        return {"passed": None, "note": "did not end within 30 minutes"}
+        return {"passed": None, "note": f"did not end within {SANITIZER_S} s"}
     last = next((line for line in reversed(done.stdout.splitlines()) if "ERROR SUMMARY" in line), "")
     if "ERROR SUMMARY" not in last:
         return {"passed": None, "note": f"did not run here (exit {done.returncode})"}
@@ -122,44 +133,109 @@ def engines(options: argparse.Namespace, copy_gb_s: float) -> list[dict[str, Any
         return []
 
 
-def collect(options: argparse.Namespace, command: str) -> dict[str, Any]:
-    """Run everything that was asked for."""
+CORE = {"decode": ((16, 32768), (1, 1024), (1, 8192), (1, 32768), (64, 8192)), "prefill": ((1, 8192),)}
+"""points of the benchmark that are measured first"""
+POINT_S, CASE_S, PARALLEL_CASE_S = 9.0, 3.0, 0.5  # a figure with its peers; a case in one process, and in twelve
+WORKERS = 12
+
+
+def judge_case(number: int, quick: bool, seed: int) -> list[dict[str, Any]]:
+    """Case `number` of the correctness part, on inputs of its own seed."""
+    _alias_plugins()
+    import itertools
+
     import torch
+    from gqa_plugins.grouped_attention import gpu_correctness
+
+    device, _, capability = the_gpu()
+    torch.manual_seed(seed + number)
+    (case,) = itertools.islice(gpu_correctness.cases(quick), number, number + 1)
+    return gpu_correctness.check(case, device, capability)
+
+
+def correctness(quick: bool, seed: int, jobs: int) -> dict[str, Any]:
+    """Every kernel on every case, `jobs` processes at a time: most of the time goes into compiling."""
+    from gqa_plugins.grouped_attention import gpu_correctness
+
+    numbers = range(len(list(gpu_correctness.cases(quick))))
+    if jobs <= 1:
+        found = [judge_case(number, quick, seed) for number in numbers]
+    else:
+        pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+        try:
+            found = list(pool.map(judge_case, numbers, [quick] * len(numbers), [seed] * len(numbers)))
+        finally:
+            for process in list(pool._processes.values()):  # none is waited for: there may be no time for it
+                process.kill()
+            pool.shutdown(wait=False, cancel_futures=True)
+    rows = [row for some in found for row in some]
+    for row in rows:
+        if not row["passed"]:
+            print(f"WRONG  {row['kernel']}  {row['case']}  error {row['error']:.3g} > {row['allowed']:.3g}", flush=True)
+    return {"correctness": rows}
+
+
+def bench(options: argparse.Namespace, device: Any, points: Sequence[tuple[str, int, int]],
+          results: dict[str, Any]) -> dict[str, Any]:
+    """A row for each (kind, batch, length)."""
+    import torch
+    from gqa_plugins.grouped_attention import gpu_bench
+
+    found: dict[str, Any] = {"decode": [], "prefill": []}
+    for kind, batch, length in points:
+        row = gpu_bench.measure(kind, batch, length, options.heads, options.kv_heads, options.head_size,
+                                torch.bfloat16, device, results["ceilings"]["copy_gb_s"])
+        if row is None:
+            print(f"skipped {kind} batch {batch} length {length}: needs more memory than this card lends")
+            continue
+        found[kind].append(row)
+        print(f"{kind} batch {batch} length {length}: {row['ours_ms']:.4f} ms", flush=True)
+        torch.cuda.empty_cache()
+    return found
+
+
+def all_stages(options: argparse.Namespace, device: Any) -> list[Stage]:
+    """The whole check, the most wanted first. Seconds are estimates for one H100, none of them measured."""
     from gqa_plugins.grouped_attention import gpu_bench, gpu_correctness
 
-    device, card, capability = the_gpu()
-    torch.manual_seed(options.seed)
-    results: dict[str, Any] = {
-        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "command": command,
-        "card": card, "versions": versions(),
-        "ceilings": gpu_bench.ceilings(device), "correctness": [], "graph": {}, "decode": [], "prefill": [],
-        "sanitizer": {}, "engines": []}
-    if options.only in (None, "correctness"):
-        for case in gpu_correctness.cases(options.quick):
-            rows = gpu_correctness.check(case, device, capability)
-            results["correctness"] += rows
-            for row in rows:
-                if not row["passed"]:
-                    print(f"WRONG  {row['kernel']}  {row['case']}  error {row['error']:.3g} > {row['allowed']:.3g}",
-                          flush=True)
-        if not options.quick:
-            results["correctness"].append(gpu_correctness.check_far(device))
-        results["graph"] = gpu_correctness.check_graph(device)
-        results["sanitizer"] = sanitize(options.no_sanitizer)
-    if options.only in (None, "bench"):
-        for kind in ("decode", "prefill"):
-            for batch, length in gpu_bench.points(kind, options.quick):
-                row = gpu_bench.measure(kind, batch, length, options.heads, options.kv_heads, options.head_size,
-                                        torch.bfloat16, device, results["ceilings"]["copy_gb_s"])
-                if row is None:
-                    print(f"skipped {kind} batch {batch} length {length}: needs more memory than this card lends")
-                    continue
-                results[kind].append(row)
-                print(f"{kind} batch {batch} length {length}: {row['ours_ms']:.4f} ms", flush=True)
-                torch.cuda.empty_cache()
-    if options.only in (None, "engines"):
-        results["engines"] = engines(options, results["ceilings"]["copy_gb_s"])
-    return results
+    jobs = options.jobs or (min(WORKERS, os.cpu_count() or 1) if device.type == "cuda" else 1)
+    cases = len(list(gpu_correctness.cases(options.quick)))
+    points = [(kind, *point) for kind in ("decode", "prefill") for point in gpu_bench.points(kind, options.quick)]
+    core = [point for point in points if point[1:] in CORE[point[0]]]
+    rest = [point for point in points if point not in core]
+    parts = {
+        "correctness": [
+            Stage("smoke", 20, lambda _: {"smoke": judge_case(0, True, options.seed)}),
+            Stage("graph", 5, lambda _: {"graph": gpu_correctness.check_graph(device)})],
+        "ceilings": [Stage("ceilings", 8, lambda _: {"ceilings": gpu_bench.ceilings(device)})],
+        "bench": [Stage("bench core", POINT_S * len(core), lambda found: bench(options, device, core, found))],
+        "correctness, all": [
+            Stage("correctness", cases * (CASE_S if jobs <= 1 else PARALLEL_CASE_S) + 10,
+                  lambda _: correctness(options.quick, options.seed, jobs)),
+            *([] if options.quick else [Stage("far", 8, lambda _: {
+                "correctness": [gpu_correctness.check_far(device)]})])],
+        "bench, rest": [Stage("bench rest", POINT_S * len(rest), lambda found: bench(options, device, rest, found))],
+        "sanitizer": [Stage("sanitizer", SANITIZER_S, lambda _: {"sanitizer": sanitize(options.no_sanitizer)})],
+        "engines": [Stage("engines", 120, lambda found: {
+            "engines": engines(options, found["ceilings"]["copy_gb_s"])})]}
+    wanted = {None: tuple(parts), "correctness": ("correctness", "correctness, all", "sanitizer"),
+              "bench": ("ceilings", "bench", "bench, rest"), "engines": ("ceilings", "engines")}[options.only]
+    return [stage for name in wanted for stage in parts[name]]
+
+
+def begin(options: argparse.Namespace, command: str, card: str) -> dict[str, Any]:
+    """Results without a stage; with --resume those of the folder, if the card and the versions are the same."""
+    fresh = {"when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "command": command,
+             "card": card, "versions": versions(), "ceilings": {}, "smoke": [], "correctness": [], "graph": {},
+             "decode": [], "prefill": [], "sanitizer": {}, "engines": [], "stages": {}}
+    path = options.out / "gpu_check.json" if options.resume and options.out is not None else None
+    if path is None or not path.is_file():
+        return fresh
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    if any(kept.get(name) != fresh[name] for name in ("card", "versions")):
+        print(f"{path} is of another card or other versions: everything is run again")
+        return fresh
+    return kept
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,22 +251,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kv-heads", type=int, default=8, help="key/value heads of the benchmark")
     parser.add_argument("--head-size", type=int, default=128, help="head size of the benchmark")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--budget", type=float, default=0.0, metavar="SECONDS",
+                        help="skip a stage that would not end within so long from the start (default: no limit)")
+    parser.add_argument("--resume", action="store_true", help="run only what the results in --out do not hold yet")
+    parser.add_argument("--jobs", type=int, default=0, help="processes of the correctness part (default: up to 12)")
     options = parser.parse_args(arguments)
     reason = why_not()
     if reason is not None:
         print(f"not checked: {reason}", file=sys.stderr)
         return 3
     _alias_plugins()
+    import torch
     from gqa_plugins.grouped_attention import gpu_report
 
     command = "python scripts/gpu_check.py " + " ".join(sys.argv[1:] if arguments is None else arguments)
-    results = collect(options, command.strip())
+    device, card, _ = the_gpu()
+    torch.manual_seed(options.seed)
+    results = begin(options, command.strip(), card)
+
+    def save(found: dict[str, Any]) -> None:
+        if options.out is not None:
+            gpu_report.write(found, options.out)
+
+    ended = run_stages(all_stages(options, device), results, save, budget_s=options.budget)
     print(gpu_report.table(results))
     if options.out is not None:
         print("written: " + ", ".join(map(str, gpu_report.write(results, options.out))))
-    wrong = any(row["passed"] is False for row in (*results["correctness"], *results["engines"], results["graph"])
-                if row)
-    return 1 if wrong else 0
+    judged = (*results["smoke"], *results["correctness"], *results["engines"], results["graph"])
+    wrong = any(row["passed"] is False for row in judged if row)
+    failed = any(fact["status"] == FAILED for fact in results["stages"].values())
+    return 1 if wrong or failed else 0 if ended else TERMINATED
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # Install into .venv, then lint, type-check and run the tests. Any other argument goes to the last pytest run:
 #   scripts/test.sh            everything; what continuous integration runs
 #   scripts/test.sh --fast     without the tests that export or run a whole model, without kernels through the
-#                              interpreter, and without those marked slow
+#                              interpreters, and without those marked slow
 #   scripts/test.sh -k cli     only the tests whose name has "cli" in it
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -29,8 +29,10 @@ step ruff "$BIN/ruff" check .
 step mypy "$BIN/mypy"
 # Kernels in a process of their own: Triton reads TRITON_INTERPRET once, when it is imported.
 step kernels env TRITON_INTERPRET=1 "$BIN/python" -m pytest tests/plugins -q -n 2 -m "$marks"
+# The compiled kernels' PTX, on an interpreter of our own: Triton compiles here, so it must not interpret.
+step ptx "$BIN/python" -m pytest tests/ptx -q -n 2 -m "$marks"
 # A file stays with one worker: what its tests share is then made once. tests/conftest.py puts long files first.
-step tests "$BIN/python" -m pytest tests --ignore=tests/plugins -q -n 2 --dist loadfile --no-loadscope-reorder \
+step tests "$BIN/python" -m pytest tests --ignore=tests/plugins --ignore=tests/ptx -q -n 2 --dist loadfile --no-loadscope-reorder \
   --durations=25 -m "$marks" "$@"
 
 printf '\ntook %s s: %s\n' "$SECONDS" "$times"

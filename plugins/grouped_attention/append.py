@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from gqa_plugins.grouped_attention.plan import APPEND_STEPS, block
+from gqa_plugins.grouped_attention.plan import APPEND_STEPS, FP_FUSION, block
 from gqa_plugins.grouped_attention.primitives import load_rows, sequence_lengths, store_rows
 
 ARGUMENTS = (
@@ -92,11 +92,12 @@ def constants(*, group: int, head: int, value_head: int, rotary_half: int, inter
 
 
 def append(query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None, past_key: torch.Tensor,
-           past_value: torch.Tensor, past_lengths: torch.Tensor, new_lengths: torch.Tensor, cos: torch.Tensor | None,
-           sin: torch.Tensor | None, *, num_heads: int, interleaved: bool) -> torch.Tensor:
+           past_value: torch.Tensor, past_lengths: torch.Tensor, new_lengths: torch.Tensor | None,
+           cos: torch.Tensor | None, sin: torch.Tensor | None, *, num_heads: int, interleaved: bool) -> torch.Tensor:
     """Write key and value (if given) into the caches; return the query, rotated if cos and sin are given.
 
-    Tensors as in the contract, contiguous. Launches at most one kernel.
+    Tensors as in the contract, contiguous; new_lengths: None for S new tokens in every sequence. Launches at most one
+    kernel.
     """
     batch, steps, _ = query.shape
     kv_heads, capacity, head = past_key.shape[1:]
@@ -111,5 +112,5 @@ def append(query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | 
         1 if cos is None else cos.shape[0],
         **constants(group=num_heads // kv_heads, head=head, value_head=past_value.shape[3],
                     rotary_half=0 if cos is None else cos.shape[1], interleaved=interleaved, has_new=key is not None),
-        num_warps=WARPS, num_stages=STAGES)
+        num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=FP_FUSION)
     return rotated

@@ -21,25 +21,23 @@ Line information is off: it would carry paths of the machine that compiled. Need
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 from gqa_plugins.grouped_attention import plan
+from gqa_plugins.grouped_attention.plan import FP_FUSION
+from gqa_plugins.grouped_attention.ptx_parameters import SCRATCH_POINTERS, scratch_pointers
 
 from gqa_export.errors import GqaExportError
 
 MAGIC = "gqa-cubin 1"
 SUFFIX = ".gqacubin"
 KERNELS = ("append", "prefill", "decode", "combine")
-SCRATCH_POINTERS = 2
 
 
 @dataclass(frozen=True)
@@ -186,6 +184,11 @@ def _recipe(variant: Variant, capability: int) -> tuple[Any, Any, dict[str, Any]
 
 def compile_variant(variant: Variant, capability: int) -> Cubin:
     """Compile one variant for one capability (80, 86, ... 121). No GPU or driver is needed. Raises GqaExportError."""
+    return compile_to_ptx(variant, capability)[0]
+
+
+def compile_to_ptx(variant: Variant, capability: int) -> tuple[Cubin, str]:
+    """The same, and the PTX text that the code was assembled from."""
     if capability not in plan.CAPABILITIES:
         raise GqaExportError(f"compute capability {capability} is not supported", "--capability",
                              f"use one of {', '.join(map(str, plan.CAPABILITIES))}", code="E-OPTION-CAPABILITY")
@@ -209,7 +212,7 @@ def compile_variant(variant: Variant, capability: int) -> Cubin:
         triton.knobs.compilation.disable_line_info = True
         compiled = triton.compile(ASTSource(kernel, signature, constants, aligned),
                                   target=GPUTarget("cuda", capability, 32),
-                                  options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True})
+                                  options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": FP_FUSION})
     facts = compiled.metadata
     if facts.global_scratch_size or facts.profile_scratch_size or facts.shared > plan.SHARED_KIB[capability] * 1024:
         raise GqaExportError(
@@ -217,8 +220,11 @@ def compile_variant(variant: Variant, capability: int) -> Cubin:
             f"{facts.global_scratch_size} of scratch; the launcher gives {plan.SHARED_KIB[capability] * 1024} and none",
             "gqa_plugins.grouped_attention.plan.choose_tiles", "report it: the tile table is wrong for this shape",
                              code="E-ENGINE-KERNEL-SHARED")
-    return Cubin(variant.kernel, facts.name, capability, facts.shared, warps * 32, tile_rows,
-                 tuple(kinds.items()), {name: _text(value) for name, value in constants.items()}, compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    made = Cubin(variant.kernel, facts.name, capability, facts.shared, warps * 32, tile_rows, tuple(kinds.items()),
+                 {name: _text(value) for name, value in constants.items()}, compiled.asm["cubin"],
+                 scratch_pointers(ptx, tuple(kinds.values()), f"kernel {variant.name} for {capability}"))
+    return made, ptx
 
 
 def _text(constant: Any) -> str:
@@ -248,53 +254,7 @@ def parse_capability(text: str) -> int:
     return int(digits)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m gqa_plugins.grouped_attention.cubin",
-        description="Compile a model's attention kernels ahead of time; no GPU is needed.",
-        epilog="example: --heads 32 --kv-heads 8 --head-size 128 --dtype bf16 --capability 8.9 --out kernels")
-    parser.add_argument("--heads", type=int, required=True, help="query heads of a layer")
-    parser.add_argument("--kv-heads", type=int, required=True, help="key/value heads of a layer")
-    parser.add_argument("--head-size", type=int, required=True, help="features of a query or key head")
-    parser.add_argument("--value-head-size", type=int, help="features of a value head (default: head size)")
-    parser.add_argument("--dtype", choices=tuple(plan.DTYPE_BYTES), required=True)
-    parser.add_argument("--capability", action="append", metavar="X.Y",
-                        help="compute capability, repeatable (default: all of "
-                             + ", ".join(f"{c // 10}.{c % 10}" for c in plan.CAPABILITIES) + ")")
-    parser.add_argument("--window", choices=("none", "all", "some"), default="none",
-                        help="layers with a sliding window")
-    parser.add_argument("--softcap", action="store_true", help="scores are soft-capped")
-    parser.add_argument("--sinks", action="store_true", help="heads have attention sinks")
-    parser.add_argument("--rotary-size", type=int, default=0,
-                        help="features that append rotates (default 0: queries and keys come rotated)")
-    parser.add_argument("--interleaved", action="store_true", help="rotary pairs are neighbours")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the files")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        variants = model_variants(
-            heads=options.heads, kv_heads=options.kv_heads, head=options.head_size, value_head=options.value_head_size,
-            dtype=options.dtype, windows={"none": (False,), "all": (True,), "some": (False, True)}[options.window],
-            softcap=options.softcap, sinks=options.sinks, rotary_size=options.rotary_size,
-            interleaved=options.interleaved)
-        capabilities = [parse_capability(text) for text in options.capability or map(str, plan.CAPABILITIES)]
-        files = build(variants, capabilities, options.jobs)
-    except GqaExportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    options.out.mkdir(parents=True, exist_ok=True)
-    for (variant, capability), data in files.items():
-        path = options.out / f"{variant.name}.sm_{capability}{SUFFIX}"
-        path.write_bytes(data)
-        facts = Cubin.from_bytes(data, str(path))
-        print(f"{path.name}  {len(data)} bytes, {facts.shared_bytes} shared, {facts.threads} threads")
-    return 0
-
-
 if __name__ == "__main__":
+    from gqa_plugins.grouped_attention.cubin_command import main
+
     sys.exit(main())

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from gqa_plugins.grouped_attention.plan import COMBINE_SPLITS, MAX_SPLITS, Tiles, block, workspace_elements
+from gqa_plugins.grouped_attention.plan import (
+    COMBINE_SPLITS,
+    FP_FUSION,
+    MAX_SPLITS,
+    Tiles,
+    block,
+    workspace_elements,
+)
 from gqa_plugins.grouped_attention.primitives import (
     LOG2E,
     attend,
@@ -71,7 +78,8 @@ def decode_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_p
                              past + step, start, stop, stop, stop, window, scale, softcap, HEAD, VALUE_HEAD, BLOCK_HEAD,
                              BLOCK_VALUE, BLOCK_ROWS, BLOCK_KEYS, HAS_WINDOW, HAS_SOFTCAP, PRECISION, True)
 
-    seen = top != float("-inf")
+    # A row that sees anything has a weight of 1 at its top. Not `top` itself: on a GPU max drops a NaN, a sum keeps it.
+    seen = total != 0.0
     logsum = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
     slot = ((sequence * kv_heads + kv_head) * (steps * GROUP) + rows) * splits + split
     tl.store(logsum_ptr + slot, logsum, mask=valid)
@@ -133,11 +141,12 @@ def combine_constants(*, group: int, value_head: int, sinks: bool) -> dict[str, 
 
 
 def decode(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor, past_lengths: torch.Tensor,
-           new_lengths: torch.Tensor, sinks: torch.Tensor | None, output: torch.Tensor, *,
+           new_lengths: torch.Tensor | None, sinks: torch.Tensor | None, output: torch.Tensor, *,
            num_heads: int, scale: float, softcap: float, window: int, tiles: Tiles, splits: int) -> None:
     """Write output [B, S, H*E] from query [B, S, H*D] and caches that hold the new tokens already. Two launches.
 
-    splits: 1 .. MAX_SPLITS. The workspace's size depends on shapes and splits alone.
+    new_lengths: None for S new tokens in every sequence. splits: 1 .. MAX_SPLITS. The workspace's size depends on
+    shapes and splits alone.
     """
     batch, steps, _ = query.shape
     kv_heads, capacity, head = past_key.shape[1:]
@@ -148,8 +157,8 @@ def decode(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor
         query, past_key, past_value, past_lengths, new_lengths, partial, logsum, kv_heads, steps, capacity, splits,
         window, scale, softcap,
         **constants(group=group, head=head, value_head=value_head, tiles=tiles, window=window > 0, softcap=softcap > 0),
-        num_warps=tiles.warps, num_stages=tiles.stages)
+        num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=FP_FUSION)
     combine_kernel[(batch * steps * num_heads,)](
         partial, logsum, past_lengths, new_lengths, query if sinks is None else sinks, output, kv_heads, steps,
         capacity, splits, **combine_constants(group=group, value_head=value_head, sinks=sinks is not None),
-        num_warps=COMBINE_WARPS, num_stages=COMBINE_STAGES)
+        num_warps=COMBINE_WARPS, num_stages=COMBINE_STAGES, enable_fp_fusion=FP_FUSION)

@@ -21,7 +21,7 @@ FREE_SHARED_BYTES = 48 * 1024  # what a kernel may use without asking
 
 @dataclass(frozen=True)
 class Device:
-    """The GPU of the current context."""
+    """The GPU of the current context. context: its id, which no later context gets, unlike its address."""
 
     context: int
     capability: int
@@ -68,7 +68,7 @@ def current_device() -> Device:
     device = _call("cuCtxGetDevice")
     major, minor, sms = (_call("cuDeviceGetAttribute", getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), device)
                          for name in ("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", "MULTIPROCESSOR_COUNT"))
-    return Device(int(_call("cuCtxGetCurrent")), int(major) * 10 + int(minor), int(sms))
+    return Device(int(_call("cuCtxGetId", _call("cuCtxGetCurrent"))), int(major) * 10 + int(minor), int(sms))
 
 
 def load(keys: Sequence[Key]) -> Kernels:

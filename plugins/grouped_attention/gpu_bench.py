@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 REPLAYS = 20
+MOST_COPIES = 64
 BACKENDS = {"sdpa-flash": "FLASH_ATTENTION", "sdpa-cudnn": "CUDNN_ATTENTION",
             "sdpa-efficient": "EFFICIENT_ATTENTION", "sdpa-math": "MATH"}
 Call = Callable[[], Any]
@@ -111,6 +112,12 @@ def _flashinfer(package: Any, query: torch.Tensor, key: torch.Tensor, value: tor
     return lambda: package.single_decode_with_kv_cache(query[0, 0], key[0], value[0])
 
 
+def copies_beyond_cache(cache_bytes: int, l2_bytes: int) -> int:
+    """How many copies of a KV cache take turns so that none is left in the L2 cache when its turn comes again: four
+    times the L2 cache in all, but at most MOST_COPIES."""
+    return min(MOST_COPIES, max(1, -(-4 * l2_bytes // cache_bytes)))
+
+
 def measure(kind: str, batch: int, length: int, heads: int, kv_heads: int, head: int, dtype: torch.dtype,
             device: torch.device, copy_gb_s: float) -> dict[str, Any] | None:
     """One row of the table; None where the inputs would not fit in 40 % of the card's memory.
@@ -125,7 +132,7 @@ def measure(kind: str, batch: int, length: int, heads: int, kv_heads: int, head:
     if 3 * cache_bytes + 4 * batch * heads * steps * head * dtype.itemsize > 0.4 * properties.total_memory:
         return None
     l2_bytes = getattr(properties, "L2_cache_size", 64 * 2**20)
-    copies = 1 if kind == "prefill" else min(8, max(1, -(-4 * l2_bytes // cache_bytes)))
+    copies = 1 if kind == "prefill" else copies_beyond_cache(cache_bytes, l2_bytes)
     sets, ours, steps_of_ours = [], [], []
     attributes = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": head**-0.5, "max_length": length}
     past = torch.full((batch,), length - steps, dtype=torch.int32, device=device)

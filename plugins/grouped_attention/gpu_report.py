@@ -1,12 +1,14 @@
 """Results of `scripts/gpu_check.py` as JSON, Markdown and a short table. Standard library only, no GPU.
 
-A result is a plain dictionary: when, command, card, versions, ceilings, correctness, graph, decode, prefill,
-sanitizer, engines. A peer that could not run has its reason in place of a time; nothing is left out in silence.
+A result is a plain dictionary: when, command, card, versions, ceilings, smoke, correctness, graph, decode, prefill,
+sanitizer, engines, stages (what became of each part). A peer that could not run has its reason in place of a time;
+nothing is left out in silence.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -67,9 +69,16 @@ def _grid(rows: list[list[str]]) -> str:
 def table(results: dict[str, Any]) -> str:
     """The short table for the end of the terminal."""
     rows = [["shown", "what", "figures"], *([_word(passed), what, note] for what, passed, note in verdicts(results))]
-    ceilings = results["ceilings"]
-    speeds = f"copy {ceilings['copy_gb_s']:.0f} GB/s, bf16 product {ceilings['matmul_tflop_s']:.0f} TFLOP/s"
-    return f"{results['card']}: {speeds}\n{_grid(rows)}"
+    missing = [f"{name} {fact['status']}: {fact['note']}" for name, fact in results.get("stages", {}).items()
+               if fact["status"] != "done"]
+    return "\n".join([f"{results['card']}: {_ceilings(results)}", _grid(rows), *missing])
+
+
+def _ceilings(results: dict[str, Any]) -> str:
+    found = results["ceilings"]
+    if not found:
+        return "ceilings not measured"
+    return f"copy {found['copy_gb_s']:.0f} GB/s, bf16 product {found['matmul_tflop_s']:.0f} TFLOP/s"
 
 
 def _milliseconds(value: Any) -> str:
@@ -94,10 +103,13 @@ def markdown(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     text = ["# Grouped-attention kernels on a GPU", "", f"- date: {results['when']}", f"- card: {results['card']}",
             f"- versions: {versions}", f"- command: `{results['command']}`",
-            f"- ceilings measured in this run: copy {results['ceilings']['copy_gb_s']:.0f} GB/s (bytes read plus bytes "
-            f"written), bf16 product {results['ceilings']['matmul_tflop_s']:.0f} TFLOP/s", "",
+            f"- ceilings measured in this run (a copy: bytes read plus bytes written): {_ceilings(results)}", "",
             "## What was to be shown", "",
             *_lines([["shown", "what", "figures"], *([_word(ok), what, note] for what, ok, note in verdicts(results))])]
+    if results.get("stages"):
+        text += ["", "## Stages", "", *_lines([["stage", "status", "seconds", "note"], *(
+            [name, fact["status"], f"{fact['seconds']:.1f}", fact["note"]]
+            for name, fact in results["stages"].items())])]
     if results["decode"]:
         text += ["", "## Decode: one new token, median of graph replays (GB/s: bytes of keys and values over time)", "",
                  *_speeds(results["decode"], "gb_s", "GB/s")]
@@ -128,6 +140,13 @@ def write(results: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     """Write gpu_check.json and gpu_check.md into the folder (made if needed); return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     as_json, as_markdown = folder / "gpu_check.json", folder / "gpu_check.md"
-    as_json.write_text(json.dumps(results, indent=2, allow_nan=True) + "\n", encoding="utf-8")
-    as_markdown.write_text(markdown(results), encoding="utf-8")
+    _replace(as_json, json.dumps(results, indent=2, allow_nan=True) + "\n")
+    _replace(as_markdown, markdown(results))
     return as_json, as_markdown
+
+
+def _replace(path: Path, text: str) -> None:
+    """A reader sees the old text or the new one, also if this process is killed meanwhile."""
+    scratch = path.with_name(f".{path.name}.part")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)

@@ -24,6 +24,7 @@ from typing import Any
 from gqa_plugins.grouped_attention import plan
 from gqa_plugins.grouped_attention.cubin import Cubin, Variant
 from gqa_plugins.grouped_attention.fields import CREATION, REBUILD, Key
+from gqa_plugins.grouped_attention.limits import find_excess
 
 from gqa_export.errors import InvalidBundle
 
@@ -91,10 +92,17 @@ class Sizes:
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]], dtype: str) -> Sizes:
-        """From the shapes of a node's inputs, by the contract's names."""
-        batch, _, capacity, head = shapes["past_key"]
+        """From the shapes of a node's inputs, by the contract's names. Raises GqaExportError for sizes that no launch
+        holds: a grid has an end, and within a head the kernels count in 32 bits."""
+        batch, kv_heads, capacity, head = shapes["past_key"]
         table = shapes.get("cos", (1, 0))
-        return cls(batch, shapes["query"][1], capacity, head, shapes["past_value"][3], dtype, table[1], table[0])
+        sizes = cls(batch, shapes["query"][1], capacity, head, shapes["past_value"][3], dtype, table[1], table[0])
+        excess = find_excess(batch, kv_heads, capacity, head, sizes.value_head)
+        if excess is not None:
+            raise InvalidBundle(f"{excess.argument}: {excess.message}", "attention layer",
+                                "build the engine with a smaller --capacity or --max-batch",
+                                code="E-ENGINE-LAYER-LIMITS")
+        return sizes
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ def device_facts(tensor: Tensor) -> tuple[int, int]:
 
 
 def launch(query: Tensor, key: Tensor | None, value: Tensor | None, past_key: Tensor, past_value: Tensor,
-           past_lengths: Tensor, new_lengths: Tensor, cos: Tensor | None, sin: Tensor | None, sinks: Tensor | None, *,
-           num_heads: int, scale: float, softcap: float, window: int, interleaved: bool, bound: int) -> Tensor:
+           past_lengths: Tensor, new_lengths: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+           sinks: Tensor | None, *, num_heads: int, scale: float, softcap: float, window: int, interleaved: bool,
+           bound: int) -> Tensor:
     """Append, then attend (prefill, or decode and combine): at most three launches, nothing read from the device."""
     from gqa_plugins.grouped_attention.append import append
     from gqa_plugins.grouped_attention.decode import decode
@@ -63,11 +64,10 @@ def attend_in_place(query: Tensor, key: Tensor | None, value: Tensor | None, pas
                     sinks: Tensor | None, num_heads: int, kv_num_heads: int, scale: float, softcap: float, window: int,
                     rotary_interleaved: bool, bound: int, backend: str) -> Tensor:
     """Write the new tokens into the caches and return output [B, S, H*E]."""
-    new = _new_lengths(query, new_lengths)
     if backend == "reference":
         output, present_key, present_value = reference.grouped_query_attention(
-            query, key, value, past_key, past_value, past_lengths, new, cos, sin, sinks, num_heads=num_heads,
-            kv_num_heads=kv_num_heads, scale=scale, softcap=softcap, window=window,
+            query, key, value, past_key, past_value, past_lengths, _new_lengths(query, new_lengths), cos, sin, sinks,
+            num_heads=num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap, window=window,
             rotary_interleaved=int(rotary_interleaved), growing=0)
         if key is not None:
             past_key.copy_(present_key)
@@ -76,7 +76,7 @@ def attend_in_place(query: Tensor, key: Tensor | None, value: Tensor | None, pas
     device = torch.cuda.device_of(query)  # the kernels go to the tensors' device, whichever is current
     with device:
         return launch(query.contiguous(), _contiguous(key), _contiguous(value), past_key, past_value,
-                      past_lengths.contiguous(), new.contiguous(), _contiguous(cos), _contiguous(sin),
+                      past_lengths.contiguous(), _contiguous(new_lengths), _contiguous(cos), _contiguous(sin),
                       _contiguous(sinks), num_heads=num_heads, scale=scale, softcap=softcap, window=window,
                       interleaved=rotary_interleaved, bound=bound)
 

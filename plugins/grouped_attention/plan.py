@@ -18,6 +18,7 @@ APPEND_STEPS = 16
 COMBINE_SPLITS = 16
 LONG_ROWS = 128
 BLOCKS_PER_SM = 2
+FP_FUSION = True  # a * b + c in one rounding; said at every compilation, because Triton's default changes in 3.10
 
 # Shared memory one block may use, KiB. Source: CUDA C++ Programming Guide, compute capabilities.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
@@ -59,7 +60,8 @@ def choose_tiles(rows: int, head: int, value_head: int, dtype: str, capability: 
     size, width = DTYPE_BYTES[dtype], block(head) + block(value_head)
     tile_rows = row_block(rows)
     if size == 4:
-        return Tiles(min(tile_rows, 32), 32 if width <= 256 else 16, 4, 2 if width <= 256 else 1)
+        narrow = width <= 128  # with wider heads, 32 keys do not fit in registers and spill (ptxas -v)
+        return Tiles(min(tile_rows, 32), 32 if narrow else 16, 4, 2 if width <= 256 else 1)
     wide = width > 256
     if wide and shared_bytes < 128 * 1024:
         tile_rows = min(tile_rows, 64)
@@ -67,13 +69,16 @@ def choose_tiles(rows: int, head: int, value_head: int, dtype: str, capability: 
     budget = shared_bytes // (1 if long else BLOCKS_PER_SM) - 2048 - tile_rows * block(head) * size
     # Warpgroup and tensor-memory products read the tile from shared memory, so a pipeline of n stages holds n tiles;
     # elsewhere it goes to registers first, and n - 1 are held. Seen in the compiled kernels' shared memory.
-    held = 0 if tile_rows >= 64 and 90 <= capability < 120 else 1
+    in_registers = not 90 <= capability < 120
+    held = 0 if tile_rows >= 64 and not in_registers else 1
     for keys, stages in ((128, 3), (64, 4), (64, 3), (32, 4), (32, 3), (32, 2), (16, 3), (16, 2)):
-        if (keys == 128 and (long or width > 128)) or (keys == 64 and long and wide):
-            continue  # the scores beside the accumulator would not fit in registers
+        if keys == 128 and (long or width > 128):
+            continue  # the scores beside the accumulator would not fit in registers: `ptxas -v` shows what spills
+        if keys == 64 and long and (wide or (in_registers and width > 128)):
+            continue
         weights_bytes = tile_rows * keys * size if wide else 0  # they change registers through shared memory there
         if keys * width * size * (stages - held) + weights_bytes <= budget:
-            return Tiles(tile_rows, keys, 8 if long and width > 128 else 4, stages)
+            return Tiles(tile_rows, keys, 8 if long else 4, stages)
     return Tiles(tile_rows, 16, 4, 1)
 
 

@@ -5,6 +5,7 @@ Dimensions as in `gqa_export.attention_op`; fields as in `fields`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -71,7 +72,8 @@ class State:
 
     @classmethod
     def from_fields(cls, values: Mapping[str, Any], where: str) -> State:
-        """A restored layer; its container goes into the process's store."""
+        """A restored layer. Its container goes into the process's store, and with it into an engine that is serialized
+        again."""
         left = dict(values)
         missing = [name for name, _ in fields.SERIALIZED_ONLY if name not in left and name not in fields.OPTIONAL]
         if missing:
@@ -79,22 +81,68 @@ class State:
                                  code="E-ENGINE-LAYER-FIELDS")
         fields.check_contract_version(int(left.pop("contract_version")), where)
         keys = fields.parse_keys(left.pop("keys"), where)
-        fields.STORE.add(left.pop("cubins", fields.pack(())))
-        return cls(Layer.from_fields(left, where), building=False, keys=keys)
+        container = left.pop("cubins", b"")
+        if "cubins" in values:
+            fields.STORE.add(container)
+        return cls(Layer.from_fields(left, where), building=False, keys=keys, container=container)
+
+
+@dataclass
+class Carrying:
+    """Whether a layer, as it is for one profile, carries the engine's kernels. None: not decided yet."""
+
+    decided: bool | None = None
+
+
+class Carriers:
+    """Chooses the layer that carries the kernels of an engine: the first to be serialized since one was configured.
+
+    TensorRT configures the layers of a network and then serializes them, on one thread. Nothing else tells two networks
+    in a process apart: neither are names their own, nor does a plugin learn which network it is in. A build on another
+    thread can make this one carry twice, which costs bytes, never make it carry nothing.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._configured = 0
+        self._carried: dict[int, int] = {}
+
+    def configure(self, layer: Carrying) -> None:
+        """A build of this layer's network goes on: what was decided in an earlier one is void."""
+        with self._lock:
+            self._configured += 1
+            layer.decided = None
+
+    def carries(self, layer: Carrying) -> bool:
+        """Whether this layer is the one. The same answer until it is configured again: TensorRT reads the fields twice,
+        for their size and for their content."""
+        with self._lock:
+            if layer.decided is None:
+                thread = threading.get_ident()
+                layer.decided = self._carried.get(thread) != self._configured
+                self._carried[thread] = self._configured
+            return layer.decided
+
+
+RANKS = {"query": 3, "key": 3, "value": 3, "past_key": 4, "past_value": 4, "past_lengths": 1, "new_lengths": 1,
+         "cos": 2, "sin": 2, "sinks": 1}
+EXPORT_AGAIN = "export the bundle again: `gqa-export onnx --target trt-plugin`"
 
 
 def check_shapes(state: State, dims: Sequence[Sequence[int]]) -> None:
     """Refuse a node whose inputs do not belong together. dims: their shapes, in order."""
     shapes = dict(zip(state.inputs, dims, strict=True))
+    wrong = [f"{name} has {len(shape)} dimensions, expected {RANKS[name]}" for name, shape in shapes.items()
+             if len(shape) != RANKS[name]]
+    if wrong:
+        raise InvalidBundle("; ".join(wrong), "attention layer", EXPORT_AGAIN, code="E-ENGINE-LAYER-SHAPES")
     heads, kv_heads = state.layer.num_heads, state.layer.kv_num_heads
     _, found_heads, _, head = shapes["past_key"]
     value_head = shapes["past_value"][3]
-    wanted = {"query": heads * head, "key": kv_heads * head, "value": kv_heads * value_head}
-    wrong = [f"{name} has {shapes[name][2]} features, expected {size}" for name, size in wanted.items()
+    features = {"query": heads * head, "key": kv_heads * head, "value": kv_heads * value_head}
+    wrong = [f"{name} has {shapes[name][2]} features, expected {size}" for name, size in features.items()
              if name in shapes and shapes[name][2] != size]
     if found_heads != kv_heads:
         wrong.append(f"past_key has {found_heads} heads, expected {kv_heads}")
     if wrong:
-        raise InvalidBundle("; ".join(wrong), "attention layer",
-                            "export the bundle again: `gqa-export onnx --target trt-plugin`",
-                            code="E-ENGINE-LAYER-SHAPES")
+        raise InvalidBundle("; ".join(wrong), "attention layer", EXPORT_AGAIN, code="E-ENGINE-LAYER-SHAPES")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from gqa_plugins.grouped_attention.plan import Tiles, block
+from gqa_plugins.grouped_attention.plan import FP_FUSION, Tiles, block
 from gqa_plugins.grouped_attention.primitives import (
     LOG2E,
     attend,
@@ -93,9 +93,12 @@ def constants(*, group: int, head: int, value_head: int, tiles: Tiles, window: b
 
 
 def prefill(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor, past_lengths: torch.Tensor,
-            new_lengths: torch.Tensor, sinks: torch.Tensor | None, output: torch.Tensor, *,
+            new_lengths: torch.Tensor | None, sinks: torch.Tensor | None, output: torch.Tensor, *,
             num_heads: int, scale: float, softcap: float, window: int, tiles: Tiles) -> None:
-    """Write output [B, S, H*E] from query [B, S, H*D] and caches that hold the new tokens already. One launch."""
+    """Write output [B, S, H*E] from query [B, S, H*D] and caches that hold the new tokens already. One launch.
+
+    new_lengths: None for S new tokens in every sequence.
+    """
     batch, steps, _ = query.shape
     kv_heads, capacity, head = past_key.shape[1:]
     group = num_heads // kv_heads
@@ -104,4 +107,4 @@ def prefill(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tenso
         steps, capacity, window, scale, softcap,
         **constants(group=group, head=head, value_head=past_value.shape[3], tiles=tiles, window=window > 0,
                     softcap=softcap > 0, sinks=sinks is not None, split_band=query.element_size() < 4),
-        num_warps=tiles.warps, num_stages=tiles.stages)
+        num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=FP_FUSION)

@@ -54,9 +54,15 @@ def tanh(x):
 
 @triton.jit
 def sequence_lengths(past_lengths_ptr, new_lengths_ptr, sequence, steps, capacity):
-    """(past, new, broken) of one sequence: new is cut to 0 .. steps; broken lengths give NaN rows, no bad access."""
+    """(past, new, broken) of one sequence: new is cut to 0 .. steps; broken lengths give NaN rows, no bad access.
+
+    new_lengths_ptr: None where every sequence has `steps` new tokens; then no tensor is filled for it at every call.
+    """
     past = tl.load(past_lengths_ptr + sequence)
-    new = tl.load(new_lengths_ptr + sequence)
+    if new_lengths_ptr is None:
+        new = steps
+    else:
+        new = tl.load(new_lengths_ptr + sequence)
     # capacity - new does not overflow where past + new could.
     broken = (past < 0) | (new > steps) | (past > capacity - tl.maximum(new, 0))
     return past, tl.minimum(tl.maximum(new, 0), steps), broken

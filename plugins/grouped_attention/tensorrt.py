@@ -19,7 +19,7 @@ from typing import Any
 
 from gqa_plugins.grouped_attention import driver, fields, launch
 from gqa_plugins.grouped_attention.launch import Layer, Sizes
-from gqa_plugins.grouped_attention.plugin_layer import Kernels, State, check_shapes
+from gqa_plugins.grouped_attention.plugin_layer import Carriers, Carrying, Kernels, State, check_shapes
 
 from gqa_export.errors import GqaExportError, InvalidBundle
 
@@ -47,7 +47,7 @@ def register(trt: ModuleType | None = None, kernels: Kernels | None = None) -> A
     """Make the plugin known to a process's TensorRT; returns its creator. kernels: to build engines with."""
     trt = trt or discover()
     creator = _creator(trt)
-    creator.kernels, creator.carrier = kernels, None
+    creator.kernels = kernels
     if kernels is not None:
         fields.STORE.add(kernels.container)
     registry = trt.get_plugin_registry()
@@ -91,7 +91,7 @@ def _creator(trt: ModuleType) -> Any:
             self.field_names = trt.PluginFieldCollection(
                 [trt.PluginField(name, b"", kinds[kind]) for name, kind in fields.CREATION])
             self.kernels: Kernels | None = None
-            self.carrier: Any = None
+            self.carriers = Carriers()
             self.registered = False
 
         @noted
@@ -99,10 +99,11 @@ def _creator(trt: ModuleType) -> Any:
             values = {one.name: _value(one.data, dict(fields.SERIALIZED).get(one.name, "char")) for one in collection}
             where = f"attention layer {name!r}"
             if phase != trt.TensorRTPhase.BUILD:
-                return plugin(State.from_fields(values, where), self)
+                return plugin(State.from_fields(values, where), self.carriers)
             for identity in ("plugin_version", "plugin_namespace"):
                 values.pop(identity, None)
-            return plugin(State(Layer.from_fields(values, where), building=True), self)
+            state = State(Layer.from_fields(values, where), building=True)
+            return plugin(state, self.carriers, self.kernels)
 
     return Creator()
 
@@ -122,10 +123,11 @@ def _plugin_class(trt: ModuleType, kinds: Mapping[str, Any]) -> type:
     class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
         """One attention layer."""
 
-        def __init__(self, state: State, creator: Any) -> None:
+        def __init__(self, state: State, carriers: Carriers, kernels: Kernels | None = None) -> None:
             for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
                 base.__init__(self)
-            self.state, self.creator = state, creator
+            self.state, self.carriers, self.kernels = state, carriers, kernels
+            self.carrying = Carrying()
             self.plugin_name, self.plugin_version = fields.NAME, fields.PLUGIN_VERSION
             self.plugin_namespace = fields.NAMESPACE
             self.num_outputs = len(state.outputs)
@@ -136,7 +138,7 @@ def _plugin_class(trt: ModuleType, kinds: Mapping[str, Any]) -> type:
             return self
 
         def clone(self) -> Any:
-            return type(self)(self.state, self.creator)
+            return type(self)(self.state, self.carriers, self.kernels)
 
         def attach_to_context(self, _context: Any) -> Any:
             return self.clone()
@@ -174,8 +176,9 @@ def _plugin_class(trt: ModuleType, kinds: Mapping[str, Any]) -> type:
         def configure_plugin(self, inputs: Sequence[Any], _outputs: Sequence[Any]) -> None:
             check_shapes(self.state, [one.max for one in inputs])
             largest = self.state.sizes([one.max for one in inputs], dtypes[inputs[0].desc.type])
-            if self.creator.kernels is not None:
-                self.state = replace(self.state, keys=self.creator.kernels.of(self.state.layer, largest))
+            self.carriers.configure(self.carrying)
+            if self.kernels is not None:
+                self.state = replace(self.state, keys=self.kernels.of(self.state.layer, largest))
 
         @noted
         def get_workspace_size(self, inputs: Sequence[Any], _outputs: Sequence[Any]) -> int:
@@ -185,11 +188,8 @@ def _plugin_class(trt: ModuleType, kinds: Mapping[str, Any]) -> type:
         @noted
         def get_fields_to_serialize(self) -> Any:
             state = self.state
-            if state.building and self.creator.kernels is not None:
-                # TensorRT asks every layer of every profile twice, for the size and for the content.
-                self.creator.carrier = self.creator.carrier or self
-                if self.creator.carrier is self:
-                    state = replace(state, container=self.creator.kernels.container)
+            if state.building and self.kernels is not None and self.carriers.carries(self.carrying):
+                state = replace(state, container=self.kernels.container)
             made = [trt.PluginField(name, np.frombuffer(value, np.int8) if kind == "char"
                                     else np.array([value], numbers[kind]), kinds[kind])
                     for name, kind, value in state.to_fields()]
@@ -199,26 +199,27 @@ def _plugin_class(trt: ModuleType, kinds: Mapping[str, Any]) -> type:
         @noted
         def on_shape_change(self, inputs: Sequence[Any], _outputs: Sequence[Any]) -> None:
             if not self.state.building:
-                self._load(self.state.sizes([one.dims for one in inputs], dtypes[inputs[0].type]))
+                self._load([one.dims for one in inputs], dtypes[inputs[0].type])
 
-        def _load(self, sizes: Sizes) -> driver.Kernels:
+        def _load(self, shapes: Sequence[Sequence[int]], dtype: str) -> tuple[driver.Kernels, Sizes]:
+            sizes = self.state.sizes(shapes, dtype)
             if self.loaded is None or self.loaded.device.context != driver.current_device().context:
                 self.loaded = driver.load(self.state.keys)
             if sizes not in self.checked:
                 for cubin in self.loaded.cubins.values():
                     launch.check_cubin(cubin, self.state.layer, sizes)
                 self.checked.add(sizes)
-            return self.loaded
+            return self.loaded, sizes
 
         @noted
         def enqueue(self, input_desc: Sequence[Any], _output_desc: Any, inputs: Sequence[int], outputs: Sequence[int],
                     workspace: int, stream: int) -> None:
-            sizes = self.state.sizes([one.dims for one in input_desc], dtypes[input_desc[0].type])
-            loaded = self._load(sizes)
+            loaded, sizes = self._load([one.dims for one in input_desc], dtypes[input_desc[0].type])
             pointers = dict(zip(self.state.inputs, inputs, strict=True))
             results = dict(zip(self.state.outputs, outputs, strict=True))
             for present, past in ALIAS.items():
-                if present in results and results[present] != pointers[past]:
+                # While it builds, TensorRT may time the layer on buffers of its own: there is no cache to keep yet.
+                if not self.state.building and present in results and results[present] != pointers[past]:
                     raise InvalidBundle(f"TensorRT gave {present} other memory than {past}: the cache would not be "
                                         "written in place", "attention layer", "report it with the engine's manifest",
                                          code="E-ENGINE-ALIAS")

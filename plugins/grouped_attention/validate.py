@@ -9,13 +9,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+from gqa_plugins.grouped_attention.limits import find_excess
 
 from gqa_export.errors import GqaExportError
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-MAX_HEAD = 256
-MAX_GRID_YZ = 65535  # CUDA's limit on the second and third grid dimension: heads and sequences lie there
-MAX_HEAD_ELEMENTS = 2**31 - 2**16  # within one head of one sequence the kernels count elements in 32 bits
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,9 @@ def check(query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | N
     half = _check_rotary(cos, sin, D)
     _check_caches(past_key, past_value)
     if not reference:
-        _check_limits(B, K, C, D, E)
+        excess = find_excess(B, K, C, D, E)
+        if excess is not None:
+            raise _refuse(excess.argument, excess.message, excess.fix)
     if max_length is not None:
         if not 0 <= max_length <= C:
             raise _refuse("max_length",
@@ -158,18 +158,6 @@ def _check_rotary(cos: torch.Tensor | None, sin: torch.Tensor | None, D: int) ->
         raise _refuse("cos", f"shape {_shape(cos)} does not fit head size D = {D}",
                       f"a rotary table is [M, R/2] with M >= 1 and R <= D = {D}")
     return cos.shape[1]
-
-
-def _check_limits(B: int, K: int, C: int, D: int, E: int) -> None:
-    for name, size in (("past_key", D), ("past_value", E)):
-        if not 1 <= size <= MAX_HEAD:
-            raise _refuse(name, f"head size {size} is outside 1 .. {MAX_HEAD}", 'use backend="reference"')
-        if C * size > MAX_HEAD_ELEMENTS:
-            raise _refuse(name, f"capacity {C} times head size {size} exceeds {MAX_HEAD_ELEMENTS} elements",
-                          f"use a capacity of at most {MAX_HEAD_ELEMENTS // size}")
-    if B > MAX_GRID_YZ or K > MAX_GRID_YZ:
-        name = "query" if B > MAX_GRID_YZ else "kv_num_heads"
-        raise _refuse(name, f"B = {B}, K = {K}: CUDA grids end at {MAX_GRID_YZ}", "split the batch")
 
 
 def check_table(cos: torch.Tensor | None, longest: int) -> None:

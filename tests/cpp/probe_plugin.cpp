@@ -3,13 +3,16 @@
 //   probe_plugin LIBRARY
 //   field NAME KIND HEX          one more field for the next `create`; KIND int32 | int64 | float32 | char
 //   create build|runtime [NAME]  -> made | refused
+//   keep; swap N                 put the plugin aside, as number 0, 1, ...; exchange it with number N
+//   context ID                   another CUDA context from here on, at the same address
 //   previous                     the plugin made before the last one is the one asked from here on
 //   creator                      -> the creator's identity and fields
 //   outputs                      -> their number and, for each, the input whose memory it is
 //   formats                      -> for every position, the types it takes beside an fp16 query
 //   configure TYPE DIMS          -> the result and the workspace's bytes; DIMS: 1,1,128;1,2,64,32;... of every input
 //   serialize                    -> "NAME KIND HEX", a line per field
-//   run TYPE DIMS [apart]        -> onShapeChange's and enqueue's results; apart: presents in other memory than pasts
+//   run TYPE DIMS [apart|again]  -> onShapeChange's and enqueue's results; apart: presents in other memory than pasts;
+//                                again: on the clone that the last run made
 #include <NvInferRuntime.h>
 
 #include <cstring>
@@ -112,12 +115,15 @@ public:
         if (command == "field") held_.push_back({first, from_hex(third), field_type(second)});
         if (command == "create") create(first, second);
         if (command == "previous") plugin_.swap(before_);
+        if (command == "keep") kept_.push_back(std::move(plugin_));
+        if (command == "swap") plugin_.swap(kept_.at(std::stoul(first)));
         if (command == "creator") print_creator();
         if (command == "outputs") print_outputs();
         if (command == "formats") print_formats();
         if (command == "configure") configure(data_type(first), read_dims(second));
         if (command == "serialize") serialize();
-        if (command == "run") run(data_type(first), read_dims(second), third == "apart");
+        if (command == "context") setenv("GQA_STUB_CONTEXT_ID", first.c_str(), 1);  // another, at the same address
+        if (command == "run") run(data_type(first), read_dims(second), third);
     }
 
 private:
@@ -199,7 +205,8 @@ private:
         std::cout << "--" << std::endl;
     }
 
-    void run(DataType type, std::vector<Dims> const& dims, bool apart) {
+    void run(DataType type, std::vector<Dims> const& dims, std::string const& how) {
+        bool const apart = how == "apart";
         std::vector<PluginTensorDesc> inputs(dims.size()), outputs(3);
         std::vector<void const*> addresses;
         for (std::size_t i = 0; i < dims.size(); ++i) {
@@ -207,14 +214,14 @@ private:
             inputs[i].type = holds_lengths(dims, i) ? DataType::kINT32 : type;
             addresses.push_back(reinterpret_cast<void const*>(std::uintptr_t{4096} * (i + 1)));
         }
-        std::unique_ptr<IPluginV3> attached(runtime(*plugin_).attachToContext(nullptr));
+        if (how != "again") attached_.reset(runtime(*plugin_).attachToContext(nullptr));
         int32_t const count = build().getNbOutputs();
         std::vector<void*> results{reinterpret_cast<void*>(std::uintptr_t{1} << 20)};
         for (int32_t i = 1; i < count; ++i) {
             auto const aliased = static_cast<std::size_t>(build().getAliasedInput(i));
             results.push_back(const_cast<void*>(addresses[apart ? 0 : aliased]));
         }
-        auto& running = runtime(*attached);
+        auto& running = runtime(*attached_);
         int32_t const shaped =
             running.onShapeChange(inputs.data(), static_cast<int32_t>(dims.size()), outputs.data(), count);
         int32_t const done = running.enqueue(inputs.data(), outputs.data(), addresses.data(), results.data(),
@@ -224,7 +231,8 @@ private:
 
     IPluginCreatorV3One& creator_;
     std::vector<HeldField> held_;
-    std::unique_ptr<IPluginV3> plugin_, before_;
+    std::unique_ptr<IPluginV3> plugin_, before_, attached_;
+    std::vector<std::unique_ptr<IPluginV3>> kept_;
 };
 
 }  // namespace

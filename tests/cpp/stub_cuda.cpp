@@ -3,7 +3,7 @@
 // It is as strict as the driver where the runtime could go wrong: fresh memory is full of NaN, and allocating, loading
 // or waiting fails while a stream is captured. A module's image is text, "NAME KIND KIND ...": a launch writes its
 // arguments, by kind, into the log. Environment: GQA_STUB_LOG (file), GQA_STUB_CAPABILITY (89), GQA_STUB_SMS (128),
-// GQA_STUB_FAIL (a symbol that fails), GQA_STUB_NO_GPU.
+// GQA_STUB_CONTEXT_ID (1), GQA_STUB_FAIL (a symbol that fails), GQA_STUB_NO_GPU.
 #include "stub_cuda.h"
 
 #include <cstdint>
@@ -128,6 +128,10 @@ STUB cuCtxGetCurrent(Context* context) {
 }
 STUB cuCtxSetCurrent(Context context) {
     current = context;
+    return kSuccess;
+}
+STUB cuCtxGetId(Context, unsigned long long* id) {
+    *id = static_cast<unsigned long long>(setting("GQA_STUB_CONTEXT_ID", 1));
     return kSuccess;
 }
 STUB cuCtxGetDevice(Device* device) {

@@ -7,7 +7,7 @@ import random
 import struct
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,16 +193,16 @@ def test_engine_is_built_with_the_kernels_of_a_folder(tensorrt_programs: Program
         for sha, data in fields.unpack(container).items():
             (folder / f"{sha}.gqacubin").write_bytes(data)
     (folder / "notes.txt").write_text("not a kernel")
-    build = [line for number, layer in enumerate((LAYER, windowed))
-             for line in (*field_lines(attributes(layer)), f"create build layer{number}",
-                          f"configure fp16 {dims_text(layer, SIZES)}", "serialize")]
+    both = list(enumerate((LAYER, windowed)))
+    build = [line for number, layer in both
+             for line in (*field_lines(attributes(layer)), f"create build layer{number}", "keep")]
+    build += [line for number, layer in both for line in (f"swap {number}", f"configure fp16 {dims_text(layer, SIZES)}",
+                                                          f"swap {number}")]
+    build += [line for number, _ in both for line in (f"swap {number}", "serialize", f"swap {number}")]
     said = Driven(tensorrt_programs, tmp_path, build, GQA_KERNELS=folder).said
-    ends = [number for number, line in enumerate(said) if line == "--"]
-    layers = [said[:ends[0]], said[ends[0] + 1:ends[1]]]
-    written = []
-    for layer, lines in zip((LAYER, windowed), layers, strict=True):
-        assert lines[:2] == ["made", f"0 {launch.workspace_bytes(layer, SIZES)}"]
-        written.append({line.split()[0]: line.split()[1:] for line in lines[2:]})
+    assert said[:4] == ["made", "made", *(f"0 {launch.workspace_bytes(layer, SIZES)}" for layer in (LAYER, windowed))]
+    written = [{line.split()[0]: line.split()[1:] for line in lines.split("\n") if line}
+               for lines in "\n".join(said[4:]).split("--")[:2]]
     assert [list(one) for one in written] == [[name for name, _ in fields.SERIALIZED],
                                               [name for name, _ in fields.SERIALIZED if name != "cubins"]]
     carried = fields.unpack(bytes.fromhex(written[0]["cubins"][1]))
@@ -212,6 +212,108 @@ def test_engine_is_built_with_the_kernels_of_a_folder(tensorrt_programs: Program
         attention = [key for key in keys[layer] if key.kernel in ("prefill", "decode")]
         assert {key for key in named if key.kernel in ("prefill", "decode")} == set(attention)
         assert {key.kernel for key in named} == set(fields.KERNELS)
+
+
+def kernel_folder(tmp_path: Path, chance: random.Random, layer: Layer = LAYER) -> Path:
+    folder = tmp_path / "kernels"
+    folder.mkdir(exist_ok=True)
+    for sha, data in fields.unpack(make_kernels(layer, SIZES, (CAPABILITY,), chance)[2]).items():
+        (folder / f"{sha}.gqacubin").write_bytes(data)
+    return folder
+
+
+def carried(said: Sequence[str]) -> list[bool]:
+    """Of every layer that was serialized, in order, whether it carries the kernels."""
+    text = "\n".join(said)
+    return ["\ncubins char " in f"\n{part}" for part in text.split("\n--")[:-1]]
+
+
+def test_every_network_of_a_process_carries_its_kernels_once(tensorrt_programs: Programs, tmp_path: Path,
+                                                             chance: random.Random) -> None:
+    """Two networks of other layer names: one after the other, both parsed before either is built, one built twice."""
+    folder = kernel_folder(tmp_path, chance)
+    names = ("model.layers.0.attn", "model.layers.1.attn", "transformer.h.0.attn", "transformer.h.1.attn")
+    parsed = [line for name in names for line in (*field_lines(attributes(LAYER)), f"create build {name}", "keep")]
+    configure = f"configure fp16 {dims_text(LAYER, SIZES)}"
+
+    def build(*layers: int) -> list[str]:
+        return [line for command in (configure, "serialize", "serialize") for layer in layers
+                for line in (f"swap {layer}", command, f"swap {layer}")]
+
+    at_once = Driven(tensorrt_programs, tmp_path, [*parsed, *build(0, 1), *build(2, 3), *build(0, 1)],
+                     GQA_KERNELS=folder).said
+    assert carried(at_once) == [True, False] * 6
+    in_turn = Driven(tensorrt_programs, tmp_path, [*parsed[:len(parsed) // 2], *build(0, 1),
+                                                   *parsed[len(parsed) // 2:], *build(2, 3)], GQA_KERNELS=folder).said
+    assert carried(in_turn) == [True, False] * 4
+
+
+def test_engine_that_is_loaded_and_serialized_again_keeps_its_kernels(tensorrt_programs: Programs, tmp_path: Path,
+                                                                      chance: random.Random) -> None:
+    keys, _, container = make_kernels(LAYER, SIZES, (CAPABILITY,), chance)
+    made = serialized(LAYER, keys, container)
+    said = Driven(tensorrt_programs, tmp_path, [*field_lines(made), "create runtime", "serialize", "serialize"]).said
+    expected = [*(f"{name} {kind} {packed(kind, value).hex()}" for name, kind, value in made), "--"]
+    assert said == ["made", *expected, *expected]
+
+
+def test_layer_is_timed_while_an_engine_is_built(tensorrt_programs: Programs, tmp_path: Path,
+                                                 chance: random.Random) -> None:
+    """TensorRT runs it on the GPU to choose a tactic, perhaps with outputs in buffers of their own."""
+    folder = kernel_folder(tmp_path, chance)
+    shape = dims_text(LAYER, SIZES)
+    driven = Driven(tensorrt_programs, tmp_path, [
+        *field_lines(attributes(LAYER)), "create build layer0", f"configure fp16 {shape}", f"run fp16 {shape}",
+        f"run fp16 {shape} apart"], GQA_KERNELS=folder)
+    assert driven.said[-2:] == ["0 0", "0 0"]
+    assert len(driven.launches) == 2 * 3
+
+
+def test_context_at_the_address_of_one_that_is_gone_gets_kernels_of_its_own(tensorrt_programs: Programs, tmp_path: Path,
+                                                                            chance: random.Random) -> None:
+    keys, _, container = make_kernels(LAYER, SIZES, (CAPABILITY,), chance)
+    run = f"run fp16 {dims_text(LAYER, SIZES)}"
+    driven = Driven(tensorrt_programs, tmp_path, [*field_lines(serialized(LAYER, keys, container)), "create runtime",
+                                                  run, f"{run} again", "context 2", f"{run} again"])
+    assert driven.said == ["made", "0 0", "0 0", "0 0"]
+    log = (tmp_path / "log").read_text().splitlines()
+    loads = [number for number, line in enumerate(log) if line.startswith("module loaded")]
+    launches = [number for number, line in enumerate(log) if line.startswith("launch")]
+    assert len(loads) == 2 * 4
+    assert loads[3] < launches[0] < launches[5] < loads[4], "loaded again for the new context, not for the second run"
+    assert not [line for line in log if line.startswith("module unloaded")][:-4], "the old ones went with their context"
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"head": 257}, "head size 257 is outside 1 .. 256"), ({"value_head": 300}, "head size 300 is outside 1 .. 256"),
+    ({"capacity": 2**25}, "capacity 33554432 times head size 64 exceeds 2147418112 elements"),
+    ({"batch": 65536}, "B = 65536, K = 2: CUDA grids end at 65535")])
+def test_sizes_that_no_launch_holds_are_refused(tensorrt_programs: Programs, tmp_path: Path, chance: random.Random,
+                                                changes: dict[str, int], words: str) -> None:
+    keys, _, container = make_kernels(LAYER, SIZES, (CAPABILITY,), chance)
+    text = dims_text(LAYER, replace(SIZES, **changes))
+    built = Driven(tensorrt_programs, tmp_path, [*field_lines(attributes(LAYER)), "create build layer0",
+                                                 f"configure fp16 {text}"], GQA_KERNELS=kernel_folder(tmp_path, chance))
+    assert words in built.said[1]
+    assert built.said[-1].startswith("1 ")
+    ran = Driven(tensorrt_programs, tmp_path, [*field_lines(serialized(LAYER, keys, container)), "create runtime",
+                                               f"run fp16 {text}"])
+    assert words in ran.said[1]
+    assert ran.said[-1] == "1 1"
+    assert not ran.launches
+
+
+@pytest.mark.parametrize(("old", "new", "words"), [
+    ("1,2,256,64;1,2,256,64", "1,2,256;1,2,256,64", "past_key has 3 dimensions, expected 4"),
+    ("1,1,512", "512", "query has 1 dimensions, expected 3")])
+def test_inputs_of_another_rank_are_refused(tensorrt_programs: Programs, tmp_path: Path, chance: random.Random,
+                                            old: str, new: str, words: str) -> None:
+    text = dims_text(LAYER, SIZES)
+    assert old in text
+    said = Driven(tensorrt_programs, tmp_path, [*field_lines(attributes(LAYER)), "create build layer0",
+                                                f"configure fp16 {text.replace(old, new, 1)}"],
+                  GQA_KERNELS=kernel_folder(tmp_path, chance)).said
+    assert words in said[1]
 
 
 def test_building_without_kernels_or_with_wrong_shapes_is_refused(tensorrt_programs: Programs, tmp_path: Path) -> None:

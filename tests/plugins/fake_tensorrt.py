@@ -92,7 +92,7 @@ class Driver(ModuleType):
     def __init__(self, capability: int = 89, sm_count: int = 58, context: int = 7) -> None:
         super().__init__("cuda.bindings.driver")
         self.facts = {75: capability // 10, 76: capability % 10, 16: sm_count}
-        self.context, self.calls = context, []
+        self.context, self.context_id, self.calls = context, 1, []
         self.refuses = ""
 
     def _note(self, name: str, *arguments: Any) -> int:
@@ -101,6 +101,10 @@ class Driver(ModuleType):
 
     def cuCtxGetCurrent(self) -> tuple[int, int]:
         return 0, self.context
+
+    def cuCtxGetId(self, context: int) -> tuple[int, int]:
+        assert context == self.context
+        return 0, self.context_id
 
     def cuCtxGetDevice(self) -> tuple[int, int]:
         return 0, 0

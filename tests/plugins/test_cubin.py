@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from gqa_plugins.grouped_attention import append, cubin, decode, plan, prefill
+from gqa_plugins.grouped_attention import append, cubin, decode, plan, prefill, ptx_parameters
 from refusal import refused
 
 from gqa_export.errors import GqaExportError
@@ -111,6 +111,28 @@ def test_declared_arguments_are_the_kernels_arguments(kernel: str) -> None:
                     decode.combine_constants(group=2, value_head=16, sinks=True)),
     }[kernel]
     assert function.arg_names == [*(name for name, _ in declared), *constants]
+
+
+def header(*kinds: str) -> str:
+    lines = ",\n".join(f"\t.param .{kind} .ptr .global .align 1 kernel_param_{i}" for i, kind in enumerate(kinds))
+    return f".visible .entry kernel(\n{lines}\n)\n.reqntid 128\n{{\n\tld.param.u64 %rd1, [kernel_param_0];\n}}\n"
+
+
+@pytest.mark.parametrize("hidden", [(), ("u64",), ("u64", "u64"), ("b64", "b64")])
+def test_hidden_pointers_are_counted_not_assumed(hidden: tuple[str, ...]) -> None:
+    declared = ("*bf16", "*i32", "i32", "fp32")
+    assert ptx_parameters.scratch_pointers(header("u64", "u64", "u32", "f32", *hidden), declared, "k") == len(hidden)
+
+
+@pytest.mark.parametrize("found", [
+    ("u64", "u64", "u32", "f32", "u64", "u64", "u64"),  # a third hidden pointer
+    ("u64", "u64", "u32", "f32", "u64", "u32"), ("u64", "u64", "u32", "f32", "f32"),  # hidden, and not a pointer
+    ("u64", "u64", "u32"), (),  # one that is declared was dropped
+    ("u64", "u64", "f32", "u32"), ("u64", "u32", "u32", "f32")])  # in another order, of another type
+def test_kernel_that_takes_other_parameters_than_declared_is_refused(found: tuple[str, ...]) -> None:
+    with refused("E-ENGINE-KERNEL-ARGUMENTS") as caught:
+        ptx_parameters.scratch_pointers(header(*found), ("*bf16", "*i32", "i32", "fp32"), "kernel decode")
+    assert caught.error.where == "kernel decode"
 
 
 def made() -> cubin.Cubin:

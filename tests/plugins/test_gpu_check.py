@@ -209,6 +209,60 @@ def test_whole_run_on_a_pretended_gpu_writes_its_files(script, monkeypatch, tmp_
     assert written["decode"][0]["peers"]["sdpa-math"] == 0.5
     assert set(written["prefill"][0]["peers"]) >= set(gpu_report.SDPA)
     assert written["command"].startswith("python scripts/gpu_check.py --quick")
+    assert {fact["status"] for fact in written["stages"].values()} == {"done"}
+    monkeypatch.setattr(gpu_correctness, "check", None)  # nothing is run again
+    monkeypatch.setattr(gpu_bench, "measure", None)
+    assert script.main(["--quick", "--no-sanitizer", "--resume", "--out", str(tmp_path)]) == int(wrong)
+    assert json.loads((tmp_path / "gpu_check.json").read_text()) == written
+
+
+def planned(script, *arguments: str) -> list:
+    """The stages of a command line; none is run."""
+    found: list = []
+    original = script.run_stages
+    script.run_stages = lambda stages, results, save, budget_s: found.extend(stages) or True
+    try:
+        script.main([*arguments])
+    finally:
+        script.run_stages = original
+    return found
+
+
+@pytest.mark.parametrize(("only", "most", "most_of_four"), [(None, 500, 210), ("correctness", 200, 200),
+                                                            ("bench", 220, 220)])
+def test_the_estimates_fit_a_machine_that_is_lent_for_ten_minutes(script, monkeypatch, only: str | None, most: float,
+                                                                  most_of_four: float) -> None:
+    monkeypatch.setattr(script, "why_not", lambda: None)
+    monkeypatch.setattr(script, "the_gpu", lambda: (SimpleNamespace(type="cuda"), "Pretended GPU", 90))
+    monkeypatch.setattr(script.os, "cpu_count", lambda: 16)
+    stages = planned(script, *(["--only", only] if only else []))
+    assert sum(stage.seconds for stage in stages) <= most
+    assert sum(stage.seconds for stage in stages[:4]) <= most_of_four
+    names = [stage.name for stage in stages]
+    assert len(names) == len(set(names))
+    if only is None:
+        assert names[:4] == ["smoke", "graph", "ceilings", "bench core"], "what is wanted most comes first"
+
+
+def test_a_run_whose_ceilings_and_more_were_skipped_has_a_table_that_says_so(results) -> None:
+    results["ceilings"] = {}
+    results["stages"] = {"smoke": {"status": "done", "seconds": 9.0, "note": ""},
+                         "bench core": {"status": "skipped", "seconds": 0.0, "note": "about 54 s, 3 s were left"}}
+    text = gpu_report.table(results)
+    assert text.startswith("Invented GPU: ceilings not measured\n")
+    assert text.splitlines()[-1] == "bench core skipped: about 54 s, 3 s were left"
+    page = gpu_report.markdown(results)
+    assert "| bench core | skipped | 0.0 | about 54 s, 3 s were left |" in page
+
+
+def test_results_of_another_card_are_not_resumed(script, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(script, "versions", lambda: {"torch": "0.0", "triton": "0.0"})
+    chosen = SimpleNamespace(out=tmp_path, resume=True)
+    kept = {**script.begin(chosen, "c", "card A"), "smoke": [{"passed": True}]}
+    gpu_report.write({**kept, "correctness": []}, tmp_path)
+    assert script.begin(chosen, "c", "card A")["smoke"] == [{"passed": True}]
+    assert script.begin(chosen, "c", "card B")["smoke"] == []
+    assert script.begin(SimpleNamespace(out=tmp_path, resume=False), "c", "card A")["smoke"] == []
 
 
 def test_script_runs_from_a_checkout_that_is_not_installed() -> None:
@@ -224,3 +278,16 @@ def test_script_knows_why_it_cannot_run(script, monkeypatch) -> None:
     assert "TRITON_INTERPRET" in script.why_not()
     assert script.sanitize(True)["passed"] is None
     assert {"python", "torch", "triton"} <= set(script.versions())
+
+
+@pytest.mark.parametrize("l2_megabytes", [40, 50, 60, 126])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1024), (1, 8192), (4, 1024), (16, 32768)])
+def test_caches_that_take_turns_do_not_stay_in_the_l2_cache(batch: int, length: int, l2_megabytes: int) -> None:
+    """At (1, 1k) a cache is 4 MB: eight copies would all lie in an L2 cache of 50 MB, and its speed be measured."""
+    from gqa_plugins.grouped_attention import gpu_bench
+
+    cache_bytes, l2_bytes = 2 * batch * 8 * length * 128 * 2, l2_megabytes * 2**20
+    copies = gpu_bench.copies_beyond_cache(cache_bytes, l2_bytes)
+    assert 1 <= copies <= gpu_bench.MOST_COPIES
+    assert copies * cache_bytes >= 2 * l2_bytes
+    assert (copies - 1) * cache_bytes < 4 * l2_bytes, "no more than it takes"

@@ -68,6 +68,29 @@ def test_absent_new_lengths_mean_every_token_and_strided_queries_are_taken() -> 
 
 
 @pytest.mark.kernels
+@pytest.mark.parametrize("steps", [1, 4])
+def test_absent_new_lengths_launch_nothing_more(monkeypatch, steps: int) -> None:
+    """No tensor is filled for them: that would be a launch more at every call, in a captured graph too."""
+    made: list[str] = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> object:
+            if name in ("full", "ones", "zeros", "tensor", "arange", "full_like"):
+                made.append(name)
+            return getattr(torch, name)
+
+    monkeypatch.setattr(ops, "torch", Counting())
+    problem = make(Case(((3, steps), (9, steps)), steps))
+    output, key, value = call(grouped_query_attention, problem, new_lengths=None)
+    assert made == []
+    again = make(problem.case)
+    expected, expected_key, expected_value = call(grouped_query_attention, again)
+    assert torch.equal(output, expected)
+    assert torch.equal(key.nan_to_num(nan=7.0), expected_key.nan_to_num(nan=7.0))
+    assert torch.equal(value.nan_to_num(nan=7.0), expected_value.nan_to_num(nan=7.0))
+
+
+@pytest.mark.kernels
 def test_host_bound_changes_the_splits_but_not_the_result(monkeypatch) -> None:
     problem = make(Case(((700, 1), (0, 1)), 1, capacity=1024, kv_heads=1))
     chosen, original = [], plan.plan

@@ -4,15 +4,18 @@ where TensorRT for RTX is installed, in the real module as well."""
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import fake_tensorrt as fake
 import numpy as np
 import pytest
-from gqa_plugins.grouped_attention import driver, fields, launch, plugin_layer
+from gqa_plugins.grouped_attention import driver, fields, launch, limits, plugin_layer
 from gqa_plugins.grouped_attention import tensorrt as plugin
 from gqa_plugins.grouped_attention.fields import Key
 from gqa_plugins.grouped_attention.launch import Layer, Sizes
@@ -23,6 +26,7 @@ from test_tensorrt_launch import LLAMA, cubins
 from gqa_export import attention_op
 from gqa_export.environment import tensorrt_libraries
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 SIZES = Sizes(2, 1, 1024, 64, 64, "fp16", 32, 1024)
 TYPES = {"fp16": "HALF", "bf16": "BF16", "fp32": "FLOAT"}
 
@@ -175,8 +179,81 @@ def test_one_layer_carries_the_kernels_however_often_it_is_asked(trt, kernels) -
         one.configure_plugin(*tensors(trt, one.state, SIZES))
     asked = [["cubins" in serialized(one) for one in layers] for _ in range(2)]
     assert asked == [[True, False, False]] * 2
-    again = plugin.register(trt, kernels)
-    assert again.carrier is None, "the next engine carries its own"
+
+
+def carrying(layers: list[Any]) -> list[list[bool]]:
+    """Which of them carry the kernels, as TensorRT for RTX finds out: each is serialized for its size, then each for
+    its content."""
+    return [["cubins" in serialized(one) for one in layers] for _ in range(2)]
+
+
+def configured(trt: ModuleType, layers: list[Any]) -> list[Any]:
+    """As TensorRT for RTX builds, for two profiles: on clones of the network's layers, configured twice."""
+    clones = [one.clone() for _ in range(2) for one in layers]
+    for one in [*clones, *clones]:
+        one.configure_plugin(*tensors(trt, one.state, SIZES))
+    return clones
+
+
+def test_every_network_of_a_process_carries_its_kernels_once(trt, kernels) -> None:
+    """Built one after the other, parsed both before either is built, and built again: names play no part."""
+    plugin.register(trt, kernels)
+    first, second = ([built(trt) for _ in range(2)] for _ in range(2))
+    expected = [[True, False, False, False]] * 2
+    assert carrying(configured(trt, first)) == expected
+    assert carrying(configured(trt, second)) == expected
+    assert carrying(configured(trt, first)) == expected, "the same network again"
+    plugin.register(trt, kernels)
+    assert carrying(configured(trt, [built(trt) for _ in range(2)])) == expected, "a network that is parsed later"
+
+
+def test_a_network_keeps_the_kernels_that_were_registered_when_it_was_parsed(trt, kernels) -> None:
+    plugin.register(trt, kernels)
+    first = built(trt)
+    plugin.register(trt, Kernels({}, fields.pack([b"another model's"])))
+    (clone, _) = configured(trt, [first])
+    assert serialized(clone)["cubins"].data.tobytes() == kernels.container
+
+
+def test_networks_that_are_built_at_once_carry_their_kernels_both(kernels) -> None:
+    """Two threads: the calls of one come between those of the other."""
+    trt = fake.module()
+    plugin.register(trt, kernels)
+    networks = [[built(trt) for _ in range(3)] for _ in range(2)]
+    turn, found = threading.Barrier(2, timeout=20), [[], []]
+
+    def build(number: int) -> None:
+        turn.wait()
+        clones = configured(trt, networks[number])
+        if number:
+            turn.wait()  # the other has begun to serialize
+        found[number].append(["cubins" in serialized(one) for one in clones[:3]])
+        if not number:
+            turn.wait()
+        found[number].append(["cubins" in serialized(one) for one in clones[:3]])
+
+    threads = [threading.Thread(target=build, args=(number,)) for number in range(2)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    for answers in found:
+        assert any(answers[0])
+        assert answers[0] == answers[1], "the content is as long as its size was said to be"
+
+
+def test_an_engine_that_is_loaded_and_serialized_again_keeps_its_kernels(trt, kernels) -> None:
+    creator = plugin.register(trt, kernels)
+    one = built(trt)
+    one.configure_plugin(*tensors(trt, one.state, SIZES))
+    stored = {name: field.data for name, field in serialized(one).items()}
+    plugin.register(trt)  # as a process that only loads
+    for _ in range(2):  # and that again
+        restored = creator.create_plugin("layer0", one.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME)
+        one = restored.attach_to_context(None)
+        again = {name: field.data for name, field in serialized(one).items()}
+        assert list(again) == list(stored)
+        assert again["cubins"].tobytes() == kernels.container
 
 
 def test_a_restored_layer_is_the_one_that_was_serialized(trt, kernels) -> None:
@@ -186,7 +263,7 @@ def test_a_restored_layer_is_the_one_that_was_serialized(trt, kernels) -> None:
     stored = one.get_fields_to_serialize()
     fields.STORE._files.clear()
     restored = creator.create_plugin("layer0", stored, trt.TensorRTPhase.RUNTIME)
-    assert restored.state == dataclasses.replace(one.state, building=False)
+    assert restored.state == dataclasses.replace(one.state, building=False, container=kernels.container)
     assert set(fields.STORE._files) == set(fields.unpack(kernels.container))
     clone = restored.attach_to_context(None)
     assert clone.state == restored.state
@@ -231,6 +308,41 @@ def test_shapes_that_do_not_belong_together_are_refused() -> None:
         assert message in caught.error.what
 
 
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"head": 257}, "head size 257 is outside 1 .. 256"), ({"value_head": 300}, "head size 300 is outside 1 .. 256"),
+    ({"capacity": 2**25}, "capacity 33554432 times head size 64 exceeds"),
+    ({"batch": 65536}, "CUDA grids end at 65535")])
+def test_sizes_that_no_launch_holds_are_refused_while_building_and_at_run_time(gpu, kernels, changes: dict,
+                                                                             words: str) -> None:
+    cuda = gpu()
+    sizes = dataclasses.replace(SIZES, **changes)
+    trt, one = restored(kernels)
+    for call in (lambda: built(trt).configure_plugin(*tensors(trt, one.state, sizes)),
+                 lambda: one.on_shape_change(*tensors(trt, one.state, sizes)), lambda: enqueue(trt, one, sizes)):
+        with refused("E-ENGINE-LAYER-LIMITS") as caught:
+            call()
+        assert words in caught.error.what
+    assert not [call for call in cuda.calls if call[0] == "launch"]
+
+
+def test_limits_are_those_of_the_cpp_plugin() -> None:
+    header = (ROOT / "plugins" / "cpp" / "gqa" / "attention" / "layer.h").read_text(encoding="utf-8")
+    found = dict(re.findall(r"std::int64_t (kMax\w+) = (.+?);", header))
+    assert found["kMaxHead"] == str(limits.MAX_HEAD)
+    assert found["kMaxGridYz"] == str(limits.MAX_GRID_YZ)
+    assert found["kMaxHeadElements"] == "(std::int64_t{1} << 31) - (1 << 16)"
+    assert limits.MAX_HEAD_ELEMENTS == (1 << 31) - (1 << 16)
+
+
+@pytest.mark.parametrize(("place", "shape"), [(3, (2, 2, 1024)), (4, (2, 2, 1024, 64, 1)), (0, (2, 512)), (5, ())])
+def test_inputs_of_another_rank_are_refused(place: int, shape: tuple[int, ...]) -> None:
+    state = State(LLAMA, building=True)
+    good = [tensor.dims for tensor in tensors(fake.module(), state, SIZES)[0]]
+    with refused("E-ENGINE-LAYER-SHAPES") as caught:
+        plugin_layer.check_shapes(state, [*good[:place], shape, *good[place + 1:]])
+    assert f"{state.inputs[place]} has {len(shape)} dimensions" in caught.error.what
+
+
 def test_a_kernel_that_was_not_compiled_is_refused_while_building(kernels) -> None:
     trt = fake.module()
     plugin.register(trt, kernels)
@@ -261,7 +373,7 @@ def restored(kernels: Kernels, layer: Layer = LLAMA) -> tuple[ModuleType, Any]:
     trt = fake.module()
     creator = plugin.register(trt, kernels)
     state = State(layer, building=False, keys=kernels.of(layer, SIZES))
-    return trt, plugin._plugin_class(trt, {})(state, creator)
+    return trt, plugin._plugin_class(trt, {})(state, creator.carriers)
 
 
 def enqueue(trt: ModuleType, one: Any, sizes: Sizes, **moved: int) -> dict[str, int]:
@@ -314,6 +426,28 @@ def test_a_cache_that_is_not_written_in_place_is_an_error_not_a_wrong_answer(gpu
     with refused("E-ENGINE-ALIAS"):
         enqueue(trt, one, SIZES, present_value=1 << 20)
     assert not [call for call in cuda.calls if call[0] == "launch"]
+
+
+def test_a_layer_that_is_timed_while_an_engine_is_built_takes_buffers_apart(gpu, kernels) -> None:
+    """TensorRT may time it so; a refusal would leave it without a tactic. The kernels are those it will carry."""
+    cuda = gpu()
+    trt = fake.module()
+    plugin.register(trt, kernels)
+    (one, _) = configured(trt, [built(trt)])
+    one = one.attach_to_context(None)
+    enqueue(trt, one, SIZES, present_key=1 << 20, present_value=1 << 21)
+    assert [call[1].split(" ")[0] for call in cuda.calls if call[0] == "launch"] == [
+        "append_kernel", "decode_kernel", "combine_kernel"]
+
+
+def test_a_context_at_the_address_of_one_that_is_gone_gets_kernels_of_its_own(gpu, kernels) -> None:
+    cuda = gpu()
+    trt, one = restored(kernels)
+    enqueue(trt, one, SIZES)
+    loads = [call for call in cuda.calls if call[0] == "load"]
+    cuda.context_id += 1  # destroyed and made again, at the same address
+    enqueue(trt, one, SIZES)
+    assert len([call for call in cuda.calls if call[0] == "load"]) == 2 * len(loads)
 
 
 def test_a_gpu_that_the_engine_was_not_built_for_is_told_what_to_build(gpu, kernels) -> None:

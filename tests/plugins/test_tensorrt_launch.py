@@ -58,9 +58,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self.launched: list[tuple[tuple[int, ...], list]] = []
+        self.options: list[dict] = []
 
     def __getitem__(self, grid):
-        return lambda *arguments, **_: self.launched.append((grid, list(arguments)))
+        def launch(*arguments, **options):
+            self.launched.append((grid, list(arguments)))
+            self.options.append(options)
+
+        return launch
 
 
 def tensors(layer: Layer, sizes: Sizes) -> dict[str, torch.Tensor]:
@@ -103,6 +108,9 @@ def test_launches_are_those_of_the_triton_launchers(monkeypatch, name: str, step
     else:
         prefill.prefill(rotated, *rest, **attend, tiles=tiles)
 
+    options = [one for recorder in recorders.values() for one in recorder.options]
+    assert options
+    assert all(one["enable_fp_fusion"] is plan.FP_FUSION for one in options), "compiled as an engine's kernels are"
     expected = [(kernel, *one) for kernel, recorder in recorders.items() for one in recorder.launched]
     order = ["append", "prefill", "decode", "combine"]
     expected.sort(key=lambda one: order.index(one[0]))

@@ -68,13 +68,15 @@ def refacts(folder: Path, **changes: Any) -> Path:
 
 @dataclass
 class Device:
-    """What happened. plain: executions outside graphs, by profile number; captured, replayed: of graphs."""
+    """What happened. plain: executions outside graphs, by profile number; captured, replayed: of graphs; bound: every
+    (tensor's name, address)."""
 
     plain: list[int] = field(default_factory=list)
     captured: int = 0
     replayed: int = 0
     capturing: list | None = None
     fail: bool = False
+    bound: list[tuple[str, int]] = field(default_factory=list)
 
 
 class Context:
@@ -94,6 +96,7 @@ class Context:
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
+        self.engine.device.bound.append((name, address))
         return True
 
     def execute_async_v3(self, stream: int) -> bool:

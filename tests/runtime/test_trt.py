@@ -113,6 +113,23 @@ def test_ragged_batches_in_pieces_over_a_past_equal_pytorch(engine, gpu, model, 
     assert set(gpu.device.plain) == {0, 1}  # both profiles were used
 
 
+def test_rows_that_do_not_begin_at_an_aligned_address_run_in_memory_of_their_own(engine, gpu, model,
+                                                                                monkeypatch) -> None:
+    """A row that runs by itself is bound where it lies in the cache, which an odd number of its elements misaligns."""
+    monkeypatch.setattr("gqa_export.runtime.tensorrt.device.ALIGNMENT", 2**20)  # no row but the first is aligned so
+    session, bound = gpu(engine("trt-native", max_batch=2)), gpu.device.bound
+    steps = ((CAPACITY - 2, (CAPACITY - 2, 3)), (6, (2, 6)), (3, (0, 3)))
+    for got, wanted in zip(drive(session, steps), drive(TorchSession(model, CAPACITY, "fp64"), steps), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=TOLERANCE, rtol=0)
+    starts = {tensor.data_ptr() for tensor in session.backend.caches}
+    ends = {tensor.data_ptr(): tensor.data_ptr() + tensor.nbytes for tensor in session.backend.caches}
+    inside = [address for name, address in bound if name.startswith(("past_key_values", "present"))
+              and any(start < address < ends[start] for start in starts)]
+    assert not inside, "a row was bound inside the cache"
+    apart = [address for name, address in bound if name.startswith("past_key_values") and address not in starts]
+    assert apart, "some rows ran by themselves"
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_generate_gives_pytorchs_tokens_until_the_cache_is_full(engine, gpu, model, target) -> None:
     session = gpu(engine(target))

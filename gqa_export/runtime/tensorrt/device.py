@@ -18,6 +18,8 @@ from ...bundle.manifest import Manifest
 from ...errors import GqaExportError, cause_of
 from ...graph_io import INPUT_IDS, LOGITS, NEW_LENGTHS, PAST_LENGTHS, past_names, present_names
 
+ALIGNMENT = 256  # bytes; TensorRT takes no tensor at another address. CUDA's own allocations begin at such a one
+
 
 def cuda_device(number: int) -> Any:
     """CUDA device `number` as torch names it."""
@@ -126,8 +128,12 @@ class DeviceBackend:
             self._bind(context, name, tensor)
         names = [pair for layer in self._manifest.spec.layers
                  for pair in zip(past_names(layer.layer), present_names(layer.layer))]
+        apart = []
         for (past, present), cache in zip(names, self.caches, strict=True):
             part = cache[row: row + rows]
+            if (part.data_ptr() - cache.data_ptr()) % ALIGNMENT:
+                part = part.clone()  # memory of its own is aligned; TensorRT does not take other addresses
+                apart.append((cache[row: row + rows], part))
             self._bind(context, past, part)
             context.set_tensor_address(present, part.data_ptr())
         context.set_tensor_address(LOGITS, logits.data_ptr())
@@ -136,6 +142,8 @@ class DeviceBackend:
             raise self._refusal(f"did not run ({profile}, {list(inputs[0].shape)})",
                                 "rerun with --debug, and report it with TensorRT's own messages above",
                                 code="E-ENGINE-RUN")
+        for place, part in apart:
+            place.copy_(part)
 
     def _bind(self, context: Any, name: str, tensor: Any) -> None:
         if not context.set_input_shape(name, tuple(tensor.shape)):

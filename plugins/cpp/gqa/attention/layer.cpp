@@ -48,6 +48,34 @@ char const* name_of(Input input) {
     return names[static_cast<std::size_t>(input)];
 }
 
+int rank_of(Input input) {
+    switch (input) {
+        case Input::query: case Input::key: case Input::value: return 3;
+        case Input::past_key: case Input::past_value: return 4;
+        case Input::cos: case Input::sin: return 2;
+        default: return 1;
+    }
+}
+
+void check_limits(Layer const& layer, Sizes const& sizes) {
+    std::string wrong;
+    for (std::int64_t size : {sizes.head, sizes.value_head}) {
+        if (size < 1 || size > kMaxHead) {
+            wrong = "head size " + std::to_string(size) + " is outside 1 .. " + std::to_string(kMaxHead);
+        } else if (sizes.capacity > kMaxHeadElements / size) {
+            wrong = "capacity " + std::to_string(sizes.capacity) + " times head size " + std::to_string(size) +
+                    " exceeds " + std::to_string(kMaxHeadElements) + " elements";
+        }
+    }
+    if (sizes.batch > kMaxGridYz || layer.kv_num_heads > kMaxGridYz) {
+        wrong = "B = " + std::to_string(sizes.batch) + ", K = " + std::to_string(layer.kv_num_heads) +
+                ": CUDA grids end at " + std::to_string(kMaxGridYz);
+    }
+    if (!wrong.empty()) {
+        throw Error(wrong, "attention layer", "build the engine with a smaller --capacity or --max-batch");
+    }
+}
+
 std::vector<Input> node_inputs(Layer const& layer) {
     auto present = [&layer](Input input) {
         switch (input) {

@@ -50,11 +50,21 @@ std::vector<Input> node_inputs(Layer const& layer);
 // Outputs: output; and, if has_new, present_key and present_value, which are the memory of past_key and past_value.
 inline int node_outputs(Layer const& layer) { return layer.has_new ? 3 : 1; }
 
+// How many dimensions an input has.
+int rank_of(Input input);
+
+// What a launch can hold; the same numbers as plugins/grouped_attention/limits.py.
+constexpr std::int64_t kMaxHead = 256;
+constexpr std::int64_t kMaxGridYz = 65535;  // CUDA's limit on the second and third grid dimension
+constexpr std::int64_t kMaxHeadElements = (std::int64_t{1} << 31) - (1 << 16);  // counted in 32 bits by the kernels
+
 // The shapes of one call. rotary_half is R/2, 0 without rotation; max_position the rows of the rotary table.
 struct Sizes {
     std::int64_t batch = 0, steps = 0, capacity = 0, head = 0, value_head = 0;
     Kind kind = Kind::fp16;
     std::int64_t rotary_half = 0, max_position = 1;
 };
+
+void check_limits(Layer const& layer, Sizes const& sizes);  // throws Error for sizes that no launch holds
 
 }  // namespace gqa

@@ -10,31 +10,35 @@ namespace {
 
 constexpr int kSharedBytesWithoutAsking = 48 * 1024;
 
-using ModuleKey = std::pair<cuda::Context, std::string>;  // sha256 of the kernel's file
+using ModuleKey = std::pair<std::uint64_t, std::string>;  // the context's id, sha256 of the kernel's file
 
-std::shared_ptr<LoadedKernel> load_once(ModuleKey const& key, Cubin const& cubin) {
+std::shared_ptr<LoadedKernel> load_once(LiveContext context, std::string const& sha256, Cubin const& cubin) {
+    ModuleKey const key{context.id, sha256};
     static std::mutex* const lock = new std::mutex;  // engines may be torn down after static objects are
     static auto* const loaded = new std::map<ModuleKey, std::weak_ptr<LoadedKernel>>;
     std::lock_guard const guard(*lock);
     if (auto kernel = (*loaded)[key].lock()) return kernel;
-    auto kernel = std::make_shared<LoadedKernel>(cubin, key.first);
+    auto kernel = std::make_shared<LoadedKernel>(cubin, context);
     (*loaded)[key] = kernel;
     return kernel;
 }
 
 }  // namespace
 
-cuda::Context current_context() {
-    cuda::Context context = nullptr;
-    cuda::check(cuda::driver().context_get_current(&context), "asking for the current CUDA context");
-    if (!context) {
+LiveContext current_context() {
+    LiveContext context;
+    cuda::check(cuda::driver().context_get_current(&context.handle), "asking for the current CUDA context");
+    if (!context.handle) {
         throw Error("no CUDA context is current on this thread", "the attention layers",
                     "load and run the engine on a thread whose CUDA device is set");
     }
+    unsigned long long id = 0;
+    cuda::check(cuda::driver().context_get_id(context.handle, &id), "asking for the CUDA context's id");
+    context.id = id;
     return context;
 }
 
-LoadedKernel::LoadedKernel(Cubin const& cubin, cuda::Context context) : context_(context) {
+LoadedKernel::LoadedKernel(Cubin const& cubin, LiveContext context) : context_(context) {
     auto const& driver = cuda::driver();
     cuda::check(driver.module_load_data(&module_, cubin.code.data()), ("loading kernel " + cubin.kernel).c_str());
     try {
@@ -51,11 +55,13 @@ LoadedKernel::LoadedKernel(Cubin const& cubin, cuda::Context context) : context_
 }
 
 LoadedKernel::~LoadedKernel() {
-    // A context that is gone took its modules along; then these calls fail, and there is nothing left to do.
+    // A context that is gone took its modules along: then there is nothing left to do. Its address may be another's.
     auto const& driver = cuda::driver();
+    unsigned long long id = 0;
+    if (driver.context_get_id(context_.handle, &id) != cuda::kSuccess || id != context_.id) return;
     cuda::Context before = nullptr;
     if (driver.context_get_current(&before) != cuda::kSuccess) return;
-    if (driver.context_set_current(context_) != cuda::kSuccess) return;
+    if (driver.context_set_current(context_.handle) != cuda::kSuccess) return;
     driver.module_unload(module_);
     driver.context_set_current(before);
 }
@@ -77,7 +83,7 @@ LoadedLayer::LoadedLayer(Layer const& layer, Sizes const& sizes, std::vector<Key
         auto const& sha256 = found->second.sha256;
         Kernel kernel = resolve(store.get(sha256));
         check_cubin(*kernel.cubin, layer, sizes);
-        kernel.loaded = load_once({context_, sha256}, *kernel.cubin);
+        kernel.loaded = load_once(context_, sha256, *kernel.cubin);
         return kernel;
     };
     if (layer.appends()) kernels_.append = load("append");

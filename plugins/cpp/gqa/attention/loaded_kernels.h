@@ -8,10 +8,17 @@
 
 namespace gqa {
 
+// A CUDA context. The driver may put a new one at the address of one that is gone; no two have the same id.
+struct LiveContext {
+    cuda::Context handle = nullptr;
+    std::uint64_t id = 0;
+};
+LiveContext current_context();  // throws Error where none is
+
 // One kernel, loaded. Shared by all layers of a context that launch it; unloaded with the last of them.
 class LoadedKernel {
 public:
-    LoadedKernel(Cubin const& cubin, cuda::Context context);
+    LoadedKernel(Cubin const& cubin, LiveContext context);
     ~LoadedKernel();
     LoadedKernel(LoadedKernel const&) = delete;
     LoadedKernel& operator=(LoadedKernel const&) = delete;
@@ -19,7 +26,7 @@ public:
     cuda::Function function() const { return function_; }
 
 private:
-    cuda::Context context_;
+    LiveContext context_;
     cuda::Module module_ = nullptr;
     cuda::Function function_ = nullptr;
 };
@@ -34,15 +41,13 @@ public:
     void enqueue(Layer const& layer, Sizes const& sizes, std::array<std::uint64_t, kInputCount> const& pointers,
                  std::uint64_t output, std::uint64_t workspace, cuda::Stream stream) const;
 
-    bool is_for(cuda::Context context, Kind kind) const { return context == context_ && kind == kind_; }
+    bool is_for(LiveContext context, Kind kind) const { return context.id == context_.id && kind == kind_; }
 
 private:
-    cuda::Context context_ = nullptr;
+    LiveContext context_;
     Kind kind_;
     int sm_count_ = 0;
     Kernels kernels_;
 };
-
-cuda::Context current_context();  // throws Error where none is
 
 }  // namespace gqa

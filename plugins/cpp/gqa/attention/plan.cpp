@@ -49,19 +49,22 @@ Tiles choose_tiles(std::int64_t rows, std::int64_t head, std::int64_t value_head
     std::int64_t const size = bytes_of(kind), width = block(head) + block(value_head);
     std::int64_t tile_rows = std::min(kLongRows, block(rows));
     if (size == 4) {
-        bool const narrow = width <= 256;
-        return {std::min<std::int64_t>(tile_rows, 32), narrow ? 32 : 16, 4, narrow ? 2 : 1};
+        // With wider heads, 32 keys do not fit in registers and spill.
+        return {std::min<std::int64_t>(tile_rows, 32), width <= 128 ? 32 : 16, 4, width <= 256 ? 2 : 1};
     }
     bool const wide = width > 256;
     if (wide && shared_bytes < 128 * 1024) tile_rows = std::min<std::int64_t>(tile_rows, 64);
     bool const longest = tile_rows == kLongRows;
     std::int64_t const budget = shared_bytes / (longest ? 1 : kBlocksPerSm) - 2048 - tile_rows * block(head) * size;
-    std::int64_t const held = tile_rows >= 64 && 90 <= capability && capability < 120 ? 0 : 1;
+    bool const in_registers = capability < 90 || 120 <= capability;
+    std::int64_t const held = tile_rows >= 64 && !in_registers ? 0 : 1;
     for (auto [keys, stages] : kShapes) {
-        if ((keys == 128 && (longest || width > 128)) || (keys == 64 && longest && wide)) continue;
+        bool const spills = (keys == 128 && (longest || width > 128)) ||
+                            (keys == 64 && longest && (wide || (in_registers && width > 128)));
+        if (spills) continue;
         std::int64_t const weights_bytes = wide ? tile_rows * keys * size : 0;
         if (keys * width * size * (stages - held) + weights_bytes <= budget) {
-            return {tile_rows, keys, longest && width > 128 ? 8 : 4, stages};
+            return {tile_rows, keys, longest ? 8 : 4, stages};
         }
     }
     return {tile_rows, 16, 4, 1};

@@ -47,6 +47,7 @@ constexpr int kCaptureThreadLocal = 1;  // CUstreamCaptureMode: other threads ma
     X(context_get_current, "cuCtxGetCurrent", (Context*))                                                            \
     X(context_set_current, "cuCtxSetCurrent", (Context))                                                             \
     X(context_get_device, "cuCtxGetDevice", (Device*))                                                               \
+    X(context_get_id, "cuCtxGetId", (Context, unsigned long long* id))                                               \
     X(module_load_data, "cuModuleLoadData", (Module*, void const* image))                                            \
     X(module_unload, "cuModuleUnload", (Module))                                                                     \
     X(module_get_function, "cuModuleGetFunction", (Function*, Module, char const* name))                             \

@@ -36,6 +36,11 @@ void check_shapes(Layer const& layer, std::vector<Input> const& inputs, Dims con
         auto const at = std::find(inputs.begin(), inputs.end(), which);
         return at == inputs.end() ? nullptr : dims + (at - inputs.begin());
     };
+    for (Input input : inputs) {
+        if (find(input)->nbDims == rank_of(input)) continue;
+        throw Error(std::string(name_of(input)) + " has " + std::to_string(find(input)->nbDims) +
+                        " dimensions, expected " + std::to_string(rank_of(input)), "attention layer", kExportAgain);
+    }
     std::int64_t const head = find(Input::past_key)->d[3], value_head = find(Input::past_value)->d[3];
     std::pair<Input, std::int64_t> const wanted[] = {{Input::query, layer.num_heads * head},
                                                      {Input::key, layer.kv_num_heads * head},
@@ -90,6 +95,10 @@ int32_t AttentionPlugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int3
                             std::to_string(inputs_.size()), "attention layer", kExportAgain);
         }
         auto const key = static_cast<std::size_t>(state_.layer.has_new ? 3 : 1);  // past_key; past_value follows it
+        if (inputs[0].nbDims != rank_of(Input::query) || inputs[key + 1].nbDims != rank_of(Input::past_value)) {
+            throw Error("query or past_value has another number of dimensions than expected", "attention layer",
+                        kExportAgain);
+        }
         outputs[0].nbDims = 3;
         outputs[0].d[0] = inputs[0].d[0];
         outputs[0].d[1] = inputs[0].d[1];
@@ -120,7 +129,11 @@ int32_t AttentionPlugin::configurePlugin(nvinfer1::DynamicPluginTensorDesc const
                         "build with `gqa-export trt`, or compile the kernels and set it to their folder: "
                         "python -m gqa_plugins.grouped_attention.cubin --help");
         }
-        state_.keys = state_.kernels->keys_of(state_.layer, largest(inputs, input_count));
+        Sizes const most = largest(inputs, input_count);
+        check_limits(state_.layer, most);
+        state_.carriers->configure();
+        carries_.reset();
+        state_.keys = state_.kernels->keys_of(state_.layer, most);
         return 0;
     });
 }
@@ -152,7 +165,8 @@ int32_t AttentionPlugin::enqueue(nvinfer1::PluginTensorDesc const* input_descs, 
         for (std::size_t i = 0; i < inputs_.size(); ++i) {
             pointers[static_cast<std::size_t>(inputs_[i])] = address(inputs[i]);
         }
-        for (int32_t i = 1; i < getNbOutputs(); ++i) {
+        // While it builds, TensorRT may time the layer on buffers of its own: there is no cache to keep yet.
+        for (int32_t i = 1; i < getNbOutputs() && !state_.building; ++i) {
             if (outputs[i] == inputs[getAliasedInput(i)]) continue;
             throw Error("TensorRT gave present_key or present_value other memory than the past: the cache would not be "
                         "written in place", "attention layer", "report it with the engine's manifest");
@@ -164,9 +178,15 @@ int32_t AttentionPlugin::enqueue(nvinfer1::PluginTensorDesc const* input_descs, 
 
 nvinfer1::PluginFieldCollection const* AttentionPlugin::getFieldsToSerialize() noexcept {
     return guarded<nvinfer1::PluginFieldCollection const*>("serializing", nullptr, [&] {
-        return fields_.describe(state_.layer, state_.keys,
-                                state_.carries && state_.kernels ? state_.kernels->container() : "");
+        return fields_.describe(state_.layer, state_.keys, carried());
     });
+}
+
+std::string AttentionPlugin::carried() {
+    if (state_.container) return *state_.container;
+    if (!state_.building || !state_.kernels) return {};
+    if (!carries_) carries_ = state_.carriers->choose();
+    return *carries_ ? state_.kernels->container() : std::string();
 }
 
 Sizes AttentionPlugin::sizes_of(Dims const* dims, DataType type) const {
@@ -198,6 +218,7 @@ Sizes AttentionPlugin::current(nvinfer1::PluginTensorDesc const* inputs) const {
 }
 
 void AttentionPlugin::load(Sizes const& sizes) {
+    check_limits(state_.layer, sizes);
     if (loaded_ && loaded_->is_for(current_context(), sizes.kind)) return;
     loaded_ = std::make_unique<LoadedLayer>(state_.layer, sizes, state_.keys, CubinStore::of_process());
 }

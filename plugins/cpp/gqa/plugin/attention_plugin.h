@@ -7,6 +7,7 @@
 #include <NvInferRuntime.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,9 +22,10 @@ namespace gqa::plugin {
 struct State {
     Layer layer;
     std::vector<Key> keys;
-    std::shared_ptr<BuildKernels const> kernels;  // while building
+    std::shared_ptr<BuildKernels const> kernels;   // while building
+    std::shared_ptr<Carriers> carriers;            // while building
+    std::shared_ptr<std::string const> container;  // of a restored layer that carries the kernels of its engine
     bool building = false;
-    bool carries = false;  // while building: this layer's fields hold every kernel of the engine
 };
 
 class AttentionPlugin final : public nvinfer1::IPluginV3,
@@ -67,10 +69,12 @@ private:
     Sizes largest(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t input_count) const;
     Sizes current(nvinfer1::PluginTensorDesc const* inputs) const;
     void load(Sizes const& sizes);
+    std::string carried();
 
     State state_;
     std::vector<Input> inputs_;
     std::unique_ptr<LoadedLayer> loaded_;
+    std::optional<bool> carries_;  // while building: the same answer until the layer is configured again
     FieldsToSerialize fields_;
 };
 

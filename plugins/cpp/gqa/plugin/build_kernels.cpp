@@ -24,6 +24,22 @@ std::string read_file(std::filesystem::path const& path) {
     return data;
 }
 
+// Everything that tells whether a folder's files are still the same.
+std::string state_of(std::string const& folder) {
+    namespace fs = std::filesystem;
+    std::set<std::string> files;
+    if (fs::is_directory(folder)) {
+        for (fs::directory_entry const& entry : fs::directory_iterator(folder)) {
+            if (entry.path().extension() != ".gqacubin") continue;
+            files.insert(entry.path().string() + " " + std::to_string(entry.file_size()) + " " +
+                         std::to_string(entry.last_write_time().time_since_epoch().count()));
+        }
+    }
+    std::string state = folder;
+    for (std::string const& file : files) state += "\n" + file;
+    return state;
+}
+
 bool belongs_to(Cubin const& cubin, Layer const& layer, Sizes const& sizes) {
     try {
         check_cubin(cubin, layer, sizes);
@@ -78,14 +94,31 @@ std::vector<Key> BuildKernels::keys_of(Layer const& layer, Sizes const& sizes) c
 }
 
 std::shared_ptr<BuildKernels const> BuildKernels::from_environment() {
+    static auto* const lock = new std::mutex;
+    static auto* const read = new std::pair<std::string, std::shared_ptr<BuildKernels const>>;
     char const* const folder = std::getenv("GQA_KERNELS");
-    return folder ? std::make_shared<BuildKernels const>(folder) : nullptr;
+    if (!folder) return nullptr;
+    std::lock_guard const guard(*lock);
+    std::string const state = state_of(folder);
+    if (!read->second || read->first != state) {
+        auto kernels = std::make_shared<BuildKernels const>(folder);
+        CubinStore::of_process().add(kernels->container());
+        *read = {state, std::move(kernels)};
+    }
+    return read->second;
 }
 
-bool CarrierSeries::begins_with(std::string const& layer) {
-    if (std::find(names_.begin(), names_.end(), layer) != names_.end()) names_.clear();
-    names_.push_back(layer);
-    return names_.size() == 1;
+void Carriers::configure() {
+    std::lock_guard const guard(lock_);
+    ++configured_;
+}
+
+bool Carriers::choose() {
+    std::lock_guard const guard(lock_);
+    auto const [found, fresh] = carried_.try_emplace(std::this_thread::get_id(), configured_);
+    if (!fresh && found->second == configured_) return false;
+    found->second = configured_;
+    return true;
 }
 
 }  // namespace gqa::plugin

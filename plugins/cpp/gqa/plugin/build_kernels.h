@@ -4,9 +4,12 @@
 // the kernels first, `python -m gqa_plugins.grouped_attention.cubin ... --out FOLDER`, then set GQA_KERNELS=FOLDER.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "gqa/attention/container.h"
@@ -22,21 +25,28 @@ public:
     std::vector<Key> keys_of(Layer const& layer, Sizes const& sizes) const;
     std::string const& container() const { return container_; }
 
-    static std::shared_ptr<BuildKernels const> from_environment();  // empty where GQA_KERNELS is not set
+    // Empty where GQA_KERNELS is not set. Read again only where the folder changed. They go into the process's store
+    // too, because TensorRT times layers while it builds. Safe from any thread.
+    static std::shared_ptr<BuildKernels const> from_environment();
 
 private:
     std::string folder_, container_;
     std::map<std::string, Cubin> cubins_;  // by sha256 of the file
 };
 
-// One engine's layers, in the order of their creation: the first carries the kernels of all.
-class CarrierSeries {
+// Chooses the layer that carries the kernels of an engine: the first to be serialized since one was configured.
+// Why so: `Carriers` in plugins/grouped_attention/plugin_layer.py.
+class Carriers {
 public:
-    // Whether the layer of this name is the first of a new network: it is if the name comes again.
-    bool begins_with(std::string const& layer);
+    // A layer is configured: a build goes on.
+    void configure();
+    // Whether a layer that is serialized now, for the first time since it was configured, is the one.
+    bool choose();
 
 private:
-    std::vector<std::string> names_;
+    std::mutex lock_;
+    std::uint64_t configured_ = 0;
+    std::map<std::thread::id, std::uint64_t> carried_;
 };
 
 }  // namespace gqa::plugin

@@ -19,12 +19,14 @@ nvinfer1::IPluginV3* AttentionCreator::createPlugin(char const* name, nvinfer1::
         state.building = phase == nvinfer1::TensorRTPhase::kBUILD;
         if (state.building) {
             state.layer = read_attributes(*fields);
-            state.carries = series_.begins_with(layer);
-            if (state.carries) kernels_ = BuildKernels::from_environment();
-            state.kernels = kernels_;
+            state.carriers = carriers_;
+            state.kernels = BuildKernels::from_environment();
         } else {
             Serialized read = read_serialized(*fields);
-            if (!read.container.empty()) CubinStore::of_process().add(read.container);
+            if (!read.container.empty()) {
+                CubinStore::of_process().add(read.container);
+                state.container = std::make_shared<std::string const>(std::move(read.container));
+            }
             state.layer = read.layer;
             state.keys = std::move(read.keys);
         }

@@ -24,8 +24,7 @@ public:
 private:
     std::vector<nvinfer1::PluginField> fields_;
     nvinfer1::PluginFieldCollection names_;
-    CarrierSeries series_;
-    std::shared_ptr<BuildKernels const> kernels_;
+    std::shared_ptr<Carriers> carriers_ = std::make_shared<Carriers>();
 };
 
 }  // namespace gqa::plugin

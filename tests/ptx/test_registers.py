@@ -1,0 +1,61 @@
+"""What ptxas says of the kernels: no spilled registers, no wgmma that it had to serialise. No GPU is needed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from gqa_plugins.grouped_attention import plan
+from gqa_plugins.grouped_attention.cubin import Variant, compile_to_ptx
+
+pytestmark = [pytest.mark.kernels, pytest.mark.slow]
+STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+NEWER = 90  # from here on Triton has a newer ptxas, and the code runs on one capability alone
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What `ptxas -v` prints of one kernel."""
+
+    stack_bytes: int
+    spilled_bytes: int
+    serialised: bool
+
+
+def assemble(variant: Variant, capability: int, folder: Path) -> Assembled:
+    """Run the ptxas that Triton runs, and read what it prints."""
+    import triton
+
+    assembler = triton.knobs.nvidia.ptxas_blackwell if capability >= NEWER else triton.knobs.nvidia.ptxas
+    text, made = folder / "kernel.ptx", folder / "kernel.cubin"
+    text.write_text(compile_to_ptx(variant, capability)[1])
+    name = f"sm_{capability}{'a' if capability >= NEWER else ''}"
+    done = subprocess.run([assembler.path, "-v", f"--gpu-name={name}", text, "-o", made], capture_output=True,
+                          text=True, check=True)
+    stack, stores, loads = map(int, STACK.search(done.stderr).groups())  # type: ignore[union-attr]
+    return Assembled(stack, stores + loads, "serialized" in done.stderr)
+
+
+def variant(kernel: str, dtype: str, head: int, features: bool) -> Variant:
+    return Variant(kernel, dtype, 4, head, head, 4 if kernel == "decode" else plan.LONG_ROWS, features, features,
+                   features and kernel == "prefill")
+
+
+@pytest.mark.parametrize("head", [64, 128])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+def test_no_register_is_spilled_up_to_head_size_128(capability: int, head: int, tmp_path: Path) -> None:
+    """Plain and with window, soft cap and sinks; in turn bf16 and fp16, whose code differs in conversions alone."""
+    for number, (kernel, features) in enumerate((("prefill", False), ("prefill", True), ("decode", False))):
+        one = variant(kernel, ("bf16", "fp16")[(number + capability + head // 64) % 2], head, features)
+        assembled = assemble(one, capability, tmp_path)
+        assert assembled.stack_bytes == assembled.spilled_bytes == 0, f"{one.name}: {assembled}"
+        assert not assembled.serialised, one.name
+
+
+@pytest.mark.parametrize("capability", [89, 90, 120])
+def test_fp32_decode_keeps_its_registers(capability: int, tmp_path: Path) -> None:
+    """It is multiplied outside the tensor cores: 32 keys of 128 features did not fit, and 328 bytes were spilled."""
+    assert assemble(variant("decode", "fp32", 128, False), capability, tmp_path).stack_bytes <= 16
