@@ -21,7 +21,7 @@ from .shared_memory import SharedMemory
 MOST_STEPS = 10**8
 MAKERS: tuple[Callable[[Instruction, bool], Step | None], ...] = (memory_steps.make, matrix_steps.make,
                                                                   data_steps.make)
-NO_EFFECT = ("fence.", "membar", "wgmma.fence", "griddepcontrol")
+NO_EFFECT = ("bar.warp.sync", "fence.", "membar", "wgmma.fence", "griddepcontrol")
 
 
 class Machine:
