@@ -30,11 +30,13 @@ WRITER = '''
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may be started with it ignored
 from pathlib import Path
-from gqa_export.bundle.manifest import MODEL, Manifest
+from gqa_export.bundle.manifest import MODEL, Manifest, read_manifest
 from gqa_export.bundle.writer import writing_bundle
 from gqa_export.spec import ModelSpec
 output, inplace = Path(sys.argv[1]), sys.argv[2] == "inplace"
 version = int(sys.argv[3])
+if not inplace:
+    read_manifest(output)  # loads what reads manifests, which takes longer than a bundle
 print("ready", flush=True)
 while True:
     version += 1
