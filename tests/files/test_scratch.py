@@ -97,7 +97,8 @@ def test_the_bundle_that_a_killed_engine_build_left_is_removed_by_the_next(tmp_p
         assert list(tmp_path.rglob("weights")) == []
         raise GqaExportError("stop", code="E-TEST")
 
-    monkeypatch.setattr(to_engine, "check_request", lambda *_: None)
+    for name in ("check_request", "open_checkpoint"):
+        monkeypatch.setattr(to_engine, name, lambda *_: None)
     monkeypatch.setattr("gqa_export.exporting.to_onnx.export_onnx", export)
     with refused("E-TEST"):
         to_engine.make_engine("checkpoint", output, EngineOptions(), lambda *_: None)
