@@ -111,7 +111,8 @@ def compare(programs: Mapping[str, Program], runs: int, *, peers: Sequence[str],
     medians = {name: {figure: statistics.median(getattr(cost, figure) for cost in rows) for figure in FIGURES}
                for name, rows in costs.items()}
     best = {figure: min(medians[peer][figure] for peer in peers) for figure in FIGURES}
-    return {"date": date.today().isoformat(), "machine": f"{processor()} ({platform.machine()})", "cores": cores(), "load_before": load,
+    return {"date": date.today().isoformat(), "machine": f"{processor()} ({platform.machine()})", "cores": cores(),
+            "load_before": load,
             "python": platform.python_version(), "versions": {name: version(name) for name in packages}, "runs": runs,
             "bytecode": "compiled; after one run no command imported a module from source",
             "costs": {name: [asdict(cost) for cost in rows] for name, rows in costs.items()},
