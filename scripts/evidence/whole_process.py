@@ -1,0 +1,140 @@
+"""What a whole command costs, measured fairly beside other programs: wall time, CPU time, peak memory.
+
+A program whose modules Python has to compile at each start looks slow and is not. So the bytecode of every environment
+is compiled first, children do not inherit the variables that forbid bytecode, and a warm-up run of every command must
+import nothing from source. Runs go in turn, so that a slow minute of the machine falls on all alike.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gqa_export.environment.machine import cores, processor
+
+AGAINST_BYTECODE = ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "PYTHONOPTIMIZE")
+"""variables under which a child would compile its modules at each start, or look for bytecode somewhere else"""
+FROM_SOURCE = re.compile(r"^# code object from '?(?P<file>.*\.py)'?$", re.MULTILINE)
+"""what Python prints with PYTHONVERBOSE for a module that it had to compile"""
+REQUIRED = ("date", "machine", "cores", "load_before", "python", "versions", "runs", "bytecode", "costs", "ratios")
+"""fields without which a comparison of commands cannot be believed; see `unbelievable`"""
+FIGURES = ("wall_s", "cpu_s", "peak_mb")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One run: wall and CPU seconds of the process and its children, its largest resident memory in megabytes (Linux
+    counts what the process that started it held, so a small program costs as much as this one)."""
+
+    wall_s: float
+    cpu_s: float
+    peak_mb: float
+
+
+@dataclass(frozen=True)
+class Program:
+    """A command to time. `command` makes the words for run `number` (each run writes somewhere else); `variables` are
+    set for the child; `python` is its interpreter, whose packages are compiled first; `source` is a folder of modules
+    outside of that interpreter's packages."""
+
+    command: Callable[[int], Sequence[str]]
+    variables: Mapping[str, str]
+    python: str = sys.executable
+    source: Path | None = None
+
+
+def child_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """This process's variables with `variables`, without those that keep a child from its bytecode."""
+    return {**{name: value for name, value in os.environ.items() if name not in AGAINST_BYTECODE}, **variables}
+
+
+def compile_bytecode(python: str, source: Path | None = None) -> None:
+    """Compile every module of an interpreter's packages, and of `source`. Files that are no valid Python (templates
+    that some packages carry) are left out by compileall itself."""
+    where = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True,
+                           capture_output=True, text=True, env=child_environment({})).stdout.strip()
+    subprocess.run([python, "-m", "compileall", "-q", where, *([str(source)] if source else [])], check=False,
+                   stdout=subprocess.DEVNULL, env=child_environment({}))
+
+
+def imported_from_source(command: Sequence[str], variables: Mapping[str, str]) -> list[str]:
+    """Files that Python compiled while this command ran; RuntimeError if the command fails."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False,
+                          env=child_environment({**variables, "PYTHONVERBOSE": "1"}))
+    if done.returncode:
+        raise RuntimeError(f"status {done.returncode}: {' '.join(command)}\n{done.stderr[-2000:]}")
+    return FROM_SOURCE.findall(done.stderr)
+
+
+def run_once(command: Sequence[str], variables: Mapping[str, str]) -> Cost:
+    """Run a command in a new process and wait; RuntimeError if it fails."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=child_environment(variables))
+    _, status, used = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - began
+    if status:
+        raise RuntimeError(f"status {os.waitstatus_to_exitcode(status)}: {' '.join(command)}")
+    return Cost(wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1e3)
+
+
+def compare(programs: Mapping[str, Program], runs: int, *, peers: Sequence[str], packages: Sequence[str],
+            tell: Callable[[str], None] = print) -> dict[str, Any]:
+    """Time the programs in turn, `runs` times after a warm-up; the fields of REQUIRED.
+
+    The ratios are medians divided by the median of the fastest peer, for each figure by itself. RuntimeError where a
+    command fails, or still compiles modules after its environment was compiled and it has run once.
+    """
+    load = os.getloadavg()[0]
+    for python, source in {(program.python, program.source) for program in programs.values()}:
+        compile_bytecode(python, source)
+    for name, program in programs.items():
+        run_once(program.command(-2), program.variables)
+        if compiled := imported_from_source(program.command(-1), program.variables):
+            raise RuntimeError(f"{name} compiles {len(compiled)} modules at each start: {', '.join(compiled[:5])}")
+    costs: dict[str, list[Cost]] = {name: [] for name in programs}
+    for number in range(runs):
+        for name, program in programs.items():
+            costs[name].append(run_once(program.command(number), program.variables))
+            tell(f"{name}: {costs[name][-1]}")
+    medians = {name: {figure: statistics.median(getattr(cost, figure) for cost in rows) for figure in FIGURES}
+               for name, rows in costs.items()}
+    best = {figure: min(medians[peer][figure] for peer in peers) for figure in FIGURES}
+    return {"date": date.today().isoformat(), "machine": f"{processor()} ({platform.machine()})", "cores": cores(),
+            "load_before": load,
+            "python": platform.python_version(), "versions": {name: version(name) for name in packages}, "runs": runs,
+            "bytecode": "compiled; after one run no command imported a module from source",
+            "costs": {name: [asdict(cost) for cost in rows] for name, rows in costs.items()},
+            "ratios": {name: {figure: row[figure] / best[figure] for figure in FIGURES}
+                       for name, row in medians.items() if name not in peers}}
+
+
+def unbelievable(result: Mapping[str, Any]) -> list[str]:
+    """What a result file lacks to be believed; empty if nothing."""
+    missing = [field for field in REQUIRED if field not in result]
+    if missing:
+        return [f"lacks {field}" for field in missing]
+    faults = [f"{name}: {len(rows)} runs, {result['runs']} wanted" for name, rows in result["costs"].items()
+              if len(rows) != result["runs"]]
+    faults += [f"{name}: a run lacks {figure}" for name, rows in result["costs"].items() for figure in FIGURES
+               if any(figure not in row for row in rows)]
+    faults += ["fewer than five runs"] if result["runs"] < 5 else []
+    faults += ["the machine was busy before the first run"] if result["load_before"] > result["cores"] / 2 else []
+    return faults
+
+
+def median(rows: Sequence[Mapping[str, float]], figure: str) -> str:
+    """A figure of a program's runs for a table: the median, then the least and the most."""
+    values = sorted(row[figure] for row in rows)
+    return f"{statistics.median(values):.1f} ({values[0]:.1f} - {values[-1]:.1f})"
