@@ -41,9 +41,9 @@ def export(source, bundle, *_):
     (bundle / "weights").write_bytes(bytes(1000))
     print("exported", flush=True)
     time.sleep(60)
-to_engine.check_request = to_engine.open_checkpoint = lambda *_: None
+to_engine.check_request = lambda *_: None
 to_onnx.export_onnx = export
-to_engine.make_engine("checkpoint", Path(sys.argv[1]), to_engine.EngineOptions(), print)
+to_engine.make_engine("some/checkpoint", Path(sys.argv[1]), to_engine.EngineOptions(), print)
 """
 
 
@@ -97,11 +97,10 @@ def test_the_bundle_that_a_killed_engine_build_left_is_removed_by_the_next(tmp_p
         assert list(tmp_path.rglob("weights")) == []
         raise GqaExportError("stop", code="E-TEST")
 
-    for name in ("check_request", "open_checkpoint"):
-        monkeypatch.setattr(to_engine, name, lambda *_: None)
+    monkeypatch.setattr(to_engine, "check_request", lambda *_: None)
     monkeypatch.setattr("gqa_export.exporting.to_onnx.export_onnx", export)
     with refused("E-TEST"):
-        to_engine.make_engine("checkpoint", output, EngineOptions(), lambda *_: None)
+        to_engine.make_engine("some/checkpoint", output, EngineOptions(), lambda *_: None)
     assert list(tmp_path.iterdir()) == []
 
 
