@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import statistics
 import sys
 from pathlib import Path
 
 import pytest
+from evidence.whole_process import unbelievable
 from gqa_plugins.grouped_attention.plan import CAPABILITIES
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +66,26 @@ def test_validation_of_the_real_model_took_no_longer_than_promised():
         assert row["passed"]
         assert row["steps"] >= 32
         assert row["wall_s"] <= row["limit_s"]
+
+
+def test_the_comparison_of_exports_was_fair_and_is_what_the_readme_shows():
+    result = json.loads((ROOT / "docs" / "benchmarks" / "export.json").read_text())
+    assert unbelievable(result) == []
+    assert {"copy", "link", "link, trace kept", "onnxruntime-genai builder", "mobius"} == set(result["costs"])
+    readme = (ROOT / "README.md").read_text()
+    rows = {line.split("|")[1].strip(): line for line in readme.splitlines() if line.startswith("| ")}
+
+    def shown(program, figure):
+        return statistics.median(row[figure] for row in result["costs"][program])
+
+    peers = ("onnxruntime-genai builder", "mobius")
+    for label, ours in (("first export of a configuration, wall time", ("copy", "link")),
+                        ("every later one (from the trace cache)", ("link, trace kept",))):
+        for program in (*ours, *peers):
+            assert f"{shown(program, 'wall_s'):.1f} s" in rows[label], f"{program} in the row {label!r}"
+    for program in ("link", *peers):
+        assert f"{shown(program, 'peak_mb') / 1000:.2f} GB" in rows["peak memory"]
+    assert ("**" in rows["first export of a configuration, wall time"]) == (result["ratios"]["copy"]["wall_s"] < 1)
 
 
 def test_every_kernel_of_four_models_was_compiled_for_every_capability_from_these_sources():
