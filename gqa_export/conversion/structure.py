@@ -16,6 +16,7 @@ import torch
 
 from ..errors import GqaExportError, UnsupportedModel
 from ..trace import attention_hook, skeleton
+from ..trace.probe import layer_probe
 from .head_layout_probe import layouts
 from .layout import LayerLayout
 
@@ -44,10 +45,28 @@ class Structure:
 
 
 def structure_of(config: Any) -> Structure:
-    """Build the model without weights and probe its attention."""
+    """Build the model without weights and probe its attention.
+
+    Raises:
+        UnsupportedModel: layers keep states of fixed size, or keys and values cannot be pooled.
+    """
+    _refuse_states(config)
     model = skeleton.build(config, torch.float32, device="meta", attention=attention_hook.register())
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     return Structure(config, layouts(model), shapes, f"{getattr(model, 'base_model_prefix', '')}.")
+
+
+def _refuse_states(config: Any) -> None:
+    """What such layers run cannot be followed from a weight to its head: they were never tried."""
+    try:
+        states = layer_probe.probe(config).states
+    except GqaExportError:
+        return  # not a model that can be exported; whether its heads can be pooled is another question
+    if states:
+        raise UnsupportedModel("the model has layers that keep a state of fixed size beside its attention layers, and "
+                               "the heads of such models are not converted", f"{config.model_type}, layers "
+                               f"{', '.join(map(str, sorted({state.layer for state in states})[:8]))}",
+                               "export the checkpoint as it is", code="E-CONVERT-STATES")
 
 
 def spellings(kv_heads: int | list[int], query_heads: int) -> list[dict[str, Any]]:

@@ -6,6 +6,8 @@ import errno
 import json
 
 import pytest
+from gqa_models import save_random
+from gqa_models.shrink import small_config
 from refusal import refused
 
 from gqa_export.checkpoint.open import open_checkpoint
@@ -107,6 +109,13 @@ def test_layers_that_share_keys_and_values_are_refused(tmp_path):
     error = refusal_of(tmp_path / "gemma3n", tmp_path, "E-CONVERT-LAYOUT", kv_heads="1")
     assert error.what.endswith("the keys of this layer do not come from a linear layer of its own")
     assert error.where.startswith("layer 2")
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5_text", "bamba"])
+def test_models_with_states_beside_attention_are_refused_for_their_states(name, tmp_path):
+    save_random(small_config(name), tmp_path / "checkpoint")
+    error = refusal_of(tmp_path / "checkpoint", tmp_path, "E-CONVERT-STATES", UnsupportedModel, kv_heads="1")
+    assert "layers 0" in error.where or "layers 1" in error.where
 
 
 def test_a_method_that_needs_the_output_projection_says_so_where_a_norm_hides_it(tmp_path):
