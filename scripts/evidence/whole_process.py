@@ -7,13 +7,13 @@ import nothing from source. Runs go in turn, so that a slow minute of the machin
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -27,6 +27,15 @@ AGAINST_BYTECODE = ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "PYTHONOPT
 """variables under which a child would compile its modules at each start, or look for bytecode somewhere else"""
 FROM_SOURCE = re.compile(r"^# code object from '?(?P<file>.*\.py)'?$", re.MULTILINE)
 """what Python prints with PYTHONVERBOSE for a module that it had to compile"""
+STARTER = """
+import json, os, sys, time
+quiet = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_WRONLY, 0) for stream in (1, 2)]
+began = time.perf_counter()
+_, status, used = os.wait4(os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=quiet), 0)
+print(json.dumps([status, time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss]))
+"""
+"""starts a command and measures it: Linux counts the memory of the starting process as the command's, so a small
+process must start it"""
 REQUIRED = ("date", "machine", "cores", "load_before", "python", "versions", "runs", "bytecode", "costs", "ratios")
 """fields without which a comparison of commands cannot be believed; see `unbelievable`"""
 FIGURES = ("wall_s", "cpu_s", "peak_mb")
@@ -34,8 +43,7 @@ FIGURES = ("wall_s", "cpu_s", "peak_mb")
 
 @dataclass(frozen=True)
 class Cost:
-    """One run: wall and CPU seconds of the process and its children, its largest resident memory in megabytes (Linux
-    counts what the process that started it held, so a small program costs as much as this one)."""
+    """One run: wall and CPU seconds of the process and its children, its largest resident memory in megabytes."""
 
     wall_s: float
     cpu_s: float
@@ -79,14 +87,14 @@ def imported_from_source(command: Sequence[str], variables: Mapping[str, str]) -
 
 def run_once(command: Sequence[str], variables: Mapping[str, str]) -> Cost:
     """Run a command in a new process and wait; RuntimeError if it fails."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env=child_environment(variables))
-    _, status, used = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - began
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", STARTER, *command], capture_output=True, text=True,
+                          check=False, env=child_environment(variables))
+    if done.returncode:
+        raise RuntimeError(f"the command was not started: {' '.join(command)}\n{done.stderr[-2000:]}")
+    status, wall, cpu, peak = json.loads(done.stdout)
     if status:
         raise RuntimeError(f"status {os.waitstatus_to_exitcode(status)}: {' '.join(command)}")
-    return Cost(wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1e3)
+    return Cost(wall, cpu, peak / 1e3)
 
 
 def compare(programs: Mapping[str, Program], runs: int, *, peers: Sequence[str], packages: Sequence[str],
