@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from .attention import Case, Problem, Run, attend, check, compiled, problem_of, truth, variants_of
-from .cases import CAPABILITIES, RUNS
+from .cases import CAPABILITIES, RUNS, random_run
+from .fault import Fault
 from .program import parse
 
 pytestmark = pytest.mark.kernels
@@ -105,3 +106,9 @@ def test_fp32_stays_within_what_is_allowed_with_the_errors_of_approximate_instru
     exact, rough = check(run), check(run, lambda variant, capability: compiled(variant, capability, True))
     assert rough.ok
     assert rough.error != exact.error, "the made-up errors reach the output"
+
+
+def test_the_known_fault_of_combine_at_value_head_size_8_is_still_there() -> None:
+    """docs/kernels.md names it. Where this fails, the kernel was mended: take both away and commit the sweep."""
+    with pytest.raises(Fault, match=r"combine_kernel.*two threads write different values"):
+        check(random_run(123))
