@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import GqaExportError, InvalidCheckpoint, cause_of
 from ..spec import FLOATS
-from .building import building
+from .building import building, without_absent_parts
 from .checkpoint import Checkpoint
 from .gguf_config import gguf_facts, identity
 from .gguf_tensors import gguf_state
@@ -63,7 +63,7 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
                               "output_loading_info": True}
     messages: list[str] = []
     try:
-        with quiet() as messages:
+        with quiet() as messages, without_absent_parts(config):
             if checkpoint.gguf_file is not None:
                 loaded = _from_state(config, dict(_gguf_state(identity(checkpoint.gguf_file), checkpoint.gguf_file)),
                                      kwargs)
