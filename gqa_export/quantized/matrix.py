@@ -172,15 +172,19 @@ class QuantizedMatrix:
         """The weight's rows [start, stop) as float64 `[rows, K]`, in the weight's own order of columns."""
         found = self.stripe(start, stop)
 
-        def spread(values: Array) -> Array:
-            return np.repeat(values.astype(np.float64), self.block, axis=1)[:, : self.columns]
-
         values = found.codes.astype(np.float64) if self.kind == "int" else LEVELS[self.kind][found.codes]
+        whole = self.columns == self.blocks * self.block
+        blocks = values.reshape(len(values), self.blocks, self.block) if whole else values
+
+        def spread(each: Array) -> Array:
+            each = each.astype(np.float64)
+            return each[..., None] if whole else np.repeat(each, self.block, axis=1)[:, : self.columns]
+
         if found.zero is not None and self.offset == "zero":
-            values -= spread(found.zero)
-        values *= spread(found.scale)
+            blocks -= spread(found.zero)
+        blocks *= spread(found.scale)
         if found.minimum is not None and self.offset == "minimum":
-            values += spread(found.minimum)
+            blocks += spread(found.minimum)
         if self.global_scale != 1.0:
             values *= self.global_scale
         if self.column_order is not None:

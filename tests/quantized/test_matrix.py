@@ -57,7 +57,7 @@ def test_a_transposed_parameter() -> None:
 @pytest.mark.parametrize("wrong", [{"bits": 7}, {"kind": "e5m2"}, {"offset": "half"}, {"block": 0}, {"block": 5},
                                    {"kind": "nf4", "offset": "zero"}, {"column_order": np.array([0, 0, 1, 2])}])
 def test_forms_that_do_not_exist_are_not_made(wrong: dict) -> None:
-    with pytest.raises(ValueError, match="bits|kind|offset|blocks|permutation"):
+    with pytest.raises(ValueError, match=r"bits|kind|offset|blocks|permutation"):
         matrix(Stripe(np.zeros((1, 4), np.int8), np.ones((1, 1), np.float32)), **wrong)
 
 
