@@ -19,7 +19,7 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *PLUGINS.rglob("*.py"), *(ROOT / "mode
 SCRIPTS = ROOT / "scripts"
 ORDER = (
     ("errors", "spec", "attention_op", "state_ops", "progress"),
-    ("graph_io", "targets", "files", "environment", "compare"),
+    ("graph_io", "targets", "files", "environment", "compare", "quantized"),
     ("graph", "checkpoint", "report"),
     ("trace", "lowering", "bundle", "uptraining"),
     ("weights", "engine", "runtime", "describe"),
@@ -38,6 +38,7 @@ NEVER = {
     "lowering": {"torch"},
     "engine": {"torch", "onnxruntime"},
     "compare": {"torch", "onnxruntime", "tensorrt"},
+    "quantized": {"torch", "transformers", "onnx", "onnxruntime", "tensorrt"},
     "report": {"torch", "onnx", "onnxruntime", "tensorrt", "polygraphy"},
     "conversion": {"onnx", "onnxruntime", "tensorrt", "onnx_ir", "onnxscript"},
     "uptraining": {"onnx", "onnxruntime", "tensorrt", "onnx_ir", "onnxscript"},

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .safetensors_header import StoredTensor
+
+if TYPE_CHECKING:
+    from ..quantized.matrix import QuantizedMatrix
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,11 @@ class Checkpoint:
             weights are not in.
         stored_dtype: the float type that most bytes have, "bfloat16" (GGUF: what it is dequantized to unless stored
             plain).
-        tensors: every tensor of the safetensors files; empty for GGUF and pickles.
+        tensors: every tensor of the safetensors files that is a plain number; empty for GGUF and pickles.
+        quantized: quantized weights by the name under which the checkpoint would store them if they were plain
+            (GGUF: transformers' name of the parameter). Everything that is not told to keep them sees their values.
+        packed: the tensors of the safetensors files that `quantized` is made of.
+        quantization: how the quantized weights are described; "" if there are none.
         pickles: the pickle files, if they are allowed.
         text_only: of a multimodal model only the language model is meant.
         model: the transformers model itself where a program holds it in memory; then `folder` has everything but
@@ -38,6 +45,9 @@ class Checkpoint:
     config: dict[str, Any] = field(repr=False)
     stored_dtype: str = "float32"
     tensors: dict[str, StoredTensor] = field(default_factory=dict, repr=False)
+    quantized: dict[str, QuantizedMatrix] = field(default_factory=dict, repr=False)
+    packed: dict[str, StoredTensor] = field(default_factory=dict, repr=False)
+    quantization: str = ""
     pickles: tuple[Path, ...] = ()
     text_only: bool = False
     model: Any = field(default=None, repr=False, compare=False)

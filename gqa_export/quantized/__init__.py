@@ -1,0 +1,1 @@
+"""Quantized weights in one form, whatever wrote them and whatever will run them."""

@@ -1,0 +1,201 @@
+"""A quantized matrix in the one form that readers and quantizers produce, and targets pack. They share nothing else.
+
+`value[n, k] = global_scale * column_scale[k] * (scale * number)` or with an offset `scale * (code - zero)` or
+`scale * code + minimum`, where `scale`, `zero` and `minimum` are those of row n and of the block that k is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import numpy as np
+
+BITS = (2, 3, 4, 5, 6, 8)
+OFFSETS = ("none", "zero", "minimum")
+STRIPE_BYTES = 8 << 20
+Array = Any
+"""a numpy array"""
+
+
+def _e4m3() -> Array:
+    """The numbers of float8 e4m3fn: sign, four bits of exponent (bias 7), three of mantissa; 0x7f is not a number."""
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    values = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    values = np.where(codes & 127 == 127, np.nan, values)
+    return np.where(codes & 128, -values, values)
+
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+_FP4 = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25)
+LEVELS: dict[str, Array] = {
+    "e2m1": np.array([*_E2M1, *(-value for value in _E2M1)]),
+    "e4m3": _e4m3(),
+    "nf4": np.array(_NF4),
+    "fp4": np.array([*_FP4, *(-value for value in _FP4)]),
+}
+"""kind -> the number of every code, float64. Kind "int" is not here: its codes are their numbers. The tables of nf4 and
+fp4 are bitsandbytes' (`functional.get_4bit_type`, as float32)."""
+KINDS = ("int", *LEVELS)
+
+
+@dataclass(frozen=True, eq=False)
+class Stripe:
+    """Some rows of a quantized matrix, unpacked.
+
+    Attributes:
+        codes: `[rows, K]`, one code an element: int8 for kind "int" without an offset, else uint8.
+        scale: float32 `[rows, blocks]`.
+        zero: `[rows, blocks]` of an integer type, where the matrix has the offset "zero". May lie outside of the codes.
+        minimum: float32 `[rows, blocks]`, where it has the offset "minimum".
+    """
+
+    codes: Array
+    scale: Array
+    zero: Array | None = None
+    minimum: Array | None = None
+
+    def rows(self, which: Array | slice) -> Stripe:
+        """Rows of this stripe, in the order of `which`."""
+        return Stripe(self.codes[which], self.scale[which], None if self.zero is None else self.zero[which],
+                      None if self.minimum is None else self.minimum[which])
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedMatrix:
+    """A quantized weight. Its data are read stripe by stripe.
+
+    Attributes:
+        shape: `[N, K]`, or `[E, N, K]` of stacked experts. Rows are counted through the leading axes.
+        bits: of a code as it is held here, one of `BITS`.
+        block: columns that share a scale, in the order of the codes; K for one scale a row. The last may have fewer.
+        kind: how a code becomes a number: "int", or a key of `LEVELS`.
+        offset: "none": scale * number, and codes of kind "int" are signed. "zero": scale * (code - zero). "minimum":
+            scale * code + minimum. Codes with an offset are unsigned. What is symmetric has "none", however stored.
+        label: the stored format for people, "GPTQ 4 bits, group 128".
+        read: (start, stop) -> the stripe of these rows; no more memory than the stripe takes.
+        column_order: int32 `[K]`: column j of the codes is column `column_order[j]` of the weight. None: in order.
+        global_scale: a second scale of the whole matrix, which is not in `Stripe.scale`. 1.0 where there is none.
+        column_scale: float32 `[K]`, in the weight's own order: the layer multiplies its input by it before this
+            matrix (AWQ's smoothing that was not folded into a norm). None: it does not.
+        row_block: rows that share a scale (128 of FP8 blocks, N of one scale for all). `Stripe.scale` repeats it.
+        input_scale: the static scale of the layer's input where the checkpoint was made for quantized activations.
+            The weight does not depend on it. None: it has none.
+        transposed: the model's parameter has the last two axes the other way round (GPT-OSS' experts).
+        tensors: names of the stored tensors that it is made of.
+        in_place: the name of a stored tensor whose bytes are the codes packed low bits first along K, each offset by
+            2^(bits - 1); "" where none is.
+    """
+
+    shape: tuple[int, ...]
+    bits: int
+    block: int
+    kind: str
+    offset: str
+    label: str
+    read: Callable[[int, int], Stripe] = field(repr=False)
+    column_order: Array | None = field(default=None, repr=False)
+    global_scale: float = 1.0
+    column_scale: Array | None = field(default=None, repr=False)
+    row_block: int = 1
+    input_scale: float | None = None
+    transposed: bool = False
+    tensors: tuple[str, ...] = field(default=(), repr=False)
+    in_place: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a form that does not exist: the mistake of a reader, not of a checkpoint."""
+        if self.bits not in BITS or self.kind not in KINDS or self.offset not in OFFSETS or len(self.shape) < 2:
+            raise ValueError(f"{self.bits} bits of kind {self.kind!r} with offset {self.offset!r}, shape {self.shape}")
+        if self.offset != "none" and self.kind != "int":
+            raise ValueError(f"codes of kind {self.kind!r} do not have an offset")
+        if not 1 <= self.block <= max(self.columns, 1):
+            raise ValueError(f"blocks of {self.block} columns in a matrix of {self.columns}")
+        order = self.column_order
+        if order is not None and not np.array_equal(np.sort(order), np.arange(self.columns)):
+            raise ValueError("column_order is not a permutation of the columns")
+
+    @property
+    def rows(self) -> int:
+        """All rows, through the leading axes."""
+        return prod(self.shape[:-1])
+
+    @property
+    def columns(self) -> int:
+        """K: columns of the weight."""
+        return self.shape[-1]
+
+    @property
+    def blocks(self) -> int:
+        """Scales of a row."""
+        return -(-self.columns // self.block)
+
+    @cached_property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """The shape of the model's parameter."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
+
+    def stripe(self, start: int = 0, stop: int | None = None) -> Stripe:
+        """The rows [start, stop), with their shapes checked.
+
+        Raises:
+            ValueError: the reader gave something else.
+        """
+        stop = self.rows if stop is None else stop
+        found = self.read(start, stop)
+        scales = (stop - start, self.blocks)
+        kind = np.int8 if self.kind == "int" and self.offset == "none" else np.uint8
+        there = [("codes", found.codes, (stop - start, self.columns)), ("scale", found.scale, scales)]
+        there += [("zero", found.zero, scales)] * (self.offset == "zero")
+        there += [("minimum", found.minimum, scales)] * (self.offset == "minimum")
+        for name, values, shape in there:
+            if values is None or values.shape != shape:
+                raise ValueError(f"{self.label}: {name} is {None if values is None else values.shape}, not {shape}")
+        if found.codes.dtype != kind or found.scale.dtype != np.float32:
+            raise ValueError(f"{self.label}: codes are {found.codes.dtype}, scales {found.scale.dtype}")
+        return found
+
+    def stripes(self, nbytes: int = STRIPE_BYTES, itemsize: int = 8) -> Iterator[tuple[int, int]]:
+        """(start, stop) of stripes that take about `nbytes` with so many bytes an element, in order."""
+        step = max(1, nbytes // max(1, self.columns * itemsize))
+        for start in range(0, self.rows, step):
+            yield start, min(start + step, self.rows)
+
+    def dequantize(self, start: int = 0, stop: int | None = None) -> Array:
+        """The weight's rows [start, stop) as float64 `[rows, K]`, in the weight's own order of columns."""
+        found = self.stripe(start, stop)
+
+        values = found.codes.astype(np.float64) if self.kind == "int" else LEVELS[self.kind][found.codes]
+        whole = self.columns == self.blocks * self.block
+        blocks = values.reshape(len(values), self.blocks, self.block) if whole else values
+
+        def spread(each: Array) -> Array:
+            each = each.astype(np.float64)
+            return each[..., None] if whole else np.repeat(each, self.block, axis=1)[:, : self.columns]
+
+        if found.zero is not None and self.offset == "zero":
+            blocks -= spread(found.zero)
+        blocks *= spread(found.scale)
+        if found.minimum is not None and self.offset == "minimum":
+            blocks += spread(found.minimum)
+        if self.global_scale != 1.0:
+            values *= self.global_scale
+        if self.column_order is not None:
+            ordered = np.empty_like(values)
+            ordered[:, self.column_order] = values
+            values = ordered
+        if self.column_scale is not None:
+            values *= self.column_scale.astype(np.float64)
+        return values
+
+    def parameter(self) -> Array:
+        """The whole weight as the model has it, float64."""
+        whole = self.dequantize().reshape(self.shape)
+        return np.ascontiguousarray(whole.swapaxes(-1, -2)) if self.transposed else whole

@@ -1,0 +1,70 @@
+"""The form of quantized weights: what its numbers mean, and that wrong forms are not made."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gqa_export.quantized.matrix import LEVELS, QuantizedMatrix, Stripe
+
+
+def matrix(stripe: Stripe, bits: int = 4, block: int = 4, kind: str = "int", offset: str = "none",
+           **more: object) -> QuantizedMatrix:
+    return QuantizedMatrix(stripe.codes.shape, bits, block, kind, offset, "test",
+                           lambda start, stop: stripe.rows(slice(start, stop)), **more)  # type: ignore[arg-type]
+
+
+def test_the_levels_are_those_of_the_types() -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(LEVELS["e4m3"], codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64))
+    np.testing.assert_array_equal(LEVELS["e2m1"], codes[:16].view(ml_dtypes.float4_e2m1fn).astype(np.float64))
+    np.testing.assert_array_equal(LEVELS["nf4"], LEVELS["nf4"].astype(np.float32))
+    assert np.all(np.diff(LEVELS["nf4"]) > 0)
+    np.testing.assert_array_equal(LEVELS["fp4"][:8], np.float32([0, 1 / 192, 2 / 3, 1, 1 / 3, .5, 1 / 6, .25]))
+
+
+def test_offsets_a_partial_block_and_stripes() -> None:
+    codes, scale = np.array([[1, 2, 3, 4, 5, 6], [9, 8, 7, 6, 5, 4]], np.uint8), np.float32([[2, 3], [4, 5]])
+    zero, minimum = np.array([[1, 16], [8, 0]], np.int16), np.float32([[.5, .25], [-1, -2]])
+    scales, zeros = scale[:, [0, 0, 0, 0, 1, 1]], zero[:, [0, 0, 0, 0, 1, 1]]
+    affine = matrix(Stripe(codes, scale, zero), offset="zero")
+    np.testing.assert_array_equal(affine.dequantize(), scales * (codes.astype(float) - zeros))
+    np.testing.assert_array_equal(affine.dequantize(1, 2), affine.dequantize()[1:])
+    least = matrix(Stripe(codes, scale, minimum=minimum), offset="minimum")
+    np.testing.assert_array_equal(least.dequantize(), scales * codes + minimum[:, [0, 0, 0, 0, 1, 1]])
+    plain = matrix(Stripe(codes.astype(np.int8) - 8, scale), global_scale=.5)
+    np.testing.assert_array_equal(plain.dequantize(), .5 * scales * (codes.astype(float) - 8))
+    assert [*plain.stripes(1)] == [(0, 1), (1, 2)]
+
+
+def test_columns_go_back_to_their_places_before_they_are_scaled() -> None:
+    codes, order = np.array([[1, 2, 3]], np.int8), np.array([2, 0, 1], np.int32)
+    made = matrix(Stripe(codes, np.ones((1, 1), np.float32)), block=3, column_order=order,
+                  column_scale=np.float32([10, 100, 1000]))
+    np.testing.assert_array_equal(made.dequantize(), [[20, 300, 1000]])
+
+
+def test_a_transposed_parameter() -> None:
+    codes = np.arange(6, dtype=np.int8).reshape(3, 2)
+    made = QuantizedMatrix((1, 3, 2), 8, 2, "int", "none", "test",
+                           lambda start, stop: Stripe(codes[start:stop], np.ones((stop - start, 1), np.float32)),
+                           transposed=True)
+    assert made.parameter_shape == (1, 2, 3)
+    np.testing.assert_array_equal(made.parameter(), codes.T[None])
+
+
+@pytest.mark.parametrize("wrong", [{"bits": 7}, {"kind": "e5m2"}, {"offset": "half"}, {"block": 0}, {"block": 5},
+                                   {"kind": "nf4", "offset": "zero"}, {"column_order": np.array([0, 0, 1, 2])}])
+def test_forms_that_do_not_exist_are_not_made(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=r"bits|kind|offset|blocks|permutation"):
+        matrix(Stripe(np.zeros((1, 4), np.int8), np.ones((1, 1), np.float32)), **wrong)
+
+
+@pytest.mark.parametrize("stripe", [
+    Stripe(np.zeros((2, 4), np.uint8), np.ones((2, 1), np.float32)),
+    Stripe(np.zeros((2, 4), np.int8), np.ones((2, 2), np.float32)),
+    Stripe(np.zeros((2, 4), np.int8), np.ones((2, 1), np.float64))])
+def test_a_stripe_of_another_form_is_found(stripe: Stripe) -> None:
+    with pytest.raises(ValueError, match=r"^test: "):
+        matrix(stripe).dequantize()
