@@ -23,6 +23,7 @@ from ..graph_io import TensorFact
 from ..spec import DTYPES, FAIL_FAST, MOST_LAYERS, STRICT, Count, Fallback, Limits, ModelSpec, OneOf, Size, Text
 from .engine_facts import EngineFacts
 from .manifest_rules import check_names, check_tensors
+from .quantization import Quantization
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
@@ -89,6 +90,7 @@ class Manifest:
         versions: of the packages that made it.
         bytes_copied, bytes_linked: of weights.
         engine: of an engine bundle, its engine; None where the bundle holds a graph.
+        quantization: of its weights; None where all are floating-point numbers and the checkpoint's were too.
         format: of the manifest.
     """
 
@@ -111,6 +113,7 @@ class Manifest:
     bytes_copied: Bytes = 0
     bytes_linked: Bytes = 0
     engine: EngineFacts | None = None
+    quantization: Quantization | None = None
     format: Annotated[int, OneOf(FORMAT)] = FORMAT
 
     def to_json(self) -> str:

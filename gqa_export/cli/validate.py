@@ -24,19 +24,26 @@ if TYPE_CHECKING:
               help="Where ONNX Runtime runs the bundle.")
 @click.option("--level", type=click.Choice(["quick", "full"]), default="quick", show_default=True,
               help="Which cases: those of a minute, or all.")
-@click.option("--text", type=click.Path(path_type=Path, dir_okay=False), help="Also measure perplexity on this file.")
+@click.option("--text", type=click.Path(path_type=Path, dir_okay=False),
+              help="Also measure perplexity, and the loss, on this file.")
+@click.option("--reference", metavar="CHECKPOINT", help="Measure the loss against this checkpoint, from before it was "
+              "quantized: KL divergence, best tokens, perplexity.")
+@click.option("--max-kl", type=float, metavar="NATS", help="Fail if the mean KL divergence from --reference is larger.")
+@click.option("--max-perplexity-increase", type=float, metavar="PERCENT", help="Fail if perplexity increases by more.")
 @click.option("--steps", type=click.IntRange(1), help="Decode steps of each case.  [default: 32]")
 @click.option("--hash", "full_hash", is_flag=True, help="Compute the sha256 of every file, however large.")
 @report_options
 @revision_option
 @trust_options
 def command(bundles: tuple[Path, ...], against: str | None, as_dtype: Literal["fp32"] | None, provider: Provider,
-            level: Level, text: Path | None, steps: int | None, full_hash: bool, revision: str | None,
+            level: Level, text: Path | None, reference: str | None, max_kl: float | None,
+            max_perplexity_increase: float | None, steps: int | None, full_hash: bool, revision: str | None,
             allow_pickle: bool, reports: Reports) -> None:
     """Compare BUNDLES with their checkpoint: logits, every new key and value, the whole cache. Several bundles are also
     compared with one another.
 
-    Exit codes: 0 passed, 1 the outputs differ (or drifted from the baseline), 2 bad input, 3 could not be checked here.
+    Exit codes: 0 passed, 1 the outputs differ (or drifted from the baseline, or too much was lost), 2 bad input,
+    3 could not be checked here.
     """
     from rich.console import Console
 
@@ -46,6 +53,8 @@ def command(bundles: tuple[Path, ...], against: str | None, as_dtype: Literal["f
 
     if against is None and len(bundles) == 1:
         raise click.UsageError("one bundle is compared with its checkpoint: pass --against CHECKPOINT")
+    if against is None and (reference, max_kl, max_perplexity_increase) != (None, None, None):
+        raise click.UsageError("the loss is measured beside the comparison: pass --against CHECKPOINT too")
     verdicts = []
     if against is not None:
         for bundle in bundles:
@@ -53,7 +62,8 @@ def command(bundles: tuple[Path, ...], against: str | None, as_dtype: Literal["f
             with progress(f"validating {bundle.name}") as bar:
                 verdicts.append(api.open_bundle(bundle).validate(
                     against, level=level, steps=steps, text=text, provider=provider, as_dtype=as_dtype,
-                    full_hash=full_hash, revision=revision, allow_pickle=allow_pickle, progress=bar.report))
+                    full_hash=full_hash, revision=revision, allow_pickle=allow_pickle, reference=reference,
+                    max_kl=max_kl, max_perplexity_increase=max_perplexity_increase, progress=bar.report))
     if len(bundles) > 1:
         with progress("comparing the bundles with one another") as bar:
             verdicts += api.cross_check(bundles, level=level, steps=steps, provider=provider, as_dtype=as_dtype,

@@ -15,11 +15,15 @@ from ..errors import EXIT_DIFFERENT, EXIT_PASSED, OutputDiffers
 from .case_driver import Choice
 from .error_trace import OutputError, StepError, Surroundings
 from .logits import LogitMetrics
+from .loss import Loss, loss_label
 
 SCHEMA_VERSION = 2
 COMPARED = (("logits", {"logits"}), ("new keys and values", {"keys", "values"}), ("states", {"states"}),
             ("cache", {"cache"}), ("refusals", {"refusal"}))
 """words in which a verdict tells what was compared, and the kinds of output that must have been measured"""
+
+LOSS_PROPERTIES = ("perplexity_increase", "failure", "passed")
+"""properties of a loss that `Verdict.to_dict` writes beside its fields"""
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,7 @@ class Verdict:
             weights), so that bundles are told apart whatever their folders are called; "" where no checkpoint was open.
         overflow: why outputs are not finite where PyTorch's own in this number format are not either, and the option
             that avoids it; "" otherwise.
+        loss: what was lost against the checkpoint before it was quantized; None where that was not measured.
     """
 
     bundle: str
@@ -180,11 +185,22 @@ class Verdict:
     level: str = ""
     identity: str = ""
     overflow: str = ""
+    loss: Loss | None = None
+
+    @property
+    def same(self) -> bool:
+        """Whether all cases passed. A verdict without cases has shown nothing and does not pass."""
+        return bool(self.cases) and all(case.passed for case in self.cases)
 
     @property
     def passed(self) -> bool:
-        """Whether all cases passed. A verdict without cases has shown nothing and does not pass."""
-        return bool(self.cases) and all(case.passed for case in self.cases)
+        """Whether all cases passed, and the loss is within its limits where it was measured."""
+        return self.same and (self.loss is None or self.loss.passed)
+
+    @property
+    def loss_label(self) -> str:
+        """The loss in one line, or that it was not measured."""
+        return loss_label(self.loss)
 
     @property
     def exit_code(self) -> int:
@@ -194,14 +210,16 @@ class Verdict:
     @property
     def compared(self) -> tuple[str, ...]:
         """What was measured in this run, in words: "logits", "new keys and values" (of every step), "cache" (all of it,
-        at the end), "refusals", "best tokens" (of a free run), "perplexity" (of a given text). What is not named was
-        not compared."""
+        at the end), "refusals", "best tokens" (of a free run), "perplexity" (of a given text), "loss" (against another
+        checkpoint). What is not named was not compared."""
         measured = {kind.kind for case in self.cases for kind in case.kinds}
         found = [words for words, kinds in COMPARED if kinds <= measured]
         if any(case.free and case.rows for case in self.cases):
             found.append("best tokens")
         if any(case.metrics is not None and case.metrics.perplexity is not None for case in self.cases):
             found.append("perplexity")
+        if self.loss is not None:
+            found.append("loss")
         return tuple(found)
 
     @property
@@ -210,6 +228,8 @@ class Verdict:
         if self.passed:
             return ""
         wrong = next((case for case in self.cases if not case.passed), None)
+        if wrong is None and self.same and self.loss is not None:
+            return self.loss.failure
         if wrong is None:
             return "no case was run"
         found = wrong.wrong_token if wrong.first is None else str(wrong.first)
@@ -221,6 +241,9 @@ class Verdict:
         Raises:
             OutputDiffers: it did not pass; `what` is the first failure.
         """
+        if self.same and not self.passed:
+            raise OutputDiffers(f"the bundle lost more than was allowed: {self.failure}", self.bundle,
+                                "quantize fewer matrices, or to more bits", code="E-VALIDATE-LOSS")
         if not self.passed:
             raise OutputDiffers(f"the bundle's outputs differ from the reference's: {self.failure}", self.bundle,
                                 "export in a number format with larger numbers" if self.overflow else
@@ -252,11 +275,13 @@ class Verdict:
             row = asdict(case)
             row["kinds"] = [asdict(kind) | {"passed": kind.passed} for kind in case.kinds]
             cases.append(row | {"passed": case.passed, "first": asdict(case.first) if case.first else None})
+        loss = self.loss
         data = asdict(self) | {
+            "loss": None if loss is None else asdict(loss) | {name: getattr(loss, name) for name in LOSS_PROPERTIES},
             "schema_version": SCHEMA_VERSION, "passed": self.passed, "exit_code": self.exit_code,
             "compared": self.compared,
             "max_abs_logits": self.max_abs_logits, "max_abs_logits_eager": self.max_abs_logits_eager,
-            "first": asdict(self.first) if self.first else None, "cases": cases,
+            "first": asdict(self.first) if self.first else None, "cases": cases, "loss_label": self.loss_label,
         }
         return _plain(data)
 

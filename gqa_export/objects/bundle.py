@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -46,18 +47,24 @@ class Bundle:
     def validate(self, against: Place | PreTrainedModel, *, level: Level = "quick", steps: int | None = None,
                  text: Place | None = None, provider: Provider = "auto", as_dtype: Literal["fp32"] | None = None,
                  full_hash: bool = False, check_hashes: bool = True, revision: str | None = None,
-                 allow_pickle: bool = False, progress: Progress | None = None) -> Verdict:
+                 allow_pickle: bool = False, reference: Place | PreTrainedModel | None = None,
+                 max_kl: float | None = None, max_perplexity_increase: float | None = None,
+                 progress: Progress | None = None) -> Verdict:
         """Compare the bundle with PyTorch, step by step: logits, every new key and value, the whole cache.
 
         Args:
             against: the checkpoint it was made from, or the model in memory.
             level: which cases are run. steps: decode steps of each case; None is the level's number.
-            text: a UTF-8 file whose perplexity is measured too.
+            text: a UTF-8 file whose perplexity is measured too, and the loss.
             provider: where ONNX Runtime runs the bundle; "auto" is CUDA if it is there.
             as_dtype: "fp32" checks the fp32 twin of a bf16 or fp16 bundle.
             full_hash: compute the sha256 of every file, however large. check_hashes: False checks sizes only.
             revision: of a hub id; None is the commit that the manifest names.
             allow_pickle: also read weights from pickle files; no code of theirs is run.
+            reference: the checkpoint before it was quantized, or the model in memory: the loss against it is measured,
+                on `text` or on a short text that comes with the package. None: the loss is not measured.
+            max_kl: the most that the mean KL divergence from the reference may be, in nats; None: no limit.
+            max_perplexity_increase: the most that perplexity may increase by, in percent; None: no limit.
 
         Returns:
             The verdict: `passed`, `compared`, `cases`, `to_json()`; `check()` raises `OutputDiffers` if it failed.
@@ -67,6 +74,7 @@ class Bundle:
             NotCheckedHere: this machine cannot run the comparison.
         """
         from ..bundle.source_checkpoint import open_for
+        from ..validation.loss import LossRequest
         from ..validation.validate import validate
 
         check_choices(level=level, provider=provider, as_dtype=as_dtype)
@@ -74,11 +82,14 @@ class Bundle:
         if not isinstance(against, str | Path):
             refuse_revision(revision, type(against).__name__, "a model in memory")
         text_only = bool(self.manifest.source.get("text_only"))
-        with pickles_allowed(allow_pickle), opened(against, text_only=text_only) as source:
+        limits = (path_of(text), max_kl, max_perplexity_increase)
+        LossRequest(str(reference) if reference is not None else None, *limits).check()
+        with (pickles_allowed(allow_pickle), opened(against, text_only=text_only) as source,
+              nullcontext() if reference is None else opened(reference, text_only=text_only) as before):
             checkpoint = open_for(self.manifest, source, revision)
             return validate(self.folder, checkpoint, level=level, steps=steps or 0, text=path_of(text),
                             provider=provider, as_dtype=as_dtype, full_hash=full_hash, check_hashes=check_hashes,
-                            progress=progress)
+                            progress=progress, loss=LossRequest(before, *limits))
 
     def session(self, *, provider: Provider = "auto", low_memory: bool = False, threads: int | None = None) -> Session:
         """Open the bundle for running: in ONNX Runtime, or in TensorRT if it holds an engine.

@@ -3,7 +3,9 @@ it may still be within the tolerance.
 
 How much worse: rounding differs from machine to machine and from kernel to kernel, so a drift is an error that is
 more than FACTOR times the one that was kept, and more than FLOOR of what the tolerance allows (below that it is
-noise of a few units in the last place). Fewer agreeing best tokens, or a case that no longer runs, are drifts too.
+noise of a few units in the last place). Fewer agreeing best tokens, or a case that no longer runs, are drifts too; so
+is a loss on the same text that is more than FACTOR times the one that was kept, and more than KL_FLOOR or
+INCREASE_FLOOR.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ BY_NAME = 1
 """the format in which bundles were told apart by their folder's name alone"""
 FACTOR = 2.0
 FLOOR = 0.02
+KL_FLOOR = 1e-4
+"""nats: a tenth of what rounding activations to 8 bits costs a small model"""
+INCREASE_FLOOR = 0.1
+"""percent of perplexity: what one text in place of another moves it by"""
 REMAKE = "make it with --baseline FILE --update-baseline"
 ANEW = f"remove the file, then {REMAKE}"
 
@@ -93,8 +99,8 @@ class Baseline:
         if wrong:
             return (f"the baseline was left as it was: {Path(wrong[0].bundle).name} did not pass",)
         for verdict in verdicts:
-            bundles[key_of(verdict)] = {"name": Path(verdict.bundle).name,
-                                        "cases": {case.name: _kept(case) for case in verdict.cases}}
+            cases = {case.name: _kept(case) for case in verdict.cases}
+            bundles[key_of(verdict)] = {"name": Path(verdict.bundle).name, "cases": cases, **_kept_loss(verdict)}
         write_text(path, json.dumps({"format": FORMAT, "bundles": dict(sorted(bundles.items()))}, indent=1) + "\n")
         return (*old, f"baseline written: {path} ({', '.join(key_of(verdict) for verdict in verdicts)})")
 
@@ -112,6 +118,8 @@ class Baseline:
                                      code="E-REPORT-BASELINE-BUNDLE")
             kept = self.bundles[key]["cases"]
             found = {case.name: case for case in verdict.cases}
+            drifts += [Drift(key, "", message, Path(verdict.bundle).name)
+                       for message in _drifted_loss(verdict, self.bundles[key].get("loss"))]
             folder = Path(verdict.bundle).name
             drifts += [Drift(key, name, "it is in the baseline and was not run", folder)
                        for name in kept if name not in found]
@@ -125,6 +133,29 @@ def _kept(case: CaseVerdict) -> dict[str, Any]:
     kinds = {kind.kind for kind in case.kinds}
     return {"best_tokens": f"{case.top1_agreed}/{case.rows}",
             "max_abs": {name: max(kind.max_abs for kind in case.kinds if kind.kind == name) for name in sorted(kinds)}}
+
+
+def _kept_loss(verdict: Verdict) -> dict[str, Any]:
+    loss = verdict.loss
+    return {} if loss is None else {"loss": {"text_sha256": loss.text_sha256, "kl_mean": loss.kl_mean,
+                                             "perplexity_increase": loss.perplexity_increase}}
+
+
+def _drifted_loss(verdict: Verdict, kept: dict[str, Any] | None) -> list[str]:
+    if kept is None:
+        return []
+    loss = verdict.loss
+    if loss is None:
+        return ["the loss is in the baseline and was not measured (--reference)"]
+    if loss.text_sha256 != kept["text_sha256"]:
+        return [f"the loss was measured on other tokens than in the baseline: {loss.text}"]
+    found = []
+    if not loss.kl_mean <= max(FACTOR * kept["kl_mean"], KL_FLOOR):
+        found.append(f"the mean KL divergence is {loss.kl_mean:.3g}, {kept['kl_mean']:.3g} in the baseline")
+    before = kept["perplexity_increase"]
+    if not loss.perplexity_increase <= max(FACTOR * before, before + INCREASE_FLOOR):
+        found.append(f"the perplexity increased by {loss.perplexity_increase:.3g} %, by {before:.3g} % in the baseline")
+    return found
 
 
 def _drifted(case: CaseVerdict, kept: dict[str, Any]) -> list[str]:
@@ -147,6 +178,11 @@ def _sound(bundles: Any) -> bool:
     """Whether a file's bundles have the form that `judge` relies on."""
     try:
         for entry in bundles.values():
+            loss = entry.get("loss")
+            if loss is not None and not (isinstance(loss["text_sha256"], str) and all(
+                    isinstance(loss[name], float | int) and math.isfinite(loss[name])
+                    for name in ("kl_mean", "perplexity_increase"))):
+                return False
             for case in entry["cases"].values():
                 agreed, rows = (int(number) for number in case["best_tokens"].split("/"))
                 numbers = list(case["max_abs"].values())

@@ -75,6 +75,11 @@ def _cells(case: CaseVerdict, kind: KindVerdict) -> tuple[Text, ...]:
     return (Text(kind.kind), *numbers, Text(best), Text("ok", "green") if ok else Text("DIFFERS", "bold red"))
 
 
+def verdict_word(verdict: Verdict) -> str:
+    """PASSED, DIFFERENT, or LOSS where the cases passed and the loss exceeds its limits."""
+    return "PASSED" if verdict.passed else "LOSS" if verdict.same else "DIFFERENT"
+
+
 def details(verdict: Verdict) -> list[str]:
     """What the table cannot hold, one line each; the last line is the verdict."""
     lines = []
@@ -89,9 +94,12 @@ def details(verdict: Verdict) -> list[str]:
         lines.append(f"reason: {verdict.overflow}")
     lines += [f"note: {note}" for note in verdict.notes]
     lines.append(f"compared: {', '.join(verdict.compared) or 'nothing'}")
+    lines.append(f"loss: {verdict.loss_label}")
+    if verdict.loss is not None and not verdict.loss.passed:
+        lines.append(f"LOST TOO MUCH: {verdict.loss.failure}")
     eager = verdict.max_abs_logits_eager
     beside = "" if eager is None else f", to PyTorch {verdict.checked_dtype} eager {eager:.2e}"
-    lines.append(f"{'PASSED' if verdict.passed else 'DIFFERENT'}: max |logit difference| to PyTorch "
+    lines.append(f"{verdict_word(verdict)}: max |logit difference| to PyTorch "
                  f"{verdict.reference_dtype} {verdict.max_abs_logits:.2e}{beside}; {len(verdict.cases)} cases, "
                  f"{verdict.seconds:.1f} s")
     return lines

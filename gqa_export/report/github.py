@@ -58,7 +58,9 @@ def _bundle(verdict: Verdict) -> list[str]:
             lines.append(_row(case, kind))
     lines.append("")
     lines += [f"- first divergence: {_plain(str(case.first))}" for case in verdict.cases if case.first is not None]
-    return [*lines, *(f"- note: {_plain(note)}" for note in verdict.notes),
+    if verdict.loss is not None and not verdict.loss.passed:
+        lines.append(f"- **lost too much**: {_plain(verdict.loss.failure)}")
+    return [*lines, *(f"- note: {_plain(note)}" for note in verdict.notes), f"- loss: {_plain(verdict.loss_label)}",
             f"- compared: {', '.join(verdict.compared) or 'nothing'}", ""]
 
 

@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from typing_extensions import TypeAliasType, TypedDict
 
-from ..compare.verdict import SCHEMA_VERSION, CaseVerdict, KindVerdict, Verdict
+from ..compare.loss import Loss
+from ..compare.verdict import LOSS_PROPERTIES, SCHEMA_VERSION, CaseVerdict, KindVerdict, Verdict
 from ..spec import Limits, OneOf
 from .outcome import Outcome, environment
 
@@ -47,8 +48,8 @@ class Run(TypedDict):
 
 
 PROPERTIES: dict[type, tuple[str, ...]] = {
-    KindVerdict: ("passed",), CaseVerdict: ("passed", "first"),
-    Verdict: ("passed", "exit_code", "compared", "max_abs_logits", "max_abs_logits_eager", "first")}
+    KindVerdict: ("passed",), CaseVerdict: ("passed", "first"), Loss: LOSS_PROPERTIES,
+    Verdict: ("passed", "exit_code", "compared", "max_abs_logits", "max_abs_logits_eager", "first", "loss_label")}
 """properties that `Verdict.to_dict` writes beside the fields"""
 LIMITS: dict[tuple[type, str], Any] = {(CaseVerdict, "kinds"): Limits(min_length=1),
                                        (Verdict, "exit_code"): OneOf(0, 1)}

@@ -1,5 +1,6 @@
-"""`--junit`: a test suite per bundle, a test per case and kind of output, one for the baseline. A run without a verdict
-is an <error>, also where this machine could not check (exit 3): a skipped test would be read as green."""
+"""`--junit`: a test suite per bundle, a test per case and kind of output, one for the loss if it was measured, one for
+the baseline. A run without a verdict is an <error>, also where this machine could not check (exit 3): a skipped test
+would be read as green. For the same reason a loss that was not measured is a property, not a test."""
 
 from __future__ import annotations
 
@@ -40,12 +41,18 @@ def _suite(verdict: Verdict, outcome: Outcome) -> Element:
     properties = SubElement(suite, "properties")
     facts = {"against": verdict.against, "target": verdict.target, "dtype": verdict.dtype, "provider": verdict.provider,
              "checked_dtype": verdict.checked_dtype, "reference_dtype": verdict.reference_dtype, "cache": verdict.cache,
-             "capacity": verdict.capacity, "compared": ", ".join(verdict.compared), **verdict.versions, **environment()}
+             "capacity": verdict.capacity, "compared": ", ".join(verdict.compared),
+             "loss": verdict.loss_label, **verdict.versions, **environment()}
     for name, value in facts.items():
         SubElement(properties, "property", name=name, value=_clean(str(value)))
     for case in verdict.cases:
         for kind in case.kinds:
             _test(suite, case, kind)
+    if verdict.loss is not None:
+        test = SubElement(suite, "testcase", classname="gqa_export.validate.loss", name="loss", time="0")
+        if not verdict.loss.passed:
+            SubElement(test, "failure", type="loss", message=_clean(verdict.loss.failure)).text = _clean(
+                verdict.loss_label)
     drifts = [drift for drift in outcome.drifts if drift.bundle == key_of(verdict)]
     for drift in drifts:
         test = SubElement(suite, "testcase", classname=f"gqa_export.baseline.{drift.case}", name="drift", time="0")

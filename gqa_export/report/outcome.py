@@ -45,12 +45,14 @@ class Outcome:
 
     @property
     def word(self) -> str:
-        """PASSED, DIFFERENT, DRIFTED, NOT CHECKED or ERROR."""
+        """PASSED, DIFFERENT, LOSS (outputs are the same, more was lost than allowed), DRIFTED, NOT CHECKED or ERROR."""
         if self.problem is not None:
             return "NOT CHECKED" if self.problem.exit_code == EXIT_NOT_CHECKED else "ERROR"
         if self.passed:
             return "PASSED"
-        return "DIFFERENT" if not all(verdict.passed for verdict in self.verdicts) else "DRIFTED"
+        if not all(verdict.same for verdict in self.verdicts):
+            return "DIFFERENT"
+        return "DRIFTED" if all(verdict.passed for verdict in self.verdicts) else "LOSS"
 
 
 def environment() -> dict[str, str]:

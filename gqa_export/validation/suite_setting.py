@@ -43,7 +43,7 @@ def setting_of(manifest: Manifest, folder: Path, steps: int, text: Path | None =
                                                                        manifest.capacity)
     return Setting(manifest.spec, manifest.capacity, steps, tuple(_windows(config)), _original_positions(config),
                    switch, special, _largest_embeddings(model, avoided) if model is not None else (),
-                   _encoded(folder, SAMPLE), _read(folder, text) if text is not None else None,
+                   encoded(folder, SAMPLE), read_text(folder, text) if text is not None else None,
                    literal=get_target(manifest.target).literal_capacity, avoided=avoided)
 
 
@@ -86,7 +86,7 @@ def _largest_embeddings(model: Any, special: tuple[int, ...]) -> tuple[int, ...]
     return tuple(i for i in order[: LARGEST + len(special)] if i not in special)[:LARGEST]
 
 
-def _encoded(folder: Path, text: str) -> np.ndarray | None:
+def encoded(folder: Path, text: str) -> np.ndarray | None:
     """Token ids of a text, None where the bundle carries no tokenizer.json."""
     if not (folder / JSON).is_file():
         return None
@@ -105,12 +105,17 @@ def check_tokenizer(folder: Path) -> None:
     Raises:
         InvalidBundle: the file cannot be read, or the library fails on it.
     """
-    _encoded(folder, SAMPLE)
+    encoded(folder, SAMPLE)
 
 
-def _read(folder: Path, path: Path) -> np.ndarray:
+def read_text(folder: Path, path: Path) -> np.ndarray:
+    """Token ids of a text file, with the bundle's tokenizer.
+
+    Raises:
+        GqaExportError: the file cannot be read, its text is too short, or the bundle has no tokenizer.
+    """
     try:
-        ids = _encoded(folder, path.read_text(encoding="utf-8"))
+        ids = encoded(folder, path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise GqaExportError(f"the text cannot be read: {cause_of(error)}", str(path), "give a text file in UTF-8",
                              code="E-OPTION-TEXT-FILE") from error

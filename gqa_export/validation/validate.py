@@ -23,6 +23,7 @@ from ..environment.versions import versions
 from ..errors import GqaExportError
 from ..progress import Progress, silent
 from ..targets import get_target
+from .loss import LossRequest, measure_loss
 from .overflow import overflow_words
 from .reference import Reference, open_reference, runnable
 from .refusals import judge_refusals
@@ -31,11 +32,13 @@ from .sessions import Sessions, bundle_session, choose_bundle_provider, is_large
 from .suite_setting import check_tokenizer, setting_of
 from .untrusted import logits_of_last_token, nan_tail_safe, takes_whole_row_masks
 
+NO_LOSS = LossRequest()
+
 
 def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str = "quick", steps: int = 0,
              text: Path | None = None, provider: str = "auto", as_dtype: str | None = None, full_hash: bool = False,
              check_hashes: bool = True, progress: Progress | None = None,
-             reference: Reference | None = None) -> Verdict:
+             reference: Reference | None = None, loss: LossRequest = NO_LOSS) -> Verdict:
     """Compare a bundle with the checkpoint it was made from.
 
     Args:
@@ -50,7 +53,8 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         full_hash: compute sha256 of every file, whatever its size.
         check_hashes: False checks sizes only (right after an export).
         progress: called with what is done, how much, of how much.
-        reference: the checkpoint, already opened by `open_reference`.
+        reference: the checkpoint `against`, already opened by `open_reference`.
+        loss: which checkpoint the loss is measured against, on which text, and how much it may be.
 
     Returns:
         The verdict, passed or not; a difference does not raise (`Verdict.check` does).
@@ -63,6 +67,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
     """
     if as_dtype not in (None, "fp32"):
         raise GqaExportError(f"--as accepts fp32 only, got {as_dtype!r}", "--as", "use --as fp32", code="E-OPTION-AS")
+    loss.check()
     began, folder, report = time.perf_counter(), Path(bundle), progress or silent
     report("checking the bundle's files", None, None)
     manifest = read_manifest(folder)
@@ -93,6 +98,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
                          notes=notes)
         overflow = overflow_words(sessions, logs, ran_dtype)
         refused = judge_refusals(session, resizable=not setting.literal)
+        measured = measure_loss(loss, session, manifest, folder, known, notes, report)
     if check_hashes:
         notes += _hash_notes(manifest, unhashed)
     return Verdict(
@@ -100,7 +106,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         checked_dtype=ran_dtype, reference_dtype=known.dtype, provider=provider, cache=manifest.cache,
         capacity=manifest.capacity, cases=(*(judge(log, ran_dtype) for log in logs), refused), level=level,
         notes=(*plan.notes, *notes), versions=versions(), seconds=time.perf_counter() - began,
-        identity=identity_of(manifest, known.digest), overflow=overflow)
+        identity=identity_of(manifest, known.digest), overflow=overflow, loss=measured)
 
 
 def _hash_notes(manifest: Manifest, unhashed: list[str]) -> list[str]:
