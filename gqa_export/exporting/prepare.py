@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.load_config import load_config
 from ..checkpoint.load_model import load_model
 from ..checkpoint.open import open_checkpoint
+from ..checkpoint.quiet import quiet
 from ..checkpoint.tied_weights import refuse_tied, stored_apart, untie
 from ..checkpoint.tokenizer import token_ids
 from ..checkpoint.unused_tensors import unused_notes
@@ -171,17 +173,14 @@ def used_names(traced: Traced) -> set[str]:
 
 
 def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> WeightStore:
-    """Where every weight of a traced model is. The checkpoint is loaded only if names alone do not tell; then all
-    that is not used as it is stored is held in memory, for which `budget` must have room."""
+    """Where every weight of a traced model is. What transformers merges or splits on load is made when it is written;
+    the checkpoint is loaded only if that cannot be told from names and shapes. `budget` must have room for either."""
     from ..weights.sources import StoredSource
 
     wanted = wanted_weights(traced)
     codes = checkpoint.quantized
     stored: dict[str, Any] = {**checkpoint.tensors, **codes}
-    aliases = {}
-    for group in traced.tied:
-        there = [name for name in group if name in stored]
-        aliases.update({name: there[0] for name in group if there and name not in stored})
+    aliases = _aliases(traced, stored)
     plain = not traced.converts and all(
         (real := aliases.get(name, name)) in stored and stored[real].shape == shape for name, shape in wanted.items())
     if codes and (not traced.converts or checkpoint.gguf_file is not None):
@@ -192,7 +191,41 @@ def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> Weig
         return WeightStore({name: StoredSource(tensor) for name, tensor in stored.items()}, aliases)
     if checkpoint.model is not None:
         return WeightStore.from_module(checkpoint, checkpoint.model)
+    streamed = _converted(checkpoint, traced, wanted, budget) if checkpoint.tensors and not codes else None
+    if streamed is not None:
+        return streamed
     elements = sum(math.prod(shape) for shape in wanted.values())
-    budget.need(elements * itemsize(checkpoint.stored_dtype), "loading the model (its tensors are merged or "
-                "dequantized, so they cannot be streamed)")
+    budget.need(elements * itemsize(checkpoint.stored_dtype), "loading the model (its tensors are dequantized, or "
+                "merged in a way that cannot be streamed)")
     return WeightStore.from_module(checkpoint, load_model(checkpoint, "auto"))
+
+
+def _aliases(traced: Traced, there: Container[str]) -> dict[str, str]:
+    """Of tied weights, the names that are not there -> one that is."""
+    found = {}
+    for group in traced.tied:
+        known = [name for name in group if name in there]
+        found.update({name: known[0] for name in group if known and name not in there})
+    return found
+
+
+def _converted(checkpoint: Checkpoint, traced: Traced, wanted: dict[str, tuple[int, ...]],
+               budget: Budget) -> WeightStore | None:
+    """The weights that transformers would load, made one at a time; None where some are not found so."""
+    import torch
+
+    from ..trace import skeleton
+    from ..weights.loaded import loaded
+
+    config = load_config(checkpoint)
+    with quiet():
+        model = skeleton.build(config, getattr(torch, checkpoint.stored_dtype), device="meta")
+    found = loaded(checkpoint.tensors, model)
+    if found is None:
+        return None
+    aliases = _aliases(traced, found.sources)
+    if any((real := aliases.get(name, name)) not in found.sources or found.sources[real].shape != shape
+           for name, shape in wanted.items()):
+        return None
+    budget.need(found.largest, "converting a weight")
+    return WeightStore(found.sources, aliases)

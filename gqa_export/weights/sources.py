@@ -65,7 +65,8 @@ class MemorySource:
     """A tensor made on demand.
 
     Attributes:
-        make: gives a torch tensor or numpy array of this dtype and shape.
+        make: gives a torch tensor or numpy array of this dtype and shape, or an iterator of its parts along the first
+            dimension, one at a time.
         dtype: numpy (ml_dtypes) name.
         shape: of the tensor.
     """
@@ -76,16 +77,21 @@ class MemorySource:
 
     def chunks(self) -> Iterator[memoryview]:
         """The bytes, at most CHUNK_BYTES at a time."""
-        import numpy as np
+        made = self.make()
+        for value in made if isinstance(made, Iterator) else (made,):
+            yield from _bytes_of(value)
 
-        value = self.make()
-        if hasattr(value, "detach"):
-            import torch
 
-            value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        flat: Any = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-        for start in range(0, flat.nbytes, CHUNK_BYTES):
-            yield memoryview(flat[start : start + CHUNK_BYTES])
+def _bytes_of(value: Any) -> Iterator[memoryview]:
+    import numpy as np
+
+    if hasattr(value, "detach"):
+        import torch
+
+        value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat: Any = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    for start in range(0, flat.nbytes, CHUNK_BYTES):
+        yield memoryview(flat[start : start + CHUNK_BYTES])
 
 
 @dataclass(frozen=True, eq=False)
