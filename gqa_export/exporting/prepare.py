@@ -178,20 +178,19 @@ def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> Weig
     from ..weights.sources import StoredSource
 
     wanted = wanted_weights(traced)
-    codes = checkpoint.quantized
-    stored: dict[str, Any] = {**checkpoint.tensors, **codes}
+    if checkpoint.quantized:
+        store = WeightStore.from_codes(checkpoint, wanted, traced.tied)
+        if all(name in store and store.sources[name].shape == shape for name, shape in wanted.items()):
+            return store
+    stored = checkpoint.tensors
     aliases = _aliases(traced, stored)
     plain = not traced.converts and all(
         (real := aliases.get(name, name)) in stored and stored[real].shape == shape for name, shape in wanted.items())
-    if codes and (not traced.converts or checkpoint.gguf_file is not None):
-        store = WeightStore.from_codes(checkpoint, aliases)
-        if all(name in store and store.sources[name].shape == shape for name, shape in wanted.items()):
-            return store
-    elif plain:
+    if plain:
         return WeightStore({name: StoredSource(tensor) for name, tensor in stored.items()}, aliases)
     if checkpoint.model is not None:
         return WeightStore.from_module(checkpoint, checkpoint.model)
-    streamed = _converted(checkpoint, traced, wanted, budget) if checkpoint.tensors and not codes else None
+    streamed = _converted(checkpoint, traced, wanted, budget) if stored and not checkpoint.quantized else None
     if streamed is not None:
         return streamed
     elements = sum(math.prod(shape) for shape in wanted.values())

@@ -9,11 +9,12 @@ rows concatenated along axis 0. `WeightStore` knows where each name's bytes are:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.load_model import plain_values
+from ..checkpoint.quantized.parameters import parameters_of
 from ..checkpoint.safetensors_header import StoredTensor
 from ..errors import InvalidCheckpoint
 from ..graph_io import RECIPE
@@ -161,17 +162,26 @@ class WeightStore:
         return tuple(self.sources[name] for name in names)
 
     @classmethod
-    def from_codes(cls, checkpoint: Checkpoint, aliases: dict[str, str]) -> WeightStore:
+    def from_codes(cls, checkpoint: Checkpoint, wanted: Collection[str],
+                   tied: Iterable[tuple[str, ...]]) -> WeightStore:
         """Where each weight of a quantized checkpoint is; those that are quantized are dequantized when they are read.
 
         Args:
             checkpoint: with quantized weights.
-            aliases: further names of weights.
+            wanted: names of the model's parameters.
+            tied: groups of names that are one weight; at least one of each is stored.
         """
-        sources: dict[str, Source] = {name: StoredSource(tensor) for name, tensor in checkpoint.tensors.items()}
+        matrices, plain = parameters_of(checkpoint, wanted)
+        sources: dict[str, Source] = {name: StoredSource(tensor) for name, tensor in plain.items()}
         sources.update({name: _in_memory(value) for name, value in plain_values(checkpoint).items()})
-        sources.update({name: DequantizedSource(matrix) for name, matrix in checkpoint.quantized.items()})
-        return cls(sources, {name: target for name, target in aliases.items() if target in sources})
+        sources.update({name: DequantizedSource(matrix) for name, matrix in matrices.items()})
+        store = cls(sources)
+        for group in tied:
+            there = [name for name in group if name in store]
+            for name in group if there else ():
+                if name not in store:
+                    store.add(name, sources[there[0]])
+        return store
 
     @classmethod
     def from_module(cls, checkpoint: Checkpoint, module: torch.nn.Module) -> WeightStore:

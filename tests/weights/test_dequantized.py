@@ -1,4 +1,4 @@
-"""Quantized weights are dequantized on their way to a bundle, some rows at a time, to the values of the loaded model."""
+"""Quantized weights are dequantized on their way to a bundle, in stripes, to the values of the loaded model."""
 
 from __future__ import annotations
 
