@@ -23,11 +23,11 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Port:
-    """One tensor of the op. `type`: "T" (fp16, bf16, fp32; fp64 in the reference) or "int32"."""
+    """One tensor of the op. `type`: "T" (fp16, bf16, fp32; fp64 in the reference), "float32", "int32" or "int64"."""
 
     name: str
     shape: tuple[str, ...]
-    type: Literal["T", "int32"] = "T"
+    type: Literal["T", "float32", "int32", "int64"] = "T"
     optional: bool = False
     meaning: str = ""
 

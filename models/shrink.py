@@ -159,7 +159,10 @@ def _cycled(values: list[Any], depth: int) -> list[Any]:
 
 def write_small(name: str, folder: str | os.PathLike[str], **overrides: Any) -> Path:
     """Write a small random checkpoint of causal-LM name `name` into `folder` and return that folder."""
+    from gqa_export.checkpoint.building import without_absent_parts
+
     from . import save_random
 
-    return save_random(small_config(name, **overrides), folder, seed=about(name, "seed", 0), faint_rows=FAINT_ROWS,
-                       faint=FAINT)
+    config = small_config(name, **overrides)
+    with without_absent_parts(config):
+        return save_random(config, folder, seed=about(name, "seed", 0), faint_rows=FAINT_ROWS, faint=FAINT)

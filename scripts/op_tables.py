@@ -1,11 +1,11 @@
-"""Writes the tables of docs/op.md from gqa_export/attention_op.py and state_ops.py.   python scripts/op_tables.py"""
+"""Writes the tables of docs/op.md from the modules that define the ops.   python scripts/op_tables.py"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from gqa_export import attention_op, state_ops
+from gqa_export import attention_op, long_attention_op, state_ops
 from gqa_export.attention_op import Attribute, Port
 from gqa_export.state_ops import StateAttribute, StateOp, StatePort
 
@@ -19,14 +19,14 @@ def begin(source: str) -> str:
 
 
 def tables(title: str, inputs: Iterable[Port | StatePort], outputs: Iterable[Port | StatePort],
-           attributes: Iterable[Attribute | StateAttribute]) -> str:
+           attributes: Iterable[Attribute | StateAttribute], first_input: int = 0, first_output: int = 0) -> str:
     """Inputs, outputs and attributes of an op as Markdown."""
     lines = [title, "", "| # | input | shape | type | |", "|---|---|---|---|---|"]
-    for number, port in enumerate(inputs):
+    for number, port in enumerate(inputs, first_input):
         name = f"`{port.name}`{' (optional)' if port.optional else ''}"
         lines.append(f"| {number} | {name} | [{', '.join(port.shape)}] | {port.type} | {port.meaning} |")
     lines += ["", "| # | output | shape | type | |", "|---|---|---|---|---|"]
-    for number, port in enumerate(outputs):
+    for number, port in enumerate(outputs, first_output):
         lines.append(f"| {number} | `{port.name}` | [{', '.join(port.shape)}] | {port.type} | {port.meaning} |")
     lines += ["", "| attribute | type | |", "|---|---|---|"]
     lines += [f"| `{attribute.name}` | {attribute.type} | {attribute.meaning} |" for attribute in attributes]
@@ -39,6 +39,16 @@ def attention() -> str:
                   attention_op.OUTPUTS, attention_op.ATTRIBUTES)
 
 
+def long_attention() -> str:
+    """The tables of the op for long prompts: what it has beyond those of the attention op."""
+    inputs = [port for port in long_attention_op.INPUTS if port not in attention_op.INPUTS]
+    outputs = [port for port in long_attention_op.OUTPUTS if port not in attention_op.OUTPUTS]
+    first = len(attention_op.ATTRIBUTES)
+    return tables(f"`{long_attention_op.DOMAIN}::{long_attention_op.OP}`, version {long_attention_op.VERSION}: after "
+                  f"those of `{attention_op.OP}`", inputs, outputs, long_attention_op.ATTRIBUTES[first:],
+                  len(attention_op.INPUTS), len(attention_op.OUTPUTS))
+
+
 def state(op: StateOp) -> str:
     """The tables of a state op."""
     return tables(f"`{state_ops.DOMAIN}::{op.name}`, version {state_ops.VERSION}.", op.inputs, op.outputs,
@@ -47,7 +57,7 @@ def state(op: StateOp) -> str:
 
 def rewritten(page: str) -> str:
     """The page with fresh tables between its marks."""
-    for source, text in (("attention_op.py", attention()),
+    for source, text in (("attention_op.py", attention()), ("long_attention_op.py", long_attention()),
                          ("state_ops.py", "\n\n".join(map(state, state_ops.STATE_OPS)))):
         before, rest = page.split(begin(source))
         page = f"{before}{begin(source)}\n{text}\n{END}{rest.split(END, 1)[1]}"

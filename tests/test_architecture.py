@@ -18,7 +18,7 @@ PLUGINS = ROOT / "plugins"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *PLUGINS.rglob("*.py"), *(ROOT / "models").rglob("*.py")])
 SCRIPTS = ROOT / "scripts"
 ORDER = (
-    ("errors", "spec", "attention_op", "state_ops", "progress"),
+    ("errors", "spec", "attention_op", "long_attention_op", "state_ops", "progress"),
     ("graph_io", "targets", "files", "environment", "compare", "quantized"),
     ("graph", "checkpoint", "report"),
     ("trace", "lowering", "bundle", "uptraining"),
@@ -28,7 +28,8 @@ ORDER = (
     ("cli", "__main__"),
 )
 """the rooms of gqa_export: each imports rooms of its own line and of the lines above, and no two import one another"""
-FOUNDATIONS = ("errors", "progress", "spec", "attention_op", "state_ops", "graph_io", "targets")
+FOUNDATIONS = ("errors", "progress", "spec", "attention_op", "long_attention_op", "state_ops", "graph_io",
+               "targets")
 """modules at the root; with `api` and what Python itself asks for there is nothing else"""
 NEVER = {
     "bundle": {"torch", "onnxruntime", "tensorrt"},

@@ -10,14 +10,65 @@ from ..errors import GqaExportError, UnsupportedModel, cause_of
 
 
 @contextmanager
+def without_absent_parts(config: Any) -> Iterator[None]:
+    """Inside, a part beside the text model of `config` (an encoder of images or sound) whose package is not installed
+    is built as a module without parameters. Text does not pass it: whatever calls it is told so."""
+    from transformers import AutoModel
+
+    text = config.get_text_config(decoder=True)
+    auto: Any = AutoModel
+    there, inherited = "from_config" in vars(auto), auto.from_config
+
+    def from_config(part: Any, *arguments: Any, **others: Any) -> Any:
+        try:
+            return inherited(part, *arguments, **others)
+        except ImportError as error:
+            if part is config or type(part) is type(text):
+                raise
+            return _absent(f"{type(part).__name__}: {cause_of(error)}")
+
+    auto.from_config = from_config
+    try:
+        yield
+    finally:
+        if there:
+            auto.from_config = inherited
+        else:
+            del auto.from_config
+
+
+def _absent(reason: str) -> Any:
+    """A module in the place of one that cannot be built; it refuses to run."""
+    import torch
+
+    class Absent(torch.nn.Module):
+        """Not built: a package is missing."""
+
+        not_built = reason
+
+        def forward(self, *_: Any, **__: Any) -> Any:
+            """Always raises UnsupportedModel."""
+            raise UnsupportedModel(f"a part of the model that cannot be built here is called: {reason}", "the model",
+                                   "install the package that the message names", code="E-MODEL-BUILD-PACKAGE")
+
+    return Absent()
+
+
+def absent_parts(model: Any) -> dict[str, str]:
+    """Names of the modules that `without_absent_parts` left out of a model, with the reason."""
+    return {name: module.not_built for name, module in model.named_modules() if hasattr(module, "not_built")}
+
+
+@contextmanager
 def building(config: Any) -> Iterator[None]:
-    """Around the call that builds the model of `config`.
+    """Around the call that builds the model of `config`; what `without_absent_parts` leaves out is left out.
 
     Raises:
         UnsupportedModel: transformers cannot build it: a package is missing, or the configuration contradicts itself.
     """
     try:
-        yield
+        with without_absent_parts(config):
+            yield
     except (GqaExportError, MemoryError):
         raise
     except ImportError as error:  # a package that parts of it are in (timm)

@@ -15,36 +15,46 @@ if TYPE_CHECKING:
     import torch
 
 Array = Any
-"""a float32 array"""
+"""a float32 or float64 array"""
 
 
-def gguf_state(facts: GgufFacts) -> dict[str, torch.Tensor]:
-    """Every tensor of the model under transformers' name: matrices dequantized to float32 or as stored, what has one
-    dimension in float32.
+def gguf_state(facts: GgufFacts, exact: bool = False) -> dict[str, torch.Tensor]:
+    """Every tensor of the model under transformers' name: matrices dequantized to float32 (exact: to float64) or as
+    stored, what has one dimension in float32.
 
     Biases that only some matrices of a group have are zero for the others: transformers has one switch for a group.
     """
+    return _state(facts, exact, frozenset())
+
+
+def gguf_plain(facts: GgufFacts, packed: frozenset[str]) -> dict[str, torch.Tensor]:
+    """As `gguf_state`, without the tensors of the file that are `packed`: those that quantized weights are made of."""
+    return _state(facts, False, packed)
+
+
+def _state(facts: GgufFacts, exact: bool, packed: frozenset[str]) -> dict[str, torch.Tensor]:
     import numpy as np
     import torch
 
-    dtype = getattr(torch, facts.header.stored_dtype)
+    dtype = torch.float64 if exact else getattr(torch, facts.header.stored_dtype)
+    arrays = _arrays(facts, "float64" if exact else "float32", packed)
     state = _joined(facts, {name: torch.from_numpy(np.ascontiguousarray(values)).to(
-        dtype if values.ndim > 1 else torch.float32) for name, values in _arrays(facts)})
-    if "output.weight" not in facts.header.tensors:
+        dtype if values.ndim > 1 else torch.float32) for name, values in arrays})
+    if "output.weight" not in facts.header.tensors and "model.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     return state
 
 
-def _arrays(facts: GgufFacts) -> Iterator[tuple[str, Array]]:
+def _arrays(facts: GgufFacts, dtype: str, packed: frozenset[str]) -> Iterator[tuple[str, Array]]:
     """Tensors under transformers' names; queries, keys and values apart, and so the parts of joined experts."""
     import numpy as np
 
     biased = set()
     for name in facts.header.tensors:
         place = place_of(facts, name)
-        if name in ROPE_TENSORS or place is None:
+        if name in ROPE_TENSORS or place is None or name in packed:
             continue
-        values = read_values(facts.header, name)
+        values = read_values(facts.header, name, dtype)
         if place.layer is None:
             yield f"{GLOBAL[place.stem]}.{place.suffix}", _shifted(facts, place.stem, place.suffix, values)
             continue

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import GqaExportError, InvalidCheckpoint, cause_of
 from ..spec import FLOATS
-from .building import building
+from .building import building, without_absent_parts
 from .checkpoint import Checkpoint
 from .gguf_config import gguf_facts, identity
-from .gguf_tensors import gguf_state
+from .gguf_tensors import gguf_plain, gguf_state
 from .load_config import load_config
 from .memory_model import model_of
 from .pickle_weights import read_pickles
@@ -63,10 +63,10 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
                               "output_loading_info": True}
     messages: list[str] = []
     try:
-        with quiet() as messages:
+        with quiet() as messages, without_absent_parts(config):
             if checkpoint.gguf_file is not None:
-                loaded = _from_state(config, dict(_gguf_state(identity(checkpoint.gguf_file), checkpoint.gguf_file)),
-                                     kwargs)
+                loaded = _from_state(config, dict(_gguf_state(identity(checkpoint.gguf_file), checkpoint.gguf_file,
+                                                              name == "float64")), kwargs)
             elif checkpoint.pickles:
                 loaded = _from_state(config, read_pickles(checkpoint.pickles), kwargs)
             else:
@@ -87,6 +87,15 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
     _refuse_incomplete(info, checkpoint.source)
     refuse_modules(model, checkpoint.source, checkpoint.text_only)
     return model.eval()
+
+
+def plain_values(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The weights of a quantized GGUF file that are not quantized, under transformers' names; {} for other
+    checkpoints, whose `tensors` are those."""
+    if checkpoint.gguf_file is None or not checkpoint.quantized:
+        return {}
+    packed = frozenset(name for matrix in checkpoint.quantized.values() for name in matrix.tensors)
+    return gguf_plain(gguf_facts(checkpoint.gguf_file), packed)
 
 
 def _from_state(config: transformers.PretrainedConfig, state: dict[str, torch.Tensor],
@@ -116,6 +125,7 @@ def some(names: list[str]) -> str:
 
 
 @lru_cache(maxsize=1)
-def _gguf_state(files: tuple[tuple[str, int], ...], path: Path) -> dict[str, torch.Tensor]:
-    """All weights, dequantized to float32 (or as stored). Once per process: it takes seconds and much memory."""
-    return gguf_state(gguf_facts(path))
+def _gguf_state(files: tuple[tuple[str, int], ...], path: Path, exact: bool) -> dict[str, torch.Tensor]:
+    """All weights, dequantized to float32 (or as stored), exact: to float64. Once per process: it takes seconds and
+    much memory."""
+    return gguf_state(gguf_facts(path), exact)

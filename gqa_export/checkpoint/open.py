@@ -66,11 +66,15 @@ def _open_file(source: str, path: Path) -> Checkpoint:
 
 def _open_gguf(source: str, path: Path) -> Checkpoint:
     from .gguf_config import gguf_config, gguf_facts
+    from .quantized.gguf import gguf_matrices
 
     facts = gguf_facts(path)
     config = gguf_config(facts)
     refuse_raw_config(config, source)
-    return Checkpoint(source, path.parent, "gguf", facts.header.files[0], config, facts.header.stored_dtype)
+    matrices = gguf_matrices(facts)
+    kinds = sorted({matrix.label.removeprefix("GGUF ") for matrix in matrices.values()})
+    return Checkpoint(source, path.parent, "gguf", facts.header.files[0], config, facts.header.stored_dtype,
+                      quantized=matrices, quantization=f"GGUF {', '.join(kinds)}" if kinds else "")
 
 
 def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:

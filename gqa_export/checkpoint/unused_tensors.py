@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidCheckpoint
-from .building import building
+from .building import absent_parts, building
 from .checkpoint import Checkpoint
 from .load_config import load_config
 from .load_model import load_skeleton, some
@@ -118,7 +118,9 @@ def _sorted_out(models: Iterable[Any], unused: Mapping[str, str],
                 shapes: Mapping[str, Shape]) -> tuple[dict[str, list[str]], list[str]]:
     """Names of harmless tensors by kind, and the others."""
     listed: set[str] = set()
+    absent: tuple[str, ...] = ()
     for model in models:
+        absent += tuple(f"{name}." for name in absent_parts(model))
         listed.update(model._keys_to_ignore_on_load_unexpected or ())
         if any(name.endswith("position_ids") for name, _ in model.named_buffers()):
             listed.add(r"(^|\.)position_ids$")
@@ -128,6 +130,8 @@ def _sorted_out(models: Iterable[Any], unused: Mapping[str, str],
         kind = next((kind for kind, names, fits in KINDS if names.search(name) and fits(shapes[name])), "")
         if not kind and any(re.search(pattern, read) for pattern in listed):
             kind = "which transformers leaves out of this model"
+        if not kind and read.startswith(absent):
+            kind = "of a part of the model that is not built here and that text does not pass"
         if kind:
             kinds.setdefault(kind, []).append(name)
         else:

@@ -176,14 +176,19 @@ def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> Weig
     from ..weights.sources import StoredSource
 
     wanted = wanted_weights(traced)
-    stored = checkpoint.tensors
+    codes = checkpoint.quantized
+    stored: dict[str, Any] = {**checkpoint.tensors, **codes}
     aliases = {}
     for group in traced.tied:
         there = [name for name in group if name in stored]
         aliases.update({name: there[0] for name in group if there and name not in stored})
     plain = not traced.converts and all(
         (real := aliases.get(name, name)) in stored and stored[real].shape == shape for name, shape in wanted.items())
-    if plain:
+    if codes and (not traced.converts or checkpoint.gguf_file is not None):
+        store = WeightStore.from_codes(checkpoint, aliases)
+        if all(name in store and store.sources[name].shape == shape for name, shape in wanted.items()):
+            return store
+    elif plain:
         return WeightStore({name: StoredSource(tensor) for name, tensor in stored.items()}, aliases)
     if checkpoint.model is not None:
         return WeightStore.from_module(checkpoint, checkpoint.model)

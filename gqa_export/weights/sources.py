@@ -2,7 +2,8 @@
 
 Graph stages hold no weights. An initializer is EXTERNAL with the location `weights:NAME`, or `weights:A+B+C` for
 rows concatenated along axis 0. `WeightStore` knows where each name's bytes are: in a checkpoint's file
-(`StoredSource`) or made by a function, one tensor at a time (`MemorySource`: merged, dequantized, computed).
+(`StoredSource`), codes in a checkpoint's file (`DequantizedSource`), or made by a function, one tensor at a time
+(`MemorySource`: merged, computed).
 `layout` streams them into `model.onnx.data` or points the graph into the checkpoint's own files.
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.load_model import plain_values
 from ..checkpoint.safetensors_header import StoredTensor
 from ..errors import InvalidCheckpoint
 from ..graph_io import RECIPE
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..checkpoint.checkpoint import Checkpoint
+    from ..quantized.matrix import QuantizedMatrix
 
 CHUNK_BYTES = 4 << 20
 
@@ -85,7 +88,36 @@ class MemorySource:
             yield memoryview(flat[start : start + CHUNK_BYTES])
 
 
-Source = StoredSource | MemorySource
+@dataclass(frozen=True, eq=False)
+class DequantizedSource:
+    """The values of a quantized weight, in float32, made stripe by stripe.
+
+    Attributes:
+        matrix: the weight.
+    """
+
+    matrix: QuantizedMatrix
+    dtype = "float32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the model's parameter."""
+        return self.matrix.parameter_shape
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The bytes, some rows at a time; of transposed ones, an expert at a time."""
+        import numpy as np
+
+        rows = self.matrix.shape[-2]
+        parts = self.matrix.stripes(CHUNK_BYTES, 4) if not self.matrix.transposed else (
+            (start, start + rows) for start in range(0, self.matrix.rows, rows))
+        for start, stop in parts:
+            values: Any = self.matrix.dequantize(start, stop)
+            values = np.ascontiguousarray(values.T if self.matrix.transposed else values, np.float32)
+            yield memoryview(values.reshape(-1).view(np.uint8))
+
+
+Source = StoredSource | MemorySource | DequantizedSource
 
 
 class WeightStore:
@@ -121,6 +153,19 @@ class WeightStore:
                                         recipe, "check that config.json and the weights belong together",
                                         code="E-WEIGHTS-UNKNOWN")
         return tuple(self.sources[name] for name in names)
+
+    @classmethod
+    def from_codes(cls, checkpoint: Checkpoint, aliases: dict[str, str]) -> WeightStore:
+        """Where each weight of a quantized checkpoint is; those that are quantized are dequantized when they are read.
+
+        Args:
+            checkpoint: with quantized weights.
+            aliases: further names of weights.
+        """
+        sources: dict[str, Source] = {name: StoredSource(tensor) for name, tensor in checkpoint.tensors.items()}
+        sources.update({name: _in_memory(value) for name, value in plain_values(checkpoint).items()})
+        sources.update({name: DequantizedSource(matrix) for name, matrix in checkpoint.quantized.items()})
+        return cls(sources, {name: target for name, target in aliases.items() if target in sources})
 
     @classmethod
     def from_module(cls, checkpoint: Checkpoint, module: torch.nn.Module) -> WeightStore:

@@ -54,4 +54,6 @@ SEEN: dict[str, tuple[str, ...]] = {
     "xlm_roberta_xl.modeling_xlm_roberta_xl:XLMRobertaXLEmbeddings.forward":
         ("b1d6d2d4dfb6", "e65846ef4464", "156639f03026"),
     "xmod.modeling_xmod:XmodEmbeddings.forward": ("192bcf96e9bb", "bb10e6668379", "4554ba7725b5"),
+    "xmod.modeling_xmod:XmodEncoder.forward": ("d5db68c3d7c1",),
+    "xmod.modeling_xmod:XmodOutput.lang_adapter": ("ae614613a447",),
 }

@@ -24,7 +24,7 @@ from ..attention_hook import Call
 from ..patches import registry
 from ..states.observed import StateListener
 from ..states.stand_in_cache import StandInCache, listening
-from . import mask_window, rotary
+from . import mask_window, refused_code, rotary, text_masks
 from .layer_code import CodeRecorder, LayerCode, layers_path
 
 TOKENS = 8
@@ -183,7 +183,8 @@ def listen(model: torch.nn.Module, use_cache: bool = False, recorder: CodeRecord
     device = next(model.parameters()).device
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
     positions = torch.arange(TOKENS, device=device)[None]
-    with attention_hook.recording(listener, positions), torch.no_grad(), recording:
+    masks = text_masks.of_text(model.config)
+    with attention_hook.recording(listener, positions), torch.no_grad(), masks, recording:
         try:
             model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions,
                   use_cache=use_cache, **(cache or {}))
@@ -191,8 +192,8 @@ def listen(model: torch.nn.Module, use_cache: bool = False, recorder: CodeRecord
             raise
         except Exception as error:
             if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
-                raise UnsupportedModel("the model's code branches on values while it runs (as a loop over the chosen "
-                                       "experts does), which a fixed graph cannot hold", type(model).__name__,
+                raise UnsupportedModel("the model's code looks at values while it runs, which a fixed graph cannot "
+                                       f"hold: {refused_code.statement(error)}", type(model).__name__,
                                        "not supported; models whose experts go through transformers' experts "
                                        "interface are", code="E-MODEL-DATA-DEPENDENT") from error
             if "on device meta" in str(error) and not listener.calls and not getattr(
@@ -205,9 +206,10 @@ def listen(model: torch.nn.Module, use_cache: bool = False, recorder: CodeRecord
 
 
 def _own_attention(model: torch.nn.Module) -> UnsupportedModel:
-    return UnsupportedModel("no layer of this model calls transformers' attention interface", type(model).__name__,
-                            "its attention, if any, is in the model's own code, which gqa-export cannot see; it is not "
-                            "supported", code="E-MODEL-OWN-ATTENTION")
+    return UnsupportedModel("no layer of this model calls transformers' attention interface"
+                            f"{refused_code.own_attention(model)}", type(model).__name__,
+                            "what its own code does with keys and values, gqa-export cannot see; it is not supported",
+                            code="E-MODEL-OWN-ATTENTION")
 
 
 MIXING = frozenset({"Conv", "ConvTranspose", "CumSum", "Scan", "Loop", "LSTM", "GRU", "RNN"})

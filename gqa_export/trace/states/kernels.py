@@ -186,7 +186,11 @@ def _unit_length(x: Tensor) -> Tensor:
 
 
 def _place(kernel: str, cache: StandInCache) -> tuple[int, int]:
+    shared = cache.shares()
     place = cache.recurrence()
+    if place is None and shared:
+        raise UnsupportedModel("several recurrences of a layer share one state of the cache, each a part of it",
+                               f"kernel {kernel}", NOT_KNOWN, code="E-MODEL-STATE-PATH")
     if place is None:
         raise UnsupportedModel("a recurrence runs without a state from the cache", f"kernel {kernel}", NOT_KNOWN,
                                code="E-MODEL-STATE-PATH")

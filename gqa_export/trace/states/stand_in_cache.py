@@ -86,6 +86,7 @@ class StandInCache:
         self.stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """keys and values as layers gave them"""
         self._asked: list[tuple[int, int]] = []
+        self._last: tuple[int, int] | None = None
         self._inputs: list[tuple[torch.Tensor, int, int]] = []
         self._results: list[tuple[torch.Tensor, int, int]] = []
 
@@ -134,7 +135,12 @@ class StandInCache:
 
     def recurrence(self) -> tuple[int, int] | None:
         """Layer and index of the state of the next recurrence; None: no layer has taken one."""
-        return self._asked.pop(0) if self._asked else None
+        self._last = self._asked.pop(0) if self._asked else None
+        return self._last
+
+    def shares(self) -> bool:
+        """Whether the recurrence that just ran had a state of the cache, so that a further one has to share it."""
+        return self._last is not None
 
     def returns(self, state: torch.Tensor, layer: int, index: int) -> None:
         """A kernel function returns `state`, which its layer has to give back."""
