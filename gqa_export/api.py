@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 from .errors import GqaExportError
 from .objects.bundle import Bundle
 from .objects.choices import (
+    Activations,
     Attention,
     Cache,
     Dtype,
     Flavor,
     Grouping,
+    Head,
     Level,
     Logits,
     Method,
@@ -59,6 +61,7 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
            tokenizer: PreTrainedTokenizerBase | None = None, full_hash: bool = False, max_ram: int | str | None = None,
            text_only: bool = False, allow_pickle: bool = False, ignore_unused: bool = False, force: bool = False,
            dump_passes: Place | None = None, trace_cache: bool = True, stamping: bool = True,
+           quantize: Place = "keep", activations: Activations | None = None, head: Head = "int8", block: int = 32,
            progress: Progress | None = None) -> Bundle:
     """Export a decoder to ONNX. Nothing is compared yet: `Bundle.validate` does that.
 
@@ -83,6 +86,11 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
             neither.
         stamping: trace two layers of each kind and copy them, where that is proved to be the same; False traces every
             layer.
+        quantize: "keep" leaves quantized weights as the checkpoint stores them, "dequantize" makes floating-point
+            numbers of them; "int4", "int8" or a file of rules (.toml) quantizes. See docs/quantization.md.
+        activations: quantized products round their inputs to int8 (faster), or stay exact; None is int8 on a CPU.
+        head: bits of head and embedding: "int8", "same" as the other matrices, or "none". block: columns that share a
+            scale: 16, 32, 64, 128 or 256.
 
     Raises:
         InvalidCheckpoint, UnsupportedModel, GqaExportError: nothing is left behind then.
@@ -90,7 +98,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
     from .exporting.to_onnx import export_onnx
 
     options = _export_options(target, dtype, cache, capacity, weights, logits, provider, revision, full_hash, max_ram,
-                              text_only, force, path_of(dump_passes), ignore_unused, trace_cache, stamping)
+                              text_only, force, path_of(dump_passes), ignore_unused, trace_cache, stamping,
+                              quantize, activations, head, block)
     _refuse_tokenizer(source, tokenizer)
     if not isinstance(source, str | Path):
         refuse_revision(revision, type(source).__name__, "a model in memory")
@@ -104,12 +113,14 @@ def plan_export(source: Place | PreTrainedModel, output: Place | None = None, *,
                 weights: Weights = "copy", logits: Logits | None = None, provider: Provider = "auto",
                 revision: str | None = None, max_ram: int | str | None = None, text_only: bool = False,
                 allow_pickle: bool = False, ignore_unused: bool = False, trace_cache: bool = True,
+                quantize: Place = "keep", activations: Activations | None = None, head: Head = "int8", block: int = 32,
                 progress: Progress | None = None) -> Plan:
     """Do all of an export but the writing: what it would write, its size, time and memory. Arguments as of `export`."""
     from .exporting.dry_run import dry_run
 
     options = _export_options(target, dtype, cache, capacity, weights, logits, provider, revision, False, max_ram,
-                              text_only, False, ignore_unused=ignore_unused, trace_cache=trace_cache)
+                              text_only, False, ignore_unused=ignore_unused, trace_cache=trace_cache,
+                              quantize=quantize, activations=activations, head=head, block=block)
     with pickles_allowed(allow_pickle), opened(source, text_only=text_only) as place:
         return dry_run(place, options, path_of(output), progress)
 
@@ -258,15 +269,18 @@ def _export_options(target: Target, dtype: Dtype, cache: Cache | None, capacity:
                     logits: Logits | None, provider: Provider, revision: str | None, full_hash: bool,
                     max_ram: int | str | None, text_only: bool, force: bool,
                     dump_passes: Path | None = None, ignore_unused: bool = False,
-                    trace_cache: bool = True, stamping: bool = True) -> ExportOptions:
+                    trace_cache: bool = True, stamping: bool = True, quantize: Place = "keep",
+                    activations: Activations | None = None, head: Head = "int8", block: int = 32) -> ExportOptions:
     from .exporting.options import ExportOptions
     from .weights.memory_budget import parse_size
 
-    check_choices(target=target, dtype=dtype, cache=cache, weights=weights, logits=logits, provider=provider)
+    check_choices(target=target, dtype=dtype, cache=cache, weights=weights, logits=logits, provider=provider,
+                  activations=activations, head=head, block=block)
     check_counts(capacity=capacity)
     most = parse_size(max_ram) if isinstance(max_ram, str) else max_ram or 0
     return ExportOptions(target, dtype, cache or "", capacity or 0, weights, logits or "", provider, force, full_hash,
-                         most, text_only, revision, dump_passes, ignore_unused, trace_cache, stamping)
+                         most, text_only, revision, dump_passes, ignore_unused, trace_cache, stamping, str(quantize),
+                         activations or "", head, block)
 
 
 def _refuse_tokenizer(source: Place | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -24,6 +24,10 @@ RECIPE = "weights:"
 """what the external location of an initializer without bytes begins with: `weights:NAME`, or `weights:A+B+C` for rows
 concatenated along axis 0"""
 
+EXACT_PRODUCTS = {"session.qdq_matmulnbits_accuracy_level": "1"}
+"""session options with which ONNX Runtime does not round the input of the product that it makes of DequantizeLinear +
+MatMul; without them it does (accuracy level 4)"""
+
 BATCH = "batch"
 SEQUENCE = "sequence"
 PAST = "past_sequence"

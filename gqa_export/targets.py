@@ -86,6 +86,12 @@ class Target:
     """state op -> the operator that it becomes where the runtime has it; the others become standard operators"""
     state_ops_since_first: tuple[str, ...] = ()
     """those of `state_ops` that every version of the runtime has which this package takes"""
+    nbits: bool = False
+    """quantized weights are held by MatMulNBits and GatherBlockQuantized; otherwise by DequantizeLinear"""
+    zero_points: bool = True
+    """DequantizeLinear takes zero points that are not 0"""
+    quantized_blocks: tuple[int, ...] = ()
+    """columns that may share a scale in DequantizeLinear; () is any number"""
     states_missing: str = ""
     """why the target cannot hold layers that keep a state of fixed size; "" if it can"""
     dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -130,7 +136,7 @@ _ROWS = (
            state_ops=MappingProxyType({"LinearAttention": "com.microsoft::LinearAttention",
                                        "CausalConv": "com.microsoft::CausalConvWithState"}),
            state_ops_since_first=("com.microsoft::LinearAttention", "com.microsoft::CausalConvWithState"),
-           whole_row_masks=True, lowest_opset=True,
+           whole_row_masks=True, lowest_opset=True, nbits=True,
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")})),
     Target(name="onnx", dialect="onnx.passes", attention="Attention", fallback="gqa::GroupedQueryAttention",
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask", softcap=False, sinks=False,
@@ -146,11 +152,13 @@ _ROWS = (
     Target(name="trt-plugin", dialect="tensorrt.plugin", attention="gqa::GroupedQueryAttention", fallback="",
            opset=23, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            rotary_inside=True, head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
-           writes_padding=False, states_missing=_NO_STATES, dtypes=MappingProxyType({"tensorrt": FLOATS})),
+           writes_padding=False, states_missing=_NO_STATES, zero_points=False, quantized_blocks=(16, 32, 64, 128),
+           dtypes=MappingProxyType({"tensorrt": FLOATS})),
     Target(name="trt-native", dialect="tensorrt.native", attention="Attention", fallback="",
            opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            softcap=False, sinks=False, value_head_size_differs=False, nan_tail_safe=False, shares_buffer=True,
-           literal_capacity=True, runs_in_onnxruntime=False, states_missing=_NO_STATES,
+           literal_capacity=True, runs_in_onnxruntime=False, states_missing=_NO_STATES, zero_points=False,
+           quantized_blocks=(16, 32, 64, 128),
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
 )
 

@@ -22,7 +22,7 @@ ORDER = (
     ("graph_io", "targets", "files", "environment", "compare", "quantized"),
     ("graph", "checkpoint", "report"),
     ("trace", "lowering", "bundle", "uptraining"),
-    ("weights", "engine", "runtime", "describe"),
+    ("weights", "quantizing", "engine", "runtime", "describe"),
     ("exporting", "conversion", "validation"),
     ("bisect", "integrations", "objects", "api"),
     ("cli", "__main__"),

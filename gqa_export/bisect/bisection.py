@@ -15,6 +15,7 @@ from ..errors import EXIT_DIFFERENT, EXIT_PASSED, GqaExportError, UnsupportedMod
 from ..graph_io import LOGITS, past_names
 from ..progress import silent
 from ..runtime.feeds import step_feed
+from ..validation.accuracy_level import at_level_zero
 from .known_faults import attention_words, linear_words, rotation_words, rounding_words
 from .marked_graph import Marked, force, keep_residual, mark, open_graph, present_of, run, show_all
 from .match_tensors import Place, agreed, bound_of, columns, find, flat, relative
@@ -102,6 +103,7 @@ def bisect(bundle: Path, against: str | Path, ignore_unused: bool = False) -> Bi
     with ExitStack() as stack:
         stack.enter_context(torch_threads(manifest))
         ran, where, target = runnable(stack, bundle, manifest, "float32", [], silent)
+        ran, where, _ = stack.enter_context(at_level_zero(where, ran))
         checkpoint = open_for(manifest, against)
         decided_by_weights(checkpoint)
         notes = unused_notes(checkpoint, (), ignore_unused)

@@ -20,7 +20,7 @@ from onnx import helper
 from ..bundle.graph_file import read_graph
 from ..bundle.manifest import MODEL
 from ..errors import GqaExportError
-from ..graph_io import present_names
+from ..graph_io import EXACT_PRODUCTS, present_names
 
 FLOATS = (np.float32, np.float64)
 
@@ -128,6 +128,8 @@ def open_graph(model: onnx.ModelProto, folder: Path) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    for key, value in EXACT_PRODUCTS.items():
+        options.add_session_config_entry(key, value)
     # as it is written: a fusion of ONNX Runtime's would hide what is looked for
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

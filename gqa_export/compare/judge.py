@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from .case_driver import CaseLog, Choice, Measured, quantity
+from .case_verdict import SHIPPED, CaseVerdict, KindVerdict, Location
 from .error_trace import output_errors, step_errors
 from .tolerance import Tolerance, tolerance
-from .verdict import CaseVerdict, KindVerdict, Location
 
 KINDS = ("keys", "values", "states", "logits", "cache")
 
@@ -25,16 +25,19 @@ def doubtful(verdict: CaseVerdict) -> bool:
     return not verdict.passed and parted and all(kind.passed or near(kind) for kind in verdict.kinds)
 
 
-def judge(log: CaseLog, dtype: str) -> CaseVerdict:
-    """Hold every measurement of a case against the bound of its output, in the number format `dtype`."""
+def judge(log: CaseLog, dtype: str, part: str = "") -> CaseVerdict:
+    """Hold every measurement of a case against the bound of its output, in the number format `dtype`. part: see
+    `CaseVerdict`; what is judged as shipped has a baseline that rounds its activations, whatever the format."""
+    rounded = part == SHIPPED
+    name = f"shipped {log.case.name}" if rounded else log.case.name
     scales: dict[str, float] = {}
     for one in log.bundle:
         scales[quantity(one.output)] = max(scales.get(quantity(one.output), 0.0), one.difference.scale)
-    bounds = {name: tolerance(None if log.baseline is None else log.baseline[name], scale, dtype)
-              for name, scale in scales.items()}
-    kinds = tuple(_judge_kind(kind, [one for one in log.bundle if _kind(one.output) == kind], bounds, log)
+    bounds = {output: tolerance(None if log.baseline is None else log.baseline[output], scale, dtype, rounded)
+              for output, scale in scales.items()}
+    kinds = tuple(_judge_kind(kind, [one for one in log.bundle if _kind(one.output) == kind], bounds, log, name)
                   for kind in KINDS if any(_kind(one.output) == kind for one in log.bundle))
-    limits = {name: limit.bound for name, limit in bounds.items()}
+    limits = {output: limit.bound for output, limit in bounds.items()}
     outputs = output_errors(((label(one.output), quantity(one.output), one.step, one.difference.max_abs)
                              for one in log.bundle), limits)
     trail = step_errors((one.step, one.phase, _kind(one.output), one.difference.max_abs,
@@ -43,9 +46,10 @@ def judge(log: CaseLog, dtype: str) -> CaseVerdict:
     ties = tuple(choice for choice in log.choices if choice.margin < limit)
     real = [choice for choice in log.choices if not choice.margin < limit]
     case = log.case
-    return CaseVerdict(case.name, case.purpose, case.batch, tuple(len(p) for p in case.prompts), len(case.counts),
+    return CaseVerdict(name, case.purpose, case.batch, tuple(len(p) for p in case.prompts), len(case.counts),
                        case.free, kinds, log.rows, log.agreed, ties, real[0] if case.free and real else None,
-                       log.eager_logits, log.seconds, outputs, trail, log.tally.metrics(_prefix(log, real)), case.entry)
+                       log.eager_logits, log.seconds, outputs, trail, log.tally.metrics(_prefix(log, real)),
+                       case.entry, part)
 
 
 def _prefix(log: CaseLog, real: list[Choice]) -> int:
@@ -56,14 +60,15 @@ def _prefix(log: CaseLog, real: list[Choice]) -> int:
     return min((choice.step for choice in real), default=log.case.feeds - 1) - before + 1
 
 
-def _judge_kind(kind: str, measured: list[Measured], bounds: dict[str, Tolerance], log: CaseLog) -> KindVerdict:
+def _judge_kind(kind: str, measured: list[Measured], bounds: dict[str, Tolerance], log: CaseLog,
+                case: str) -> KindVerdict:
     def excess(one: Measured) -> float:
         bound = bounds[quantity(one.output)].bound
         return one.difference.max_abs / bound if bound else float(one.difference.max_abs > 0)
 
     worst = max(measured, key=excess)
     limit = bounds[quantity(worst.output)]
-    found = (_locate(one, bounds[quantity(one.output)].bound, log.case.name) for one in measured)
+    found = (_locate(one, bounds[quantity(one.output)].bound, case) for one in measured)
     where = next((location for location in found if location is not None), None)
     return KindVerdict(kind, label(worst.output), worst.difference.max_abs, limit.bound, limit.baseline,
                        limit.basis, where, log.worst.get(worst.output))

@@ -37,19 +37,20 @@ class Tolerance:
     basis: str
 
 
-def tolerance(baseline: float | None, scale: float, dtype: str) -> Tolerance:
+def tolerance(baseline: float | None, scale: float, dtype: str, rounded: bool = False) -> Tolerance:
     """The bound for one output.
 
     Args:
         baseline: the same-dtype baseline of that output; None: it could not be measured, and is assumed.
         scale: the largest value of the reference.
         dtype: number format that was run: "float32", "float16" or "bfloat16".
+        rounded: activations were rounded to int8, in the baseline too: units of `dtype` do not bound its error then.
     """
     ulp = EPSILON[dtype] * scale
     if baseline is None:
         baseline = ASSUMED_ULPS * ulp
     wanted, floor = FACTOR * baseline, FLOOR_ULPS[dtype] * ulp
-    cap = min(CAP_ULPS * ulp, CAP_PART * scale)
+    cap = CAP_PART * scale if rounded else min(CAP_ULPS * ulp, CAP_PART * scale)
     if not wanted <= cap:
         return Tolerance(cap, baseline, "cap")
     return Tolerance(max(wanted, floor), baseline, "baseline" if wanted > floor else "floor")

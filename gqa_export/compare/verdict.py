@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import EXIT_DIFFERENT, EXIT_PASSED, OutputDiffers
-from .case_driver import Choice
-from .error_trace import OutputError, StepError, Surroundings
-from .logits import LogitMetrics
+from .case_verdict import EXACT, SHIPPED, CaseVerdict, Location
 from .loss import Loss, loss_label
 
 SCHEMA_VERSION = 2
@@ -24,132 +22,6 @@ COMPARED = (("logits", {"logits"}), ("new keys and values", {"keys", "values"}),
 
 LOSS_PROPERTIES = ("perplexity_increase", "failure", "passed")
 """properties of a loss that `Verdict.to_dict` writes beside its fields"""
-
-
-@dataclass(frozen=True)
-class Location:
-    """One element by name.
-
-    Attributes:
-        step, phase: "prefill", "decode", or "cache": the whole cache at the end.
-        output: such as "layer 3 key" or "logits".
-        axes: batch, token (its place in the sequence), head, feature; or batch, token, id.
-        max_abs: how far off it is. bound: how far it may be. nonfinite: elements that are NaN or infinite.
-    """
-
-    case: str
-    step: int
-    phase: str
-    output: str
-    axes: dict[str, int]
-    expected: float
-    got: float
-    max_abs: float
-    bound: float
-    nonfinite: int = 0
-
-    @property
-    def order(self) -> tuple[int, str]:
-        """Sorts outputs of one step as they are computed: layer by layer, logits last."""
-        digits = [word for word in self.output.split() if word.isdigit()]
-        return (int(digits[0]) if digits else 1 << 30, self.output)
-
-    def __str__(self) -> str:
-        if self.phase == "refusal":
-            return f"case {self.case}: {self.output}: was answered, and must be refused"
-        place = ", ".join(f"{name} {value}" for name, value in self.axes.items())
-        if self.nonfinite:
-            wrong = f"got {self.got:g}, expected {self.expected:g} ({self.nonfinite} elements are NaN or infinite)"
-        else:
-            wrong = (f"got {self.got:.9g}, expected {self.expected:.9g} "
-                     f"(off by {self.max_abs:.3g}, allowed {self.bound:.3g})")
-        return f"case {self.case}, step {self.step} ({self.phase}), {self.output}, {place}: {wrong}"
-
-
-@dataclass(frozen=True)
-class KindVerdict:
-    """All outputs of one kind in one case; the numbers are those of the output nearest to (or farthest past) its bound.
-
-    Attributes:
-        kind: "keys", "values", "states", "logits", "cache" or "refusal".
-        max_abs: the largest |got - expected|. bound: what it may reach.
-        same_dtype_baseline: the largest error of PyTorch in the number format that was run. basis: what decided the
-            bound: "baseline", "floor" or "cap".
-        first: where it first exceeded the bound; None: nowhere.
-        around: both sides around the largest error; None where there is none.
-    """
-
-    kind: str
-    output: str
-    max_abs: float
-    bound: float
-    same_dtype_baseline: float
-    basis: str
-    first: Location | None
-    around: Surroundings | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether every output of this kind stayed within its bound, and finite."""
-        return self.first is None
-
-
-@dataclass(frozen=True)
-class CaseVerdict:
-    """One case.
-
-    Attributes:
-        free: each side fed its own best token.
-        rows: best tokens that were compared. top1_agreed: those that were the same.
-        ties: best tokens that differ where the reference's own preference is below the bound of the logits.
-        parted: the first best token of a free run that differs and is not a tie.
-        eager_logits: largest difference of the logits to PyTorch in the number format that was run.
-        outputs, trail: the errors of every output and of every step.
-        entry: the line of the suite it belongs to.
-    """
-
-    name: str
-    purpose: str
-    batch: int
-    prompt_lengths: tuple[int, ...]
-    steps: int
-    free: bool
-    kinds: tuple[KindVerdict, ...]
-    rows: int
-    top1_agreed: int
-    ties: tuple[Choice, ...]
-    parted: Choice | None
-    eager_logits: float | None
-    seconds: float
-    outputs: tuple[OutputError, ...] = ()
-    trail: tuple[StepError, ...] = ()
-    metrics: LogitMetrics | None = None
-    entry: str = ""
-
-    @property
-    def first(self) -> Location | None:
-        """The earliest step, and in it the earliest output in the order of computation, that left its bound."""
-        found = [kind.first for kind in self.kinds if kind.first is not None]
-        return min(found, key=lambda f: (f.step, f.phase == "cache", f.order)) if found else None
-
-    @property
-    def passed(self) -> bool:
-        """Whether every output stayed within its bound and, in a free run, no token differed but by a tie."""
-        return all(kind.passed for kind in self.kinds) and self.parted is None
-
-    @property
-    def logits(self) -> KindVerdict:
-        """The verdict on the logits."""
-        return next(kind for kind in self.kinds if kind.kind == "logits")
-
-    @property
-    def wrong_token(self) -> str:
-        """The step of a free run whose best token is wrong, in words; "" where there is none."""
-        if self.parted is None:
-            return ""
-        choice = self.parted
-        return (f"case {self.name}, step {choice.step}, batch {choice.row}: best token {choice.got}, expected "
-                f"{choice.expected} (preferred by {choice.margin:.3g}, no tie)")
 
 
 @dataclass(frozen=True)
@@ -166,6 +38,8 @@ class Verdict:
             weights), so that bundles are told apart whatever their folders are called; "" where no checkpoint was open.
         overflow: why outputs are not finite where PyTorch's own in this number format are not either, and the option
             that avoids it; "" otherwise.
+        activations: "int8": the bundle rounds the inputs of quantized matrix products to int8; "exact": it holds
+            quantized matrices and does not; "": its weights are not quantized.
         loss: what was lost against the checkpoint before it was quantized; None where that was not measured.
     """
 
@@ -186,6 +60,7 @@ class Verdict:
     identity: str = ""
     overflow: str = ""
     loss: Loss | None = None
+    activations: str = ""
 
     @property
     def same(self) -> bool:
@@ -196,6 +71,21 @@ class Verdict:
     def passed(self) -> bool:
         """Whether all cases passed, and the loss is within its limits where it was measured."""
         return self.same and (self.loss is None or self.loss.passed)
+
+    @property
+    def export_exact(self) -> bool | None:
+        """Whether the bundle computes what its weights mean, activations not rounded; None: it does not round them."""
+        return self.part_passed(EXACT)
+
+    @property
+    def as_shipped(self) -> bool | None:
+        """Whether the bundle as it is shipped is as good as PyTorch with its activations rounded by the same rule."""
+        return self.part_passed(SHIPPED)
+
+    def part_passed(self, part: str) -> bool | None:
+        """Whether the cases of "export exact" or of "as shipped" passed; None where there are none."""
+        found = [case.passed for case in self.cases if case.part == part]
+        return all(found) if found else None
 
     @property
     def loss_label(self) -> str:
@@ -210,14 +100,16 @@ class Verdict:
     @property
     def compared(self) -> tuple[str, ...]:
         """What was measured in this run, in words: "logits", "new keys and values" (of every step), "cache" (all of it,
-        at the end), "refusals", "best tokens" (of a free run), "perplexity" (of a given text), "loss" (against another
-        checkpoint). What is not named was not compared."""
+        at the end), "refusals", "best tokens" (of a free run), "perplexity" (of a given text), "export exact" and "as
+        shipped" (of a bundle that rounds activations), "loss" (against another checkpoint). What is not named was not
+        compared."""
         measured = {kind.kind for case in self.cases for kind in case.kinds}
         found = [words for words, kinds in COMPARED if kinds <= measured]
         if any(case.free and case.rows for case in self.cases):
             found.append("best tokens")
         if any(case.metrics is not None and case.metrics.perplexity is not None for case in self.cases):
             found.append("perplexity")
+        found += [part for part in (EXACT, SHIPPED) if any(case.part == part for case in self.cases)]
         if self.loss is not None:
             found.append("loss")
         return tuple(found)
@@ -282,6 +174,7 @@ class Verdict:
             "compared": self.compared,
             "max_abs_logits": self.max_abs_logits, "max_abs_logits_eager": self.max_abs_logits_eager,
             "first": asdict(self.first) if self.first else None, "cases": cases, "loss_label": self.loss_label,
+            "export_exact": self.export_exact, "as_shipped": self.as_shipped,
         }
         return _plain(data)
 

@@ -17,7 +17,10 @@ class ExportOptions:
     multimodal model the language model alone. revision: branch, tag or commit of a hub id, None is its main branch.
     dump_passes: a folder for the graph after each pass. ignore_unused: tensors of the checkpoint that the model does
     not use are noted instead of refused. trace_cache: False neither takes nor keeps a trace.
-    stamping: False traces every layer, also those that are alike."""
+    stamping: False traces every layer, also those that are alike.
+    quantize: "keep" leaves quantized weights as they are stored, "dequantize" makes floating-point numbers of them;
+    a method ("int4", "int8") or a file of rules (.toml) quantizes. activations: "int8", "exact" or "" for the target's
+    own. head: bits of head and embedding, "int8", "same" or "none". block: columns that share a scale."""
 
     target: str = "ort"
     dtype: str = "auto"
@@ -35,3 +38,7 @@ class ExportOptions:
     ignore_unused: bool = False
     trace_cache: bool = True
     stamping: bool = True
+    quantize: str = "keep"
+    activations: str = ""
+    head: str = "int8"
+    block: int = 32

@@ -23,10 +23,12 @@ from ..spec import DTYPES
 from ..weights.dtypes import itemsize
 from ..weights.memory_budget import Budget
 from ..weights.sources import WeightStore
+from . import quantize
 from .options import DEFAULT_CAPACITY, ExportOptions
 from .tokenizer_files import check_tokenizer
 
 if TYPE_CHECKING:
+    from ..bundle.quantization import Quantization
     from ..lowering.context import Lowered
     from ..targets import Target
     from ..trace.traced import Traced
@@ -48,6 +50,8 @@ class Prepared:
     store: WeightStore
     notes: tuple[str, ...] = ()
     """on the checkpoint: tensors that the model does not use"""
+    quantization: Quantization | None = None
+    """of the weights; None where all are floating-point numbers and the checkpoint's were too"""
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -68,6 +72,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     target = get_target(options.target)
     options = replace(options, cache=options.cache or target.caches[0], logits=options.logits or target.logits[0])
     refuse_options(target, options.cache, options.logits)
+    quantize.check_options(options)
     dump = PassDump(options.dump_passes, force=options.force) if options.dump_passes else None
     say("reading the checkpoint", None, None)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
@@ -94,13 +99,21 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     budget.check("tracing")
     notes = unused_notes(checkpoint, used_names(traced), options.ignore_unused)
     provider = pick_provider(options.provider, dtype, target)
+    store = weight_store(checkpoint, traced, budget)
+    quantizing = quantize.plan(traced, store, options, target, provider)
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider,
                             packed=options.weights == "copy",
-                            runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None)
+                            runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None,
+                            quantized=quantizing.facts if quantizing else {},
+                            exact=quantizing is not None and quantizing.exact)
     lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
     budget.check("lowering")
-    return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered,
-                    weight_store(checkpoint, traced, budget), (*checkpoint.notes, *notes))
+    recorded = None
+    if quantizing:
+        quantize.fill(quantizing, lowered, store)
+        recorded = quantize.record(quantizing, lowered, dtype)
+    return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store,
+                    (*checkpoint.notes, *notes), recorded)
 
 
 def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, target: Target,

@@ -15,6 +15,7 @@ from . import genai_config
 from .options import ExportOptions
 
 if TYPE_CHECKING:
+    from ..bundle.quantization import Quantization
     from ..bundle.writer import BundleWriter
     from ..checkpoint.checkpoint import Checkpoint
     from ..lowering.context import Lowered
@@ -26,7 +27,7 @@ RECORDED = ("gqa-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscrip
 
 
 def manifest_of(checkpoint: Checkpoint, traced: Traced, lowered: Lowered, options: ExportOptions, dtype: str,
-                has_tokenizer: bool) -> Manifest:
+                has_tokenizer: bool, quantization: Quantization | None = None) -> Manifest:
     """The manifest of an export; the writer adds the files."""
     target = get_target(options.target)
     axis = traced.capacity if target.literal_capacity else graph_io.CAPACITY
@@ -41,7 +42,7 @@ def manifest_of(checkpoint: Checkpoint, traced: Traced, lowered: Lowered, option
                 "rope_regime": traced.rope_regime, "traced_layers": traced.traced_layers,
                 "text_only": checkpoint.text_only},
         tokens=cast(Tokens, {**token_ids(checkpoint), "tokenizer": has_tokenizer}),
-        versions=versions(RECORDED, absent="unknown"))
+        versions=versions(RECORDED, absent="unknown"), quantization=quantization)
 
 
 def with_bytes(manifest: Manifest, placement: Placement) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from ..targets import Target, by_reason
 if TYPE_CHECKING:
     import onnx
 
+    from ..quantized.facts import Form, MatrixFacts
     from .rotary.verify import Rotation
 
 
@@ -30,6 +32,8 @@ class LowerOptions:
         packed: weights are copied, so matrices may be joined; False where they are used as stored.
         runtime_ops: operators of `Target.state_ops` that the installed runtime has; None where that is not known: those
             that every version has which this package takes.
+        quantized: facts of the weights that are quantized, by name; a plain model has none.
+        exact: quantized products do not round their inputs (accuracy level 0 of ONNX Runtime).
     """
 
     target: str
@@ -39,6 +43,23 @@ class LowerOptions:
     provider: str = "cpu"
     packed: bool = True
     runtime_ops: frozenset[str] | None = None
+    quantized: Mapping[str, MatrixFacts] = field(default_factory=dict)
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Held:
+    """How the graph holds a quantized weight.
+
+    Attributes:
+        forms: one for each operator that reads it; () where it is floating-point numbers.
+        parts: recipe name of a part -> its form and part.
+        reason: why it is floating-point numbers, or not as it is stored.
+    """
+
+    forms: tuple[Form, ...] = ()
+    parts: Mapping[str, tuple[Form, str]] = field(default_factory=dict)
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,6 +72,7 @@ class Lowered:
         counts: what each pass rewrote.
         remarks: one line for each thing that is right but not as fast as it could be, with the layers it concerns.
         near_misses: places that nearly fitted the pattern of a pass and were left as they were.
+        held: how each weight of `LowerOptions.quantized` is held.
     """
 
     model: onnx.ModelProto
@@ -58,6 +80,7 @@ class Lowered:
     counts: dict[str, int]
     remarks: tuple[str, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
+    held: Mapping[str, Held] = field(default_factory=dict)
 
 
 @dataclass
@@ -69,6 +92,7 @@ class Context:
         log: what each pass did.
         remarks: a layer's number and what is right there but not as fast as it could be.
         rotations: per layer, the rotation that a pass moved into the attention op.
+        held: how quantized weights are held, as passes find out.
     """
 
     spec: ModelSpec
@@ -79,6 +103,7 @@ class Context:
     log: PassLog = field(default_factory=PassLog)
     remarks: list[tuple[int, str]] = field(default_factory=list)
     rotations: dict[int, Rotation] = field(default_factory=dict)
+    held: dict[str, Held] = field(default_factory=dict)
 
     @cached_property
     def element(self) -> int:
@@ -104,4 +129,4 @@ class Context:
     def result(self, model: onnx.ModelProto) -> Lowered:
         """What the lowering gives, with the model as it came out."""
         return Lowered(model, tuple(self.fallbacks), self.log.counts, tuple(by_reason(self.remarks)),
-                       tuple(self.log.near_misses))
+                       tuple(self.log.near_misses), dict(self.held))

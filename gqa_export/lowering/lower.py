@@ -57,6 +57,8 @@ def lower(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions,
     say("lowering")
     graph = edit.load(model)
     run_passes(graph, dialect.PASSES, context, context.log)
+    if options.quantized:
+        run_passes(graph, import_module(".quantized.passes", __package__).PASSES, context, context.log)
     lowered = edit.save(graph)
     if hasattr(dialect, "finish"):
         lowered = dialect.finish(lowered, context)

@@ -38,7 +38,7 @@ def joinable(parts: Sequence[QuantizedMatrix]) -> bool:
     def form(part: QuantizedMatrix) -> tuple[Any, ...]:
         arrays = tuple(None if each is None else each.tobytes() for each in (part.column_order, part.column_scale))
         return (part.columns, part.bits, part.block, part.kind, part.offset, part.global_scale, part.transposed,
-                *arrays)
+                part.scale_dtype, *arrays)
 
     return len({form(part) for part in parts}) == 1
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..compare.verdict import CaseVerdict, Verdict
+from ..compare.case_verdict import CaseVerdict
+from ..compare.verdict import Verdict
 from ..errors import GqaExportError, cause_of
 
 FORMAT = 2

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..compare.verdict import CaseVerdict, KindVerdict, Verdict
+from ..compare.case_verdict import EXACT, SHIPPED, CaseVerdict, KindVerdict
+from ..compare.verdict import Verdict
 
 REFUSAL = "refusal"
 
@@ -75,6 +76,16 @@ def _cells(case: CaseVerdict, kind: KindVerdict) -> tuple[Text, ...]:
     return (Text(kind.kind), *numbers, Text(best), Text("ok", "green") if ok else Text("DIFFERS", "bold red"))
 
 
+def parts_lines(verdict: Verdict) -> list[str]:
+    """Of a bundle whose weights are quantized: whether it rounds activations, and the two verdicts if it does."""
+    words = {"int8": "rounded to int8 in quantized matrix products (accuracy level 4)", "exact": "exact, not rounded"}
+    lines = [f"activations: {words[verdict.activations]}"] if verdict.activations else []
+    for part, passed in ((EXACT, verdict.export_exact), (SHIPPED, verdict.as_shipped)):
+        if passed is not None:
+            lines.append(f"{part}: {'passed' if passed else 'DIFFERENT'}")
+    return lines
+
+
 def verdict_word(verdict: Verdict) -> str:
     """PASSED, DIFFERENT, or LOSS where the cases passed and the loss exceeds its limits."""
     return "PASSED" if verdict.passed else "LOSS" if verdict.same else "DIFFERENT"
@@ -94,6 +105,7 @@ def details(verdict: Verdict) -> list[str]:
         lines.append(f"reason: {verdict.overflow}")
     lines += [f"note: {note}" for note in verdict.notes]
     lines.append(f"compared: {', '.join(verdict.compared) or 'nothing'}")
+    lines += parts_lines(verdict)
     lines.append(f"loss: {verdict.loss_label}")
     if verdict.loss is not None and not verdict.loss.passed:
         lines.append(f"LOST TOO MUCH: {verdict.loss.failure}")

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..compare.verdict import CaseVerdict, KindVerdict, Verdict
+from ..compare.case_verdict import CaseVerdict, KindVerdict
+from ..compare.verdict import Verdict
 from ..errors import GqaExportError
+from .console import parts_lines
 from .outcome import Outcome
 
 VARIABLE = "GITHUB_STEP_SUMMARY"
@@ -60,6 +62,7 @@ def _bundle(verdict: Verdict) -> list[str]:
     lines += [f"- first divergence: {_plain(str(case.first))}" for case in verdict.cases if case.first is not None]
     if verdict.loss is not None and not verdict.loss.passed:
         lines.append(f"- **lost too much**: {_plain(verdict.loss.failure)}")
+    lines += [f"- {_plain(line)}" for line in parts_lines(verdict)]
     return [*lines, *(f"- note: {_plain(note)}" for note in verdict.notes), f"- loss: {_plain(verdict.loss_label)}",
             f"- compared: {', '.join(verdict.compared) or 'nothing'}", ""]
 

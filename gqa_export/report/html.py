@@ -6,9 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..compare.case_verdict import CaseVerdict, KindVerdict
 from ..compare.error_trace import Surroundings, share
-from ..compare.verdict import CaseVerdict, KindVerdict, Verdict
+from ..compare.verdict import Verdict
 from . import plots
+from .console import parts_lines
 from .outcome import Outcome, environment
 
 TEMPLATE = "report.html.j2"
@@ -29,7 +31,7 @@ def page(outcome: Outcome) -> str:
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
-    return {"facts": verdict, "cases": [_case(case) for case in verdict.cases]}
+    return {"facts": verdict, "parts": parts_lines(verdict), "cases": [_case(case) for case in verdict.cases]}
 
 
 def _case(case: CaseVerdict) -> dict[str, Any]:

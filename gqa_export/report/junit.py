@@ -9,8 +9,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
-from ..compare.verdict import CaseVerdict, KindVerdict, Verdict
+from ..compare.case_verdict import CaseVerdict, KindVerdict
+from ..compare.verdict import Verdict
 from .baseline import key_of
+from .console import parts_lines
 from .outcome import Outcome, environment
 
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -42,7 +44,8 @@ def _suite(verdict: Verdict, outcome: Outcome) -> Element:
     facts = {"against": verdict.against, "target": verdict.target, "dtype": verdict.dtype, "provider": verdict.provider,
              "checked_dtype": verdict.checked_dtype, "reference_dtype": verdict.reference_dtype, "cache": verdict.cache,
              "capacity": verdict.capacity, "compared": ", ".join(verdict.compared),
-             "loss": verdict.loss_label, **verdict.versions, **environment()}
+             "loss": verdict.loss_label, **dict(line.split(": ", 1) for line in parts_lines(verdict)),
+             **verdict.versions, **environment()}
     for name, value in facts.items():
         SubElement(properties, "property", name=name, value=_clean(str(value)))
     for case in verdict.cases:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from ..compare.verdict import CaseVerdict
+from ..compare.case_verdict import CaseVerdict
 from .svg import Frame, element, points, text
 
 WIDTH, HEIGHT = 560, 220

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class TorchSession:
         self.model = loose
         self.dtype, self.capacity, self._spec = wanted, capacity, spec
         self.vocabulary = int(loose.get_input_embeddings().weight.shape[0])
-        self._mode: TorchFunctionMode | None = _Widen(model) if wanted is torch.float64 else None
+        self._modes: tuple[TorchFunctionMode, ...] = (_Widen(model),) if wanted is torch.float64 else ()
         self._states = observed_states(self.model.config)
         self.reset(1)
 
@@ -65,11 +65,18 @@ class TorchSession:
     @contextmanager
     def redrawn(self, seed: int) -> Iterator[None]:
         """Inside, every matrix product is rounded at random: another draw of this number format's rounding errors."""
-        before, self._mode = self._mode, _Redraw(seed)
+        with self.under(_Redraw(seed), f"redrawn {seed}"):
+            yield
+
+    @contextmanager
+    def under(self, mode: TorchFunctionMode, name: str) -> Iterator[None]:
+        """Inside, the model runs under this mode too. name: tells it from other modes, where answers are kept."""
+        before = self._modes
+        self._modes = (*before, mode)
         try:
             yield
         finally:
-            self._mode = before
+            self._modes = before
 
     def reset(self, batch: int) -> None:
         """Empty caches for `batch` sequences."""
@@ -109,14 +116,13 @@ class TorchSession:
         if previous != "eager":
             self.model.set_attn_implementation("eager")
         try:
-            with torch.no_grad():
+            with torch.no_grad(), ExitStack() as modes:
                 args = {"input_ids": torch.from_numpy(ids), cache_argument(self.model): cache, "use_cache": True}
                 if self._states:  # as `generate` does: not every model with states counts those of the past itself
                     args["position_ids"] = torch.arange(past, past + ids.shape[1])[None]
-                if self._mode is None:
-                    return _numpy(self.model(**args).logits[0])
-                with self._mode:
-                    return _numpy(self.model(**args).logits[0])
+                for mode in self._modes:
+                    modes.enter_context(mode)
+                return _numpy(self.model(**args).logits[0])
         finally:
             if previous != "eager":
                 self.model.set_attn_implementation(previous)

@@ -23,10 +23,11 @@ from ..environment.versions import versions
 from ..errors import InvalidBundle
 from ..progress import Progress, silent
 from ..runtime.session import Session
+from .parts import exact_session
 from .reference import runnable
 from .refusals import judge_refusals
 from .run_cases import run_cases
-from .sessions import FillGarbage, Sessions, bundle_session, choose_bundle_provider, load_engine
+from .sessions import FillGarbage, Sessions, choose_bundle_provider, load_engine
 from .suite_setting import setting_of
 from .untrusted import logits_of_last_token, nan_tail_safe, takes_whole_row_masks
 
@@ -105,7 +106,7 @@ def _open(stack: ExitStack, folder: Path, manifest: Manifest, provider: str, as_
     ran_dtype = "float32" if as_dtype or target.engine else manifest.dtype
     provider = choose_bundle_provider(manifest, provider, ran_dtype)
     ran, where, target = runnable(stack, folder, manifest, ran_dtype, notes, report)
-    session, fill_garbage = stack.enter_context(bundle_session(where, ran, provider, notes, target))
+    session, fill_garbage = exact_session(stack, where, ran, provider, notes, target)
     return _Opened(folder, manifest, ran_dtype, provider, session, fill_garbage,
                    target.nan_tail_safe or nan_tail_safe(where),
                    target.whole_row_masks or takes_whole_row_masks(where))

@@ -3,22 +3,21 @@ twin, or an engine's graph in a form that ONNX Runtime can run."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bundle.graph_file import read_graph
-from ..bundle.manifest import MANIFEST, MODEL, Manifest
+from ..bundle.manifest import Manifest
 from ..checkpoint.checkpoint import Checkpoint
 from ..files.scratch import scratch_folder
 from ..progress import Progress
 from ..runtime.session import Session
 from ..targets import get_target, on_cpu
 from .sessions import observed_facts, pytorch_sessions
+from .stand_in import stand_in
 
 if TYPE_CHECKING:
     from ..targets import Target
@@ -94,23 +93,11 @@ def _twin(folder: Path) -> Iterator[tuple[Manifest, Path]]:
 @contextmanager
 def _interpreted(folder: Path, manifest: Manifest, notes: list[str]) -> Iterator[tuple[Manifest, Path]]:
     """A folder with the bundle's graph as ONNX Runtime can run it, its weights linked (copied where that fails)."""
-    import onnx
-
     from ..lowering.tensorrt.interpret import interpret
 
     model = read_graph(folder)
     count = interpret(model)
     how = f"{count} plugin nodes interpreted by the op's function body" if count else "as it is"
     notes.append(f"the ONNX graph was run in fp32 by ONNX Runtime, {how}: no TensorRT engine was built or run")
-    with scratch_folder("interpreted") as place:
-        for name in set(manifest.files) - {MODEL}:
-            source, copy = (folder / name).resolve(), place / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(source, copy)
-            except OSError:
-                shutil.copy2(source, copy)  # with its time, which the manifest records
-        onnx.save(model, str(place / MODEL))
-        stand_in = replace(manifest, files={name: fact for name, fact in manifest.files.items() if name != MODEL})
-        (place / MANIFEST).write_text(stand_in.to_json(), encoding="utf-8")
-        yield stand_in, place
+    with stand_in(folder, manifest, model, "interpreted") as found:
+        yield found

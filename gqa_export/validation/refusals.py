@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..compare.case_verdict import CaseVerdict, KindVerdict, Location
 from ..compare.suite import REFUSALS
-from ..compare.verdict import CaseVerdict, KindVerdict, Location
 from ..errors import GqaExportError
 
 REFUSAL = "refusal"

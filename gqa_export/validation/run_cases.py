@@ -21,9 +21,10 @@ REDRAWS = (1, 2, 3)
 
 
 def run_cases(sessions: Sessions, plan: Plan, *, last_only: bool = False, report: Progress | None = None,
-              dtype: str = "float32", notes: list[str] | None = None) -> list[CaseLog]:
+              dtype: str = "float32", part: str = "",
+              notes: list[str] | None = None) -> list[CaseLog]:
     """Run every case of a plan through the Comparator and return what was measured. dtype: the format that is run;
-    notes: takes a line for every case whose baseline was measured again."""
+    part: see `CaseVerdict`; notes: takes a line for every case whose baseline was measured again."""
     total, done = sum(case.feeds for case in plan.cases), 0
     logs = []
     for case in plan.cases:
@@ -39,7 +40,7 @@ def run_cases(sessions: Sessions, plan: Plan, *, last_only: bool = False, report
             sessions.fill_garbage(case.garbage)
         with limited(sessions, case.capacity), masked(sessions.bundle, case.whole_row_mask):
             log = run_case(sessions, case, last_only, tick)
-            if sessions.eager is not None and doubtful(judge(log, dtype)):
+            if sessions.eager is not None and doubtful(judge(log, dtype, part)):
                 measure_again(sessions, log, last_only)
                 (notes if notes is not None else []).append(
                     f"case {case.name}: nearer to its bounds than one measurement of PyTorch's rounding can tell; "

@@ -132,16 +132,17 @@ def _blank(array: np.ndarray, counts_B: np.ndarray, axis: int) -> np.ndarray:
 
 
 @contextmanager
-def onnxrt_infer(folder: Path, manifest: Manifest, provider: str, threads: int = 0) -> Iterator[Infer]:
+def onnxrt_infer(folder: Path, manifest: Manifest, provider: str, threads: int = 0,
+                 config: Mapping[str, str] | None = None) -> Iterator[Infer]:
     """Yield a callable feed -> outputs that runs a bundle's graph through Polygraphy's own ONNX Runtime runner.
 
     ONNX Runtime's threads do not spin between calls here: PyTorch wants the same cores in turn (a tiny model is
-    compared several times faster). Raises what `open_session` raises.
+    compared several times faster). config: further session options. Raises what `open_session` raises.
     """
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
     session = open_session(folder, manifest, provider, threads=threads,
-                           config={"session.intra_op.allow_spinning": "0"})
+                           config={"session.intra_op.allow_spinning": "0", **(config or {})})
     with OnnxrtRunner(session, name="onnxrt") as runner:
         def infer(feed: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
             outputs: Mapping[str, np.ndarray] = runner.infer(OrderedDict(feed), check_inputs=False)

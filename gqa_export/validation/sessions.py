@@ -167,19 +167,20 @@ def load_engine(folder: Path, provider: str, as_dtype: str | None) -> tuple[Sess
 
 
 @contextmanager
-def bundle_session(folder: Path, manifest: Manifest, provider: str, notes: list[str],
-                   target: Any = None) -> Iterator[tuple[Session, FillGarbage | None]]:
+def bundle_session(folder: Path, manifest: Manifest, provider: str, notes: list[str], target: Any = None,
+                   config: dict[str, str] | None = None) -> Iterator[tuple[Session, FillGarbage | None]]:
     """The bundle's session, its calls made by Polygraphy's OnnxrtRunner, and what fills its unused cache with
-    garbage. target: another row of the table than the manifest's, see `OrtSession.load`."""
+    garbage. target: another row of the table than the manifest's, see `OrtSession.load`. config: session options
+    beside the bundle's own."""
     from ..runtime.ort.session import OrtSession
     from .session_runner import GarbageTail, onnxrt_infer
 
     if manifest.dtype == "bfloat16":
         notes.append("numpy does not know bf16: ONNX Runtime was called directly, unused cache was not filled with "
                      "garbage")
-        yield OrtSession.load(folder, provider), None
+        yield OrtSession.load(folder, provider, config=config), None
         return
     threads = 0 if is_large(manifest) else 1
-    with onnxrt_infer(folder, manifest, provider, threads) as infer:
+    with onnxrt_infer(folder, manifest, provider, threads, config) as infer:
         tail = GarbageTail(infer, manifest.spec)
         yield OrtSession.load(folder, provider, infer=tail, target=target), tail.fill

@@ -16,19 +16,18 @@ from ..bundle.attention_claims import check_claims
 from ..bundle.integrity import check_belongs, check_files
 from ..bundle.manifest import Manifest, read_manifest
 from ..checkpoint.checkpoint import Checkpoint
-from ..compare.judge import judge
 from ..compare.suite import STEPS, plan_suite
 from ..compare.verdict import Verdict
 from ..environment.versions import versions
 from ..errors import GqaExportError
 from ..progress import Progress, silent
 from ..targets import get_target
+from .accuracy_level import rounds_activations
 from .loss import LossRequest, measure_loss
-from .overflow import overflow_words
+from .parts import EXACT, Comparison, activations_of, exact_session
 from .reference import Reference, open_reference, runnable
 from .refusals import judge_refusals
-from .run_cases import run_cases
-from .sessions import Sessions, bundle_session, choose_bundle_provider, is_large, load_engine, torch_threads
+from .sessions import bundle_session, choose_bundle_provider, load_engine, torch_threads
 from .suite_setting import check_tokenizer, setting_of
 from .untrusted import logits_of_last_token, nan_tail_safe, takes_whole_row_masks
 
@@ -84,29 +83,35 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
     with ExitStack() as stack:
         stack.enter_context(torch_threads(manifest))
         ran, where, target = runnable(stack, folder, manifest, ran_dtype, notes, report)
+        rounds = provider == "cpu" and not built and rounds_activations(where, ran)
         known = reference or open_reference(against, manifest, ran_dtype, notes)
         check_belongs(manifest.spec, known.shown, f"{folder} against {against}")
         report("loading the bundle", None, None)
-        session, fill_garbage = engine or stack.enter_context(bundle_session(where, ran, provider, notes, target))
         setting = setting_of(manifest, folder, steps or STEPS.get(level, 32), text, known.model)
         setting.nan_tail_safe = target.nan_tail_safe or (not built and nan_tail_safe(where))
         setting.whole_row_masks = target.whole_row_masks or (not built and takes_whole_row_masks(where))
         plan = plan_suite(setting, level)
-        sessions = Sessions(known.session, known.eager, session, fill_garbage, beside=not built and is_large(manifest),
-                            alike=known.alike)
-        logs = run_cases(sessions, plan, last_only=last_only, report=report, dtype=ran_dtype,
-                         notes=notes)
-        overflow = overflow_words(sessions, logs, ran_dtype)
-        refused = judge_refusals(session, resizable=not setting.literal)
-        measured = measure_loss(loss, session, manifest, folder, known, notes, report)
+        comparison = Comparison(known, plan, ran, last_only, ran_dtype, notes, report)
+        with ExitStack() as opened:
+            session, fill_garbage = engine or exact_session(opened, where, ran, provider, notes, target)
+            cases, overflow = comparison.exact(session, fill_garbage, EXACT if rounds else "")
+            if not rounds:
+                cases += (judge_refusals(session, resizable=not setting.literal),)
+                measured = measure_loss(loss, session, manifest, folder, known, notes, report)
+        if rounds:
+            session, fill_garbage = stack.enter_context(bundle_session(where, ran, provider, notes, target))
+            cases += comparison.shipped(session, fill_garbage)
+            cases += (judge_refusals(session, resizable=not setting.literal),)
+            measured = measure_loss(loss, session, manifest, folder, known, notes, report)
     if check_hashes:
         notes += _hash_notes(manifest, unhashed)
     return Verdict(
         bundle=str(folder), against=str(against), target=manifest.target, dtype=manifest.dtype,
         checked_dtype=ran_dtype, reference_dtype=known.dtype, provider=provider, cache=manifest.cache,
-        capacity=manifest.capacity, cases=(*(judge(log, ran_dtype) for log in logs), refused), level=level,
+        capacity=manifest.capacity, cases=cases, level=level,
         notes=(*plan.notes, *notes), versions=versions(), seconds=time.perf_counter() - began,
-        identity=identity_of(manifest, known.digest), overflow=overflow, loss=measured)
+        identity=identity_of(manifest, known.digest), overflow=overflow, loss=measured,
+        activations=activations_of(manifest, rounds))
 
 
 def _hash_notes(manifest: Manifest, unhashed: list[str]) -> list[str]:

@@ -22,7 +22,7 @@ from ..errors import GqaExportError, InvalidCheckpoint
 from ..files.sha256 import file_sha256
 from ..graph_io import RECIPE
 from .dtypes import cast, itemsize
-from .sources import Source, StoredSource, WeightStore, recipe_of
+from .sources import PackedSource, Source, StoredSource, WeightStore, recipe_of
 
 if TYPE_CHECKING:
     import onnx
@@ -59,7 +59,8 @@ class _Stream:
     @property
     def nbytes(self) -> int:
         """Bytes it will have."""
-        return sum(math.prod(source.shape) for source in self.sources) * itemsize(self.dtype)
+        return sum(source.nbytes if isinstance(source, PackedSource) and source.dtype == self.dtype else
+                   math.prod(source.shape) * itemsize(self.dtype) for source in self.sources)
 
 
 @dataclass
@@ -156,6 +157,9 @@ def place(model: onnx.ModelProto, store: WeightStore, writer: BundleWriter, mode
 
 
 def _check_shape(tensor: onnx.TensorProto, sources: tuple[Source, ...]) -> None:
+    if all(isinstance(source, PackedSource) for source in sources) and \
+            math.prod(tensor.dims) == sum(math.prod(source.shape) for source in sources):
+        return
     first, rows = sources[0].shape, sum(source.shape[0] if source.shape else 1 for source in sources)
     shape = first if len(sources) == 1 else (rows, *first[1:])
     if tuple(tensor.dims) != shape or any(source.shape[1:] != first[1:] for source in sources):

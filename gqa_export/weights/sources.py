@@ -3,7 +3,8 @@
 Graph stages hold no weights. An initializer is EXTERNAL with the location `weights:NAME`, or `weights:A+B+C` for
 rows concatenated along axis 0. `WeightStore` knows where each name's bytes are: in a checkpoint's file
 (`StoredSource`), codes in a checkpoint's file (`DequantizedSource`), or made by a function, one tensor at a time
-(`MemorySource`: merged, computed).
+(`MemorySource`: merged, computed). Parts of packed weights are sources of their own (`weights:NAME@FORM.PART`,
+`gqa_export.weights.packed`).
 `layout` streams them into `model.onnx.data` or points the graph into the checkpoint's own files.
 """
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint.checkpoint import Checkpoint
     from ..quantized.matrix import QuantizedMatrix
+    from ..quantized.packing import Packer
 
 CHUNK_BYTES = 4 << 20
 
@@ -124,7 +126,34 @@ class DequantizedSource:
             yield memoryview(values.reshape(-1).view(np.uint8))
 
 
-Source = StoredSource | MemorySource | DequantizedSource
+@dataclass(frozen=True, eq=False)
+class PackedSource:
+    """One part of a packed matrix. Its bytes may have several shapes with the same rows: operators differ there."""
+
+    packer: Packer
+    part: str
+
+    @property
+    def dtype(self) -> str:
+        """numpy (ml_dtypes) name."""
+        return self.packer.dtype(self.part)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In elements of `dtype`."""
+        return self.packer.shape(self.part)
+
+    @property
+    def nbytes(self) -> int:
+        """Two elements of four bits have one byte."""
+        return self.packer.nbytes(self.part)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The bytes, some rows at a time."""
+        yield from self.packer.chunks(self.part)
+
+
+Source = StoredSource | MemorySource | DequantizedSource | PackedSource
 
 
 class WeightStore:

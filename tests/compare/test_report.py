@@ -10,7 +10,7 @@ import pytest
 from refusal import refused
 from rich.console import Console
 
-from gqa_export.compare.verdict import KindVerdict, Location
+from gqa_export.compare.case_verdict import KindVerdict, Location
 from gqa_export.errors import OutputDiffers
 from gqa_export.report.console import details, print_verdict
 

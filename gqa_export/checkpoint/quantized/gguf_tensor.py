@@ -12,6 +12,9 @@ from ...quantized.matrix import QuantizedMatrix, Stripe
 from ..gguf_header import GgufHeader
 from .ggml_blocks import BLOCK_TYPES, stripe_of
 
+HALF = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
+"""types whose scales and minima are stored as float16; the others' are products of such a number and another"""
+
 
 def stored_matrix(header: GgufHeader, name: str) -> QuantizedMatrix | None:
     """A tensor as it is stored; None if its type is not one of `BLOCK_TYPES`.
@@ -35,4 +38,4 @@ def stored_matrix(header: GgufHeader, name: str) -> QuantizedMatrix | None:
         return stripe_of(block, rows[start:stop])
 
     return QuantizedMatrix(shape, block.bits, block.block, block.kind, block.offset, f"GGUF {block.name}", read,
-                           tensors=(name,))
+                           scale_dtype="float16" if block.name in HALF else "float32", tensors=(name,))

@@ -51,7 +51,7 @@ def pack_projections(graph: gs.Graph, context: Context) -> Rewritten:
     for node in [node for node in graph.nodes if is_op(node, OP, DOMAIN)]:
         qkv = _joined_before(node)
         if qkv is None and context.options.packed:
-            joined = _join(graph, node)
+            joined = _join(graph, node, context)
             if isinstance(joined, NearMiss):
                 misses.append(joined)
             else:
@@ -97,7 +97,7 @@ def _part(tensor: gs.Tensor) -> tuple[gs.Tensor, int, int] | None:
     return None
 
 
-def _join(graph: gs.Graph, node: gs.Node) -> gs.Tensor | NearMiss:
+def _join(graph: gs.Graph, node: gs.Node, context: Context) -> gs.Tensor | NearMiss:
     """Join three products of one tensor, each with a weight of its own, all or none with a bias of its own."""
     products: list[gs.Node] = []
     biases: list[gs.Tensor | None] = []
@@ -113,6 +113,9 @@ def _join(graph: gs.Graph, node: gs.Node) -> gs.Tensor | NearMiss:
                             f"{products[0].inputs[0].name!r}")
     if any(bias is None for bias in biases) != all(bias is None for bias in biases):
         return NearMiss(node.name, "some of its projections have a bias and some have none")
+    facts = [context.options.quantized.get(recipe(each.inputs[1])) for each in products]
+    if any(facts) and not all(each is not None and each.alike(facts[0]) for each in facts):
+        return NearMiss(node.name, "the weights of its projections are quantized in different ways")
     place = node.name.rpartition("/")[0]
     weight = _joined_weight(f"{place}.qkv.weight", [each.inputs[1] for each in products])
     qkv = edit.add_node(graph, "FusedMatMul", [products[0].inputs[0], weight], name=f"{place}.qkv/FusedMatMul_0",

@@ -15,7 +15,7 @@ from ...bundle.graph_file import read_graph
 from ...bundle.integrity import check_files
 from ...bundle.manifest import MODEL, Manifest
 from ...errors import GqaExportError, InvalidBundle, NotCheckedHere, cause_of
-from ...graph_io import TensorFact
+from ...graph_io import EXACT_PRODUCTS, TensorFact
 from ...spec import DTYPES
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -82,7 +82,7 @@ def open_session(folder: Path | str, manifest: Manifest, provider: str, *, low_m
     options.intra_op_num_threads = threads
     if low_memory:
         options.add_session_config_entry("session.disable_prepacking", "1")
-    for key, value in (config or {}).items():
+    for key, value in {**session_config(manifest), **(config or {})}.items():
         options.add_session_config_entry(key, value)
     names = [PROVIDERS[provider]] + ([PROVIDERS["cpu"]] if provider != "cpu" else [])
     try:
@@ -97,6 +97,12 @@ def open_session(folder: Path | str, manifest: Manifest, provider: str, *, low_m
     check_graph(manifest, [_fact(port) for port in session.get_inputs()],
                 [_fact(port) for port in session.get_outputs()], str(folder / MODEL))
     return session
+
+
+def session_config(manifest: Manifest) -> dict[str, str]:
+    """The session options that a bundle is to be run with: `EXACT_PRODUCTS` where its activations are exact."""
+    quantization = manifest.quantization
+    return dict(EXACT_PRODUCTS) if quantization is not None and quantization.activations == "exact" else {}
 
 
 def check_graph(manifest: Manifest, inputs: list[TensorFact], outputs: list[TensorFact], where: str) -> None:

@@ -28,7 +28,8 @@ class ReplayedSession:
         self._session, self.capacity = inner, session.capacity
         self._steps: dict[Key, Step] = {}
         self._caches: dict[Key, list[tuple[np.ndarray, np.ndarray]]] = {}
-        self._redrawn: dict[int, tuple[dict[Key, Step], dict[Key, list[tuple[np.ndarray, np.ndarray]]]]] = {}
+        self._apart: dict[tuple[str, ...], tuple[dict[Key, Step], dict[Key, list[tuple[np.ndarray, np.ndarray]]]]] = {}
+        self._under: tuple[str, ...] = ()
         self._fed: list[tuple[np.ndarray, np.ndarray]] = []
         self._key: Key = ()
         self._done = -1
@@ -41,6 +42,11 @@ class ReplayedSession:
         return spec
 
     @property
+    def model(self) -> Any:
+        """The module inside."""
+        return self._session.model
+
+    @property
     def lengths(self) -> np.ndarray:
         """int64 [B]."""
         return self._lengths.copy()
@@ -48,13 +54,26 @@ class ReplayedSession:
     @contextmanager
     def redrawn(self, seed: int) -> Iterator[None]:
         """See `TorchSession.redrawn`; what is answered inside is remembered apart."""
-        before = self._steps, self._caches
-        self._steps, self._caches = self._redrawn.setdefault(seed, ({}, {}))
+        with self._remembered(f"redrawn {seed}"), self._session.redrawn(seed):
+            yield
+
+    @contextmanager
+    def under(self, mode: Any, name: str) -> Iterator[None]:
+        """See `TorchSession.under`; what is answered inside is remembered apart."""
+        with self._remembered(name), self._session.under(mode, name):
+            yield
+
+    @contextmanager
+    def _remembered(self, name: str) -> Iterator[None]:
+        before = self._steps, self._caches, self._under
+        self._under = (*self._under, name)
+        self._steps, self._caches = self._apart.setdefault(self._under, ({}, {}))
+        self._done = -1
         try:
-            with self._session.redrawn(seed):
-                yield
+            yield
         finally:
-            self._steps, self._caches = before
+            self._steps, self._caches, self._under = before
+            self._done = -1
 
     def reset(self, batch: int) -> None:
         """Start again; nothing is run."""

@@ -1,0 +1,133 @@
+"""What becomes of each weight of an export that quantizes, or keeps what is quantized: plan, facts and record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..bundle.quantization import PLAIN, Quantization, QuantizedWeight
+from ..errors import GqaExportError
+from ..quantized.facts import MatrixFacts, facts_of
+from ..quantized.matrix import QuantizedMatrix
+from ..quantized.packing import Packer
+from ..quantizing.matrices import Weight, weights_of
+from ..quantizing.rtn import quantize_matrix
+from ..quantizing.rules import METHODS, decide, read_rules
+from ..weights.dtypes import itemsize
+from ..weights.packed import add_packed
+from ..weights.rows import rows_of
+from ..weights.sources import DequantizedSource, WeightStore
+from .options import ExportOptions
+
+if TYPE_CHECKING:
+    from ..lowering.context import Lowered
+    from ..targets import Target
+    from ..trace.traced import Traced
+
+KEEP = ("keep", "dequantize")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is quantized, and what stays as it is.
+
+    Attributes:
+        method: as the manifest names it.
+        exact: products do not round their inputs.
+        matrices: name of a weight -> what is packed.
+        facts: of those.
+        stored: name of a weight -> what the checkpoint holds, for people.
+        plain: name of a weight -> why it stays floating-point numbers.
+        weights: of the model, in the order of the graph.
+    """
+
+    method: str
+    exact: bool
+    matrices: Mapping[str, QuantizedMatrix] = field(default_factory=dict)
+    facts: Mapping[str, MatrixFacts] = field(default_factory=dict)
+    stored: Mapping[str, str] = field(default_factory=dict)
+    plain: Mapping[str, str] = field(default_factory=dict)
+    weights: tuple[Weight, ...] = ()
+
+
+def check_options(options: ExportOptions) -> None:
+    """Refuse a value of `--quantize` that is neither a method nor a file.
+
+    Raises:
+        GqaExportError: with the methods.
+    """
+    known = (*KEEP, *METHODS)
+    if options.quantize not in known and not options.quantize.endswith(".toml"):
+        raise GqaExportError(f"unknown quantization {options.quantize!r}", "--quantize",
+                             f"use {', '.join(known)}, or a file of rules that ends in .toml",
+                             code="E-OPTION-QUANTIZE")
+
+
+def plan(traced: Traced, store: WeightStore, options: ExportOptions, target: Target, provider: str) -> Plan | None:
+    """What becomes of every weight; None where all stay floating-point numbers and were.
+
+    Args:
+        traced: the canonical model.
+        store: where its weights are.
+        options: of the export.
+        target: the row of the target.
+        provider: "cpu" or "cuda".
+    """
+    exact = options.activations == "exact" if options.activations else \
+        provider != "cpu" or not target.runs_in_onnxruntime
+    weights = tuple(weights_of(traced.model))
+    sources = {weight.name: store.sources_of(weight.name)[0] for weight in weights}
+    held = {name: source.matrix for name, source in sources.items() if isinstance(source, DequantizedSource)}
+    stored = {name: held[name].label if name in held else source.dtype for name, source in sources.items()}
+    if options.quantize == "dequantize":
+        return Plan("dequantize", True, stored=stored, plain=dict.fromkeys(held, "--quantize dequantize"),
+                    weights=weights) if held else None
+    if options.quantize == "keep":
+        kept = {name: matrix for name, matrix in held.items() if not matrix.transposed}
+        plain = {name: "it is stored with its axes exchanged" for name in held if name not in kept}
+        return Plan("keep", exact, kept, {name: facts_of(matrix) for name, matrix in kept.items()}, stored, plain,
+                    weights) if held else None
+    rules = read_rules(Path(options.quantize)) if options.quantize not in METHODS else ()
+    decisions = decide(weights, METHODS.get(options.quantize, 0), options.block, options.head, rules)
+    matrices = {}
+    for each in decisions:
+        if each.bits:
+            name, (rows, columns) = each.weight.name, each.weight.shape
+            matrices[name] = quantize_matrix(rows_of(sources[name]), (rows, columns), each.bits, each.block,
+                                             f"{name} ({stored[name]})")
+    return Plan("rules" if rules else options.quantize, exact, matrices,
+                {name: facts_of(matrix, lossless=False) for name, matrix in matrices.items()}, stored,
+                {each.weight.name: each.reason for each in decisions if not each.bits}, weights)
+
+
+def fill(plan: Plan, lowered: Lowered, store: WeightStore) -> None:
+    """Make the packed parts that a lowered graph reads known to the store of weights."""
+    add_packed(store, plan.matrices, {name: held.parts for name, held in lowered.held.items()})
+
+
+def record(plan: Plan, lowered: Lowered, dtype: str) -> Quantization:
+    """What the manifest says. dtype: of the graph's floating-point numbers."""
+    weights = []
+    for weight in plan.weights:
+        held = lowered.held.get(weight.name)
+        count = 1
+        for size in weight.shape:
+            count *= size
+        entry = QuantizedWeight(weight.name, plan.stored[weight.name], 8 * itemsize(dtype), 0,
+                                weight.name not in plan.matrices or plan.method == "keep", PLAIN,
+                                count * itemsize(dtype), held.reason if held else plan.plain.get(weight.name, ""))
+        if held is not None and held.forms:
+            form = held.forms[0]
+            packers: dict[str, Packer] = {}
+            size = 0
+            for part_form, part in held.parts.values():
+                packer = packers.setdefault(part_form.key, Packer(plan.matrices[weight.name], part_form))
+                size += packer.nbytes(part)
+            entry = replace(entry, bits=form.bits, block=form.block, bytes=size, reason="",
+                            lossless=plan.facts[weight.name].lossless and (
+                                plan.facts[weight.name].half or dtype == "float32"),
+                            operator=", ".join(dict.fromkeys(each.operator for each in held.forms)))
+        weights.append(entry)
+    return Quantization(plan.method, "exact" if plan.exact else "int8", tuple(weights))

@@ -1,0 +1,56 @@
+"""What quantized products need of their inputs, made once for all products of one input: columns scaled and in the
+order of the codes, and sums over blocks."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from ...graph import edit
+from ...graph.node_builder import Nodes
+from ...quantized.facts import MatrixFacts
+from ..context import Context
+
+
+class Inputs:
+    """Makes them in a graph."""
+
+    def __init__(self, graph: gs.Graph, context: Context) -> None:
+        self.graph, self.element = graph, context.element
+        self._made: dict[tuple[object, ...], gs.Tensor] = {}
+        self._kept: list[gs.Tensor] = []
+
+    def ordered(self, x: gs.Tensor, facts: MatrixFacts, scope: str) -> gs.Tensor:
+        """x `[..., K]` times the matrix's column scales, its columns in the order of the codes."""
+        for label, values in (("column_scale", facts.column_scale), ("column_order", facts.column_order)):
+            if values is None:
+                continue
+            key = (id(x), label, hashlib.sha256(np.ascontiguousarray(values).tobytes()).digest())
+            if key not in self._made:
+                node = Nodes(self.graph, f"{scope}/{label}")
+                if label == "column_order":
+                    order = edit.constant(f"{scope}/{label}", values.astype(np.int64))
+                    made = node("gather", "Gather", x, order, axis=-1)
+                else:
+                    made = node("scaled", "Mul", x, edit.constant(f"{scope}/{label}", values, self.element))
+                self._keep(key, x, made)
+            x = self._made[key]
+        return x
+
+    def sums(self, x: gs.Tensor, columns: int, block: int, scope: str) -> gs.Tensor:
+        """`[..., ceil(K / block)]`: x summed over each block of columns."""
+        key = (id(x), "sums", block)
+        if key not in self._made:
+            node, whole = Nodes(self.graph, f"{scope}/sums{block}"), x
+            rank = len(x.shape) if x.shape else 3
+            if columns % block:
+                whole = node("padded", "Pad", x, [0] * (2 * rank - 1) + [-columns % block])
+            blocks = node("blocks", "Reshape", whole, [0] * (rank - 1) + [-1, block])
+            self._keep(key, x, node("sum", "ReduceSum", blocks, [-1], keepdims=0))
+        return self._made[key]
+
+    def _keep(self, key: tuple[object, ...], x: gs.Tensor, made: gs.Tensor) -> None:
+        self._made[key] = made
+        self._kept.append(x)  # ids of tensors that are gone would be given again

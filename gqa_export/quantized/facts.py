@@ -1,0 +1,169 @@
+"""What a graph must know of a quantized matrix to hold it, and how it holds it: no weight is read here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from .matrix import QuantizedMatrix
+
+BLOCKS = (128, 64, 32, 16, 256)
+"""columns that may share a scale in MatMulNBits, the ones to prefer first. 256 is last: at 2 bits it is slow."""
+WIDER = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}
+BNB4 = {"fp4": 0, "nf4": 1}
+"""kind -> quant_type of MatMulBnb4"""
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixFacts:
+    """A quantized matrix without its data. Fields as of `QuantizedMatrix`, and:
+
+    Attributes:
+        zeros_fit: zero points lie within the codes. It means nothing for other offsets.
+        lossless: the values are those of the checkpoint.
+    """
+
+    shape: tuple[int, ...]
+    bits: int
+    block: int
+    kind: str
+    offset: str
+    label: str
+    half: bool = False
+    zeros_fit: bool = True
+    lossless: bool = True
+    transposed: bool = False
+    column_order: Any = field(default=None, repr=False)
+    column_scale: Any = field(default=None, repr=False)
+
+    @property
+    def columns(self) -> int:
+        """K."""
+        return self.shape[-1]
+
+    def alike(self, other: MatrixFacts | None) -> bool:
+        """Whether the rows of both may be one matrix."""
+        return other is not None and self._compared() == other._compared() and all(
+            (a is None) == (b is None) and (a is None or np.array_equal(a, b))
+            for a, b in ((self.column_order, other.column_order), (self.column_scale, other.column_scale)))
+
+    def _compared(self) -> tuple[Any, ...]:
+        return (self.shape[1:], self.bits, self.block, self.kind, self.offset, self.half, self.zeros_fit,
+                self.transposed)
+
+
+def facts_of(matrix: QuantizedMatrix, *, lossless: bool = True) -> MatrixFacts:
+    """The facts of a matrix. Of one with zero points these are read, to learn whether they fit."""
+    half = matrix.scale_dtype == "float16" and matrix.global_scale == 1.0 and matrix.kind == "int"
+    return MatrixFacts(matrix.shape, matrix.bits, matrix.block, matrix.kind, matrix.offset, matrix.label, half,
+                       _zeros_fit(matrix), lossless, matrix.transposed, matrix.column_order, matrix.column_scale)
+
+
+def _zeros_fit(matrix: QuantizedMatrix) -> bool:
+    if matrix.offset != "zero":
+        return True
+    most = (1 << WIDER[matrix.bits]) - 1
+    for start, stop in matrix.stripes():
+        zero = matrix.stripe(start, stop).zero
+        assert zero is not None
+        if zero.size and (int(zero.min()) < 0 or int(zero.max()) > most):
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a target's operator holds a matrix.
+
+    Attributes:
+        operator: "MatMulNBits", "MatMulBnb4" or "DequantizeLinear".
+        bits: of a code: 2, 4 or 8.
+        block: columns that share a scale.
+        zeros: zero points are stored.
+        shift: beside the symmetric codes, what each block adds to its columns is stored, and multiplies block sums.
+        half: scales (and minima) are stored as float16.
+        signed: codes are signed integers, not offset by 2^(bits - 1).
+        columns_first: stored `[K, N]`.
+    """
+
+    operator: str
+    bits: int
+    block: int
+    zeros: bool = False
+    shift: bool = False
+    half: bool = False
+    signed: bool = False
+    columns_first: bool = False
+
+    @property
+    def key(self) -> str:
+        """Tells forms of one matrix apart in recipes."""
+        flags = zip("zshic", (self.zeros, self.shift, self.half, self.signed, self.columns_first))
+        return f"{self.operator.lower()}{self.bits}x{self.block}" + "".join(flag for flag, on in flags if on)
+
+
+def nbits_form(facts: MatrixFacts) -> Form | str:
+    """How MatMulNBits or MatMulBnb4 holds a matrix, or why they do not.
+
+    Source: onnxruntime docs/ContribOperators.md and runs of 1.31: bits 2, 4, 8; blocks 16 to 256; zero points packed
+    along a row's blocks.
+    """
+    if len(facts.shape) != 2:
+        return f"it is a stack of {facts.shape[0]} matrices"
+    if facts.kind in BNB4:
+        if facts.block in (16, 32, 64, 128) and facts.columns % facts.block == 0 and facts.column_order is None:
+            return Form("MatMulBnb4", 4, facts.block)
+        return f"MatMulBnb4 does not take blocks of {facts.block} of {facts.columns} columns"
+    if facts.kind not in ("int", "e2m1"):
+        return f"no operator takes {facts.kind} codes on a CPU"
+    block = _block(facts)
+    if not block:
+        return f"no operator takes blocks of {facts.block} columns"
+    bits = 8 if facts.kind == "e2m1" else WIDER[facts.bits]
+    zeros = facts.offset == "zero" and facts.zeros_fit
+    return Form("MatMulNBits", bits, block, zeros, facts.offset != "none" and not zeros, facts.half)
+
+
+def dequantize_form(facts: MatrixFacts, *, zeros: bool, blocks: tuple[int, ...] = (),
+                    columns_first: bool = True) -> Form | str:
+    """How DequantizeLinear holds a matrix, or why it does not.
+
+    Args:
+        facts: of the matrix.
+        zeros: the target takes zero points that are not 0.
+        blocks: the block sizes that the target takes; () for all.
+        columns_first: the target has it `[K, N]`, blocks along axis 0.
+    """
+    if len(facts.shape) != 2:
+        return f"it is a stack of {facts.shape[0]} matrices"
+    if facts.kind not in ("int", "e2m1"):
+        return f"it has {facts.kind} codes"
+    block = _block(facts)
+    if not block or (blocks and block not in blocks) or facts.columns % block:
+        return f"no operator takes blocks of {facts.block} of {facts.columns} columns"
+    bits = 8 if facts.kind == "e2m1" else max(4, WIDER[facts.bits])
+    held = zeros and facts.offset == "zero" and facts.zeros_fit
+    return Form("DequantizeLinear", bits, block, held, facts.offset != "none" and not held, facts.half,
+                not held, columns_first)
+
+
+def gather_form(facts: MatrixFacts, form: Form) -> Form | str:
+    """How GatherBlockQuantized holds what `form` holds for a product, or why it does not. Zero points are always
+    stored: the default differs between providers (microsoft/onnxruntime)."""
+    if form.operator != "MatMulNBits" or facts.kind != "int":
+        return f"GatherBlockQuantized does not take {facts.kind} codes"
+    if facts.column_order is not None or facts.column_scale is not None:
+        return "its columns have an order or scales of their own"
+    if facts.columns % form.block:
+        return f"{facts.columns} columns are not whole blocks of {form.block}"
+    return replace(form, operator="GatherBlockQuantized", zeros=True)
+
+
+def _block(facts: MatrixFacts) -> int:
+    """The block of the operator: the matrix's own, a divisor of it, or where a row has one scale, one that divides the
+    row; 0 where there is none."""
+    if facts.block >= facts.columns:
+        return next((block for block in BLOCKS[:4] if facts.columns % block == 0), 32)
+    return next((block for block in (256, 128, 64, 32, 16) if facts.block % block == 0), 0)

@@ -1,0 +1,201 @@
+"""From the one form of quantized matrices to the bytes of a target's operator, stripe by stripe.
+
+Parts of a packed matrix: `codes`; `scale`; `zero` points; `shift`, what each block adds to its columns beside the
+symmetric codes; `minimum`, from which the graph computes the shift itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..errors import InvalidCheckpoint
+from .facts import Form
+from .matrix import LEVELS, QuantizedMatrix, Stripe
+
+PARTS = ("codes", "scale", "zero", "shift", "minimum")
+STRIPE_BYTES = 4 << 20
+_DOUBLED = np.rint(2 * LEVELS["e2m1"]).astype(np.int16)
+
+
+@dataclass(eq=False)
+class Packer:
+    """A matrix and the form that it takes. Scales and offsets are kept from the reading of the codes until they are
+    written, so that a matrix is read once.
+
+    Attributes:
+        matrix: what is packed.
+        form: how.
+    """
+
+    matrix: QuantizedMatrix
+    form: Form
+    _kept: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def blocks(self) -> int:
+        """Scales of a row in the form."""
+        return -(-self.matrix.columns // self.form.block)
+
+    def shape(self, part: str) -> tuple[int, ...]:
+        """The shape of a part in elements of `dtype`."""
+        rows, blocks, bits = self.matrix.rows, self.blocks, self.form.bits
+        if self.form.columns_first:
+            return (self.matrix.columns if part == "codes" else blocks, rows)
+        if part == "codes":
+            if self.form.operator == "MatMulBnb4":
+                return (rows * self.matrix.columns // 2,)
+            if self.form.operator == "DequantizeLinear":
+                return (rows, self.matrix.columns)
+            return (rows, blocks, self.form.block * bits // 8)
+        if self.form.operator == "MatMulBnb4":
+            return (rows * blocks,)
+        if part == "zero" and self.form.operator != "DequantizeLinear":
+            return (rows, -(-blocks * bits // 8))
+        return (rows, blocks)
+
+    def dtype(self, part: str) -> str:
+        """The numpy (ml_dtypes) name of a part's elements."""
+        if part in ("codes", "zero"):
+            if self.form.operator == "DequantizeLinear":
+                return f"{'' if self.form.signed else 'u'}int{self.form.bits}"
+            return "uint8"
+        return "float16" if self.form.half and part != "shift" else "float32"
+
+    def nbytes(self, part: str) -> int:
+        """Bytes of a part as `chunks` gives them."""
+        bits = {"int4": 4, "uint4": 4, "float16": 16, "float32": 32}.get(self.dtype(part), 8)
+        return -(-math.prod(self.shape(part)) * bits // 8)
+
+    def chunks(self, part: str) -> Iterator[memoryview]:
+        """The bytes of a part, some rows at a time."""
+        if self.form.columns_first:
+            yield _bytes(self._across(part))
+            return
+        if part in self._kept:
+            yield _bytes(self._kept.pop(part))
+            return
+        kept: dict[str, list[Any]] = {}
+        for start, stop in self.matrix.stripes(STRIPE_BYTES, 4):
+            found = self.matrix.stripe(start, stop)
+            if part == "codes":
+                for other in self.small_parts():
+                    kept.setdefault(other, []).append(self.pack(found, other))
+            yield _bytes(self.pack(found, part))
+        self._kept.update({name: np.concatenate(values) for name, values in kept.items() if values})
+
+    def small_parts(self) -> tuple[str, ...]:
+        """The parts beside the codes."""
+        shift = () if not self.form.shift else ("minimum",) if self.form.half and self.matrix.offset == "minimum" \
+            else ("shift",)
+        return ("scale", *(("zero",) if self.form.zeros else ()), *shift)
+
+    def pack(self, found: Stripe, part: str) -> Any:
+        """One part of a stripe, as an array of bytes or numbers, rows first."""
+        if part == "codes":
+            return self._codes(found)
+        if part == "zero":
+            return packed(self._zero_points(found), self.form.bits,
+                          pad=self.form.operator != "DequantizeLinear")
+        scale = found.scale
+        if self.matrix.global_scale != 1.0:
+            scale = (scale.astype(np.float64) * self.matrix.global_scale).astype(np.float32)
+        if self.matrix.kind == "e2m1":
+            scale = scale / 2
+        if part == "scale":
+            return self._stored(self._per_block(scale), part)
+        if part == "minimum":
+            assert found.minimum is not None
+            return self._stored(self._per_block(found.minimum), part)
+        middle = np.float64(1 << (self.form.bits - 1))
+        exact = found.scale.astype(np.float64)
+        if found.minimum is not None:
+            shift = found.minimum + middle * exact
+        else:
+            assert found.zero is not None
+            shift = (middle - found.zero) * exact
+        return self._stored(self._per_block((shift * self.matrix.global_scale).astype(np.float32)), part)
+
+    def _stored(self, values: Any, part: str) -> Any:
+        if self.dtype(part) == "float32":
+            return np.ascontiguousarray(values, np.float32)
+        half = values.astype(np.float16)
+        if not np.array_equal(half.astype(np.float32), values):
+            raise InvalidCheckpoint(f"{part} of {self.matrix.label} has a value that float16 does not hold",
+                                    ", ".join(self.matrix.tensors[:1]), "report this checkpoint",
+                                    code="E-WEIGHTS-SCALE")
+        return half
+
+    def _per_block(self, values: Any) -> Any:
+        """Scales of the matrix's blocks as those of the form's, which are parts of them."""
+        if self.matrix.block == self.form.block:
+            return values
+        place = np.minimum(np.arange(self.blocks) * self.form.block // self.matrix.block, values.shape[1] - 1)
+        return values[:, place]
+
+    def _codes(self, found: Stripe) -> Any:
+        form = self.form
+        if form.operator == "MatMulBnb4":
+            pairs = found.codes.reshape(-1, 2)
+            return (pairs[:, 0] << 4) | pairs[:, 1]
+        codes = self._numbers(found)
+        if form.operator == "DequantizeLinear":
+            return packed(codes, form.bits, pad=False)
+        missing = self.blocks * form.block - codes.shape[1]
+        if missing:
+            codes = np.pad(codes, ((0, 0), (0, missing)), constant_values=1 << (form.bits - 1))
+        return packed(codes, form.bits)
+
+    def _numbers(self, found: Stripe) -> Any:
+        """The codes as the form numbers them: from 0 or, where they are signed, around 0; as bytes."""
+        middle, codes = 1 << (self.form.bits - 1), found.codes
+        if self.matrix.kind == "e2m1":
+            codes = _DOUBLED[codes]
+        around_zero = self.matrix.offset == "none"
+        if around_zero and not self.form.signed:
+            codes = codes.astype(np.int16) + middle
+        elif self.form.signed and not around_zero:
+            codes = codes.astype(np.int16) - middle
+        return codes.astype(np.uint8)
+
+    def _zero_points(self, found: Stripe) -> Any:
+        if found.zero is None or self.form.shift:
+            return np.full((found.codes.shape[0], self.blocks), 1 << (self.form.bits - 1), np.uint8)
+        return self._per_block(found.zero).astype(np.uint8)
+
+    def _across(self, part: str) -> Any:
+        """A part with columns first: the whole matrix is read, its codes one byte each."""
+        def one(start: int, stop: int) -> Any:
+            found = self.matrix.stripe(start, stop)
+            numbers = self._numbers(found) if part == "codes" else self._zero_points(found) if part == "zero" else \
+                self.pack(found, part)
+            return numbers.T
+
+        whole = np.concatenate([one(*rows) for rows in self.matrix.stripes(STRIPE_BYTES, 4)], axis=1)
+        return packed(whole, self.form.bits, pad=False) if part in ("codes", "zero") else whole
+
+
+def packed(codes: Any, bits: int, *, pad: bool = True) -> Any:
+    """Codes of a row, low bits first; each row padded to a byte, or all rows one after the other without `pad`."""
+    if bits == 8:
+        return codes
+    if not pad:
+        codes = codes.reshape(1, -1)
+    count = 8 // bits
+    missing = -codes.shape[1] % count
+    if missing:
+        codes = np.pad(codes, ((0, 0), (0, missing)))
+    codes = codes & ((1 << bits) - 1)
+    out = codes[:, 0::count].copy()
+    for place in range(1, count):
+        out |= codes[:, place::count] << (bits * place)
+    return out
+
+
+def _bytes(values: Any) -> memoryview:
+    flat: Any = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    return memoryview(flat)

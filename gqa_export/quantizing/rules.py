@@ -1,0 +1,121 @@
+"""Which weight gets how many bits: the options, or the first rule of a file that fits its name.
+
+A file of rules is TOML:
+
+    [[rule]]
+    match = "model.layers.0.*"      # as in a shell; the first rule that matches a name decides
+    bits = 8                        # 2, 4 or 8; 0 leaves the weight as it is
+    block = 32                      # columns that share a scale
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ..errors import GqaExportError, cause_of
+from ..quantized.facts import BLOCKS
+from .matrices import Weight
+
+METHODS = {"int4": 4, "int8": 8}
+"""--quantize -> bits of the matrices between embedding and head"""
+BITS = (0, 2, 4, 8)
+FIX = 'write [[rule]] with match = "NAME*", bits = 0, 2, 4 or 8 and, if you like, block = 32'
+
+
+@dataclass(frozen=True)
+class Rule:
+    """bits 0: stays as it is. block 0: that of the options."""
+
+    match: str
+    bits: int
+    block: int = 0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a weight. bits 0: it stays as it is, for a reason."""
+
+    weight: Weight
+    bits: int
+    block: int
+    reason: str = ""
+
+
+def read_rules(path: Path) -> tuple[Rule, ...]:
+    """The rules of a file.
+
+    Raises:
+        GqaExportError: it cannot be read, or an entry is not a rule.
+    """
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise GqaExportError(f"cannot read the rules: {cause_of(error)}", str(path), FIX,
+                             code="E-OPTION-QUANTIZE-FILE") from error
+    entries = found.get("rule")
+    if set(found) != {"rule"} or not isinstance(entries, list) or not entries:
+        raise GqaExportError(f"expected [[rule]] entries alone, found {sorted(found) or 'nothing'}", str(path), FIX,
+                             code="E-OPTION-QUANTIZE-FILE")
+    return tuple(_rule(entry, f"{path}, rule {number}") for number, entry in enumerate(entries, 1))
+
+
+def _rule(entry: Any, where: str) -> Rule:
+    wrong = _wrong(entry)
+    if wrong:
+        raise GqaExportError(f"not a valid rule: {wrong}", where, FIX, code="E-OPTION-QUANTIZE-FILE")
+    return Rule(entry["match"], entry["bits"], entry.get("block", 0))
+
+
+def _wrong(entry: Any) -> str:
+    if not isinstance(entry, dict):
+        return "it is not a table"
+    unknown = sorted(set(entry) - {"match", "bits", "block"})
+    if unknown:
+        return f"{unknown[0]!r} is not a field"
+    if not isinstance(entry.get("match"), str):
+        return "match is missing"
+    if type(entry.get("bits")) is not int or entry["bits"] not in BITS:
+        return f"bits is {entry.get('bits')!r}, expected {', '.join(map(str, BITS))}"
+    if "block" in entry and (type(entry["block"]) is not int or entry["block"] not in BLOCKS):
+        return f"block is {entry['block']!r}, expected {', '.join(map(str, sorted(BLOCKS)))}"
+    return ""
+
+
+def decide(weights: Sequence[Weight], bits: int, block: int, head: str, rules: Sequence[Rule] = ()) -> list[Decision]:
+    """What becomes of each weight.
+
+    Args:
+        weights: of the model.
+        bits: of matrices that no rule names; 0 leaves them.
+        block: columns that share a scale.
+        head: of head and embedding: "int8", "same" as the others, or "none".
+        rules: the first whose pattern matches a weight's name decides.
+
+    Raises:
+        GqaExportError: a rule matches no weight.
+    """
+    used: set[Rule] = set()
+    decisions = []
+    for weight in weights:
+        rule = next((rule for rule in rules if fnmatchcase(weight.name, rule.match)), None)
+        used.update([rule] if rule else [])
+        own = bits
+        if weight.role in ("head", "embedding"):
+            own = {"int8": 8 if bits else 0, "same": bits, "none": 0}[head]
+        own, reason = (rule.bits, f"a rule leaves it ({rule.match})") if rule else (own, f"--head {head}")
+        if weight.role == "router" and not rule:
+            own, reason = 0, "it chooses experts: a rounding would send tokens to others"
+        if not weight.role:
+            own, reason = 0, weight.reason
+        decisions.append(Decision(weight, own, (rule.block if rule else 0) or block, "" if own else reason))
+    unused = [rule.match for rule in rules if rule not in used]
+    if unused:
+        raise GqaExportError(f"the rule {unused[0]!r} matches no weight of this model", unused[0],
+                             f"the weights are called like {weights[len(weights) // 2].name if weights else '?'}; an "
+                             "earlier rule may match them all", code="E-OPTION-QUANTIZE-RULE")
+    return decisions

@@ -1,0 +1,81 @@
+"""The two verdicts on a bundle: does it compute what its weights mean, and is it as good as shipped as PyTorch is when
+that rounds activations by the same rule? A bundle that rounds nothing has the first alone."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..bundle.manifest import Manifest
+from ..compare.case_verdict import EXACT, SHIPPED, CaseVerdict
+from ..compare.cases import Plan
+from ..compare.judge import judge
+from ..graph_io import EXACT_PRODUCTS
+from ..progress import Progress
+from ..runtime.session import Session
+from .accuracy_level import RoundInputs, at_level_zero, rounded_blocks
+from .overflow import overflow_words
+from .reference import Reference
+from .run_cases import run_cases
+from .sessions import FillGarbage, Sessions, bundle_session, is_large
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What does not change between the two. plan: the cases. manifest: of what is run. last_only, dtype, notes, report:
+    as of `run_cases`."""
+
+    known: Reference
+    plan: Plan
+    manifest: Manifest
+    last_only: bool
+    dtype: str
+    notes: list[str]
+    report: Progress
+
+    def sessions(self, session: Session, fill_garbage: FillGarbage | None) -> Sessions:
+        """The three that walk in step."""
+        return Sessions(self.known.session, self.known.eager, session, fill_garbage,
+                        beside=self.manifest.engine is None and is_large(self.manifest), alike=self.known.alike)
+
+    def exact(self, session: Session, fill_garbage: FillGarbage | None,
+              part: str) -> tuple[tuple[CaseVerdict, ...], str]:
+        """The verdict on a session that rounds nothing, and why its outputs are not finite (`overflow_words`). part:
+        `EXACT` if another follows, else ""."""
+        sessions = self.sessions(session, fill_garbage)
+        logs = run_cases(sessions, self.plan, last_only=self.last_only, report=self.report, dtype=self.dtype,
+                         notes=self.notes)
+        return tuple(judge(log, self.dtype, part) for log in logs), overflow_words(sessions, logs, self.dtype)
+
+    def shipped(self, session: Session, fill_garbage: FillGarbage | None) -> tuple[CaseVerdict, ...]:
+        """The verdict on a session as it is shipped, its activations rounded."""
+        eager: Any = self.known.eager
+        if eager is None:
+            self.notes.append("not compared as shipped: there is no room for PyTorch in the bundle's number format")
+            return ()
+        blocks = rounded_blocks(self.manifest, eager.model)
+        self.notes.append(f"as shipped, the inputs of {len(blocks)} matrices are rounded to int8 (accuracy level 4); "
+                          "the baseline is PyTorch with the same inputs rounded by the same rule")
+        with eager.under(RoundInputs(blocks), "rounded") if blocks else nullcontext():
+            logs = run_cases(self.sessions(session, fill_garbage), self.plan, last_only=self.last_only,
+                             report=self.report, dtype=self.dtype, part=SHIPPED, notes=self.notes)
+        return tuple(judge(log, self.dtype, SHIPPED) for log in logs)
+
+
+def exact_session(stack: ExitStack, folder: Path, manifest: Manifest, provider: str, notes: list[str],
+                  target: Any) -> tuple[Session, FillGarbage | None]:
+    """A bundle's session in which no matrix product rounds its input. Arguments as of `bundle_session`."""
+    ran, where, changed = stack.enter_context(at_level_zero(folder, manifest))
+    if changed:
+        notes.append(f"export exact: the accuracy level of {changed} matrix products was set to 0 in memory")
+    return stack.enter_context(bundle_session(where, ran, provider, notes, target, dict(EXACT_PRODUCTS)))
+
+
+def activations_of(manifest: Manifest, rounds: bool) -> str:
+    """See `Verdict.activations`."""
+    return "int8" if rounds else "exact" if manifest.quantization is not None else ""
+
+
+__all__ = ["EXACT", "SHIPPED", "Comparison", "activations_of", "exact_session"]

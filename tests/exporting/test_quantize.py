@@ -1,0 +1,211 @@
+"""Exports that quantize, and those that keep what the checkpoint stores quantized."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gqa_models
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from refusal import refused
+from safetensors.numpy import load_file, save_file
+
+from gqa_export.bundle.quantization import PLAIN
+from gqa_export.errors import GqaExportError, UnsupportedModel
+from gqa_export.exporting.dry_run import dry_run
+from gqa_export.exporting.options import ExportOptions
+from gqa_export.exporting.to_onnx import Export, export_onnx
+from gqa_export.quantizing.matrices import Weight
+from gqa_export.quantizing.rtn import quantize_matrix, quantize_rows
+from gqa_export.quantizing.rules import Rule, decide, read_rules
+
+TOKENS = np.array([[1, 5, 7, 2, 9, 30, 4, 11]], np.int64)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return gqa_models.write_tiny("llama_tied", tmp_path_factory.mktemp("checkpoint") / "llama_tied")
+
+
+def export(source: Path, folder: Path, **options: Any) -> Export:
+    return export_onnx(source, folder, ExportOptions(capacity=64, **options))
+
+
+def logits(folder: Path) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    feeds = {each.name: np.zeros([1, each.shape[1], 0, each.shape[3]], np.float32) for each in session.get_inputs()[2:]}
+    return session.run(["logits"], {"input_ids": TOKENS, "attention_mask": np.ones_like(TOKENS), **feeds})[0]
+
+
+def error(got: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+
+
+def operators(folder: Path) -> dict[str, int]:
+    nodes = [node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node]
+    return {name: nodes.count(name) for name in set(nodes)}
+
+
+def rounded(checkpoint: Path, folder: Path, bits: int) -> Path:
+    """A copy of the checkpoint whose matrices have the values that the quantizer gives them."""
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, values in tensors.items():
+        if values.ndim == 2:
+            matrix = quantize_matrix(lambda start, stop, of=values: of[start:stop], values.shape,
+                                     8 if "layers" not in name else bits, 32, name)
+            tensors[name] = matrix.dequantize().astype(np.float32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(("target", "method"), [("ort", "int4"), ("ort", "int8"), ("onnx", "int4"),
+                                                ("portable", "int8")])
+def test_an_export_computes_what_the_rounded_weights_compute(checkpoint: Path, tmp_path: Path, target: str,
+                                                             method: str) -> None:
+    done = export(checkpoint, tmp_path / "quantized", target=target, quantize=method, activations="exact")
+    export(rounded(checkpoint, tmp_path / "rounded", int(method[3:])), tmp_path / "plain", target=target)
+    # of fp32 sums in another order, through two layers
+    assert error(logits(tmp_path / "quantized"), logits(tmp_path / "plain")) < 1e-5
+    quantization = done.manifest.quantization
+    assert quantization is not None
+    assert quantization.method == method
+    assert quantization.activations == "exact"
+    assert not any(weight.operator == PLAIN or weight.lossless for weight in quantization.weights)
+    assert sum(weight.bytes for weight in quantization.weights) <= done.manifest.bytes_copied
+
+
+def test_the_head_and_the_embedding_are_one_matrix_in_the_file(checkpoint: Path, tmp_path: Path) -> None:
+    export(checkpoint, tmp_path / "b", quantize="int4")
+    model = onnx.load(tmp_path / "b" / "model.onnx", load_external_data=False)
+    places = [{entry.key: entry.value for entry in tensor.external_data}["offset"] for tensor in model.graph.initializer
+              if ".codes" in tensor.name and "layers" not in tensor.name]
+    assert len(places) == 2
+    assert len(set(places)) == 1
+    levels = [attribute.i for node in model.graph.node for attribute in node.attribute
+              if attribute.name == "accuracy_level"]
+    assert levels
+    assert set(levels) == {4}
+
+
+@pytest.mark.parametrize(("head", "operator", "bits"), [("same", "MatMulNBits, GatherBlockQuantized", 4),
+                                                        ("int8", "MatMulNBits, GatherBlockQuantized", 8),
+                                                        ("none", PLAIN, 32)])
+def test_the_head_has_bits_of_its_own(checkpoint: Path, tmp_path: Path, head: str, operator: str, bits: int) -> None:
+    done = export(checkpoint, tmp_path / "b", quantize="int4", head=head)
+    assert done.manifest.quantization is not None
+    weight = next(each for each in done.manifest.quantization.weights if "layers" not in each.name)
+    assert (weight.operator, weight.bits) == (operator, bits)
+    assert bool(weight.reason) == (head == "none")
+
+
+def test_rules_of_a_file_decide_matrix_by_matrix(checkpoint: Path, tmp_path: Path) -> None:
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rule]]\nmatch = "*.0.mlp.*"\nbits = 8\nblock = 64\n[[rule]]\nmatch = "*v_proj*"\nbits = 0\n'
+                     '[[rule]]\nmatch = "*"\nbits = 4\n')
+    done = export(checkpoint, tmp_path / "b", quantize=str(rules))
+    assert done.manifest.quantization is not None
+    assert done.manifest.quantization.method == "rules"
+    found = {each.name: (each.bits, each.operator) for each in done.manifest.quantization.weights}
+    assert found["model.layers.0.mlp.up_proj.weight"] == (8, "MatMulNBits")
+    assert found["model.layers.1.mlp.up_proj.weight"] == (4, "MatMulNBits")
+    assert found["model.layers.1.self_attn.v_proj.weight"] == (32, PLAIN)
+    assert found["model.layers.1.self_attn.q_proj.weight"] == (4, "MatMulNBits")
+    assert math.isfinite(float(logits(tmp_path / "b").sum()))
+
+
+def test_a_plain_checkpoint_kept_is_the_plain_export(checkpoint: Path, tmp_path: Path) -> None:
+    done = export(checkpoint, tmp_path / "a")
+    assert done.manifest.quantization is None
+    assert "MatMulNBits" not in operators(tmp_path / "a")
+
+
+def test_linked_weights_are_quantized_too(checkpoint: Path, tmp_path: Path) -> None:
+    export(checkpoint, tmp_path / "copied", quantize="int4")
+    export(checkpoint, tmp_path / "linked", quantize="int4", weights="link")
+    assert error(logits(tmp_path / "linked"), logits(tmp_path / "copied")) < 1e-5
+
+
+def test_a_dry_run_knows_the_size(checkpoint: Path, tmp_path: Path) -> None:
+    plan = dry_run(checkpoint, ExportOptions(capacity=64, quantize="int4"))
+    done = export(checkpoint, tmp_path / "b", quantize="int4")
+    assert {name: size for name, size, _ in plan.files}["model.onnx.data"] == done.manifest.bytes_copied
+
+
+@pytest.mark.parametrize(("text", "word"), [
+    ("[[rule]]\nmatch='*'\nbits=5", "bits"), ("[[rule]]\nbits=4", "match"), ("[[rule]]\nmatch='*'\nbits=true", "bits"),
+    ("[[rule]]\nmatch='*'\nbits=4\nblock=48", "block"), ("[[rule]]\nmatch='*'\nbits=4\nbit=3", "'bit'"), ("x=1", "x"),
+    ("rule=3", "rule"), ("[[rule", "rules"), ("", "nothing")])
+def test_a_file_that_is_not_rules_is_refused(tmp_path: Path, text: str, word: str) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    with refused("E-OPTION-QUANTIZE-FILE") as refusal:
+        read_rules(path)
+    assert word in refusal.error.what
+
+
+def test_a_rule_that_matches_nothing_is_refused() -> None:
+    with refused("E-OPTION-QUANTIZE-RULE"):
+        decide([Weight("a", (8, 8), "linear")], 0, 32, "int8", (Rule("a", 4), Rule("b", 4)))
+
+
+def test_an_unknown_method_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with refused("E-OPTION-QUANTIZE", GqaExportError):
+        export(checkpoint, tmp_path / "b", quantize="int3")
+
+
+def test_routers_stay_as_they_are() -> None:
+    assert [each.bits for each in decide([Weight("r", (8, 64), "router"), Weight("w", (8, 64), "linear")], 4, 32,
+                                         "int8")] == [0, 4]
+
+
+def test_a_searched_scale_beats_the_largest_number() -> None:
+    values = np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32)
+    matrix = quantize_matrix(lambda start, stop: values[start:stop], values.shape, 4, 32, "x")
+    full = values.reshape(-1, 32)
+    extreme = np.take_along_axis(full, np.abs(full).argmax(1)[:, None], 1) / -8
+    rounded = np.clip(np.rint(full / extreme), -8, 7) * extreme
+    assert error(matrix.dequantize(), values) < 0.95 * error(rounded.reshape(values.shape), values)
+
+
+def test_weighed_columns_are_met_better() -> None:
+    values = np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32)
+    importance = np.where(np.arange(128) % 32 < 4, 100.0, 1.0).astype(np.float32)
+    found = {}
+    for name, weight in (("plain", None), ("weighted", importance)):
+        stripe = quantize_rows(values, 4, 32, "x", weight)
+        difference = (stripe.codes.reshape(64, 4, 32) * stripe.scale[..., None]).reshape(64, 128) - values
+        found[name] = float((importance * difference**2).sum())
+    assert found["weighted"] < 0.8 * found["plain"]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_zeros_and_exact_grids_lose_nothing(bits: int) -> None:
+    codes = np.random.default_rng(0).integers(-(1 << (bits - 1)), 1 << (bits - 1), (16, 64))
+    codes[:, ::32] = -(1 << (bits - 1))  # the range is used
+    values = (codes * 0.125).astype(np.float32)
+    values[3] = 0
+    matrix = quantize_matrix(lambda start, stop: values[start:stop], values.shape, bits, 32, "x")
+    assert np.array_equal(matrix.dequantize(), values)
+
+
+@pytest.mark.parametrize(("value", "code"), [(np.nan, "E-MODEL-QUANTIZE-VALUE"), (np.inf, "E-MODEL-QUANTIZE-VALUE"),
+                                             (1e7, "E-MODEL-QUANTIZE-SCALE"), (1e-8, "E-MODEL-QUANTIZE-SCALE")])
+def test_values_that_codes_cannot_hold_are_refused(value: float, code: str) -> None:
+    with refused(code, UnsupportedModel):
+        quantize_rows(np.full((4, 64), value, np.float32), 4, 32, "x")
+
+
+def test_the_manifest_is_read_again(checkpoint: Path, tmp_path: Path) -> None:
+    export(checkpoint, tmp_path / "b", quantize="int8")
+    found = json.loads((tmp_path / "b" / "gqa_export.json").read_text())["quantization"]
+    assert found["method"] == "int8"
+    assert {each["bits"] for each in found["weights"]} == {8}

@@ -1,0 +1,236 @@
+"""Quantized weights in a graph: what ONNX Runtime computes is the product with the dequantized matrix, for every form
+of a matrix, on every target. accuracy_level is 0 here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from gqa_export.graph import edit
+from gqa_export.graph.passes import run_passes
+from gqa_export.lowering.context import Context, LowerOptions
+from gqa_export.lowering.quantized.passes import PASSES
+from gqa_export.quantized.facts import facts_of
+from gqa_export.quantized.matrix import LEVELS, QuantizedMatrix, Stripe
+from gqa_export.quantized.packing import packed
+from gqa_export.spec import ModelSpec
+from gqa_export.targets import get_target
+from gqa_export.weights.packed import add_packed
+from gqa_export.weights.sources import DequantizedSource, PackedSource, WeightStore
+
+SPEC = ModelSpec("x", "", 5, 6, 8, "", ())
+NUMPY = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
+
+
+def made(seed: int, rows: int, columns: int, bits: int = 4, block: int = 32, kind: str = "int", offset: str = "none",
+         half: bool = False, **fields: object) -> QuantizedMatrix:
+    """A matrix of random codes, scales and offsets."""
+    rng, blocks = np.random.default_rng(seed), -(-columns // block)
+    low = -(1 << (bits - 1)) if kind == "int" and offset == "none" else 0
+    codes = rng.integers(low, low + (1 << bits), (rows, columns)).astype(np.int8 if low else np.uint8)
+    scale = rng.choice([-1, 1], (rows, blocks)) * rng.uniform(0.01, 0.1, (rows, blocks))
+    zero = rng.integers(0, 1 << bits, (rows, blocks)) if offset == "zero" else None
+    minimum = rng.uniform(-0.5, 0.5, (rows, blocks)) if offset == "minimum" else None
+    scale, minimum = (None if each is None else each.astype(np.float16 if half else np.float32).astype(np.float32)
+                      for each in (scale, minimum))
+    whole = Stripe(codes, scale, zero, minimum)
+    return QuantizedMatrix((rows, columns), bits, block, kind, offset, "test", lambda a, b: whole.rows(slice(a, b)),
+                           scale_dtype="float16" if half else "float32", **fields)
+
+
+def run(matrices: dict[str, QuantizedMatrix], target: str, folder: Path, element: int = TensorProto.FLOAT,
+        lookup: bool = False) -> tuple[np.ndarray, np.ndarray, list[str], Context]:
+    """The product (or, added to it, the looked-up rows) with the matrices one below the other: computed, in float64,
+    the graph's operators, what the pass noted."""
+    rows, columns = sum(each.rows for each in matrices.values()), next(iter(matrices.values())).columns
+    weight = TensorProto(name="w", dims=[rows, columns], data_type=element, data_location=TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value="weights:" + "+".join(matrices))
+    x = helper.make_tensor_value_info("x", element, ["b", "s", columns])
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["b", "s"])
+    out = helper.make_tensor_value_info("logits", element, ["b", "s", rows])
+    if target == "ort":
+        nodes = [helper.make_node("FusedMatMul", ["x", "w"], ["y"], "a/FusedMatMul_0", domain="com.microsoft",
+                                  transB=1)]
+    else:
+        nodes = [helper.make_node("Transpose", ["w"], ["wt"], "a/Transpose_0", perm=[1, 0]),
+                 helper.make_node("MatMul", ["x", "wt"], ["y"], "a/MatMul_0")]
+    if lookup:
+        nodes += [helper.make_node("Gather", ["w", "ids"], ["e"], "e/Gather_0"),
+                  helper.make_node("ReduceSum", ["e"], ["r"], "e/ReduceSum_0"),
+                  helper.make_node("Add", ["y", "r"], ["logits"], "a/Add_0")]
+    else:
+        nodes += [helper.make_node("Identity", ["y"], ["logits"], "a/Identity_0")]
+    graph = helper.make_graph(nodes, "g", [x, *([ids] if lookup else [])], [out], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23),
+                                                    helper.make_opsetid("com.microsoft", 1)], ir_version=10)
+    facts = {name: facts_of(matrix) for name, matrix in matrices.items()}
+    context = Context(SPEC, get_target(target), LowerOptions(target, quantized=facts, exact=True), model)
+    loaded = edit.load(model)
+    run_passes(loaded, PASSES, context)
+    lowered = edit.save(loaded)
+    store = WeightStore({name: DequantizedSource(matrix) for name, matrix in matrices.items()})
+    add_packed(store, matrices, {name: held.parts for name, held in context.held.items()})
+    with open(folder / "data", "wb") as file:
+        for tensor in lowered.graph.initializer:
+            if tensor.data_location == TensorProto.EXTERNAL:
+                _write(tensor, store, file)
+    onnx.save(lowered, folder / "m.onnx")
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = onnxruntime.InferenceSession(folder / "m.onnx", options, providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(1)
+    values = rng.standard_normal((2, 3, columns)).astype(NUMPY[element])
+    places = rng.integers(0, rows, (2, 3))
+    got = session.run(None, {"x": values, **({"ids": places} if lookup else {})})[0]
+    dense = np.concatenate([each.dequantize() for each in matrices.values()])
+    wanted = values.astype(np.float64) @ dense.T + (dense[places].sum() if lookup else 0)
+    return got, wanted, [node.op_type for node in lowered.graph.node], context
+
+
+def _write(tensor: TensorProto, store: WeightStore, file) -> None:
+    from gqa_export.weights.dtypes import cast
+
+    start = file.tell()
+    wanted = helper.tensor_dtype_to_np_dtype(tensor.data_type).name
+    for source in store.sources_of(tensor.external_data[0].value):
+        for chunk in source.chunks():
+            file.write(cast(chunk, source.dtype, wanted, tensor.name))
+    del tensor.external_data[:]
+    for key, value in (("location", "data"), ("offset", start), ("length", file.tell() - start)):
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def close(got: np.ndarray, wanted: np.ndarray, bound: float = 3e-6) -> None:
+    """bound: the rounding of fp32 sums over K, relative to the largest number."""
+    assert np.abs(got - wanted).max() <= bound * np.abs(wanted).max()
+
+
+ORDER = np.random.default_rng(3).permutation(96).astype(np.int32)
+FORMS = {
+    "4 bits": {}, "8 bits": {"bits": 8}, "2 bits": {"bits": 2}, "3 bits": {"bits": 3}, "5 bits": {"bits": 5},
+    "6 bits of 16": {"bits": 6, "block": 16}, "zero points": {"offset": "zero"},
+    "zero points 8": {"bits": 8, "offset": "zero"}, "zero points 3": {"bits": 3, "offset": "zero", "block": 16},
+    "minimum": {"offset": "minimum"}, "minimum of float16": {"offset": "minimum", "half": True},
+    "minimum of 5 bits": {"bits": 5, "offset": "minimum", "half": True}, "minimum of 2": {"bits": 2, "block": 16,
+                                                                                         "offset": "minimum"},
+    "float16 scales": {"half": True}, "a scale a row": {"bits": 8, "block": 96}, "blocks of 48": {"block": 48},
+    "e2m1": {"kind": "e2m1", "block": 16}, "second scale": {"kind": "e2m1", "block": 16, "global_scale": 0.37},
+    "ordered columns": {"column_order": ORDER, "offset": "minimum"},
+    "scaled columns": {"column_scale": np.linspace(0.5, 2, 96, dtype=np.float32), "column_order": ORDER},
+}
+
+
+@pytest.mark.parametrize("target", ["ort", "onnx", "trt-native"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_product_is_that_of_the_dequantized_matrix(form: str, target: str, tmp_path: Path) -> None:
+    got, wanted, ops, context = run({"w": made(0, 40, 96, **FORMS[form])}, target, tmp_path)
+    close(got, wanted)
+    assert ops.count("MatMulNBits" if target == "ort" else "DequantizeLinear") == 1
+    assert not context.held["w"].reason
+
+
+@pytest.mark.parametrize("fields", [{"bits": 8, "block": 200}, {"bits": 4, "block": 32, "offset": "minimum"},
+                                    {"bits": 4, "block": 32, "offset": "zero"}, {"bits": 2, "block": 64}])
+def test_rows_that_are_not_whole_blocks(fields: dict, tmp_path: Path) -> None:
+    got, wanted, ops, _ = run({"w": made(0, 63, 200, **fields)}, "ort", tmp_path)
+    close(got, wanted)
+    assert "MatMulNBits" in ops
+
+
+@pytest.mark.parametrize(("kind", "block"), [("nf4", 64), ("fp4", 32)])
+def test_codebooks_of_four_bits_are_bitsandbytes_operator(kind: str, block: int, tmp_path: Path) -> None:
+    got, wanted, ops, _ = run({"w": made(0, 40, 128, kind=kind, block=block)}, "ort", tmp_path)
+    close(got, wanted)
+    assert "MatMulBnb4" in ops
+    assert len(LEVELS[kind]) == 16
+
+
+def test_zero_points_beyond_the_codes_become_shifts(tmp_path: Path) -> None:
+    """GPTQ stores zero points minus one: 15 means 16, which four bits do not hold."""
+    matrix = made(0, 40, 96, offset="zero")
+    whole = matrix.stripe()
+    beyond = replace(matrix, read=lambda a, b: replace(whole, zero=np.full_like(whole.zero, 16)).rows(slice(a, b)))
+    got, wanted, ops, _ = run({"w": beyond}, "ort", tmp_path)
+    close(got, wanted)
+    assert ops.count("ReduceSum") == 1
+
+
+@pytest.mark.parametrize("offset", ["none", "zero", "minimum"])
+def test_rows_of_several_matrices_are_one(offset: str, tmp_path: Path) -> None:
+    matrices = {name: made(seed, rows, 96, offset=offset) for seed, (name, rows) in
+                enumerate((("q", 32), ("k", 17), ("v", 5)))}
+    got, wanted, ops, _ = run(matrices, "ort", tmp_path)
+    close(got, wanted)
+    assert ops.count("MatMulNBits") == 1
+
+
+@pytest.mark.parametrize("fields", [{"bits": 8}, {}, {"offset": "zero"}, {"offset": "minimum"},
+                                    {"bits": 8, "offset": "minimum", "half": True}, {"bits": 2, "block": 16}])
+def test_a_tied_head_and_embedding_share_their_bytes(fields: dict, tmp_path: Path) -> None:
+    matrix = made(0, 40, 96, **fields)
+    got, wanted, ops, context = run({"w": matrix}, "ort", tmp_path, lookup=True)
+    close(got, wanted)
+    assert {"MatMulNBits", "GatherBlockQuantized"} < set(ops)
+    codes = [part for form, part in context.held["w"].parts.values() if part == "codes"]
+    assert len(codes) == 1
+    assert len(context.held["w"].forms) == 2
+
+
+@pytest.mark.parametrize("target", ["onnx", "trt-native"])
+def test_lookups_of_standard_operators(target: str, tmp_path: Path) -> None:
+    got, wanted, ops, _ = run({"w": made(0, 40, 96)}, target, tmp_path, lookup=True)
+    close(got, wanted)
+    assert ops.count("DequantizeLinear") == 1
+
+
+def test_what_no_operator_holds_stays_numbers_and_is_said(tmp_path: Path) -> None:
+    codes = np.random.default_rng(0).integers(0, 120, (40, 96)).astype(np.uint8)
+    whole = Stripe(codes, np.full((40, 1), 0.1, np.float32))
+    matrix = QuantizedMatrix((40, 96), 8, 96, "e4m3", "none", "FP8", lambda a, b: whole.rows(slice(a, b)))
+    got, wanted, ops, context = run({"w": matrix}, "ort", tmp_path)
+    close(got, wanted)
+    assert "MatMulNBits" not in ops
+    assert "e4m3" in context.held["w"].reason
+
+
+def test_matrices_of_different_forms_are_not_joined(tmp_path: Path) -> None:
+    got, wanted, ops, context = run({"a": made(0, 8, 96), "b": made(1, 8, 96, bits=8)}, "ort", tmp_path)
+    close(got, wanted)
+    assert "MatMulNBits" not in ops
+    assert all(held.reason for held in context.held.values())
+
+
+def test_float16_graphs(tmp_path: Path) -> None:
+    got, wanted, ops, _ = run({"w": made(0, 40, 96, half=True, offset="minimum")}, "ort", tmp_path,
+                              TensorProto.FLOAT16)
+    close(got, wanted, 2e-3)  # of float16: 2^-11, and the sum of two products
+    assert "MatMulNBits" in ops
+    assert "Cast" not in ops
+
+
+def test_a_matrix_is_read_once() -> None:
+    read: list[tuple[int, int]] = []
+    matrix = made(0, 40, 96, offset="minimum")
+    store = WeightStore({})
+    counted = replace(matrix, read=lambda a, b: read.append((a, b)) or matrix.read(a, b))
+    from gqa_export.quantized.facts import nbits_form
+    form = nbits_form(facts_of(matrix))
+    add_packed(store, {"w": counted}, {"w": {part: (form, part) for part in ("codes", "scale", "shift")}})
+    sizes = [sum(chunk.nbytes for chunk in store.sources[part].chunks()) for part in ("codes", "scale", "shift")]
+    assert read == [(0, 40)]
+    assert sizes == [source.nbytes for source in store.sources.values() if isinstance(source, PackedSource)]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_low_bits_come_first(bits: int) -> None:
+    codes = np.random.default_rng(0).integers(0, 1 << bits, (3, 16)).astype(np.uint8)
+    bytes_ = packed(codes.copy(), bits)
+    for row, place in np.ndindex(codes.shape):
+        byte, shift = divmod(place * bits, 8)
+        assert bytes_[row, byte] >> shift & ((1 << bits) - 1) == codes[row, place]
