@@ -89,6 +89,8 @@ def check(folder: Path, values: dict[str, np.ndarray], **exactly: float) -> dict
         np.testing.assert_array_equal(state[name].numpy(), matrix.parameter(), err_msg=name)
         np.testing.assert_array_equal(single[name].numpy(), matrix.parameter().astype(np.float32), err_msg=name)
         assert set(matrix.tensors) <= set(checkpoint.packed)
+        scale = matrix.stripe().scale
+        assert matrix.scale_dtype == "float32" or np.array_equal(scale, scale.astype(np.float16))
     return checkpoint.quantized
 
 

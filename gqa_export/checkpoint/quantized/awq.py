@@ -15,7 +15,7 @@ from ..refusals import refuse_quantized
 from ..safetensors_header import StoredTensor
 from .codes import integers
 from .description import Description
-from .scales import Scales
+from .scales import Scales, fits_half
 from .stored import SCALES, Stored, floats, stored_array
 
 Array = Any
@@ -52,7 +52,8 @@ def _matrix(stored: Stored, module: str, told: int) -> QuantizedMatrix:
     blocks = -(-columns // group)
     scale = stored.take(f"{module}.scales", SCALES, (blocks, rows))
     zeros = stored.take(f"{module}.qzeros", ("int32",), (blocks, rows // 8))
-    scales = Scales(lambda start, stop: np.ascontiguousarray(floats(scale, np.s_[:, start:stop]).T), group)
+    scales = Scales(lambda start, stop: np.ascontiguousarray(floats(scale, np.s_[:, start:stop]).T), group,
+                    half=fits_half(scale))
     names = tuple(f"{module}.{part}" for part in ("qweight", "scales", "qzeros"))
     return integers(lambda start, stop: unpacked(codes, start, stop),
                     lambda start, stop: unpacked(zeros, start, stop).astype(np.int16), scales, (rows, columns), 4,

@@ -94,4 +94,4 @@ def _int4(stored: Stored, name: str, weight: StoredTensor, scale: StoredTensor, 
         return Stripe(((codes ^ np.int8(8)) - np.int8(8)).astype(np.int8), scales.read(start, stop))
 
     return QuantizedMatrix(shape, 4, scales.block, "int", "none", f"ModelOpt INT4, group {scales.block}", read,
-                           row_block=scales.row_block, tensors=names, **more)
+                           row_block=scales.row_block, scale_dtype=scales.dtype, tensors=names, **more)

@@ -57,6 +57,7 @@ def test_gptq(tmp_path: Path, bits: int, group: int, more: dict) -> None:
         assert (matrix.bits, matrix.block) == (bits, group if group > 0 else matrix.columns)
         assert matrix.offset == ("none" if more.get("symmetric", True) else "zero")
         assert (matrix.column_order is not None) == ("order" in more)
+        assert matrix.scale_dtype == "float16"
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -167,6 +168,7 @@ def awq(group: int = GROUP):
 def test_awq(tmp_path: Path, fields: dict) -> None:
     for matrix in check(tmp_path, write_quantized(tmp_path, fields, awq())).values():
         assert (matrix.bits, matrix.block, matrix.offset) == (4, GROUP, "zero")
+        assert matrix.scale_dtype == "float16"
 
 
 def test_awq_in_the_file_of_an_old_release(tmp_path: Path) -> None:
