@@ -23,6 +23,7 @@ from ..graph_io import TensorFact
 from ..spec import DTYPES, FAIL_FAST, MOST_LAYERS, STRICT, Count, Fallback, Limits, ModelSpec, OneOf, Size, Text
 from .engine_facts import EngineFacts
 from .manifest_rules import check_names, check_tensors
+from .parallel import ParallelFacts
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
@@ -89,6 +90,7 @@ class Manifest:
         versions: of the packages that made it.
         bytes_copied, bytes_linked: of weights.
         engine: of an engine bundle, its engine; None where the bundle holds a graph.
+        parallel: of a bundle that is cut over ranks, how; None for one graph or engine, and then not written.
         format: of the manifest.
     """
 
@@ -111,11 +113,15 @@ class Manifest:
     bytes_copied: Bytes = 0
     bytes_linked: Bytes = 0
     engine: EngineFacts | None = None
+    parallel: ParallelFacts | None = None
     format: Annotated[int, OneOf(FORMAT)] = FORMAT
 
     def to_json(self) -> str:
         """Stable, readable JSON."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        data = asdict(self)
+        if self.parallel is None:
+            del data["parallel"]
+        return json.dumps(data, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str = MANIFEST) -> Manifest:

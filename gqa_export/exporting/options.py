@@ -17,7 +17,8 @@ class ExportOptions:
     multimodal model the language model alone. revision: branch, tag or commit of a hub id, None is its main branch.
     dump_passes: a folder for the graph after each pass. ignore_unused: tensors of the checkpoint that the model does
     not use are noted instead of refused. trace_cache: False neither takes nor keeps a trace.
-    stamping: False traces every layer, also those that are alike."""
+    stamping: False traces every layer, also those that are alike. tensor_parallel: devices over which the model is
+    cut; 1 is a bundle of one graph."""
 
     target: str = "ort"
     dtype: str = "auto"
@@ -35,3 +36,4 @@ class ExportOptions:
     ignore_unused: bool = False
     trace_cache: bool = True
     stamping: bool = True
+    tensor_parallel: int = 1

@@ -22,12 +22,14 @@ from ..weights.dtypes import itemsize
 from ..weights.memory_budget import Budget
 from ..weights.sources import WeightStore
 from .options import DEFAULT_CAPACITY, ExportOptions
+from .ranks import lower_ranks, refuse_ranks
 from .tokenizer_files import check_tokenizer
 
 if TYPE_CHECKING:
     from ..lowering.context import Lowered
     from ..targets import Target
     from ..trace.traced import Traced
+    from .ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Prepared:
     store: WeightStore
     notes: tuple[str, ...] = ()
     """on the checkpoint: tensors that the model does not use"""
+    ranks: Ranks | None = None
+    """of a model that is cut over several; `lowered` is rank 0's then"""
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -66,6 +70,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     target = get_target(options.target)
     options = replace(options, cache=options.cache or target.caches[0], logits=options.logits or target.logits[0])
     refuse_options(target, options.cache, options.logits)
+    refuse_ranks(options, target)
     dump = PassDump(options.dump_passes, force=options.force) if options.dump_passes else None
     say("reading the checkpoint", None, None)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
@@ -95,10 +100,22 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider,
                             packed=options.weights == "copy",
                             runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None)
-    lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
+    ranks = None
+    if options.tensor_parallel > 1:
+        ranks = lower_ranks(traced, lowering, options.tensor_parallel, tensor_parallel_plan(checkpoint),
+                            lambda stage: say(stage, None, None))
+        lowered = ranks.lowered[0]
+    else:
+        lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
     budget.check("lowering")
     return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered,
-                    weight_store(checkpoint, traced, budget), (*checkpoint.notes, *notes))
+                    weight_store(checkpoint, traced, budget), (*checkpoint.notes, *notes), ranks)
+
+
+def tensor_parallel_plan(checkpoint: Checkpoint) -> dict[str, str]:
+    """transformers' own plan for this model, by names of modules; {} where it has none."""
+    plan = getattr(load_config(checkpoint).get_text_config(), "base_model_tp_plan", None)
+    return dict(plan or {})
 
 
 def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, target: Target,

@@ -3,8 +3,6 @@ twin, or an engine's graph in a form that ONNX Runtime can run."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ from ..files.scratch import scratch_folder
 from ..progress import Progress
 from ..runtime.session import Session
 from ..targets import get_target, on_cpu
+from .ranks import link_files, merged_bundle
 from .sessions import observed_facts, pytorch_sessions
 
 if TYPE_CHECKING:
@@ -52,9 +51,12 @@ def runnable(stack: ExitStack, folder: Path, manifest: Manifest, ran_dtype: str,
     is wanted, and of an engine's graph, as long as no engine was built, a form that ONNX Runtime can run."""
 
     ran, where, target = manifest, folder, get_target(manifest.target)
+    if manifest.parallel is not None and manifest.engine is None:
+        report("putting the ranks together", None, None)
+        ran, where = stack.enter_context(merged_bundle(folder, manifest, notes))
     if ran_dtype != manifest.dtype:
         report("widening to fp32", None, None)
-        ran, where = stack.enter_context(_twin(folder))
+        ran, where = stack.enter_context(_twin(where))
     if target.engine and manifest.engine is None:
         ran, where = stack.enter_context(_interpreted(where, ran, notes))
         target = on_cpu(target)
@@ -103,13 +105,7 @@ def _interpreted(folder: Path, manifest: Manifest, notes: list[str]) -> Iterator
     how = f"{count} plugin nodes interpreted by the op's function body" if count else "as it is"
     notes.append(f"the ONNX graph was run in fp32 by ONNX Runtime, {how}: no TensorRT engine was built or run")
     with scratch_folder("interpreted") as place:
-        for name in set(manifest.files) - {MODEL}:
-            source, copy = (folder / name).resolve(), place / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(source, copy)
-            except OSError:
-                shutil.copy2(source, copy)  # with its time, which the manifest records
+        link_files(folder, place, set(manifest.files) - {MODEL})
         onnx.save(model, str(place / MODEL))
         stand_in = replace(manifest, files={name: fact for name, fact in manifest.files.items() if name != MODEL})
         (place / MANIFEST).write_text(stand_in.to_json(), encoding="utf-8")

@@ -24,6 +24,7 @@ from ..errors import GqaExportError
 from ..progress import Progress, silent
 from ..targets import get_target
 from .overflow import overflow_words
+from .ranks import with_held_heads
 from .reference import Reference, open_reference, runnable
 from .refusals import judge_refusals
 from .run_cases import run_cases
@@ -63,7 +64,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
     """
     if as_dtype not in (None, "fp32"):
         raise GqaExportError(f"--as accepts fp32 only, got {as_dtype!r}", "--as", "use --as fp32", code="E-OPTION-AS")
-    began, folder, report = time.perf_counter(), Path(bundle), progress or silent
+    began, folder, report, opened = time.perf_counter(), Path(bundle), progress or silent, reference
     report("checking the bundle's files", None, None)
     manifest = read_manifest(folder)
     unhashed = check_files(folder, manifest, full=full_hash, hashes=check_hashes)
@@ -79,7 +80,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
     with ExitStack() as stack:
         stack.enter_context(torch_threads(manifest))
         ran, where, target = runnable(stack, folder, manifest, ran_dtype, notes, report)
-        known = reference or open_reference(against, manifest, ran_dtype, notes)
+        known = opened or open_reference(against, manifest, ran_dtype, notes)
         check_belongs(manifest.spec, known.shown, f"{folder} against {against}")
         report("loading the bundle", None, None)
         session, fill_garbage = engine or stack.enter_context(bundle_session(where, ran, provider, notes, target))
@@ -87,7 +88,9 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         setting.nan_tail_safe = target.nan_tail_safe or (not built and nan_tail_safe(where))
         setting.whole_row_masks = target.whole_row_masks or (not built and takes_whole_row_masks(where))
         plan = plan_suite(setting, level)
-        sessions = Sessions(known.session, known.eager, session, fill_garbage, beside=not built and is_large(manifest),
+        whole = with_held_heads(manifest.parallel, known.session)
+        eager = with_held_heads(manifest.parallel, known.eager) if known.eager else None
+        sessions = Sessions(whole, eager, session, fill_garbage, beside=not built and is_large(manifest),
                             alike=known.alike)
         logs = run_cases(sessions, plan, last_only=last_only, report=report, dtype=ran_dtype,
                          notes=notes)

@@ -1,28 +1,30 @@
 """Weights by name: where their bytes are.
 
 Graph stages hold no weights. An initializer is EXTERNAL with the location `weights:NAME`, or `weights:A+B+C` for
-rows concatenated along axis 0. `WeightStore` knows where each name's bytes are: in a checkpoint's file
-(`StoredSource`) or made by a function, one tensor at a time (`MemorySource`: merged, dequantized, computed).
-`layout` streams them into `model.onnx.data` or points the graph into the checkpoint's own files.
+rows concatenated along axis 0; a name may be one of a part (`slices`). `WeightStore` knows where each name's bytes
+are: in a checkpoint's file (`StoredSource`) or made by a function, one tensor at a time (`MemorySource`: merged,
+dequantized, computed). `layout` streams them into `model.onnx.data` or points the graph into the checkpoint's own
+files.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.safetensors_header import StoredTensor
 from ..errors import InvalidCheckpoint
 from ..graph_io import RECIPE
+from .dtypes import itemsize
+from .slices import CHUNK_BYTES, Part, Pieces, made_pieces, part_of, stored_pieces
 
 if TYPE_CHECKING:
     import onnx
     import torch
 
     from ..checkpoint.checkpoint import Checkpoint
-
-CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,56 @@ class MemorySource:
             yield memoryview(flat[start : start + CHUNK_BYTES])
 
 
-Source = StoredSource | MemorySource
+@dataclass(frozen=True)
+class SliceSource:
+    """Some ranges of one axis of a tensor, in order: read piece by piece where the tensor is stored.
+
+    Attributes:
+        whole: the tensor.
+        axis: of it.
+        ranges: [start, stop) of entries.
+    """
+
+    whole: StoredSource | MemorySource
+    axis: int
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def dtype(self) -> str:
+        """As of the whole."""
+        return self.whole.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the part."""
+        shape = self.whole.shape
+        return (*shape[:self.axis], sum(stop - start for start, stop in self.ranges), *shape[self.axis + 1:])
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The bytes, about CHUNK_BYTES at a time; each chunk is overwritten by the next."""
+        shape = self.whole.shape
+        entry = math.prod(shape[self.axis + 1:]) * itemsize(self.dtype)
+        pieces = Pieces(math.prod(shape[:self.axis]), shape[self.axis] * entry,
+                        tuple((start * entry, (stop - start) * entry) for start, stop in self.ranges))
+        if isinstance(self.whole, StoredSource):
+            return stored_pieces(self.whole.tensor.path, self.whole.tensor.offset, pieces)
+        return made_pieces(self.whole.make(), pieces)
+
+
+Source = StoredSource | MemorySource | SliceSource
+
+
+def source_of_part(part: Part, source: Source) -> Source:
+    """Where the bytes of a part are. Rows of a stored tensor are a stored tensor again, so that a graph can point at
+    them. source: where those of the whole are."""
+    (start, stop), *more = part.ranges
+    if isinstance(source, SliceSource):
+        raise TypeError(f"a part of a part of {part.whole}")
+    if isinstance(source, StoredSource) and not part.axis and not more:
+        row = math.prod(source.shape[1:]) * itemsize(source.dtype)
+        return StoredSource(replace(source.tensor, offset=source.tensor.offset + start * row,
+                                    nbytes=(stop - start) * row, shape=(stop - start, *source.shape[1:])))
+    return SliceSource(source, part.axis, part.ranges)
 
 
 class WeightStore:
@@ -116,6 +167,9 @@ class WeightStore:
         """
         names = recipe.removeprefix(RECIPE).split("+")
         for name in names:
+            part = None if name in self.sources else part_of(name)
+            if part is not None and part.whole in self.sources:
+                self.sources[name] = source_of_part(part, self.sources[part.whole])
             if name not in self.sources:
                 raise InvalidCheckpoint(f"the graph uses the weight {name!r}, which the checkpoint does not have",
                                         recipe, "check that config.json and the weights belong together",
