@@ -23,6 +23,7 @@ from ..graph_io import TensorFact
 from ..spec import DTYPES, FAIL_FAST, MOST_LAYERS, STRICT, Count, Fallback, Limits, ModelSpec, OneOf, Size, Text
 from .engine_facts import EngineFacts
 from .manifest_rules import check_names, check_tensors
+from .parallel import ParallelFacts
 from .quantization import Quantization
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class Manifest:
         bytes_copied, bytes_linked: of weights.
         engine: of an engine bundle, its engine; None where the bundle holds a graph.
         quantization: of its weights; None where all are floating-point numbers and the checkpoint's were too.
+        parallel: of a bundle that is cut over ranks, how; None for one graph or engine, and then not written.
         format: of the manifest.
     """
 
@@ -114,11 +116,15 @@ class Manifest:
     bytes_linked: Bytes = 0
     engine: EngineFacts | None = None
     quantization: Quantization | None = None
+    parallel: ParallelFacts | None = None
     format: Annotated[int, OneOf(FORMAT)] = FORMAT
 
     def to_json(self) -> str:
         """Stable, readable JSON."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        data = asdict(self)
+        if self.parallel is None:
+            del data["parallel"]
+        return json.dumps(data, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str = MANIFEST) -> Manifest:

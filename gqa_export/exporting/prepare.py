@@ -25,6 +25,7 @@ from ..weights.memory_budget import Budget
 from ..weights.sources import WeightStore
 from . import quantize
 from .options import DEFAULT_CAPACITY, ExportOptions
+from .ranks import lower_ranks, refuse_quantized_ranks, refuse_ranks
 from .tokenizer_files import check_tokenizer
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ..lowering.context import Lowered
     from ..targets import Target
     from ..trace.traced import Traced
+    from .ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Prepared:
     """on the checkpoint: tensors that the model does not use"""
     quantization: Quantization | None = None
     """of the weights; None where all are floating-point numbers and the checkpoint's were too"""
+    ranks: Ranks | None = None
+    """of a model that is cut over several; `lowered` is rank 0's then"""
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -73,6 +77,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     options = replace(options, cache=options.cache or target.caches[0], logits=options.logits or target.logits[0])
     refuse_options(target, options.cache, options.logits)
     quantize.check_options(options)
+    refuse_ranks(options, target)
     dump = PassDump(options.dump_passes, force=options.force) if options.dump_passes else None
     say("reading the checkpoint", None, None)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
@@ -106,14 +111,27 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
                             runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None,
                             quantized=quantizing.facts if quantizing else {},
                             exact=quantizing is not None and quantizing.exact)
-    lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
+    ranks = None
+    if options.tensor_parallel > 1:
+        refuse_quantized_ranks(checkpoint.source, quantizing is not None or bool(checkpoint.quantized))
+        ranks = lower_ranks(traced, lowering, options.tensor_parallel, tensor_parallel_plan(checkpoint),
+                            lambda stage: say(stage, None, None))
+        lowered = ranks.lowered[0]
+    else:
+        lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
     budget.check("lowering")
     recorded = None
     if quantizing:
         quantize.fill(quantizing, lowered, store)
         recorded = quantize.record(quantizing, lowered, dtype)
     return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store,
-                    (*checkpoint.notes, *notes), recorded)
+                    (*checkpoint.notes, *notes), recorded, ranks)
+
+
+def tensor_parallel_plan(checkpoint: Checkpoint) -> dict[str, str]:
+    """transformers' own plan for this model, by names of modules; {} where it has none."""
+    plan = getattr(load_config(checkpoint).get_text_config(), "base_model_tp_plan", None)
+    return dict(plan or {})
 
 
 def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, target: Target,
@@ -188,7 +206,7 @@ def used_names(traced: Traced) -> set[str]:
 def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> WeightStore:
     """Where every weight of a traced model is. What transformers merges or splits on load is made when it is written;
     the checkpoint is loaded only if that cannot be told from names and shapes. `budget` must have room for either."""
-    from ..weights.sources import StoredSource
+    from ..weights.source_kinds import StoredSource
 
     wanted = wanted_weights(traced)
     if checkpoint.quantized:

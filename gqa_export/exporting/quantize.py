@@ -18,7 +18,8 @@ from ..quantizing.rules import METHODS, decide, read_rules
 from ..weights.dtypes import itemsize
 from ..weights.packed import add_packed
 from ..weights.rows import rows_of
-from ..weights.sources import DequantizedSource, WeightStore
+from ..weights.source_kinds import DequantizedSource
+from ..weights.sources import WeightStore
 from .options import ExportOptions
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.safetensors_header import StoredTensor
 from .dtypes import itemsize
-from .sources import MemorySource, Source, StoredSource
+from .source_kinds import MemorySource, Source, StoredSource
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.trace import skeleton
 from gqa_export.weights.loaded import loaded
-from gqa_export.weights.sources import MemorySource, StoredSource
+from gqa_export.weights.source_kinds import MemorySource, StoredSource
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 

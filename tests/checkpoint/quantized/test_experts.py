@@ -21,7 +21,7 @@ from gqa_export.exporting import prepare as preparing
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.progress import silent
 from gqa_export.weights.memory_budget import Budget
-from gqa_export.weights.sources import DequantizedSource
+from gqa_export.weights.source_kinds import DequantizedSource
 
 from .test_gptq_awq import entry, gptq
 from .test_other_formats import E2M1, low_first, nvfp4
