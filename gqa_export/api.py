@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .describe.inspection import Inspection
     from .environment.doctor import Diagnosis
     from .exporting.dry_run import Plan
+    from .exporting.long_plan import LongOptions
     from .exporting.options import ExportOptions
     from .progress import Progress
     from .uptraining.uptrain import Uptraining
@@ -59,7 +60,7 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
            tokenizer: PreTrainedTokenizerBase | None = None, full_hash: bool = False, max_ram: int | str | None = None,
            text_only: bool = False, allow_pickle: bool = False, ignore_unused: bool = False, force: bool = False,
            dump_passes: Place | None = None, trace_cache: bool = True, stamping: bool = True,
-           progress: Progress | None = None) -> Bundle:
+           long_attention: LongOptions | None = None, progress: Progress | None = None) -> Bundle:
     """Export a decoder to ONNX. Nothing is compared yet: `Bundle.validate` does that.
 
     Args:
@@ -83,6 +84,7 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
             neither.
         stamping: trace two layers of each kind and copy them, where that is proved to be the same; False traces every
             layer.
+        long_attention: write a second graph for long prompts, with approximate attention, beside the exact one.
 
     Raises:
         InvalidCheckpoint, UnsupportedModel, GqaExportError: nothing is left behind then.
@@ -90,7 +92,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
     from .exporting.to_onnx import export_onnx
 
     options = _export_options(target, dtype, cache, capacity, weights, logits, provider, revision, full_hash, max_ram,
-                              text_only, force, path_of(dump_passes), ignore_unused, trace_cache, stamping)
+                              text_only, force, path_of(dump_passes), ignore_unused, trace_cache, stamping,
+                              long_attention)
     _refuse_tokenizer(source, tokenizer)
     if not isinstance(source, str | Path):
         refuse_revision(revision, type(source).__name__, "a model in memory")
@@ -104,12 +107,13 @@ def plan_export(source: Place | PreTrainedModel, output: Place | None = None, *,
                 weights: Weights = "copy", logits: Logits | None = None, provider: Provider = "auto",
                 revision: str | None = None, max_ram: int | str | None = None, text_only: bool = False,
                 allow_pickle: bool = False, ignore_unused: bool = False, trace_cache: bool = True,
-                progress: Progress | None = None) -> Plan:
+                long_attention: LongOptions | None = None, progress: Progress | None = None) -> Plan:
     """Do all of an export but the writing: what it would write, its size, time and memory. Arguments as of `export`."""
     from .exporting.dry_run import dry_run
 
     options = _export_options(target, dtype, cache, capacity, weights, logits, provider, revision, False, max_ram,
-                              text_only, False, ignore_unused=ignore_unused, trace_cache=trace_cache)
+                              text_only, False, ignore_unused=ignore_unused, trace_cache=trace_cache,
+                              long=long_attention)
     with pickles_allowed(allow_pickle), opened(source, text_only=text_only) as place:
         return dry_run(place, options, path_of(output), progress)
 
@@ -258,7 +262,7 @@ def _export_options(target: Target, dtype: Dtype, cache: Cache | None, capacity:
                     logits: Logits | None, provider: Provider, revision: str | None, full_hash: bool,
                     max_ram: int | str | None, text_only: bool, force: bool,
                     dump_passes: Path | None = None, ignore_unused: bool = False,
-                    trace_cache: bool = True, stamping: bool = True) -> ExportOptions:
+                    trace_cache: bool = True, stamping: bool = True, long: LongOptions | None = None) -> ExportOptions:
     from .exporting.options import ExportOptions
     from .weights.memory_budget import parse_size
 
@@ -266,7 +270,7 @@ def _export_options(target: Target, dtype: Dtype, cache: Cache | None, capacity:
     check_counts(capacity=capacity)
     most = parse_size(max_ram) if isinstance(max_ram, str) else max_ram or 0
     return ExportOptions(target, dtype, cache or "", capacity or 0, weights, logits or "", provider, force, full_hash,
-                         most, text_only, revision, dump_passes, ignore_unused, trace_cache, stamping)
+                         most, text_only, revision, dump_passes, ignore_unused, trace_cache, stamping, long)
 
 
 def _refuse_tokenizer(source: Place | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:

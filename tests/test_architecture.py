@@ -22,7 +22,7 @@ ORDER = (
     ("graph_io", "targets", "files", "environment", "compare"),
     ("graph", "checkpoint", "report"),
     ("trace", "lowering", "bundle", "uptraining"),
-    ("weights", "engine", "runtime", "describe"),
+    ("weights", "engine", "runtime", "describe", "long_context"),
     ("exporting", "conversion", "validation"),
     ("bisect", "integrations", "objects", "api"),
     ("cli", "__main__"),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidBundle
 from .graph_file import read_graph
+from .long_facts import PREFILL
 from .manifest import MODEL, Manifest
 
 if TYPE_CHECKING:
@@ -30,15 +31,16 @@ def check_graph_files(folder: Path, manifest: Manifest) -> None:
     """
     if manifest.engine is not None:
         return
-    model = read_graph(folder)
-    if not model.graph.output:
-        raise InvalidBundle(f"{MODEL} is not an ONNX model: it has no outputs", str(folder / MODEL), NOT_SAFE,
-                            code="E-BUNDLE-GRAPH")
-    for tensor in _tensors(model):
-        wrong = _wrong(tensor, manifest)
-        if wrong:
-            raise InvalidBundle(f"the weight {tensor.name[:200]!r} {wrong}", str(folder / MODEL), NOT_SAFE,
-                                code="E-BUNDLE-WEIGHT")
+    for name in (MODEL, *([PREFILL] if manifest.long else [])):
+        model = read_graph(folder / name)
+        if not model.graph.output:
+            raise InvalidBundle(f"{name} is not an ONNX model: it has no outputs", str(folder / name), NOT_SAFE,
+                                code="E-BUNDLE-GRAPH")
+        for tensor in _tensors(model):
+            wrong = _wrong(tensor, manifest)
+            if wrong:
+                raise InvalidBundle(f"the weight {tensor.name[:200]!r} {wrong}", str(folder / name), NOT_SAFE,
+                                    code="E-BUNDLE-WEIGHT")
 
 
 def _wrong(tensor: onnx.TensorProto, manifest: Manifest) -> str:

@@ -17,6 +17,7 @@ from ..errors import GqaExportError, InvalidBundle
 from ..files.sha256 import READ_BYTES, file_sha256
 from ..spec import ModelSpec
 from .graph_safety import check_graph_files
+from .long_facts import PREFILL
 from .manifest import MODEL, FileFact, Manifest
 
 HASH_BUDGET_BYTES = 1 << 30
@@ -42,8 +43,10 @@ def check_files(folder: Path, manifest: Manifest, *, full: bool = False, hashes:
             the first.
     """
     main = manifest.engine.file if manifest.engine else MODEL
-    if not (folder / main).is_file():
-        raise InvalidBundle(f"the bundle's file {main} is missing", str(folder), FIX, code="E-BUNDLE-FILE")
+    graphs = (main, *([PREFILL] if manifest.long else []))
+    for graph in graphs:
+        if not (folder / graph).is_file():
+            raise InvalidBundle(f"the bundle's file {graph} is missing", str(folder), FIX, code="E-BUNDLE-FILE")
     check_no_code(folder)
     home, proven = folder.resolve(), set[str]()
     for name, fact in manifest.files.items():
@@ -71,12 +74,13 @@ def check_files(folder: Path, manifest: Manifest, *, full: bool = False, hashes:
     files = {name: fact for name, fact in manifest.files.items() if name not in proven}
     if not hashes:
         # the graph itself is small, and decides what everything else means
-        small = {name: fact for name, fact in files.items() if name == main and fact.size <= READ_BYTES}
+        small = {name: fact for name, fact in files.items() if name in graphs and fact.size <= READ_BYTES}
         _check_hashes(folder, small, full)
         return [name for name in files if name not in small]
-    if main not in manifest.files:
-        raise InvalidBundle(f"the manifest does not list {main}", str(folder), "do not use this bundle",
-                            code="E-BUNDLE-UNLISTED")
+    for graph in graphs:
+        if graph not in manifest.files:
+            raise InvalidBundle(f"the manifest does not list {graph}", str(folder), "do not use this bundle",
+                                code="E-BUNDLE-UNLISTED")
     skipped = _check_hashes(folder, files, full)
     check_graph_files(folder, manifest)
     return skipped

@@ -22,6 +22,7 @@ from ..errors import InvalidBundle
 from ..graph_io import TensorFact
 from ..spec import DTYPES, FAIL_FAST, MOST_LAYERS, STRICT, Count, Fallback, Limits, ModelSpec, OneOf, Size, Text
 from .engine_facts import EngineFacts
+from .long_facts import LongFacts
 from .manifest_rules import check_names, check_tensors
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Manifest:
         versions: of the packages that made it.
         bytes_copied, bytes_linked: of weights.
         engine: of an engine bundle, its engine; None where the bundle holds a graph.
+        long: of a bundle with a graph for long prompts, that graph; None, and not in the file, where there is none.
         format: of the manifest.
     """
 
@@ -112,10 +114,14 @@ class Manifest:
     bytes_linked: Bytes = 0
     engine: EngineFacts | None = None
     format: Annotated[int, OneOf(FORMAT)] = FORMAT
+    long: LongFacts | None = None
 
     def to_json(self) -> str:
         """Stable, readable JSON."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        facts = asdict(self)
+        if self.long is None:
+            del facts["long"]
+        return json.dumps(facts, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str = MANIFEST) -> Manifest:
@@ -145,6 +151,10 @@ class Manifest:
                                 code="E-BUNDLE-MANIFEST") from error
         check_names(manifest.files, manifest.engine.file if manifest.engine else "", where)
         check_tensors(manifest.spec, manifest.dtype, manifest.inputs, manifest.outputs, where)
+        problem = manifest.long.problem(manifest.spec.layers, manifest.capacity) if manifest.long else ""
+        if problem:
+            raise InvalidBundle(f"not a valid bundle manifest: {problem}", where, EXPORT_AGAIN,
+                                code="E-BUNDLE-MANIFEST")
         return replace(manifest, dtype=DTYPES.get(manifest.dtype, manifest.dtype))
 
 

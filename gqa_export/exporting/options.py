@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..weights.layout import Mode
+from .long_plan import LongOptions
 
 DEFAULT_CAPACITY = 4096
 
@@ -17,7 +18,8 @@ class ExportOptions:
     multimodal model the language model alone. revision: branch, tag or commit of a hub id, None is its main branch.
     dump_passes: a folder for the graph after each pass. ignore_unused: tensors of the checkpoint that the model does
     not use are noted instead of refused. trace_cache: False neither takes nor keeps a trace.
-    stamping: False traces every layer, also those that are alike."""
+    long: a second graph for long prompts is written beside
+    the exact one. stamping: False traces every layer, also those that are alike."""
 
     target: str = "ort"
     dtype: str = "auto"
@@ -35,3 +37,4 @@ class ExportOptions:
     ignore_unused: bool = False
     trace_cache: bool = True
     stamping: bool = True
+    long: LongOptions | None = None

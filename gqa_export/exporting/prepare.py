@@ -17,14 +17,16 @@ from ..checkpoint.unused_tensors import unused_notes
 from ..environment.onnxruntime_ops import state_ops_of_runtime
 from ..errors import GqaExportError, UnsupportedModel
 from ..progress import Progress
-from ..spec import DTYPES
+from ..spec import DTYPES, ModelSpec
 from ..weights.dtypes import itemsize
 from ..weights.memory_budget import Budget
 from ..weights.sources import WeightStore
+from .long_plan import long_plan, plan_notes
 from .options import DEFAULT_CAPACITY, ExportOptions
 from .tokenizer_files import check_tokenizer
 
 if TYPE_CHECKING:
+    from ..long_attention_op import LongPlan, LongSetting
     from ..lowering.context import Lowered
     from ..targets import Target
     from ..trace.traced import Traced
@@ -44,6 +46,9 @@ class Prepared:
     trace_taken: bool
     lowered: Lowered
     store: WeightStore
+    plan: LongPlan | None = None
+    prefill: Lowered | None = None
+    """the graph for long prompts, where one is written"""
     notes: tuple[str, ...] = ()
     """on the checkpoint: tensors that the model does not use"""
 
@@ -61,11 +66,13 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     from ..lowering.context import LowerOptions
     from ..lowering.dump import PassDump
     from ..lowering.lower import lower
-    from ..targets import get_target, refuse_options
+    from ..targets import get_target, refuse_long, refuse_options
 
     target = get_target(options.target)
     options = replace(options, cache=options.cache or target.caches[0], logits=options.logits or target.logits[0])
     refuse_options(target, options.cache, options.logits)
+    if options.long:
+        refuse_long(target)
     dump = PassDump(options.dump_passes, force=options.force) if options.dump_passes else None
     say("reading the checkpoint", None, None)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
@@ -96,9 +103,34 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
                             packed=options.weights == "copy",
                             runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None)
     lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
+    plan, prefill = None, None
+    if options.long:
+        plan = long_plan(options.long, traced.spec, traced.capacity,
+                         lambda setting: automatic_layers(checkpoint, options, traced.spec, setting, say))
+        prefill = lower(traced.model, traced.spec, replace(lowering, long=plan),
+                        lambda stage: say(f"{stage} the graph for long prompts", None, None))
+        notes = (*notes, *plan_notes(plan, traced.spec))
     budget.check("lowering")
     return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered,
-                    weight_store(checkpoint, traced, budget), (*checkpoint.notes, *notes))
+                    weight_store(checkpoint, traced, budget), plan, prefill, (*checkpoint.notes, *notes))
+
+
+def automatic_layers(checkpoint: Checkpoint, options: ExportOptions, spec: ModelSpec, setting: LongSetting,
+                     say: Progress) -> tuple[int, ...]:
+    """Layers chosen by measurement on the options' text.
+
+    Raises:
+        GqaExportError: there is no text, or no layer can be approximated within the bounds.
+    """
+    from ..long_context.choose import choose_layers
+
+    assert options.long is not None
+    if options.long.text is None:
+        raise GqaExportError("layers are chosen by measurement, and there is no text to measure on",
+                             "--long-layers auto", "give a text file with --text FILE, or name the layers",
+                             code="E-OPTION-LONG")
+    return choose_layers(checkpoint, options.long.text, spec, setting, options.long.seed,
+                         max_loss=options.long.max_loss, min_copy=options.long.min_copy, report=say).layers
 
 
 def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, target: Target,

@@ -3,8 +3,8 @@
 The cache is made as in the body of `gqa::GroupedQueryAttention`, and a call of few tokens, or with a window, continues
 as there. Another runs one Loop over the leaves of all sequences; what a leaf reads of the keys before it is in
 `long_function_hyper` and `long_function_tiles`. A function cannot branch on text: a model has the body of the one
-method that its calls have. Dimensions as in `gqa_export.long_attention_op`, and G = H / K, L positions of a leaf, X keys
-of a leaf or G * S.
+method that its calls have. Dimensions as in `gqa_export.long_attention_op`, and G = H / K, L positions of a leaf, X
+keys of a leaf or G * S.
 """
 
 from __future__ import annotations
