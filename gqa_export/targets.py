@@ -92,6 +92,8 @@ class Target:
     """DequantizeLinear takes zero points that are not 0"""
     quantized_blocks: tuple[int, ...] = ()
     """columns that may share a scale in DequantizeLinear; () is any number"""
+    long_missing: str = ""
+    """why no graph for long prompts, with approximate attention, is written beside the exact one; "" if it can be"""
     states_missing: str = ""
     """why the target cannot hold layers that keep a state of fixed size; "" if it can"""
     dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -127,6 +129,8 @@ class Target:
 _NO_STATES = ("TensorRT has no operator for them; TensorRT-RTX reads LinearAttention and CausalConvWithState as "
               "plugins of a library that needs NVIDIA's driver to be loaded, so that nothing is known of its results")
 
+_NO_FUNCTION = "the standard operator Attention reads every key, and the target is for graphs of it alone"
+
 _ROWS = (
     Target(name="ort", dialect="ort.passes", attention="com.microsoft::GroupQueryAttention",
            fallback="gqa::GroupedQueryAttention", opset=23, ir_version=10, caches=("growing", "static"),
@@ -142,7 +146,7 @@ _ROWS = (
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask", softcap=False, sinks=False,
            # softcap: until 2026 the standard capped after the mask, which leaks masked tokens (onnx/onnx#7865, mended
            # in place by #7867); what a runtime does depends on its age
-           nan_tail_safe=False, shares_buffer=True, lowest_opset=True,
+           nan_tail_safe=False, shares_buffer=True, lowest_opset=True, long_missing=_NO_FUNCTION,
            state_ops=MappingProxyType({"LinearAttention": "ai.onnx::LinearAttention"}),
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="portable", dialect="portable", attention="gqa::GroupedQueryAttention", fallback="",
@@ -153,12 +157,12 @@ _ROWS = (
            opset=23, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            rotary_inside=True, head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
            writes_padding=False, states_missing=_NO_STATES, zero_points=False, quantized_blocks=(16, 32, 64, 128),
-           dtypes=MappingProxyType({"tensorrt": FLOATS})),
+           long_missing="the plugin has no kernels for it yet", dtypes=MappingProxyType({"tensorrt": FLOATS})),
     Target(name="trt-native", dialect="tensorrt.native", attention="Attention", fallback="",
            opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            softcap=False, sinks=False, value_head_size_differs=False, nan_tail_safe=False, shares_buffer=True,
            literal_capacity=True, runs_in_onnxruntime=False, states_missing=_NO_STATES, zero_points=False,
-           quantized_blocks=(16, 32, 64, 128),
+           quantized_blocks=(16, 32, 64, 128), long_missing=_NO_FUNCTION,
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
 )
 
@@ -219,6 +223,19 @@ def refuse_layers(layers: Iterable[AttentionSpec], target: Target, states: Itera
                            f"use --target {' or '.join(others)}" if others else
                            "use --target ort and ONNX Runtime: no target for TensorRT can hold this model",
                            code="E-TARGET-LAYER")
+
+
+def refuse_long(target: Target) -> None:
+    """Refuse approximate attention for long prompts where a target has none.
+
+    Raises:
+        GqaExportError: with the reason, and the targets that have it.
+    """
+    if target.long_missing:
+        raise GqaExportError(f"target {target.name} does not support --long-attention: {target.long_missing}",
+                             "--long-attention", "use --target " + " or ".join(
+                                 row.name for row in TARGETS.values() if not row.long_missing),
+                             code="E-TARGET-LONG")
 
 
 def refuse_options(target: Target, cache: str, logits: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ..errors import EXIT_DIFFERENT, GqaExportError, InvalidCheckpoint, NotCheckedHere, UnsupportedModel
+from .long_options import METHOD, how_options, long_options
 from .trust_options import revision_option, trust_options
 from .words import DTYPE, TARGET
 
@@ -46,6 +47,13 @@ if TYPE_CHECKING:
 @click.option("--text-only", is_flag=True, help="Export only the language model of a multimodal model, for token ids.")
 @click.option("--ignore-unused", is_flag=True,
               help="Note tensors of the checkpoint that the model does not use, instead of refusing them.")
+@click.option("--long-attention", type=METHOD, default=None,
+              help="Write a second graph, prefill.onnx, which reads long prompts with approximate attention.")
+@how_options
+@click.option("--long-from", type=click.IntRange(1), default=None,
+              help="Tokens up to which a sequence is read exactly.  [default: 4 leaves]")
+@click.option("--text", type=click.Path(path_type=Path), default=None,
+              help="Text that --long-layers auto measures on.")
 @click.option("--dump-passes", type=click.Path(path_type=Path), metavar="DIR",
               help="Write the graph after each rewriting pass to DIR, without weights.")
 @click.option("--trace-cache/--no-trace-cache", default=True, show_default=True,
@@ -66,7 +74,7 @@ if TYPE_CHECKING:
 @trust_options
 def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, verbose: bool, provider: Provider,
             hash_full: bool, force: bool, allow_pickle: bool, revision: str | None, dump_passes: Path | None,
-            **options: Any) -> None:
+            long_attention: str | None, long_from: int | None, text: Path | None, **options: Any) -> None:
     """Export CHECKPOINT (a folder, a hub id or a .gguf file) to an ONNX bundle.
 
     If this machine cannot run the bundle's number format (bf16 on a CPU), its fp32 twin is compared.
@@ -77,7 +85,8 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, ve
     from .. import api
     from .progress import progress
 
-    options.update(provider=provider, revision=revision, allow_pickle=allow_pickle)
+    long = long_options(long_attention, options, text, long_from)
+    options.update(provider=provider, revision=revision, allow_pickle=allow_pickle, long_attention=long)
     if dry_run and dump_passes:
         raise click.UsageError("--dry-run writes nothing: leave out --dump-passes.")
     if dry_run:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..weights.layout import Mode
+from .long_plan import LongOptions
 
 DEFAULT_CAPACITY = 4096
 
@@ -21,7 +22,8 @@ class ExportOptions:
     quantize: "keep" leaves quantized weights as they are stored, "dequantize" makes floating-point numbers of them;
     a method ("int4", "int8") or a file of rules (.toml) quantizes. activations: "int8", "exact" or "" for the target's
     own. head: bits of head and embedding, "int8", "same" or "none". block: columns that share a scale.
-    tensor_parallel: devices over which the model is cut; 1 is a bundle of one graph."""
+    tensor_parallel: devices over which the model is cut; 1 is a bundle of one graph.
+    long: a second graph for long prompts is written beside the exact one."""
 
     target: str = "ort"
     dtype: str = "auto"
@@ -44,3 +46,4 @@ class ExportOptions:
     head: str = "int8"
     block: int = 32
     tensor_parallel: int = 1
+    long: LongOptions | None = None
