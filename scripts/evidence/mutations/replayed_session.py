@@ -28,7 +28,8 @@ class ReplayedSession:
         self._session, self.capacity = inner, session.capacity
         self._steps: dict[Key, Step] = {}
         self._caches: dict[Key, list[tuple[np.ndarray, np.ndarray]]] = {}
-        self._redrawn: dict[int, tuple[dict[Key, Step], dict[Key, list[tuple[np.ndarray, np.ndarray]]]]] = {}
+        self._states: dict[Key, list[np.ndarray]] = {}
+        self._redrawn: dict[int, tuple[Any, ...]] = {}
         self._fed: list[tuple[np.ndarray, np.ndarray]] = []
         self._key: Key = ()
         self._done = -1
@@ -48,13 +49,13 @@ class ReplayedSession:
     @contextmanager
     def redrawn(self, seed: int) -> Iterator[None]:
         """See `TorchSession.redrawn`; what is answered inside is remembered apart."""
-        before = self._steps, self._caches
-        self._steps, self._caches = self._redrawn.setdefault(seed, ({}, {}))
+        before = self._steps, self._caches, self._states
+        self._steps, self._caches, self._states = self._redrawn.setdefault(seed, ({}, {}, {}))
         try:
             with self._session.redrawn(seed):
                 yield
         finally:
-            self._steps, self._caches = before
+            self._steps, self._caches, self._states = before
 
     def reset(self, batch: int) -> None:
         """Start again; nothing is run."""
@@ -77,6 +78,13 @@ class ReplayedSession:
             self._catch_up()
             self._caches[self._key] = self._session.cache()
         return self._caches[self._key]
+
+    def states(self) -> list[np.ndarray]:
+        """See `Session.states`."""
+        if self._key not in self._states:
+            self._catch_up()
+            self._states[self._key] = self._session.states()
+        return self._states[self._key]
 
     def _catch_up(self) -> Step:
         """Let the session inside take every step since the reset that it has not taken."""
