@@ -94,6 +94,10 @@ class Target:
     """columns that may share a scale in DequantizeLinear; () is any number"""
     states_missing: str = ""
     """why the target cannot hold layers that keep a state of fixed size; "" if it can"""
+    kv_bits: tuple[int, ...] = ()
+    """bits of the codes that a quantized cache may have"""
+    kv_missing: str = ""
+    """why there are no others"""
     dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def cannot_hold(self, layer: AttentionSpec) -> list[str]:
@@ -127,6 +131,8 @@ class Target:
 _NO_STATES = ("TensorRT has no operator for them; TensorRT-RTX reads LinearAttention and CausalConvWithState as "
               "plugins of a library that needs NVIDIA's driver to be loaded, so that nothing is known of its results")
 
+_NO_CODES = ("its graph updates the cache with operators for which no quantized form is written yet")
+
 _ROWS = (
     Target(name="ort", dialect="ort.passes", attention="com.microsoft::GroupQueryAttention",
            fallback="gqa::GroupedQueryAttention", opset=23, ir_version=10, caches=("growing", "static"),
@@ -136,29 +142,33 @@ _ROWS = (
            state_ops=MappingProxyType({"LinearAttention": "com.microsoft::LinearAttention",
                                        "CausalConv": "com.microsoft::CausalConvWithState"}),
            state_ops_since_first=("com.microsoft::LinearAttention", "com.microsoft::CausalConvWithState"),
-           whole_row_masks=True, lowest_opset=True, nbits=True,
+           whole_row_masks=True, lowest_opset=True, nbits=True, kv_bits=(8, 4),
+           kv_missing="GroupQueryAttention's CPU kernel takes caches of int8 and int4 codes",
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")})),
     Target(name="onnx", dialect="onnx.passes", attention="Attention", fallback="gqa::GroupedQueryAttention",
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask", softcap=False, sinks=False,
            # softcap: until 2026 the standard capped after the mask, which leaks masked tokens (onnx/onnx#7865, mended
            # in place by #7867); what a runtime does depends on its age
-           nan_tail_safe=False, shares_buffer=True, lowest_opset=True,
+           nan_tail_safe=False, shares_buffer=True, lowest_opset=True, kv_missing=_NO_CODES,
            state_ops=MappingProxyType({"LinearAttention": "ai.onnx::LinearAttention"}),
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="portable", dialect="portable", attention="gqa::GroupedQueryAttention", fallback="",
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask", function=True,
-           lowest_opset=True,
+           lowest_opset=True, kv_missing=_NO_CODES,
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="trt-plugin", dialect="tensorrt.plugin", attention="gqa::GroupedQueryAttention", fallback="",
            opset=23, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            rotary_inside=True, head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
            writes_padding=False, states_missing=_NO_STATES, zero_points=False, quantized_blocks=(16, 32, 64, 128),
+           kv_missing="the plugin's kernels read and write floating-point caches only",
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
     Target(name="trt-native", dialect="tensorrt.native", attention="Attention", fallback="",
            opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            softcap=False, sinks=False, value_head_size_differs=False, nan_tail_safe=False, shares_buffer=True,
            literal_capacity=True, runs_in_onnxruntime=False, states_missing=_NO_STATES, zero_points=False,
            quantized_blocks=(16, 32, 64, 128),
+           kv_missing="TensorRT's own cache update takes floating-point tensors only, so that codes need trt-plugin, "
+           "whose kernels do not hold them yet",
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
 )
 
@@ -219,6 +229,27 @@ def refuse_layers(layers: Iterable[AttentionSpec], target: Target, states: Itera
                            f"use --target {' or '.join(others)}" if others else
                            "use --target ort and ONNX Runtime: no target for TensorRT can hold this model",
                            code="E-TARGET-LAYER")
+
+
+def refuse_kv(target: Target, bits: int, layers: Iterable[AttentionSpec]) -> None:
+    """Refuse a quantized cache that a target does not have, or that a layer of the model cannot use.
+
+    Args:
+        target: the row. bits: of a code. layers: of the model.
+
+    Raises:
+        UnsupportedModel: the target's reason, or the layer.
+    """
+    fix = "leave out --kv-cache, or use --target ort"
+    if bits not in target.kv_bits:
+        raise UnsupportedModel(f"target {target.name} does not hold a cache of {bits}-bit codes: {target.kv_missing}",
+                               f"--kv-cache int{bits}", fix, code="E-TARGET-KV")
+    layers = list(layers)
+    reasons = reasons_against(layers, target)
+    wide = [layer.layer for layer in layers if target.cannot_hold(layer)]
+    if reasons:
+        raise UnsupportedModel(f"only {target.attention} holds a quantized cache, and it cannot hold these layers: "
+                               f"{'; '.join(reasons)}", layers_label(wide), "leave out --kv-cache", code="E-TARGET-KV")
 
 
 def refuse_options(target: Target, cache: str, logits: str) -> None:

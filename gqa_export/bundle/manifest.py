@@ -20,7 +20,20 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from ..errors import InvalidBundle
 from ..graph_io import TensorFact
-from ..spec import DTYPES, FAIL_FAST, MOST_LAYERS, STRICT, Count, Fallback, Limits, ModelSpec, OneOf, Size, Text
+from ..spec import (
+    DTYPES,
+    FAIL_FAST,
+    MOST_LAYERS,
+    STRICT,
+    Count,
+    Fallback,
+    KvCache,
+    Limits,
+    ModelSpec,
+    OneOf,
+    Size,
+    Text,
+)
 from .engine_facts import EngineFacts
 from .manifest_rules import check_names, check_tensors
 from .quantization import Quantization
@@ -91,6 +104,7 @@ class Manifest:
         bytes_copied, bytes_linked: of weights.
         engine: of an engine bundle, its engine; None where the bundle holds a graph.
         quantization: of its weights; None where all are floating-point numbers and the checkpoint's were too.
+        kv_cache: how the cache is quantized; None where it holds floating-point numbers.
         format: of the manifest.
     """
 
@@ -114,6 +128,7 @@ class Manifest:
     bytes_linked: Bytes = 0
     engine: EngineFacts | None = None
     quantization: Quantization | None = None
+    kv_cache: KvCache | None = None
     format: Annotated[int, OneOf(FORMAT)] = FORMAT
 
     def to_json(self) -> str:
@@ -147,7 +162,7 @@ class Manifest:
             raise InvalidBundle(f"not a valid bundle manifest: {first_error(error)}", where, EXPORT_AGAIN,
                                 code="E-BUNDLE-MANIFEST") from error
         check_names(manifest.files, manifest.engine.file if manifest.engine else "", where)
-        check_tensors(manifest.spec, manifest.dtype, manifest.inputs, manifest.outputs, where)
+        check_tensors(manifest.spec, manifest.dtype, manifest.inputs, manifest.outputs, where, manifest.kv_cache)
         return replace(manifest, dtype=DTYPES.get(manifest.dtype, manifest.dtype))
 
 

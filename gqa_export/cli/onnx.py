@@ -58,6 +58,10 @@ if TYPE_CHECKING:
               help="With --quantize: bits of head and embedding, the same as the others', or none.")
 @click.option("--block", type=int, default=32, show_default=True,
               help="With --quantize: columns that share a scale: 16, 32, 64, 128 or 256.")
+@click.option("--kv-cache", type=click.Choice(["int8", "int4"]), default=None,
+              help="Hold the cache as codes of 8 or 4 bits; needs --calibrate.")
+@click.option("--calibrate", type=click.Path(path_type=Path, dir_okay=False), metavar="TEXT",
+              help="A UTF-8 file from which the scales of --kv-cache are chosen.")
 @click.option("--verbose", is_flag=True, help="Print the whole table of a comparison that passed.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, its size, time and memory; write nothing.")
 @revision_option

@@ -20,7 +20,9 @@ class ExportOptions:
     stamping: False traces every layer, also those that are alike.
     quantize: "keep" leaves quantized weights as they are stored, "dequantize" makes floating-point numbers of them;
     a method ("int4", "int8") or a file of rules (.toml) quantizes. activations: "int8", "exact" or "" for the target's
-    own. head: bits of head and embedding, "int8", "same" or "none". block: columns that share a scale."""
+    own. head: bits of head and embedding, "int8", "same" or "none". block: columns that share a scale.
+    kv_cache: "int8" or "int4" codes in the cache, "" for numbers. calibrate: the text that their scales are chosen
+    from."""
 
     target: str = "ort"
     dtype: str = "auto"
@@ -42,3 +44,5 @@ class ExportOptions:
     activations: str = ""
     head: str = "int8"
     block: int = 32
+    kv_cache: str = ""
+    calibrate: Path | None = None

@@ -17,11 +17,12 @@ from ..checkpoint.unused_tensors import unused_notes
 from ..environment.onnxruntime_ops import state_ops_of_runtime
 from ..errors import GqaExportError, UnsupportedModel
 from ..progress import Progress
-from ..spec import DTYPES
+from ..spec import DTYPES, KvCache
 from ..weights.dtypes import itemsize
 from ..weights.memory_budget import Budget
 from ..weights.sources import WeightStore
 from . import quantize
+from .kv_calibration import calibrate_cache
 from .options import DEFAULT_CAPACITY, ExportOptions
 from .tokenizer_files import check_tokenizer
 
@@ -50,6 +51,8 @@ class Prepared:
     """on the checkpoint: tensors that the model does not use"""
     quantization: Quantization | None = None
     """of the weights; None where all are floating-point numbers and the checkpoint's were too"""
+    kv: KvCache | None = None
+    """how the cache is quantized"""
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -65,7 +68,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     from ..lowering.context import LowerOptions
     from ..lowering.dump import PassDump
     from ..lowering.lower import lower
-    from ..targets import get_target, refuse_options
+    from ..targets import get_target, refuse_kv, refuse_options
 
     target = get_target(options.target)
     options = replace(options, cache=options.cache or target.caches[0], logits=options.logits or target.logits[0])
@@ -99,7 +102,13 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     provider = pick_provider(options.provider, dtype, target)
     store = weight_store(checkpoint, traced, budget)
     quantizing = quantize.plan(traced, store, options, target, provider)
-    lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider,
+    kv = None
+    if options.kv_cache:
+        bits = int(options.kv_cache.removeprefix("int"))
+        refuse_kv(target, bits, traced.spec.layers)
+        kv = calibrate_cache(checkpoint, traced.spec, bits, options.calibrate, traced.capacity, say)
+        budget.check("choosing the cache's scales")
+    lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider, kv=kv,
                             packed=options.weights == "copy",
                             runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None,
                             quantized=quantizing.facts if quantizing else {},
@@ -111,7 +120,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         quantize.fill(quantizing, lowered, store)
         recorded = quantize.record(quantizing, lowered, dtype)
     return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store,
-                    (*checkpoint.notes, *notes), recorded)
+                    (*checkpoint.notes, *notes), recorded, kv)
 
 
 def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, target: Target,

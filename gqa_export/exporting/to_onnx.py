@@ -80,7 +80,8 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
         else:
             without = add_tokenizer(checkpoint, writer)
         notes = [*ready.notes, *writer.notes, *([without] if without else [])]
-        manifest = manifest_of(checkpoint, traced, lowered, options, ready.dtype, not without, ready.quantization)
+        manifest = manifest_of(checkpoint, traced, lowered, options, ready.dtype, not without, ready.quantization,
+                               ready.kv)
         if ready.target.genai:
             add_genai(writer, manifest, pick_provider(options.provider, ready.dtype, ready.target), notes)
         manifest = writer.finish(with_bytes(manifest, placement))
