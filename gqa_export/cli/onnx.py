@@ -58,6 +58,8 @@ if TYPE_CHECKING:
               help="With --quantize: bits of head and embedding, the same as the others', or none.")
 @click.option("--block", type=int, default=32, show_default=True,
               help="With --quantize: columns that share a scale: 16, 32, 64, 128 or 256.")
+@click.option("--calibrate", type=click.Path(path_type=Path), default=None, metavar="TEXT",
+              help="With --quantize: weigh errors by the activations of this UTF-8 text.")
 @click.option("--tensor-parallel", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Cut the model over N devices: a graph for each, one manifest; for trt-native and trt-plugin.")
 @click.option("--verbose", is_flag=True, help="Print the whole table of a comparison that passed.")

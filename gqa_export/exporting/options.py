@@ -21,6 +21,7 @@ class ExportOptions:
     quantize: "keep" leaves quantized weights as they are stored, "dequantize" makes floating-point numbers of them;
     a method ("int4", "int8") or a file of rules (.toml) quantizes. activations: "int8", "exact" or "" for the target's
     own. head: bits of head and embedding, "int8", "same" or "none". block: columns that share a scale.
+    calibrate: a text by whose activations errors are weighed.
     tensor_parallel: devices over which the model is cut; 1 is a bundle of one graph."""
 
     target: str = "ort"
@@ -43,4 +44,5 @@ class ExportOptions:
     activations: str = ""
     head: str = "int8"
     block: int = 32
+    calibrate: Path | None = None
     tensor_parallel: int = 1

@@ -105,7 +105,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     notes = unused_notes(checkpoint, used_names(traced), options.ignore_unused)
     provider = pick_provider(options.provider, dtype, target)
     store = weight_store(checkpoint, traced, budget)
-    quantizing = quantize.plan(traced, store, options, target, provider)
+    quantizing = quantize.plan(checkpoint, traced, store, options, target, provider, say)
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider,
                             packed=options.weights == "copy",
                             runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None,

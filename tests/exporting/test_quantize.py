@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 from refusal import refused
 from safetensors.numpy import load_file, save_file
+from small_text import SENTENCES, byte_tokenizer
 
 from gqa_export.bundle.quantization import PLAIN
 from gqa_export.errors import GqaExportError, UnsupportedModel
@@ -239,3 +240,35 @@ def test_the_matrices_of_a_bundle_are_made_again(checkpoint: Path, tmp_path: Pat
     for name, matrix in again.items():
         stored = expected.get(name, expected.get("model.embed_tokens.weight"))
         assert np.array_equal(matrix.dequantize().astype(np.float32), stored)
+
+
+def test_a_calibration_text_lowers_the_error_of_the_logits(checkpoint: Path, tmp_path: Path) -> None:
+    """The tiny model's inputs do not differ much; what is held is that its scales follow the text's statistics."""
+    from gqa_export.checkpoint.open import open_checkpoint
+    from gqa_export.quantizing import calibrate
+
+    folder = shutil.copytree(checkpoint, tmp_path / "with")
+    byte_tokenizer(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(SENTENCES) * 8)
+    found = calibrate.calibrate(open_checkpoint(folder), text, {"model.layers.1.mlp.down_proj.weight"},
+                                lambda *_: None)
+    importance = found.importance["model.layers.1.mlp.down_proj.weight"]
+    assert importance.ndim == 1
+    assert importance.min() > 0
+    assert importance.max() > 2 * importance.min()
+    plain = export(folder, tmp_path / "plain", quantize="int4").manifest.quantization
+    done = export(folder, tmp_path / "weighed", quantize="int4", calibrate=text).manifest.quantization
+    assert plain is not None
+    assert done is not None
+    assert (plain.calibration, plain.tokens) == ("", 0)
+    assert done.calibration == found.sha256
+    assert done.tokens == found.tokens > 0
+    data = [(tmp_path / name / "model.onnx.data").read_bytes() for name in ("plain", "weighed")]
+    assert len(data[0]) == len(data[1])
+    assert data[0] != data[1]
+
+
+def test_a_text_without_quantizing_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with refused("E-OPTION-CALIBRATE"):
+        export(checkpoint, tmp_path / "b", calibrate=tmp_path / "text.txt")
