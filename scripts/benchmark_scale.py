@@ -1,10 +1,12 @@
-"""What an export costs as models grow: a 1B model, its conversion under a memory budget, and 2 to 126 layers of 405B.
+"""What an export costs as models grow: a 1B model, its conversion under a memory budget, 2 to 126 layers of 405B, and a
+hybrid of linear attention and attention.
 
-    python scripts/benchmark_scale.py --scratch FOLDER --out docs/benchmarks
+    python scripts/benchmark_scale.py --scratch FOLDER --out docs/benchmarks [--only-hybrid]
 
 Every export is a process of its own without a trace cache and without validation; wall time and peak memory are the
 whole process's. Checkpoints are made by `sparse_checkpoint.py` (the 1B one filled with random values: 2.5 GB of
-disk). Writes scale.json, scale.md and scale.svg; takes some minutes.
+disk). Writes scale.json, scale.md and scale.svg; takes some minutes. With `--only-hybrid` the rows of the others stay
+as they were committed.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from gqa_export.bundle.manifest import read_manifest
 
 DEPTHS = (2, 8, 32, 64, 126)
 SMALL, LARGE = "llama-3.2-1b", "llama-3.1-405b"
+HYBRID, HYBRID_DEPTHS = "qwen3-next-48l", (8, 16, 32, 48)
+HYBRID_ROW = "Qwen3-Next-shaped bf16, dense, linked"
 
 
 def export(checkpoint: Path, folder: Path, *options: str) -> dict[str, float]:
@@ -86,9 +90,11 @@ def markdown(result: dict) -> str:
 @click.command()
 @click.option("--scratch", required=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
-def main(scratch: Path, out: Path) -> None:
+@click.option("--only-hybrid", is_flag=True, help="Measure the hybrid alone, and keep the other committed rows.")
+def main(scratch: Path, out: Path, only_hybrid: bool) -> None:
     """Measure and write the result."""
-    rows = []
+    known = json.loads((out / "scale.json").read_text()) if only_hybrid else {"rows": []}
+    rows = [row for row in known["rows"] if row["what"] != HYBRID_ROW]
 
     def measure(what: str, layers: int, checkpoint: Path, *options: str) -> dict[str, float]:
         figures = export(checkpoint, scratch / "bundle", *options)
@@ -96,23 +102,28 @@ def main(scratch: Path, out: Path) -> None:
         click.echo(json.dumps(rows[-1]))
         return figures
 
+    def grown(name: str, what: str, depths: tuple[int, ...]) -> dict[int, dict[str, float]]:
+        found = {}
+        for layers in depths:
+            folder = scratch / f"{name}-{layers}"
+            write_sparse(name, folder, layers=layers)
+            found[layers] = measure(what, layers, folder, "--weights", "link")
+        return found
+
     shutil.rmtree(scratch, ignore_errors=True)
-    write_sparse(SMALL, scratch / "small", fill=True)
-    measure("Llama-3.2-1B-shaped bf16, linked", 16, scratch / "small", "--weights", "link")
-    measure("the same, converted to fp16 under --max-ram 1GB", 16, scratch / "small", "--dtype", "fp16",
-            "--max-ram", "1GB")
-    depths = {}
-    for layers in DEPTHS:
-        folder = scratch / f"large-{layers}"
-        write_sparse(LARGE, folder, layers=layers)
-        depths[layers] = measure("Llama-3.1-405B-shaped bf16, linked", layers, folder, "--weights", "link")
-    shutil.rmtree(scratch)
     out.mkdir(parents=True, exist_ok=True)
+    if not only_hybrid:
+        write_sparse(SMALL, scratch / "small", fill=True)
+        measure("Llama-3.2-1B-shaped bf16, linked", 16, scratch / "small", "--weights", "link")
+        measure("the same, converted to fp16 under --max-ram 1GB", 16, scratch / "small", "--dtype", "fp16",
+                "--max-ram", "1GB")
+        plot(grown(LARGE, "Llama-3.1-405B-shaped bf16, linked", DEPTHS), out / "scale.svg")
+    grown(HYBRID, HYBRID_ROW, HYBRID_DEPTHS)
+    shutil.rmtree(scratch)
     result = {"date": date.today().isoformat(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
               "rows": rows, "versions": {name: version(name) for name in ("torch", "transformers", "onnxscript")}}
     (out / "scale.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "scale.md").write_text(markdown(result))
-    plot(depths, out / "scale.svg")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -47,14 +46,12 @@ def compile_all(jobs: int) -> dict[str, Any]:
         for dtype in DTYPES:
             variants = cubin.model_variants(dtype=dtype, **sizes)
             for capability in plan.CAPABILITIES:
-                began = time.perf_counter()
                 built = cubin.build(variants, [capability], jobs)
                 made = [cubin.Cubin.from_bytes(data, model) for data in built.values()]
                 rows.append({"model": model, "dtype": dtype, "capability": capability, "kernels": len(made),
                              "code_bytes": sum(len(one.code) for one in made),
                              "most_shared_bytes": max(one.shared_bytes for one in made),
-                             "shared_limit_bytes": plan.SHARED_KIB[capability] * 1024,
-                             "seconds": round(time.perf_counter() - began, 1)})
+                             "shared_limit_bytes": plan.SHARED_KIB[capability] * 1024})
                 click.echo(f"{model} {dtype} {capability}: {rows[-1]}")
     return {"date": date.today().isoformat(), "machine": f"{platform.machine()}, {platform.system()}, no GPU",
             "versions": {"triton": version("triton"), "torch": version("torch")}, "sources_sha256": sources_sha256(),

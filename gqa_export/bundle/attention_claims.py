@@ -6,11 +6,14 @@ A graph whose attributes contradict its manifest is refused by layer and attribu
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidBundle
 from ..graph_io import layer_of_cache
+from ..spec import AttentionSpec
 from .graph_file import read_graph
 from .manifest import MODEL, Manifest
 
@@ -43,8 +46,19 @@ def check_claims(folder: Path, manifest: Manifest) -> None:
     Raises:
         InvalidBundle: an attribute has another value than the manifest; names layer and attribute.
     """
+    if manifest.parallel is None:
+        _check_graph(folder, manifest.spec.layers)
+    else:
+        for rank in manifest.parallel.ranks:
+            held = {heads.layer: heads for heads in rank.heads}
+            _check_graph(folder / rank.folder, tuple(
+                replace(layer, num_heads=held[layer.layer].queries, kv_num_heads=len(held[layer.layer].kv))
+                for layer in manifest.spec.layers))
+
+
+def _check_graph(folder: Path, layers: Iterable[AttentionSpec]) -> None:
     facts = attention_facts(read_graph(folder))
-    for layer in manifest.spec.layers:
+    for layer in layers:
         for name, value in facts.get(layer.layer, {}).items():
             stated = getattr(layer, name)
             if not math.isclose(value, stated, rel_tol=1e-6, abs_tol=1e-9):

@@ -30,18 +30,20 @@ def check_graph_files(folder: Path, manifest: Manifest) -> None:
     """
     if manifest.engine is not None:
         return
-    model = read_graph(folder)
-    if not model.graph.output:
-        raise InvalidBundle(f"{MODEL} is not an ONNX model: it has no outputs", str(folder / MODEL), NOT_SAFE,
-                            code="E-BUNDLE-GRAPH")
-    for tensor in _tensors(model):
-        wrong = _wrong(tensor, manifest)
-        if wrong:
-            raise InvalidBundle(f"the weight {tensor.name[:200]!r} {wrong}", str(folder / MODEL), NOT_SAFE,
-                                code="E-BUNDLE-WEIGHT")
+    for inside in [f"{rank.folder}/" for rank in manifest.parallel.ranks] if manifest.parallel else [""]:
+        place = folder / inside
+        model = read_graph(place)
+        if not model.graph.output:
+            raise InvalidBundle(f"{MODEL} is not an ONNX model: it has no outputs", str(place / MODEL), NOT_SAFE,
+                                code="E-BUNDLE-GRAPH")
+        for tensor in _tensors(model):
+            wrong = _wrong(tensor, manifest, inside)
+            if wrong:
+                raise InvalidBundle(f"the weight {tensor.name[:200]!r} {wrong}", str(place / MODEL), NOT_SAFE,
+                                    code="E-BUNDLE-WEIGHT")
 
 
-def _wrong(tensor: onnx.TensorProto, manifest: Manifest) -> str:
+def _wrong(tensor: onnx.TensorProto, manifest: Manifest, inside: str) -> str:
     """What is wrong with where a tensor's bytes are, or ""."""
     from onnx import TensorProto, helper
 
@@ -50,7 +52,7 @@ def _wrong(tensor: onnx.TensorProto, manifest: Manifest) -> str:
     if tensor.data_location != TensorProto.EXTERNAL:
         return ""
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    location = entries.get("location", "")
+    location = inside + entries.get("location", "")
     if location not in manifest.files:
         return f"lies in {location[:200]!r}, which the manifest does not name"
     try:

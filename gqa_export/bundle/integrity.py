@@ -41,9 +41,10 @@ def check_files(folder: Path, manifest: Manifest, *, full: bool = False, hashes:
             outside, or was modified since the export and has no recorded sha256 that proves it to be the same; names
             the first.
     """
-    main = manifest.engine.file if manifest.engine else MODEL
-    if not (folder / main).is_file():
-        raise InvalidBundle(f"the bundle's file {main} is missing", str(folder), FIX, code="E-BUNDLE-FILE")
+    mains = main_files(manifest)
+    for main in mains:
+        if not (folder / main).is_file():
+            raise InvalidBundle(f"the bundle's file {main} is missing", str(folder), FIX, code="E-BUNDLE-FILE")
     check_no_code(folder)
     home, proven = folder.resolve(), set[str]()
     for name, fact in manifest.files.items():
@@ -71,15 +72,22 @@ def check_files(folder: Path, manifest: Manifest, *, full: bool = False, hashes:
     files = {name: fact for name, fact in manifest.files.items() if name not in proven}
     if not hashes:
         # the graph itself is small, and decides what everything else means
-        small = {name: fact for name, fact in files.items() if name == main and fact.size <= READ_BYTES}
+        small = {name: fact for name, fact in files.items() if name in mains and fact.size <= READ_BYTES}
         _check_hashes(folder, small, full)
         return [name for name in files if name not in small]
-    if main not in manifest.files:
-        raise InvalidBundle(f"the manifest does not list {main}", str(folder), "do not use this bundle",
-                            code="E-BUNDLE-UNLISTED")
+    for main in mains:
+        if main not in manifest.files:
+            raise InvalidBundle(f"the manifest does not list {main}", str(folder), "do not use this bundle",
+                                code="E-BUNDLE-UNLISTED")
     skipped = _check_hashes(folder, files, full)
     check_graph_files(folder, manifest)
     return skipped
+
+
+def main_files(manifest: Manifest) -> list[str]:
+    """The names of a bundle's graphs, or engines: one, or one for each rank."""
+    main = manifest.engine.file if manifest.engine else MODEL
+    return [f"{rank.folder}/{main}" for rank in manifest.parallel.ranks] if manifest.parallel else [main]
 
 
 def _check_hashes(folder: Path, files: dict[str, FileFact], full: bool) -> list[str]:

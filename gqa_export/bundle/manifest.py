@@ -36,6 +36,7 @@ from ..spec import (
 )
 from .engine_facts import EngineFacts
 from .manifest_rules import check_names, check_tensors
+from .parallel import ParallelFacts
 from .quantization import Quantization
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class Manifest:
         engine: of an engine bundle, its engine; None where the bundle holds a graph.
         quantization: of its weights; None where all are floating-point numbers and the checkpoint's were too.
         kv_cache: how the cache is quantized; None where it holds floating-point numbers.
+        parallel: of a bundle that is cut over ranks, how; None for one graph or engine, and then not written.
         format: of the manifest.
     """
 
@@ -129,11 +131,15 @@ class Manifest:
     engine: EngineFacts | None = None
     quantization: Quantization | None = None
     kv_cache: KvCache | None = None
+    parallel: ParallelFacts | None = None
     format: Annotated[int, OneOf(FORMAT)] = FORMAT
 
     def to_json(self) -> str:
         """Stable, readable JSON."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        data = asdict(self)
+        if self.parallel is None:
+            del data["parallel"]
+        return json.dumps(data, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str = MANIFEST) -> Manifest:

@@ -73,6 +73,7 @@ class BundleWriter:
     @contextmanager
     def open(self, name: str, key: str = "") -> Iterator[HashingFile]:
         """Write one file, hashed on the way. key: see `HashingFile`."""
+        (self.staging / name).parent.mkdir(exist_ok=True)
         file = HashingFile(self.staging / name, key, self.leftovers)
         try:
             yield file

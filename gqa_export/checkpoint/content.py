@@ -29,8 +29,10 @@ def model_digest(checkpoint: Checkpoint) -> str:
         files = [checkpoint.gguf_file] if checkpoint.gguf_file is not None else sorted(checkpoint.pickles)
         digest.update(files_sha256(files).encode())
     else:
-        for name in sorted(checkpoint.tensors):
-            _of_tensor(name, checkpoint.tensors[name], digest)
+        stored = {**checkpoint.tensors, **checkpoint.packed}
+        digest.update(checkpoint.quantization.encode())
+        for name in sorted(stored):
+            _of_tensor(name, stored[name], digest)
     return digest.hexdigest()
 
 

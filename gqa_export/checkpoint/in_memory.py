@@ -54,8 +54,9 @@ def memory_checkpoint(model: transformers.PreTrainedModel,
         if method:
             refuse_codes({name: str(tensor.dtype) for name, tensor in model.state_dict().items()}, method, where)
         refuse_raw_config(values, where, text_only)
+        notes = (LEFT_OVER.format(file="config.json", method=method),) if method else ()
         checkpoint = Checkpoint(where, folder, "hf", None, values, _dtype(model, where), model=model,
-                                text_only=text_only, notes=(LEFT_OVER.format(method=method),) if method else ())
+                                text_only=text_only, notes=notes)
         _refuse_other_structure(model, checkpoint)
         yield checkpoint
 

@@ -16,6 +16,7 @@ from .gguf_tensors import gguf_plain, gguf_state
 from .load_config import load_config
 from .memory_model import model_of
 from .pickle_weights import read_pickles
+from .quantized.values import values_of
 from .quiet import quiet
 from .refusals import refuse_modules
 
@@ -42,7 +43,8 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
 
     Args:
         checkpoint: an opened checkpoint.
-        dtype: "auto" (as stored), a torch name, or fp32 | fp16 | bf16 | fp64.
+        dtype: "auto" (as stored; quantized weights as float32), a torch name, or fp32 | fp16 | bf16 | fp64. fp64 has
+            quantized weights exactly.
         attn_implementation: transformers' name of the attention to use.
         **config_overrides: see `load_config`.
 
@@ -67,6 +69,8 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
             if checkpoint.gguf_file is not None:
                 loaded = _from_state(config, dict(_gguf_state(identity(checkpoint.gguf_file), checkpoint.gguf_file,
                                                               name == "float64")), kwargs)
+            elif checkpoint.quantized:
+                loaded = _from_state(config, values_of(checkpoint, name), kwargs)
             elif checkpoint.pickles:
                 loaded = _from_state(config, read_pickles(checkpoint.pickles), kwargs)
             else:

@@ -16,6 +16,7 @@ from .checkpoint import Checkpoint
 from .mistaken import refuse_file, refuse_folder, refuse_foreign, refuse_lfs, refuse_weights
 from .pickle_permission import trust
 from .pickle_weights import pickle_files, read_pickles
+from .quantized.description import METHODS, described
 from .refusals import LEFT_OVER, refuse_codes, refuse_quantized, refuse_raw_config, without_left_over
 from .safetensors_header import StoredTensor, read_header
 from .same_weights import refuse_twice, refuse_two_checkpoints
@@ -90,9 +91,11 @@ def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:
         refuse_folder(folder, source, FIX_FOLDER)
     refuse_lfs(folder / "config.json")
     config, notes = read_json(folder / "config.json"), tuple[str, ...]()
+    description = described(folder, config)
     config, method = without_left_over(config)
+    method = method or (description.method if description.file != "config.json" else "")
     if method:
-        notes = (LEFT_OVER.format(method=method),)
+        notes = (LEFT_OVER.format(file=description.file, method=method),)
     refuse_raw_config(config, source, text_only)
     if trust().pickle and not any((folder / name).exists() for name in (SINGLE, INDEX)):
         files = pickle_files(folder)
@@ -102,6 +105,14 @@ def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:
                           text_only=text_only, notes=notes)
     tensors = _read_tensors(source, folder)
     refuse_foreign(config, list(tensors), source)
+    if method in METHODS:
+        from .quantized.read import read_quantized
+
+        found = read_quantized(description, tensors, source)
+        if found.matrices:
+            labels = sorted({matrix.label for matrix in found.matrices.values()})
+            return Checkpoint(source, folder, "hf", None, config, "float32", found.plain, found.matrices, found.packed,
+                              ", ".join(labels), text_only=text_only, notes=found.notes)
     eighths = sorted(name for name, tensor in tensors.items() if tensor.dtype.startswith("float8"))
     if eighths:
         refuse_quantized(f"{tensors[eighths[0]].dtype}: {eighths[0]}", source)

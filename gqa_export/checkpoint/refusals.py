@@ -50,12 +50,12 @@ QUANTIZATION = ("quantization_config", "compression_config")
 """keys of config.json under which a quantization is described"""
 STORED_AS_CODES = frozenset((
     "aqlm", "auto-round", "awq", "bitsandbytes", "compressed-tensors", "eetq", "fbgemm_fp8", "fp8", "gptq", "higgs",
-    "hqq", "mxfp4", "quanto", "spqr", "vptq"))
+    "hqq", "modelopt", "mxfp4", "olive", "quanto", "spqr", "torchao", "vptq"))
 """Methods that store codes in place of weights. Plain weights beside such an entry were merged or dequantized, and the
 entry was left over. (BitNet is not one of them: it rounds plain weights whenever the model runs.)"""
 
 
-LEFT_OVER = ("config.json describes the weights as quantized ({method}), but all of them are stored as plain numbers: "
+LEFT_OVER = ("{file} describes the weights as quantized ({method}), but all of them are stored as plain numbers: "
              "the entry was left over, and is ignored")
 BUFFERS = ("position_ids", "masked_bias", "attn.bias", "attention.bias", "causal_mask")
 """ends of names of tensors that are not weights, and may be whole numbers"""

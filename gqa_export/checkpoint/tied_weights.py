@@ -51,7 +51,7 @@ def stored_apart(checkpoint: Checkpoint, group: tuple[str, ...]) -> bool:
     Raises:
         InvalidCheckpoint: their shapes differ.
     """
-    stored: Any = checkpoint.tensors
+    stored: Any = {**checkpoint.tensors, **checkpoint.quantized} if checkpoint.gguf_file is None else {}
     if checkpoint.model is not None or checkpoint.pickles:
         stored = checkpoint.model.state_dict() if checkpoint.model is not None else read_pickles(checkpoint.pickles)
     there = {name: stored[name] for name in group if name in stored}
@@ -61,4 +61,13 @@ def stored_apart(checkpoint: Checkpoint, group: tuple[str, ...]) -> bool:
                                 checkpoint.source, "check that config.json and the weights belong together",
                                 code="E-CKPT-TENSORS-SHAPE")
     first, *others = there.values() if there else [None]
+    if any(name in checkpoint.quantized for name in there):
+        return any(_codes_differ(checkpoint, first, other) for other in others)
     return any(differ(first, other) for other in others)
+
+
+def _codes_differ(checkpoint: Checkpoint, one: Any, other: Any) -> bool:
+    """Whether two weights of which one is quantized are stored otherwise than with equal tensors."""
+    parts = [[checkpoint.packed[name] for name in getattr(each, "tensors", ())] for each in (one, other)]
+    return len(parts[0]) != len(parts[1]) or one.label != other.label or any(
+        first.dtype != second.dtype or differ(first, second) for first, second in zip(*parts))

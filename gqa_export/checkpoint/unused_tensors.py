@@ -52,6 +52,8 @@ def unused_notes(checkpoint: Checkpoint, used: Collection[str], ignore: bool = F
         InvalidCheckpoint: tensors are not used, not of a harmless kind, and not to be ignored.
     """
     stored: dict[str, Shape] = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    if checkpoint.gguf_file is None:
+        stored.update({name: matrix.parameter_shape for name, matrix in checkpoint.quantized.items()})
     if checkpoint.pickles:
         stored = {name: tuple(tensor.shape) for name, tensor in read_pickles(checkpoint.pickles).items()}
     if stored.keys() <= set(used):

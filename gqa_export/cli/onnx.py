@@ -58,10 +58,12 @@ if TYPE_CHECKING:
               help="With --quantize: bits of head and embedding, the same as the others', or none.")
 @click.option("--block", type=int, default=32, show_default=True,
               help="With --quantize: columns that share a scale: 16, 32, 64, 128 or 256.")
+@click.option("--calibrate", type=click.Path(path_type=Path), default=None, metavar="TEXT",
+              help="A UTF-8 text: weighs errors of --quantize, and scales of --kv-cache are chosen from it.")
+@click.option("--tensor-parallel", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+              help="Cut the model over N devices: a graph for each, one manifest; for trt-native and trt-plugin.")
 @click.option("--kv-cache", type=click.Choice(["int8", "int4"]), default=None,
               help="Hold the cache as codes of 8 or 4 bits; needs --calibrate.")
-@click.option("--calibrate", type=click.Path(path_type=Path, dir_okay=False), metavar="TEXT",
-              help="A UTF-8 file from which the scales of --kv-cache are chosen.")
 @click.option("--verbose", is_flag=True, help="Print the whole table of a comparison that passed.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, its size, time and memory; write nothing.")
 @revision_option
@@ -130,6 +132,9 @@ def describe(bundle: Bundle) -> None:
                f"  trace: {export.traced_layers} of {manifest.spec.depth} layers traced, the others are copies"
                if export.traced_layers < manifest.spec.depth else "  trace: every layer traced" +
                (f" ({export.whole_because})" if export.whole_because else ""))
+    if manifest.parallel is not None:
+        click.echo(f"  ranks: {len(manifest.parallel.ranks)}, {len(manifest.parallel.collectives)} collectives in the "
+                   f"same order on all; vocabulary {manifest.parallel.vocabulary}")
     said = [(fallback.layer, f"{fallback.used} instead of {fallback.wanted}: {fallback.reason}")
             for fallback in manifest.fallbacks]
     for line in (*(f"model: {words}" for layer, words in said if layer < 0),

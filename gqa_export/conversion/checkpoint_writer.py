@@ -14,7 +14,7 @@ import torch
 from ..checkpoint.tokenizer import tokenizer_files
 from ..errors import InvalidCheckpoint, UnsupportedModel
 from ..spec import FLOATS
-from ..weights.sources import MemorySource, Source, StoredSource
+from ..weights.source_kinds import MemorySource, Source, StoredSource
 from .heads import read_tensor
 from .safetensors_writer import size_of, write_safetensors
 from .structure import Structure

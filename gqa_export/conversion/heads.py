@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ..errors import GqaExportError, UnsupportedModel
-from ..weights.sources import StoredSource
+from ..weights.source_kinds import StoredSource
 from .layout import Heads, LayerLayout
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import GqaExportError
+from ..errors import GqaExportError, UnsupportedModel
 from .pooling import METHODS
 from .structure import Structure
 from .weight_error import LayerError
@@ -51,6 +51,10 @@ def check_options(checkpoint: Checkpoint, options: ConvertOptions) -> None:
         raise GqaExportError("a GGUF file holds quantized or repacked weights, which are not pooled",
                              checkpoint.source, "give the original Hugging Face checkpoint folder",
                              code="E-CONVERT-GGUF")
+    if checkpoint.quantized:
+        raise UnsupportedModel(f"the checkpoint is quantized ({checkpoint.quantization}), and codes are not pooled",
+                               checkpoint.source, "convert the original, unquantized checkpoint",
+                               code="E-MODEL-QUANTIZED")
     if options.method not in METHODS:
         raise GqaExportError(f"unknown method {options.method!r}", "--method", f"use one of {', '.join(METHODS)}",
                              code="E-CONVERT-METHOD")

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoint.safetensors_header import DTYPES
 from ..weights.dtypes import itemsize
-from ..weights.sources import Source
+from ..weights.source_kinds import Source
 
 NAMES = {name: stored for stored, (name, _) in DTYPES.items()}
 """numpy (or ml_dtypes) name -> safetensors name"""

@@ -42,5 +42,7 @@ def stored_in_checkpoint(checkpoint: Checkpoint) -> tuple[int, int]:
         header = read_gguf(checkpoint.gguf_file)
         return (sum(prod(shape) for _, shape in header.tensors.values()),
                 sum(file.stat().st_size for file in header.files))
-    tensors = checkpoint.tensors.values()
-    return sum(prod(tensor.shape) for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
+    tensors, packed = checkpoint.tensors.values(), checkpoint.packed.values()
+    elements = sum(prod(shape) for shape in [*(tensor.shape for tensor in tensors),
+                                             *(matrix.shape for matrix in checkpoint.quantized.values())])
+    return elements, sum(tensor.nbytes for tensor in (*tensors, *packed))

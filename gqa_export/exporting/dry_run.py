@@ -15,7 +15,7 @@ from ..targets import TARGETS, Target, reasons_against
 from ..weights.dtypes import cast
 from ..weights.layout import Arrangement, arrange
 from ..weights.memory_budget import Budget
-from ..weights.sources import MemorySource
+from ..weights.source_kinds import MemorySource
 from .options import ExportOptions
 from .prepare import Prepared, prepare
 

@@ -21,8 +21,9 @@ class ExportOptions:
     quantize: "keep" leaves quantized weights as they are stored, "dequantize" makes floating-point numbers of them;
     a method ("int4", "int8") or a file of rules (.toml) quantizes. activations: "int8", "exact" or "" for the target's
     own. head: bits of head and embedding, "int8", "same" or "none". block: columns that share a scale.
-    kv_cache: "int8" or "int4" codes in the cache, "" for numbers. calibrate: the text that their scales are chosen
-    from."""
+    calibrate: a text by whose activations errors are weighed, and from which the scales of a quantized cache are chosen.
+    tensor_parallel: devices over which the model is cut; 1 is a bundle of one graph.
+    kv_cache: "int8" or "int4" codes in the cache, "" for numbers."""
 
     target: str = "ort"
     dtype: str = "auto"
@@ -44,5 +45,6 @@ class ExportOptions:
     activations: str = ""
     head: str = "int8"
     block: int = 32
-    kv_cache: str = ""
     calibrate: Path | None = None
+    tensor_parallel: int = 1
+    kv_cache: str = ""

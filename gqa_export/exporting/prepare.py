@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.load_config import load_config
 from ..checkpoint.load_model import load_model
 from ..checkpoint.open import open_checkpoint
+from ..checkpoint.quiet import quiet
 from ..checkpoint.tied_weights import refuse_tied, stored_apart, untie
 from ..checkpoint.tokenizer import token_ids
 from ..checkpoint.unused_tensors import unused_notes
@@ -24,6 +26,7 @@ from ..weights.sources import WeightStore
 from . import quantize
 from .kv_calibration import calibrate_cache
 from .options import DEFAULT_CAPACITY, ExportOptions
+from .ranks import lower_ranks, refuse_quantized_ranks, refuse_ranks
 from .tokenizer_files import check_tokenizer
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from ..lowering.context import Lowered
     from ..targets import Target
     from ..trace.traced import Traced
+    from .ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Prepared:
     """on the checkpoint: tensors that the model does not use"""
     quantization: Quantization | None = None
     """of the weights; None where all are floating-point numbers and the checkpoint's were too"""
+    ranks: Ranks | None = None
+    """of a model that is cut over several; `lowered` is rank 0's then"""
     kv: KvCache | None = None
     """how the cache is quantized"""
 
@@ -74,6 +80,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     options = replace(options, cache=options.cache or target.caches[0], logits=options.logits or target.logits[0])
     refuse_options(target, options.cache, options.logits)
     quantize.check_options(options)
+    refuse_ranks(options, target)
     dump = PassDump(options.dump_passes, force=options.force) if options.dump_passes else None
     say("reading the checkpoint", None, None)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
@@ -101,7 +108,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     notes = unused_notes(checkpoint, used_names(traced), options.ignore_unused)
     provider = pick_provider(options.provider, dtype, target)
     store = weight_store(checkpoint, traced, budget)
-    quantizing = quantize.plan(traced, store, options, target, provider)
+    quantizing = quantize.plan(checkpoint, traced, store, options, target, provider, say)
     kv = None
     if options.kv_cache:
         bits = int(options.kv_cache.removeprefix("int"))
@@ -113,14 +120,27 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
                             runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None,
                             quantized=quantizing.facts if quantizing else {},
                             exact=quantizing is not None and quantizing.exact)
-    lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
+    ranks = None
+    if options.tensor_parallel > 1:
+        refuse_quantized_ranks(checkpoint.source, quantizing is not None or bool(checkpoint.quantized))
+        ranks = lower_ranks(traced, lowering, options.tensor_parallel, tensor_parallel_plan(checkpoint),
+                            lambda stage: say(stage, None, None))
+        lowered = ranks.lowered[0]
+    else:
+        lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
     budget.check("lowering")
     recorded = None
     if quantizing:
         quantize.fill(quantizing, lowered, store)
         recorded = quantize.record(quantizing, lowered, dtype)
     return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store,
-                    (*checkpoint.notes, *notes), recorded, kv)
+                    (*checkpoint.notes, *notes), recorded, ranks, kv)
+
+
+def tensor_parallel_plan(checkpoint: Checkpoint) -> dict[str, str]:
+    """transformers' own plan for this model, by names of modules; {} where it has none."""
+    plan = getattr(load_config(checkpoint).get_text_config(), "base_model_tp_plan", None)
+    return dict(plan or {})
 
 
 def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, target: Target,
@@ -193,28 +213,58 @@ def used_names(traced: Traced) -> set[str]:
 
 
 def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> WeightStore:
-    """Where every weight of a traced model is. The checkpoint is loaded only if names alone do not tell; then all
-    that is not used as it is stored is held in memory, for which `budget` must have room."""
-    from ..weights.sources import StoredSource
+    """Where every weight of a traced model is. What transformers merges or splits on load is made when it is written;
+    the checkpoint is loaded only if that cannot be told from names and shapes. `budget` must have room for either."""
+    from ..weights.source_kinds import StoredSource
 
     wanted = wanted_weights(traced)
-    codes = checkpoint.quantized
-    stored: dict[str, Any] = {**checkpoint.tensors, **codes}
-    aliases = {}
-    for group in traced.tied:
-        there = [name for name in group if name in stored]
-        aliases.update({name: there[0] for name in group if there and name not in stored})
-    plain = not traced.converts and all(
-        (real := aliases.get(name, name)) in stored and stored[real].shape == shape for name, shape in wanted.items())
-    if codes and (not traced.converts or checkpoint.gguf_file is not None):
-        store = WeightStore.from_codes(checkpoint, aliases)
+    if checkpoint.quantized:
+        store = WeightStore.from_codes(checkpoint, wanted, traced.tied)
         if all(name in store and store.sources[name].shape == shape for name, shape in wanted.items()):
             return store
-    elif plain:
+    stored = checkpoint.tensors
+    aliases = _aliases(traced, stored)
+    plain = not traced.converts and all(
+        (real := aliases.get(name, name)) in stored and stored[real].shape == shape for name, shape in wanted.items())
+    if plain:
         return WeightStore({name: StoredSource(tensor) for name, tensor in stored.items()}, aliases)
     if checkpoint.model is not None:
         return WeightStore.from_module(checkpoint, checkpoint.model)
+    streamed = _converted(checkpoint, traced, wanted, budget) if stored and not checkpoint.quantized else None
+    if streamed is not None:
+        return streamed
     elements = sum(math.prod(shape) for shape in wanted.values())
-    budget.need(elements * itemsize(checkpoint.stored_dtype), "loading the model (its tensors are merged or "
-                "dequantized, so they cannot be streamed)")
+    budget.need(elements * itemsize(checkpoint.stored_dtype), "loading the model (its tensors are dequantized, or "
+                "merged in a way that cannot be streamed)")
     return WeightStore.from_module(checkpoint, load_model(checkpoint, "auto"))
+
+
+def _aliases(traced: Traced, there: Container[str]) -> dict[str, str]:
+    """Of tied weights, the names that are not there -> one that is."""
+    found = {}
+    for group in traced.tied:
+        known = [name for name in group if name in there]
+        found.update({name: known[0] for name in group if known and name not in there})
+    return found
+
+
+def _converted(checkpoint: Checkpoint, traced: Traced, wanted: dict[str, tuple[int, ...]],
+               budget: Budget) -> WeightStore | None:
+    """The weights that transformers would load, made one at a time; None where some are not found so."""
+    import torch
+
+    from ..trace import skeleton
+    from ..weights.loaded import loaded
+
+    config = load_config(checkpoint)
+    with quiet():
+        model = skeleton.build(config, getattr(torch, checkpoint.stored_dtype), device="meta")
+    found = loaded(checkpoint.tensors, model)
+    if found is None:
+        return None
+    aliases = _aliases(traced, found.sources)
+    if any((real := aliases.get(name, name)) not in found.sources or found.sources[real].shape != shape
+           for name, shape in wanted.items()):
+        return None
+    budget.need(found.largest, "converting a weight")
+    return WeightStore(found.sources, aliases)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..bundle.quantization import PLAIN, Quantization, QuantizedWeight
 from ..errors import GqaExportError
+from ..progress import Progress
 from ..quantized.facts import MatrixFacts, facts_of
 from ..quantized.matrix import QuantizedMatrix
 from ..quantized.packing import Packer
 from ..quantizing.matrices import Weight, weights_of
 from ..quantizing.rtn import quantize_matrix
-from ..quantizing.rules import METHODS, decide, read_rules
+from ..quantizing.rules import METHODS, Decision, decide, read_rules
 from ..weights.dtypes import itemsize
 from ..weights.packed import add_packed
 from ..weights.rows import rows_of
-from ..weights.sources import DequantizedSource, WeightStore
+from ..weights.source_kinds import DequantizedSource
+from ..weights.sources import WeightStore
 from .options import ExportOptions
 
 if TYPE_CHECKING:
+    from ..checkpoint.checkpoint import Checkpoint
     from ..lowering.context import Lowered
     from ..targets import Target
     from ..trace.traced import Traced
@@ -41,6 +44,7 @@ class Plan:
         stored: name of a weight -> what the checkpoint holds, for people.
         plain: name of a weight -> why it stays floating-point numbers.
         weights: of the model, in the order of the graph.
+        calibration: sha256 of the text that weighed errors. tokens: of it that were used.
     """
 
     method: str
@@ -50,30 +54,38 @@ class Plan:
     stored: Mapping[str, str] = field(default_factory=dict)
     plain: Mapping[str, str] = field(default_factory=dict)
     weights: tuple[Weight, ...] = ()
+    calibration: str = ""
+    tokens: int = 0
 
 
 def check_options(options: ExportOptions) -> None:
     """Refuse a value of `--quantize` that is neither a method nor a file.
 
     Raises:
-        GqaExportError: with the methods.
+        GqaExportError: with the methods; or a calibration text is given and nothing is quantized.
     """
     known = (*KEEP, *METHODS)
+    if options.calibrate is not None and options.quantize in KEEP:
+        raise GqaExportError("a calibration text chooses scales, and nothing is quantized", "--calibrate",
+                             f"add --quantize {' or '.join(METHODS)}", code="E-OPTION-CALIBRATE")
     if options.quantize not in known and not options.quantize.endswith(".toml"):
         raise GqaExportError(f"unknown quantization {options.quantize!r}", "--quantize",
                              f"use {', '.join(known)}, or a file of rules that ends in .toml",
                              code="E-OPTION-QUANTIZE")
 
 
-def plan(traced: Traced, store: WeightStore, options: ExportOptions, target: Target, provider: str) -> Plan | None:
+def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: ExportOptions, target: Target,
+         provider: str, say: Progress) -> Plan | None:
     """What becomes of every weight; None where all stay floating-point numbers and were.
 
     Args:
+        checkpoint: for the calibration text to run through.
         traced: the canonical model.
         store: where its weights are.
         options: of the export.
         target: the row of the target.
         provider: "cpu" or "cuda".
+        say: progress.
     """
     exact = options.activations == "exact" if options.activations else \
         provider != "cpu" or not target.runs_in_onnxruntime
@@ -91,15 +103,27 @@ def plan(traced: Traced, store: WeightStore, options: ExportOptions, target: Tar
                     weights) if held else None
     rules = read_rules(Path(options.quantize)) if options.quantize not in METHODS else ()
     decisions = decide(weights, METHODS.get(options.quantize, 0), options.block, options.head, rules)
+    importance, sha256, tokens = _importance(checkpoint, options, decisions, say)
     matrices = {}
     for each in decisions:
         if each.bits:
             name, (rows, columns) = each.weight.name, each.weight.shape
             matrices[name] = quantize_matrix(rows_of(sources[name]), (rows, columns), each.bits, each.block,
-                                             f"{name} ({stored[name]})")
+                                             f"{name} ({stored[name]})", importance.get(name))
     return Plan("rules" if rules else options.quantize, exact, matrices,
                 {name: facts_of(matrix, lossless=False) for name, matrix in matrices.items()}, stored,
-                {each.weight.name: each.reason for each in decisions if not each.bits}, weights)
+                {each.weight.name: each.reason for each in decisions if not each.bits}, weights, sha256, tokens)
+
+
+def _importance(checkpoint: Checkpoint, options: ExportOptions, decisions: Sequence[Decision],
+                say: Progress) -> tuple[Mapping[str, Any], str, int]:
+    """How much errors of each matrix's columns count, the text's sha256 and its tokens; nothing without a text."""
+    if options.calibrate is None:
+        return {}, "", 0
+    from ..quantizing.calibrate import calibrate
+
+    found = calibrate(checkpoint, options.calibrate, {each.weight.name for each in decisions if each.bits}, say)
+    return found.importance, found.sha256, found.tokens
 
 
 def fill(plan: Plan, lowered: Lowered, store: WeightStore) -> None:
@@ -130,4 +154,5 @@ def record(plan: Plan, lowered: Lowered, dtype: str) -> Quantization:
                                 plan.facts[weight.name].half or dtype == "float32"),
                             operator=", ".join(dict.fromkeys(each.operator for each in held.forms)))
         weights.append(entry)
-    return Quantization(plan.method, "exact" if plan.exact else "int8", tuple(weights))
+    return Quantization(plan.method, "exact" if plan.exact else "int8", tuple(weights), plan.calibration,
+                        plan.tokens)

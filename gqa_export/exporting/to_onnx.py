@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from ..weights.layout import place
 from ..weights.memory_budget import Budget
 from .options import ExportOptions
 from .prepare import pick_provider, prepare
+from .ranks import write_ranks
 from .record import add_genai, manifest_of, with_bytes
 from .tokenizer_files import NO_TOKENIZER, add_tokenizer
 
@@ -72,16 +73,21 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
             budget.check("writing weights")
             say("writing weights", done, total)
 
-        placement = place(lowered.model, ready.store, writer, options.weights, checkpoint.folder,
-                          hash_full=options.hash_full, on_bytes=written)
-        writer.write(MODEL, lowered.model.SerializeToString())
+        parallel = None
+        if ready.ranks is not None:
+            parallel, placement = write_ranks(ready.ranks, ready.store, writer, options, checkpoint.folder,
+                                              written)
+        else:
+            placement = place(lowered.model, ready.store, writer, options.weights, checkpoint.folder,
+                              hash_full=options.hash_full, on_bytes=written)
+            writer.write(MODEL, lowered.model.SerializeToString())
         if inplace:
             without = "" if has_tokenizer(checkpoint) else NO_TOKENIZER
         else:
             without = add_tokenizer(checkpoint, writer)
         notes = [*ready.notes, *writer.notes, *([without] if without else [])]
-        manifest = manifest_of(checkpoint, traced, lowered, options, ready.dtype, not without, ready.quantization,
-                               ready.kv)
+        manifest = replace(manifest_of(checkpoint, traced, lowered, options, ready.dtype, not without,
+                                       ready.quantization, ready.kv), parallel=parallel)
         if ready.target.genai:
             add_genai(writer, manifest, pick_provider(options.provider, ready.dtype, ready.target), notes)
         manifest = writer.finish(with_bytes(manifest, placement))

@@ -19,11 +19,7 @@ from ..errors import UnsupportedModel
 REQUIRED = tuple(name for name in attention_op.INPUT_NAMES if name not in ("cos", "sin"))
 """inputs that a call of the function must give; cos and sin must be absent"""
 
-_BODY = """
-<domain: "{domain}", opset_import: ["" : {opset}]>
-{op} <{attributes}> ({inputs}) => ({outputs})
-{{
-    zero = Constant <value_int: int = 0> ()
+PRESENT = """    zero = Constant <value_int: int = 0> ()
     one = Constant <value_int: int = 1> ()
     axis_0 = Constant <value_ints: ints = [0]> ()
     axis_1 = Constant <value_ints: ints = [1]> ()
@@ -98,7 +94,10 @@ _BODY = """
     values = Concat <axis: int = 2> (past_value, value_BKSE, zero_value)
     present_value = GatherND <batch_dims: int = 2> (values, index_BKT1)
 
-    step_B1S = Add (past_B1, step_S)
+"""
+"""constants, attributes, sizes, and the present cache"""
+
+EXACT = """    step_B1S = Add (past_B1, step_S)
     position_BS1 = Unsqueeze (step_B1S, axis_2)
     causal_BST = LessOrEqual (cache_T, position_BS1)
     no_window = Equal (window_, zero)
@@ -167,7 +166,14 @@ _BODY = """
     mean_BSKGE = Transpose <perm: ints = [0, 3, 1, 2, 4]> (mean_BKGSE)
     output_shape = Concat <axis: int = 0> (B, S, HE)
     mean_BSX = Reshape (mean_BSKGE, output_shape)
-    output = CastLike (mean_BSX, query)
+"""
+"""attention of every new token over every key that it sees, to mean_BSX in fp32"""
+
+_BODY = """
+<domain: "{domain}", opset_import: ["" : {opset}]>
+{op} <{attributes}> ({inputs}) => ({outputs})
+{{
+""" + PRESENT + EXACT + """    output = CastLike (mean_BSX, query)
 }}
 """
 

@@ -33,6 +33,40 @@ class Session:
         """Empty the cache, for `batch` sequences."""
         self.inner.reset(batch)
 
+    def reset_row(self, row: int) -> None:
+        """Empty one row, so that another request may begin there; the others stay as they are.
+
+        Args:
+            row: 0 .. batch - 1.
+
+        Raises:
+            GqaExportError: there is no such row.
+        """
+        self.inner.reset_row(row)
+
+    def rewind_row(self, row: int, length: int) -> None:
+        """Keep the first `length` tokens of a row and forget the others; nothing is run again.
+
+        Args:
+            row: 0 .. batch - 1.
+            length: tokens to keep, at most what the row holds. A model with states of fixed size cannot go back but to
+                0 and to lengths that `mark_row` has kept.
+
+        Raises:
+            GqaExportError: there is no such row, it holds fewer tokens, or its states at that length are not known.
+        """
+        self.inner.rewind_row(row, length)
+
+    def copy_row(self, source: int, destination: int, length: int | None = None) -> None:
+        """Let row `destination` begin with the first `length` tokens of row `source` (None: all of them): a prefix that
+        two requests share is read once. Limits and errors as of `rewind_row`."""
+        self.inner.copy_row(source, destination, length)
+
+    def mark_row(self, row: int) -> int:
+        """Keep the states of a row as they are now, so that it can come back to this length, which is returned. Costs
+        nothing where the model has attention alone."""
+        return self.inner.mark_row(row)
+
     def step(self, ids: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> npt.NDArray[np.float32]:
         """Feed new tokens and get their logits.
 

@@ -32,12 +32,12 @@ def some_rows(matrix: QuantizedMatrix, start: int, stop: int) -> QuantizedMatrix
 
 
 def joinable(parts: Sequence[QuantizedMatrix]) -> bool:
-    """Whether the parts differ in nothing but their rows."""
+    """Whether the parts differ in nothing but their rows (and the static scale of an input, which their whole lacks
+    then)."""
 
     def form(part: QuantizedMatrix) -> tuple[Any, ...]:
         arrays = tuple(None if each is None else each.tobytes() for each in (part.column_order, part.column_scale))
-        return (part.columns, part.bits, part.block, part.kind, part.offset, part.global_scale, part.input_scale,
-                part.transposed,
+        return (part.columns, part.bits, part.block, part.kind, part.offset, part.global_scale, part.transposed,
                 part.scale_dtype, *arrays)
 
     return len({form(part) for part in parts}) == 1
@@ -64,7 +64,9 @@ def joined(parts: Sequence[QuantizedMatrix], shape: tuple[int, ...] | None = Non
     names = tuple(dict.fromkeys(name for part in parts for name in part.tensors))
     blocks = {part.row_block for part in parts}
     same = len(blocks) == 1 and all(part.rows % part.row_block == 0 for part in parts)
+    inputs = {part.input_scale for part in parts}
     return replace(parts[0], shape=shape, read=read, tensors=names, in_place="",
+                   input_scale=inputs.pop() if len(inputs) == 1 else None,
                    row_block=blocks.pop() if same else 1)
 
 

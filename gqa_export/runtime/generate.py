@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import GqaExportError
+from .rows import rope_switch
 from .session import Session
 
 PREFILL_PIECE = 512
@@ -121,7 +122,7 @@ def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens:
             elif session.lengths[row] >= session.capacity:
                 finish[row] = FULL
 
-    switch = _switch(session)
+    switch = rope_switch(session)
     started = time.perf_counter()
     take(_prefill(session, prompts, prefill_piece, switch))
     prefilled = time.perf_counter()
@@ -158,14 +159,6 @@ def _check(lengths: np.ndarray, capacity: int, max_new_tokens: int) -> None:
         raise GqaExportError(f"the prompt has {int(lengths.max())} tokens, and the cache holds {capacity}", "prompt",
                              f"shorten it, or export with --capacity {int(lengths.max()) + max_new_tokens} or more",
                              code="E-RUN-CAPACITY")
-
-
-def _switch(session: Session) -> int:
-    """Tokens beyond which another rotary table serves; 0: one table, or a session made without a spec."""
-    try:
-        return getattr(session.spec, "rope_switch", 0)
-    except GqaExportError:
-        return 0
 
 
 def _so_far(session: Session, prompts: Sequence[Sequence[int]], tokens: list[list[int]],

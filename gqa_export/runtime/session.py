@@ -53,6 +53,18 @@ class Session(Protocol):
         the vocabulary, or the shapes do not fit the batch.
         """
 
+    def reset_row(self, row: int) -> None:
+        """Empty one row. This and the next three: see `gqa_export.runtime.rows.RowSlots`."""
+
+    def rewind_row(self, row: int, length: int) -> None:
+        """Keep the first `length` tokens of a row."""
+
+    def copy_row(self, source: int, destination: int, length: int | None = None) -> None:
+        """Let a row begin with the first tokens of another."""
+
+    def mark_row(self, row: int) -> int:
+        """Keep the states of a row, so that it can come back to its present length."""
+
     def states(self) -> list[np.ndarray]:
         """Every state of fixed size, [B, *shape], in the order of `spec.states`; copies."""
 

@@ -22,13 +22,14 @@ from ..spec import FLOATS, KvCache, ModelSpec
 from ..trace.states.torch_cache import empty_cache, has_keys, kept_states, observed_states, states_of_row
 from .feeds import check_feed, written_rows
 from .quantized_cache import follow, quantized_cache
+from .rows import RowSlots
 from .session import Step
 
 DTYPES = {name: getattr(torch, full) for short, full in FLOATS.items() for name in (short, full)}
 """number formats by their short and by their full names"""
 
 
-class TorchSession:
+class TorchSession(RowSlots):
     """A `Session` over any causal language model of transformers.
 
     model: the module; it is copied if `dtype` is not its own, and left as it is. dtype: a name such as "fp32" or a
@@ -85,9 +86,8 @@ class TorchSession:
 
     def reset(self, batch: int) -> None:
         """Empty caches for `batch` sequences."""
-        self._caches = [empty_cache(self.model.config, bool(self._states)) if self._kv is None
-                        else quantized_cache(self._kv, self._tie) for _ in range(batch)]
-        self._lengths = np.zeros(batch, dtype=np.int64)
+        self._begin_rows(batch)
+        self._caches = [self._nothing() for _ in range(batch)]
 
     def step(self, input_ids: np.ndarray, new_lengths: np.ndarray | None = None, *, want_cache: bool = False) -> Step:
         """See `Session.step`. Logits are fp64 for an fp64 session and fp32 otherwise."""
@@ -124,6 +124,26 @@ class TorchSession:
         dtype = np.float64 if self.dtype is torch.float64 else np.float32
         return [np.stack([np.zeros(state.shape, dtype) if row[place] is None else _numpy(row[place])  # type: ignore[arg-type]
                           for row in rows]) for place, state in enumerate(self._states)]
+
+    def _nothing(self) -> Any:
+        if self._kv is not None:
+            return quantized_cache(self._kv, self._tie)
+        return empty_cache(self.model.config, bool(self._states))
+
+    def _has_states(self) -> bool:
+        return bool(self._states)
+
+    def _states_of(self, row: int) -> Any:
+        return copy.deepcopy(self._caches[row])
+
+    def _keep(self, source: int, destination: int, length: int, states: Any) -> None:
+        if length == 0 or states is not None:  # what is kept of a row with states is its whole cache
+            self._caches[destination] = copy.deepcopy(states) if length else self._nothing()
+            return
+        cache = self._caches[source] if source == destination else copy.deepcopy(self._caches[source])
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        self._caches[destination] = cache
 
     def _row(self, ids: np.ndarray, cache: Any, past: int) -> np.ndarray:
         previous = self.model.config._attn_implementation

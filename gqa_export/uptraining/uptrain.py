@@ -19,7 +19,7 @@ from ..checkpoint.tied_weights import untie
 from ..checkpoint.tokenizer import tokenizer_files
 from ..checkpoint.unused_tensors import unused_notes
 from ..environment.versions import versions
-from ..errors import GqaExportError
+from ..errors import GqaExportError, UnsupportedModel
 from ..files.staging import check_folder, disk_errors, writing_folder
 from ..progress import Progress, silent
 from .curve import Point, picture, split_log
@@ -100,6 +100,10 @@ def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, repor
     if checkpoint.kind == "gguf":
         raise GqaExportError("a GGUF file cannot be trained", checkpoint.source,
                              "give the original Hugging Face checkpoint folder", code="E-UPTRAIN-GGUF")
+    if checkpoint.quantized:
+        raise UnsupportedModel(f"the checkpoint is quantized ({checkpoint.quantization}) and cannot be trained",
+                               checkpoint.source, "train the original, unquantized checkpoint",
+                               code="E-MODEL-QUANTIZED")
     work = work_folder(output)
     from ..checkpoint.quiet import quiet
     from .trainer import DistillingTrainer, Watch, arguments, last_checkpoint

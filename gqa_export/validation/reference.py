@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,12 @@ from ..progress import Progress
 from ..runtime.session import Session
 from ..targets import get_target, on_cpu
 from .quantized_reference import put_quantized, requantized
+from .ranks import merged_bundle, with_held_heads
 from .sessions import observed_facts, pytorch_sessions
 from .stand_in import stand_in
 
 if TYPE_CHECKING:
+    from ..bundle.parallel import ParallelFacts
     from ..targets import Target
 
 
@@ -54,9 +56,12 @@ def runnable(stack: ExitStack, folder: Path, manifest: Manifest, ran_dtype: str,
     is wanted, and of an engine's graph, as long as no engine was built, a form that ONNX Runtime can run."""
 
     ran, where, target = manifest, folder, get_target(manifest.target)
+    if manifest.parallel is not None and manifest.engine is None:
+        report("putting the ranks together", None, None)
+        ran, where = stack.enter_context(merged_bundle(folder, manifest, notes))
     if ran_dtype != manifest.dtype:
         report("widening to fp32", None, None)
-        ran, where = stack.enter_context(_twin(folder))
+        ran, where = stack.enter_context(_twin(where))
     if target.engine and manifest.engine is None:
         ran, where = stack.enter_context(_interpreted(where, ran, notes))
         target = on_cpu(target)
@@ -86,6 +91,12 @@ def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dty
     put_quantized((one.model for one in models), matrices)
     return Reference(session, eager, dtype, session.model, observed_facts(session, str(against)),
                      model_digest(checkpoint), plain=manifest.kv_cache is None and not matrices)
+
+
+def with_ranks(known: Reference, parallel: ParallelFacts) -> Reference:
+    """A reference for a model that is cut: keys, values and cache have the heads that ranks hold."""
+    return replace(known, session=with_held_heads(parallel, known.session),
+                   eager=with_held_heads(parallel, known.eager) if known.eager else None)
 
 
 @contextmanager

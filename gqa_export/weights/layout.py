@@ -22,7 +22,8 @@ from ..errors import GqaExportError, InvalidCheckpoint
 from ..files.sha256 import file_sha256
 from ..graph_io import RECIPE
 from .dtypes import cast, itemsize
-from .sources import PackedSource, Source, StoredSource, WeightStore, recipe_of
+from .source_kinds import PackedSource, Source, StoredSource
+from .sources import WeightStore, recipe_of
 
 if TYPE_CHECKING:
     import onnx
@@ -123,7 +124,7 @@ def arrange(model: onnx.ModelProto, store: WeightStore, mode: Mode) -> Arrangeme
 
 def place(model: onnx.ModelProto, store: WeightStore, writer: BundleWriter, mode: Mode,
           checkpoint_folder: Path | None = None, *, hash_full: bool = False,
-          on_bytes: Callable[[int, int], None] | None = None) -> Placement:
+          on_bytes: Callable[[int, int], None] | None = None, inside: str = "") -> Placement:
     """Point every initializer with a recipe at real bytes, editing `model`; constant memory for any size.
 
     Tensors that linked files cannot hold (converted, in memory, rows not adjacent) are streamed and counted as copied.
@@ -138,6 +139,7 @@ def place(model: onnx.ModelProto, store: WeightStore, writer: BundleWriter, mode
         checkpoint_folder: the folder that in-place files must lie in; None is each file's own.
         hash_full: hash linked and in-place files whole, too, with sha256.
         on_bytes: called with (done, total) streamed bytes.
+        inside: the graph's folder in the bundle, "rank0/"; "" for the bundle itself. The weights lie beside the graph.
 
     Raises:
         GqaExportError: a value overflows its new type, the output is on another file system than the linked files, or
@@ -145,15 +147,18 @@ def place(model: onnx.ModelProto, store: WeightStore, writer: BundleWriter, mode
         InvalidCheckpoint: the checkpoint has a tensor in another shape than the graph.
     """
     plan = arrange(model, store, mode)
+    if plan.files:
+        (writer.staging / inside).mkdir(exist_ok=True)
     for name, path in plan.files.items():
         if mode == "link":
-            _link(path, writer.staging / name)
+            _link(path, writer.staging / inside / name)
         else:
             _check_inside(path, checkpoint_folder or path.parent)
-        writer.record(name, _file_fact(path, hash_full))
+        writer.record(inside + name, _file_fact(path, hash_full))
     if plan.streams:
-        _write(plan, writer, on_bytes or (lambda done, total: None))
-    return Placement(plan.bytes_copied, plan.bytes_linked, (*plan.files, *((DATA,) if plan.streams else ())))
+        _write(plan, writer, on_bytes or (lambda done, total: None), inside)
+    names = (*plan.files, *((DATA,) if plan.streams else ()))
+    return Placement(plan.bytes_copied, plan.bytes_linked, tuple(inside + name for name in names))
 
 
 def _check_shape(tensor: onnx.TensorProto, sources: tuple[Source, ...]) -> None:
@@ -190,9 +195,9 @@ def _point(tensor: onnx.TensorProto, location: str, offset: int, length: int) ->
         entry.key, entry.value = key, value
 
 
-def _write(plan: Arrangement, writer: BundleWriter, on_bytes: Callable[[int, int], None]) -> None:
+def _write(plan: Arrangement, writer: BundleWriter, on_bytes: Callable[[int, int], None], inside: str) -> None:
     total, done = plan.bytes_copied, 0
-    with writer.open(DATA, _key(plan)) as file:
+    with writer.open(inside + DATA, _key(plan)) as file:
         there = file.tell()
         for stream in plan.streams:
             if stream.offset + stream.nbytes > there:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..quantized.packing import Packer
-from .sources import PackedSource, WeightStore
+from .source_kinds import PackedSource
+from .sources import WeightStore
 
 if TYPE_CHECKING:
     from ..quantized.facts import Form

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .dtypes import numpy_dtype
-from .sources import DequantizedSource, MemorySource, Source, StoredSource
+from .source_kinds import DequantizedSource, MemorySource, Source, StoredSource
 
 Rows = Callable[[int, int], Any]
 """(start, stop) -> float32 `[stop - start, K]`"""

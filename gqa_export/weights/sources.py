@@ -1,152 +1,30 @@
 """Weights by name: where their bytes are.
 
 Graph stages hold no weights. An initializer is EXTERNAL with the location `weights:NAME`, or `weights:A+B+C` for
-rows concatenated along axis 0. `WeightStore` knows where each name's bytes are: in a checkpoint's file
-(`StoredSource`), codes in a checkpoint's file (`DequantizedSource`), or made by a function, one tensor at a time
-(`MemorySource`: merged, computed). Parts of packed weights are sources of their own (`weights:NAME@FORM.PART`,
+rows concatenated along axis 0; a name may be one of a part (`slices`). `WeightStore` knows where each name's bytes
+are, one of `source_kinds`. Parts of packed weights are sources of their own (`weights:NAME@FORM.PART`,
 `gqa_export.weights.packed`).
 `layout` streams them into `model.onnx.data` or points the graph into the checkpoint's own files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.load_model import plain_values
+from ..checkpoint.quantized.parameters import parameters_of
 from ..checkpoint.safetensors_header import StoredTensor
 from ..errors import InvalidCheckpoint
 from ..graph_io import RECIPE
+from .slices import part_of
+from .source_kinds import DequantizedSource, MemorySource, Source, StoredSource, source_of_part
 
 if TYPE_CHECKING:
     import onnx
     import torch
 
     from ..checkpoint.checkpoint import Checkpoint
-    from ..quantized.matrix import QuantizedMatrix
-    from ..quantized.packing import Packer
-
-CHUNK_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class StoredSource:
-    """A tensor whose bytes lie in a checkpoint's file."""
-
-    tensor: StoredTensor
-
-    @property
-    def dtype(self) -> str:
-        """numpy (ml_dtypes) name of the stored type."""
-        return self.tensor.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape as stored."""
-        return self.tensor.shape
-
-    def chunks(self) -> Iterator[memoryview]:
-        """The bytes, at most CHUNK_BYTES at a time; each chunk is overwritten by the next."""
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, max(self.tensor.nbytes, 1))))
-        with open(self.tensor.path, "rb") as file:
-            file.seek(self.tensor.offset)
-            left = self.tensor.nbytes
-            while left:
-                count = min(left, len(buffer))
-                if file.readinto(buffer[:count]) != count:
-                    raise InvalidCheckpoint("the file became shorter while it was read", str(self.tensor.path),
-                                            "export again once nothing else writes to the checkpoint",
-                                            code="E-WEIGHTS-FILE-CHANGED")
-                left -= count
-                yield buffer[:count]
-
-
-@dataclass(frozen=True, eq=False)
-class MemorySource:
-    """A tensor made on demand.
-
-    Attributes:
-        make: gives a torch tensor or numpy array of this dtype and shape.
-        dtype: numpy (ml_dtypes) name.
-        shape: of the tensor.
-    """
-
-    make: Callable[[], Any]
-    dtype: str
-    shape: tuple[int, ...]
-
-    def chunks(self) -> Iterator[memoryview]:
-        """The bytes, at most CHUNK_BYTES at a time."""
-        import numpy as np
-
-        value = self.make()
-        if hasattr(value, "detach"):
-            import torch
-
-            value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        flat: Any = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-        for start in range(0, flat.nbytes, CHUNK_BYTES):
-            yield memoryview(flat[start : start + CHUNK_BYTES])
-
-
-@dataclass(frozen=True, eq=False)
-class DequantizedSource:
-    """The values of a quantized weight, in float32, made stripe by stripe.
-
-    Attributes:
-        matrix: the weight.
-    """
-
-    matrix: QuantizedMatrix
-    dtype = "float32"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the model's parameter."""
-        return self.matrix.parameter_shape
-
-    def chunks(self) -> Iterator[memoryview]:
-        """The bytes, some rows at a time; of transposed ones, an expert at a time."""
-        import numpy as np
-
-        rows = self.matrix.shape[-2]
-        parts = self.matrix.stripes(CHUNK_BYTES, 4) if not self.matrix.transposed else (
-            (start, start + rows) for start in range(0, self.matrix.rows, rows))
-        for start, stop in parts:
-            values: Any = self.matrix.dequantize(start, stop)
-            values = np.ascontiguousarray(values.T if self.matrix.transposed else values, np.float32)
-            yield memoryview(values.reshape(-1).view(np.uint8))
-
-
-@dataclass(frozen=True, eq=False)
-class PackedSource:
-    """One part of a packed matrix. Its bytes may have several shapes with the same rows: operators differ there."""
-
-    packer: Packer
-    part: str
-
-    @property
-    def dtype(self) -> str:
-        """numpy (ml_dtypes) name."""
-        return self.packer.dtype(self.part)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """In elements of `dtype`."""
-        return self.packer.shape(self.part)
-
-    @property
-    def nbytes(self) -> int:
-        """Two elements of four bits have one byte."""
-        return self.packer.nbytes(self.part)
-
-    def chunks(self) -> Iterator[memoryview]:
-        """The bytes, some rows at a time."""
-        yield from self.packer.chunks(self.part)
-
-
-Source = StoredSource | MemorySource | DequantizedSource | PackedSource
 
 
 class WeightStore:
@@ -177,6 +55,9 @@ class WeightStore:
         """
         names = recipe.removeprefix(RECIPE).split("+")
         for name in names:
+            part = None if name in self.sources else part_of(name)
+            if part is not None and part.whole in self.sources:
+                self.sources[name] = source_of_part(part, self.sources[part.whole])
             if name not in self.sources:
                 raise InvalidCheckpoint(f"the graph uses the weight {name!r}, which the checkpoint does not have",
                                         recipe, "check that config.json and the weights belong together",
@@ -184,17 +65,26 @@ class WeightStore:
         return tuple(self.sources[name] for name in names)
 
     @classmethod
-    def from_codes(cls, checkpoint: Checkpoint, aliases: dict[str, str]) -> WeightStore:
+    def from_codes(cls, checkpoint: Checkpoint, wanted: Collection[str],
+                   tied: Iterable[tuple[str, ...]]) -> WeightStore:
         """Where each weight of a quantized checkpoint is; those that are quantized are dequantized when they are read.
 
         Args:
             checkpoint: with quantized weights.
-            aliases: further names of weights.
+            wanted: names of the model's parameters.
+            tied: groups of names that are one weight; at least one of each is stored.
         """
-        sources: dict[str, Source] = {name: StoredSource(tensor) for name, tensor in checkpoint.tensors.items()}
+        matrices, plain = parameters_of(checkpoint, wanted)
+        sources: dict[str, Source] = {name: StoredSource(tensor) for name, tensor in plain.items()}
         sources.update({name: _in_memory(value) for name, value in plain_values(checkpoint).items()})
-        sources.update({name: DequantizedSource(matrix) for name, matrix in checkpoint.quantized.items()})
-        return cls(sources, {name: target for name, target in aliases.items() if target in sources})
+        sources.update({name: DequantizedSource(matrix) for name, matrix in matrices.items()})
+        store = cls(sources)
+        for group in tied:
+            there = [name for name in group if name in store]
+            for name in group if there else ():
+                if name not in store:
+                    store.add(name, sources[there[0]])
+        return store
 
     @classmethod
     def from_module(cls, checkpoint: Checkpoint, module: torch.nn.Module) -> WeightStore:

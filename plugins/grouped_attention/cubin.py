@@ -158,8 +158,26 @@ def model_variants(*, heads: int, kv_heads: int, head: int, dtype: str, value_he
     return variants
 
 
-def _recipe(variant: Variant, capability: int) -> tuple[Any, Any, dict[str, Any], int, int, int]:
-    """(kernel, its arguments, compile-time values, warps, stages, tile rows)."""
+@dataclass(frozen=True)
+class Recipe:
+    """How a variant is compiled: the Triton function, its arguments, what is compiled in, and the options."""
+
+    kernel: Any
+    arguments: Sequence[tuple[str, str]]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    tile_rows: int
+    fp_fusion: bool = FP_FUSION
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As Triton's compiler takes them."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": self.fp_fusion}
+
+
+def recipe(variant: Variant, capability: int) -> Recipe:
+    """How a variant is compiled for one capability. Raises GqaExportError for an unknown kernel."""
     from gqa_plugins.grouped_attention import append, decode, prefill
 
     tiles = plan.choose_tiles(max(1, variant.rows), variant.head, variant.value_head, variant.dtype, capability)
@@ -168,16 +186,17 @@ def _recipe(variant: Variant, capability: int) -> tuple[Any, Any, dict[str, Any]
     if variant.kernel == "append":
         values = append.constants(**shape, rotary_half=variant.rotary_half, interleaved=variant.interleaved,
                                   has_new=variant.has_new)
-        return append.append_kernel, append.ARGUMENTS, values, append.WARPS, append.STAGES, plan.APPEND_STEPS
+        return Recipe(append.append_kernel, append.ARGUMENTS, values, append.WARPS, append.STAGES, plan.APPEND_STEPS)
     if variant.kernel == "prefill":
         values = prefill.constants(**attention, sinks=variant.sinks, split_band=plan.DTYPE_BYTES[variant.dtype] < 4)
-        return prefill.prefill_kernel, prefill.ARGUMENTS, values, tiles.warps, tiles.stages, tiles.rows
+        return Recipe(prefill.prefill_kernel, prefill.ARGUMENTS, values, tiles.warps, tiles.stages, tiles.rows)
     if variant.kernel == "decode":
-        return (decode.decode_kernel, decode.ARGUMENTS, decode.constants(**attention), tiles.warps, tiles.stages,
-                tiles.rows)
+        values = decode.constants(**attention)
+        return Recipe(decode.decode_kernel, decode.ARGUMENTS, values, tiles.warps, tiles.stages, tiles.rows)
     if variant.kernel == "combine":
         values = decode.combine_constants(group=variant.group, value_head=variant.value_head, sinks=variant.sinks)
-        return decode.combine_kernel, decode.COMBINE_ARGUMENTS, values, decode.COMBINE_WARPS, decode.COMBINE_STAGES, 1
+        return Recipe(decode.combine_kernel, decode.COMBINE_ARGUMENTS, values, decode.COMBINE_WARPS,
+                      decode.COMBINE_STAGES, 1, decode.COMBINE_FP_FUSION)
     raise GqaExportError(f"kernel {variant.kernel!r} is unknown", "Variant.kernel", f"use one of {', '.join(KERNELS)}",
                          code="E-ENGINE-KERNEL-UNKNOWN")
 
@@ -204,15 +223,14 @@ def compile_to_ptx(variant: Variant, capability: int) -> tuple[Cubin, str]:
         raise GqaExportError("kernels cannot be compiled in a process that interprets them",
                              "environment variable TRITON_INTERPRET", "unset it and start again",
                              code="E-ENV-TRITON-INTERPRET")
-    kernel, arguments, constants, warps, stages, tile_rows = _recipe(variant, capability)
-    kinds = {name: kind.replace("T", variant.dtype) for name, kind in arguments}
-    signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = {(index,): [["tt.divisibility", 16]] for index, (_, kind) in enumerate(arguments) if kind[0] == "*"}
+    made_as = recipe(variant, capability)
+    kinds = {name: kind.replace("T", variant.dtype) for name, kind in made_as.arguments}
+    signature = {name: kinds.get(name, "constexpr") for name in made_as.kernel.arg_names}
+    aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(kinds.values()) if kind[0] == "*"}
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True
-        compiled = triton.compile(ASTSource(kernel, signature, constants, aligned),
-                                  target=GPUTarget("cuda", capability, 32),
-                                  options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": FP_FUSION})
+        compiled = triton.compile(ASTSource(made_as.kernel, signature, made_as.constants, aligned),
+                                  target=GPUTarget("cuda", capability, 32), options=made_as.options)
     facts = compiled.metadata
     if facts.global_scratch_size or facts.profile_scratch_size or facts.shared > plan.SHARED_KIB[capability] * 1024:
         raise GqaExportError(
@@ -221,8 +239,9 @@ def compile_to_ptx(variant: Variant, capability: int) -> tuple[Cubin, str]:
             "gqa_plugins.grouped_attention.plan.choose_tiles", "report it: the tile table is wrong for this shape",
                              code="E-ENGINE-KERNEL-SHARED")
     ptx = compiled.asm["ptx"]
-    made = Cubin(variant.kernel, facts.name, capability, facts.shared, warps * 32, tile_rows, tuple(kinds.items()),
-                 {name: _text(value) for name, value in constants.items()}, compiled.asm["cubin"],
+    constants = {name: _text(value) for name, value in made_as.constants.items()}
+    made = Cubin(variant.kernel, facts.name, capability, facts.shared, made_as.warps * 32, made_as.tile_rows,
+                 tuple(kinds.items()), constants, compiled.asm["cubin"],
                  scratch_pointers(ptx, tuple(kinds.values()), f"kernel {variant.name} for {capability}"))
     return made, ptx
 

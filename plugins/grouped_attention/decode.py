@@ -42,7 +42,7 @@ COMBINE_ARGUMENTS = (
     ("sinks_ptr", "*T"), ("output_ptr", "*T"), ("kv_heads", "i32"), ("steps", "i32"), ("capacity", "i32"),
     ("splits", "i32"),
 )
-COMBINE_WARPS, COMBINE_STAGES = 4, 1
+COMBINE_WARPS, COMBINE_STAGES, COMBINE_FP_FUSION = 4, 1, False
 
 
 @triton.jit(do_not_specialize=["kv_heads", "steps", "capacity", "splits", "window"])
@@ -92,7 +92,11 @@ def combine_kernel(partial_ptr, logsum_ptr, past_lengths_ptr, new_lengths_ptr, s
                    kv_heads, steps, capacity, splits,
                    GROUP: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_VALUE: tl.constexpr,
                    BLOCK_SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr, HAS_SINKS: tl.constexpr):
-    """One program per (sequence, step, query head), the rows of the output in order."""
+    """One program per (sequence, step, query head), the rows of the output in order.
+
+    Compiled without fusion of a * b + c: in a sum over threads each would keep its own product unrounded and get its
+    neighbour's rounded, so that threads that hold the same sum would hold different last bits of it.
+    """
     head_row = tl.program_id(0).to(tl.int64)
     heads = kv_heads * GROUP
     head, token = (head_row % heads).to(tl.int32), head_row // heads
@@ -161,4 +165,4 @@ def decode(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor
     combine_kernel[(batch * steps * num_heads,)](
         partial, logsum, past_lengths, new_lengths, query if sinks is None else sinks, output, kv_heads, steps,
         capacity, splits, **combine_constants(group=group, value_head=value_head, sinks=sinks is not None),
-        num_warps=COMBINE_WARPS, num_stages=COMBINE_STAGES, enable_fp_fusion=FP_FUSION)
+        num_warps=COMBINE_WARPS, num_stages=COMBINE_STAGES, enable_fp_fusion=COMBINE_FP_FUSION)

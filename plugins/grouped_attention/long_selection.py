@@ -91,7 +91,7 @@ def sample_indices(tables: Tables, keys: int) -> tuple[Tensor, float]:
 
 def leaves(past: int, new: int, leaf: int) -> Iterator[Leaf]:
     """The leaves to which new positions belong."""
-    for number in range(past // leaf, -(-(past + new) // leaf)):
+    for number in range(past // leaf, -(-(past + new) // leaf) if new else 0):
         first, last = max(past, number * leaf), min(past + new, (number + 1) * leaf)
         yield Leaf(number, first, last, first - past)
 

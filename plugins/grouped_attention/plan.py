@@ -18,7 +18,7 @@ APPEND_STEPS = 16
 COMBINE_SPLITS = 16
 LONG_ROWS = 128
 BLOCKS_PER_SM = 2
-FP_FUSION = True  # a * b + c in one rounding; said at every compilation, because Triton's default changes in 3.10
+FP_FUSION = True  # a * b + c in one rounding, but for combine; said always, because Triton 3.10 changes its default
 
 # Shared memory one block may use, KiB. Source: CUDA C++ Programming Guide, compute capabilities.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}

@@ -22,7 +22,8 @@ from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.tokenizer import has_tokenizer, token_ids, tokenizer_files
 from gqa_export.errors import GqaExportError, InvalidCheckpoint, UnsupportedModel
 from gqa_export.exporting.tokenizer_files import add_tokenizer
-from gqa_export.weights.sources import MemorySource, WeightStore
+from gqa_export.weights.source_kinds import MemorySource
+from gqa_export.weights.sources import WeightStore
 
 LAYER = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
          "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",

@@ -4,6 +4,10 @@
 //   extend 6;              the same, more tokens into the rows       -> best token of every row
 //   step 7,-1              one token per row, -1 for none            -> best token of every row
 //   generate 8 9,10 1,2;3  at most 8 tokens, end tokens 9 and 10 (- : the manifest's), prompts
+//   open 3                 a batch of empty rows                     -> lengths, as of the next three
+//   reset 0                empties a row
+//   rewind 0 2             keeps its first two tokens
+//   copy 0 1 2             row 1 begins with the first two of row 0; -1: with all
 //   lengths
 #pragma once
 
@@ -53,6 +57,10 @@ inline std::string answer(gqa::Session& session, std::string const& command, std
         }
         return text;
     }
+    if (command == "open") session.open(std::stoul(first));
+    if (command == "reset") session.reset_row(std::stoul(first));
+    if (command == "rewind") session.rewind_row(std::stoul(first), std::stoll(second));
+    if (command == "copy") session.copy_row(std::stoul(first), std::stoul(second), std::stoll(third));
     for (auto length : session.lengths()) text += (text.empty() ? "" : " ") + std::to_string(length);
     return text;
 }

@@ -204,6 +204,9 @@ STUB cuMemcpyHtoDAsync_v2(Address address, void const* host, std::size_t bytes, 
 STUB cuMemcpyDtoHAsync_v2(void* host, Address address, std::size_t bytes, Stream) {
     return put([=] { std::memcpy(host, reinterpret_cast<void*>(address), bytes); });
 }
+STUB cuMemcpyDtoDAsync_v2(Address to, Address from, std::size_t bytes, Stream) {
+    return put([=] { std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes); });
+}
 
 STUB cuStreamCreate(Stream* stream, unsigned) {
     *stream = new CUstream_st;

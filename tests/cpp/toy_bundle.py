@@ -26,26 +26,28 @@ def tensors(dtype: str) -> tuple[tuple[TensorFact, ...], tuple[TensorFact, ...]]
     return inputs, outputs
 
 
-def profile(name: str, steps: int) -> ProfileFacts:
-    def shapes(batch: int, length: int) -> dict[str, tuple[int, ...]]:
-        known = {"batch": batch, "sequence": length}
+def profile(name: str, steps: int, batch: int = BATCH) -> ProfileFacts:
+    def shapes(rows: int, length: int) -> dict[str, tuple[int, ...]]:
+        known = {"batch": rows, "sequence": length}
         return {fact.name: tuple(known.get(axis, axis) for axis in fact.shape) for fact in tensors("float16")[0]}
 
-    low, high = shapes(1, 1), shapes(BATCH, steps)
+    low, high = shapes(1, 1), shapes(batch, steps)
     return ProfileFacts(name, {each: (low[each], low[each], high[each]) for each in low})
 
 
-def engine_facts(plugin: bool = False) -> EngineFacts:
+def engine_facts(plugin: bool = False, batch: int = BATCH) -> EngineFacts:
     fact = PluginFacts("GroupedQueryAttention", "1", "gqa", 1, "0" * 64) if plugin else None
     return EngineFacts("tensorrt", "11.1.0.106", (80, 89), "plugin" if plugin else "native",
-                       (profile("decode", 1), profile("prefill", PROMPT)),
+                       (profile("decode", 1, batch), profile("prefill", PROMPT, batch)),
                        {f"present{tail}": f"past_key_values{tail}" for tail in CACHE}, fact, LAYERS if plugin else 0)
 
 
-def manifest(facts: EngineFacts, dtype: str = "float16", engine: bytes = b"") -> Manifest:
+def manifest(facts: EngineFacts, dtype: str = "float16", engine: bytes = b"",
+             rope_switch: int = 0) -> Manifest:
     inputs, outputs = tensors(dtype)
+    spec = ModelSpec("toy", "Toy", VOCABULARY, 8, CAPACITY, "", (), rope_switch=rope_switch)
     return Manifest(target="trt-plugin", dtype=dtype, cache="static", capacity=CAPACITY, logits="last", weights="copy",
-                    spec=ModelSpec("toy", "Toy", VOCABULARY, 8, CAPACITY, "", ()), inputs=inputs, outputs=outputs,
+                    spec=spec, inputs=inputs, outputs=outputs,
                     files={ENGINE: FileFact(len(engine), hashlib.sha256(engine).hexdigest())},
                     tokens={"eos": [2, 7], "bos": 1, "pad": None}, engine=facts)
 

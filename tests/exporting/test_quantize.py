@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 from refusal import refused
 from safetensors.numpy import load_file, save_file
+from small_text import SENTENCES, byte_tokenizer
 
 from gqa_export.bundle.quantization import PLAIN
 from gqa_export.errors import GqaExportError, UnsupportedModel
@@ -81,6 +82,21 @@ def test_an_export_computes_what_the_rounded_weights_compute(checkpoint: Path, t
     assert quantization.activations == "exact"
     assert not any(weight.operator == PLAIN or weight.lossless for weight in quantization.weights)
     assert sum(weight.bytes for weight in quantization.weights) <= done.manifest.bytes_copied
+
+
+@pytest.mark.parametrize("rows", ["all", "last"])
+@pytest.mark.parametrize("target", ["ort", "onnx", "portable"])
+def test_left_padding_gives_nan_through_products_that_hide_it(checkpoint: Path, tmp_path: Path, target: str,
+                                                              rows: str) -> None:
+    """ONNX Runtime's products with int8 activations make zeros of NaN."""
+    export(checkpoint, tmp_path / "b", target=target, quantize="int8", logits=rows)
+    session = onnxruntime.InferenceSession(tmp_path / "b" / "model.onnx", providers=["CPUExecutionProvider"])
+    feeds = {each.name: np.zeros([2, each.shape[1], 0, each.shape[3]], np.float32) for each in session.get_inputs()[2:]}
+    mask = np.ones((2, 8), np.int64)
+    mask[1, :3] = 0
+    got = session.run(["logits"], {"input_ids": np.repeat(TOKENS, 2, 0), "attention_mask": mask, **feeds})[0]
+    assert np.isnan(got[1]).all()
+    assert np.isfinite(got[0]).all()
 
 
 def test_the_head_and_the_embedding_are_one_matrix_in_the_file(checkpoint: Path, tmp_path: Path) -> None:
@@ -209,3 +225,50 @@ def test_the_manifest_is_read_again(checkpoint: Path, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "b" / "gqa_export.json").read_text())["quantization"]
     assert found["method"] == "int8"
     assert {each["bits"] for each in found["weights"]} == {8}
+
+
+def test_the_matrices_of_a_bundle_are_made_again(checkpoint: Path, tmp_path: Path) -> None:
+    from gqa_export.checkpoint.load_model import load_model
+    from gqa_export.checkpoint.open import open_checkpoint
+    from gqa_export.quantizing.again import matrices_of
+
+    done = export(checkpoint, tmp_path / "b", quantize="int4", activations="exact")
+    assert done.manifest.quantization is not None
+    module = load_model(open_checkpoint(checkpoint), "float64")
+    again = matrices_of(module, done.manifest.quantization)
+    expected = load_file(rounded(checkpoint, tmp_path / "rounded", 4) / "model.safetensors")
+    for name, matrix in again.items():
+        stored = expected.get(name, expected.get("model.embed_tokens.weight"))
+        assert np.array_equal(matrix.dequantize().astype(np.float32), stored)
+
+
+def test_a_calibration_text_lowers_the_error_of_the_logits(checkpoint: Path, tmp_path: Path) -> None:
+    """The tiny model's inputs do not differ much; what is held is that its scales follow the text's statistics."""
+    from gqa_export.checkpoint.open import open_checkpoint
+    from gqa_export.quantizing import calibrate
+
+    folder = shutil.copytree(checkpoint, tmp_path / "with")
+    byte_tokenizer(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(SENTENCES) * 8)
+    found = calibrate.calibrate(open_checkpoint(folder), text, {"model.layers.1.mlp.down_proj.weight"},
+                                lambda *_: None)
+    importance = found.importance["model.layers.1.mlp.down_proj.weight"]
+    assert importance.ndim == 1
+    assert importance.min() > 0
+    assert importance.max() > 2 * importance.min()
+    plain = export(folder, tmp_path / "plain", quantize="int4").manifest.quantization
+    done = export(folder, tmp_path / "weighed", quantize="int4", calibrate=text).manifest.quantization
+    assert plain is not None
+    assert done is not None
+    assert (plain.calibration, plain.tokens) == ("", 0)
+    assert done.calibration == found.sha256
+    assert done.tokens == found.tokens > 0
+    data = [(tmp_path / name / "model.onnx.data").read_bytes() for name in ("plain", "weighed")]
+    assert len(data[0]) == len(data[1])
+    assert data[0] != data[1]
+
+
+def test_a_text_without_quantizing_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with refused("E-OPTION-CALIBRATE"):
+        export(checkpoint, tmp_path / "b", calibrate=tmp_path / "text.txt")

@@ -76,7 +76,7 @@ def partials(out):
 
 def reads_of(monkeypatch):
     """How many bytes of weights are read from now on."""
-    from gqa_export.weights.sources import StoredSource
+    from gqa_export.weights.source_kinds import StoredSource
 
     read = []
     chunks = StoredSource.chunks

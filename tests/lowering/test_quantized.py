@@ -22,7 +22,8 @@ from gqa_export.quantized.packing import packed
 from gqa_export.spec import ModelSpec
 from gqa_export.targets import get_target
 from gqa_export.weights.packed import add_packed
-from gqa_export.weights.sources import DequantizedSource, PackedSource, WeightStore
+from gqa_export.weights.source_kinds import DequantizedSource, PackedSource
+from gqa_export.weights.sources import WeightStore
 
 SPEC = ModelSpec("x", "", 5, 6, 8, "", ())
 NUMPY = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}

@@ -195,7 +195,7 @@ def test_unknown_kernel_capability_and_an_interpreting_process_are_refused() -> 
         cubin.compile_variant(variant, 90)
     assert "TRITON_INTERPRET" in caught.error.where
     with refused("E-ENGINE-KERNEL-UNKNOWN"):
-        cubin._recipe(cubin.Variant("sparse", "fp16", 4, 64, 64, 4), 90)
+        cubin.recipe(cubin.Variant("sparse", "fp16", 4, 64, 64, 4), 90)
 
 
 def test_command_line_refuses_in_three_lines_with_exit_code_2(tmp_path) -> None:

@@ -108,9 +108,10 @@ def test_launches_are_those_of_the_triton_launchers(monkeypatch, name: str, step
     else:
         prefill.prefill(rotated, *rest, **attend, tiles=tiles)
 
-    options = [one for recorder in recorders.values() for one in recorder.options]
+    options = [(kernel, one) for kernel, recorder in recorders.items() for one in recorder.options]
     assert options
-    assert all(one["enable_fp_fusion"] is plan.FP_FUSION for one in options), "compiled as an engine's kernels are"
+    for kernel, one in options:
+        assert one["enable_fp_fusion"] is (kernel != "combine"), "compiled as an engine's kernels are"
     expected = [(kernel, *one) for kernel, recorder in recorders.items() for one in recorder.launched]
     order = ["append", "prefill", "decode", "combine"]
     expected.sort(key=lambda one: order.index(one[0]))

@@ -30,6 +30,7 @@ from gqa_export.validation.validate import validate
 
 from .conftest import CAPACITY, VOCABULARY
 from .engine_stand_in import VERSION, Device, module, pretend_cuda, refacts, write_engine
+from .row_schedule import Alone, play
 
 TARGETS = ["trt-plugin", "trt-native"]
 TOLERANCE = 1e-4
@@ -88,6 +89,23 @@ def last_rows(logits: np.ndarray, new: tuple[int, ...]) -> np.ndarray:
     """[B, V] of each row's last valid token, zero where there is none."""
     rows = [logits[b, min(count, logits.shape[1]) - 1] * (count > 0) for b, count in enumerate(new)]
     return np.stack(rows)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_of_an_engine_join_leave_and_go_back_as_if_each_were_alone(engine, gpu, target) -> None:
+    folder = engine(target, max_batch=4)
+    count = play(gpu(folder), Alone(gpu(folder)), 60, seed=8, vocabulary=VOCABULARY, longest=CAPACITY - 4, marks=False)
+    assert min(count.values()) > 5
+
+
+def test_a_row_that_overflowed_leaves_nothing_in_the_cache_of_an_engine_that_would_read_it(engine, gpu) -> None:
+    session = gpu(engine("trt-native"))
+    session.reset(2)
+    session.step(np.full((2, 6), 7))
+    for tensor in session.backend.caches:
+        tensor[0] = float("nan")
+    session.reset_row(0)
+    assert np.isfinite(session.step(np.full((2, 2), 7)).logits).all()
 
 
 def drive(session, steps=STEPS) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Quantized weights are dequantized on their way to a bundle, some rows at a time, to the values of the loaded model."""
+"""Quantized weights are dequantized on their way to a bundle, in stripes, to the values of the loaded model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gqa_export.exporting.options import ExportOptions
 from gqa_export.progress import silent
 from gqa_export.quantized.matrix import QuantizedMatrix, Stripe
 from gqa_export.weights.memory_budget import Budget
-from gqa_export.weights.sources import DequantizedSource
+from gqa_export.weights.source_kinds import DequantizedSource
 
 WIDE = {"feed_forward_length": 64, "expert_feed_forward_length": 32}
 

@@ -25,7 +25,9 @@ from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.safetensors_header import StoredTensor, header_sha256
 from gqa_export.errors import InvalidCheckpoint
 from gqa_export.weights.layout import place
-from gqa_export.weights.sources import CHUNK_BYTES, MemorySource, StoredSource, WeightStore
+from gqa_export.weights.slices import CHUNK_BYTES
+from gqa_export.weights.source_kinds import MemorySource, StoredSource
+from gqa_export.weights.sources import WeightStore
 
 ATTENTION = "model.layers.0.self_attn."
 QKV = "weights:" + "+".join(f"{ATTENTION}{letter}_proj.weight" for letter in "qkv")

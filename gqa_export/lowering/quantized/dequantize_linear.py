@@ -16,6 +16,7 @@ from ...graph.passes import Rewritten
 from ...quantized.facts import Form, dequantize_form
 from ..context import Context
 from .inputs import Inputs
+from .nan_guards import behind
 from .parts import Parts, hold, keep_plain
 from .readers import Product, find_readers
 
@@ -44,7 +45,7 @@ def quantize_graph(graph: gs.Graph, context: Context) -> Rewritten:
         keep_plain(context, name, reason)
     parts, inputs = Parts(graph, context), Inputs(graph, context)
     weights = _Weights(graph, context, parts)
-    products = [each for each in readers.products if not any(name in plain for name in each.names)]
+    products = [behind(graph, each) for each in readers.products if not any(name in plain for name in each.names)]
     lookups = [each for each in readers.lookups if each.name not in plain]
     for product in products:
         _product(graph, context, product, forms[product.names[0]], weights, inputs)

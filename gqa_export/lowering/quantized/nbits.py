@@ -17,6 +17,7 @@ from ...graph.passes import Rewritten
 from ...quantized.facts import BNB4, Form, gather_form, nbits_form
 from ..context import Context
 from .inputs import Inputs
+from .nan_guards import behind
 from .parts import Parts, hold, keep_plain
 from .readers import CONTRIB, Lookup, Product, find_readers
 
@@ -45,7 +46,7 @@ def quantize_graph(graph: gs.Graph, context: Context) -> Rewritten:
     for name, reason in plain.items():
         keep_plain(context, name, reason)
     parts, inputs = Parts(graph, context), Inputs(graph, context)
-    products = [each for each in readers.products if not any(name in plain for name in each.names)]
+    products = [behind(graph, each) for each in readers.products if not any(name in plain for name in each.names)]
     lookups = [each for each in readers.lookups if each.name not in plain]
     for product in products:
         _product(graph, context, product, forms[product.names[0]], parts, inputs)

@@ -34,7 +34,8 @@ def interpret(model: onnx.ModelProto) -> int:
         InvalidBundle: the inputs of a plugin node are not those that its flags announce: this version did not write it.
     """
     nodes: list[onnx.NodeProto] = []
-    sizes = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in model.graph.input}
+    sizes = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+             for value in (*model.graph.input, *model.graph.value_info)}
     tables = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) == 2}
     casts = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
     known: set[int] = set()

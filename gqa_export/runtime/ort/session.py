@@ -23,6 +23,7 @@ from ...quantized.kv_codes import decode
 from ...spec import DTYPES
 from ...targets import Target, get_target
 from ..feeds import check_feed, must_run_alone, step_feed, written_rows
+from ..rows import RowSlots, longest_after, move_row, resized
 from ..session import Step
 from .backend import ArrayBackend, Backend, BindingBackend, Infer, numpy_dtype
 from .loading import check_graph, choose_provider, graph_facts, open_session
@@ -36,7 +37,7 @@ class _Ran:
     present: list[Any]
 
 
-class OrtSession:
+class OrtSession(RowSlots):
     """A `Session` over a bundle. Make one with `OrtSession.load`.
 
     Attributes:
@@ -111,7 +112,7 @@ class OrtSession:
         if batch < 1:
             raise GqaExportError(f"batch size must be at least 1, got {batch}", "reset", "give at least one sequence",
                                  code="E-RUN-BATCH")
-        self._lengths = np.zeros(batch, dtype=np.int64)
+        self._begin_rows(batch)
         room = self.capacity if self._static else 0
         width = self._kv.width if self._kv else int
         sizes = [(layer.kv_num_heads, width(size)) for layer in self.spec.layers
@@ -125,9 +126,10 @@ class OrtSession:
         ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.spec.vocabulary)
         before, sequence = self._lengths, ids.shape[1]
         padded = self._static and self._target.writes_padding
-        alone = must_run_alone(before, new, sequence, capacity=self.capacity if padded else None,
+        fed = self._ridden(new, sequence)
+        alone = must_run_alone(before, fed, sequence, capacity=self.capacity if padded else None,
                                chunks_alone=self._target.chunks_alone, empty_alone=self._target.empty_alone)
-        logits = self._each_row(ids, new) if alone else self._whole(ids, new)
+        logits = self._each_row(ids, new) if alone else self._whole(ids, fed, new)
         self._lengths = before + new
         logits = logits if logits.dtype == np.float32 else logits.astype(np.float32)
         if not want_cache:
@@ -164,17 +166,45 @@ class OrtSession:
         self.reset(1)
         return logits.astype(np.float32)
 
-    def _whole(self, ids: np.ndarray, new: np.ndarray) -> np.ndarray:
-        """One call for all rows."""
+    def _ridden(self, new: np.ndarray, sequence: int) -> np.ndarray:
+        """What each row is fed. Where the attention takes no row without a token, and the others bring one each, an
+        idle row brings one too, which is written beyond its length and not kept: all run in one call. States would keep
+        it, so rows of a model that has them run alone."""
+        idle = new == 0
+        if not self._target.empty_alone or sequence > 1 or idle.all() or self._has_states() or (
+                self._static and (self._lengths[idle] >= self.capacity).any()):
+            return new
+        return np.maximum(new, 1)
+
+    def _whole(self, ids: np.ndarray, fed: np.ndarray, new: np.ndarray) -> np.ndarray:
+        """One call for all rows, which bring `fed` tokens, of which `new` are kept."""
         longest = int(self._lengths.max())
-        ran = self._call(ids, self._lengths, new, longest, self._past)
+        ran = self._call(ids, self._lengths, fed, longest, self._past)
         self._past = ran.present
         after = int((self._lengths + new).max())
         if not self._static and after < longest + ids.shape[1]:
             # ragged rows leave columns without a token: cut them, or they grow with every step
             self._past[: self._cached] = [self._backend.upload(self._backend.download(t)[:, :, :after])
                                           for t in self._past[: self._cached]]
-        return ran.logits
+        return ran.logits if (fed == new).all() else np.where((new > 0)[:, None, None], ran.logits, 0)
+
+    def _has_states(self) -> bool:
+        return bool(self.spec.states)
+
+    def _states_of(self, row: int) -> list[np.ndarray]:
+        return [np.array(self._backend.download(t)[row: row + 1]) for t in self._past[self._cached:]]
+
+    def _keep(self, source: int, destination: int, length: int, states: list[np.ndarray] | None) -> None:
+        tokens, clear = longest_after(self._lengths, destination, length), not self._target.nan_tail_safe
+        if not self._static or source != destination or clear:
+            for i, tensor in enumerate(self._past[: self._cached]):
+                whole = self._backend.download(tensor)
+                whole = whole if self._static else resized(whole, tokens)
+                self._past[i] = self._backend.upload(move_row(whole, source, destination, length, clear))
+        for i, state in enumerate(self.spec.states):
+            row = np.zeros((1, *state.shape), state.dtype) if states is None else states[i]
+            self._past[self._cached + i] = self._put_row(self._past[self._cached + i], destination,
+                                                         self._backend.upload(row))
 
     def _call(self, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray, past: int, tensors: Sequence[Any]) -> _Ran:
         feed = step_feed(self._target.interface, ids, lengths, new, past, whole_row=self.whole_row_masks)

@@ -168,6 +168,16 @@ class DeviceBackend:
         arrays = [(tensor.float() if low else tensor).cpu().numpy() for tensor in self.caches]
         return list(zip(arrays[0::2], arrays[1::2]))
 
+    def copy_row(self, source: int, destination: int, length: int) -> None:
+        """See `EngineBackend.copy_row`."""
+        for tensor in self.caches:
+            tensor[destination, :, :length].copy_(tensor[source, :, :length])
+
+    def clear_row(self, row: int, length: int) -> None:
+        """See `EngineBackend.clear_row`."""
+        for tensor in self.caches:
+            tensor[row, :, length:].zero_()
+
     def fill_tail(self, lengths: np.ndarray, values: tuple[float, ...]) -> None:
         """See `EngineBackend.fill_tail`."""
         torch = self._torch

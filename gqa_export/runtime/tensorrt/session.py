@@ -15,6 +15,7 @@ from ...bundle.manifest import Manifest
 from ...errors import GqaExportError
 from ...targets import get_target
 from ..feeds import check_feed, must_run_alone, written_rows
+from ..rows import RowSlots
 from ..session import Step
 from .check import check_bundle, check_device, facts_of, import_flavor
 
@@ -35,11 +36,17 @@ class EngineBackend(Protocol):
     def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Copies of every layer's key and value cache; fp32 where numpy lacks the type."""
 
+    def copy_row(self, source: int, destination: int, length: int) -> None:
+        """Overwrite the first `length` tokens of row `destination` with those of row `source`."""
+
+    def clear_row(self, row: int, length: int) -> None:
+        """Zero what lies at or beyond `length` in a row."""
+
     def fill_tail(self, lengths: np.ndarray, values: tuple[float, ...]) -> None:
         """Overwrite what lies at or beyond lengths [B] with `values` in turn."""
 
 
-class EngineSession:
+class EngineSession(RowSlots):
     """A `Session` over an engine bundle. Make one with `EngineSession.load`."""
 
     def __init__(self, manifest: Manifest, backend: EngineBackend) -> None:
@@ -47,7 +54,8 @@ class EngineSession:
         self.manifest, self.spec, self.capacity = manifest, manifest.spec, manifest.capacity
         self.max_batch, self.max_prompt = facts.max_batch, facts.max_prompt
         self.backend = backend
-        self._pads = get_target(manifest.target).writes_padding
+        target = get_target(manifest.target)
+        self._pads, self._clears = target.writes_padding, not target.nan_tail_safe
         self._garbage: tuple[float, ...] = ()
         self._last: Any = None
         self.reset(1)
@@ -85,7 +93,7 @@ class EngineSession:
             raise GqaExportError(f"the engine takes 1 to {self.max_batch} sequences at once, got {batch}", "batch",
                                  f"feed fewer, or build the engine with --max-batch {max(batch, 1)}",
                                  code="E-RUN-BATCH")
-        self._lengths = np.zeros(batch, dtype=np.int64)
+        self._begin_rows(batch)
         self._last = None
         self.backend.allocate(batch)
 
@@ -137,6 +145,15 @@ class EngineSession:
     def fill_garbage(self, values: tuple[float, ...]) -> None:
         """Fill the cache beyond the lengths with these values, in turn, before every later call; (): leave it."""
         self._garbage = values
+
+    def _has_states(self) -> bool:
+        return False
+
+    def _keep(self, source: int, destination: int, length: int, states: Any) -> None:
+        if source != destination and length:
+            self.backend.copy_row(source, destination, length)
+        if self._clears:
+            self.backend.clear_row(destination, length)
 
     def _piece(self, ids: np.ndarray, new: np.ndarray) -> np.ndarray:
         """Logits [B, 1, V] of at most `max_prompt` new tokens per row; the lengths move on."""

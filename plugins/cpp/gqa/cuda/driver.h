@@ -62,6 +62,7 @@ constexpr int kCaptureThreadLocal = 1;  // CUstreamCaptureMode: other threads ma
     X(fill, "cuMemsetD8Async", (Address, unsigned char value, std::size_t bytes, Stream))                            \
     X(to_device, "cuMemcpyHtoDAsync_v2", (Address, void const* host, std::size_t bytes, Stream))                     \
     X(to_host, "cuMemcpyDtoHAsync_v2", (void* host, Address, std::size_t bytes, Stream))                             \
+    X(on_device, "cuMemcpyDtoDAsync_v2", (Address to, Address from, std::size_t bytes, Stream))                       \
     X(stream_create, "cuStreamCreate", (Stream*, unsigned flags))                                                    \
     X(stream_destroy, "cuStreamDestroy_v2", (Stream))                                                                \
     X(stream_synchronize, "cuStreamSynchronize", (Stream))                                                           \

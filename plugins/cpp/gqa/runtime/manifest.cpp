@@ -107,6 +107,7 @@ Manifest parse_manifest(std::string const& text, std::string const& where) {
     }
     Manifest manifest;
     manifest.capacity = root.at("capacity").integer();
+    manifest.rope_switch = root.at("spec").at("rope_switch").integer();
     manifest.inputs = read_tensors(root.at("inputs"));
     manifest.outputs = read_tensors(root.at("outputs"));
     read_engine(root.at("engine"), manifest, where);

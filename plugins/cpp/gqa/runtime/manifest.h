@@ -31,6 +31,7 @@ struct Manifest {
     std::string engine_file, engine_sha256;
     bool stripped = false;  // the weights are not inside
     std::int64_t capacity = 0, max_batch = 0, max_prompt = 0, vocabulary = 0;
+    std::int64_t rope_switch = 0;  // a row of more tokens is rotated by another table (longrope); 0: one table for all
     int decode_profile = 0, prefill_profile = 0;
     std::vector<TensorFact> inputs, outputs;
     std::map<std::string, std::string> aliases;  // present tensor -> the past tensor whose memory it is

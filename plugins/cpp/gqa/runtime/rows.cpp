@@ -61,6 +61,29 @@ void Session::Rows::forget(std::size_t rows) {
     if (!manifest_.plugin) runner_.zero_cache();
 }
 
+void Session::Rows::keep(std::size_t from, std::size_t to, std::int64_t length) {
+    for (std::size_t row : {from, to}) {
+        if (row < lengths_.size()) continue;
+        throw Error(row_name(row) + " does not exist: the batch has " + std::to_string(lengths_.size()), "Session",
+                    "begin a batch of more rows with open or prefill");
+    }
+    std::int64_t const held = lengths_[from];
+    if (length < 0 || length > held) {
+        throw Error(row_name(from) + " holds " + std::to_string(held) + " tokens, and " + std::to_string(length) +
+                        " are to be kept", "Session", "keep 0 to " + std::to_string(held) + " tokens");
+    }
+    if (length > 0 && length <= manifest_.rope_switch && held > manifest_.rope_switch) {
+        throw Error("the first " + std::to_string(length) + " tokens of " + row_name(from) +
+                        " may have been rotated for a text of more than " + std::to_string(manifest_.rope_switch) +
+                        " tokens", "Session", "reset the row and feed its tokens again");
+    }
+    if (device_) device_->make_current();
+    auto const source = static_cast<std::int64_t>(from), destination = static_cast<std::int64_t>(to);
+    if (from != to && length > 0) runner_.copy_row(source, destination, length);
+    if (!manifest_.plugin) runner_.zero_row(destination, length);  // see forget: a row that overflowed leaves NaN
+    lengths_[to] = length;
+}
+
 Logits Session::Rows::extend(std::vector<Tokens> const& more) {
     if (device_) device_->make_current();
     Logits logits(more.size(), static_cast<std::size_t>(manifest_.vocabulary));

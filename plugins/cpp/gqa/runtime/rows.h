@@ -27,6 +27,8 @@ public:
                     std::int64_t reserve) const;
 
     void forget(std::size_t rows);
+    // Lets row `to` begin with the first `length` tokens of row `from`, which may be the same.
+    void keep(std::size_t from, std::size_t to, std::int64_t length);
     Logits extend(std::vector<Tokens> const& more);
 
 private:

@@ -72,6 +72,39 @@ void Runner::zero_cache() {
     }
 }
 
+template <typename Work>
+void Runner::each_cache(std::int64_t row, Work work) const {
+    for (TensorFact const& tensor : manifest_.inputs) {
+        if (!is_cache(tensor.name)) continue;
+        std::size_t const row_bytes = elements_of_row(tensor) * bytes_of(tensor.number);
+        std::size_t const heads = size(tensor.row[0]), head_bytes = row_bytes / heads;
+        work(memory_.at(tensor.name).address() + size(row) * row_bytes, heads, head_bytes,
+             head_bytes / size(tensor.row[1]));
+    }
+}
+
+void Runner::copy_row(std::int64_t from, std::int64_t to, std::int64_t tokens) {
+    each_cache(0, [&](cuda::Address first, std::size_t heads, std::size_t head, std::size_t token) {
+        for (std::size_t i = 0; i < heads; ++i) {
+            cuda::check(cuda::driver().on_device(first + (size(to) * heads + i) * head,
+                                                 first + (size(from) * heads + i) * head, size(tokens) * token,
+                                                 stream_.get()), "copying a row of the cache");
+        }
+    });
+    stream_.wait();
+}
+
+void Runner::zero_row(std::int64_t row, std::int64_t begin) {
+    each_cache(row, [&](cuda::Address first, std::size_t heads, std::size_t head, std::size_t token) {
+        std::size_t const kept = size(begin) * token;
+        for (std::size_t i = 0; i < heads && kept < head; ++i) {
+            cuda::check(cuda::driver().fill(first + i * head + kept, 0, head - kept, stream_.get()),
+                        "zeroing a row of the cache");
+        }
+    });
+    stream_.wait();
+}
+
 void Runner::set_shapes(Profile& profile, Feed const& feed) {
     for (TensorFact const& tensor : manifest_.inputs) {
         Shape shape{feed.batch};

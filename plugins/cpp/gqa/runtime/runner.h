@@ -34,6 +34,10 @@ public:
     Number logits_number() const { return logits_number_; }
 
     void zero_cache();
+    // The first `tokens` tokens of every cache, from one row to another.
+    void copy_row(std::int64_t from, std::int64_t to, std::int64_t tokens);
+    // Zeroes a row's caches from token `begin` on.
+    void zero_row(std::int64_t row, std::int64_t begin);
 
 private:
     struct Profile {
@@ -41,6 +45,9 @@ private:
         std::int64_t batch = 0, steps = 0;
     };
 
+    // Calls work(address of the row's first head, heads, bytes of a head, bytes of a token) for every cache.
+    template <typename Work>
+    void each_cache(std::int64_t row, Work work) const;
     Profile open(int index);
     void set_shapes(Profile& profile, Feed const& feed);
     void fill_host(Feed const& feed);

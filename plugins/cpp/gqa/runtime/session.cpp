@@ -48,6 +48,20 @@ Logits Session::step(Tokens const& tokens) {
     return extend(more);
 }
 
+void Session::open(std::size_t rows) {
+    rows_->check_batch(rows);
+    rows_->forget(rows);
+}
+
+void Session::reset_row(std::size_t row) { rows_->keep(row, row, 0); }
+
+void Session::rewind_row(std::size_t row, std::int64_t length) { rows_->keep(row, row, length); }
+
+void Session::copy_row(std::size_t from, std::size_t to, std::int64_t length) {
+    bool const all = length == whole_row && from < lengths().size();
+    rows_->keep(from, to, all ? lengths()[from] : length);
+}
+
 std::vector<Tokens> Session::generate(std::vector<Tokens> const& prompts, GenerateOptions const& options) {
     if (options.max_new_tokens < 1) {
         throw Error("max_new_tokens is " + std::to_string(options.max_new_tokens), "Session::generate",

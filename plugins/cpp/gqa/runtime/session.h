@@ -76,6 +76,17 @@ public:
     static constexpr Token no_token = -1;
     Logits step(Tokens const& tokens);
 
+    // Rows as slots, for a scheduler whose requests join and leave one by one.
+    // A batch of `rows` empty rows: feed them with extend or step, each whenever it has tokens.
+    void open(std::size_t rows);
+    // Empties one row; the others stay as they are.
+    void reset_row(std::size_t row);
+    // Keeps the first `length` tokens of a row and forgets the others; nothing is run again.
+    void rewind_row(std::size_t row, std::int64_t length);
+    // Lets row `to` begin with the first `length` tokens of row `from` (whole_row: all of them).
+    static constexpr std::int64_t whole_row = -1;
+    void copy_row(std::size_t from, std::size_t to, std::int64_t length = whole_row);
+
     // Prompts in, new tokens out (without the prompt, end token included).
     std::vector<Tokens> generate(std::vector<Tokens> const& prompts, GenerateOptions const& options = {});
 

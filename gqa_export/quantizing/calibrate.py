@@ -1,0 +1,116 @@
+"""How large the inputs of each matrix are for a text: the mean square of every column, with which errors are weighed.
+
+One pass over the text, row by row, in fp32; weights are read when their layer runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..checkpoint.load_model import load_model
+from ..checkpoint.tokenized_text import load_tokenizer, packed, read_text, spread, tokenize
+from ..progress import Progress
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..checkpoint.checkpoint import Checkpoint
+
+LENGTH = 512
+TOKENS = 2048
+"""used of a text"""
+FLOOR = 1e-3
+"""of the mean over all columns: a column that was silent in the text may not be silent in others"""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a text says of a model's matrices.
+
+    Attributes:
+        importance: name of a parameter -> float32 `[K]`, mean square of each column of its input.
+        sha256: of the text.
+        tokens: used of it.
+    """
+
+    importance: dict[str, np.ndarray] = field(repr=False)
+    sha256: str
+    tokens: int
+
+
+def calibrate(checkpoint: Checkpoint, text: Path, names: Collection[str], report: Progress) -> Calibration:
+    """Run the checkpoint on a text.
+
+    Args:
+        checkpoint: with a tokenizer.
+        text: a UTF-8 file; rows of 512 tokens are taken, spread over it.
+        names: of the parameters whose inputs are measured.
+        report: called with the rows done.
+
+    Raises:
+        GqaExportError: the text cannot be read or is shorter than a row.
+        InvalidCheckpoint: there is no tokenizer.
+    """
+    content = read_text(text)
+    ids = tokenize(load_tokenizer(checkpoint.folder), content)
+    length = min(LENGTH, max(len(ids), 1))
+    rows = torch.from_numpy(spread(packed(ids, length, str(text)), max(TOKENS // length, 1)).astype("int64"))
+    model: Any = load_model(checkpoint, "auto")
+    sums: dict[str, torch.Tensor] = {}
+
+    def measured(name: str) -> Any:
+        def hook(_: Any, given: tuple[Any, ...], *__: Any) -> None:
+            _add(sums, name, given[0])
+
+        return hook
+
+    for path, module in model.named_modules():
+        name = f"{path}.weight"
+        if name in names and isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(measured(name))
+    head = model.get_output_embeddings()
+    heads = [name for name, parameter in model.named_parameters(remove_duplicate=False) if name in names
+             and head is not None and parameter is head.weight]
+    _widen(model)
+    with torch.no_grad():
+        for place, row in enumerate(rows):
+            report("running the calibration text", place, len(rows))
+            hidden = model.base_model(input_ids=row[None], use_cache=False).last_hidden_state
+            for name in heads:
+                _add(sums, name, hidden)
+    count = rows.numel()
+    found = {name: (total / count).clamp_min(FLOOR * float(total.mean()) / count).float().numpy()
+             for name, total in sums.items()}
+    return Calibration(found, hashlib.sha256(content.encode()).hexdigest(), count)
+
+
+def _add(sums: dict[str, torch.Tensor], name: str, values: torch.Tensor) -> None:
+    square = values.reshape(-1, values.shape[-1]).double().square().sum(0)
+    sums[name] = sums[name] + square if name in sums else square
+
+
+def _widen(model: torch.nn.Module) -> None:
+    """Each module's parameters are fp32 while it runs, and as they were before and after."""
+    for module in model.modules():
+        own = [each for each in module.parameters(recurse=False) if each.is_floating_point()
+               and each.dtype != torch.float32]
+        if not own:
+            continue
+        stored = [each.data for each in own]
+
+        def widen(_: Any, __: Any, own: list[Any] = own) -> None:
+            for each in own:
+                each.data = each.data.float()
+
+        def restore(_: Any, __: Any, ___: Any, own: list[Any] = own, stored: list[Any] = stored) -> None:
+            for each, data in zip(own, stored, strict=True):
+                each.data = data
+
+        module.register_forward_pre_hook(widen)
+        module.register_forward_hook(restore)
