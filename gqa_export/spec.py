@@ -76,6 +76,47 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
+class KvScales:
+    """How one layer's keys and values are quantized. key, value: what a code is multiplied by. key_clip, value_clip:
+    the share of the calibration text's numbers that are clipped."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    layer: Layer
+    key: Annotated[float, Limits(gt=0)]
+    value: Annotated[float, Limits(gt=0)]
+    key_clip: Annotated[float, Limits(ge=0, le=1)] = 0.0
+    value_clip: Annotated[float, Limits(ge=0, le=1)] = 0.0
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """A cache of codes in place of numbers (`gqa_export.quantized.kv_codes` has the rule).
+
+    Attributes:
+        bits: of a code, 8 or 4.
+        scales: of every layer, in the order of `ModelSpec.layers`; one for all keys of a layer, one for all values.
+        calibration: sha256 of the token ids that the scales were chosen from. tokens: how many.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    bits: Annotated[int, OneOf(4, 8)]
+    scales: Annotated[tuple[KvScales, ...], Limits(max_length=MOST_LAYERS, fail_fast=True)]
+    calibration: Annotated[str, Limits(pattern="^[0-9a-f]{64}$")] = "0" * 64
+    tokens: Count = 0
+
+    @property
+    def dtype(self) -> str:
+        """Number format of the cache tensors: "int8", or "uint8" with two codes a byte."""
+        return "int8" if self.bits == 8 else "uint8"
+
+    def width(self, size: int) -> int:
+        """Last dimension of a cache tensor whose heads have this size."""
+        return size * self.bits // 8
+
+
+@dataclass(frozen=True)
 class StateSpec:
     """One state of fixed size that a layer keeps beside, or in place of, keys and values.
 

@@ -20,7 +20,20 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from ..errors import InvalidBundle
 from ..graph_io import TensorFact
-from ..spec import DTYPES, FAIL_FAST, MOST_LAYERS, STRICT, Count, Fallback, Limits, ModelSpec, OneOf, Size, Text
+from ..spec import (
+    DTYPES,
+    FAIL_FAST,
+    MOST_LAYERS,
+    STRICT,
+    Count,
+    Fallback,
+    KvCache,
+    Limits,
+    ModelSpec,
+    OneOf,
+    Size,
+    Text,
+)
 from .engine_facts import EngineFacts
 from .long_facts import LongFacts
 from .manifest_rules import check_names, check_tensors
@@ -93,6 +106,7 @@ class Manifest:
         bytes_copied, bytes_linked: of weights.
         engine: of an engine bundle, its engine; None where the bundle holds a graph.
         quantization: of its weights; None where all are floating-point numbers and the checkpoint's were too.
+        kv_cache: how the cache is quantized; None where it holds floating-point numbers.
         parallel: of a bundle that is cut over ranks, how; None for one graph or engine, and then not written.
         long: of a bundle with a graph for long prompts, that graph; None, and not in the file, where there is none.
         format: of the manifest.
@@ -118,6 +132,7 @@ class Manifest:
     bytes_linked: Bytes = 0
     engine: EngineFacts | None = None
     quantization: Quantization | None = None
+    kv_cache: KvCache | None = None
     parallel: ParallelFacts | None = None
     format: Annotated[int, OneOf(FORMAT)] = FORMAT
     long: LongFacts | None = None
@@ -157,7 +172,7 @@ class Manifest:
             raise InvalidBundle(f"not a valid bundle manifest: {first_error(error)}", where, EXPORT_AGAIN,
                                 code="E-BUNDLE-MANIFEST") from error
         check_names(manifest.files, manifest.engine.file if manifest.engine else "", where)
-        check_tensors(manifest.spec, manifest.dtype, manifest.inputs, manifest.outputs, where)
+        check_tensors(manifest.spec, manifest.dtype, manifest.inputs, manifest.outputs, where, manifest.kv_cache)
         problem = manifest.long.problem(manifest.spec.layers, manifest.capacity) if manifest.long else ""
         if problem:
             raise InvalidBundle(f"not a valid bundle manifest: {problem}", where, EXPORT_AGAIN,

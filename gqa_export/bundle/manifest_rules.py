@@ -9,7 +9,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 
 from ..errors import InvalidBundle
 from ..graph_io import TensorFact, past_names, past_state, present_names, present_state
-from ..spec import DTYPES, ModelSpec
+from ..spec import DTYPES, KvCache, ModelSpec
 
 Tensors = tuple[TensorFact, ...]
 FIX = "export the bundle again with this version of gqa-export"
@@ -39,14 +39,16 @@ def check_names(files: Iterable[str], engine_file: str, where: str) -> None:
                             "do not use this bundle", code="E-BUNDLE-OUTSIDE")
 
 
-def check_tensors(spec: ModelSpec, dtype: str, inputs: Tensors, outputs: Tensors, where: str) -> None:
-    """Hold the layers of a manifest and the tensors of its graph against one another.
+def check_tensors(spec: ModelSpec, dtype: str, inputs: Tensors, outputs: Tensors, where: str,
+                  kv: KvCache | None = None) -> None:
+    """Hold the layers of a manifest and the tensors of its graph against one another. kv: how the cache is quantized.
 
     Raises:
         InvalidBundle: heads do not divide, a name occurs twice, or the cache tensors are not those of the layers.
     """
     for message in (_layers(spec), _twice("inputs", inputs), _twice("outputs", outputs),
-                    _cache(spec, dtype, "inputs", inputs), _cache(spec, dtype, "outputs", outputs)):
+                    _scales(spec, kv), _cache(spec, dtype, "inputs", inputs, kv),
+                    _cache(spec, dtype, "outputs", outputs, kv)):
         if message:
             raise InvalidBundle(f"not a valid bundle manifest: {message}", where, FIX, code="E-BUNDLE-MANIFEST")
 
@@ -71,16 +73,23 @@ def _twice(field: str, tensors: Tensors) -> str:
     return f"{field} names a tensor twice" if len({tensor.name for tensor in tensors}) != len(tensors) else ""
 
 
-def _cache(spec: ModelSpec, dtype: str, field: str, tensors: Tensors) -> str:
+def _scales(spec: ModelSpec, kv: KvCache | None) -> str:
+    if kv is not None and [scales.layer for scales in kv.scales] != [layer.layer for layer in spec.layers]:
+        return "kv_cache.scales are not those of spec.layers"
+    return ""
+
+
+def _cache(spec: ModelSpec, dtype: str, field: str, tensors: Tensors, kv: KvCache | None) -> str:
     """What is wrong with the cache tensors among `tensors`, held against the layers; "" where nothing is."""
     if not tensors:
         return ""
     names_of = past_names if field == "inputs" else present_names
-    dtype = DTYPES.get(dtype, dtype)
+    dtype = DTYPES.get(dtype, dtype) if kv is None else kv.dtype
     facts = {tensor.name: tensor for tensor in tensors}
     for layer in spec.layers:
         for name, size in zip(names_of(layer.layer), (layer.head_size, layer.value_head_size)):
             fact = facts.get(name)
+            size = size if kv is None else kv.width(size)
             if fact is None:
                 return f"{field} lack {name}"
             found = DTYPES.get(fact.dtype, fact.dtype)

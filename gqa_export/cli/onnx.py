@@ -66,10 +66,14 @@ if TYPE_CHECKING:
               help="With --quantize: bits of head and embedding, the same as the others', or none.")
 @click.option("--block", type=int, default=32, show_default=True,
               help="With --quantize: columns that share a scale: 16, 32, 64, 128 or 256.")
+@click.option("--calibrate", type=click.Path(path_type=Path), default=None, metavar="TEXT",
+              help="A UTF-8 text: weighs errors of --quantize, and scales of --kv-cache are chosen from it.")
 @click.option("--tensor-parallel", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Cut the model over N devices: a graph for each, one manifest; for trt-native and trt-plugin.")
 @click.option("--calibrate", type=click.Path(path_type=Path), default=None, metavar="TEXT",
-              help="With --quantize: weigh errors by the activations of this UTF-8 text.")
+              help="A UTF-8 text: with --quantize weighs errors by its activations, with --kv-cache chooses scales.")
+@click.option("--kv-cache", type=click.Choice(["int8", "int4"]), default=None,
+              help="Hold the cache as codes of 8 or 4 bits; needs --calibrate.")
 @click.option("--verbose", is_flag=True, help="Print the whole table of a comparison that passed.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, its size, time and memory; write nothing.")
 @revision_option

@@ -95,10 +95,11 @@ def with_kv_heads(spec: ModelSpec, shared: bool) -> ModelSpec:
                                       for layer in spec.layers))
 
 
-def cache_costs(spec: ModelSpec, element_dtype: str, longest: int) -> tuple[CacheCost, ...]:
-    """The cost of one token, of the common contexts below `longest`, and of `longest`."""
-    size = itemsize(FLOATS[element_dtype])
-    own, mha, mqa = (model.cache_bytes_per_token(size) for model in
+def cache_costs(spec: ModelSpec, element_dtype: str, longest: int, bits: int = 0) -> tuple[CacheCost, ...]:
+    """The cost of one token, of the common contexts below `longest`, and of `longest`. bits: of a code of a quantized
+    cache; 0: it holds numbers of `element_dtype`."""
+    bits = bits or 8 * itemsize(FLOATS[element_dtype])
+    own, mha, mqa = (model.cache_bytes_per_token(bits) // 8 for model in
                      (spec, with_kv_heads(spec, shared=False), with_kv_heads(spec, shared=True)))
     counts = [1, *(count for count in COMMON_CONTEXTS if count < longest), *([longest] if longest > 1 else [])]
     return tuple(CacheCost(count, count * own, count * mha, count * mqa) for count in counts)
@@ -140,7 +141,8 @@ def inspect_bundle(folder: Path, manifest: Manifest) -> Inspection:
     spec = manifest.spec
     parameters, weight_bytes = stored_in_graph(folder)
     dtype, longest = SHORT_DTYPES.get(manifest.dtype, manifest.dtype), manifest.capacity or spec.max_positions
-    return Inspection(str(folder), "bundle", spec, dtype, layer_groups(spec.layers), cache_costs(spec, dtype, longest),
+    return Inspection(str(folder), "bundle", spec, dtype, layer_groups(spec.layers),
+                      cache_costs(spec, dtype, longest, manifest.kv_cache.bits if manifest.kv_cache else 0),
                       parameters, weight_bytes, manifest)
 
 

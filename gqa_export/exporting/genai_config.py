@@ -25,6 +25,8 @@ CONVOLUTIONS = "lfm2"
 def misfit(manifest: Manifest) -> str:
     """Why onnxruntime-genai cannot hold this model, or "": it knows one shape of cache for all layers."""
     layers, states = manifest.spec.layers, manifest.spec.states
+    if manifest.kv_cache is not None:
+        return "its cache is quantized, which was not run with onnxruntime-genai"
     if not layers:
         return "no layer owns a cache"
     if not states and [layer.layer for layer in layers] != list(range(len(layers))):

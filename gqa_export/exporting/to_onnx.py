@@ -91,7 +91,7 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
             without = add_tokenizer(checkpoint, writer)
         notes = [*ready.notes, *writer.notes, *([without] if without else [])]
         manifest = replace(manifest_of(checkpoint, traced, lowered, options, ready.dtype, not without,
-                                       ready.quantization), parallel=parallel)
+                                       ready.quantization, ready.kv), parallel=parallel)
         if ready.plan:
             manifest = replace(manifest, long=LongFacts(ready.plan, ready.plan.digest(traced.spec.layers)))
         if ready.target.genai:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .. import graph_io
 from ..graph.passes import NearMiss, PassLog
 from ..long_attention_op import LongPlan
-from ..spec import AttentionSpec, Fallback, ModelSpec
+from ..spec import AttentionSpec, Fallback, KvCache, ModelSpec
 from ..targets import Target, by_reason
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class LowerOptions:
             that every version has which this package takes.
         quantized: facts of the weights that are quantized, by name; a plain model has none.
         exact: quantized products do not round their inputs (accuracy level 0 of ONNX Runtime).
+        kv: how the cache is quantized; None: it is not.
     """
 
     target: str
@@ -46,6 +47,7 @@ class LowerOptions:
     runtime_ops: frozenset[str] | None = None
     quantized: Mapping[str, MatrixFacts] = field(default_factory=dict)
     exact: bool = False
+    kv: KvCache | None = None
     long: LongPlan | None = None
     """layers that become the op for long prompts; None in the graph that is exact"""
 

@@ -20,6 +20,7 @@ Attention = Literal["plugin", "native"]
 Method = Literal["mean", "first", "random", "svd", "calibrated"]
 Grouping = Literal["contiguous", "similarity"]
 Activations = Literal["int8", "exact"]
+KvCodes = Literal["int8", "int4"]
 Head = Literal["int8", "same", "none"]
 Place = str | Path
 """a file or folder"""
@@ -27,7 +28,8 @@ Place = str | Path
 SETS: dict[str, Any] = {
     "target": Target, "dtype": Dtype, "cache": Cache, "weights": Weights, "logits": Logits, "provider": Provider,
     "level": Level, "flavor": Flavor, "attention": Attention, "method": Method, "grouping": Grouping,
-    "as_dtype": Literal["fp32"], "activations": Activations, "head": Head, "block": Literal[16, 32, 64, 128, 256]}
+    "as_dtype": Literal["fp32"], "activations": Activations, "head": Head,
+    "kv_cache": KvCodes, "block": Literal[16, 32, 64, 128, 256]}
 """the closed set of each option that has one"""
 
 

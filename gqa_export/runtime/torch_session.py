@@ -17,9 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..checkpoint.cache_argument import cache_argument
 from ..errors import GqaExportError
-from ..spec import FLOATS, ModelSpec
+from ..quantized.kv_codes import TIE
+from ..spec import FLOATS, KvCache, ModelSpec
 from ..trace.states.torch_cache import empty_cache, has_keys, kept_states, observed_states, states_of_row
 from .feeds import check_feed, written_rows
+from .quantized_cache import follow, quantized_cache
 from .rows import RowSlots
 from .session import Step
 
@@ -33,11 +35,12 @@ class TorchSession(RowSlots):
     model: the module; it is copied if `dtype` is not its own, and left as it is. dtype: a name such as "fp32" or a
     torch dtype. fp64 means fp64 throughout: transformers computes norms and softmax in fp32 by explicit casts, and
     those are widened too; only the rotary angles stay as the model defines them, in fp32.
-    spec: what `session.spec` answers; not needed to run.
+    spec: what `session.spec` answers; not needed to run. kv: how the cache is quantized, None: it is not. tie: see
+    `gqa_export.runtime.quantized_cache`.
     """
 
     def __init__(self, model: torch.nn.Module, capacity: int, dtype: str | torch.dtype = "fp32", *,
-                 spec: ModelSpec | None = None) -> None:
+                 spec: ModelSpec | None = None, kv: KvCache | None = None, tie: float = TIE) -> None:
         wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
         if any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
             model = copy.deepcopy(model).to(wanted)
@@ -48,6 +51,8 @@ class TorchSession(RowSlots):
         self.vocabulary = int(loose.get_input_embeddings().weight.shape[0])
         self._modes: tuple[TorchFunctionMode, ...] = (_Widen(model),) if wanted is torch.float64 else ()
         self._states = observed_states(self.model.config)
+        self._kv, self._tie = kv, tie
+        self._followed: tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]] | None = None
         self.reset(1)
 
     @property
@@ -88,7 +93,10 @@ class TorchSession(RowSlots):
         """See `Session.step`. Logits are fp64 for an fp64 session and fp32 otherwise."""
         ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.vocabulary)
         before, rows = self._lengths, []
+        followed, self._followed = self._followed, None
         for b, count in enumerate(new.tolist()):
+            if followed is not None:
+                follow(self._caches[b], *([each[b, :, :count] for each in side] for side in followed))
             pieces = kept_states(self._states, int(before[b]), count)
             answers = [self._row(ids[b: b + 1, start: stop], self._caches[b], int(before[b]) + start)
                        for start, stop in pieces]
@@ -105,6 +113,11 @@ class TorchSession(RowSlots):
         return Step(logits, tuple(written_rows(key, before, new, ids.shape[1]) for key, _ in pairs),
                     tuple(written_rows(value, before, new, ids.shape[1]) for _, value in pairs), tuple(self.states()))
 
+    def follow(self, keys: tuple[np.ndarray, ...], values: tuple[np.ndarray, ...]) -> None:
+        """Let the next step take the codes of these new keys and values [B, K, S, D], one array for each layer, where
+        they are as right as its own."""
+        self._followed = keys, values
+
     def states(self) -> list[np.ndarray]:
         """Every state of fixed size [B, *shape], as the export keeps it; zeros for a sequence without tokens."""
         rows = [states_of_row(cache, self._states) for cache in self._caches]
@@ -113,6 +126,8 @@ class TorchSession(RowSlots):
                           for row in rows]) for place, state in enumerate(self._states)]
 
     def _nothing(self) -> Any:
+        if self._kv is not None:
+            return quantized_cache(self._kv, self._tie)
         return empty_cache(self.model.config, bool(self._states))
 
     def _has_states(self) -> bool:

@@ -123,7 +123,7 @@ def _reference_session(source: str | Path | Checkpoint, manifest: Manifest, know
     from ..runtime.torch_session import TorchSession
 
     checkpoint = open_for(manifest, source)
-    if known.digest and model_digest(checkpoint) == known.digest:
+    if known.plain and known.digest and model_digest(checkpoint) == known.digest:
         return known.session, known.dtype
     needed = 4 * sum(parameter.numel() for parameter in known.model.parameters())
     room = psutil.virtual_memory().available

@@ -35,10 +35,11 @@ class Comparison:
     notes: list[str]
     report: Progress
 
-    def sessions(self, session: Session, fill_garbage: FillGarbage | None) -> Sessions:
-        """The three that walk in step."""
+    def sessions(self, session: Session, fill_garbage: FillGarbage | None, follow: bool = True) -> Sessions:
+        """The three that walk in step. follow: as `Sessions` has it, where the cache is quantized."""
         return Sessions(self.known.session, self.known.eager, session, fill_garbage,
-                        beside=self.manifest.engine is None and is_large(self.manifest), alike=self.known.alike)
+                        beside=self.manifest.engine is None and is_large(self.manifest), alike=self.known.alike,
+                        follow=follow and self.manifest.kv_cache is not None)
 
     def exact(self, session: Session, fill_garbage: FillGarbage | None,
               part: str) -> tuple[tuple[CaseVerdict, ...], str]:
@@ -59,7 +60,7 @@ class Comparison:
         self.notes.append(f"as shipped, the inputs of {len(blocks)} matrices are rounded to int8 (accuracy level 4); "
                           "the baseline is PyTorch with the same inputs rounded by the same rule")
         with eager.under(RoundInputs(blocks), "rounded") if blocks else nullcontext():
-            logs = run_cases(self.sessions(session, fill_garbage), self.plan, last_only=self.last_only,
+            logs = run_cases(self.sessions(session, fill_garbage, follow=False), self.plan, last_only=self.last_only,
                              report=self.report, dtype=self.dtype, part=SHIPPED, notes=self.notes)
         return tuple(judge(log, self.dtype, SHIPPED) for log in logs)
 

@@ -8,8 +8,48 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..bundle.quantization import PLAIN
+from ..errors import InvalidBundle
+
 if TYPE_CHECKING:
+    from ..bundle.manifest import Manifest
+    from ..checkpoint.checkpoint import Checkpoint
     from ..quantized.matrix import QuantizedMatrix
+
+
+KEPT = ("keep", "dequantize")
+"""methods that leave a checkpoint's values as they are: PyTorch loads what it holds"""
+
+
+def requantized(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, QuantizedMatrix]:
+    """The matrices that the export made of a checkpoint's weights, made again. Nothing is taken from the bundle but,
+    for each weight, its bits and block.
+
+    Raises:
+        InvalidBundle: the manifest names a weight that the checkpoint's model does not have.
+    """
+    from ..checkpoint.load_model import load_model
+    from ..quantizing.rtn import quantize_matrix
+
+    quantization = manifest.quantization
+    if quantization is None or quantization.method in KEPT:
+        return {}
+    parameters = dict(load_model(checkpoint, "float32").named_parameters())
+    found = {}
+    for weight in quantization.weights:
+        if weight.operator == PLAIN:
+            continue
+        if weight.name not in parameters:
+            raise InvalidBundle(f"the manifest names a quantized weight {weight.name}, which the checkpoint's model "
+                                "does not have", checkpoint.source, "validate against the checkpoint that was exported",
+                                code="E-BUNDLE-QUANTIZATION")
+        values = parameters[weight.name].detach().numpy()
+
+        def rows(start: int, stop: int, values: Any = values) -> Any:
+            return values[start:stop]
+
+        found[weight.name] = quantize_matrix(rows, values.shape, weight.bits, weight.block, weight.name)
+    return found
 
 
 def put_quantized(models: Iterable[Any], matrices: Mapping[str, QuantizedMatrix]) -> None:

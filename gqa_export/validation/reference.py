@@ -16,6 +16,7 @@ from ..files.scratch import scratch_folder
 from ..progress import Progress
 from ..runtime.session import Session
 from ..targets import get_target, on_cpu
+from .quantized_reference import put_quantized, requantized
 from .ranks import merged_bundle, with_held_heads
 from .sessions import observed_facts, pytorch_sessions
 from .stand_in import stand_in
@@ -39,6 +40,8 @@ class Reference:
     model: Any
     shown: dict[str, object]
     digest: str = ""
+    plain: bool = True
+    """neither its cache nor its weights were quantized to be what the bundle is meant to hold"""
 
     @property
     def alike(self) -> frozenset[int]:
@@ -83,8 +86,11 @@ def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dty
 
     checkpoint = open_for(manifest, against)
     session, eager, dtype = pytorch_sessions(checkpoint, manifest, ran_dtype, notes)
+    matrices = requantized(checkpoint, manifest)
+    models: list[Any] = [session, *([eager] if eager is not None else [])]
+    put_quantized((one.model for one in models), matrices)
     return Reference(session, eager, dtype, session.model, observed_facts(session, str(against)),
-                     model_digest(checkpoint))
+                     model_digest(checkpoint), plain=manifest.kv_cache is None and not matrices)
 
 
 def with_ranks(known: Reference, parallel: ParallelFacts) -> Reference:

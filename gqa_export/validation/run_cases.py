@@ -92,15 +92,18 @@ def run_case(sessions: Sessions, case: Case, last_only: bool, tick: Callable[[],
     from .session_runner import SessionRunner
 
     began = time.perf_counter()
-    others = [SessionRunner(sessions.bundle, BUNDLE, last_only=last_only, single=case.single,
-                            alike=sessions.alike)]
+    bundle = SessionRunner(sessions.bundle, BUNDLE, last_only=last_only, single=case.single, alike=sessions.alike)
+    others, leader = [bundle], bundle if sessions.follow else None
     if sessions.eager is not None:
         others.insert(0, SessionRunner(sessions.eager, EAGER, free=False, last_only=last_only,
-                                       alike=sessions.alike))
+                                       alike=sessions.alike, follows=leader))
     pairs = [(0, 1)] if len(others) == 1 else [(0, 1), (1, 2), (0, 2)]
-    first = SessionRunner(sessions.reference, REFERENCE, last_only=last_only, beside=others if sessions.beside else (),
-                          alike=sessions.alike)
+    first = SessionRunner(sessions.reference, REFERENCE, last_only=last_only, alike=sessions.alike, follows=leader,
+                          beside=others if sessions.beside and leader is None else ())
     runners = [first, *others]
+    if leader is not None:  # called first: the others look at what it wrote
+        runners = [runners.pop(), *runners]
+        pairs = [((one + 1) % len(runners), (two + 1) % len(runners)) for one, two in pairs]
     driver = CaseDriver(case, np.concatenate(case.prompts), tick)
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         stream = Comparator.run(runners, data_loader=driver.feeds(), streaming=True)

@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from polygraphy.backend.base import BaseRunner
@@ -36,16 +37,18 @@ class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
     the logits of each row's last valid token, as bundles exported with `--logits last` do. single: take the tokens of a
     step one by one. beside: runners that the Comparator calls next, for the same feed: they begin at once, in threads,
     so that some wait for memory while others interpret Python. alike: numbers of the layers whose caches are compared,
-    None for all; never the manifest's `cached_alike`, which could switch the comparison off."""
+    None for all; never the manifest's `cached_alike`, which could switch the comparison off. follows: the runner,
+    called before, whose codes of a quantized cache are taken where they are as right as its own."""
 
     def __init__(self, session: Session, name: str, *, free: bool = True, last_only: bool = False,
                  single: bool = False, beside: Sequence[SessionRunner] = (),
-                 alike: Collection[int] | None = None) -> None:
+                 alike: Collection[int] | None = None, follows: SessionRunner | None = None) -> None:
         super().__init__(name=name)
         self._session, self._free, self._last_only, self._single = session, free, last_only, single
         self._own = np.zeros(0, np.int64)
         self._beside, self._compared = beside, alike
         self._begun: Future[OrderedDict[str, np.ndarray]] | None = None
+        self._follows, self.written = follows, Step(np.zeros(0))
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         """Names, types and shapes of a feed."""
@@ -76,7 +79,11 @@ class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
         elif free and self._free:
             ids = ids.copy()
             ids[:, 0] = np.where(counts > 0, self._own, ids[:, 0])
+        if self._follows is not None:
+            follow: Any = self._session
+            follow.follow(self._follows.written.keys, self._follows.written.values)
         step = self._one_by_one(ids, counts) if self._single else self._session.step(ids, counts, want_cache=True)
+        self.written = step
         outputs: OrderedDict[str, np.ndarray] = OrderedDict()
         keys, values = step.keys or (), step.values or ()
         for number, layer in self._alike():
@@ -151,6 +158,13 @@ def onnxrt_infer(folder: Path, manifest: Manifest, provider: str, threads: int =
         yield infer
 
 
+def garbage(values: tuple[float, ...], dtype: np.dtype) -> np.ndarray:
+    """The values in this format; of codes, which cannot be that large, the largest and the least."""
+    if np.issubdtype(dtype, np.integer):
+        return np.array([np.iinfo(dtype).max, np.iinfo(dtype).min], dtype)
+    return np.array(values, dtype)
+
+
 class GarbageTail:
     """Wraps an `infer`: whatever the cache holds beyond the valid tokens is replaced by the values of `fill`, in turn
     (none: left as it is), and the ids of padding by the last one of the vocabulary."""
@@ -180,7 +194,7 @@ class GarbageTail:
             for name in past_names(layer.layer):
                 past_BKPD = feed[name]
                 positions_P = np.arange(past_BKPD.shape[2])
-                garbage_P = np.resize(np.array(self._values, past_BKPD.dtype), len(positions_P))
+                garbage_P = np.resize(garbage(self._values, past_BKPD.dtype), len(positions_P))
                 tail_BP = positions_P >= lengths_B[:, None]
                 feed[name] = np.where(tail_BP[:, None, :, None], garbage_P[None, None, :, None], past_BKPD)
         return self._infer(feed)

@@ -13,7 +13,9 @@ import numpy as np
 
 from ..bundle.manifest import Manifest
 from ..checkpoint.load_model import load_model
+from ..compare.tolerance import EPSILON, FLOOR_ULPS
 from ..errors import GqaExportError, InvalidCheckpoint, NotCheckedHere
+from ..quantized.kv_codes import TIE, limits
 from ..runtime.session import Session
 
 FillGarbage = Callable[[tuple[float, ...]], None]
@@ -37,6 +39,8 @@ class Sessions:
     """run the three at the same time, in threads: worth it for large models"""
     alike: frozenset[int] | None = None
     """numbers of the layers whose keys, values and cache are compared (`cached_layers`); None: all"""
+    follow: bool = False
+    """the cache is quantized: PyTorch takes the bundle's codes where they are as right as its own"""
 
 
 def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
@@ -59,14 +63,17 @@ def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
                              checkpoint.source, "validate on a machine with more memory", code="E-VALIDATE-MEMORY")
     # fp64 beside fp32, and the bundle's own weights
     reference_dtype = "float64" if numbers * 16 <= room else "float32"
-    reference = TorchSession(model, manifest.capacity, reference_dtype, spec=manifest.spec)
+    kv = manifest.kv_cache
+    tie = 0.0 if kv is None else max(TIE, limits(kv.bits)[1] * FLOOR_ULPS[ran_dtype] * EPSILON[ran_dtype])
+    reference = TorchSession(model, manifest.capacity, reference_dtype, spec=manifest.spec, kv=kv, tie=tie)
     if reference_dtype == ran_dtype:
         notes.append(f"no room for PyTorch in fp64 ({numbers * 16 / 1e9:.0f} GB): the reference is fp32, and the "
                      "tolerance is assumed, not measured")
         return reference, None, reference_dtype
     if ran_dtype != "float32":
         model = load_model(checkpoint, ran_dtype)
-    return reference, TorchSession(model, manifest.capacity, ran_dtype, spec=manifest.spec), reference_dtype
+    return reference, TorchSession(model, manifest.capacity, ran_dtype, spec=manifest.spec, kv=kv,
+                                   tie=tie), reference_dtype
 
 
 def is_large(manifest: Manifest) -> bool:

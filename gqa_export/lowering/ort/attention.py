@@ -15,6 +15,7 @@ from ... import attention_op, graph_io
 from ...graph import edit
 from ...graph.match import only_input
 from ...graph.passes import Rewritten
+from ...spec import AttentionSpec, KvCache
 from ..attention_calls import SINKS, attention_calls, has_sinks
 from ..context import Context
 from ..rotary.fold import tables
@@ -42,16 +43,35 @@ def lower_attention(graph: gs.Graph, context: Context) -> Rewritten:
         rotation = context.rotations.get(layer.layer)
         cos, sin = tables(graph, rotation, context.element, known) if rotation else (None, None)
         head_sink = None if has_sinks(node) is False else node.inputs[SINKS]
-        attrs = {"num_heads": layer.num_heads, "kv_num_heads": layer.kv_num_heads, "scale": float(layer.scale),
-                 "softcap": float(layer.softcap), "local_window_size": layer.window or -1,
-                 "do_rotary": int(rotation is not None),
-                 "rotary_interleaved": int(rotation is not None and rotation.interleaved)}
+        attrs: dict[str, float | str] = {
+            "num_heads": layer.num_heads, "kv_num_heads": layer.kv_num_heads, "scale": float(layer.scale),
+            "softcap": float(layer.softcap), "local_window_size": layer.window or -1,
+            "do_rotary": int(rotation is not None),
+            "rotary_interleaved": int(rotation is not None and rotation.interleaved)}
         inputs, outputs = list(node.inputs), list(node.outputs)
+        scales = []
+        if context.options.kv is not None:
+            scales = quantize_cache(context.options.kv, layer, inputs[PAST_VALUE - 1:PAST_VALUE + 1], outputs[1:])
+            attrs |= {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR",
+                      "kv_cache_bit_width": context.options.kv.bits}
         edit.remove(node)
-        edit.add_node(graph, OP, [*inputs[QUERY:PAST_VALUE + 1], *lengths, cos, sin, None, None, head_sink],
+        edit.add_node(graph, OP, [*inputs[QUERY:PAST_VALUE + 1], *lengths, cos, sin, None, None, head_sink,
+                                 *scales],
                       name=f"{node.name.rpartition('/')[0]}/{OP}_0", domain=DOMAIN, outputs=outputs, attrs=attrs)
         count += 1
     return Rewritten(count, misses)
+
+
+def quantize_cache(kv: KvCache, layer: AttentionSpec, pasts: list[gs.Tensor],
+                   presents: list[gs.Tensor]) -> list[gs.Tensor]:
+    """Let a layer's cache tensors be codes; its two scales, as the op takes them."""
+    for tensors in (pasts, presents):
+        for tensor, size in zip(tensors, (layer.head_size, layer.value_head_size), strict=True):
+            tensor.dtype = np.dtype(kv.dtype)
+            tensor.shape = [*tensor.shape[:3], kv.width(size)]
+    scales = next(scales for scales in kv.scales if scales.layer == layer.layer)
+    return [edit.constant(f"layer.{layer.layer}/{name}_scale", np.array([scale], np.float32))
+            for name, scale in (("key", scales.key), ("value", scales.value))]
 
 
 def _lengths(graph: gs.Graph) -> list[gs.Tensor]:

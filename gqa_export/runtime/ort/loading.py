@@ -21,7 +21,8 @@ from ...spec import DTYPES
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 MOST_THREADS = 1024
 """the system has room for a few hundred thousand, and starting them takes it minutes"""
-ORT_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16",
+ORT_TYPES = {"tensor(int8)": "int8", "tensor(uint8)": "uint8",
+             "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16",
              "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(double)": "float64"}
 
 
@@ -155,6 +156,7 @@ def _onnx_fact(port: Any) -> TensorFact:
 
     kind = port.type.tensor_type
     names = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16",
-             TensorProto.INT64: "int64", TensorProto.INT32: "int32", TensorProto.DOUBLE: "float64"}
+             TensorProto.INT64: "int64", TensorProto.INT32: "int32", TensorProto.DOUBLE: "float64",
+             TensorProto.INT8: "int8", TensorProto.UINT8: "uint8"}
     shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim)
     return TensorFact(port.name, names.get(kind.elem_type, str(kind.elem_type)), shape)

@@ -20,6 +20,7 @@ from ...bundle.long_facts import PREFILL
 from ...bundle.manifest import MODEL, Manifest, read_manifest
 from ...errors import GqaExportError, cause_of
 from ...graph_io import ATTENTION_MASK, INPUT_IDS, past_names, past_state, present_names, present_state
+from ...quantized.kv_codes import decode
 from ...spec import DTYPES
 from ...targets import Target, get_target
 from ..feeds import check_feed, must_run_alone, step_feed, written_rows
@@ -58,6 +59,8 @@ class OrtSession(RowSlots):
         self._static, self._cached = manifest.cache == "static", 2 * len(manifest.spec.layers)
         self._inplace = self._static and target.writes_in_place(manifest.fallbacks)
         self._dtype = numpy_dtype(DTYPES.get(manifest.dtype, manifest.dtype))
+        self._kv = manifest.kv_cache
+        self._cache_dtype = np.dtype(self._kv.dtype) if self._kv else self._dtype
         self.reset(1)
 
     @classmethod
@@ -97,17 +100,18 @@ class OrtSession(RowSlots):
         presents = [name for layer in spec.layers for name in present_names(layer.layer)]
         presents += map(present_state, spec.states)
         dtype = DTYPES.get(manifest.dtype, manifest.dtype)
+        element = dtype if manifest.kv_cache is None else manifest.kv_cache.dtype
         backend: Backend
         open_long: Callable[[], Backend] | None = None
         if infer is None:
             provider = choose_provider(provider, dtype, target.dtypes)
             session = open_session(folder, manifest, provider, low_memory=low_memory, threads=threads, config=config)
-            backend = BindingBackend(session, provider, dtype, pasts, presents, len(spec.states))
+            backend = BindingBackend(session, provider, element, pasts, presents, len(spec.states))
             if approximate and manifest.long:
                 def open_long() -> Backend:
                     long = open_session(folder, manifest, provider, low_memory=low_memory, threads=threads,
                                         config=config, graph=PREFILL)
-                    return BindingBackend(long, provider, dtype, pasts, presents, len(spec.states))
+                    return BindingBackend(long, provider, element, pasts, presents, len(spec.states))
         else:
             check_files(Path(folder), manifest, hashes=False)
             check_graph(manifest, *graph_facts(Path(folder) / MODEL), str(Path(folder) / MODEL))
@@ -131,9 +135,10 @@ class OrtSession(RowSlots):
                                  code="E-RUN-BATCH")
         self._begin_rows(batch)
         room = self.capacity if self._static else 0
-        sizes = [(layer.kv_num_heads, size) for layer in self.spec.layers
+        width = self._kv.width if self._kv else int
+        sizes = [(layer.kv_num_heads, width(size)) for layer in self.spec.layers
                  for size in (layer.head_size, layer.value_head_size)]
-        self._past = [self._backend.upload(np.zeros((batch, heads, room, size), self._dtype))
+        self._past = [self._backend.upload(np.zeros((batch, heads, room, size), self._cache_dtype))
                       for heads, size in sizes]
         self._past += [self._backend.upload(np.zeros((batch, *state.shape), state.dtype)) for state in self.spec.states]
 
@@ -150,7 +155,8 @@ class OrtSession(RowSlots):
         logits = logits if logits.dtype == np.float32 else logits.astype(np.float32)
         if not want_cache:
             return Step(logits)
-        tensors = [written_rows(self._backend.download(t), before, new, sequence) for t in self._past[: self._cached]]
+        tensors = self._numbers([written_rows(self._backend.download(t), before, new, sequence)
+                                 for t in self._past[: self._cached]])
         return Step(logits, tuple(tensors[0::2]), tuple(tensors[1::2]), tuple(self.states()))
 
     def states(self) -> list[np.ndarray]:
@@ -158,9 +164,17 @@ class OrtSession(RowSlots):
         return [np.array(self._backend.download(t)) for t in self._past[self._cached:]]
 
     def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Per layer (key [B, K, T, D], value [B, K, T, E]), copies; T is the capacity of a static cache."""
-        tensors = [np.array(self._backend.download(t)) for t in self._past[: self._cached]]
+        """Per layer (key [B, K, T, D], value [B, K, T, E]), copies; T is the capacity of a static cache. Of a quantized
+        cache the numbers that its codes stand for."""
+        tensors = self._numbers([np.array(self._backend.download(t)) for t in self._past[: self._cached]])
         return list(zip(tensors[0::2], tensors[1::2]))
+
+    def _numbers(self, tensors: list[np.ndarray]) -> list[np.ndarray]:
+        """Cache tensors, key and value in turn, as numbers."""
+        if self._kv is None:
+            return tensors
+        scales = [scale for each in self._kv.scales for scale in (each.key, each.value)]
+        return [decode(tensor, scale, self._kv.bits) for tensor, scale in zip(tensors, scales, strict=True)]
 
     def left_padded(self) -> np.ndarray | None:
         """What the graph itself answers to a row padded on the left, [1, 3, V]: NaN if it is sound. None where the

@@ -1,0 +1,68 @@
+"""Chooses the scales of a quantized cache: PyTorch reads a text, and each layer's keys and values are measured."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.load_model import load_model
+from ..checkpoint.tokenized_text import load_tokenizer, read_text, tokenize
+from ..errors import GqaExportError, UnsupportedModel
+from ..progress import Progress
+from ..quantized.kv_codes import choose_scale
+from ..spec import KvCache, KvScales, ModelSpec
+
+LENGTH = 512
+"""tokens that are read with one cache"""
+MOST_TOKENS = 2048
+"""tokens of the text that are read: a scale is one number, and more of them move it little"""
+LEAST_TOKENS = 32
+
+
+def calibrate_cache(checkpoint: Checkpoint, spec: ModelSpec, bits: int, text: Path | None, capacity: int,
+                    say: Progress) -> KvCache:
+    """The scales of every layer, one for its keys and one for its values.
+
+    Args:
+        checkpoint: whose model reads the text. spec: of it. bits: of a code, 8 or 4.
+        text: a UTF-8 file; None is refused, because scales without a text would be a guess.
+        capacity: of the bundle, in tokens.
+        say: called with what is done.
+
+    Raises:
+        GqaExportError: there is no text, or it is too short.
+        UnsupportedModel: PyTorch's own cache does not hold what a layer's attention gets, or a state beside it.
+    """
+    if text is None:
+        raise GqaExportError("the scales of a quantized cache are chosen from a text", f"--kv-cache int{bits}",
+                             "give a UTF-8 file of text like the one that will be processed: --calibrate FILE",
+                             code="E-OPTION-CALIBRATE")
+    apart = [layer.layer for layer in spec.layers if not layer.cached_alike]
+    if apart or spec.states or not spec.layers or [layer.layer for layer in spec.layers] != list(range(spec.depth)):
+        raise UnsupportedModel("a quantized cache needs a model whose every layer caches its own keys and values, as "
+                               "attention gets them", f"layers {apart}" if apart else checkpoint.source,
+                               "leave out --kv-cache", code="E-MODEL-KV")
+    from ..runtime.torch_session import TorchSession
+
+    ids = tokenize(load_tokenizer(checkpoint.folder), read_text(text)).astype(np.int64)[:MOST_TOKENS]
+    if len(ids) < LEAST_TOKENS:
+        raise GqaExportError(f"the text has {len(ids)} tokens, scales of a cache need at least {LEAST_TOKENS}",
+                             str(text), "give a longer text", code="E-FILE-TEXT-SHORT")
+    say("loading the model to choose the cache's scales", None, None)
+    length = min(LENGTH, capacity)
+    session = TorchSession(load_model(checkpoint, "float32"), capacity, "float32")
+    found: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []) for _ in spec.layers]
+    for start in range(0, len(ids), length):
+        session.reset(1)
+        session.step(ids[None, start: start + length])
+        for kept, pair in zip(found, session.cache(), strict=True):
+            for list_, array in zip(kept, pair, strict=True):
+                list_.append(array.reshape(-1))
+        say("choosing the cache's scales", min(start + length, len(ids)), len(ids))
+    chosen = [[choose_scale(np.concatenate(arrays), bits) for arrays in kept] for kept in found]
+    scales = tuple(KvScales(layer.layer, key, value, key_clip, value_clip)
+                   for layer, ((key, key_clip), (value, value_clip)) in zip(spec.layers, chosen, strict=True))
+    return KvCache(bits, scales, hashlib.sha256(ids.tobytes()).hexdigest(), len(ids))

@@ -1,0 +1,220 @@
+"""Quantized caches on target `ort`: what the graph computes is the rule in fp64, and everything that runs a bundle
+holds the codes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from gqa_models import write_tiny
+from refusal import refused
+from small_text import SENTENCES, byte_tokenizer
+
+import gqa_export as gqa
+from gqa_export.bundle.manifest import MANIFEST, MODEL, Manifest, read_manifest
+from gqa_export.errors import InvalidBundle, UnsupportedModel
+from gqa_export.files.sha256 import file_sha256
+from gqa_export.runtime.quantized_cache import rounded
+from gqa_export.runtime.torch_session import TorchSession
+from gqa_export.validation.session_runner import garbage
+
+pytestmark = pytest.mark.whole_model
+MODELS = {"llama": {}, "gpt_oss": {}}
+"""plain grouped-query attention; a window and sinks"""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(SENTENCES))
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = write_tiny(name, tmp_path_factory.mktemp(name) / "checkpoint", num_hidden_layers=2)
+            byte_tokenizer(made[name])
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def bundles(checkpoints, text, tmp_path_factory):
+    made: dict[tuple, gqa.Bundle] = {}
+
+    def get(name: str = "llama", codes: str = "int8", **options) -> gqa.Bundle:
+        key = (name, codes, *sorted(options.items()))
+        if key not in made:
+            made[key] = gqa.export(checkpoints(name), tmp_path_factory.mktemp("b") / "bundle", capacity=64,
+                                   kv_cache=codes, calibrate=text, **options)
+        return made[key]
+
+    return get
+
+
+def change(bundle: gqa.Bundle, folder: Path, edit) -> Path:
+    """A copy whose graph was changed."""
+    import shutil
+
+    shutil.copytree(bundle.folder, folder)
+    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    edit(model.graph)
+    onnx.save(model, str(folder / MODEL))
+    data = json.loads((folder / MANIFEST).read_text())
+    data["files"][MODEL] |= {"size": (folder / MODEL).stat().st_size, "sha256": file_sha256(folder / MODEL)}
+    (folder / MANIFEST).write_text(json.dumps(data))
+    return folder
+
+
+@pytest.mark.parametrize(("name", "codes", "cache"), [
+    ("llama", "int8", "growing"), ("llama", "int4", "static"), ("gpt_oss", "int8", "static"),
+    ("gpt_oss", "int4", "growing")])
+def test_a_bundle_computes_the_rule_and_holds_equal_codes(name, codes, cache, bundles, checkpoints):
+    bundle = bundles(name, codes, cache=cache)
+    verdict = bundle.validate(checkpoints(name), steps=4).check()
+    assert {"new keys and values", "cache", "best tokens"} <= set(verdict.compared)
+    kv = bundle.manifest.kv_cache
+    assert (kv.bits, len(kv.scales)) == (int(codes[3:]), 2)
+    for case in verdict.cases:
+        for kind in case.kinds:
+            if kind.kind in ("keys", "values", "cache"):  # a code more or less is a thousand times as much
+                assert kind.max_abs < 1e-5
+                assert kind.bound < 0.05 * min(each.key for each in kv.scales)
+
+
+def test_fp16_may_round_to_either_neighbour_and_no_farther(checkpoints, bundles):
+    bundles("llama", "int8", dtype="fp16").validate(checkpoints("llama"), steps=3).check()
+
+
+def test_the_cache_takes_a_quarter_and_an_eighth_of_the_bytes(bundles):
+    for codes, dtype, width in (("int8", "int8", 16), ("int4", "uint8", 8)):
+        manifest = bundles("llama", codes).manifest
+        facts = [fact for fact in (*manifest.inputs, *manifest.outputs) if "key" in fact.name or "value" in fact.name]
+        assert len(facts) == 8
+        assert {(fact.dtype, fact.shape[3]) for fact in facts} == {(dtype, width)}
+    costs = {codes: gqa.inspect(bundles("llama", codes).folder).costs[0].bytes for codes in ("int8", "int4")}
+    layers = bundles().manifest.spec.layers
+    numbers = sum(layer.kv_num_heads * (layer.head_size + layer.value_head_size) for layer in layers)
+    assert costs == {"int8": numbers, "int4": numbers / 2}
+
+
+def test_sessions_give_numbers_and_generation_runs(bundles, checkpoints):
+    bundle = bundles("llama", "int4", cache="static")
+    session = bundle.session()
+    session.step(np.array([[5, 6, 7]]))
+    [key, *_] = (pair[0] for pair in session.inner.cache())
+    scale = np.float32(bundle.manifest.kv_cache.scales[0].key)
+    codes = key[:, :, :3] / scale
+    assert np.abs(codes - np.rint(codes)).max() < 1e-4
+    assert np.abs(codes).max() > 2
+    assert len(bundle.complete(token_ids=[5, 6, 7], max_new_tokens=4).tokens) == 4
+    assert bundle.benchmark(prompt_tokens=4, new_tokens=3, repeat=1).decode_tokens_per_s > 0
+
+
+@pytest.mark.parametrize(("target", "codes"), [("trt-native", "int8"), ("trt-plugin", "int8"), ("trt-plugin", "int4")])
+def test_targets_without_it_refuse_by_name(target, codes, checkpoints, text, tmp_path):
+    with refused("E-TARGET-KV", UnsupportedModel) as found:
+        gqa.export(checkpoints("llama"), tmp_path / "b", target=target, kv_cache=codes, calibrate=text, capacity=64)
+    assert target in found.error.what
+    assert target != "trt-native" or "trt-plugin" in found.error.what
+    assert not (tmp_path / "b").exists()
+
+
+def test_scales_are_not_guessed(checkpoints, tmp_path):
+    with refused("E-OPTION-CALIBRATE"):
+        gqa.export(checkpoints("llama"), tmp_path / "b", kv_cache="int8", capacity=64)
+    (tmp_path / "short.txt").write_text("Too short.")
+    with refused("E-FILE-TEXT-SHORT"):
+        gqa.export(checkpoints("llama"), tmp_path / "b", kv_cache="int8", capacity=64,
+                   calibrate=tmp_path / "short.txt")
+
+
+def test_a_layer_that_the_operator_cannot_hold_is_refused(text, tmp_path):
+    odd = write_tiny("llama", tmp_path / "odd", num_hidden_layers=2, head_dim=12)
+    byte_tokenizer(odd)
+    with refused("E-TARGET-KV", UnsupportedModel) as found:
+        gqa.export(odd, tmp_path / "b", kv_cache="int8", calibrate=text, capacity=64)
+    assert "layers 0-1" in found.error.where
+
+
+def test_exchanged_scales_are_caught(bundles, checkpoints, tmp_path):
+    def exchange(graph):
+        node = next(node for node in graph.node if node.op_type == "GroupQueryAttention")
+        node.input[12], node.input[13] = node.input[13], node.input[12]
+
+    verdict = gqa.open_bundle(change(bundles(), tmp_path / "b", exchange)).validate(checkpoints("llama"), steps=2)
+    assert not verdict.passed
+    assert verdict.first.output == "layer 0 key"
+
+
+def test_a_manifest_whose_scales_are_not_the_layers_is_refused(bundles):
+    manifest = bundles().manifest
+    wrong = replace(manifest, kv_cache=replace(manifest.kv_cache, scales=manifest.kv_cache.scales[:1]))
+    with refused("E-BUNDLE-MANIFEST", InvalidBundle):
+        Manifest.from_json(wrong.to_json())
+    plain = replace(manifest, kv_cache=None)
+    with refused("E-BUNDLE-MANIFEST", InvalidBundle):
+        Manifest.from_json(plain.to_json())
+
+
+def test_the_reference_rounds_as_the_rule_does_and_follows_only_at_a_tie():
+    scale, low = 0.5, torch.tensor([[[0.2499, 0.25001, 5.0, 100.0]]], dtype=torch.float64)
+    own = rounded(low, scale, 8, 1e-3, None)
+    assert own.tolist() == [[[0.0, 0.5, 5.0, 63.5]]]
+    theirs = np.array([[[0.5, 0.0, 5.5, 63.5]]])
+    assert rounded(low, scale, 8, 1e-3, theirs).tolist() == [[[0.5, 0.0, 5.0, 63.5]]]
+    assert rounded(low, scale, 8, 0.0, theirs).tolist() == own.tolist()
+
+
+def test_garbage_of_codes_is_the_largest_and_the_least():
+    assert garbage((1e4, float("nan")), np.dtype(np.int8)).tolist() == [127, -128]
+    assert garbage((1e4,), np.dtype(np.float32)).tolist() == [1e4]
+
+
+def test_the_loss_is_against_a_cache_of_numbers(bundles, checkpoints, text):
+    int8, int4 = (bundles("llama", codes).validate(checkpoints("llama"), steps=2, reference=checkpoints("llama"),
+                                                   text=text).loss for codes in ("int8", "int4"))
+    assert 0 < int8.kl_mean < int4.kl_mean
+    assert int8.kl_mean > 1e-7
+
+
+def test_what_the_export_records_is_what_a_run_measures(bundles, checkpoints, text):
+    kv = bundles().manifest.kv_cache
+    session = TorchSession(gqa_model(checkpoints("llama")), 64)
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_file(str(checkpoints("llama") / "tokenizer.json")).encode(text.read_text()).ids
+    assert kv.tokens == len(ids)
+    found = []
+    for start in range(0, len(ids), 64):
+        session.reset(1)
+        session.step(np.array([ids[start: start + 64]]))
+        found.append(session.cache()[1][0].ravel())
+    keys = np.concatenate(found)
+    codes = np.rint(keys / np.float32(kv.scales[1].key))
+    clipped = (codes > 127) | (codes < -128)
+    assert clipped.mean() == pytest.approx(kv.scales[1].key_clip, abs=1e-6)
+    assert kv.scales[1].key == pytest.approx(np.abs(keys).max() / 127, rel=0.7)
+
+
+def gqa_model(checkpoint):
+    from gqa_export.checkpoint.load_model import load_model
+    from gqa_export.checkpoint.open import open_checkpoint
+
+    return load_model(open_checkpoint(checkpoint), "float32")
+
+
+def test_the_manifest_is_read_back(bundles):
+    manifest = bundles().manifest
+    assert read_manifest(bundles().folder).kv_cache == manifest.kv_cache
+    assert "genai_config.json" not in manifest.files
