@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         OutputDiffers,
         UnsupportedModel,
     )
+    from .exporting.long_plan import LongOptions
     from .runtime.completion import Completion
 
 _PLACES = {
@@ -45,6 +46,7 @@ _PLACES = {
     "compare.verdict": ("Verdict",),
     "errors": ("GqaExportError", "InvalidBundle", "InvalidCheckpoint", "NotCheckedHere", "OutputDiffers",
                "UnsupportedModel"),
+    "exporting.long_plan": ("LongOptions",),
     "runtime.completion": ("Completion",),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
@@ -55,6 +57,7 @@ __all__ = [
     "GqaExportError",
     "InvalidBundle",
     "InvalidCheckpoint",
+    "LongOptions",
     "NotCheckedHere",
     "OutputDiffers",
     "Session",

@@ -18,9 +18,11 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar
 
 from . import attention_op
 from .attention_op import Attribute, Port
+from .spec import FAIL_FAST, MOST_LAYERS, STRICT, AttentionSpec, Count, Layer, Limits, OneOf, Size
 
 DOMAIN = attention_op.DOMAIN
 OP = "LongGroupedQueryAttention"
@@ -66,15 +68,17 @@ OWN_ATTRIBUTES = ATTRIBUTE_NAMES[len(attention_op.ATTRIBUTES):]
 class LongSetting:
     """How attention is approximated: the op's own attributes, with the method by its name."""
 
-    method: str = "tiles"
-    leaf: int = 1024
-    heavy_keys: int = 384
-    samples: int = 128
-    anchors: int = 4
-    tile: int = 128
-    block: int = 32
-    score_rows: int = 8
-    exact_steps: int = 16
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    method: Annotated[str, OneOf("hyper", "tiles")] = "tiles"
+    leaf: Size = 1024
+    heavy_keys: Size = 384
+    samples: Annotated[int, Limits(ge=1, le=1 << 20)] = 128
+    anchors: Count = 4
+    tile: Size = 128
+    block: Size = 32
+    score_rows: Size = 8
+    exact_steps: Count = 16
 
     def attributes(self) -> dict[str, int]:
         """The op's own attributes, in order."""
@@ -111,6 +115,50 @@ class LongSetting:
 DEFAULTS = {"tiles": LongSetting(), "hyper": LongSetting("hyper", heavy_keys=256, samples=256)}
 """what each method takes where nothing else is said; the numbers of hyper are those of the paper's experiments, with a
 smaller leaf and with anchors"""
+
+
+@dataclass(frozen=True)
+class LongPlan:
+    """What of a model is approximated.
+
+    Attributes:
+        setting: how.
+        layers: numbers of the layers, in order.
+        seed: of the tables.
+        from_tokens: a call that makes the longest sequence longer than this is approximated, where it brings more than
+            `exact_steps` tokens; shorter ones are not faster for it.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    setting: LongSetting
+    layers: Annotated[tuple[Layer, ...], Limits(min_length=1, max_length=MOST_LAYERS, **FAIL_FAST.limits)]
+    seed: Count = 0
+    from_tokens: Size = 4096
+
+    def pays(self, new: int, past: int) -> bool:
+        """Whether a call of so many new tokens over the longest past is approximated."""
+        return new > self.setting.exact_steps and past + new > self.from_tokens
+
+    def problems(self, layers: tuple[AttentionSpec, ...], capacity: int) -> list[str]:
+        """Every reason why a model's layers cannot be approximated so; [] if they can."""
+        known = {layer.layer: layer for layer in layers}
+        wrong = self.setting.problems(capacity)
+        wrong += [f"layer {number} has no attention" for number in self.layers if number not in known]
+        wrong += [f"layer {number} sees only {known[number].window} tokens, which is linear as it is"
+                  for number in self.layers if number in known and known[number].window]
+        return [*wrong, *(["a layer is named twice"] if len(set(self.layers)) < len(self.layers) else [])]
+
+    def digest(self, layers: tuple[AttentionSpec, ...]) -> str:
+        """sha256 of all tables of a model."""
+        made = hashlib.sha256()
+        for layer in layers:
+            if layer.layer in self.layers:
+                made.update(repr((layer.layer, fractions(self.seed, layer.layer, layer.kv_num_heads,
+                                                         self.setting.samples))).encode())
+                made.update(repr([[round(x, 6) for x in row] for row in
+                                  projections(self.seed, layer.layer, layer.head_size)]).encode())
+        return made.hexdigest()
 
 
 def fractions(seed: int, layer: int, kv_heads: int, samples: int) -> list[list[int]]:

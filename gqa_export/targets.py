@@ -92,6 +92,8 @@ class Target:
     """DequantizeLinear takes zero points that are not 0"""
     quantized_blocks: tuple[int, ...] = ()
     """columns that may share a scale in DequantizeLinear; () is any number"""
+    long_missing: str = ""
+    """why no graph for long prompts, with approximate attention, is written beside the exact one; "" if it can be"""
     states_missing: str = ""
     """why the target cannot hold layers that keep a state of fixed size; "" if it can"""
     kv_bits: tuple[int, ...] = ()
@@ -132,6 +134,7 @@ _NO_STATES = ("TensorRT has no operator for them; TensorRT-RTX reads LinearAtten
               "plugins of a library that needs NVIDIA's driver to be loaded, so that nothing is known of its results")
 
 _NO_CODES = ("its graph updates the cache with operators for which no quantized form is written yet")
+_NO_FUNCTION = "the standard operator Attention reads every key, and the target is for graphs of it alone"
 
 _ROWS = (
     Target(name="ort", dialect="ort.passes", attention="com.microsoft::GroupQueryAttention",
@@ -149,7 +152,7 @@ _ROWS = (
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask", softcap=False, sinks=False,
            # softcap: until 2026 the standard capped after the mask, which leaks masked tokens (onnx/onnx#7865, mended
            # in place by #7867); what a runtime does depends on its age
-           nan_tail_safe=False, shares_buffer=True, lowest_opset=True, kv_missing=_NO_CODES,
+           nan_tail_safe=False, shares_buffer=True, lowest_opset=True, kv_missing=_NO_CODES, long_missing=_NO_FUNCTION,
            state_ops=MappingProxyType({"LinearAttention": "ai.onnx::LinearAttention"}),
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="portable", dialect="portable", attention="gqa::GroupedQueryAttention", fallback="",
@@ -161,12 +164,12 @@ _ROWS = (
            rotary_inside=True, head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
            writes_padding=False, states_missing=_NO_STATES, zero_points=False, quantized_blocks=(16, 32, 64, 128),
            kv_missing="the plugin's kernels read and write floating-point caches only",
-           dtypes=MappingProxyType({"tensorrt": FLOATS})),
+           long_missing="the plugin has no kernels for it yet", dtypes=MappingProxyType({"tensorrt": FLOATS})),
     Target(name="trt-native", dialect="tensorrt.native", attention="Attention", fallback="",
            opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            softcap=False, sinks=False, value_head_size_differs=False, nan_tail_safe=False, shares_buffer=True,
            literal_capacity=True, runs_in_onnxruntime=False, states_missing=_NO_STATES, zero_points=False,
-           quantized_blocks=(16, 32, 64, 128),
+           quantized_blocks=(16, 32, 64, 128), long_missing=_NO_FUNCTION,
            kv_missing="TensorRT's own cache update takes floating-point tensors only, so that codes need trt-plugin, "
            "whose kernels do not hold them yet",
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
@@ -231,25 +234,17 @@ def refuse_layers(layers: Iterable[AttentionSpec], target: Target, states: Itera
                            code="E-TARGET-LAYER")
 
 
-def refuse_kv(target: Target, bits: int, layers: Iterable[AttentionSpec]) -> None:
-    """Refuse a quantized cache that a target does not have, or that a layer of the model cannot use.
-
-    Args:
-        target: the row. bits: of a code. layers: of the model.
+def refuse_long(target: Target) -> None:
+    """Refuse approximate attention for long prompts where a target has none.
 
     Raises:
-        UnsupportedModel: the target's reason, or the layer.
+        GqaExportError: with the reason, and the targets that have it.
     """
-    fix = "leave out --kv-cache, or use --target ort"
-    if bits not in target.kv_bits:
-        raise UnsupportedModel(f"target {target.name} does not hold a cache of {bits}-bit codes: {target.kv_missing}",
-                               f"--kv-cache int{bits}", fix, code="E-TARGET-KV")
-    layers = list(layers)
-    reasons = reasons_against(layers, target)
-    wide = [layer.layer for layer in layers if target.cannot_hold(layer)]
-    if reasons:
-        raise UnsupportedModel(f"only {target.attention} holds a quantized cache, and it cannot hold these layers: "
-                               f"{'; '.join(reasons)}", layers_label(wide), "leave out --kv-cache", code="E-TARGET-KV")
+    if target.long_missing:
+        raise GqaExportError(f"target {target.name} does not support --long-attention: {target.long_missing}",
+                             "--long-attention", "use --target " + " or ".join(
+                                 row.name for row in TARGETS.values() if not row.long_missing),
+                             code="E-TARGET-LONG")
 
 
 def refuse_options(target: Target, cache: str, logits: str) -> None:

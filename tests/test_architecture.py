@@ -22,7 +22,7 @@ ORDER = (
     ("graph_io", "targets", "files", "environment", "compare", "quantized"),
     ("graph", "checkpoint", "report"),
     ("trace", "lowering", "bundle", "uptraining"),
-    ("weights", "quantizing", "engine", "runtime", "describe", "sharding"),
+    ("weights", "quantizing", "engine", "runtime", "describe", "sharding", "long_context"),
     ("exporting", "conversion", "validation"),
     ("bisect", "integrations", "objects", "api"),
     ("cli", "__main__"),

@@ -6,6 +6,7 @@ before anything else opens it, and held against the manifest.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidBundle
 from .graph_file import read_graph
+from .long_facts import PREFILL
 from .manifest import MODEL, Manifest
 
 if TYPE_CHECKING:
@@ -30,16 +32,17 @@ def check_graph_files(folder: Path, manifest: Manifest) -> None:
     """
     if manifest.engine is not None:
         return
-    for inside in [f"{rank.folder}/" for rank in manifest.parallel.ranks] if manifest.parallel else [""]:
+    insides = [f"{rank.folder}/" for rank in manifest.parallel.ranks] if manifest.parallel else [""]
+    for inside, name in itertools.product(insides, (MODEL, *([PREFILL] if manifest.long else []))):
         place = folder / inside
-        model = read_graph(place)
+        model = read_graph(place / name)
         if not model.graph.output:
-            raise InvalidBundle(f"{MODEL} is not an ONNX model: it has no outputs", str(place / MODEL), NOT_SAFE,
+            raise InvalidBundle(f"{name} is not an ONNX model: it has no outputs", str(place / name), NOT_SAFE,
                                 code="E-BUNDLE-GRAPH")
         for tensor in _tensors(model):
             wrong = _wrong(tensor, manifest, inside)
             if wrong:
-                raise InvalidBundle(f"the weight {tensor.name[:200]!r} {wrong}", str(place / MODEL), NOT_SAFE,
+                raise InvalidBundle(f"the weight {tensor.name[:200]!r} {wrong}", str(place / name), NOT_SAFE,
                                     code="E-BUNDLE-WEIGHT")
 
 

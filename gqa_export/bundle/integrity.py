@@ -17,6 +17,7 @@ from ..errors import GqaExportError, InvalidBundle
 from ..files.sha256 import READ_BYTES, file_sha256
 from ..spec import ModelSpec
 from .graph_safety import check_graph_files
+from .long_facts import PREFILL
 from .manifest import MODEL, FileFact, Manifest
 
 HASH_BUDGET_BYTES = 1 << 30
@@ -41,7 +42,7 @@ def check_files(folder: Path, manifest: Manifest, *, full: bool = False, hashes:
             outside, or was modified since the export and has no recorded sha256 that proves it to be the same; names
             the first.
     """
-    mains = main_files(manifest)
+    mains = (*main_files(manifest), *([PREFILL] if manifest.long else []))
     for main in mains:
         if not (folder / main).is_file():
             raise InvalidBundle(f"the bundle's file {main} is missing", str(folder), FIX, code="E-BUNDLE-FILE")

@@ -35,6 +35,7 @@ from ..spec import (
     Text,
 )
 from .engine_facts import EngineFacts
+from .long_facts import LongFacts
 from .manifest_rules import check_names, check_tensors
 from .parallel import ParallelFacts
 from .quantization import Quantization
@@ -107,6 +108,7 @@ class Manifest:
         quantization: of its weights; None where all are floating-point numbers and the checkpoint's were too.
         kv_cache: how the cache is quantized; None where it holds floating-point numbers.
         parallel: of a bundle that is cut over ranks, how; None for one graph or engine, and then not written.
+        long: of a bundle with a graph for long prompts, that graph; None, and not in the file, where there is none.
         format: of the manifest.
     """
 
@@ -133,13 +135,15 @@ class Manifest:
     kv_cache: KvCache | None = None
     parallel: ParallelFacts | None = None
     format: Annotated[int, OneOf(FORMAT)] = FORMAT
+    long: LongFacts | None = None
 
     def to_json(self) -> str:
         """Stable, readable JSON."""
-        data = asdict(self)
-        if self.parallel is None:
-            del data["parallel"]
-        return json.dumps(data, indent=1) + "\n"
+        facts = asdict(self)
+        for name in ("parallel", "long"):
+            if facts[name] is None:
+                del facts[name]
+        return json.dumps(facts, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str = MANIFEST) -> Manifest:
@@ -169,6 +173,10 @@ class Manifest:
                                 code="E-BUNDLE-MANIFEST") from error
         check_names(manifest.files, manifest.engine.file if manifest.engine else "", where)
         check_tensors(manifest.spec, manifest.dtype, manifest.inputs, manifest.outputs, where, manifest.kv_cache)
+        problem = manifest.long.problem(manifest.spec.layers, manifest.capacity) if manifest.long else ""
+        if problem:
+            raise InvalidBundle(f"not a valid bundle manifest: {problem}", where, EXPORT_AGAIN,
+                                code="E-BUNDLE-MANIFEST")
         return replace(manifest, dtype=DTYPES.get(manifest.dtype, manifest.dtype))
 
 

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
               help="Where the bundle runs; auto is CUDA if it is available.")
 @click.option("--low-memory", is_flag=True, help="Leave the weights in their files.")
 @click.option("--threads", type=int, default=0, show_default=True, help="Threads of ONNX Runtime; 0 lets it choose.")
+@click.option("--exact", is_flag=True, help="Leave the graph for long prompts aside, where the bundle has one.")
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the figures as JSON; - is standard output.")
 def command(bundle: Path, prompt_tokens: int, new_tokens: int, batch: int, repeat: int, provider: Provider,
-            low_memory: bool, threads: int, json_file: str | None) -> None:
+            low_memory: bool, threads: int, exact: bool, json_file: str | None) -> None:
     """Measure BUNDLE on random prompts. End tokens do not stop the decoding."""
     from rich.console import Console
 
@@ -37,7 +38,7 @@ def command(bundle: Path, prompt_tokens: int, new_tokens: int, batch: int, repea
     with progress(f"measuring {bundle.name}") as bar:
         speed = api.open_bundle(bundle).benchmark(
             prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repeat=repeat, provider=provider,
-            low_memory=low_memory, threads=threads, progress=bar.report)
+            low_memory=low_memory, threads=threads, exact=exact, progress=bar.report)
     figures = json.dumps(speed.to_dict(), indent=1)
     if json_file == "-":
         click.echo(figures)

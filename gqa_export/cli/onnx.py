@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ..errors import EXIT_DIFFERENT, GqaExportError, InvalidCheckpoint, NotCheckedHere, UnsupportedModel
+from .long_options import METHOD, how_options, long_options
 from .trust_options import revision_option, trust_options
 from .words import DTYPE, TARGET
 
@@ -46,6 +47,13 @@ if TYPE_CHECKING:
 @click.option("--text-only", is_flag=True, help="Export only the language model of a multimodal model, for token ids.")
 @click.option("--ignore-unused", is_flag=True,
               help="Note tensors of the checkpoint that the model does not use, instead of refusing them.")
+@click.option("--long-attention", type=METHOD, default=None,
+              help="Write a second graph, prefill.onnx, which reads long prompts with approximate attention.")
+@how_options
+@click.option("--long-from", type=click.IntRange(1), default=None,
+              help="Tokens up to which a sequence is read exactly.  [default: 4 leaves]")
+@click.option("--text", type=click.Path(path_type=Path), default=None,
+              help="Text that --long-layers auto measures on.")
 @click.option("--dump-passes", type=click.Path(path_type=Path), metavar="DIR",
               help="Write the graph after each rewriting pass to DIR, without weights.")
 @click.option("--trace-cache/--no-trace-cache", default=True, show_default=True,
@@ -62,6 +70,8 @@ if TYPE_CHECKING:
               help="A UTF-8 text: weighs errors of --quantize, and scales of --kv-cache are chosen from it.")
 @click.option("--tensor-parallel", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Cut the model over N devices: a graph for each, one manifest; for trt-native and trt-plugin.")
+@click.option("--calibrate", type=click.Path(path_type=Path), default=None, metavar="TEXT",
+              help="A UTF-8 text: weighs errors of --quantize, and scales of --kv-cache are chosen from it.")
 @click.option("--kv-cache", type=click.Choice(["int8", "int4"]), default=None,
               help="Hold the cache as codes of 8 or 4 bits; needs --calibrate.")
 @click.option("--verbose", is_flag=True, help="Print the whole table of a comparison that passed.")
@@ -70,7 +80,7 @@ if TYPE_CHECKING:
 @trust_options
 def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, verbose: bool, provider: Provider,
             hash_full: bool, force: bool, allow_pickle: bool, revision: str | None, dump_passes: Path | None,
-            **options: Any) -> None:
+            long_attention: str | None, long_from: int | None, text: Path | None, **options: Any) -> None:
     """Export CHECKPOINT (a folder, a hub id or a .gguf file) to an ONNX bundle.
 
     If this machine cannot run the bundle's number format (bf16 on a CPU), its fp32 twin is compared.
@@ -81,7 +91,8 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, ve
     from .. import api
     from .progress import progress
 
-    options.update(provider=provider, revision=revision, allow_pickle=allow_pickle)
+    long = long_options(long_attention, options, text, long_from)
+    options.update(provider=provider, revision=revision, allow_pickle=allow_pickle, long_attention=long)
     if dry_run and dump_passes:
         raise click.UsageError("--dry-run writes nothing: leave out --dump-passes.")
     if dry_run:
@@ -102,7 +113,8 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, ve
     bundle = export()
     if check:
         raise SystemExit(_validate(bundle, checkpoint, provider, allow_pickle,
-                                   lambda **options: export(force=True, **options), short=not verbose))
+                                   lambda **options: export(force=True, **options), short=not verbose,
+                                   calibrate=options["calibrate"]))
 
 
 @contextmanager
@@ -145,7 +157,7 @@ def describe(bundle: Bundle) -> None:
 
 
 def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle: bool,
-              again: Callable[..., Bundle], *, short: bool) -> int:
+              again: Callable[..., Bundle], *, short: bool, calibrate: Path | None) -> int:
     """Compare the bundle and print the verdict. again: exports anew, for a bundle whose trace may be what is wrong with
     it: one from the trace cache, and one whose layers are copies of a few. short: see `print_verdict`."""
     from rich.console import Console
@@ -155,7 +167,7 @@ def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle:
     while True:
         verdict, error = None, None
         try:
-            verdict = _compare(bundle, checkpoint, provider, allow_pickle)
+            verdict = _compare(bundle, checkpoint, provider, allow_pickle, calibrate)
         except NotCheckedHere:
             raise
         except GqaExportError as reason:
@@ -186,14 +198,15 @@ def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle:
     return verdict.exit_code
 
 
-def _compare(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle: bool) -> Verdict:
+def _compare(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle: bool,
+             calibrate: Path | None) -> Verdict:
     """The verdict on the bundle, or on its fp32 twin where this machine cannot run its number format."""
     from .progress import progress
 
     def validate(as_dtype: Literal["fp32"] | None) -> Verdict:
         with progress("validating") as bar:
             return bundle.validate(checkpoint, provider=provider, as_dtype=as_dtype, check_hashes=False,
-                                   allow_pickle=allow_pickle, progress=bar.report)
+                                   allow_pickle=allow_pickle, calibrate=calibrate, progress=bar.report)
 
     try:
         return validate(None)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
               help="Where the bundle runs; auto is CUDA if it is available.")
 @click.option("--low-memory", is_flag=True, help="Leave the weights in their files; about a tenth slower.")
 @click.option("--threads", type=int, default=0, show_default=True, help="Threads of ONNX Runtime; 0 lets it choose.")
+@click.option("--exact", is_flag=True, help="Leave the graph for long prompts aside, where the bundle has one.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming.")
 def command(bundle: Path, prompt: str | None, token_ids: str | None, template_args: str | None, as_json: bool,
             **options: Any) -> None:

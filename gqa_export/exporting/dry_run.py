@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..bundle.long_facts import PREFILL
 from ..bundle.manifest import DATA, MODEL
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.tokenizer import tokenizer_files
@@ -57,11 +58,13 @@ def dry_run(source: str | Path | Checkpoint, options: ExportOptions, output: Pat
     """Do all of an export but the writing. Raises what the export would raise before it writes."""
     started = time.perf_counter()
     ready = prepare(source, options, report or silent, Budget(options.max_ram), output)
-    plan = arrange(ready.lowered.model, ready.store, ready.options.weights)
+    beside = [ready.prefill.model] if ready.prefill else []
+    plan = arrange(ready.lowered.model, ready.store, ready.options.weights, beside)
     model_bytes = ready.lowered.model.ByteSize()
     prepared = time.perf_counter() - started
     seconds = _weights_seconds(plan)
-    files = [(MODEL, model_bytes, "the graph")]
+    files = [(MODEL, model_bytes, "the graph"),
+             *((PREFILL, model.ByteSize(), "the graph for long prompts") for model in beside)]
     if plan.streams:
         kinds = {"converted or copied" if not isinstance(source, MemorySource) else "merged or dequantized"
                  for stream in plan.streams for source in stream.sources}

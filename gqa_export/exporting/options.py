@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..weights.layout import Mode
+from .long_plan import LongOptions
 
 DEFAULT_CAPACITY = 4096
 
@@ -21,8 +22,9 @@ class ExportOptions:
     quantize: "keep" leaves quantized weights as they are stored, "dequantize" makes floating-point numbers of them;
     a method ("int4", "int8") or a file of rules (.toml) quantizes. activations: "int8", "exact" or "" for the target's
     own. head: bits of head and embedding, "int8", "same" or "none". block: columns that share a scale.
-    calibrate: a text by whose activations errors are weighed, and from which the scales of a quantized cache are chosen.
+    calibrate: a text with whose activations errors are weighed, and from which scales of a quantized cache are chosen.
     tensor_parallel: devices over which the model is cut; 1 is a bundle of one graph.
+    long: a second graph for long prompts is written beside the exact one.
     kv_cache: "int8" or "int4" codes in the cache, "" for numbers."""
 
     target: str = "ort"
@@ -47,4 +49,5 @@ class ExportOptions:
     block: int = 32
     calibrate: Path | None = None
     tensor_parallel: int = 1
+    long: LongOptions | None = None
     kv_cache: str = ""

@@ -19,18 +19,20 @@ from ..checkpoint.unused_tensors import unused_notes
 from ..environment.onnxruntime_ops import state_ops_of_runtime
 from ..errors import GqaExportError, UnsupportedModel
 from ..progress import Progress
-from ..spec import DTYPES, KvCache
+from ..spec import DTYPES, KvCache, ModelSpec
 from ..weights.dtypes import itemsize
 from ..weights.memory_budget import Budget
 from ..weights.sources import WeightStore
 from . import quantize
-from .kv_calibration import calibrate_cache
+from .kv_calibration import cache_of
+from .long_plan import long_plan, plan_notes
 from .options import DEFAULT_CAPACITY, ExportOptions
 from .ranks import lower_ranks, refuse_quantized_ranks, refuse_ranks
 from .tokenizer_files import check_tokenizer
 
 if TYPE_CHECKING:
     from ..bundle.quantization import Quantization
+    from ..long_attention_op import LongPlan, LongSetting
     from ..lowering.context import Lowered
     from ..targets import Target
     from ..trace.traced import Traced
@@ -57,6 +59,9 @@ class Prepared:
     """of the weights; None where all are floating-point numbers and the checkpoint's were too"""
     ranks: Ranks | None = None
     """of a model that is cut over several; `lowered` is rank 0's then"""
+    plan: LongPlan | None = None
+    prefill: Lowered | None = None
+    """the graph for long prompts, where one is written"""
     kv: KvCache | None = None
     """how the cache is quantized"""
 
@@ -74,13 +79,15 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     from ..lowering.context import LowerOptions
     from ..lowering.dump import PassDump
     from ..lowering.lower import lower
-    from ..targets import get_target, refuse_kv, refuse_options
+    from ..targets import get_target, refuse_long, refuse_options
 
     target = get_target(options.target)
     options = replace(options, cache=options.cache or target.caches[0], logits=options.logits or target.logits[0])
     refuse_options(target, options.cache, options.logits)
     quantize.check_options(options)
     refuse_ranks(options, target)
+    if options.long:
+        refuse_long(target)
     dump = PassDump(options.dump_passes, force=options.force) if options.dump_passes else None
     say("reading the checkpoint", None, None)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
@@ -109,12 +116,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     provider = pick_provider(options.provider, dtype, target)
     store = weight_store(checkpoint, traced, budget)
     quantizing = quantize.plan(checkpoint, traced, store, options, target, provider, say)
-    kv = None
-    if options.kv_cache:
-        bits = int(options.kv_cache.removeprefix("int"))
-        refuse_kv(target, bits, traced.spec.layers)
-        kv = calibrate_cache(checkpoint, traced.spec, bits, options.calibrate, traced.capacity, say)
-        budget.check("choosing the cache's scales")
+    kv = cache_of(checkpoint, traced, options, target, say)
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider, kv=kv,
                             packed=options.weights == "copy",
                             runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None,
@@ -128,19 +130,44 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         lowered = ranks.lowered[0]
     else:
         lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
+    plan, prefill = None, None
+    if options.long:
+        plan = long_plan(options.long, traced.spec, traced.capacity,
+                         lambda setting: automatic_layers(checkpoint, options, traced.spec, setting, say))
+        prefill = lower(traced.model, traced.spec, replace(lowering, long=plan),
+                        lambda stage: say(f"{stage} the graph for long prompts", None, None))
+        notes = (*notes, *plan_notes(plan, traced.spec))
     budget.check("lowering")
     recorded = None
     if quantizing:
         quantize.fill(quantizing, lowered, store)
         recorded = quantize.record(quantizing, lowered, dtype)
     return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store,
-                    (*checkpoint.notes, *notes), recorded, ranks, kv)
+                    (*checkpoint.notes, *notes), recorded, ranks, plan, prefill, kv)
 
 
 def tensor_parallel_plan(checkpoint: Checkpoint) -> dict[str, str]:
     """transformers' own plan for this model, by names of modules; {} where it has none."""
     plan = getattr(load_config(checkpoint).get_text_config(), "base_model_tp_plan", None)
     return dict(plan or {})
+
+
+def automatic_layers(checkpoint: Checkpoint, options: ExportOptions, spec: ModelSpec, setting: LongSetting,
+                     say: Progress) -> tuple[int, ...]:
+    """Layers chosen by measurement on the options' text.
+
+    Raises:
+        GqaExportError: there is no text, or no layer can be approximated within the bounds.
+    """
+    from ..long_context.choose import choose_layers
+
+    assert options.long is not None
+    if options.long.text is None:
+        raise GqaExportError("layers are chosen by measurement, and a text to measure on is missing",
+                             "--long-layers auto", "give a text file with --text FILE, or name the layers",
+                             code="E-OPTION-LONG")
+    return choose_layers(checkpoint, options.long.text, spec, setting, options.long.seed,
+                         max_loss=options.long.max_loss, min_copy=options.long.min_copy, report=say).layers
 
 
 def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, target: Target,

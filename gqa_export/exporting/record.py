@@ -57,6 +57,8 @@ def add_genai(writer: BundleWriter, manifest: Manifest, provider: str, notes: li
     if reason:
         notes.append(f"{genai_config.FILE} was not written: {reason}")
         return
+    if manifest.long:
+        notes.append("onnxruntime-genai runs model.onnx alone, which is exact: it has one graph for prompts and steps")
     if manifest.spec.rope_switch:
         notes.append("onnxruntime-genai does not feed a sequence again where it grows beyond "
                      f"{manifest.spec.rope_switch} tokens: let it generate below that length, or from a prompt "

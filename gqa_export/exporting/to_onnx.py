@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..bundle.long_facts import PREFILL, LongFacts
 from ..bundle.manifest import MODEL, Manifest
 from ..bundle.writer import check_output, writing_bundle
 from ..checkpoint.checkpoint import Checkpoint
@@ -79,8 +80,11 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
                                               written)
         else:
             placement = place(lowered.model, ready.store, writer, options.weights, checkpoint.folder,
-                              hash_full=options.hash_full, on_bytes=written)
+                              beside=[ready.prefill.model] if ready.prefill else [], hash_full=options.hash_full,
+                              on_bytes=written)
             writer.write(MODEL, lowered.model.SerializeToString())
+            if ready.prefill:
+                writer.write(PREFILL, ready.prefill.model.SerializeToString())
         if inplace:
             without = "" if has_tokenizer(checkpoint) else NO_TOKENIZER
         else:
@@ -88,6 +92,8 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
         notes = [*ready.notes, *writer.notes, *([without] if without else [])]
         manifest = replace(manifest_of(checkpoint, traced, lowered, options, ready.dtype, not without,
                                        ready.quantization, ready.kv), parallel=parallel)
+        if ready.plan:
+            manifest = replace(manifest, long=LongFacts(ready.plan, ready.plan.digest(traced.spec.layers)))
         if ready.target.genai:
             add_genai(writer, manifest, pick_provider(options.provider, ready.dtype, ready.target), notes)
         manifest = writer.finish(with_bytes(manifest, placement))

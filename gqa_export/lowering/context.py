@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .. import graph_io
 from ..graph.passes import NearMiss, PassLog
+from ..long_attention_op import LongPlan
 from ..spec import AttentionSpec, Fallback, KvCache, ModelSpec
 from ..targets import Target, by_reason
 
@@ -46,6 +47,8 @@ class LowerOptions:
     runtime_ops: frozenset[str] | None = None
     quantized: Mapping[str, MatrixFacts] = field(default_factory=dict)
     exact: bool = False
+    long: LongPlan | None = None
+    """layers that become the op for long prompts; None in the graph that is exact"""
     kv: KvCache | None = None
 
 
@@ -113,8 +116,19 @@ class Context:
         return next(value.type.tensor_type.elem_type for value in self.model.graph.output
                     if value.name == graph_io.LOGITS)
 
+    def is_long(self, layer: AttentionSpec) -> bool:
+        """Whether a layer becomes the op for long prompts."""
+        return self.options.long is not None and layer.layer in self.options.long.layers
+
+    def cannot_hold(self, layer: AttentionSpec) -> list[str]:
+        """Every reason why a layer does not become the target's attention op; [] if it does."""
+        return [*self.target.cannot_hold(layer), *(["it is approximated"] if self.is_long(layer) else [])]
+
     def fall_back(self, layer: AttentionSpec) -> bool:
-        """Whether the target's attention op cannot hold `layer`; then this is recorded, with every reason."""
+        """Whether a layer does not become the target's attention op; where the op cannot hold it, this is recorded,
+        with every reason."""
+        if self.is_long(layer):
+            return True
         reasons = self.target.cannot_hold(layer)
         if reasons:
             self.fallbacks.append(Fallback(layer.layer, self.target.attention, self.target.fallback,

@@ -60,6 +60,10 @@ def lower(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions,
     if options.quantized:
         run_passes(graph, import_module(".quantized.passes", __package__).PASSES, context, context.log)
     lowered = edit.save(graph)
+    if options.long is not None:
+        from .long_calls import approximate
+
+        approximate(lowered, options.long, context)
     if hasattr(dialect, "finish"):
         lowered = dialect.finish(lowered, context)
     lowered.ir_version = target.ir_version

@@ -49,6 +49,7 @@ class Bundle:
                  full_hash: bool = False, check_hashes: bool = True, revision: str | None = None,
                  allow_pickle: bool = False, reference: Place | PreTrainedModel | None = None,
                  max_kl: float | None = None, max_perplexity_increase: float | None = None,
+                 calibrate: Place | None = None,
                  progress: Progress | None = None) -> Verdict:
         """Compare the bundle with PyTorch, step by step: logits, every new key and value, the whole cache.
 
@@ -63,6 +64,7 @@ class Bundle:
             allow_pickle: also read weights from pickle files; no code of theirs is run.
             reference: the checkpoint before it was quantized, or the model in memory: the loss against it is measured,
                 on `text` or on a short text that comes with the package. None: the loss is not measured.
+            calibrate: the text that the bundle's weights were quantized with, if any: they are quantized again.
             max_kl: the most that the mean KL divergence from the reference may be, in nats; None: no limit.
             max_perplexity_increase: the most that perplexity may increase by, in percent; None: no limit.
 
@@ -82,7 +84,7 @@ class Bundle:
         if not isinstance(against, str | Path):
             refuse_revision(revision, type(against).__name__, "a model in memory")
         text_only = bool(self.manifest.source.get("text_only"))
-        limits = (path_of(text), max_kl, max_perplexity_increase)
+        limits = (path_of(text), max_kl, max_perplexity_increase, path_of(calibrate))
         LossRequest(str(reference) if reference is not None else None, *limits).check()
         with (pickles_allowed(allow_pickle), opened(against, text_only=text_only) as source,
               nullcontext() if reference is None else opened(reference, text_only=text_only) as before):
@@ -91,21 +93,24 @@ class Bundle:
                             provider=provider, as_dtype=as_dtype, full_hash=full_hash, check_hashes=check_hashes,
                             progress=progress, loss=LossRequest(before, *limits))
 
-    def session(self, *, provider: Provider = "auto", low_memory: bool = False, threads: int | None = None) -> Session:
+    def session(self, *, provider: Provider = "auto", low_memory: bool = False, threads: int | None = None,
+                exact: bool = False) -> Session:
         """Open the bundle for running: in ONNX Runtime, or in TensorRT if it holds an engine.
 
         Args:
             provider: "auto" is CUDA if it is there. low_memory: leave the weights in their files, a tenth slower.
-            threads: of ONNX Runtime; None lets it choose. An engine takes none of the three.
+            threads: of ONNX Runtime; None lets it choose.
+            exact: do not use the graph for long prompts, where there is one. An engine takes none of the four.
         """
-        return Session(self._open(provider, low_memory, threads))
+        return Session(self._open(provider, low_memory, threads, exact))
 
     def complete(self, prompt: str | None = None, *, token_ids: Sequence[int] | None = None, chat: bool = False,
                  system: str | None = None, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0,
                  top_p: float = 1.0, seed: int | None = None, provider: Provider = "auto", low_memory: bool = False,
                  threads: int | None = None, session: Session | None = None,
                  on_text: Callable[[str], None] | None = None, progress: Progress | None = None,
-                 chat_template: str | None = None, template_args: Mapping[str, object] | None = None) -> Completion:
+                 chat_template: str | None = None, template_args: Mapping[str, object] | None = None,
+                 exact: bool = False) -> Completion:
         """Continue a prompt, and tell what was fed, what came, and how fast.
 
         Args:
@@ -113,7 +118,8 @@ class Bundle:
             chat: put the prompt into the model's chat template, with `system` as the system message.
             max_new_tokens: stop after so many. temperature: 0 is greedy. top_k: 0 is all. top_p: 1 is all.
             seed: makes sampling repeatable.
-            session: one that is open already (it is reset); else one is opened with the three options before it.
+            session: one that is open already (it is reset); else one is opened with the three options before it, and
+                `exact`: without the graph for long prompts, where the bundle has one.
             on_text: called with each piece of text as it comes.
             chat_template: name of the template, of a model that has several; None is its default one.
             template_args: variables for the template, such as {"enable_thinking": False} or {"tools": [...]}.
@@ -122,15 +128,15 @@ class Bundle:
         from ..runtime.generate import Sampling
 
         check_choices(provider=provider)
-        if session is not None and (provider != "auto" or low_memory or threads):
-            raise GqaExportError("provider, low_memory and threads open a session; an open one was given", "session",
-                                 "give either the session or these options", code="E-OPTION-SESSION")
+        if session is not None and (provider != "auto" or low_memory or threads or exact):
+            raise GqaExportError("provider, low_memory, threads and exact open a session; an open one was given",
+                                 "session", "give either the session or these options", code="E-OPTION-SESSION")
         sampling, text = Sampling(temperature, top_k, top_p, seed), self._text(prompt is not None)
         ids = prompt_ids(prompt, None if token_ids is None else list(token_ids), chat, system, text, chat_template,
                          template_args)
         if progress is not None:
             progress(f"loading {self.folder.name}", None, None)
-        inner = session.inner if session is not None else self._open(provider, low_memory, threads)
+        inner = session.inner if session is not None else self._open(provider, low_memory, threads, exact)
         return complete(inner, ids, text, max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text,
                         end_tokens=self.manifest.tokens.get("eos", ()))
 
@@ -146,12 +152,14 @@ class Bundle:
 
     def benchmark(self, *, prompt_tokens: int = 128, new_tokens: int = 64, batch: int = 1, repeat: int = 3,
                   provider: Provider = "auto", low_memory: bool = False, threads: int | None = None,
-                  progress: Progress | None = None) -> Speed:
-        """Load time, tokens per second and memory, on random prompts; medians of `repeat` runs."""
+                  exact: bool = False, progress: Progress | None = None) -> Speed:
+        """Load time, tokens per second and memory, on random prompts; medians of `repeat` runs. exact: as of
+        `session`."""
         from ..runtime.benchmark import measure
 
         return measure(self.folder, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repeat=repeat,
-                       provider=provider, low_memory=low_memory, threads=threads or 0, report=progress)
+                       provider=provider, low_memory=low_memory, threads=threads or 0, exact=exact,
+                       report=progress)
 
     def bisect(self, against: Place, *, ignore_unused: bool = False) -> Bisection:
         """Find the first layer and operator whose output is out of tolerance, each fed with PyTorch's own inputs.
@@ -173,10 +181,10 @@ class Bundle:
         built = build_engine(self.folder, Path(output), options, progress)
         return Bundle(built.folder, built.manifest, built=built)
 
-    def _open(self, provider: str, low_memory: bool, threads: int | None) -> InnerSession:
+    def _open(self, provider: str, low_memory: bool, threads: int | None, exact: bool) -> InnerSession:
         from ..runtime.open_session import open_bundle as open_inner
 
-        return open_inner(self.folder, provider, low_memory=low_memory, threads=threads or 0)
+        return open_inner(self.folder, provider, low_memory=low_memory, threads=threads or 0, exact=exact)
 
     def _text(self, wanted: bool) -> BundleText | None:
         from ..runtime.text import BundleText, has_tokenizer

@@ -51,7 +51,7 @@ class Speed:
 
 
 def measure(folder: Path | str, *, prompt_tokens: int, new_tokens: int, batch: int, repeat: int,
-            provider: str = "auto", low_memory: bool = False, threads: int = 0,
+            provider: str = "auto", low_memory: bool = False, threads: int = 0, exact: bool = False,
             report: Progress | None = None) -> Speed:
     """Load a bundle and measure how fast it reads and writes.
 
@@ -61,7 +61,7 @@ def measure(folder: Path | str, *, prompt_tokens: int, new_tokens: int, batch: i
         folder: of the bundle.
         prompt_tokens: length of the random prompts (seeded). new_tokens: written after each. batch: prompts at once.
         repeat: runs that are counted.
-        provider, low_memory, threads: as of `open_bundle`.
+        provider, low_memory, threads, exact: as of `open_bundle`.
         report: called with what is done, how much, of how much.
 
     Raises:
@@ -79,7 +79,7 @@ def measure(folder: Path | str, *, prompt_tokens: int, new_tokens: int, batch: i
     started = time.perf_counter()
     progress = report or silent
     progress("loading", None, None)
-    session = open_bundle(folder, provider, low_memory=low_memory, threads=threads)
+    session = open_bundle(folder, provider, low_memory=low_memory, threads=threads, exact=exact)
     load_s = time.perf_counter() - started
     random = np.random.default_rng(0)
     prompts = random.integers(0, manifest.spec.vocabulary, (batch, prompt_tokens)).tolist()

@@ -123,6 +123,9 @@ def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens:
                 finish[row] = FULL
 
     switch = rope_switch(session)
+    leaf = getattr(session, "leaf", 0)
+    if leaf:  # pieces that end at leaves are approximated as the whole prompt would be
+        prefill_piece = -(-prefill_piece // leaf) * leaf
     started = time.perf_counter()
     take(_prefill(session, prompts, prefill_piece, switch))
     prefilled = time.perf_counter()

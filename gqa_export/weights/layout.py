@@ -10,8 +10,8 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,6 +56,8 @@ class _Stream:
     dtype: str
     tensors: list[onnx.TensorProto]
     offset: int = 0
+    inside: list[tuple[onnx.TensorProto, int, int]] = field(default_factory=list)
+    """further initializers that are a part of it: with the offset in it, and the bytes"""
 
     @property
     def nbytes(self) -> int:
@@ -79,13 +81,15 @@ class Arrangement:
         return sum(stream.nbytes for stream in self.streams)
 
 
-def arrange(model: onnx.ModelProto, store: WeightStore, mode: Mode) -> Arrangement:
+def arrange(model: onnx.ModelProto, store: WeightStore, mode: Mode,
+            beside: Sequence[onnx.ModelProto] = ()) -> Arrangement:
     """Decide for every initializer with a recipe where its bytes will be, without writing a byte.
 
     Args:
         model: the lowered graph; initializers that use a checkpoint's file are pointed there.
         store: where each weight is.
         mode: see `place`.
+        beside: see `place`.
 
     Raises:
         InvalidCheckpoint: the checkpoint does not have a tensor, or has it in another shape.
@@ -97,7 +101,7 @@ def arrange(model: onnx.ModelProto, store: WeightStore, mode: Mode) -> Arrangeme
     linked_ranges: set[tuple[str, int, int]] = set()
     streams: dict[Any, _Stream] = {}
     offset = 0
-    for tensor in model.graph.initializer:
+    for tensor in [tensor for each in (model, *beside) for tensor in each.graph.initializer]:
         recipe = recipe_of(tensor)
         if not recipe:
             continue
@@ -107,6 +111,10 @@ def arrange(model: onnx.ModelProto, store: WeightStore, mode: Mode) -> Arrangeme
         span = _span(sources, dtype) if mode != "copy" else None
         if span is None:
             key = (sources, dtype)
+            part = None if key in streams else _part_of(sources, dtype, streams.values())
+            if part is not None:
+                part[0].inside.append((tensor, *part[1:]))
+                continue
             if key not in streams:
                 offset += -offset % ALIGNMENT
                 streams[key] = _Stream(recipe, sources, dtype, [], offset)
@@ -123,7 +131,7 @@ def arrange(model: onnx.ModelProto, store: WeightStore, mode: Mode) -> Arrangeme
 
 
 def place(model: onnx.ModelProto, store: WeightStore, writer: BundleWriter, mode: Mode,
-          checkpoint_folder: Path | None = None, *, hash_full: bool = False,
+          checkpoint_folder: Path | None = None, *, beside: Sequence[onnx.ModelProto] = (), hash_full: bool = False,
           on_bytes: Callable[[int, int], None] | None = None, inside: str = "") -> Placement:
     """Point every initializer with a recipe at real bytes, editing `model`; constant memory for any size.
 
@@ -137,6 +145,8 @@ def place(model: onnx.ModelProto, store: WeightStore, writer: BundleWriter, mode
         mode: "copy": all into `model.onnx.data`, equal recipes once, converted to the initializer's type. "link": hard
             links of the checkpoint's files in the bundle. "inplace": the checkpoint's files where they are.
         checkpoint_folder: the folder that in-place files must lie in; None is each file's own.
+        beside: further graphs on the same weights, edited too. Their weights are those of `model` where it has them,
+            also as a part of a joined matrix, and lie behind them where it has not.
         hash_full: hash linked and in-place files whole, too, with sha256.
         on_bytes: called with (done, total) streamed bytes.
         inside: the graph's folder in the bundle, "rank0/"; "" for the bundle itself. The weights lie beside the graph.
@@ -146,7 +156,7 @@ def place(model: onnx.ModelProto, store: WeightStore, writer: BundleWriter, mode
             an in-place file lies outside the folder.
         InvalidCheckpoint: the checkpoint has a tensor in another shape than the graph.
     """
-    plan = arrange(model, store, mode)
+    plan = arrange(model, store, mode, beside)
     if plan.files:
         (writer.staging / inside).mkdir(exist_ok=True)
     for name, path in plan.files.items():
@@ -188,6 +198,17 @@ def _span(sources: tuple[Source, ...], dtype: str) -> tuple[Path, int, int] | No
     return tensors[0].path, tensors[0].offset, nbytes
 
 
+def _part_of(sources: tuple[Source, ...], dtype: str, streams: Iterable[_Stream]) -> tuple[_Stream, int, int] | None:
+    """(stream, offset, bytes) of a stream of this type in which these sources lie one after the other."""
+    for stream in streams:
+        count = len(sources)
+        for first in range(len(stream.sources) - count + 1 if stream.dtype == dtype else 0):
+            if stream.sources[first: first + count] == sources:
+                sizes = [math.prod(source.shape) * itemsize(dtype) for source in stream.sources]
+                return stream, sum(sizes[:first]), sum(sizes[first: first + count])
+    return None
+
+
 def _point(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
     del tensor.external_data[:]
     for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
@@ -214,6 +235,8 @@ def _write(plan: Arrangement, writer: BundleWriter, on_bytes: Callable[[int, int
                 on_bytes(done, total)
             for tensor in stream.tensors:
                 _point(tensor, DATA, stream.offset, stream.nbytes)
+            for tensor, start, nbytes in stream.inside:
+                _point(tensor, DATA, stream.offset + start, nbytes)
 
 
 def _key(plan: Arrangement) -> str:

@@ -26,8 +26,8 @@ QUERY, PAST_VALUE = (attention_op.input_index(name) for name in ("query", "past_
 
 
 def holdable(context: Context) -> int:
-    """How many layers the target's attention op can hold."""
-    return sum(not context.target.cannot_hold(layer) for layer in context.spec.layers)
+    """How many layers become the target's attention op."""
+    return sum(not context.cannot_hold(layer) for layer in context.spec.layers)
 
 
 def lower_attention(graph: gs.Graph, context: Context) -> Rewritten:

@@ -1,8 +1,8 @@
 """NaN that a graph writes on purpose, for inputs that cannot be right (left padding), must reach the logits.
 
-ONNX Runtime's product with int8 activations makes zeros of NaN. So a guard before a quantized product moves behind it:
-`product(Where(good, x, NaN))` becomes `Where(good, product(x), NaN)`. A row of a product depends on its own
-input alone.
+ONNX Runtime's product with int8 activations makes zeros of NaN. So a guard before a quantized product moves behind
+it: `product(Where(good, x, NaN))` becomes `Where(good, product(x), NaN)`. A row of a product depends on its own input
+alone.
 """
 
 from __future__ import annotations

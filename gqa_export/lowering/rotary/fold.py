@@ -60,7 +60,7 @@ def _why_outside(query: Found, key: Found, layer: AttentionSpec, context: Contex
         return f"query: {query or 'is not rotated'}"
     if not isinstance(key, tuple):
         return f"key: {key or 'is not rotated'}"
-    reasons = context.target.cannot_hold(layer)
+    reasons = context.cannot_hold(layer)
     if reasons:
         return "; ".join(reasons)
     (_, turned), (_, other) = query, key

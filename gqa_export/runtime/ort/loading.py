@@ -64,11 +64,11 @@ def choose_provider(wanted: str, dtype: str, dtypes: Mapping[str, Sequence[str]]
 
 
 def open_session(folder: Path | str, manifest: Manifest, provider: str, *, low_memory: bool = False,
-                 threads: int = 0, config: dict[str, str] | None = None) -> Any:
-    """An `onnxruntime.InferenceSession` on the bundle's graph, held against its manifest.
+                 threads: int = 0, config: dict[str, str] | None = None, graph: str = MODEL) -> Any:
+    """An `onnxruntime.InferenceSession` on a graph of the bundle, held against its manifest.
 
     provider: "cpu" or "cuda", as `choose_provider` gave it. threads: intra-op threads, 0 lets ONNX Runtime choose.
-    config: further session config entries.
+    config: further session config entries. graph: the exact one, or that for long prompts.
     Raises GqaExportError for missing or changed files, an unreadable graph, or one that the manifest does not
     describe; NotCheckedHere for what this machine lacks.
     """
@@ -87,16 +87,16 @@ def open_session(folder: Path | str, manifest: Manifest, provider: str, *, low_m
         options.add_session_config_entry(key, value)
     names = [PROVIDERS[provider]] + ([PROVIDERS["cpu"]] if provider != "cpu" else [])
     try:
-        session = ort.InferenceSession(str(folder / MODEL), options, providers=names)
+        session = ort.InferenceSession(str(folder / graph), options, providers=names)
     except Exception as error:  # onnxruntime's own exceptions share no public base class
-        raise InvalidBundle(f"ONNX Runtime cannot open the graph: {cause_of(error)}", str(folder / MODEL),
+        raise InvalidBundle(f"ONNX Runtime cannot open the graph: {cause_of(error)}", str(folder / graph),
                             "export the bundle again, or try --target portable", code="E-BUNDLE-OPEN") from error
     if PROVIDERS[provider] not in session.get_providers():
         raise NotCheckedHere(f"ONNX Runtime could not start {PROVIDERS[provider]}", "see its message above",
                              "check the CUDA and cuDNN libraries with `gqa-export doctor`, or pass --provider cpu",
                              code="E-ENV-PROVIDER")
     check_graph(manifest, [_fact(port) for port in session.get_inputs()],
-                [_fact(port) for port in session.get_outputs()], str(folder / MODEL))
+                [_fact(port) for port in session.get_outputs()], str(folder / graph))
     return session
 
 

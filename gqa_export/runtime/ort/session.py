@@ -8,7 +8,7 @@ fixed size, which begin as zeros, are read from one tensor and written to anothe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...bundle.integrity import check_files
+from ...bundle.long_facts import PREFILL
 from ...bundle.manifest import MODEL, Manifest, read_manifest
 from ...errors import GqaExportError, cause_of
 from ...graph_io import ATTENTION_MASK, INPUT_IDS, past_names, past_state, present_names, present_state
@@ -31,10 +32,11 @@ from .loading import check_graph, choose_provider, graph_facts, open_session
 
 @dataclass(frozen=True)
 class _Ran:
-    """One call of the graph: logits [b, s, V] and the present tensors."""
+    """One call of a graph: logits [b, s, V] and the present tensors. inplace: these are the memory of the pasts."""
 
     logits: np.ndarray
     present: list[Any]
+    inplace: bool = False
 
 
 class OrtSession(RowSlots):
@@ -43,22 +45,28 @@ class OrtSession(RowSlots):
     Attributes:
         whole_row_masks: send masks whose ones come first in the whole row, as onnxruntime-genai's Engine does, to a
             target that takes both kinds (`Target.whole_row_masks`): the suite compares both.
+        long_calls: how many calls ran the graph for long prompts.
     """
 
-    def __init__(self, manifest: Manifest, backend: Backend, target: Target, capacity: int) -> None:
+    def __init__(self, manifest: Manifest, backend: Backend, target: Target, capacity: int,
+                 open_long: Callable[[], Backend] | None = None) -> None:
         self.manifest, self.spec, self.capacity = manifest, manifest.spec, capacity
+        self._plan = manifest.long.plan if manifest.long and open_long else None
+        self._open_long = open_long
+        self._long: Backend | None = None
+        self.long_calls = 0
         self._backend, self._target, self.whole_row_masks = backend, target, False
         self._static, self._cached = manifest.cache == "static", 2 * len(manifest.spec.layers)
         self._inplace = self._static and target.writes_in_place(manifest.fallbacks)
         self._dtype = numpy_dtype(DTYPES.get(manifest.dtype, manifest.dtype))
-        self._kv = manifest.kv_cache
-        self._cache_dtype = np.dtype(self._kv.dtype) if self._kv else self._dtype
+        self._kv, self._cache_dtype = manifest.kv_cache, np.dtype(getattr(manifest.kv_cache, "dtype", self._dtype))
         self.reset(1)
 
     @classmethod
     def load(cls, folder: Path | str, provider: str = "auto", *, infer: Infer | None = None,
              capacity: int | None = None, low_memory: bool = False, threads: int = 0,
-             config: dict[str, str] | None = None, target: Target | None = None) -> OrtSession:
+             config: dict[str, str] | None = None, target: Target | None = None,
+             approximate: bool = False) -> OrtSession:
         """Open a bundle.
 
         Args:
@@ -68,6 +76,7 @@ class OrtSession(RowSlots):
             capacity: tokens per sequence, at most the bundle's; None is the bundle's.
             low_memory, threads, config: see `gqa_export.runtime.ort.loading.open_session`.
             target: another row of the table than the manifest's (`gqa_export.targets.on_cpu`).
+            approximate: run long prompts by the bundle's graph for them, where it has one and it pays.
 
         Raises:
             InvalidBundle: the bundle is damaged, or its graph is not the manifest's.
@@ -92,15 +101,26 @@ class OrtSession(RowSlots):
         dtype = DTYPES.get(manifest.dtype, manifest.dtype)
         element = dtype if manifest.kv_cache is None else manifest.kv_cache.dtype
         backend: Backend
+        open_long: Callable[[], Backend] | None = None
         if infer is None:
             provider = choose_provider(provider, dtype, target.dtypes)
             session = open_session(folder, manifest, provider, low_memory=low_memory, threads=threads, config=config)
             backend = BindingBackend(session, provider, element, pasts, presents, len(spec.states))
+            if approximate and manifest.long:
+                def open_long() -> Backend:
+                    long = open_session(folder, manifest, provider, low_memory=low_memory, threads=threads,
+                                        config=config, graph=PREFILL)
+                    return BindingBackend(long, provider, element, pasts, presents, len(spec.states))
         else:
             check_files(Path(folder), manifest, hashes=False)
             check_graph(manifest, *graph_facts(Path(folder) / MODEL), str(Path(folder) / MODEL))
             backend = ArrayBackend(infer, pasts, presents, len(spec.states))
-        return cls(manifest, backend, target, capacity)
+        return cls(manifest, backend, target, capacity, open_long)
+
+    @property
+    def leaf(self) -> int:
+        """Pieces of a prompt that end at multiples of this are approximated as the whole would be; 0: none is."""
+        return self._plan.setting.leaf if self._plan else 0
 
     @property
     def lengths(self) -> np.ndarray:
@@ -143,8 +163,7 @@ class OrtSession(RowSlots):
         return [np.array(self._backend.download(t)) for t in self._past[self._cached:]]
 
     def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Per layer (key [B, K, T, D], value [B, K, T, E]), copies; T is the capacity of a static cache. Of a quantized
-        cache the numbers that its codes stand for."""
+        """Per layer (key [B, K, T, D], value [B, K, T, E]), copies; T is the capacity of a static cache. Numbers."""
         tensors = self._numbers([np.array(self._backend.download(t)) for t in self._past[: self._cached]])
         return list(zip(tensors[0::2], tensors[1::2]))
 
@@ -208,8 +227,13 @@ class OrtSession(RowSlots):
 
     def _call(self, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray, past: int, tensors: Sequence[Any]) -> _Ran:
         feed = step_feed(self._target.interface, ids, lengths, new, past, whole_row=self.whole_row_masks)
+        long = self._plan is not None and self._plan.pays(ids.shape[1], past)
+        inplace = self._inplace and not long  # the graph for long prompts reads a past while it writes a present
+        backend = self._long_backend() if long else self._backend
         try:
-            return _Ran(*self._backend.run(feed, tensors, self._inplace))
+            ran = _Ran(*backend.run(feed, tensors, inplace), inplace)
+            self.long_calls += long
+            return ran
         except (GqaExportError, MemoryError):
             raise
         except Exception as error:  # onnxruntime's own exceptions share no public base class
@@ -217,6 +241,13 @@ class OrtSession(RowSlots):
                                  f"{len(ids)} sequences, {ids.shape[1]} new tokens, {past} past",
                                  "validate the bundle; if it passes, report this message",
                                  code="E-RUN-FAILED") from error
+
+    def _long_backend(self) -> Backend:
+        """The graph for long prompts, opened when the first one comes: it prepares the weights once more."""
+        if self._long is None:
+            assert self._open_long is not None
+            self._long = self._open_long()
+        return self._long
 
     def _each_row(self, ids: np.ndarray, new: np.ndarray) -> np.ndarray:
         """One call per row that brings something, unpadded; the results put together as if it had been one."""
@@ -227,7 +258,7 @@ class OrtSession(RowSlots):
                 past = [self._row(tensor, b, length) for tensor in self._past[: self._cached]]
                 past += [self._backend.row(tensor, b) for tensor in self._past[self._cached:]]
                 ran[b] = self._call(ids[b: b + 1, :count], self._lengths[b: b + 1], new[b: b + 1], length, past)
-                if self._static and not self._inplace:
+                if self._static and not ran[b].inplace:
                     self._past[: self._cached] = [self._put_row(tensor, b, row) for tensor, row in
                                                   zip(self._past[: self._cached], ran[b].present)]
         if not self._static:

@@ -1,0 +1,1 @@
+"""What approximate attention costs a model: measured on a text, and layers chosen by it."""
