@@ -113,7 +113,8 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, ve
     bundle = export()
     if check:
         raise SystemExit(_validate(bundle, checkpoint, provider, allow_pickle,
-                                   lambda **options: export(force=True, **options), short=not verbose))
+                                   lambda **options: export(force=True, **options), short=not verbose,
+                                   calibrate=options["calibrate"]))
 
 
 @contextmanager
@@ -156,7 +157,7 @@ def describe(bundle: Bundle) -> None:
 
 
 def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle: bool,
-              again: Callable[..., Bundle], *, short: bool) -> int:
+              again: Callable[..., Bundle], *, short: bool, calibrate: Path | None) -> int:
     """Compare the bundle and print the verdict. again: exports anew, for a bundle whose trace may be what is wrong with
     it: one from the trace cache, and one whose layers are copies of a few. short: see `print_verdict`."""
     from rich.console import Console
@@ -166,7 +167,7 @@ def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle:
     while True:
         verdict, error = None, None
         try:
-            verdict = _compare(bundle, checkpoint, provider, allow_pickle)
+            verdict = _compare(bundle, checkpoint, provider, allow_pickle, calibrate)
         except NotCheckedHere:
             raise
         except GqaExportError as reason:
@@ -197,14 +198,15 @@ def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle:
     return verdict.exit_code
 
 
-def _compare(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle: bool) -> Verdict:
+def _compare(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle: bool,
+             calibrate: Path | None) -> Verdict:
     """The verdict on the bundle, or on its fp32 twin where this machine cannot run its number format."""
     from .progress import progress
 
     def validate(as_dtype: Literal["fp32"] | None) -> Verdict:
         with progress("validating") as bar:
             return bundle.validate(checkpoint, provider=provider, as_dtype=as_dtype, check_hashes=False,
-                                   allow_pickle=allow_pickle, progress=bar.report)
+                                   allow_pickle=allow_pickle, calibrate=calibrate, progress=bar.report)
 
     try:
         return validate(None)

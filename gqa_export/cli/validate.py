@@ -28,6 +28,8 @@ if TYPE_CHECKING:
               help="Also measure perplexity, and the loss, on this file.")
 @click.option("--reference", metavar="CHECKPOINT", help="Measure the loss against this checkpoint, from before it was "
               "quantized: KL divergence, best tokens, perplexity.")
+@click.option("--calibrate", type=click.Path(path_type=Path, dir_okay=False), metavar="TEXT",
+              help="The text that the bundle was quantized with (onnx --quantize --calibrate).")
 @click.option("--max-kl", type=float, metavar="NATS", help="Fail if the mean KL divergence from --reference is larger.")
 @click.option("--max-perplexity-increase", type=float, metavar="PERCENT", help="Fail if perplexity increases by more.")
 @click.option("--steps", type=click.IntRange(1), help="Decode steps of each case.  [default: 32]")
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 @revision_option
 @trust_options
 def command(bundles: tuple[Path, ...], against: str | None, as_dtype: Literal["fp32"] | None, provider: Provider,
-            level: Level, text: Path | None, reference: str | None, max_kl: float | None,
+            level: Level, text: Path | None, reference: str | None, calibrate: Path | None, max_kl: float | None,
             max_perplexity_increase: float | None, steps: int | None, full_hash: bool, revision: str | None,
             allow_pickle: bool, reports: Reports) -> None:
     """Compare BUNDLES with their checkpoint: logits, every new key and value, the whole cache. Several bundles are also
@@ -63,7 +65,8 @@ def command(bundles: tuple[Path, ...], against: str | None, as_dtype: Literal["f
                 verdicts.append(api.open_bundle(bundle).validate(
                     against, level=level, steps=steps, text=text, provider=provider, as_dtype=as_dtype,
                     full_hash=full_hash, revision=revision, allow_pickle=allow_pickle, reference=reference,
-                    max_kl=max_kl, max_perplexity_increase=max_perplexity_increase, progress=bar.report))
+                    calibrate=calibrate, max_kl=max_kl,
+                    max_perplexity_increase=max_perplexity_increase, progress=bar.report))
     if len(bundles) > 1:
         with progress("comparing the bundles with one another") as bar:
             verdicts += api.cross_check(bundles, level=level, steps=steps, provider=provider, as_dtype=as_dtype,

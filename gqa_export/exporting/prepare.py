@@ -19,7 +19,7 @@ from ..spec import DTYPES, KvCache, ModelSpec
 from ..weights.memory_budget import Budget
 from ..weights.sources import WeightStore
 from . import quantize
-from .kv_calibration import calibrate_cache
+from .kv_calibration import cache_of
 from .long_plan import long_plan, plan_notes
 from .options import DEFAULT_CAPACITY, ExportOptions
 from .ranks import lower_ranks, refuse_quantized_ranks, refuse_ranks
@@ -75,7 +75,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     from ..lowering.context import LowerOptions
     from ..lowering.dump import PassDump
     from ..lowering.lower import lower
-    from ..target_refusals import refuse_kv, refuse_long, refuse_long_with_codes, refuse_options
+    from ..target_refusals import refuse_long, refuse_long_with_codes, refuse_options
     from ..targets import get_target
 
     target = get_target(options.target)
@@ -114,12 +114,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     provider = pick_provider(options.provider, dtype, target)
     store = weight_store(checkpoint, traced, budget)
     quantizing = quantize.plan(checkpoint, traced, store, options, target, provider, say)
-    kv = None
-    if options.kv_cache:
-        bits = int(options.kv_cache.removeprefix("int"))
-        refuse_kv(target, bits, traced.spec.layers)
-        kv = calibrate_cache(checkpoint, traced.spec, bits, options.calibrate, traced.capacity, say)
-        budget.check("choosing the cache's scales")
+    kv = cache_of(checkpoint, traced, options, target, say)
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider, kv=kv,
                             packed=options.weights == "copy",
                             runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None,

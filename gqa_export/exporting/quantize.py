@@ -65,7 +65,7 @@ def check_options(options: ExportOptions) -> None:
         GqaExportError: with the methods; or a calibration text is given and nothing is quantized.
     """
     known = (*KEEP, *METHODS)
-    if options.calibrate is not None and options.quantize in KEEP:
+    if options.calibrate is not None and options.quantize in KEEP and not options.kv_cache:
         raise GqaExportError("a calibration text chooses scales, and nothing is quantized", "--calibrate",
                              f"add --quantize {' or '.join(METHODS)}", code="E-OPTION-CALIBRATE")
     if options.quantize not in known and not options.quantize.endswith(".toml"):

@@ -49,6 +49,7 @@ class Bundle:
                  full_hash: bool = False, check_hashes: bool = True, revision: str | None = None,
                  allow_pickle: bool = False, reference: Place | PreTrainedModel | None = None,
                  max_kl: float | None = None, max_perplexity_increase: float | None = None,
+                 calibrate: Place | None = None,
                  progress: Progress | None = None) -> Verdict:
         """Compare the bundle with PyTorch, step by step: logits, every new key and value, the whole cache.
 
@@ -63,6 +64,7 @@ class Bundle:
             allow_pickle: also read weights from pickle files; no code of theirs is run.
             reference: the checkpoint before it was quantized, or the model in memory: the loss against it is measured,
                 on `text` or on a short text that comes with the package. None: the loss is not measured.
+            calibrate: the text that the bundle's weights were quantized with, if any: they are quantized again.
             max_kl: the most that the mean KL divergence from the reference may be, in nats; None: no limit.
             max_perplexity_increase: the most that perplexity may increase by, in percent; None: no limit.
 
@@ -82,7 +84,7 @@ class Bundle:
         if not isinstance(against, str | Path):
             refuse_revision(revision, type(against).__name__, "a model in memory")
         text_only = bool(self.manifest.source.get("text_only"))
-        limits = (path_of(text), max_kl, max_perplexity_increase)
+        limits = (path_of(text), max_kl, max_perplexity_increase, path_of(calibrate))
         LossRequest(str(reference) if reference is not None else None, *limits).check()
         with (pickles_allowed(allow_pickle), opened(against, text_only=text_only) as source,
               nullcontext() if reference is None else opened(reference, text_only=text_only) as before):

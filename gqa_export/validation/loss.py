@@ -35,13 +35,21 @@ SHIPPED = Path(__file__).with_name("loss_text.txt")
 
 @dataclass(frozen=True)
 class LossRequest:
-    """What is to be measured: the checkpoint before it was quantized (None: nothing is), a UTF-8 file (None: the
-    shipped text), the most that the mean KL divergence in nats and the increase of perplexity in percent may be."""
+    """What is to be measured.
+
+    Attributes:
+        reference: the checkpoint before it was quantized; None: nothing is measured.
+        text: a UTF-8 file; None: the shipped text.
+        max_kl, max_perplexity_increase: most that the mean KL divergence, in nats, and the increase of perplexity, in
+            percent, may be.
+        calibrate: the text with which the bundle's scales were chosen, for the comparison itself.
+    """
 
     reference: str | Path | Checkpoint | None = None
     text: Path | None = None
     max_kl: float | None = None
     max_perplexity_increase: float | None = None
+    calibrate: Path | None = None
 
     def check(self) -> None:
         """Refuse limits that nothing would be held against, and numbers that are not limits."""

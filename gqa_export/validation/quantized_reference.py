@@ -4,12 +4,14 @@ dequantized in fp64."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..bundle.quantization import PLAIN
-from ..errors import InvalidBundle
+from ..bundle.quantization import PLAIN, Quantization
+from ..errors import GqaExportError, InvalidBundle
+from ..progress import silent
 
 if TYPE_CHECKING:
     from ..bundle.manifest import Manifest
@@ -21,11 +23,16 @@ KEPT = ("keep", "dequantize")
 """methods that leave a checkpoint's values as they are: PyTorch loads what it holds"""
 
 
-def requantized(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, QuantizedMatrix]:
+def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = None) -> dict[str, QuantizedMatrix]:
     """The matrices that the export made of a checkpoint's weights, made again. Nothing is taken from the bundle but,
     for each weight, its bits and block.
 
+    Args:
+        checkpoint: that was exported. manifest: of the bundle.
+        text: the calibration text, where the export had one.
+
     Raises:
+        GqaExportError: the export had a calibration text, and it is missing or another one.
         InvalidBundle: the manifest names a weight that the checkpoint's model does not have.
     """
     from ..checkpoint.load_model import load_model
@@ -34,6 +41,9 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Quantiz
     quantization = manifest.quantization
     if quantization is None or quantization.method in KEPT:
         return {}
+    importance: dict[str, Any] = {}
+    if quantization.calibration:
+        importance = _importance(checkpoint, quantization, text)
     parameters = dict(load_model(checkpoint, "float32").named_parameters())
     found = {}
     for weight in quantization.weights:
@@ -48,8 +58,24 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Quantiz
         def rows(start: int, stop: int, values: Any = values) -> Any:
             return values[start:stop]
 
-        found[weight.name] = quantize_matrix(rows, values.shape, weight.bits, weight.block, weight.name)
+        found[weight.name] = quantize_matrix(rows, values.shape, weight.bits, weight.block, weight.name,
+                                             importance.get(weight.name))
     return found
+
+
+def _importance(checkpoint: Checkpoint, quantization: Quantization, text: Path | None) -> dict[str, Any]:
+    """What the calibration text says of each column, measured again."""
+    from ..quantizing.calibrate import calibrate
+
+    names = {weight.name for weight in quantization.weights if weight.operator != PLAIN}
+    found = calibrate(checkpoint, text, names, silent) if text is not None else None
+    if found is None or found.sha256 != quantization.calibration:
+        problem = "none was given" if found is None else "this is another one"
+        raise GqaExportError(f"the scales of this bundle were chosen with a calibration text, and {problem}",
+                             str(text or "--calibrate"),
+                             f"give the text with sha256 {quantization.calibration[:16]}...: --calibrate FILE",
+                             code="E-VALIDATE-CALIBRATION")
+    return found.importance
 
 
 def put_quantized(models: Iterable[Any], matrices: Mapping[str, QuantizedMatrix]) -> None:

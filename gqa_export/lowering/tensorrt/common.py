@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
-from ... import graph_io
+from ... import graph_io, target_refusals
 from ...graph.passes import NearMiss, Pass, Rewritten
 from ..context import Context
 

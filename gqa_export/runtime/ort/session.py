@@ -59,8 +59,7 @@ class OrtSession(RowSlots):
         self._static, self._cached = manifest.cache == "static", 2 * len(manifest.spec.layers)
         self._inplace = self._static and target.writes_in_place(manifest.fallbacks)
         self._dtype = numpy_dtype(DTYPES.get(manifest.dtype, manifest.dtype))
-        self._kv = manifest.kv_cache
-        self._cache_dtype = np.dtype(self._kv.dtype) if self._kv else self._dtype
+        self._kv, self._cache_dtype = manifest.kv_cache, np.dtype(getattr(manifest.kv_cache, "dtype", self._dtype))
         self.reset(1)
 
     @classmethod
@@ -164,8 +163,7 @@ class OrtSession(RowSlots):
         return [np.array(self._backend.download(t)) for t in self._past[self._cached:]]
 
     def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Per layer (key [B, K, T, D], value [B, K, T, E]), copies; T is the capacity of a static cache. Of a quantized
-        cache the numbers that its codes stand for."""
+        """Per layer (key [B, K, T, D], value [B, K, T, E]), copies; T is the capacity of a static cache. Numbers."""
         tensors = self._numbers([np.array(self._backend.download(t)) for t in self._past[: self._cached]])
         return list(zip(tensors[0::2], tensors[1::2]))
 

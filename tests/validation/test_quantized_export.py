@@ -1,0 +1,61 @@
+"""Bundles whose weights the export quantized: the reference quantizes them again and sees what a bundle did wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from gqa_models import write_tiny
+from refusal import refused
+from small_text import SENTENCES, byte_tokenizer
+
+import gqa_export as gqa
+from gqa_export.bundle.manifest import MANIFEST
+from gqa_export.errors import InvalidBundle
+from gqa_export.validation.validate import validate
+
+pytestmark = pytest.mark.whole_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = write_tiny("llama", tmp_path_factory.mktemp("ck") / "checkpoint", num_hidden_layers=2)
+    byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def int4(checkpoint, tmp_path_factory):
+    return gqa.export(checkpoint, tmp_path_factory.mktemp("b") / "bundle", capacity=64, quantize="int4")
+
+
+def test_what_was_quantized_is_exact_against_what_is_quantized_again(int4, checkpoint):
+    found = int4.validate(checkpoint, steps=2, reference=checkpoint).check()
+    assert (found.export_exact, found.as_shipped, found.activations) == (True, True, "int8")
+    assert found.loss.reference_dtype == "float32"  # the checkpoint as it is, not as it was quantized
+    assert found.loss.kl_mean > 1e-3
+
+
+def test_a_matrix_that_the_checkpoint_does_not_have_is_refused(int4, checkpoint, tmp_path):
+    import shutil
+
+    shutil.copytree(int4.folder, tmp_path / "b")
+    weights = int4.manifest.quantization.weights
+    wrong = (replace(weights[0], name="model.layers.9.mlp.up_proj.weight"), *weights[1:])
+    manifest = replace(int4.manifest, quantization=replace(int4.manifest.quantization, weights=wrong))
+    (tmp_path / "b" / MANIFEST).write_text(manifest.to_json())
+    with refused("E-BUNDLE-QUANTIZATION", InvalidBundle):
+        validate(tmp_path / "b", checkpoint, steps=2)
+
+
+def test_a_bundle_with_a_calibration_text_needs_it(checkpoint, tmp_path):
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text("".join(SENTENCES) * 3)
+    other.write_text("".join(SENTENCES[::-1]) * 3)
+    bundle = gqa.export(checkpoint, tmp_path / "b", capacity=64, quantize="int4", calibrate=text, kv_cache="int8")
+    for given in (None, other):
+        with refused("E-VALIDATE-CALIBRATION"):
+            bundle.validate(checkpoint, steps=2, calibrate=given)
+    found = bundle.validate(checkpoint, steps=2, calibrate=text)
+    assert found.export_exact, found.failure
+    assert found.as_shipped, found.failure
