@@ -50,11 +50,12 @@ if TYPE_CHECKING:
     from .environment.doctor import Diagnosis
     from .exporting.dry_run import Plan
     from .exporting.long_plan import LongOptions
+    from .exporting.rank_costs import RankCost
     from .progress import Progress
     from .uptraining.uptrain import Uptraining
 
 __all__ = ["Bundle", "Session", "build_engine", "convert", "cross_check", "doctor", "export", "inspect", "open_bundle",
-           "plan_export", "uptrain"]
+           "plan_export", "rank_costs", "uptrain"]
 
 
 def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "ort", dtype: Dtype = "auto",
@@ -190,6 +191,21 @@ def cross_check(bundles: Sequence[Place], *, level: Level = "quick", steps: int 
                              "compare one bundle with its checkpoint: Bundle.validate", code="E-OPTION-BUNDLES")
     return check([Path(bundle) for bundle in bundles], level=level, steps=steps or 0, provider=provider,
                  as_dtype=as_dtype, progress=progress)
+
+
+def rank_costs(source: Place, tensor_parallel: int, *, revision: str | None = None,
+               allow_pickle: bool = False) -> tuple[RankCost, ...]:
+    """What a checkpoint costs on each of `tensor_parallel` devices: cache and weights, for it and for it as MQA and as
+    MHA. No weight is read.
+
+    Raises:
+        UnsupportedModel: the model cannot be cut over so many.
+    """
+    from .exporting.rank_costs import rank_costs as costs
+
+    check_counts(tensor_parallel=tensor_parallel)
+    with pickles_allowed(allow_pickle):
+        return costs(source, tensor_parallel, revision)
 
 
 def inspect(source: Place, *, revision: str | None = None, allow_pickle: bool = False) -> Inspection:
