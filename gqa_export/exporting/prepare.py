@@ -126,7 +126,7 @@ def automatic_layers(checkpoint: Checkpoint, options: ExportOptions, spec: Model
 
     assert options.long is not None
     if options.long.text is None:
-        raise GqaExportError("layers are chosen by measurement, and there is no text to measure on",
+        raise GqaExportError("layers are chosen by measurement, and a text to measure on is missing",
                              "--long-layers auto", "give a text file with --text FILE, or name the layers",
                              code="E-OPTION-LONG")
     return choose_layers(checkpoint, options.long.text, spec, setting, options.long.seed,
