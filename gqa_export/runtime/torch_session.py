@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,17 @@ class TorchSession:
             yield
         finally:
             self._mode = before
+
+    @contextmanager
+    def attending(self, implementation: str) -> Iterator[Any]:
+        """Inside, the model that is given has this attention, and this session's number format."""
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation(implementation)
+        try:
+            with self._mode or nullcontext():
+                yield self.model
+        finally:
+            self.model.set_attn_implementation(before)
 
     def reset(self, batch: int) -> None:
         """Empty caches for `batch` sequences."""

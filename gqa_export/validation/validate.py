@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..bundle.attention_claims import check_claims
 from ..bundle.integrity import check_belongs, check_files
+from ..bundle.long_facts import PREFILL
 from ..bundle.manifest import Manifest, read_manifest
 from ..checkpoint.checkpoint import Checkpoint
 from ..compare.judge import judge
@@ -23,6 +24,7 @@ from ..environment.versions import versions
 from ..errors import GqaExportError
 from ..progress import Progress, silent
 from ..targets import get_target
+from .long_cases import judge_long
 from .overflow import overflow_words
 from .reference import Reference, open_reference, runnable
 from .refusals import judge_refusals
@@ -93,12 +95,19 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
                          notes=notes)
         overflow = overflow_words(sessions, logs, ran_dtype)
         refused = judge_refusals(session, resizable=not setting.literal)
+        long = []
+        if manifest.long is not None:
+            if ran_dtype == manifest.dtype:
+                judged = list(judge_long(folder, manifest, provider, known, ran_dtype, level, report))
+                long, notes = [case for case, _ in judged], [*notes, *(line for _, line in judged)]
+            else:
+                notes.append(f"{PREFILL} was not compared: it is {manifest.dtype}, and an fp32 twin was run")
     if check_hashes:
         notes += _hash_notes(manifest, unhashed)
     return Verdict(
         bundle=str(folder), against=str(against), target=manifest.target, dtype=manifest.dtype,
         checked_dtype=ran_dtype, reference_dtype=known.dtype, provider=provider, cache=manifest.cache,
-        capacity=manifest.capacity, cases=(*(judge(log, ran_dtype) for log in logs), refused), level=level,
+        capacity=manifest.capacity, cases=(*(judge(log, ran_dtype) for log in logs), *long, refused), level=level,
         notes=(*plan.notes, *notes), versions=versions(), seconds=time.perf_counter() - began,
         identity=identity_of(manifest, known.digest), overflow=overflow)
 
