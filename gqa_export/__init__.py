@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         doctor,
         export,
         inspect,
+        measure_long,
         open_bundle,
         plan_export,
         uptrain,
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
     from .runtime.completion import Completion
 
 _PLACES = {
-    "api": ("Bundle", "Session", "build_engine", "convert", "cross_check", "doctor", "export", "inspect", "open_bundle",
-            "plan_export", "uptrain"),
+    "api": ("Bundle", "Session", "build_engine", "convert", "cross_check", "doctor", "export", "inspect",
+            "measure_long", "open_bundle", "plan_export", "uptrain"),
     "compare.verdict": ("Verdict",),
     "errors": ("GqaExportError", "InvalidBundle", "InvalidCheckpoint", "NotCheckedHere", "OutputDiffers",
                "UnsupportedModel"),
@@ -70,6 +71,7 @@ __all__ = [
     "doctor",
     "export",
     "inspect",
+    "measure_long",
     "open_bundle",
     "plan_export",
     "uptrain",

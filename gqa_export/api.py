@@ -44,6 +44,7 @@ from .objects.sources import opened, path_of, pickles_allowed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .compare.long_quality import LongQuality
     from .compare.verdict import Verdict
     from .conversion.convert import Conversion
     from .describe.inspection import Inspection
@@ -54,8 +55,8 @@ if TYPE_CHECKING:
     from .progress import Progress
     from .uptraining.uptrain import Uptraining
 
-__all__ = ["Bundle", "Session", "build_engine", "convert", "cross_check", "doctor", "export", "inspect", "open_bundle",
-           "plan_export", "rank_costs", "uptrain"]
+__all__ = ["Bundle", "Session", "build_engine", "convert", "cross_check", "doctor", "export", "inspect", "measure_long",
+           "open_bundle", "plan_export", "rank_costs", "uptrain"]
 
 
 def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "ort", dtype: Dtype = "auto",
@@ -132,6 +133,26 @@ def plan_export(source: Place | PreTrainedModel, output: Place | None = None, *,
                               tensor_parallel=tensor_parallel, kv_cache=kv_cache, long=long_attention)
     with pickles_allowed(allow_pickle), opened(source, text_only=text_only) as place:
         return dry_run(place, options, path_of(output), progress)
+
+
+def measure_long(source: Place | PreTrainedModel, *, text: Place, lengths: Sequence[int] = (4096,),
+                 long_attention: LongOptions | None = None, revision: str | None = None, allow_pickle: bool = False,
+                 progress: Progress | None = None) -> LongQuality:
+    """Measure what approximate attention for long prompts costs a checkpoint, without exporting it.
+
+    Args:
+        text: a file in UTF-8 to measure on, of more tokens than the longest length.
+        lengths: tokens of the prompts.
+        long_attention: method, layers and bounds; None is method tiles in every layer. Its `text` is not read.
+    """
+    from .exporting.long_plan import LongOptions, measure_options
+    from .progress import silent
+
+    if not isinstance(source, str | Path):
+        refuse_revision(revision, type(source).__name__, "a model in memory")
+    with pickles_allowed(allow_pickle), opened(source, None) as place:
+        return measure_options(place, Path(text), tuple(lengths), long_attention or LongOptions(), revision,
+                               progress or silent)
 
 
 def open_bundle(folder: Place) -> Bundle:

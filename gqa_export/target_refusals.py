@@ -60,6 +60,17 @@ def refuse_long_with_codes(kv_cache: str) -> None:
                              f"leave out --kv-cache {kv_cache} or --long-attention", code="E-OPTION-LONG-CODES")
 
 
+def refuse_long_with_rounding() -> None:
+    """Refuse a graph for long prompts whose products would round their inputs: it is compared number by number.
+
+    Raises:
+        GqaExportError: always.
+    """
+    raise GqaExportError("a graph for long prompts is not written with activations that are rounded to int8",
+                         "--long-attention", "use --activations exact, or leave out --long-attention",
+                         code="E-OPTION-LONG-INT8")
+
+
 def refuse_options(target: Target, cache: str, logits: str) -> None:
     """Refuse options that a target does not have, all of them at once.
 

@@ -75,7 +75,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     from ..lowering.context import LowerOptions
     from ..lowering.dump import PassDump
     from ..lowering.lower import lower
-    from ..target_refusals import refuse_long, refuse_long_with_codes, refuse_options
+    from ..target_refusals import refuse_long, refuse_long_with_codes, refuse_long_with_rounding, refuse_options
     from ..targets import get_target
 
     target = get_target(options.target)
@@ -130,6 +130,8 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
     plan, prefill = None, None
     if options.long:
+        if quantizing is not None and not quantizing.exact:
+            refuse_long_with_rounding()
         plan = long_plan(options.long, traced.spec, traced.capacity,
                          lambda setting: automatic_layers(checkpoint, options, traced.spec, setting, say))
         prefill = lower(traced.model, traced.spec, replace(lowering, long=plan),
@@ -161,7 +163,7 @@ def automatic_layers(checkpoint: Checkpoint, options: ExportOptions, spec: Model
 
     assert options.long is not None
     if options.long.text is None:
-        raise GqaExportError("layers are chosen by measurement, and a text to measure on was not given",
+        raise GqaExportError("layers are chosen by measurement, and a text to measure on is missing",
                              "--long-layers auto", "give a text file with --text FILE, or name the layers",
                              code="E-OPTION-LONG")
     return choose_layers(checkpoint, options.long.text, spec, setting, options.long.seed,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,17 @@ class TorchSession(RowSlots):
             yield
         finally:
             self._modes = before
+
+    @contextmanager
+    def attending(self, implementation: str) -> Iterator[Any]:
+        """Inside, the model that is given has this attention, and this session's number format."""
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation(implementation)
+        try:
+            with self._mode or nullcontext():
+                yield self.model
+        finally:
+            self.model.set_attn_implementation(before)
 
     def reset(self, batch: int) -> None:
         """Empty caches for `batch` sequences."""

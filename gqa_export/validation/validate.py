@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..bundle.attention_claims import check_claims
 from ..bundle.integrity import check_belongs, check_files
+from ..bundle.long_facts import PREFILL
 from ..bundle.manifest import Manifest, read_manifest
 from ..checkpoint.checkpoint import Checkpoint
 from ..compare.suite import STEPS, plan_suite
@@ -23,6 +24,7 @@ from ..errors import GqaExportError
 from ..progress import Progress, silent
 from ..targets import get_target
 from .accuracy_level import rounds_activations
+from .long_cases import judge_long
 from .loss import LossRequest, measure_loss
 from .parts import EXACT, Comparison, activations_of, exact_session
 from .reference import Reference, open_reference, runnable, with_ranks
@@ -105,6 +107,12 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
             cases += comparison.shipped(session, fill_garbage)
             cases += (judge_refusals(session, resizable=not setting.literal),)
             measured = measure_loss(loss, session, manifest, folder, known, notes, report)
+        if manifest.long is not None:
+            if ran_dtype == manifest.dtype:
+                judged = list(judge_long(folder, manifest, provider, known, ran_dtype, level, report))
+                cases, notes = (*cases, *(case for case, _ in judged)), [*notes, *(line for _, line in judged)]
+            else:
+                notes.append(f"{PREFILL} was not compared: it is {manifest.dtype}, and an fp32 twin was run")
     if check_hashes:
         notes += _hash_notes(manifest, unhashed)
     return Verdict(
