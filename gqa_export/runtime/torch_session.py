@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -90,7 +90,9 @@ class TorchSession(RowSlots):
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation(implementation)
         try:
-            with self._mode or nullcontext():
+            with ExitStack() as stack:
+                for mode in self._modes:
+                    stack.enter_context(mode)
                 yield self.model
         finally:
             self.model.set_attn_implementation(before)

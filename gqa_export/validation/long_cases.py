@@ -19,8 +19,8 @@ import torch
 from gqa_plugins.grouped_attention import long_selection
 
 from ..bundle.manifest import Manifest
+from ..compare.case_verdict import CaseVerdict, KindVerdict, Location
 from ..compare.tolerance import EPSILON, FACTOR, FLOOR_ULPS, tolerance
-from ..compare.verdict import CaseVerdict, KindVerdict, Location
 from ..long_context.attention import NAME, Replacement, register, replaced
 from ..progress import Progress
 from .long_choices import Choices, agreement
