@@ -7,8 +7,6 @@ from pathlib import Path
 
 from ..weights.layout import Mode
 
-DEFAULT_CAPACITY = 4096
-
 
 @dataclass(frozen=True)
 class ExportOptions:

@@ -19,11 +19,11 @@ from ..checkpoint.unused_tensors import unused_notes
 from ..environment.onnxruntime_ops import state_ops_of_runtime
 from ..errors import GqaExportError, UnsupportedModel
 from ..progress import Progress
-from ..spec import DTYPES
+from ..spec import DEFAULT_CAPACITY, DTYPES
 from ..weights.dtypes import itemsize
 from ..weights.memory_budget import Budget
 from ..weights.sources import WeightStore
-from .options import DEFAULT_CAPACITY, ExportOptions
+from .options import ExportOptions
 from .tokenizer_files import check_tokenizer
 
 if TYPE_CHECKING:
