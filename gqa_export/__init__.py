@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         measure_long,
         open_bundle,
         plan_export,
+        rank_costs,
         uptrain,
     )
     from .compare.verdict import Verdict
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "api": ("Bundle", "Session", "build_engine", "convert", "cross_check", "doctor", "export", "inspect",
-            "measure_long", "open_bundle", "plan_export", "uptrain"),
+            "measure_long", "open_bundle", "plan_export", "rank_costs", "uptrain"),
     "compare.verdict": ("Verdict",),
     "errors": ("GqaExportError", "InvalidBundle", "InvalidCheckpoint", "NotCheckedHere", "OutputDiffers",
                "UnsupportedModel"),
@@ -74,6 +75,7 @@ __all__ = [
     "measure_long",
     "open_bundle",
     "plan_export",
+    "rank_costs",
     "uptrain",
 ]
 
