@@ -140,5 +140,7 @@ def bundle_lines(found: Inspection) -> list[str]:
         lines.append(f"fallback: {who}: {fallback.used} instead of {fallback.wanted}: {fallback.reason}")
     if not manifest.fallbacks:
         lines.append("fallbacks: none")
+    if manifest.quantization is not None:
+        lines += manifest.quantization.lines()
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     return [*lines, f"made with {versions}"] if versions else lines

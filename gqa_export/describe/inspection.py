@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.graph_file import read_graph
+from ..bundle.graph_safety import stored_bytes
 from ..bundle.manifest import Manifest
 from ..bundle.rank_view import ranks_of
 from ..spec import FLOATS, SHORT_DTYPES, AttentionSpec, ModelSpec
@@ -121,8 +122,6 @@ def stored_in_graph(*folders: Path) -> tuple[int, int]:
     Raises:
         InvalidBundle: the graph is missing or cannot be parsed.
     """
-    import onnx
-
     seen: set[tuple[str, ...]] = set()
     elements = size = 0
     for place in folders:
@@ -133,7 +132,7 @@ def stored_in_graph(*folders: Path) -> tuple[int, int]:
                 continue
             seen.add(identity)
             elements += prod(tensor.dims)
-            size += prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+            size += stored_bytes(tensor)
     return elements, size
 
 

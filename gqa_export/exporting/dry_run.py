@@ -37,6 +37,8 @@ class Plan:
     targets: tuple[tuple[str, str], ...]
     """for each target: what it would do with this model"""
     fallbacks: tuple[str, ...]
+    quantization: tuple[str, ...] = ()
+    """what becomes of each quantized matrix"""
     notes: tuple[str, ...] = ()
     """what else a reader must know: unused tensors; what is right but slower than it could be"""
 
@@ -47,6 +49,7 @@ class Plan:
         out.append(f"  time: {self.prepared_s:.1f} s until here, about {self.weights_s:.1f} s for the weights "
                    "(reading, converting and hashing, measured on a sample; the disk's writing speed was not measured)")
         out.append(f"  memory: {self.peak_bytes / 1e9:.2f} GB at the most")
+        out += [f"  {line}" for line in self.quantization]
         out += [f"  fallback: {line}" for line in self.fallbacks]
         out += [f"  note: {note}" for note in self.notes]
         out.append("  targets:")
@@ -75,7 +78,8 @@ def dry_run(source: str | Path | Checkpoint, options: ExportOptions, output: Pat
     return Plan(title, tuple(files), prepared, seconds, peak_bytes(),
                 tuple((name, _suits(target, ready)) for name, target in TARGETS.items()),
                 tuple(f"layer {f.layer}: {f.used} instead of {f.wanted}: {f.reason}"
-                      for f in ready.lowered.fallbacks), (*ready.notes, *ready.remarks))
+                      for f in ready.lowered.fallbacks),
+                tuple(ready.quantization.lines()) if ready.quantization else (), (*ready.notes, *ready.remarks))
 
 
 def _files(inside: str, plan: Arrangement, model_bytes: int, weights: str) -> list[tuple[str, int, str]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,8 @@ class Prepared:
     plan: LongPlan | None = None
     prefill: Lowered | None = None
     """the graph for long prompts, where one is written"""
+    importance: Mapping[str, Any] = field(default_factory=dict)
+    """by what the scales of quantized weights were chosen, with a calibration text"""
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -140,10 +143,12 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     budget.check("lowering")
     recorded = None
     if quantizing:
-        quantize.fill(quantizing, lowered, store)
+        for each in (lowered, *((prefill,) if prefill else ())):
+            quantize.fill(quantizing, each, store)
         recorded = quantize.record(quantizing, lowered, dtype)
     return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store,
-                    (*checkpoint.notes, *notes), recorded, ranks, kv, plan, prefill)
+                    (*checkpoint.notes, *notes), recorded, ranks, kv, plan, prefill,
+                    quantizing.importance if quantizing else {})
 
 
 def tensor_parallel_plan(checkpoint: Checkpoint) -> dict[str, str]:

@@ -15,6 +15,8 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.tokenizer import has_tokenizer
 from ..errors import GqaExportError
 from ..progress import Progress, silent
+from ..quantizing.importance import FILE as IMPORTANCE
+from ..quantizing.importance import importance_file
 from ..weights.layout import place
 from ..weights.memory_budget import Budget
 from .options import ExportOptions
@@ -85,6 +87,8 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
             writer.write(MODEL, lowered.model.SerializeToString())
             if ready.prefill:
                 writer.write(PREFILL, ready.prefill.model.SerializeToString())
+        if ready.importance:
+            writer.write(IMPORTANCE, importance_file(ready.importance))
         if inplace:
             without = "" if has_tokenizer(checkpoint) else NO_TOKENIZER
         else:
