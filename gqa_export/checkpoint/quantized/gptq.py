@@ -132,7 +132,7 @@ def _added(description: Description, stored: Stored, modules: list[_Module], lab
     if abs(mean - other) >= SURE or abs(mean - label) <= 1 - SURE:
         return label
     stored.notes.append(f"GPTQ's zero points are those of version {2 - other}, whatever checkpoint_format says: by "
-                        f"that, weights would be {mean - label:+.2f} steps off on average ({modules[0].name} and others)")
+                        f"that, weights would be {mean - label:+.2f} steps off on average")
     return other
 
 
