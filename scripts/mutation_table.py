@@ -43,6 +43,25 @@ def tiny_samples(work: Path, wanted=TINY) -> list[Sample]:
     return samples
 
 
+def quantized_samples(work: Path) -> list[Sample]:
+    """Tiny bundles with quantized weights, and one with a quantized cache."""
+    from evidence.mutations.quantized_samples import TEXT, write_gptq, write_odd
+
+    text = work / "text.txt"
+    text.write_text(TEXT)
+    odd, gptq = write_odd(work / "odd"), write_gptq(work / "gptq")
+    samples = []
+    for name, checkpoint, options in (
+            ("llama ort, int4", odd, {"quantize": "int4"}),
+            ("llama ort, int4, exact", odd, {"quantize": "int4", "activations": "exact"}),
+            ("llama ort, GPTQ kept", gptq, {}),
+            ("llama ort, int8 cache", odd, {"kv_cache": "int8", "calibrate": text})):
+        bundle = work / name.replace(" ", "-").replace(",", "")
+        export_onnx(checkpoint, bundle, ExportOptions(target="ort", capacity=CAPACITY, dtype="fp32", **options))
+        samples.append(open_sample(name, bundle, checkpoint))
+    return samples
+
+
 @click.command()
 @click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), help="A real model instead of tiny ones.")
 @click.option("--capacity", default=256, show_default=True, help="Capacity of the real model's bundle.")
