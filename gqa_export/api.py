@@ -37,6 +37,7 @@ from .objects.choices import (
     check_counts,
     refuse_revision,
 )
+from .objects.export_options import export_options
 from .objects.session import Session
 from .objects.sources import opened, path_of, pickles_allowed
 
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from .environment.doctor import Diagnosis
     from .exporting.dry_run import Plan
     from .exporting.long_plan import LongOptions
-    from .exporting.options import ExportOptions
     from .progress import Progress
     from .uptraining.uptrain import Uptraining
 
@@ -64,8 +64,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
            text_only: bool = False, allow_pickle: bool = False, ignore_unused: bool = False, force: bool = False,
            dump_passes: Place | None = None, trace_cache: bool = True, stamping: bool = True,
            quantize: Place = "keep", activations: Activations | None = None, head: Head = "int8", block: int = 32,
-           calibrate: Place | None = None, tensor_parallel: int = 1, long_attention: LongOptions | None = None,
-           kv_cache: KvCodes | None = None, progress: Progress | None = None) -> Bundle:
+           calibrate: Place | None = None, tensor_parallel: int = 1, kv_cache: KvCodes | None = None,
+           long_attention: LongOptions | None = None, progress: Progress | None = None) -> Bundle:
     """Export a decoder to ONNX. Nothing is compared yet: `Bundle.validate` does that.
 
     Args:
@@ -93,19 +93,20 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
             numbers of them; "int4", "int8" or a file of rules (.toml) quantizes. See docs/quantization.md.
         activations: quantized products round their inputs to int8 (faster), or stay exact; None is int8 on a CPU.
         head: bits of head and embedding: "int8", "same" as the other matrices, or "none". block: columns that share a
-            scale: 16, 32, 64, 128 or 256. calibrate: a UTF-8 file that weighs errors by the
-            inputs of each column, and from which the scales of a quantized cache are chosen.
+            scale: 16, 32, 64, 128 or 256. calibrate: a UTF-8 text by whose
+            activations errors are weighed, and from which the scales of a quantized cache are chosen.
         tensor_parallel: devices over which a model is cut, for the TensorRT targets: a graph for each, one manifest.
-        long_attention: write a second graph for long prompts, with approximate attention, beside the exact one.
         kv_cache: "int8" or "int4": the cache holds codes of so many bits; None: numbers.
+        long_attention: write a second graph for long prompts, with approximate attention, beside the exact one.
 
-    Raises GqaExportError and its kinds: nothing is left behind then.
+    Raises:
+        InvalidCheckpoint, UnsupportedModel, GqaExportError: nothing is left behind then.
     """
     from .exporting.to_onnx import export_onnx
 
-    options = _export_options(target, dtype, cache, capacity, weights, logits, provider, revision, full_hash, max_ram,
+    options = export_options(target, dtype, cache, capacity, weights, logits, provider, revision, full_hash, max_ram,
                               text_only, force, path_of(dump_passes), ignore_unused, trace_cache, stamping,
-                              quantize, activations, head, block, calibrate, tensor_parallel, long_attention, kv_cache)
+                              quantize, activations, head, block, calibrate, tensor_parallel, kv_cache, long_attention)
     _refuse_tokenizer(source, tokenizer)
     if not isinstance(source, str | Path):
         refuse_revision(revision, type(source).__name__, "a model in memory")
@@ -120,15 +121,15 @@ def plan_export(source: Place | PreTrainedModel, output: Place | None = None, *,
                 revision: str | None = None, max_ram: int | str | None = None, text_only: bool = False,
                 allow_pickle: bool = False, ignore_unused: bool = False, trace_cache: bool = True,
                 quantize: Place = "keep", activations: Activations | None = None, head: Head = "int8", block: int = 32,
-                calibrate: Place | None = None, tensor_parallel: int = 1, long_attention: LongOptions | None = None,
-                kv_cache: KvCodes | None = None, progress: Progress | None = None) -> Plan:
+                calibrate: Place | None = None, tensor_parallel: int = 1, kv_cache: KvCodes | None = None,
+                long_attention: LongOptions | None = None, progress: Progress | None = None) -> Plan:
     """Do all of an export but the writing: what it would write, its size, time and memory. Arguments as of `export`."""
     from .exporting.dry_run import dry_run
 
-    options = _export_options(target, dtype, cache, capacity, weights, logits, provider, revision, False, max_ram,
+    options = export_options(target, dtype, cache, capacity, weights, logits, provider, revision, False, max_ram,
                               text_only, False, ignore_unused=ignore_unused, trace_cache=trace_cache,
                               quantize=quantize, activations=activations, head=head, block=block, calibrate=calibrate,
-                              tensor_parallel=tensor_parallel, long=long_attention, kv_cache=kv_cache)
+                              tensor_parallel=tensor_parallel, kv_cache=kv_cache, long=long_attention)
     with pickles_allowed(allow_pickle), opened(source, text_only=text_only) as place:
         return dry_run(place, options, path_of(output), progress)
 
@@ -271,27 +272,6 @@ def doctor() -> Diagnosis:
     from .environment.doctor import diagnose
 
     return diagnose()
-
-
-def _export_options(target: Target, dtype: Dtype, cache: Cache | None, capacity: int | None, weights: Weights,
-                    logits: Logits | None, provider: Provider, revision: str | None, full_hash: bool,
-                    max_ram: int | str | None, text_only: bool, force: bool,
-                    dump_passes: Path | None = None, ignore_unused: bool = False,
-                    trace_cache: bool = True, stamping: bool = True, quantize: Place = "keep",
-                    activations: Activations | None = None, head: Head = "int8", block: int = 32,
-                    calibrate: Place | None = None, tensor_parallel: int = 1,
-                    long: LongOptions | None = None, kv_cache: KvCodes | None = None) -> ExportOptions:
-    from .exporting.options import ExportOptions
-    from .weights.memory_budget import parse_size
-
-    check_choices(target=target, dtype=dtype, cache=cache, weights=weights, logits=logits, provider=provider,
-                  activations=activations, head=head, block=block, kv_cache=kv_cache)
-    check_counts(capacity=capacity, tensor_parallel=tensor_parallel)
-    most = parse_size(max_ram) if isinstance(max_ram, str) else max_ram or 0
-    return ExportOptions(target, dtype, cache or "", capacity or 0, weights, logits or "", provider, force, full_hash,
-                         most, text_only, revision, dump_passes, ignore_unused, trace_cache, stamping, str(quantize),
-                         activations or "", head, block, path_of(calibrate), tensor_parallel, long,
-                         kv_cache or "")
 
 
 def _refuse_tokenizer(source: Place | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:

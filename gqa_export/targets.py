@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from .errors import GqaExportError, UnsupportedModel
-from .spec import DTYPES, AttentionSpec, Fallback, StateSpec
+from .errors import GqaExportError
+from .spec import DTYPES, AttentionSpec, Fallback
 
 FLOATS = tuple(DTYPES.values())
 
@@ -133,8 +133,8 @@ class Target:
 _NO_STATES = ("TensorRT has no operator for them; TensorRT-RTX reads LinearAttention and CausalConvWithState as "
               "plugins of a library that needs NVIDIA's driver to be loaded, so that nothing is known of its results")
 
-_NO_CODES = ("its graph updates the cache with operators for which no quantized form is written yet")
 _NO_FUNCTION = "the standard operator Attention reads every key, and the target is for graphs of it alone"
+_NO_CODES = ("its graph updates the cache with operators for which no quantized form is written yet")
 
 _ROWS = (
     Target(name="ort", dialect="ort.passes", attention="com.microsoft::GroupQueryAttention",
@@ -152,7 +152,8 @@ _ROWS = (
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask", softcap=False, sinks=False,
            # softcap: until 2026 the standard capped after the mask, which leaks masked tokens (onnx/onnx#7865, mended
            # in place by #7867); what a runtime does depends on its age
-           nan_tail_safe=False, shares_buffer=True, lowest_opset=True, kv_missing=_NO_CODES, long_missing=_NO_FUNCTION,
+           nan_tail_safe=False, shares_buffer=True, lowest_opset=True, long_missing=_NO_FUNCTION,
+           kv_missing=_NO_CODES,
            state_ops=MappingProxyType({"LinearAttention": "ai.onnx::LinearAttention"}),
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="portable", dialect="portable", attention="gqa::GroupedQueryAttention", fallback="",
@@ -163,8 +164,9 @@ _ROWS = (
            opset=23, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            rotary_inside=True, head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
            writes_padding=False, states_missing=_NO_STATES, zero_points=False, quantized_blocks=(16, 32, 64, 128),
+           long_missing="the plugin has no kernels for it yet",
            kv_missing="the plugin's kernels read and write floating-point caches only",
-           long_missing="the plugin has no kernels for it yet", dtypes=MappingProxyType({"tensorrt": FLOATS})),
+           dtypes=MappingProxyType({"tensorrt": FLOATS})),
     Target(name="trt-native", dialect="tensorrt.native", attention="Attention", fallback="",
            opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            softcap=False, sinks=False, value_head_size_differs=False, nan_tail_safe=False, shares_buffer=True,
@@ -205,67 +207,6 @@ def by_reason(found: Iterable[tuple[int, str]]) -> list[str]:
 def reasons_against(layers: Iterable[AttentionSpec], target: Target) -> list[str]:
     """Every reason why the attention op of `target` cannot hold a model's layers, with the layers it concerns."""
     return by_reason((layer.layer, reason) for layer in layers for reason in target.cannot_hold(layer))
-
-
-def refuse_layers(layers: Iterable[AttentionSpec], target: Target, states: Iterable[StateSpec] = ()) -> None:
-    """Refuse a model that `target` cannot hold.
-
-    Raises:
-        UnsupportedModel: a layer keeps a state of fixed size and the target has no operator for it; or the target has
-            no fallback, and its attention op cannot hold some layer. Every reason is given, and the targets with the
-            same interface that can hold the model.
-    """
-    layers, keeping = list(layers), sorted({state.layer for state in states})
-    if keeping and target.states_missing:
-        raise UnsupportedModel(f"target {target.name} cannot hold layers that keep a state of fixed size "
-                               f"(convolution, linear attention, state space): {target.states_missing}",
-                               layers_label(keeping), "use --target " + " or ".join(
-                                   row.name for row in TARGETS.values() if not row.states_missing)
-                               + " and ONNX Runtime", code="E-TARGET-STATES")
-    reasons = [] if target.fallback else reasons_against(layers, target)
-    if not reasons:
-        return
-    others = [row.name for row in TARGETS.values() if row.interface == target.interface
-              and not any(row.cannot_hold(layer) for layer in layers)]
-    unheld = [layer.layer for layer in layers if target.cannot_hold(layer)]
-    raise UnsupportedModel(f"target {target.name} cannot hold this model: {'; '.join(reasons)}", layers_label(unheld),
-                           f"use --target {' or '.join(others)}" if others else
-                           "use --target ort and ONNX Runtime: no target for TensorRT can hold this model",
-                           code="E-TARGET-LAYER")
-
-
-def refuse_long(target: Target) -> None:
-    """Refuse approximate attention for long prompts where a target has none.
-
-    Raises:
-        GqaExportError: with the reason, and the targets that have it.
-    """
-    if target.long_missing:
-        raise GqaExportError(f"target {target.name} does not support --long-attention: {target.long_missing}",
-                             "--long-attention", "use --target " + " or ".join(
-                                 row.name for row in TARGETS.values() if not row.long_missing),
-                             code="E-TARGET-LONG")
-
-
-def refuse_options(target: Target, cache: str, logits: str) -> None:
-    """Refuse options that a target does not have, all of them at once.
-
-    Args:
-        target: the row.
-        cache: "growing" or "static".
-        logits: "all" or "last".
-
-    Raises:
-        GqaExportError: the target has no such cache or does not give such logits.
-    """
-    wrong = [(option, value, known) for option, value, known in
-             (("cache", cache, target.caches), ("logits", logits, target.logits)) if value not in known]
-    if wrong:
-        raise GqaExportError(f"target {target.name} does not support "
-                             + " and ".join(f"{value} {option}" for option, value, _ in wrong),
-                             ", ".join(f"--{option}" for option, _, _ in wrong),
-                             "use " + " ".join(f"--{option} {known[0]}" for option, _, known in wrong),
-                             code="E-TARGET-OPTION")
 
 
 def on_cpu(target: Target) -> Target:

@@ -13,6 +13,7 @@ from datetime import date
 from pathlib import Path
 
 import click
+from evidence.mutations import of_quantized
 from evidence.mutations.contradictions import CONTRADICTIONS
 from evidence.mutations.kinds import MUTATIONS
 from evidence.mutations.table import STEPS, Row, Sample, contradiction_rows, open_sample, prove, shares, table, to_dict
@@ -23,7 +24,7 @@ from gqa_export.exporting.to_onnx import export_onnx
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (("llama", "ort", "growing"), ("mistral", "ort", "growing"), ("gemma2", "ort", "growing"),
         ("gpt_oss", "ort", "growing"), ("qwen2", "ort", "growing"), ("qwen3", "ort", "growing"),
-        ("llama", "portable", "growing"), ("mistral", "onnx", "static"))
+        ("llama", "portable", "growing"), ("mistral", "onnx", "static"), ("qwen3_next", "ort", "growing"))
 CAPACITY = 128
 OUT, NAME, REAL = ROOT / "docs" / "benchmarks", "mutations", "mutations_smollm2"
 BEGIN, END = "<!-- mutations: made by scripts/mutation_table.py -->", "<!-- end of mutations -->"
@@ -75,7 +76,9 @@ def main(checkpoint: Path | None, capacity: int, only: tuple[str, ...]) -> None:
     with tempfile.TemporaryDirectory(prefix="gqa-mutations-") as place:
         work = Path(place)
         if checkpoint is None:
-            samples = tiny_samples(work)
+            quantized = {kind.name for kind in of_quantized.MUTATIONS}
+            few = bool(only) and set(only) <= quantized
+            samples = [*([] if few else tiny_samples(work)), *quantized_samples(work)]
         else:
             export_onnx(checkpoint, work / "bundle", ExportOptions(target="ort", dtype="fp32", capacity=capacity))
             samples = [open_sample(checkpoint.stem, work / "bundle", checkpoint)]
@@ -84,7 +87,11 @@ def main(checkpoint: Path | None, capacity: int, only: tuple[str, ...]) -> None:
         rows += contradiction_rows(samples[0], work, against)
     if only:
         rows = merged(rows, OUT / f"{REAL if checkpoint else NAME}.json")
-    write(rows, [sample.name for sample in samples], real=checkpoint is not None)
+    names = [sample.name for sample in samples]
+    if only and checkpoint is None:
+        known = json.loads((OUT / f"{NAME}.json").read_text(encoding="utf-8"))["samples"]
+        names = [*known, *(name for name in names if name not in known)]
+    write(rows, names, real=checkpoint is not None)
 
 
 def merged(rows: list[Row], committed: Path) -> list[Row]:

@@ -4,8 +4,8 @@
 
 Each library quantizes a random matrix and stores it in its own layout; the reader's values are held against the
 library's own dequantization. Run it in an environment of its own, with this repository on PYTHONPATH and torch, numpy,
-safetensors, gguf and compressed-tensors, bitsandbytes and torchao: their pins clash with the project's. The result is
-docs/benchmarks/quantized_oracles.json; a test holds it against the source of the readers.
+safetensors, transformers, gguf and compressed-tensors, bitsandbytes, torchao and nvidia-modelopt: their pins clash with
+the project's. The result is docs/benchmarks/quantized_oracles.json; a test holds it against the readers' source.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 READERS = ROOT / "gqa_export" / "checkpoint" / "quantized"
 OUTPUT = ROOT / "docs" / "benchmarks" / "quantized_oracles.json"
-LIBRARIES = {"compressed-tensors": "compressed_tensors.py", "bitsandbytes": "bitsandbytes.py", "torchao": "torchao.py"}
+LIBRARIES = {"compressed-tensors": "compressed_tensors.py", "bitsandbytes": "bitsandbytes.py", "torchao": "torchao.py",
+             "nvidia-modelopt": "modelopt.py"}
 """library -> the module of its reader"""
 ROWS, COLUMNS = 96, 256
 Case = tuple[str, dict[str, Any], dict[str, Any], Any]
@@ -128,6 +129,43 @@ def torchao() -> Iterator[Case]:
         name.removeprefix("0"): tensor for name, tensor in tensors.items()}, model[0].weight.dequantize()
 
 
+def modelopt() -> Iterator[Case]:
+    """One layer of models that ModelOpt quantized and exported; its output projection, whose scales it does not unify
+    with those of other layers."""
+    import copy
+
+    import modelopt.torch.quantization as mtq
+    import torch
+    from modelopt.torch.export import export_hf_checkpoint
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for name in ("NVFP4_DEFAULT_CFG", "FP8_DEFAULT_CFG", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "INT4_AWQ_CFG"):
+        torch.manual_seed(3)
+        config = LlamaConfig(hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
+                             num_key_value_heads=2, vocab_size=128, architectures=["LlamaForCausalLM"])
+        config.dtype = torch.float32
+        model = mtq.quantize(LlamaForCausalLM(config).eval(), copy.deepcopy(getattr(mtq, name)),
+                             lambda model: [model(torch.randint(0, 128, (2, 32))) for _ in range(4)])
+        layer = model.model.layers[0].self_attn.o_proj
+        values = None if "NVFP4" in name else layer.weight_quantizer(layer.weight.detach()).detach().clone()
+        with tempfile.TemporaryDirectory() as folder:
+            export_hf_checkpoint(model, export_dir=folder)
+            entry = json.loads((Path(folder) / "hf_quant_config.json").read_text(encoding="utf-8"))["quantization"]
+            tensors = load_file(Path(folder) / "model.safetensors")
+        prefix = "model.layers.0.self_attn.o_proj"
+        stored = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if values is None:
+            packed = stored[".weight"]
+            values = NVFP4QTensor(torch.Size((packed.shape[0], packed.shape[1] * 2)), torch.float32, packed).dequantize(
+                torch.float32, scale=stored[".weight_scale"], double_scale=stored[".weight_scale_2"],
+                block_sizes={-1: 16})
+        if ".pre_quant_scale" in stored:
+            values = values * stored[".pre_quant_scale"].float()
+        yield name, {"quant_method": "modelopt", **entry}, stored, values
+
+
 def compare(case: Case) -> dict[str, Any]:
     """What the reader makes of one case, beside the library's values."""
     from safetensors.torch import save_file
@@ -152,7 +190,8 @@ def compare(case: Case) -> dict[str, Any]:
 def main() -> None:
     """Compare all, print a line each, write the result."""
     cases: dict[str, Callable[[], Iterator[Case]]] = {
-        "compressed-tensors": compressed_tensors, "bitsandbytes": bitsandbytes, "torchao": torchao}
+        "compressed-tensors": compressed_tensors, "bitsandbytes": bitsandbytes, "torchao": torchao,
+        "nvidia-modelopt": modelopt}
     result: dict[str, Any] = {"libraries": {}}
     for library, make in cases.items():
         rows = [compare(case) for case in make()]

@@ -19,7 +19,7 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *PLUGINS.rglob("*.py"), *(ROOT / "mode
 SCRIPTS = ROOT / "scripts"
 ORDER = (
     ("errors", "spec", "attention_op", "long_attention_op", "state_ops", "progress"),
-    ("graph_io", "targets", "files", "environment", "compare", "quantized"),
+    ("graph_io", "targets", "target_refusals", "files", "environment", "compare", "quantized"),
     ("graph", "checkpoint", "report"),
     ("trace", "lowering", "bundle", "uptraining"),
     ("weights", "quantizing", "engine", "runtime", "describe", "sharding", "long_context"),
@@ -29,7 +29,7 @@ ORDER = (
 )
 """the rooms of gqa_export: each imports rooms of its own line and of the lines above, and no two import one another"""
 FOUNDATIONS = ("errors", "progress", "spec", "attention_op", "long_attention_op", "state_ops", "graph_io",
-               "targets")
+               "targets", "target_refusals")
 """modules at the root; with `api` and what Python itself asks for there is nothing else"""
 NEVER = {
     "bundle": {"torch", "onnxruntime", "tensorrt"},

@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 @click.option("--tensor-parallel", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Cut the model over N devices: a graph for each, one manifest; for trt-native and trt-plugin.")
 @click.option("--calibrate", type=click.Path(path_type=Path), default=None, metavar="TEXT",
-              help="A UTF-8 text: weighs errors of --quantize, and scales of --kv-cache are chosen from it.")
+              help="A UTF-8 text: with --quantize weighs errors by its activations, with --kv-cache chooses scales.")
 @click.option("--kv-cache", type=click.Choice(["int8", "int4"]), default=None,
               help="Hold the cache as codes of 8 or 4 bits; needs --calibrate.")
 @click.option("--verbose", is_flag=True, help="Print the whole table of a comparison that passed.")

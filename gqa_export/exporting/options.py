@@ -22,10 +22,10 @@ class ExportOptions:
     quantize: "keep" leaves quantized weights as they are stored, "dequantize" makes floating-point numbers of them;
     a method ("int4", "int8") or a file of rules (.toml) quantizes. activations: "int8", "exact" or "" for the target's
     own. head: bits of head and embedding, "int8", "same" or "none". block: columns that share a scale.
-    calibrate: a text with whose activations errors are weighed, and from which scales of a quantized cache are chosen.
+    calibrate: a text by whose activations errors are weighed, and from which a quantized cache's scales are chosen.
     tensor_parallel: devices over which the model is cut; 1 is a bundle of one graph.
-    long: a second graph for long prompts is written beside the exact one.
-    kv_cache: "int8" or "int4" codes in the cache, "" for numbers."""
+    kv_cache: "int8" or "int4" codes in the cache, "" for numbers.
+    long: a second graph for long prompts is written beside the exact one."""
 
     target: str = "ort"
     dtype: str = "auto"
@@ -49,5 +49,5 @@ class ExportOptions:
     block: int = 32
     calibrate: Path | None = None
     tensor_parallel: int = 1
-    long: LongOptions | None = None
     kv_cache: str = ""
+    long: LongOptions | None = None

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.load_config import load_config
-from ..checkpoint.load_model import load_model
 from ..checkpoint.open import open_checkpoint
-from ..checkpoint.quiet import quiet
 from ..checkpoint.tied_weights import refuse_tied, stored_apart, untie
 from ..checkpoint.tokenizer import token_ids
 from ..checkpoint.unused_tensors import unused_notes
@@ -20,15 +16,15 @@ from ..environment.onnxruntime_ops import state_ops_of_runtime
 from ..errors import GqaExportError, UnsupportedModel
 from ..progress import Progress
 from ..spec import DTYPES, KvCache, ModelSpec
-from ..weights.dtypes import itemsize
 from ..weights.memory_budget import Budget
 from ..weights.sources import WeightStore
 from . import quantize
-from .kv_calibration import cache_of
+from .kv_calibration import calibrate_cache
 from .long_plan import long_plan, plan_notes
 from .options import DEFAULT_CAPACITY, ExportOptions
 from .ranks import lower_ranks, refuse_quantized_ranks, refuse_ranks
 from .tokenizer_files import check_tokenizer
+from .weight_store import used_names, weight_store
 
 if TYPE_CHECKING:
     from ..bundle.quantization import Quantization
@@ -59,11 +55,11 @@ class Prepared:
     """of the weights; None where all are floating-point numbers and the checkpoint's were too"""
     ranks: Ranks | None = None
     """of a model that is cut over several; `lowered` is rank 0's then"""
+    kv: KvCache | None = None
+    """how the cache is quantized"""
     plan: LongPlan | None = None
     prefill: Lowered | None = None
     """the graph for long prompts, where one is written"""
-    kv: KvCache | None = None
-    """how the cache is quantized"""
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -79,7 +75,8 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     from ..lowering.context import LowerOptions
     from ..lowering.dump import PassDump
     from ..lowering.lower import lower
-    from ..targets import get_target, refuse_long, refuse_options
+    from ..target_refusals import refuse_kv, refuse_long, refuse_long_with_codes, refuse_options
+    from ..targets import get_target
 
     target = get_target(options.target)
     options = replace(options, cache=options.cache or target.caches[0], logits=options.logits or target.logits[0])
@@ -88,6 +85,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     refuse_ranks(options, target)
     if options.long:
         refuse_long(target)
+        refuse_long_with_codes(options.kv_cache)
     dump = PassDump(options.dump_passes, force=options.force) if options.dump_passes else None
     say("reading the checkpoint", None, None)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
@@ -116,7 +114,12 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     provider = pick_provider(options.provider, dtype, target)
     store = weight_store(checkpoint, traced, budget)
     quantizing = quantize.plan(checkpoint, traced, store, options, target, provider, say)
-    kv = cache_of(checkpoint, traced, options, target, say)
+    kv = None
+    if options.kv_cache:
+        bits = int(options.kv_cache.removeprefix("int"))
+        refuse_kv(target, bits, traced.spec.layers)
+        kv = calibrate_cache(checkpoint, traced.spec, bits, options.calibrate, traced.capacity, say)
+        budget.check("choosing the cache's scales")
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider, kv=kv,
                             packed=options.weights == "copy",
                             runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None,
@@ -143,7 +146,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         quantize.fill(quantizing, lowered, store)
         recorded = quantize.record(quantizing, lowered, dtype)
     return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store,
-                    (*checkpoint.notes, *notes), recorded, ranks, plan, prefill, kv)
+                    (*checkpoint.notes, *notes), recorded, ranks, kv, plan, prefill)
 
 
 def tensor_parallel_plan(checkpoint: Checkpoint) -> dict[str, str]:
@@ -163,7 +166,7 @@ def automatic_layers(checkpoint: Checkpoint, options: ExportOptions, spec: Model
 
     assert options.long is not None
     if options.long.text is None:
-        raise GqaExportError("layers are chosen by measurement, and a text to measure on is missing",
+        raise GqaExportError("layers are chosen by measurement, and a text to measure on was not given",
                              "--long-layers auto", "give a text file with --text FILE, or name the layers",
                              code="E-OPTION-LONG")
     return choose_layers(checkpoint, options.long.text, spec, setting, options.long.seed,
@@ -184,7 +187,7 @@ def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, tar
     if known and (options.stamping or known.traced_layers == len(known.spec.layers)):
         return known, place, True
     from ..checkpoint.refusals import refuse_modules
-    from ..targets import refuse_layers
+    from ..target_refusals import refuse_layers
     from ..trace.tracing import trace
 
     say("tracing", None, None)
@@ -223,75 +226,3 @@ def pick_provider(provider: str, dtype: str, target: Target) -> str:
     import onnxruntime
 
     return "cuda" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
-
-
-def wanted_weights(traced: Traced) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each weight that the canonical graph uses."""
-    from ..graph_io import RECIPE
-    from ..weights.sources import recipe_of
-
-    return {recipe_of(tensor).removeprefix(RECIPE): tuple(tensor.dims)
-            for tensor in traced.model.graph.initializer if recipe_of(tensor)}
-
-
-def used_names(traced: Traced) -> set[str]:
-    """Names of the graph's weights, and those of tied weights in all their names."""
-    return {*wanted_weights(traced), *(name for group in traced.tied for name in group)}
-
-
-def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> WeightStore:
-    """Where every weight of a traced model is. What transformers merges or splits on load is made when it is written;
-    the checkpoint is loaded only if that cannot be told from names and shapes. `budget` must have room for either."""
-    from ..weights.source_kinds import StoredSource
-
-    wanted = wanted_weights(traced)
-    if checkpoint.quantized:
-        store = WeightStore.from_codes(checkpoint, wanted, traced.tied)
-        if all(name in store and store.sources[name].shape == shape for name, shape in wanted.items()):
-            return store
-    stored = checkpoint.tensors
-    aliases = _aliases(traced, stored)
-    plain = not traced.converts and all(
-        (real := aliases.get(name, name)) in stored and stored[real].shape == shape for name, shape in wanted.items())
-    if plain:
-        return WeightStore({name: StoredSource(tensor) for name, tensor in stored.items()}, aliases)
-    if checkpoint.model is not None:
-        return WeightStore.from_module(checkpoint, checkpoint.model)
-    streamed = _converted(checkpoint, traced, wanted, budget) if stored and not checkpoint.quantized else None
-    if streamed is not None:
-        return streamed
-    elements = sum(math.prod(shape) for shape in wanted.values())
-    budget.need(elements * itemsize(checkpoint.stored_dtype), "loading the model (its tensors are dequantized, or "
-                "merged in a way that cannot be streamed)")
-    return WeightStore.from_module(checkpoint, load_model(checkpoint, "auto"))
-
-
-def _aliases(traced: Traced, there: Container[str]) -> dict[str, str]:
-    """Of tied weights, the names that are not there -> one that is."""
-    found = {}
-    for group in traced.tied:
-        known = [name for name in group if name in there]
-        found.update({name: known[0] for name in group if known and name not in there})
-    return found
-
-
-def _converted(checkpoint: Checkpoint, traced: Traced, wanted: dict[str, tuple[int, ...]],
-               budget: Budget) -> WeightStore | None:
-    """The weights that transformers would load, made one at a time; None where some are not found so."""
-    import torch
-
-    from ..trace import skeleton
-    from ..weights.loaded import loaded
-
-    config = load_config(checkpoint)
-    with quiet():
-        model = skeleton.build(config, getattr(torch, checkpoint.stored_dtype), device="meta")
-    found = loaded(checkpoint.tensors, model)
-    if found is None:
-        return None
-    aliases = _aliases(traced, found.sources)
-    if any((real := aliases.get(name, name)) not in found.sources or found.sources[real].shape != shape
-           for name, shape in wanted.items()):
-        return None
-    budget.need(found.largest, "converting a weight")
-    return WeightStore(found.sources, aliases)

@@ -47,9 +47,9 @@ class LowerOptions:
     runtime_ops: frozenset[str] | None = None
     quantized: Mapping[str, MatrixFacts] = field(default_factory=dict)
     exact: bool = False
+    kv: KvCache | None = None
     long: LongPlan | None = None
     """layers that become the op for long prompts; None in the graph that is exact"""
-    kv: KvCache | None = None
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Any]:
     return checkpoint, folder, open_reference(checkpoint, read_manifest(folder), "float32", [])
 
 
-@pytest.mark.parametrize("damage", STATE_MUTATIONS, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", STATE_MUTATIONS, ids=lambda damage: damage.name)
 def test_damage_to_a_state_is_caught_by_the_quick_level(sound: tuple[Path, Path, Any], tmp_path: Path,
                                                         damage: Any) -> None:
     checkpoint, folder, reference = sound
-    broken = break_bundle(folder, tmp_path / "broken", damage)
+    broken = break_bundle(folder, tmp_path / "broken", damage.change)
     verdict = validate(broken, checkpoint, steps=8, provider="cpu", check_hashes=False, reference=reference)
     assert not verdict.passed
 

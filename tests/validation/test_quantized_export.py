@@ -1,4 +1,4 @@
-"""Bundles whose weights the export quantized: the reference quantizes them again, and sees what the bundle did wrong."""
+"""Bundles whose weights the export quantized: the reference quantizes them again."""
 
 from __future__ import annotations
 

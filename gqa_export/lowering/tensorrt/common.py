@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
-from ... import graph_io, targets
+from ... import graph_io, target_refusals
 from ...graph.passes import NearMiss, Pass, Rewritten
 from ..context import Context
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def refuse_layers(graph: gs.Graph, context: Context) -> int:
     """Refuse a model with layers that the target cannot hold; rewrites nothing."""
-    targets.refuse_layers(context.spec.layers, context.target, context.spec.states)
+    target_refusals.refuse_layers(context.spec.layers, context.target, context.spec.states)
     return 0
 
 

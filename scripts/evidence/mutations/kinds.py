@@ -17,6 +17,7 @@ from evidence.mutations.of_rotary import (
     tables_too_short,
     theta_changed,
 )
+from evidence.mutations.of_states import STATE_MUTATIONS
 from evidence.mutations.of_weights import (
     bias_dropped,
     embedding_row,
@@ -282,5 +283,6 @@ MUTATIONS: tuple[Mutation, ...] = (
              whole_rows_refused, -1),
     Mutation("whole rows miscounted", "positions shifted under the masks of onnxruntime-genai's Engine",
              whole_rows_miscounted, -1),
+    *STATE_MUTATIONS,
     *of_quantized.MUTATIONS,
 )

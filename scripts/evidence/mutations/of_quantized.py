@@ -15,7 +15,7 @@ PRODUCT, GATHER = "MatMulNBits", "GatherBlockQuantized"
 def _product(broken: Broken, bits: int = 4) -> onnx.NodeProto:
     """A product of layer 1 with codes of so many bits."""
     for node in broken.nodes:
-        if node.op_type == PRODUCT and "layers.1." in node.name and "o_proj" in node.name and _int(node, "bits") == bits:
+        if node.op_type == PRODUCT and "layers.1.self_attn.o_proj" in node.name and _int(node, "bits") == bits:
             return node
     raise NotHere("a quantized product")
 
@@ -122,14 +122,19 @@ def level_raised(broken: Broken) -> None:
 
 
 def nan_hidden(broken: Broken) -> None:
-    """NaN, which marks a row that must not be read, made zero on the way into a product of level 4."""
-    node = next((node for node in broken.nodes if node.op_type == PRODUCT and "lm_head" in node.name), None)
-    if node is None:
+    """NaN, which marks a row that must not be read, set before a product of level 4, whose kernel makes zeros of it."""
+    head = next((node for node in broken.nodes if node.op_type == PRODUCT and "lm_head" in node.name), None)
+    if head is None:
         raise NotHere("a quantized head")
-    read, zero = node.input[0], broken.constant("broken/zero", np.array(0, np.float32))
-    node.input[0] = "broken/hidden"
-    broken.before(node, helper.make_node("IsNaN", [read], ["broken/isnan"]),
-                  helper.make_node("Where", ["broken/isnan", zero, read], ["broken/hidden"]))
+    guard = next((node for node in broken.nodes if node.op_type == "Where" and head.output[0] in node.input), None)
+    if guard is None:  # it marks the input
+        read, zero = head.input[0], broken.constant("broken/zero", np.array(0, np.float32))
+        head.input[0] = "broken/hidden"
+        broken.before(head, helper.make_node("IsNaN", [read], ["broken/isnan"]),
+                      helper.make_node("Where", ["broken/isnan", zero, read], ["broken/hidden"]))
+        return
+    head.output[0] = guard.output[0]
+    broken.model.graph.node.remove(guard)
 
 
 def cache_scales_exchanged(broken: Broken) -> None:
@@ -148,6 +153,7 @@ def cache_clipped(broken: Broken) -> None:
         for name in present_names(layer.layer):
             least = broken.constant(f"broken/{name}/least", np.array(-127, np.int32))
             back = broken.after(name, "Cast", [f"{name}/clipped"], {"to": TensorProto.INT8})
+            back.name = f"{name}/broken/Cast"
             broken.before(
                 back, helper.make_node("Cast", [f"{name}/unbroken"], [f"{name}/wide"], to=TensorProto.INT32),
                 helper.make_node("Max", [f"{name}/wide", least], [f"{name}/clipped"]))
@@ -163,7 +169,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("global scale inverted", "divided by a scale in place of multiplied", global_scale_inverted),
     Mutation("embedding default zero point", "zero points left to a default that differs by provider",
              embedding_default_zero, -1),
-    Mutation("level 4 where 0 was promised", "activations rounded, and the manifest calls them exact", level_raised, -1),
+    Mutation("level 4 where 0 was promised", "activations rounded, and the manifest calls them exact", level_raised,
+             -1),
     Mutation("NaN hidden by level 4", "a row that must not be read answered with plausible numbers", nan_hidden, -1),
     Mutation("cache scales exchanged", "a layer's two scales of a quantized cache exchanged", cache_scales_exchanged),
     Mutation("cache code clipped", "codes of a quantized cache clipped at -127", cache_clipped, -1),

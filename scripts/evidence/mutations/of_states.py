@@ -1,12 +1,12 @@
 """The kinds of damage to layers that keep a state of fixed size, in bundles of target `ort`: the first such layer is
-broken. They are a list of their own, for models that the table's sample is not one of."""
+broken."""
 
 from __future__ import annotations
 
 import numpy as np
 from onnx import helper
 
-from evidence.mutations.mutation import Broken, NotHere
+from evidence.mutations.mutation import Broken, Mutation, NotHere
 from gqa_export.graph_io import past_state, present_state
 from gqa_export.spec import StateSpec
 
@@ -123,5 +123,15 @@ def state_begins_elsewhere(broken: Broken) -> None:
     _read_through(broken, name, helper.make_node("Add", [f"{name}/unbroken", little], [f"{name}/broken"]))
 
 
-STATE_MUTATIONS = (decay_dropped, beta_of_another_head, convolution_shifted, state_transposed, padding_leaks,
-                   padding_in_the_convolution, state_not_written, state_of_another_row, state_begins_elsewhere)
+STATE_MUTATIONS = (
+    Mutation("decay dropped", "a state that never fades", decay_dropped, -1),
+    Mutation("beta of another head", "heads write with each other's strength", beta_of_another_head, -1),
+    Mutation("convolution shifted", "past inputs of a convolution by one place", convolution_shifted, -1),
+    Mutation("state transposed", "keys for values in a state", state_transposed, -1),
+    Mutation("padding leaks into a state", "padded tokens change a recurrence", padding_leaks, -1),
+    Mutation("padding in the convolution", "padded tokens kept as a convolution's past inputs",
+             padding_in_the_convolution, -1),
+    Mutation("state not written", "a state that stays what it was", state_not_written, -1),
+    Mutation("state of another row", "rows of a batch read each other's states", state_of_another_row, -1),
+    Mutation("state begins elsewhere", "a state that does not start at zero", state_begins_elsewhere, -1),
+)

@@ -11,8 +11,8 @@ import torch
 from gqa_models import write_tiny
 from safetensors.torch import load_file, save_file
 
-TEXT = ("The king rode out at dawn, and his people waited for him until the evening. Bread, salt and a little light were "
-        "all they had. Why would a river ask the sea for water? Seven ships left; three of them came home. ") * 4
+TEXT = ("The king rode out at dawn, and his people waited for him until the evening. Bread, salt and a little light "
+        "were all they had. Why would a river ask the sea for water? Seven ships left; three of them came home. ") * 4
 GROUP = 32
 
 

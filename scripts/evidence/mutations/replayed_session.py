@@ -28,7 +28,8 @@ class ReplayedSession:
         self._session, self.capacity = inner, session.capacity
         self._steps: dict[Key, Step] = {}
         self._caches: dict[Key, list[tuple[np.ndarray, np.ndarray]]] = {}
-        self._apart: dict[tuple[str, ...], tuple[dict[Key, Step], dict[Key, list[tuple[np.ndarray, np.ndarray]]]]] = {}
+        self._states: dict[Key, list[np.ndarray]] = {}
+        self._apart: dict[tuple[str, ...], tuple[Any, ...]] = {}
         self._under: tuple[str, ...] = ()
         self._fed: list[tuple[np.ndarray, np.ndarray]] = []
         self._key: Key = ()
@@ -65,14 +66,14 @@ class ReplayedSession:
 
     @contextmanager
     def _remembered(self, name: str) -> Iterator[None]:
-        before = self._steps, self._caches, self._under
+        before = self._steps, self._caches, self._states, self._under
         self._under = (*self._under, name)
-        self._steps, self._caches = self._apart.setdefault(self._under, ({}, {}))
+        self._steps, self._caches, self._states = self._apart.setdefault(self._under, ({}, {}, {}))
         self._done = -1
         try:
             yield
         finally:
-            self._steps, self._caches, self._under = before
+            self._steps, self._caches, self._states, self._under = before
             self._done = -1
 
     def reset(self, batch: int) -> None:
@@ -96,6 +97,13 @@ class ReplayedSession:
             self._catch_up()
             self._caches[self._key] = self._session.cache()
         return self._caches[self._key]
+
+    def states(self) -> list[np.ndarray]:
+        """See `Session.states`."""
+        if self._key not in self._states:
+            self._catch_up()
+            self._states[self._key] = self._session.states()
+        return self._states[self._key]
 
     def _catch_up(self) -> Step:
         """Let the session inside take every step since the reset that it has not taken."""

@@ -1,0 +1,102 @@
+"""What a target cannot hold is refused before the work, with the reason that its row has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .errors import GqaExportError, UnsupportedModel
+from .spec import AttentionSpec, StateSpec
+from .targets import TARGETS, Target, layers_label, reasons_against
+
+
+def refuse_layers(layers: Iterable[AttentionSpec], target: Target, states: Iterable[StateSpec] = ()) -> None:
+    """Refuse a model that `target` cannot hold.
+
+    Raises:
+        UnsupportedModel: a layer keeps a state of fixed size and the target has no operator for it; or the target has
+            no fallback, and its attention op cannot hold some layer. Every reason is given, and the targets with the
+            same interface that can hold the model.
+    """
+    layers, keeping = list(layers), sorted({state.layer for state in states})
+    if keeping and target.states_missing:
+        raise UnsupportedModel(f"target {target.name} cannot hold layers that keep a state of fixed size "
+                               f"(convolution, linear attention, state space): {target.states_missing}",
+                               layers_label(keeping), "use --target " + " or ".join(
+                                   row.name for row in TARGETS.values() if not row.states_missing)
+                               + " and ONNX Runtime", code="E-TARGET-STATES")
+    reasons = [] if target.fallback else reasons_against(layers, target)
+    if not reasons:
+        return
+    others = [row.name for row in TARGETS.values() if row.interface == target.interface
+              and not any(row.cannot_hold(layer) for layer in layers)]
+    unheld = [layer.layer for layer in layers if target.cannot_hold(layer)]
+    raise UnsupportedModel(f"target {target.name} cannot hold this model: {'; '.join(reasons)}", layers_label(unheld),
+                           f"use --target {' or '.join(others)}" if others else
+                           "use --target ort and ONNX Runtime: no target for TensorRT can hold this model",
+                           code="E-TARGET-LAYER")
+
+
+def refuse_long(target: Target) -> None:
+    """Refuse approximate attention for long prompts where a target has none.
+
+    Raises:
+        GqaExportError: with the reason, and the targets that have it.
+    """
+    if target.long_missing:
+        raise GqaExportError(f"target {target.name} does not support --long-attention: {target.long_missing}",
+                             "--long-attention", "use --target " + " or ".join(
+                                 row.name for row in TARGETS.values() if not row.long_missing),
+                             code="E-TARGET-LONG")
+
+
+def refuse_long_with_codes(kv_cache: str) -> None:
+    """Refuse a graph for long prompts beside one whose cache holds codes: their caches are the same tensors.
+
+    Raises:
+        GqaExportError: both are wanted.
+    """
+    if kv_cache:
+        raise GqaExportError("the op for long prompts reads numbers from the cache, not codes", "--long-attention",
+                             f"leave out --kv-cache {kv_cache} or --long-attention", code="E-OPTION-LONG-CODES")
+
+
+def refuse_kv(target: Target, bits: int, layers: Iterable[AttentionSpec]) -> None:
+    """Refuse a quantized cache that a target does not have, or that a layer of the model cannot use.
+
+    Args:
+        target: the row. bits: of a code. layers: of the model.
+
+    Raises:
+        UnsupportedModel: the target's reason, or the layer.
+    """
+    fix = "leave out --kv-cache, or use --target ort"
+    if bits not in target.kv_bits:
+        raise UnsupportedModel(f"target {target.name} does not hold a cache of {bits}-bit codes: {target.kv_missing}",
+                               f"--kv-cache int{bits}", fix, code="E-TARGET-KV")
+    layers = list(layers)
+    reasons = reasons_against(layers, target)
+    wide = [layer.layer for layer in layers if target.cannot_hold(layer)]
+    if reasons:
+        raise UnsupportedModel(f"only {target.attention} holds a quantized cache, and it cannot hold these layers: "
+                               f"{'; '.join(reasons)}", layers_label(wide), "leave out --kv-cache", code="E-TARGET-KV")
+
+
+def refuse_options(target: Target, cache: str, logits: str) -> None:
+    """Refuse options that a target does not have, all of them at once.
+
+    Args:
+        target: the row.
+        cache: "growing" or "static".
+        logits: "all" or "last".
+
+    Raises:
+        GqaExportError: the target has no such cache or does not give such logits.
+    """
+    wrong = [(option, value, known) for option, value, known in
+             (("cache", cache, target.caches), ("logits", logits, target.logits)) if value not in known]
+    if wrong:
+        raise GqaExportError(f"target {target.name} does not support "
+                             + " and ".join(f"{value} {option}" for option, value, _ in wrong),
+                             ", ".join(f"--{option}" for option, _, _ in wrong),
+                             "use " + " ".join(f"--{option} {known[0]}" for option, _, known in wrong),
+                             code="E-TARGET-OPTION")
