@@ -98,7 +98,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
         kv_cache: "int8" or "int4": the cache holds codes of so many bits; None: numbers.
         long_attention: write a second graph for long prompts, with approximate attention, beside the exact one.
 
-    Raises GqaExportError and its kinds: nothing is left behind then.
+    Raises:
+        InvalidCheckpoint, UnsupportedModel, GqaExportError: nothing is left behind then.
     """
     from .exporting.to_onnx import export_onnx
 

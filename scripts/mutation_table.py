@@ -13,6 +13,7 @@ from datetime import date
 from pathlib import Path
 
 import click
+from evidence.mutations import of_quantized
 from evidence.mutations.contradictions import CONTRADICTIONS
 from evidence.mutations.kinds import MUTATIONS
 from evidence.mutations.table import STEPS, Row, Sample, contradiction_rows, open_sample, prove, shares, table, to_dict
@@ -43,6 +44,25 @@ def tiny_samples(work: Path, wanted=TINY) -> list[Sample]:
     return samples
 
 
+def quantized_samples(work: Path) -> list[Sample]:
+    """Tiny bundles with quantized weights, and one with a quantized cache."""
+    from evidence.mutations.quantized_samples import TEXT, write_gptq, write_odd
+
+    text = work / "text.txt"
+    text.write_text(TEXT)
+    odd, gptq = write_odd(work / "odd"), write_gptq(work / "gptq")
+    samples = []
+    for name, checkpoint, options in (
+            ("llama ort, int4", odd, {"quantize": "int4"}),
+            ("llama ort, int4, exact", odd, {"quantize": "int4", "activations": "exact"}),
+            ("llama ort, GPTQ kept", gptq, {}),
+            ("llama ort, int8 cache", odd, {"kv_cache": "int8", "calibrate": text})):
+        bundle = work / name.replace(" ", "-").replace(",", "")
+        export_onnx(checkpoint, bundle, ExportOptions(target="ort", capacity=CAPACITY, dtype="fp32", **options))
+        samples.append(open_sample(name, bundle, checkpoint))
+    return samples
+
+
 @click.command()
 @click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), help="A real model instead of tiny ones.")
 @click.option("--capacity", default=256, show_default=True, help="Capacity of the real model's bundle.")
@@ -56,7 +76,9 @@ def main(checkpoint: Path | None, capacity: int, only: tuple[str, ...]) -> None:
     with tempfile.TemporaryDirectory(prefix="gqa-mutations-") as place:
         work = Path(place)
         if checkpoint is None:
-            samples = tiny_samples(work)
+            quantized = {kind.name for kind in of_quantized.MUTATIONS}
+            few = bool(only) and set(only) <= quantized
+            samples = [*([] if few else tiny_samples(work)), *quantized_samples(work)]
         else:
             export_onnx(checkpoint, work / "bundle", ExportOptions(target="ort", dtype="fp32", capacity=capacity))
             samples = [open_sample(checkpoint.stem, work / "bundle", checkpoint)]
@@ -65,7 +87,11 @@ def main(checkpoint: Path | None, capacity: int, only: tuple[str, ...]) -> None:
         rows += contradiction_rows(samples[0], work, against)
     if only:
         rows = merged(rows, OUT / f"{REAL if checkpoint else NAME}.json")
-    write(rows, [sample.name for sample in samples], real=checkpoint is not None)
+    names = [sample.name for sample in samples]
+    if only and checkpoint is None:
+        known = json.loads((OUT / f"{NAME}.json").read_text(encoding="utf-8"))["samples"]
+        names = [*known, *(name for name in names if name not in known)]
+    write(rows, names, real=checkpoint is not None)
 
 
 def merged(rows: list[Row], committed: Path) -> list[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto, helper
 
+from evidence.mutations import of_quantized
 from evidence.mutations.mutation import Broken, Mutation, NotHere
 from evidence.mutations.of_rotary import (
     positions_clamped,
@@ -283,4 +284,5 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("whole rows miscounted", "positions shifted under the masks of onnxruntime-genai's Engine",
              whole_rows_miscounted, -1),
     *STATE_MUTATIONS,
+    *of_quantized.MUTATIONS,
 )
