@@ -24,7 +24,7 @@ from ..errors import GqaExportError
 from ..progress import Progress, silent
 from ..targets import get_target
 from .overflow import overflow_words
-from .ranks import with_held_heads
+from .ranks import held_here, with_held_heads
 from .reference import Reference, open_reference, runnable
 from .refusals import judge_refusals
 from .run_cases import run_cases
@@ -88,8 +88,9 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         setting.nan_tail_safe = target.nan_tail_safe or (not built and nan_tail_safe(where))
         setting.whole_row_masks = target.whole_row_masks or (not built and takes_whole_row_masks(where))
         plan = plan_suite(setting, level)
-        whole = with_held_heads(manifest.parallel, known.session)
-        eager = with_held_heads(manifest.parallel, known.eager) if known.eager else None
+        held = held_here(manifest)
+        whole = with_held_heads(held, known.session)
+        eager = with_held_heads(held, known.eager) if known.eager else None
         sessions = Sessions(whole, eager, session, fill_garbage, beside=not built and is_large(manifest),
                             alike=known.alike)
         logs = run_cases(sessions, plan, last_only=last_only, report=report, dtype=ran_dtype,
