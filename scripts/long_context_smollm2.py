@@ -67,8 +67,8 @@ def broken(row: Row, found: dict[str, Any]) -> list[str]:
         wrong.append(f"{row.name}: {found['copy']:.3f} nats on the copy, at most {row.copy}")
     if row.layers and not len(found["layers"]) >= row.layers:
         wrong.append(f"{row.name}: {len(found['layers'])} layers, at least {row.layers}")
-    if row.score is not None and not found["copy_score"] >= row.score:
-        wrong.append(f"{row.name}: copy score {found['copy_score']:.3f}, at least {row.score}")
+    if row.score is not None and not (found["copy_score"] or 0.0) >= row.score:
+        wrong.append(f"{row.name}: copy score {found['copy_score']}, at least {row.score}")
     return wrong
 
 
@@ -85,12 +85,13 @@ def page(results: dict[str, Any]) -> str:
         found = results.get(row.name)
         if found is None:
             continue
-        setting = row.setting
+        setting, score = row.setting, found["copy_score"]
         lines.append(
             f"| {row.name} | {row.tokens} | {setting.method} | {setting.leaf} | {setting.heavy_keys} | "
             f"{setting.samples} | {setting.anchors} | {len(found['layers'])} | {found['perplexity']:.2f} "
             f"({found['exact_perplexity']:.2f}) | {found['loss']:+.4f} | {found['kl']:.4f} | {found['top1']:.3f} | "
-            f"{found['copy']:.2f} ({found['exact_copy']:.2f}, {found['unseen']:.2f}) | {found['copy_score']:.2f} |")
+            f"{found['copy']:.2f} ({found['exact_copy']:.2f}, {found['unseen']:.2f}) | "
+            f"{'not judged' if score is None else f'{score:.2f}'} |")
     return "\n".join(lines) + "\n"
 
 

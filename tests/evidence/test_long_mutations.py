@@ -12,7 +12,7 @@ from gqa_models import write_tiny
 
 import gqa_export as gqa
 from gqa_export.bundle.manifest import read_manifest
-from gqa_export.compare.verdict import CaseVerdict
+from gqa_export.compare.case_verdict import CaseVerdict
 from gqa_export.exporting.long_plan import LongOptions
 from gqa_export.progress import silent
 from gqa_export.report import html, junit
