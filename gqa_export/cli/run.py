@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("--top-p", type=float, default=1.0, show_default=True,
               help="Sample among the most probable tokens with this total probability.")
 @click.option("--seed", type=int, help="Seed of the sampling, to repeat it.")
+@click.option("--adapter", metavar="NAME", help="LoRA adapter of the bundle to use.  [default: none, the base model]")
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="Where the bundle runs; auto is CUDA if it is available.")
 @click.option("--low-memory", is_flag=True, help="Leave the weights in their files; about a tenth slower.")

@@ -49,7 +49,7 @@ class Bundle:
                  full_hash: bool = False, check_hashes: bool = True, revision: str | None = None,
                  allow_pickle: bool = False, reference: Place | PreTrainedModel | None = None,
                  max_kl: float | None = None, max_perplexity_increase: float | None = None,
-                 calibrate: Place | None = None,
+                 calibrate: Place | None = None, lora: Place | None = None,
                  progress: Progress | None = None) -> Verdict:
         """Compare the bundle with PyTorch, step by step: logits, every new key and value, the whole cache.
 
@@ -67,6 +67,8 @@ class Bundle:
             calibrate: the text that the bundle's weights were quantized with, if any: they are quantized again.
             max_kl: the most that the mean KL divergence from the reference may be, in nats; None: no limit.
             max_perplexity_increase: the most that perplexity may increase by, in percent; None: no limit.
+            lora: the folder of an adapter: PyTorch's model has it merged, and of a bundle that can switch, the adapter
+                of this name is in use. None is the base model.
 
         Returns:
             The verdict: `passed`, `compared`, `cases`, `to_json()`; `check()` raises `OutputDiffers` if it failed.
@@ -76,6 +78,7 @@ class Bundle:
             NotCheckedHere: this machine cannot run the comparison.
         """
         from ..bundle.source_checkpoint import open_for
+        from ..checkpoint.lora import read_adapter, with_adapter
         from ..validation.loss import LossRequest
         from ..validation.validate import validate
 
@@ -89,6 +92,8 @@ class Bundle:
         with (pickles_allowed(allow_pickle), opened(against, text_only=text_only) as source,
               nullcontext() if reference is None else opened(reference, text_only=text_only) as before):
             checkpoint = open_for(self.manifest, source, revision)
+            if lora is not None:
+                checkpoint = with_adapter(checkpoint, read_adapter(lora))
             return validate(self.folder, checkpoint, level=level, steps=steps or 0, text=path_of(text),
                             provider=provider, as_dtype=as_dtype, full_hash=full_hash, check_hashes=check_hashes,
                             progress=progress, loss=LossRequest(before, *limits))
@@ -110,7 +115,7 @@ class Bundle:
                  threads: int | None = None, session: Session | None = None,
                  on_text: Callable[[str], None] | None = None, progress: Progress | None = None,
                  chat_template: str | None = None, template_args: Mapping[str, object] | None = None,
-                 exact: bool = False) -> Completion:
+                 exact: bool = False, adapter: str | None = None) -> Completion:
         """Continue a prompt, and tell what was fed, what came, and how fast.
 
         Args:
@@ -123,6 +128,7 @@ class Bundle:
             on_text: called with each piece of text as it comes.
             chat_template: name of the template, of a model that has several; None is its default one.
             template_args: variables for the template, such as {"enable_thinking": False} or {"tools": [...]}.
+            adapter: name of one of the bundle's LoRA adapters; None leaves the one that an open session uses.
         """
         from ..runtime.completion import complete, prompt_ids
         from ..runtime.generate import Sampling
@@ -136,8 +142,10 @@ class Bundle:
                          template_args)
         if progress is not None:
             progress(f"loading {self.folder.name}", None, None)
-        inner = session.inner if session is not None else self._open(provider, low_memory, threads, exact)
-        return complete(inner, ids, text, max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text,
+        runner = session or Session(self._open(provider, low_memory, threads, exact))
+        if adapter is not None:
+            runner.use_adapter(adapter)
+        return complete(runner.inner, ids, text, max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text,
                         end_tokens=self.manifest.tokens.get("eos", ()))
 
     def generate(self, prompt: str, *, max_new_tokens: int = 128, chat: bool = False, system: str | None = None,
