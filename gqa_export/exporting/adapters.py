@@ -18,7 +18,8 @@ from ..files.scratch import scratch_folder
 from ..lowering.adapter_inputs import FIRST, SECOND, AdapterSlot, add_adapter_inputs
 from ..runtime.ort.adapters import SUFFIX, write_adapter
 from ..weights.dtypes import numpy_dtype
-from ..weights.sources import MemorySource, Source, StoredSource, WeightStore
+from ..weights.source_kinds import MemorySource, Source, StoredSource
+from ..weights.sources import WeightStore
 from .options import ExportOptions
 
 if TYPE_CHECKING:
