@@ -64,7 +64,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
            dump_passes: Place | None = None, trace_cache: bool = True, stamping: bool = True,
            quantize: Place = "keep", activations: Activations | None = None, head: Head = "int8", block: int = 32,
            calibrate: Place | None = None, tensor_parallel: int = 1, kv_cache: KvCodes | None = None,
-           long_attention: LongOptions | None = None, progress: Progress | None = None) -> Bundle:
+           long_attention: LongOptions | None = None, lora: Sequence[Place] = (), merge_lora: Place | None = None,
+           progress: Progress | None = None) -> Bundle:
     """Export a decoder to ONNX. Nothing is compared yet: `Bundle.validate` does that.
 
     Args:
@@ -97,6 +98,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
         tensor_parallel: devices over which a model is cut, for the TensorRT targets: a graph for each, one manifest.
         kv_cache: "int8" or "int4": the cache holds codes of so many bits; None: numbers.
         long_attention: write a second graph for long prompts, with approximate attention, beside the exact one.
+        lora: folders of LoRA adapters, as PEFT saves them, that the bundle can switch between (`Session.use_adapter`);
+            without one it is the base model. merge_lora: the folder of one that becomes part of the weights.
 
     Raises:
         InvalidCheckpoint, UnsupportedModel, GqaExportError: nothing is left behind then.
@@ -105,7 +108,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
 
     options = export_options(target, dtype, cache, capacity, weights, logits, provider, revision, full_hash, max_ram,
                               text_only, force, path_of(dump_passes), ignore_unused, trace_cache, stamping,
-                              quantize, activations, head, block, calibrate, tensor_parallel, kv_cache, long_attention)
+                              quantize, activations, head, block, calibrate, tensor_parallel, kv_cache, long_attention,
+                              lora, merge_lora)
     _refuse_tokenizer(source, tokenizer)
     if not isinstance(source, str | Path):
         refuse_revision(revision, type(source).__name__, "a model in memory")
@@ -121,14 +125,16 @@ def plan_export(source: Place | PreTrainedModel, output: Place | None = None, *,
                 allow_pickle: bool = False, ignore_unused: bool = False, trace_cache: bool = True,
                 quantize: Place = "keep", activations: Activations | None = None, head: Head = "int8", block: int = 32,
                 calibrate: Place | None = None, tensor_parallel: int = 1, kv_cache: KvCodes | None = None,
-                long_attention: LongOptions | None = None, progress: Progress | None = None) -> Plan:
+                long_attention: LongOptions | None = None, lora: Sequence[Place] = (), merge_lora: Place | None = None,
+                progress: Progress | None = None) -> Plan:
     """Do all of an export but the writing: what it would write, its size, time and memory. Arguments as of `export`."""
     from .exporting.dry_run import dry_run
 
     options = export_options(target, dtype, cache, capacity, weights, logits, provider, revision, False, max_ram,
                               text_only, False, ignore_unused=ignore_unused, trace_cache=trace_cache,
                               quantize=quantize, activations=activations, head=head, block=block, calibrate=calibrate,
-                              tensor_parallel=tensor_parallel, kv_cache=kv_cache, long=long_attention)
+                              tensor_parallel=tensor_parallel, kv_cache=kv_cache, long=long_attention, lora=lora,
+                              merge_lora=merge_lora)
     with pickles_allowed(allow_pickle), opened(source, text_only=text_only) as place:
         return dry_run(place, options, path_of(output), progress)
 

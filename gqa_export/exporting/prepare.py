@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.load_config import load_config
+from ..checkpoint.lora import with_adapter
 from ..checkpoint.open import open_checkpoint
 from ..checkpoint.tied_weights import refuse_tied, stored_apart, untie
 from ..checkpoint.tokenizer import token_ids
@@ -20,16 +21,19 @@ from ..spec import DEFAULT_CAPACITY, DTYPES, KvCache, ModelSpec
 from ..weights.memory_budget import Budget
 from ..weights.sources import WeightStore
 from . import quantize
+from .adapters import add_slots, merge_weights, read_adapters, refuse_quantized_adapters, weight_shapes
 from .kv_calibration import cache_of
 from .long_plan import long_plan, plan_notes
 from .options import ExportOptions
 from .ranks import lower_ranks, refuse_quantized_ranks, refuse_ranks
 from .tokenizer_files import check_tokenizer
-from .weight_store import used_names, weight_store
+from .weight_store import used_names, wanted_weights, weight_store
 
 if TYPE_CHECKING:
     from ..bundle.quantization import Quantization
+    from ..checkpoint.lora_adapter import LoraAdapter
     from ..long_attention_op import LongPlan, LongSetting
+    from ..lowering.adapter_inputs import AdapterSlot
     from ..lowering.context import Lowered
     from ..targets import Target
     from ..trace.traced import Traced
@@ -50,6 +54,8 @@ class Prepared:
     trace_taken: bool
     lowered: Lowered
     store: WeightStore
+    adapters: tuple[LoraAdapter, ...] = ()
+    slots: tuple[AdapterSlot, ...] = ()
     notes: tuple[str, ...] = ()
     """on the checkpoint: tensors that the model does not use"""
     quantization: Quantization | None = None
@@ -89,10 +95,12 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     if options.long:
         refuse_long(target)
         refuse_long_with_codes(options.kv_cache)
+    adapters, merge = read_adapters(options, target)
     dump = PassDump(options.dump_passes, force=options.force) if options.dump_passes else None
     say("reading the checkpoint", None, None)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
         source, text_only=options.text_only, revision=options.revision)
+    checkpoint = checkpoint if merge is None else with_adapter(checkpoint, merge)
     check_tokenizer(checkpoint)
     token_ids(checkpoint)  # refuses damaged files beside the weights before the work
     if options.weights == "inplace" and output is not None and output.resolve() != checkpoint.folder.resolve():
@@ -116,7 +124,11 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     notes = unused_notes(checkpoint, used_names(traced), options.ignore_unused)
     provider = pick_provider(options.provider, dtype, target)
     store = weight_store(checkpoint, traced, budget)
+    if merge is not None:
+        store = merge_weights(store, merge, traced, weight_shapes(traced, wanted_weights(traced)))
     quantizing = quantize.plan(checkpoint, traced, store, options, target, provider, say)
+    if adapters or merge is not None:
+        refuse_quantized_adapters(quantizing is not None or bool(checkpoint.quantized))
     kv = cache_of(checkpoint, traced, options, target, say)
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider, kv=kv,
                             packed=options.weights == "copy",
@@ -131,6 +143,9 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         lowered = ranks.lowered[0]
     else:
         lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
+    slots: tuple[AdapterSlot, ...] = ()
+    if adapters:
+        lowered, slots = add_slots(lowered, traced, adapters, weight_shapes(traced, wanted_weights(traced)))
     plan, prefill = None, None
     if options.long:
         if quantizing is not None and not quantizing.exact:
@@ -146,7 +161,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         for each in (lowered, *((prefill,) if prefill else ())):
             quantize.fill(quantizing, each, store)
         recorded = quantize.record(quantizing, lowered, dtype)
-    return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store,
+    return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store, adapters, slots,
                     (*checkpoint.notes, *notes), recorded, ranks, kv, plan, prefill,
                     quantizing.importance if quantizing else {})
 

@@ -19,6 +19,7 @@ from ..quantizing.importance import FILE as IMPORTANCE
 from ..quantizing.importance import importance_file
 from ..weights.layout import place
 from ..weights.memory_budget import Budget
+from .adapters import adapter_facts, write_adapters
 from .options import ExportOptions
 from .prepare import pick_provider, prepare
 from .ranks import write_ranks
@@ -96,10 +97,12 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
         notes = [*ready.notes, *writer.notes, *([without] if without else [])]
         manifest = replace(manifest_of(checkpoint, traced, lowered, options, ready.dtype, not without,
                                        ready.quantization, ready.kv), parallel=parallel)
+        write_adapters(writer, ready.adapters, ready.slots, ready.dtype)
         if ready.plan:
             manifest = replace(manifest, long=LongFacts(ready.plan, ready.plan.digest(traced.spec.layers)))
         if ready.target.genai:
             add_genai(writer, manifest, pick_provider(options.provider, ready.dtype, ready.target), notes)
+        manifest = replace(manifest, source={**manifest.source, **adapter_facts(options, ready.adapters)})
         manifest = writer.finish(with_bytes(manifest, placement))
     notes += rotary_notes(traced)
     budget.check("exporting")

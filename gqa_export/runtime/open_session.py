@@ -12,7 +12,7 @@ from ..errors import GqaExportError
 from .session import Session
 
 if TYPE_CHECKING:
-    from .generate import Sampling
+    from .sampling import Sampling
     from .tensorrt.session import EngineSession
 
 

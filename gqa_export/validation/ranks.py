@@ -139,6 +139,10 @@ class HeldHeads:
         """See `Session.mark_row`."""
         return self._session.mark_row(row)
 
+    def nearest_length(self, row: int, length: int) -> int:
+        """See `Session.nearest_length`."""
+        return self._session.nearest_length(row, length)
+
     def states(self) -> list[np.ndarray]:
         """As of the session."""
         return self._session.states()

@@ -173,6 +173,22 @@ def load_engine(folder: Path, provider: str, as_dtype: str | None) -> tuple[Sess
     return session, session.fill_garbage
 
 
+def use_adapter(session: Any, manifest: Manifest, against: Any, as_dtype: str | None) -> None:
+    """Let a bundle that can switch use the adapter that the checkpoint was opened with. Of another bundle it is merged.
+
+    Raises:
+        GqaExportError: the bundle has other adapters only.
+        NotCheckedHere: the fp32 twin has none.
+    """
+    adapter = getattr(against, "adapter", None)
+    if adapter is None or not manifest.source.get("adapters"):
+        return
+    if as_dtype is not None:
+        raise NotCheckedHere("the fp32 twin of a bundle has no adapters", "--as, --lora",
+                             "export it with --dtype fp32 to compare adapters", code="E-VALIDATE-ADAPTER")
+    session.use_adapter(adapter.name)
+
+
 @contextmanager
 def bundle_session(folder: Path, manifest: Manifest, provider: str, notes: list[str], target: Any = None,
                    config: dict[str, str] | None = None) -> Iterator[tuple[Session, FillGarbage | None]]:

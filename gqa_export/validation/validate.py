@@ -30,7 +30,7 @@ from .parts import EXACT, Comparison, activations_of, exact_session
 from .ranks import held_here
 from .reference import Reference, open_reference, runnable, with_ranks
 from .refusals import judge_refusals
-from .sessions import bundle_session, choose_bundle_provider, load_engine, torch_threads
+from .sessions import bundle_session, choose_bundle_provider, load_engine, torch_threads, use_adapter
 from .suite_setting import check_tokenizer, setting_of
 from .untrusted import logits_of_last_token, nan_tail_safe, takes_whole_row_masks
 
@@ -99,12 +99,14 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         comparison = Comparison(known, plan, ran, last_only, ran_dtype, notes, report)
         with ExitStack() as opened:
             session, fill_garbage = engine or exact_session(opened, where, ran, provider, notes, target)
+            use_adapter(session, manifest, against, as_dtype)
             cases, overflow = comparison.exact(session, fill_garbage, EXACT if rounds else "")
             if not rounds:
                 cases += (judge_refusals(session, resizable=not setting.literal),)
                 measured = measure_loss(loss, session, manifest, folder, known, notes, report)
         if rounds:
             session, fill_garbage = stack.enter_context(bundle_session(where, ran, provider, notes, target))
+            use_adapter(session, manifest, against, as_dtype)
             cases += comparison.shipped(session, fill_garbage)
             cases += (judge_refusals(session, resizable=not setting.literal),)
             measured = measure_loss(loss, session, manifest, folder, known, notes, report)
