@@ -8,8 +8,6 @@ from pathlib import Path
 from ..weights.layout import Mode
 from .long_plan import LongOptions
 
-DEFAULT_CAPACITY = 4096
-
 
 @dataclass(frozen=True)
 class ExportOptions:

@@ -15,13 +15,13 @@ from ..checkpoint.unused_tensors import unused_notes
 from ..environment.onnxruntime_ops import state_ops_of_runtime
 from ..errors import GqaExportError, UnsupportedModel
 from ..progress import Progress
-from ..spec import DTYPES, KvCache, ModelSpec
+from ..spec import DEFAULT_CAPACITY, DTYPES, KvCache, ModelSpec
 from ..weights.memory_budget import Budget
 from ..weights.sources import WeightStore
 from . import quantize
 from .kv_calibration import cache_of
 from .long_plan import long_plan, plan_notes
-from .options import DEFAULT_CAPACITY, ExportOptions
+from .options import ExportOptions
 from .ranks import lower_ranks, refuse_quantized_ranks, refuse_ranks
 from .tokenizer_files import check_tokenizer
 from .weight_store import used_names, weight_store
