@@ -12,8 +12,6 @@ import torch
 from ...errors import GqaExportError, UnsupportedModel
 from ..attention_hook import MaskTag
 
-NOT_HELD = ("chunked, bidirectional, prefix and packed attention cannot be held by grouped-query attention with a "
-            "cache; it is refused rather than exported wrong")
 ROWS_AT_ONCE, LONGEST_CHECKED = 256, 1 << 14
 """rows of a mask evaluated at once, where all of them are; the longest cache for which that is done"""
 
@@ -61,10 +59,14 @@ def window_of(tag: MaskTag | None, layer: int, positions: int, num_heads: int, c
                 return 0
             q, k = (int(x) for x in (rows != expected).nonzero()[0])
             does = "shows" if rows[q, k] else "hides"
-            shorter = f"up to {causal} tokens it is plainly causal: use --capacity {causal} or less"
-            raise UnsupportedModel(
-                f"the attention mask is not causal with a window ({describe(tag)}): from position {int(queries[q])} "
-                f"it {does} position {k}", where, shorter if causal > 1 else NOT_HELD, code="E-MODEL-MASK")
+            found = (f"the attention mask is not causal with a window ({describe(tag)}): from position "
+                     f"{int(queries[q])} it {does} position {k}")
+            if causal > 1:
+                raise UnsupportedModel(found, where, f"up to {causal} tokens it is plainly causal: use --capacity "
+                                       f"{causal} or less", code="E-MODEL-MASK")
+            raise UnsupportedModel(found, where, "chunked, bidirectional, prefix and packed attention cannot be held "
+                                   "by grouped-query attention with a cache; it is refused rather than exported wrong",
+                                   code="E-MODEL-MASK")
     return window
 
 
