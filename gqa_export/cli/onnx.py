@@ -70,8 +70,6 @@ if TYPE_CHECKING:
               help="With --quantize: bits of head and embedding, the same as the others', or none.")
 @click.option("--block", type=int, default=32, show_default=True,
               help="With --quantize: columns that share a scale: 16, 32, 64, 128 or 256.")
-@click.option("--calibrate", type=click.Path(path_type=Path), default=None, metavar="TEXT",
-              help="A UTF-8 text: weighs errors of --quantize, and scales of --kv-cache are chosen from it.")
 @click.option("--tensor-parallel", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Cut the model over N devices: a graph for each, one manifest; for trt-native and trt-plugin.")
 @click.option("--calibrate", type=click.Path(path_type=Path), default=None, metavar="TEXT",

@@ -87,7 +87,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         stack.enter_context(torch_threads(manifest))
         ran, where, target = runnable(stack, folder, manifest, ran_dtype, notes, report)
         rounds = provider == "cpu" and not built and rounds_activations(where, ran)
-        known = reference or open_reference(against, manifest, ran_dtype, notes, loss.calibrate)
+        known = reference or open_reference(against, manifest, ran_dtype, notes, loss.calibrate, folder)
         check_belongs(manifest.spec, known.shown, f"{folder} against {against}")
         report("loading the bundle", None, None)
         setting = setting_of(manifest, folder, steps or STEPS.get(level, 32), text, known.model)
