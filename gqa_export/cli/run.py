@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,12 +46,14 @@ def command(bundle: Path, prompt: str | None, token_ids: str | None, template_ar
     from .. import api
     from .progress import progress
 
-    opened = api.open_bundle(bundle)
+    opened, others = api.open_bundle(bundle), int(os.environ.get("RANK", "0")) > 0  # of torchrun, rank 0 prints
     ids = parse_ids(token_ids) if token_ids is not None else None
     args = parse_args(template_args) if template_args is not None else None
     with progress(f"loading {bundle.name}") as bar:
         done = opened.complete(prompt, token_ids=ids, template_args=args,
-                               on_text=None if as_json else shown_after(bar), **options)
+                               on_text=None if as_json or others else shown_after(bar), **options)
+    if others:
+        return
     if as_json:
         click.echo(json.dumps(done.to_dict(), indent=1))
         return

@@ -126,6 +126,7 @@ class Bundle:
         """
         from ..runtime.completion import complete, prompt_ids
         from ..runtime.generate import Sampling
+        from ..runtime.open_session import with_shared_seed
 
         check_choices(provider=provider)
         if session is not None and (provider != "auto" or low_memory or threads or exact):
@@ -137,6 +138,7 @@ class Bundle:
         if progress is not None:
             progress(f"loading {self.folder.name}", None, None)
         inner = session.inner if session is not None else self._open(provider, low_memory, threads, exact)
+        sampling = with_shared_seed(inner, sampling)
         return complete(inner, ids, text, max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text,
                         end_tokens=self.manifest.tokens.get("eos", ()))
 

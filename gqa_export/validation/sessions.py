@@ -163,13 +163,13 @@ def choose_bundle_provider(manifest: Manifest, wanted: str, ran_dtype: str) -> s
 
 def load_engine(folder: Path, provider: str, as_dtype: str | None) -> tuple[Session, FillGarbage]:
     """An engine bundle's session, and what fills its unused cache with garbage. Raises as `EngineSession.load`."""
-    from ..runtime.tensorrt.session import EngineSession
+    from ..runtime.open_session import open_engine
 
     for option, given in (("--as", as_dtype), ("--provider", provider != "auto")):
         if given:
             raise GqaExportError("an engine is compared as it was built, on the GPU", option, f"leave out {option}",
                                  code="E-OPTION-ENGINE")
-    session = EngineSession.load(folder)
+    session = open_engine(folder)
     return session, session.fill_garbage
 
 

@@ -27,6 +27,7 @@ from .accuracy_level import rounds_activations
 from .long_cases import judge_long
 from .loss import LossRequest, measure_loss
 from .parts import EXACT, Comparison, activations_of, exact_session
+from .ranks import held_here
 from .reference import Reference, open_reference, runnable, with_ranks
 from .refusals import judge_refusals
 from .sessions import bundle_session, choose_bundle_provider, load_engine, torch_threads
@@ -93,8 +94,9 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         setting.nan_tail_safe = target.nan_tail_safe or (not built and nan_tail_safe(where))
         setting.whole_row_masks = target.whole_row_masks or (not built and takes_whole_row_masks(where))
         plan = plan_suite(setting, level)
-        if manifest.parallel is not None:
-            known = with_ranks(known, manifest.parallel)
+        held = held_here(manifest)
+        if held is not None:
+            known = with_ranks(known, held)
         comparison = Comparison(known, plan, ran, last_only, ran_dtype, notes, report)
         with ExitStack() as opened:
             session, fill_garbage = engine or exact_session(opened, where, ran, provider, notes, target)
