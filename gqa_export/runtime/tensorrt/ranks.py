@@ -134,8 +134,8 @@ class RankSession(EngineSession):
             other = next((rank for rank, one in enumerate(orders) if one != orders[0]), None)
             if other is not None:
                 raise GqaExportError(f"the collectives of rank {other} are not those of rank 0: they would wait "
-                                     "for one another for ever", f"rank {ranks.rank}", "start every rank on the same bundle",
-                                     code="E-RUN-RANK-ORDER")
+                                     "for one another for ever", f"rank {ranks.rank}",
+                                     "start every rank on the same bundle", code="E-RUN-RANK-ORDER")
             communicator = ranks.meeting.communicator()
             ranks.gather("ready", "")
             ranks.call(lambda: backend.join(communicator), "setting the communicator")
