@@ -90,8 +90,8 @@ def converse(bundle: Bundle, template_args: dict[str, Any] | None, options: dict
     from ..runtime.sampling import Sampling
     from .progress import progress
 
-    own = {name: options[name] for name in ("system", "chat_template", "adapter", "provider", "low_memory", "threads",
-                                            "exact")}
+    names = ("system", "chat_template", "adapter", "provider", "low_memory", "threads", "exact")
+    own = {name: options[name] for name in names}
     sampling = Sampling(*(options[name] for name in ("temperature", "top_k", "top_p", "seed", "min_p",
                                                      "repetition_penalty")))
     with progress(f"loading {bundle.folder.name}"):

@@ -135,13 +135,13 @@ class HeldHeads:
         """See `Session.copy_row`."""
         self._session.copy_row(source, destination, length)
 
-    def mark_row(self, row: int) -> int:
-        """See `Session.mark_row`."""
-        return self._session.mark_row(row)
-
     def nearest_length(self, row: int, length: int) -> int:
         """See `Session.nearest_length`."""
         return self._session.nearest_length(row, length)
+
+    def mark_row(self, row: int) -> int:
+        """See `Session.mark_row`."""
+        return self._session.mark_row(row)
 
     def states(self) -> list[np.ndarray]:
         """As of the session."""
