@@ -29,6 +29,8 @@ from .reference import Reference
 
 ENTRY = "long prompts"
 SELECTION = "selection"
+MOST_ROWS = 512
+"""of a sequence: 512 rows of 150k logits in fp64 are 0.6 GB"""
 
 
 @dataclass(frozen=True)
@@ -97,19 +99,21 @@ def _judge(graph: LongGraph, manifest: Manifest, known: Reference, dtype: str,
         chunks = tuple((sum(call[row] for call in case.calls[:at]), call[row]) for at, call in enumerate(case.calls))
         replacement = Replacement(manifest.spec, plan.setting, plan.seed, frozenset(plan.layers), handed=handed[row],
                                   chunks=chunks)
-        expected, choices = _run_torch(known.session, replacement, ids)
-        eager, other = (expected, None) if known.eager is None else _run_torch(known.eager, replacement, ids)
+        kept = _compared_rows(len(ids))
         wide = torch.from_numpy(logits[row]).double()
         if manifest.logits == "last":
-            ends = [past + new - 1 for past, new in chunks]
-            expected, eager = expected[ends], eager[ends]
+            kept = np.array([past + new - 1 for past, new in chunks])
+        else:
+            wide = wide[kept]
+        expected, choices = _run_torch(known.session, replacement, ids, kept)
+        eager, other = (expected, None) if known.eager is None else _run_torch(known.eager, replacement, ids, kept)
         difference = (wide - expected.double()).abs().nan_to_num(nan=torch.inf)
         baseline = max(baseline, float((eager.double() - expected.double()).abs().max()))
         scale = max(scale, float(expected.abs().max()))
         if float(difference.max()) >= worst:
             worst = float(difference.max())
             spot = int(difference.argmax())
-            place = (row, *divmod(spot, difference.shape[1]))
+            place = (row, int(kept[spot // difference.shape[1]]), spot % difference.shape[1])
             shown = (float(expected.flatten()[spot]), float(wide.flatten()[spot]))
         found = agreement(choices, other, handed[row], plan.setting, FACTOR,
                           FLOOR_ULPS[dtype] * EPSILON[dtype])
@@ -169,9 +173,18 @@ def _run_graph(graph: LongGraph, manifest: Manifest, case: LongCase,
     return [np.concatenate(parts) for parts in logits], handed
 
 
-def _run_torch(session: Any, replacement: Replacement, ids: np.ndarray) -> tuple[torch.Tensor, Choices]:
-    """Logits [S, V], and what each layer's choice was made from."""
+def _compared_rows(length: int) -> np.ndarray:
+    """Rows of a sequence whose logits are compared: all, or MOST_ROWS of them, evenly spread, the last among them."""
+    return np.unique(np.linspace(0, length - 1, min(length, MOST_ROWS)).round().astype(np.int64))
+
+
+def _run_torch(session: Any, replacement: Replacement, ids: np.ndarray,
+               kept: np.ndarray) -> tuple[torch.Tensor, Choices]:
+    """Logits of these rows [kept, V], and what each layer's choice was made from."""
     choices = Choices(replacement)
     with torch.inference_mode(), replaced(choices.watched()), session.attending(NAME) as model:
-        logits = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0]
+        logits = model(input_ids=torch.from_numpy(ids)[None], use_cache=False,
+                       logits_to_keep=torch.from_numpy(kept)).logits[0]
+    if len(logits) != len(kept):  # a model that does not know the argument gives every row
+        logits = logits[torch.from_numpy(kept)]
     return logits, choices

@@ -78,3 +78,9 @@ def test_another_selection_than_the_reference_s_is_named_with_its_layer(bundles,
     kind = next(kind for kind in found.kinds if kind.kind == "selection")
     assert kind.max_abs > kind.bound > 0
     assert "layer 1" in kind.first.output
+
+
+def test_a_graph_that_gives_the_last_logits_only_is_compared_too(checkpoint, reference, tmp_path) -> None:
+    folder = gqa.export(checkpoint, tmp_path / "good", logits="last", long_attention=OPTIONS["hyper"]).folder
+    assert first_failure(folder, reference) is None
+    assert first_failure(broken_bundle(folder, tmp_path / "broken", LONG_MUTATIONS[0]), reference) is not None

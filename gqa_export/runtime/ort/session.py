@@ -222,7 +222,7 @@ class OrtSession(OrtRowSlots):
 
     def _call(self, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray, past: int, tensors: Sequence[Any]) -> _Ran:
         feed = step_feed(self._target.interface, ids, lengths, new, past, whole_row=self.whole_row_masks)
-        long = self._plan is not None and self._plan.pays(ids.shape[1], past)
+        long = self._plan is not None and not self._adapter and self._plan.pays(ids.shape[1], past)
         inplace = self._inplace and not long  # the graph for long prompts reads a past while it writes a present
         backend = self._long_backend() if long else self._backend
         try:
