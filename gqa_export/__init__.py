@@ -24,8 +24,10 @@ if TYPE_CHECKING:
         doctor,
         export,
         inspect,
+        measure_long,
         open_bundle,
         plan_export,
+        rank_costs,
         uptrain,
     )
     from .compare.verdict import Verdict
@@ -41,8 +43,8 @@ if TYPE_CHECKING:
     from .runtime.completion import Completion
 
 _PLACES = {
-    "api": ("Bundle", "Session", "build_engine", "convert", "cross_check", "doctor", "export", "inspect", "open_bundle",
-            "plan_export", "uptrain"),
+    "api": ("Bundle", "Session", "build_engine", "convert", "cross_check", "doctor", "export", "inspect",
+            "measure_long", "open_bundle", "plan_export", "rank_costs", "uptrain"),
     "compare.verdict": ("Verdict",),
     "errors": ("GqaExportError", "InvalidBundle", "InvalidCheckpoint", "NotCheckedHere", "OutputDiffers",
                "UnsupportedModel"),
@@ -70,8 +72,10 @@ __all__ = [
     "doctor",
     "export",
     "inspect",
+    "measure_long",
     "open_bundle",
     "plan_export",
+    "rank_costs",
     "uptrain",
 ]
 

@@ -17,18 +17,17 @@ from typing import TYPE_CHECKING
 
 from .errors import GqaExportError
 from .objects.bundle import Bundle
+from .objects.checkpoints import convert, uptrain
 from .objects.choices import (
     Activations,
     Attention,
     Cache,
     Dtype,
     Flavor,
-    Grouping,
     Head,
     KvCodes,
     Level,
     Logits,
-    Method,
     Place,
     Provider,
     Target,
@@ -44,17 +43,17 @@ from .objects.sources import opened, path_of, pickles_allowed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .compare.long_quality import LongQuality
     from .compare.verdict import Verdict
-    from .conversion.convert import Conversion
     from .describe.inspection import Inspection
     from .environment.doctor import Diagnosis
     from .exporting.dry_run import Plan
     from .exporting.long_plan import LongOptions
+    from .exporting.rank_costs import RankCost
     from .progress import Progress
-    from .uptraining.uptrain import Uptraining
 
-__all__ = ["Bundle", "Session", "build_engine", "convert", "cross_check", "doctor", "export", "inspect", "open_bundle",
-           "plan_export", "uptrain"]
+__all__ = ["Bundle", "Session", "build_engine", "convert", "cross_check", "doctor", "export", "inspect", "measure_long",
+           "open_bundle", "plan_export", "rank_costs", "uptrain"]
 
 
 def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "ort", dtype: Dtype = "auto",
@@ -65,7 +64,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
            dump_passes: Place | None = None, trace_cache: bool = True, stamping: bool = True,
            quantize: Place = "keep", activations: Activations | None = None, head: Head = "int8", block: int = 32,
            calibrate: Place | None = None, tensor_parallel: int = 1, kv_cache: KvCodes | None = None,
-           long_attention: LongOptions | None = None, progress: Progress | None = None) -> Bundle:
+           long_attention: LongOptions | None = None, lora: Sequence[Place] = (), merge_lora: Place | None = None,
+           progress: Progress | None = None) -> Bundle:
     """Export a decoder to ONNX. Nothing is compared yet: `Bundle.validate` does that.
 
     Args:
@@ -98,6 +98,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
         tensor_parallel: devices over which a model is cut, for the TensorRT targets: a graph for each, one manifest.
         kv_cache: "int8" or "int4": the cache holds codes of so many bits; None: numbers.
         long_attention: write a second graph for long prompts, with approximate attention, beside the exact one.
+        lora: folders of LoRA adapters, as PEFT saves them, that the bundle can switch between (`Session.use_adapter`);
+            without one it is the base model. merge_lora: the folder of one that becomes part of the weights.
 
     Raises:
         InvalidCheckpoint, UnsupportedModel, GqaExportError: nothing is left behind then.
@@ -106,7 +108,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
 
     options = export_options(target, dtype, cache, capacity, weights, logits, provider, revision, full_hash, max_ram,
                               text_only, force, path_of(dump_passes), ignore_unused, trace_cache, stamping,
-                              quantize, activations, head, block, calibrate, tensor_parallel, kv_cache, long_attention)
+                              quantize, activations, head, block, calibrate, tensor_parallel, kv_cache, long_attention,
+                              lora, merge_lora)
     _refuse_tokenizer(source, tokenizer)
     if not isinstance(source, str | Path):
         refuse_revision(revision, type(source).__name__, "a model in memory")
@@ -122,16 +125,38 @@ def plan_export(source: Place | PreTrainedModel, output: Place | None = None, *,
                 allow_pickle: bool = False, ignore_unused: bool = False, trace_cache: bool = True,
                 quantize: Place = "keep", activations: Activations | None = None, head: Head = "int8", block: int = 32,
                 calibrate: Place | None = None, tensor_parallel: int = 1, kv_cache: KvCodes | None = None,
-                long_attention: LongOptions | None = None, progress: Progress | None = None) -> Plan:
+                long_attention: LongOptions | None = None, lora: Sequence[Place] = (), merge_lora: Place | None = None,
+                progress: Progress | None = None) -> Plan:
     """Do all of an export but the writing: what it would write, its size, time and memory. Arguments as of `export`."""
     from .exporting.dry_run import dry_run
 
     options = export_options(target, dtype, cache, capacity, weights, logits, provider, revision, False, max_ram,
                               text_only, False, ignore_unused=ignore_unused, trace_cache=trace_cache,
                               quantize=quantize, activations=activations, head=head, block=block, calibrate=calibrate,
-                              tensor_parallel=tensor_parallel, kv_cache=kv_cache, long=long_attention)
+                              tensor_parallel=tensor_parallel, kv_cache=kv_cache, long=long_attention, lora=lora,
+                              merge_lora=merge_lora)
     with pickles_allowed(allow_pickle), opened(source, text_only=text_only) as place:
         return dry_run(place, options, path_of(output), progress)
+
+
+def measure_long(source: Place | PreTrainedModel, *, text: Place, lengths: Sequence[int] = (4096,),
+                 long_attention: LongOptions | None = None, revision: str | None = None, allow_pickle: bool = False,
+                 progress: Progress | None = None) -> LongQuality:
+    """Measure what approximate attention for long prompts costs a checkpoint, without exporting it.
+
+    Args:
+        text: a file in UTF-8 to measure on, of more tokens than the longest length.
+        lengths: tokens of the prompts.
+        long_attention: method, layers and bounds; None is method tiles in every layer. Its `text` is not read.
+    """
+    from .exporting.long_plan import LongOptions, measure_options
+    from .progress import silent
+
+    if not isinstance(source, str | Path):
+        refuse_revision(revision, type(source).__name__, "a model in memory")
+    with pickles_allowed(allow_pickle), opened(source, None) as place:
+        return measure_options(place, Path(text), tuple(lengths), long_attention or LongOptions(), revision,
+                               progress or silent)
 
 
 def open_bundle(folder: Place) -> Bundle:
@@ -193,6 +218,21 @@ def cross_check(bundles: Sequence[Place], *, level: Level = "quick", steps: int 
                  as_dtype=as_dtype, progress=progress)
 
 
+def rank_costs(source: Place, tensor_parallel: int, *, revision: str | None = None,
+               allow_pickle: bool = False) -> tuple[RankCost, ...]:
+    """What a checkpoint costs on each of `tensor_parallel` devices: cache and weights, for it and for it as MQA and as
+    MHA. No weight is read.
+
+    Raises:
+        UnsupportedModel: the model cannot be cut over so many.
+    """
+    from .exporting.rank_costs import rank_costs as costs
+
+    check_counts(tensor_parallel=tensor_parallel)
+    with pickles_allowed(allow_pickle):
+        return costs(source, tensor_parallel, revision)
+
+
 def inspect(source: Place, *, revision: str | None = None, allow_pickle: bool = False) -> Inspection:
     """The attention layers of a bundle or checkpoint and what its KV cache costs, against the same model as MHA and
     as MQA. No weight is read."""
@@ -203,68 +243,6 @@ def inspect(source: Place, *, revision: str | None = None, allow_pickle: bool = 
         refuse_revision(revision, source, "a bundle")
     with pickles_allowed(allow_pickle):
         return examine(source, revision=revision)
-
-
-def convert(checkpoint: Place, output: Place, *, kv_heads: int | Sequence[int] | str, method: Method = "mean",
-            grouping: Grouping = "contiguous", max_error: float | None = None, text: Place | None = None,
-            tokens: int = 4096, seed: int = 0, revision: str | None = None, allow_pickle: bool = False,
-            force: bool = False, ignore_unused: bool = False, progress: Progress | None = None) -> Conversion:
-    """Write a checkpoint with fewer key/value heads: MHA to GQA to MQA.
-
-    Args:
-        checkpoint: folder or hub id, of `revision`. output: checkpoint folder to write.
-        kv_heads: heads of every layer, of each layer, or "auto": the fewest within `max_error`.
-        method: how a group of heads becomes one; "calibrated" needs `text`. grouping: which heads are pooled.
-        max_error: with "auto", the largest relative error of a layer's attention output.
-        text, tokens: a UTF-8 file, and how many of its tokens are used. seed: of method "random".
-        ignore_unused: note tensors that the model does not use (they are copied); otherwise they are refused.
-
-    Source: Ainslie et al., 2023 (arXiv:2305.13245).
-    """
-    from .checkpoint.open import open_checkpoint
-    from .conversion.convert import convert as pool
-    from .conversion.options import ConvertOptions
-
-    check_choices(method=method, grouping=grouping)
-    heads = kv_heads if isinstance(kv_heads, str) else ",".join(
-        map(str, [kv_heads] if isinstance(kv_heads, int) else kv_heads))
-    options = ConvertOptions(heads, method, grouping, max_error, path_of(text), tokens, seed, force,
-                             ignore_unused)
-    with pickles_allowed(allow_pickle):
-        return pool(open_checkpoint(checkpoint, revision=revision), Path(output), options, progress)
-
-
-def uptrain(checkpoint: Place, output: Place, *, text: str, eval_text: str | None = None, held_out: float = 0.1,
-            steps: int | None = None, fraction: float | None = None, pretraining_steps: int | None = None,
-            length: int = 512, batch: int = 8, accumulate: int = 1, learning_rate: float = 2e-4, warmup: float = 0.05,
-            weight_decay: float = 0.1, teacher: Place | None = None, distill_weight: float = 0.5,
-            temperature: float = 1.0, bf16: bool = False, gradient_checkpointing: bool = False, seed: int = 0,
-            eval_steps: int | None = None, eval_rows: int = 64, log_steps: int = 1, save_steps: int | None = None,
-            restart: bool = False, allow_pickle: bool = False, force: bool = False, ignore_unused: bool = False,
-            progress: Progress | None = None) -> Uptraining:
-    """Continue the pre-training of a checkpoint that `convert` wrote. A run that was killed goes on when called again.
-
-    Args:
-        text: a UTF-8 file or "hub:NAME[:CONFIG[:SPLIT]]". eval_text: for evaluation; None is the end of `text`,
-            `held_out` of it.
-        steps: optimizer steps; or fraction of pretraining_steps; or neither: once through the text.
-        length, batch, accumulate: tokens of a row, rows per device at once, batches that make one step.
-        learning_rate, warmup, weight_decay: of AdamW; the rate follows a cosine.
-        teacher: also learn from this model's distribution, with `distill_weight` at `temperature`.
-        eval_steps, eval_rows, log_steps, save_steps: how often and on how much; None: ten times in all.
-        restart: throw an unfinished run away instead of going on with it.
-        ignore_unused: note tensors that the model does not use (they are left out); otherwise they are refused.
-    """
-    from .checkpoint.open import open_checkpoint
-    from .uptraining.options import UptrainOptions
-    from .uptraining.uptrain import uptrain as train
-
-    options = UptrainOptions(
-        text, eval_text or "", held_out, steps or 0, fraction or 0.0, pretraining_steps or 0, length, batch, accumulate,
-        learning_rate, warmup, weight_decay, str(teacher or ""), distill_weight, temperature, bf16,
-        gradient_checkpointing, seed, eval_steps or 0, eval_rows, log_steps, save_steps or 0, force, ignore_unused)
-    with pickles_allowed(allow_pickle):
-        return train(open_checkpoint(checkpoint), Path(output), options, progress, restart)
 
 
 def doctor() -> Diagnosis:

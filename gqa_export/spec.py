@@ -15,6 +15,8 @@ from typing import Annotated, Any, ClassVar
 LARGEST = 1 << 31
 """The largest dimension of a model that is read from a file: no product of two overflows 64 bits."""
 MOST_LAYERS = 1 << 14
+DEFAULT_CAPACITY = 4096
+"""tokens that a cache holds unless told otherwise, where the model has that many positions"""
 STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 """How pydantic reads a frozen dataclass from a file: no unknown field, no conversion of types, finite numbers only."""
 

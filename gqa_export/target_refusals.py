@@ -60,25 +60,15 @@ def refuse_long_with_codes(kv_cache: str) -> None:
                              f"leave out --kv-cache {kv_cache} or --long-attention", code="E-OPTION-LONG-CODES")
 
 
-def refuse_kv(target: Target, bits: int, layers: Iterable[AttentionSpec]) -> None:
-    """Refuse a quantized cache that a target does not have, or that a layer of the model cannot use.
-
-    Args:
-        target: the row. bits: of a code. layers: of the model.
+def refuse_long_with_rounding() -> None:
+    """Refuse a graph for long prompts whose products would round their inputs: it is compared number by number.
 
     Raises:
-        UnsupportedModel: the target's reason, or the layer.
+        GqaExportError: always.
     """
-    fix = "leave out --kv-cache, or use --target ort"
-    if bits not in target.kv_bits:
-        raise UnsupportedModel(f"target {target.name} does not hold a cache of {bits}-bit codes: {target.kv_missing}",
-                               f"--kv-cache int{bits}", fix, code="E-TARGET-KV")
-    layers = list(layers)
-    reasons = reasons_against(layers, target)
-    wide = [layer.layer for layer in layers if target.cannot_hold(layer)]
-    if reasons:
-        raise UnsupportedModel(f"only {target.attention} holds a quantized cache, and it cannot hold these layers: "
-                               f"{'; '.join(reasons)}", layers_label(wide), "leave out --kv-cache", code="E-TARGET-KV")
+    raise GqaExportError("a graph for long prompts is not written with activations that are rounded to int8",
+                         "--long-attention", "use --activations exact, or leave out --long-attention",
+                         code="E-OPTION-LONG-INT8")
 
 
 def refuse_options(target: Target, cache: str, logits: str) -> None:

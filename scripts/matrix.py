@@ -122,9 +122,9 @@ def date_rows(table: dict, name: str, here: dict) -> None:
 
 def write_document() -> None:
     """docs/models.md, from the data."""
-    from gqa_export.describe.architectures import document
+    from gqa_export.describe.architectures import document, table
 
-    (ROOT / "docs" / "models.md").write_text(document(json.loads(DATA.read_text())))
+    (ROOT / "docs" / "models.md").write_text(document(table()))
 
 
 def warm() -> None:

@@ -27,7 +27,7 @@ from gqa_export.cli import VERBS, main
 
 ROOT = Path(gqa_export.__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
-NOT_RUN = ("# needs a GPU", "# needs the network", "# takes minutes")
+NOT_RUN = ("# needs a GPU", "# needs the network", "# needs an adapter", "# takes minutes")
 COLD = ("README.md",)
 """pages run by the real program, start-up and all; tests/cli does so for every verb"""
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.M | re.S)

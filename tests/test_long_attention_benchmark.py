@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -50,3 +51,28 @@ def test_it_is_faster_than_exact_attention_nearly_linear_and_small(script: Modul
 def test_the_measurement_runs(script: ModuleType, name: str) -> None:
     found = script.measure(name, 1100, 1)
     assert found["seconds"] > 0
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> ModuleType:
+    path = ROOT / "scripts" / "long_context_smollm2.py"
+    spec = importlib.util.spec_from_file_location("long_context_smollm2", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # a dataclass looks for its module there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_was_measured_on_smollm2_is_of_these_rows_and_meets_what_is_demanded(smollm2: ModuleType) -> None:
+    place = ROOT / "docs" / "benchmarks" / "long_context_smollm2.json"
+    results = json.loads(place.read_text())
+    rows = {row.name: row for row in smollm2.ROWS}
+    assert results
+    assert set(results) <= set(rows)
+    for name, found in results.items():
+        assert found["setting"] == rows[name].setting.attributes()
+        assert found["tokens"] == rows[name].tokens
+        assert smollm2.broken(rows[name], found) == []
+    assert place.with_suffix(".md").read_text() == smollm2.page(results)

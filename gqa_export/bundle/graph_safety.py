@@ -48,7 +48,7 @@ def check_graph_files(folder: Path, manifest: Manifest) -> None:
 
 def _wrong(tensor: onnx.TensorProto, manifest: Manifest, inside: str) -> str:
     """What is wrong with where a tensor's bytes are, or ""."""
-    from onnx import TensorProto, helper
+    from onnx import TensorProto
 
     if any(size < 0 for size in tensor.dims):
         return f"has the shape {list(tensor.dims)}"
@@ -61,12 +61,25 @@ def _wrong(tensor: onnx.TensorProto, manifest: Manifest, inside: str) -> str:
     try:
         offset = int(entries.get("offset", "0"))
         length = int(entries.get("length", str(manifest.files[location].size - offset)))
-        wanted = math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        wanted = stored_bytes(tensor)
     except (ValueError, KeyError):
         return "has an offset, length or type that cannot be read"
     if offset < 0 or length < 0 or offset + length > manifest.files[location].size:
         return f"reaches from byte {offset} to {offset + length} of {location}, which has fewer"
     return "" if length == wanted else f"of shape {list(tensor.dims)} has {length} bytes, not {wanted}"
+
+
+def stored_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of a tensor in a file: two elements of four bits have one, and four of two bits."""
+    from onnx import TensorProto, helper
+
+    name, count = TensorProto.DataType.Name(tensor.data_type), math.prod(tensor.dims)
+    for elements, types in ((2, ("INT4", "UINT4", "FLOAT4E2M1")), (4, ("INT2", "UINT2"))):
+        if name in types:
+            return -(-count // elements)
+    if name == "BFLOAT16":
+        return 2 * count
+    return count * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -109,6 +109,8 @@ class Manifest:
         kv_cache: how the cache is quantized; None where it holds floating-point numbers.
         parallel: of a bundle that is cut over ranks, how; None for one graph or engine, and then not written.
         long: of a bundle with a graph for long prompts, that graph; None, and not in the file, where there is none.
+        verify_width: new tokens of one step over a past whose logits the suite compares, each: what speculation may
+            check at once. 1 where the logits are those of the last token, 0 in a manifest that does not know.
         format: of the manifest.
     """
 
@@ -134,6 +136,7 @@ class Manifest:
     quantization: Quantization | None = None
     kv_cache: KvCache | None = None
     parallel: ParallelFacts | None = None
+    verify_width: Count = 0
     format: Annotated[int, OneOf(FORMAT)] = FORMAT
     long: LongFacts | None = None
 

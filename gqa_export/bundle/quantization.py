@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from ..spec import STRICT, Limits, OneOf, Text
 
 MOST_MATRICES = 1 << 18
+_LAYER = re.compile(r"\.\d+\.")
 PLAIN = "plain"
 """operator of a matrix that the graph holds as floating-point numbers"""
 
@@ -61,12 +63,20 @@ class Quantization:
     calibration: Annotated[str, Limits(pattern="^([0-9a-f]{64})?$")] = ""
     tokens: Annotated[int, Limits(ge=0, le=1 << 31)] = 0
 
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """Label ("4 bits, block 32, MatMulNBits") -> matrices and their bytes, the most bytes first."""
-        found: dict[str, tuple[int, int]] = {}
-        for each in self.weights:
-            label = f"{each.bits} bits, {each.operator}" if each.operator == PLAIN else \
-                f"{each.bits} bits, block {each.block}, {each.operator}"
-            number, size = found.get(label, (0, 0))
-            found[label] = (number + 1, size + each.bytes)
-        return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+    def lines(self) -> list[str]:
+        """For people: the whole, then each matrix; layers that are alike in all have one line."""
+        label = {"keep": "kept as stored", "dequantize": "dequantized", "rules": "quantized by rules"}
+        size = sum(weight.bytes for weight in self.weights)
+        lines = [f"quantized weights: {label.get(self.method, f'quantized, {self.method}')}, {size / 1e6:,.1f} MB, "
+                 f"inputs of products {'rounded to int8' if self.activations == 'int8' else 'exact'}"
+                 + (f", scales chosen with {self.tokens} tokens of a text" if self.calibration else "")]
+        groups: dict[tuple[str, ...], list[QuantizedWeight]] = {}
+        for weight in self.weights:
+            held = weight.operator if weight.operator == PLAIN else f"{weight.operator}, block {weight.block}"
+            groups.setdefault((_LAYER.sub(".*.", weight.name, count=1), weight.stored, str(weight.bits), held,
+                               "lossless" if weight.lossless else "rounded", weight.reason), []).append(weight)
+        for (name, stored, bits, held, loss, reason), members in groups.items():
+            count = f" ({len(members)} of them)" if len(members) > 1 else ""
+            lines.append(f"  {name if len(members) > 1 else members[0].name}{count}: {stored} -> {bits} bits, {held}, "
+                         f"{loss}, {sum(each.bytes for each in members):,} bytes" + (f": {reason}" if reason else ""))
+        return lines

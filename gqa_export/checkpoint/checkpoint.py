@@ -10,6 +10,7 @@ from .safetensors_header import StoredTensor
 
 if TYPE_CHECKING:
     from ..quantized.matrix import QuantizedMatrix
+    from .lora_adapter import LoraAdapter
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Checkpoint:
             weights.
         revision: the commit of a hub id, else "".
         notes: what a user must know of how it was read.
+        adapter: of LoRA, which is merged into the weights when they are loaded.
     """
 
     source: str
@@ -53,6 +55,7 @@ class Checkpoint:
     model: Any = field(default=None, repr=False, compare=False)
     revision: str = ""
     notes: tuple[str, ...] = ()
+    adapter: LoraAdapter | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return self.source

@@ -33,6 +33,11 @@ def model_digest(checkpoint: Checkpoint) -> str:
         digest.update(checkpoint.quantization.encode())
         for name in sorted(stored):
             _of_tensor(name, stored[name], digest)
+    if checkpoint.adapter is not None:
+        for name, module in checkpoint.adapter.modules.items():
+            digest.update(json.dumps([name, module.scale]).encode())
+            _of_tensor(f"{name} A", module.a, digest)
+            _of_tensor(f"{name} B", module.b, digest)
     return digest.hexdigest()
 
 

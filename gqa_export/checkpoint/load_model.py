@@ -14,6 +14,7 @@ from .checkpoint import Checkpoint
 from .gguf_config import gguf_facts, identity
 from .gguf_tensors import gguf_plain, gguf_state
 from .load_config import load_config
+from .lora import merge_into
 from .memory_model import model_of
 from .pickle_weights import read_pickles
 from .quantized.values import values_of
@@ -90,6 +91,8 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", *, attn_implementati
     model, info = cast("tuple[Any, dict[str, Any]]", loaded)
     _refuse_incomplete(info, checkpoint.source)
     refuse_modules(model, checkpoint.source, checkpoint.text_only)
+    if checkpoint.adapter is not None:
+        merge_into(model, checkpoint.adapter)
     return model.eval()
 
 

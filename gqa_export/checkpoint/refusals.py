@@ -55,6 +55,9 @@ STORED_AS_CODES = frozenset((
 entry was left over. (BitNet is not one of them: it rounds plain weights whenever the model runs.)"""
 
 
+ALIASES = {"auto_round": "auto-round", "compressed_tensors": "compressed-tensors", "intel/auto-round": "auto-round",
+           "modelopt_fp4": "modelopt", "modelopt_mixed": "modelopt"}
+"""further names of methods"""
 LEFT_OVER = ("{file} describes the weights as quantized ({method}), but all of them are stored as plain numbers: "
              "the entry was left over, and is ignored")
 BUFFERS = ("position_ids", "masked_bias", "attn.bias", "attention.bias", "causal_mask")
@@ -92,7 +95,8 @@ def quantization_method(config: dict[str, Any]) -> str:
         if config.get(key):
             entry = config[key] if isinstance(config[key], dict) else {}
             old = any(name.startswith(("load_in_", "bnb_")) for name in entry)  # bitsandbytes before it had a name
-            return str(entry.get("quant_method", "bitsandbytes" if old else key))
+            method = str(entry.get("quant_method", "bitsandbytes" if old else key))
+            return ALIASES.get(method.lower(), method)
     return ""
 
 

@@ -32,6 +32,7 @@ VERBS: dict[str, str] = {
     "bisect": "Find the first layer and operator whose output is out of tolerance.",
     "run": "Generate text from a prompt.",
     "bench": "Measure load time, tokens per second and memory.",
+    "long": "Measure what approximate attention costs on long prompts.",
     "convert": "Reduce the key/value heads of a checkpoint: MHA to GQA to MQA.",
     "uptrain": "Continue pre-training after a conversion.",
     "inspect": "Show the attention layers and the KV-cache cost of a bundle or checkpoint.",

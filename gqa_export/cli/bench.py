@@ -62,6 +62,9 @@ def table(speed: Speed) -> Table:
                   f"{runs}, batch {speed.batch}, {speed.prompt_tokens} tokens each")
     shown.add_row("decode", f"{speed.decode_tokens_per_s:.1f} tokens/s",
                   f"{runs}, batch {speed.batch}, {speed.new_tokens} tokens each")
+    if speed.weight_bytes_per_token:
+        shown.add_row("weights read", f"{speed.weight_bytes_per_token / 1e6:.1f} MB a step",
+                      "of the graph; what a decode step cannot do without")
     shown.add_row("decode step", f"{speed.decode_step_ms:.2f} ms", runs)
     for name, size, how in (
         ("anonymous memory", speed.anonymous_mib, "resident after loading, backed by no file"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,15 +15,18 @@ from .trust_options import revision_option, trust_options
 
 if TYPE_CHECKING:
     from ..describe.inspection import Inspection, LayerGroup
+    from ..exporting.rank_costs import RankCost
     from ..spec import ModelSpec
 
 
 @click.command(short_help="Show the attention layers and the KV-cache cost of a bundle or checkpoint.")
 @click.argument("source", metavar="BUNDLE|CHECKPOINT")
+@click.option("--tensor-parallel", type=click.IntRange(2), default=None, metavar="N",
+              help="Also show what each of N devices would hold, for this model and for it as MQA and MHA.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @revision_option
 @trust_options
-def command(source: str, as_json: bool, revision: str | None, allow_pickle: bool) -> None:
+def command(source: str, as_json: bool, tensor_parallel: int | None, revision: str | None, allow_pickle: bool) -> None:
     """Show each layer's attention and the bytes of the KV cache, against the same model as MHA and as MQA.
 
     For a checkpoint, the model is called once and each layer's arguments of attention are recorded.
@@ -32,7 +36,13 @@ def command(source: str, as_json: bool, revision: str | None, allow_pickle: bool
 
     with progress(f"inspecting {Path(source).name}"):
         found = api.inspect(source, revision=revision, allow_pickle=allow_pickle)
-    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(describe(found)))
+        ranks = api.rank_costs(source, tensor_parallel, revision=revision, allow_pickle=allow_pickle) \
+            if tensor_parallel else ()
+    if as_json:
+        more = {"tensor_parallel": [asdict(cost) for cost in ranks]} if ranks else {}
+        click.echo(json.dumps({**found.to_dict(), **more}, indent=1))
+        return
+    click.echo("\n".join([*describe(found), *(rank_table(ranks, found) if ranks else [])]))
 
 
 def describe(found: Inspection) -> list[str]:
@@ -103,6 +113,17 @@ def cache_table(found: Inspection) -> list[str]:
     return aligned(("tokens", "this model", "as MHA", "as MQA", "saved against MHA"), rows)
 
 
+def rank_table(ranks: tuple[RankCost, ...], found: Inspection) -> list[str]:
+    """What one of several devices holds."""
+    tokens = found.costs[-1].tokens
+    rows = [(cost.kind, str(cost.kv_heads), readable_bytes(cost.cache_bytes_per_token * tokens),
+             f"{cost.whole_cache_bytes_per_token / cost.cache_bytes_per_token:.2f}x",
+             readable_bytes(cost.weight_bytes), f"{cost.whole_weight_bytes / cost.weight_bytes:.2f}x")
+            for cost in ranks]
+    return ["", f"each of {ranks[0].ranks} devices, one sequence of {tokens:,} tokens", *aligned(
+        ("", "kv heads", "cache", "less than whole", "weights", "less than whole"), rows)]
+
+
 def bundle_lines(found: Inspection) -> list[str]:
     """Target, inputs and outputs, fallbacks, versions."""
     manifest = found.manifest
@@ -119,5 +140,7 @@ def bundle_lines(found: Inspection) -> list[str]:
         lines.append(f"fallback: {who}: {fallback.used} instead of {fallback.wanted}: {fallback.reason}")
     if not manifest.fallbacks:
         lines.append("fallbacks: none")
+    if manifest.quantization is not None:
+        lines += manifest.quantization.lines()
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     return [*lines, f"made with {versions}"] if versions else lines

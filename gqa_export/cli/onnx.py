@@ -54,6 +54,10 @@ if TYPE_CHECKING:
               help="Tokens up to which a sequence is read exactly.  [default: 4 leaves]")
 @click.option("--text", type=click.Path(path_type=Path), default=None,
               help="Text that --long-layers auto measures on.")
+@click.option("--lora", type=click.Path(path_type=Path), multiple=True, metavar="DIR",
+              help="LoRA adapter (PEFT's folder) that the bundle can switch to at run time; may be repeated.")
+@click.option("--merge-lora", type=click.Path(path_type=Path), metavar="DIR",
+              help="LoRA adapter that becomes part of the weights.")
 @click.option("--dump-passes", type=click.Path(path_type=Path), metavar="DIR",
               help="Write the graph after each rewriting pass to DIR, without weights.")
 @click.option("--trace-cache/--no-trace-cache", default=True, show_default=True,
@@ -66,8 +70,6 @@ if TYPE_CHECKING:
               help="With --quantize: bits of head and embedding, the same as the others', or none.")
 @click.option("--block", type=int, default=32, show_default=True,
               help="With --quantize: columns that share a scale: 16, 32, 64, 128 or 256.")
-@click.option("--calibrate", type=click.Path(path_type=Path), default=None, metavar="TEXT",
-              help="A UTF-8 text: weighs errors of --quantize, and scales of --kv-cache are chosen from it.")
 @click.option("--tensor-parallel", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Cut the model over N devices: a graph for each, one manifest; for trt-native and trt-plugin.")
 @click.option("--calibrate", type=click.Path(path_type=Path), default=None, metavar="TEXT",
@@ -114,7 +116,8 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, ve
     if check:
         raise SystemExit(_validate(bundle, checkpoint, provider, allow_pickle,
                                    lambda **options: export(force=True, **options), short=not verbose,
-                                   calibrate=options["calibrate"]))
+                                   calibrate=options["calibrate"], loras=options["lora"],
+                                   merged=options["merge_lora"]))
 
 
 @contextmanager
@@ -157,9 +160,11 @@ def describe(bundle: Bundle) -> None:
 
 
 def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle: bool,
-              again: Callable[..., Bundle], *, short: bool, calibrate: Path | None) -> int:
+              again: Callable[..., Bundle], *, short: bool, calibrate: Path | None, loras: tuple[Path, ...] = (),
+              merged: Path | None = None) -> int:
     """Compare the bundle and print the verdict. again: exports anew, for a bundle whose trace may be what is wrong with
-    it: one from the trace cache, and one whose layers are copies of a few. short: see `print_verdict`."""
+    it: one from the trace cache, and one whose layers are copies of a few. short: see `print_verdict`. loras, merged:
+    adapters of the export; after the base model each is compared too."""
     from rich.console import Console
 
     from ..report.console import print_verdict
@@ -167,7 +172,7 @@ def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle:
     while True:
         verdict, error = None, None
         try:
-            verdict = _compare(bundle, checkpoint, provider, allow_pickle, calibrate)
+            verdict = _compare(bundle, checkpoint, provider, allow_pickle, calibrate, merged)
         except NotCheckedHere:
             raise
         except GqaExportError as reason:
@@ -192,6 +197,12 @@ def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle:
             break
     assert verdict is not None
     print_verdict(verdict, Console(), short)
+    for folder in loras if verdict.exit_code != EXIT_DIFFERENT else ():
+        click.echo(f"adapter {folder.resolve().name}:")
+        verdict = _compare(bundle, checkpoint, provider, allow_pickle, calibrate, folder)
+        print_verdict(verdict, Console(), short)
+        if verdict.exit_code == EXIT_DIFFERENT:
+            break
     if verdict.exit_code == EXIT_DIFFERENT:
         click.echo("error: the bundle's outputs differ from PyTorch's; do not use it"
                    + (f" ({verdict.overflow})" if verdict.overflow else ""), err=True)
@@ -199,14 +210,14 @@ def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle:
 
 
 def _compare(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle: bool,
-             calibrate: Path | None) -> Verdict:
+             calibrate: Path | None, lora: Path | None = None) -> Verdict:
     """The verdict on the bundle, or on its fp32 twin where this machine cannot run its number format."""
     from .progress import progress
 
     def validate(as_dtype: Literal["fp32"] | None) -> Verdict:
         with progress("validating") as bar:
             return bundle.validate(checkpoint, provider=provider, as_dtype=as_dtype, check_hashes=False,
-                                   allow_pickle=allow_pickle, calibrate=calibrate, progress=bar.report)
+                                   allow_pickle=allow_pickle, calibrate=calibrate, lora=lora, progress=bar.report)
 
     try:
         return validate(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from ..objects.bundle import Bundle
     from ..runtime.completion import Completion
     from .progress import Bar
 
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt", help="The text to continue, or with --chat the question.")
 @click.option("--token-ids", metavar="1,2,3", help="The prompt as token ids, for a bundle without a tokenizer.")
-@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template; without a prompt, a chat of "
+              "several turns, a line of standard input each.")
 @click.option("--system", help="The system message of --chat.")
 @click.option("--chat-template", metavar="NAME", help="Template of --chat, for a model that has several by name.")
 @click.option("--template-args", metavar="JSON",
@@ -28,7 +31,19 @@ if TYPE_CHECKING:
 @click.option("--top-k", type=int, default=0, show_default=True, help="Sample among this many best tokens; 0 is all.")
 @click.option("--top-p", type=float, default=1.0, show_default=True,
               help="Sample among the most probable tokens with this total probability.")
+@click.option("--min-p", type=float, default=0.0, show_default=True,
+              help="Sample among tokens with this share of the best one's probability.")
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True,
+              help="Make tokens that were there less likely; 1 is none.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends the answer; may be repeated.")
+@click.option("--json-schema", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+              help="JSON schema that the answer shall fit (needs the extra `guidance`).")
+@click.option("--speculate", type=click.Choice(["ngram"]),
+              help="Guess tokens from the text so far and check them in one step; the answer stays the same.")
+@click.option("--logprobs", type=int, metavar="N",
+              help="With --json: the log-probability of each new token, and of the N best.")
 @click.option("--seed", type=int, help="Seed of the sampling, to repeat it.")
+@click.option("--adapter", metavar="NAME", help="LoRA adapter of the bundle to use.  [default: none, the base model]")
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="Where the bundle runs; auto is CUDA if it is available.")
 @click.option("--low-memory", is_flag=True, help="Leave the weights in their files; about a tenth slower.")
@@ -45,17 +60,55 @@ def command(bundle: Path, prompt: str | None, token_ids: str | None, template_ar
     from .. import api
     from .progress import progress
 
-    opened = api.open_bundle(bundle)
+    if options["logprobs"] is not None and not as_json:
+        raise click.UsageError("--logprobs belongs to --json.")
+    opened, others = api.open_bundle(bundle), int(os.environ.get("RANK", "0")) > 0  # of torchrun, rank 0 prints
     ids = parse_ids(token_ids) if token_ids is not None else None
     args = parse_args(template_args) if template_args is not None else None
+    if options["chat"] and prompt is None and ids is None:
+        if as_json or any(options[name] for name in ("json_schema", "speculate")):
+            raise click.UsageError("--json, --json-schema and --speculate need a --prompt.")
+        converse(opened, args, options)
+        return
     with progress(f"loading {bundle.name}") as bar:
         done = opened.complete(prompt, token_ids=ids, template_args=args,
-                               on_text=None if as_json else shown_after(bar), **options)
+                               on_text=None if as_json or others else shown_after(bar), **options)
+    if others:
+        return
     if as_json:
         click.echo(json.dumps(done.to_dict(), indent=1))
         return
     click.echo()
     click.echo(statistics(done, opened.manifest.capacity), err=True)
+
+
+def converse(bundle: Bundle, template_args: dict[str, Any] | None, options: dict[str, Any]) -> None:
+    """A chat of several turns: each line of standard input is a message, the end of the input ends it."""
+    import sys
+
+    from ..runtime.completion import Extras
+    from ..runtime.sampling import Sampling
+    from .progress import progress
+
+    own = {name: options[name] for name in ("system", "chat_template", "adapter", "provider", "low_memory", "threads",
+                                            "exact")}
+    sampling = Sampling(*(options[name] for name in ("temperature", "top_k", "top_p", "seed", "min_p",
+                                                     "repetition_penalty")))
+    with progress(f"loading {bundle.folder.name}"):
+        chat = bundle.conversation(template_args=template_args, **own)
+    interactive = sys.stdin.isatty()
+    while True:
+        if interactive:
+            click.echo("> ", nl=False)
+        line = sys.stdin.readline()
+        if not line:
+            break
+        if line.strip():
+            done = chat.say(line.rstrip("\r\n"), max_new_tokens=options["max_new_tokens"], sampling=sampling,
+                            on_text=lambda piece: click.echo(piece, nl=False), extras=Extras(options["stop"]))
+            click.echo()
+            click.echo(f"fed {chat.fed} of {len(done.prompt_tokens)} tokens; "
+                       f"{statistics(done, bundle.manifest.capacity)}", err=True)
 
 
 def shown_after(bar: Bar) -> Callable[[str], None]:
@@ -101,6 +154,8 @@ def statistics(done: Completion, capacity: int) -> str:
     speed = f", decode {done.decode_tokens_per_s:.1f} tokens/s" if done.decode_steps else ""
     line = (f"prompt {len(done.prompt_tokens)} tokens, {done.prefill_tokens_per_s:.1f} tokens/s; "
             f"{count} new token{'s' if count != 1 else ''}{speed}; stopped: {done.finish}")
+    if done.drafted:
+        line += f"\n{done.accepted} of {done.drafted} guessed tokens were right ({done.accepted / done.drafted:.0%})"
     if done.finish == FULL:
         line += f"\nthe cache of {capacity} tokens is full: export with a larger --capacity for a longer answer"
     return line

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 @click.option("--max-kl", type=float, metavar="NATS", help="Fail if the mean KL divergence from --reference is larger.")
 @click.option("--max-perplexity-increase", type=float, metavar="PERCENT", help="Fail if perplexity increases by more.")
 @click.option("--steps", type=click.IntRange(1), help="Decode steps of each case.  [default: 32]")
+@click.option("--lora", type=click.Path(path_type=Path), metavar="DIR",
+              help="Compare with this LoRA adapter: merged into the checkpoint, in use in a bundle that can switch.")
 @click.option("--hash", "full_hash", is_flag=True, help="Compute the sha256 of every file, however large.")
 @report_options
 @revision_option
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 def command(bundles: tuple[Path, ...], against: str | None, as_dtype: Literal["fp32"] | None, provider: Provider,
             level: Level, text: Path | None, reference: str | None, calibrate: Path | None, max_kl: float | None,
             max_perplexity_increase: float | None, steps: int | None, full_hash: bool, revision: str | None,
-            allow_pickle: bool, reports: Reports) -> None:
+            allow_pickle: bool, reports: Reports, lora: Path | None) -> None:
     """Compare BUNDLES with their checkpoint: logits, every new key and value, the whole cache. Several bundles are also
     compared with one another.
 
@@ -66,7 +68,7 @@ def command(bundles: tuple[Path, ...], against: str | None, as_dtype: Literal["f
                     against, level=level, steps=steps, text=text, provider=provider, as_dtype=as_dtype,
                     full_hash=full_hash, revision=revision, allow_pickle=allow_pickle, reference=reference,
                     calibrate=calibrate, max_kl=max_kl,
-                    max_perplexity_increase=max_perplexity_increase, progress=bar.report))
+                    max_perplexity_increase=max_perplexity_increase, lora=lora, progress=bar.report))
     if len(bundles) > 1:
         with progress("comparing the bundles with one another") as bar:
             verdicts += api.cross_check(bundles, level=level, steps=steps, provider=provider, as_dtype=as_dtype,

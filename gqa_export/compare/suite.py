@@ -26,6 +26,8 @@ FARTHEST = 8192
 SEEN_IDS = 2048
 """ids fed by the case that reads the embedding"""
 REFUSALS = "refusals"
+VERIFY_WIDTH = 7
+"""new tokens of a step over a past that the case `chunks` feeds, with the logits of each compared"""
 
 
 @dataclass
@@ -128,8 +130,8 @@ def _permuted(s: Setting) -> Iterable[Case]:
 
 def _chunks(s: Setting) -> Iterable[Case]:
     longest = min(s.capacity - 2, max([41, *(w + 9 for w in s.windows if w < 200)]))
-    yield Case("chunks", f"batch 2, the prompt of {longest} tokens in pieces of 7",
-               (s.ids(longest), s.ids(max(1, longest // 2))), ((1, 1),) * 2, 7)
+    yield Case("chunks", f"batch 2, the prompt of {longest} tokens in pieces of {VERIFY_WIDTH}",
+               (s.ids(longest), s.ids(max(1, longest // 2))), ((1, 1),) * 2, VERIFY_WIDTH)
 
 
 def _switch(s: Setting) -> Iterable[Case]:

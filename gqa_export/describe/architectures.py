@@ -19,7 +19,8 @@ ENDS = ("supported", "refused", "wrong", "failed", "unchecked")
 
 
 def table() -> dict[str, Any]:
-    """The whole table: `rows` by name, `versions` it was made with, `date`.
+    """The whole table: `rows` by name, `versions` it was made with, `date`; `tensor_parallel`: the rows of
+    `scripts/tensor_parallel.py`.
 
     Raises:
         GqaExportError: the file is missing from this installation.
@@ -30,7 +31,9 @@ def table() -> dict[str, Any]:
     if not path.is_file():
         raise GqaExportError("the table of architectures is missing from this installation", str(path), AGAIN,
                              code="E-ENV-TABLE-MISSING")
-    return json.loads(path.read_text(encoding="utf-8"))
+    cut = path.with_name("tensor_parallel.json")
+    rows = json.loads(cut.read_text(encoding="utf-8")) if cut.is_file() else {}
+    return {**json.loads(path.read_text(encoding="utf-8")), "tensor_parallel": rows}
 
 
 def known_names() -> dict[str, str]:
@@ -72,18 +75,21 @@ def document(data: dict[str, Any]) -> str:
         f"**{how['supported']} supported**, {how['refused']} refused, {how['wrong']} differ from PyTorch, "
         f"{how['failed']} fail in another way, {how['unchecked']} not checked. {data['date']}, {made_with}.",
         *later_rows(data), "", "## Supported", "",
-        "| name | attention | states | checked | largest difference (allowed) | depth | drawn at |",
-        "|---|---|---|---|---|---|---|"]
+        "| name | attention | states | checked | largest difference (allowed) | depth | over 2 devices | drawn at |",
+        "|---|---|---|---|---|---|---|---|"]
+    cut = data.get("tensor_parallel", {})
     for name, row in sorted(data["rows"].items()):
         if row["verdict"] == "supported":
             worst = max(row["worst"].values(), key=lambda pair: pair[0])
             kinds = (", ".join(row.get(kind, [])) or "none" for kind in ("features", "states"))
             lines.append(f"| {name} | {' | '.join(kinds)} | {checked(row)} | {worst[0]:.1e} "
-                         f"({worst[1]:.1e}) | {row.get('depth') or 'not compared'} | {drawn_at(row)} |")
+                         f"({worst[1]:.1e}) | {row.get('depth') or 'not compared'} | {cut_over(cut.get(name))} | "
+                         f"{drawn_at(row)} |")
     older = sum(row["verdict"] == "supported" and "drawn" not in row for row in data["rows"].values())
     if older:
         lines += ["", f"{older} rows do not show what they were drawn at: they are older, and their query scales "
                       "shrank with the sizes. `scripts/matrix.py --stale` makes them again."]
+    lines += not_cut(cut)
     for title, end in (("Refused", "refused"), ("Differ from PyTorch: not supported", "wrong"),
                        ("Fail in another way: not supported", "failed"), ("Not checked: not supported", "unchecked")):
         rows = {name: row for name, row in sorted(data["rows"].items()) if row["verdict"] == end}
@@ -91,6 +97,28 @@ def document(data: dict[str, Any]) -> str:
             lines += ["", f"## {title}", "", "| name | reason |", "|---|---|"]
             lines += [f"| {name} | {escaped(row.get('reason', ''))} |" for name, row in rows.items()]
     return "\n".join(lines) + "\n"
+
+
+def cut_over(row: dict[str, Any] | None) -> str:
+    """Whether an architecture can be cut over two devices: "yes", the code of the refusal, or "-" where TensorRT does
+    not hold it."""
+    if row is None:
+        return "-"
+    return "yes" if row["verdict"] == "sharded" else row.get("code", row["verdict"])
+
+
+def not_cut(rows: dict[str, Any]) -> list[str]:
+    """The section on architectures that cannot be cut over two devices, each with its reason."""
+    refused = {name: row for name, row in sorted(rows.items()) if row["verdict"] != "sharded"}
+    if not rows:
+        return []
+    lines = ["", "## Over two devices", "",
+             f"{len(rows) - len(refused)} of {len(rows)} architectures that keep keys and values only were cut over "
+             "two ranks (`--target trt-plugin --tensor-parallel 2`), opened as one merged graph and compared with "
+             "PyTorch, by `scripts/tensor_parallel.py`: [how](tensor-parallel.md). The others:", "",
+             "| name | code | reason |", "|---|---|---|"]
+    return lines + [f"| {name} | `{row.get('code', row['verdict'])}` | {escaped(row.get('reason', ''))} |"
+                    for name, row in refused.items()]
 
 
 def later_rows(data: dict[str, Any]) -> list[str]:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.graph_file import read_graph
+from ..bundle.graph_safety import stored_bytes
 from ..bundle.manifest import Manifest
+from ..bundle.rank_view import ranks_of
 from ..spec import FLOATS, SHORT_DTYPES, AttentionSpec, ModelSpec
 from ..weights.dtypes import itemsize
 
@@ -112,34 +114,32 @@ def kind_of_attention(layer: AttentionSpec) -> str:
     return "MQA" if layer.kv_num_heads == 1 else "GQA"
 
 
-def stored_in_graph(folder: Path) -> tuple[int, int]:
-    """Elements and bytes of the constants that a bundle's graph refers to (weights, rotary tables), shared ones once.
+def stored_in_graph(*folders: Path) -> tuple[int, int]:
+    """Elements and bytes of the constants that graphs refer to (weights, rotary tables), shared ones of a graph once.
 
-    Only the graph is read.
+    Only the graphs are read.
 
     Raises:
         InvalidBundle: the graph is missing or cannot be parsed.
     """
-    import onnx
-
-    graph = read_graph(folder).graph
     seen: set[tuple[str, ...]] = set()
     elements = size = 0
-    for tensor in graph.initializer:
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        identity = (place["location"], place.get("offset", "0")) if place else (tensor.name,)
-        if identity in seen:
-            continue
-        seen.add(identity)
-        elements += prod(tensor.dims)
-        size += prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    for place in folders:
+        for tensor in read_graph(place).graph.initializer:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            identity = (str(place), *((entries["location"], entries.get("offset", "0")) if entries else (tensor.name,)))
+            if identity in seen:
+                continue
+            seen.add(identity)
+            elements += prod(tensor.dims)
+            size += stored_bytes(tensor)
     return elements, size
 
 
 def inspect_bundle(folder: Path, manifest: Manifest) -> Inspection:
     """The figures of a bundle, from its manifest and its graph."""
     spec = manifest.spec
-    parameters, weight_bytes = stored_in_graph(folder)
+    parameters, weight_bytes = stored_in_graph(*(place for _, place, _ in ranks_of(folder, manifest)))
     dtype, longest = SHORT_DTYPES.get(manifest.dtype, manifest.dtype), manifest.capacity or spec.max_positions
     return Inspection(str(folder), "bundle", spec, dtype, layer_groups(spec.layers),
                       cache_costs(spec, dtype, longest, manifest.kv_cache.bits if manifest.kv_cache else 0),

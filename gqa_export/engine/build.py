@@ -15,7 +15,8 @@ from ..bundle.engine_facts import ENGINE, EngineFacts, PluginFacts, ProfileFacts
 from ..bundle.graph_file import read_graph
 from ..bundle.integrity import check_files
 from ..bundle.manifest import MODEL, FileFact, Manifest, read_manifest
-from ..bundle.writer import check_output, writing_bundle
+from ..bundle.rank_view import ranks_of
+from ..bundle.writer import BundleWriter, check_output, writing_bundle
 from ..environment.machine import nvidia
 from ..environment.tensorrt_libraries import CANONICAL, Library
 from ..errors import GqaExportError, InvalidBundle, NotCheckedHere
@@ -28,6 +29,7 @@ from . import inspect_build
 from .build_job import Built, Job, KernelFiles
 from .build_log import lacks_kernel, read_log
 from .choose_library import Choice, choose
+from .inspect_build import check_alike
 from .kernels import Compiled, compile_kernels, wanted_variants, weight_bytes_read
 from .profiles import make_profiles
 from .run_child import run_job
@@ -145,30 +147,44 @@ def build_engine(bundle: Path, output: Path, options: EngineOptions | None = Non
     manifest = read_manifest(bundle)
     kind = check_bundle(bundle, manifest, options)
     choice = check_request(output, options, kind)
-    profiles = make_profiles(manifest, options.max_batch, options.max_prompt)
+    make_profiles(manifest, options.max_batch, options.max_prompt)  # refuses what does not fit before anything is read
     say("checking the bundle", None, None)
     check_files(bundle, manifest)
-    with scratch_folder("engine") as scratch:
-        model = read_graph(bundle)
-        compiled = _kernels(model, bundle, manifest, choice, say) if kind == "plugin" else None
-        with writing_bundle(output, force=options.force) as writer:
-            job = _job(bundle, writer.staging / ENGINE, choice, profiles, options, compiled, scratch)
-            built, job, log = _build(job, choice.library, scratch / "build.log", say)
-            say("checking the engine", None, None)
-            facts, notes = _facts(manifest, kind, choice, profiles, compiled, built, job, log)
-            facts = replace(facts, build={**facts.build, "weight_bytes_read": weight_bytes_read(model)})
-            engine = writer.staging / ENGINE
-            writer.record(ENGINE, FileFact(engine.stat().st_size, file_sha256(engine)))
-            for name in manifest.files:
-                if not name.endswith(WEIGHT_FILES):
-                    writer.copy(bundle / name, name)
-            versions = {**manifest.versions, CANONICAL[choice.library.flavor]: built.version}
-            manifest = writer.finish(replace(manifest, engine=facts, versions=versions, bytes_linked=0,
-                                             bytes_copied=engine.stat().st_size))
+    with writing_bundle(output, force=options.force) as writer:
+        built = [_rank(place, one, inside, kind, choice, options, writer, say)
+                 for inside, place, one in ranks_of(bundle, manifest)]
+        facts, notes = built[0]
+        check_alike([each for each, _ in built], manifest)
+        for name in manifest.files:
+            if not name.endswith(WEIGHT_FILES):
+                writer.copy(bundle / name, name)
+        size = sum(writer.files[inside + ENGINE].size for inside, _, _ in ranks_of(bundle, manifest))
+        versions = {**manifest.versions, CANONICAL[choice.library.flavor]: facts.version}
+        manifest = writer.finish(replace(manifest, engine=facts, versions=versions, bytes_linked=0, bytes_copied=size))
     if manifest.spec.rope_switch:
         notes.append(f"longrope: where a sequence grows beyond {manifest.spec.rope_switch} tokens, feed it again as a "
                      "whole (`gqa-export run` does, the C++ runtime leaves it to its caller)")
     return EngineBuild(output, manifest, facts, (*choice.notes, *notes, *writer.notes))
+
+
+def _rank(bundle: Path, manifest: Manifest, inside: str, kind: str, choice: Choice, options: EngineOptions,
+          writer: BundleWriter, say: Progress) -> tuple[EngineFacts, list[str]]:
+    """Build the engine of one graph into `inside` of the output. bundle, manifest: of that graph."""
+    profiles = make_profiles(manifest, options.max_batch, options.max_prompt)
+    with scratch_folder("engine") as scratch:
+        model = read_graph(bundle)
+        compiled = _kernels(model, bundle, manifest, choice, say) if kind == "plugin" else None
+        engine = writer.staging / inside / ENGINE
+        engine.parent.mkdir(exist_ok=True)
+        job = _job(bundle, engine, choice, profiles, options, compiled, scratch)
+        built, job, log = _build(job, choice.library, scratch / "build.log", say)
+        say("checking the engine", None, None)
+        facts, notes = _facts(manifest, kind, choice, profiles, compiled, built, job, log)
+        meetings = inspect_build.check_collectives(model, read_log(log), len(profiles))
+        more = {"collectives": meetings} if meetings else {}
+        facts = replace(facts, build={**facts.build, "weight_bytes_read": weight_bytes_read(model), **more})
+        writer.record(inside + ENGINE, FileFact(engine.stat().st_size, file_sha256(engine)))
+    return facts, notes
 
 
 def _kernels(model: onnx.ModelProto, bundle: Path, manifest: Manifest, choice: Choice, say: Progress) -> Compiled:

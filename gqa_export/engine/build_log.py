@@ -18,6 +18,9 @@ PROFILE = re.compile(r" \[profile (\d+)\]")
 NO_KERNEL = re.compile(r"not supported by a dedicated kernel|is_?decomposable", re.IGNORECASE)
 PLUGIN = "PluginV3"
 NOTHING = "NoOp"
+COLLECTIVE = "comm_"
+COLLECTIVES = {"comm_allreduce": "all_reduce", "comm_allgather": "all_gather"}
+"""kind of a layer -> the operation as the graph names it"""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Log:
     def kinds(self, profile: int) -> dict[str, int]:
         """How many layers of each kind a profile has."""
         return dict(Counter(layer.kind for layer in self.layers if layer.profile == profile))
+
+    def collectives(self, profile: int) -> list[tuple[str, str]]:
+        """Where a profile meets other ranks, in order: the operation and the node of the graph."""
+        return [(COLLECTIVES.get(layer.kind, layer.kind), layer.name) for layer in self.layers
+                if layer.profile == profile and layer.kind.startswith(COLLECTIVE)]
 
     def copies(self, cache: set[str]) -> list[str]:
         """Layers that move a cache tensor without being attention: reformats and copies of it, in any profile.

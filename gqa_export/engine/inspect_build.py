@@ -6,11 +6,19 @@ A machine that cannot open the engine has nothing but the network and the build 
 
 from __future__ import annotations
 
+import itertools
+from typing import TYPE_CHECKING
+
+from ..bundle.engine_facts import EngineFacts
 from ..bundle.manifest import Manifest
+from ..bundle.parallel import collective_order
 from ..errors import GqaExportError
 from ..graph_io import TensorFact, past_names, present_names
 from .build_job import Built, Tensor
 from .build_log import Log
+
+if TYPE_CHECKING:
+    import onnx
 
 TYPES = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32", "INT32": "int32", "INT64": "int64"}
 FIX = "report it with the bundle's gqa_export.json: the engine was not kept"
@@ -63,6 +71,45 @@ def check(manifest: Manifest, built: Built, log: Log, profiles: int, *, plugin: 
     if copies:
         raise GqaExportError(f"TensorRT copies the cache: {copies[0]} ({len(copies)} such layers)", "the build log",
                              FIX, code="E-ENGINE-COPY")
+
+
+def check_collectives(model: onnx.ModelProto, log: Log, profiles: int) -> list[str]:
+    """Check that an engine meets the other ranks as its graph does, in the same order and nowhere else.
+
+    Args:
+        model: the graph it was built from.
+        log: the build log; without layers nothing is checked.
+        profiles: their number.
+
+    Returns:
+        The kinds of the engine's collectives, in order: of the layer list, or of the graph where that is empty.
+
+    Raises:
+        GqaExportError: a profile has others.
+    """
+    wanted = [(each.split()[0], each.rpartition(": ")[2]) for each in collective_order(model)]
+    for number in range(profiles if log.layers else 0):
+        found = log.collectives(number)
+        pairs = itertools.zip_longest(found, wanted, fillvalue=("nothing", ""))
+        # TensorRT puts something behind the names of the layers that it makes of nodes
+        odd = next((pair for pair in pairs if pair[0][0] != pair[1][0] or not pair[0][1].startswith(pair[1][1])), None)
+        if odd is not None:
+            raise GqaExportError(f"profile {number} meets the other ranks at {odd[0]}, expected {odd[1]}",
+                                 "the build log", FIX, code="E-ENGINE-COLLECTIVES")
+    return [kind for kind, _ in wanted]
+
+
+def check_alike(facts: list[EngineFacts], manifest: Manifest) -> None:
+    """Check that the engines of all ranks can run together.
+
+    Raises:
+        GqaExportError: their profiles or collectives differ.
+    """
+    for rank, one in enumerate(facts):
+        same = one.aliases == facts[0].aliases and one.build.get("collectives") == facts[0].build.get("collectives")
+        if not same or [each.name for each in one.profiles] != [each.name for each in facts[0].profiles]:
+            raise GqaExportError(f"the engine of rank {rank} is not made like that of rank 0", manifest.target, FIX,
+                                 code="E-ENGINE-RANKS")
 
 
 def _same(fact: TensorFact, tensor: Tensor) -> bool:

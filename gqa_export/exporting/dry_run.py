@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..bundle.long_facts import PREFILL
 from ..bundle.manifest import DATA, MODEL
+from ..bundle.parallel import rank_folder
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.tokenizer import tokenizer_files
 from ..environment.machine import peak_bytes
@@ -36,6 +37,8 @@ class Plan:
     targets: tuple[tuple[str, str], ...]
     """for each target: what it would do with this model"""
     fallbacks: tuple[str, ...]
+    quantization: tuple[str, ...] = ()
+    """what becomes of each quantized matrix"""
     notes: tuple[str, ...] = ()
     """what else a reader must know: unused tensors; what is right but slower than it could be"""
 
@@ -46,6 +49,7 @@ class Plan:
         out.append(f"  time: {self.prepared_s:.1f} s until here, about {self.weights_s:.1f} s for the weights "
                    "(reading, converting and hashing, measured on a sample; the disk's writing speed was not measured)")
         out.append(f"  memory: {self.peak_bytes / 1e9:.2f} GB at the most")
+        out += [f"  {line}" for line in self.quantization]
         out += [f"  fallback: {line}" for line in self.fallbacks]
         out += [f"  note: {note}" for note in self.notes]
         out.append("  targets:")
@@ -58,19 +62,15 @@ def dry_run(source: str | Path | Checkpoint, options: ExportOptions, output: Pat
     """Do all of an export but the writing. Raises what the export would raise before it writes."""
     started = time.perf_counter()
     ready = prepare(source, options, report or silent, Budget(options.max_ram), output)
+    graphs = [("", ready.lowered)] if ready.ranks is None else \
+        [(f"{rank_folder(number)}/", lowered) for number, lowered in enumerate(ready.ranks.lowered)]
     beside = [ready.prefill.model] if ready.prefill else []
-    plan = arrange(ready.lowered.model, ready.store, ready.options.weights, beside)
-    model_bytes = ready.lowered.model.ByteSize()
+    plans = [(inside, arrange(lowered.model, ready.store, ready.options.weights, beside), lowered.model.ByteSize())
+             for inside, lowered in graphs]
     prepared = time.perf_counter() - started
-    seconds = _weights_seconds(plan)
-    files = [(MODEL, model_bytes, "the graph"),
-             *((PREFILL, model.ByteSize(), "the graph for long prompts") for model in beside)]
-    if plan.streams:
-        kinds = {"converted or copied" if not isinstance(source, MemorySource) else "merged or dequantized"
-                 for stream in plan.streams for source in stream.sources}
-        files.append((DATA, plan.bytes_copied, " and ".join(sorted(kinds)) + f", {len(plan.streams)} tensors"))
-    how = "hard link to the checkpoint's file" if ready.options.weights == "link" else "used where it lies"
-    files += [(name, path.stat().st_size, how) for name, path in plan.files.items()]
+    seconds = sum(_weights_seconds(plan) for _, plan, _ in plans[:1]) * len(plans)
+    files = [row for inside, plan, size in plans for row in _files(inside, plan, size, ready.options.weights)]
+    files += [(PREFILL, model.ByteSize(), "the graph for long prompts") for model in beside]
     files += [(path.name, path.stat().st_size, "copied") for path in tokenizer_files(ready.checkpoint)]
     spec = ready.traced.spec
     title = (f"{ready.checkpoint.source}: {spec.architecture}, {len(spec.layers)} layers, target {ready.target.name}, "
@@ -78,7 +78,19 @@ def dry_run(source: str | Path | Checkpoint, options: ExportOptions, output: Pat
     return Plan(title, tuple(files), prepared, seconds, peak_bytes(),
                 tuple((name, _suits(target, ready)) for name, target in TARGETS.items()),
                 tuple(f"layer {f.layer}: {f.used} instead of {f.wanted}: {f.reason}"
-                      for f in ready.lowered.fallbacks), (*ready.notes, *ready.remarks))
+                      for f in ready.lowered.fallbacks),
+                tuple(ready.quantization.lines()) if ready.quantization else (), (*ready.notes, *ready.remarks))
+
+
+def _files(inside: str, plan: Arrangement, model_bytes: int, weights: str) -> list[tuple[str, int, str]]:
+    """The files of one graph: name, bytes, how each comes about."""
+    files = [(inside + MODEL, model_bytes, "the graph")]
+    if plan.streams:
+        kinds = {"converted or copied" if not isinstance(source, MemorySource) else "merged or dequantized"
+                 for stream in plan.streams for source in stream.sources}
+        files.append((inside + DATA, plan.bytes_copied, " and ".join(sorted(kinds)) + f", {len(plan.streams)} tensors"))
+    how = "hard link to the checkpoint's file" if weights == "link" else "used where it lies"
+    return files + [(inside + name, path.stat().st_size, how) for name, path in plan.files.items()]
 
 
 def _suits(target: Target, ready: Prepared) -> str:

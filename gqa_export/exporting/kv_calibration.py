@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,13 +15,52 @@ from ..checkpoint.tokenized_text import load_tokenizer, read_text, tokenize
 from ..errors import GqaExportError, UnsupportedModel
 from ..progress import Progress
 from ..quantized.kv_codes import choose_scale
-from ..spec import KvCache, KvScales, ModelSpec
+from ..spec import AttentionSpec, KvCache, KvScales, ModelSpec
+from ..targets import Target, layers_label, reasons_against
+from .options import ExportOptions
+
+if TYPE_CHECKING:
+    from ..trace.traced import Traced
 
 LENGTH = 512
 """tokens that are read with one cache"""
 MOST_TOKENS = 2048
 """tokens of the text that are read: a scale is one number, and more of them move it little"""
 LEAST_TOKENS = 32
+
+
+def cache_of(checkpoint: Checkpoint, traced: Traced, options: ExportOptions, target: Target,
+             say: Progress) -> KvCache | None:
+    """How an export's cache is quantized; None where it holds numbers. Raises as `refuse_kv` and `calibrate_cache`."""
+    if not options.kv_cache:
+        return None
+    if options.long:
+        raise GqaExportError("the graph for long prompts does not hold a quantized cache", "--kv-cache, "
+                             "--long-attention", "choose one of them", code="E-OPTION-KV-LONG")
+    bits = int(options.kv_cache.removeprefix("int"))
+    refuse_kv(target, bits, traced.spec.layers)
+    return calibrate_cache(checkpoint, traced.spec, bits, options.calibrate, traced.capacity, say)
+
+
+def refuse_kv(target: Target, bits: int, layers: Iterable[AttentionSpec]) -> None:
+    """Refuse a quantized cache that a target does not have, or that a layer of the model cannot use.
+
+    Args:
+        target: the row. bits: of a code. layers: of the model.
+
+    Raises:
+        UnsupportedModel: the target's reason, or the layer.
+    """
+    fix = "leave out --kv-cache, or use --target ort"
+    if bits not in target.kv_bits:
+        raise UnsupportedModel(f"target {target.name} does not hold a cache of {bits}-bit codes: {target.kv_missing}",
+                               f"--kv-cache int{bits}", fix, code="E-TARGET-KV")
+    layers = list(layers)
+    reasons = reasons_against(layers, target)
+    wide = [layer.layer for layer in layers if target.cannot_hold(layer)]
+    if reasons:
+        raise UnsupportedModel(f"only {target.attention} holds a quantized cache, and it cannot hold these layers: "
+                               f"{'; '.join(reasons)}", layers_label(wide), "leave out --kv-cache", code="E-TARGET-KV")
 
 
 def calibrate_cache(checkpoint: Checkpoint, spec: ModelSpec, bits: int, text: Path | None, capacity: int,

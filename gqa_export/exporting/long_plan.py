@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import GqaExportError
 from ..long_attention_op import DEFAULTS, LongPlan, LongSetting
 from ..spec import ModelSpec
 from ..targets import layers_label
+
+if TYPE_CHECKING:
+    from ..checkpoint.checkpoint import Checkpoint
+    from ..compare.long_quality import LongQuality
+    from ..progress import Progress
 
 FROM_LEAVES = 4
 """leaves of a prompt from which approximating pays, measured in docs/benchmarks/long_attention.md"""
@@ -145,3 +151,26 @@ def plan_notes(plan: LongPlan, spec: ModelSpec) -> list[str]:
     if exact:
         notes.append(f"{layers_label(exact)} stay exact: their window makes them linear")
     return notes
+
+
+def measure_options(source: str | Path | Checkpoint, text: Path, lengths: tuple[int, ...], options: LongOptions,
+                    revision: str | None, report: Progress) -> LongQuality:
+    """What the options of an export would cost a checkpoint; see `gqa_export.long_context.report.measure_quality`."""
+    from ..checkpoint.open import open_checkpoint
+    from ..long_context.choose import choose_layers
+    from ..long_context.report import measure_quality
+
+    setting = options.setting()
+    _refuse(setting.problems(max(lengths, default=0)), "--long-leaf, --long-heavy, --long-samples, --long-anchors")
+    checkpoint = open_checkpoint(source, revision=revision) if isinstance(source, str | Path) else source
+
+    def layers(spec: ModelSpec) -> tuple[int, ...]:
+        if options.layers == "auto":
+            return choose_layers(checkpoint, text, spec, setting, options.seed, max_loss=options.max_loss,
+                                 min_copy=options.min_copy, report=report).layers
+        found = chosen_layers(options.layers, spec)
+        _refuse(LongPlan(setting, found, options.seed).problems(spec.layers, 0), "--long-layers")
+        return found
+
+    return measure_quality(checkpoint, text, lengths, setting, layers, seed=options.seed, max_loss=options.max_loss,
+                           min_copy=options.min_copy, report=report)

@@ -8,8 +8,6 @@ from pathlib import Path
 from ..weights.layout import Mode
 from .long_plan import LongOptions
 
-DEFAULT_CAPACITY = 4096
-
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -25,7 +23,8 @@ class ExportOptions:
     calibrate: a text by whose activations errors are weighed, and from which a quantized cache's scales are chosen.
     tensor_parallel: devices over which the model is cut; 1 is a bundle of one graph.
     kv_cache: "int8" or "int4" codes in the cache, "" for numbers.
-    long: a second graph for long prompts is written beside the exact one."""
+    long: a second graph for long prompts is written beside the exact one. lora: folders of adapters that the bundle can
+    switch between. merge_lora: of one that becomes part of the weights."""
 
     target: str = "ort"
     dtype: str = "auto"
@@ -51,3 +50,5 @@ class ExportOptions:
     tensor_parallel: int = 1
     kv_cache: str = ""
     long: LongOptions | None = None
+    lora: tuple[Path, ...] = ()
+    merge_lora: Path | None = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.load_config import load_config
+from ..checkpoint.lora import with_adapter
 from ..checkpoint.open import open_checkpoint
 from ..checkpoint.tied_weights import refuse_tied, stored_apart, untie
 from ..checkpoint.tokenizer import token_ids
@@ -15,20 +17,23 @@ from ..checkpoint.unused_tensors import unused_notes
 from ..environment.onnxruntime_ops import state_ops_of_runtime
 from ..errors import GqaExportError, UnsupportedModel
 from ..progress import Progress
-from ..spec import DTYPES, KvCache, ModelSpec
+from ..spec import DEFAULT_CAPACITY, DTYPES, KvCache, ModelSpec
 from ..weights.memory_budget import Budget
 from ..weights.sources import WeightStore
 from . import quantize
-from .kv_calibration import calibrate_cache
+from .adapters import add_slots, merge_weights, read_adapters, refuse_quantized_adapters, weight_shapes
+from .kv_calibration import cache_of
 from .long_plan import long_plan, plan_notes
-from .options import DEFAULT_CAPACITY, ExportOptions
+from .options import ExportOptions
 from .ranks import lower_ranks, refuse_quantized_ranks, refuse_ranks
 from .tokenizer_files import check_tokenizer
-from .weight_store import used_names, weight_store
+from .weight_store import used_names, wanted_weights, weight_store
 
 if TYPE_CHECKING:
     from ..bundle.quantization import Quantization
+    from ..checkpoint.lora_adapter import LoraAdapter
     from ..long_attention_op import LongPlan, LongSetting
+    from ..lowering.adapter_inputs import AdapterSlot
     from ..lowering.context import Lowered
     from ..targets import Target
     from ..trace.traced import Traced
@@ -49,6 +54,8 @@ class Prepared:
     trace_taken: bool
     lowered: Lowered
     store: WeightStore
+    adapters: tuple[LoraAdapter, ...] = ()
+    slots: tuple[AdapterSlot, ...] = ()
     notes: tuple[str, ...] = ()
     """on the checkpoint: tensors that the model does not use"""
     quantization: Quantization | None = None
@@ -60,6 +67,8 @@ class Prepared:
     plan: LongPlan | None = None
     prefill: Lowered | None = None
     """the graph for long prompts, where one is written"""
+    importance: Mapping[str, Any] = field(default_factory=dict)
+    """by what the scales of quantized weights were chosen, with a calibration text"""
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -75,7 +84,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     from ..lowering.context import LowerOptions
     from ..lowering.dump import PassDump
     from ..lowering.lower import lower
-    from ..target_refusals import refuse_kv, refuse_long, refuse_long_with_codes, refuse_options
+    from ..target_refusals import refuse_long, refuse_long_with_codes, refuse_long_with_rounding, refuse_options
     from ..targets import get_target
 
     target = get_target(options.target)
@@ -86,10 +95,12 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     if options.long:
         refuse_long(target)
         refuse_long_with_codes(options.kv_cache)
+    adapters, merge = read_adapters(options, target)
     dump = PassDump(options.dump_passes, force=options.force) if options.dump_passes else None
     say("reading the checkpoint", None, None)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
         source, text_only=options.text_only, revision=options.revision)
+    checkpoint = checkpoint if merge is None else with_adapter(checkpoint, merge)
     check_tokenizer(checkpoint)
     token_ids(checkpoint)  # refuses damaged files beside the weights before the work
     if options.weights == "inplace" and output is not None and output.resolve() != checkpoint.folder.resolve():
@@ -113,13 +124,12 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     notes = unused_notes(checkpoint, used_names(traced), options.ignore_unused)
     provider = pick_provider(options.provider, dtype, target)
     store = weight_store(checkpoint, traced, budget)
+    if merge is not None:
+        store = merge_weights(store, merge, traced, weight_shapes(traced, wanted_weights(traced)))
     quantizing = quantize.plan(checkpoint, traced, store, options, target, provider, say)
-    kv = None
-    if options.kv_cache:
-        bits = int(options.kv_cache.removeprefix("int"))
-        refuse_kv(target, bits, traced.spec.layers)
-        kv = calibrate_cache(checkpoint, traced.spec, bits, options.calibrate, traced.capacity, say)
-        budget.check("choosing the cache's scales")
+    if adapters or merge is not None:
+        refuse_quantized_adapters(quantizing is not None or bool(checkpoint.quantized))
+    kv = cache_of(checkpoint, traced, options, target, say)
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider, kv=kv,
                             packed=options.weights == "copy",
                             runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None,
@@ -133,8 +143,13 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         lowered = ranks.lowered[0]
     else:
         lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
+    slots: tuple[AdapterSlot, ...] = ()
+    if adapters:
+        lowered, slots = add_slots(lowered, traced, adapters, weight_shapes(traced, wanted_weights(traced)))
     plan, prefill = None, None
     if options.long:
+        if quantizing is not None and not quantizing.exact:
+            refuse_long_with_rounding()
         plan = long_plan(options.long, traced.spec, traced.capacity,
                          lambda setting: automatic_layers(checkpoint, options, traced.spec, setting, say))
         prefill = lower(traced.model, traced.spec, replace(lowering, long=plan),
@@ -143,10 +158,12 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     budget.check("lowering")
     recorded = None
     if quantizing:
-        quantize.fill(quantizing, lowered, store)
+        for each in (lowered, *((prefill,) if prefill else ())):
+            quantize.fill(quantizing, each, store)
         recorded = quantize.record(quantizing, lowered, dtype)
-    return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store,
-                    (*checkpoint.notes, *notes), recorded, ranks, kv, plan, prefill)
+    return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store, adapters, slots,
+                    (*checkpoint.notes, *notes), recorded, ranks, kv, plan, prefill,
+                    quantizing.importance if quantizing else {})
 
 
 def tensor_parallel_plan(checkpoint: Checkpoint) -> dict[str, str]:
@@ -166,7 +183,7 @@ def automatic_layers(checkpoint: Checkpoint, options: ExportOptions, spec: Model
 
     assert options.long is not None
     if options.long.text is None:
-        raise GqaExportError("layers are chosen by measurement, and a text to measure on was not given",
+        raise GqaExportError("layers are chosen by measurement, and a text to measure on is missing",
                              "--long-layers auto", "give a text file with --text FILE, or name the layers",
                              code="E-OPTION-LONG")
     return choose_layers(checkpoint, options.long.text, spec, setting, options.long.seed,

@@ -44,7 +44,8 @@ class Plan:
         stored: name of a weight -> what the checkpoint holds, for people.
         plain: name of a weight -> why it stays floating-point numbers.
         weights: of the model, in the order of the graph.
-        calibration: sha256 of the text that weighed errors. tokens: of it that were used.
+        calibration: sha256 of the text that weighed errors. tokens: of it that were used. importance: name of a weight
+            -> how much errors of its columns count.
     """
 
     method: str
@@ -56,6 +57,7 @@ class Plan:
     weights: tuple[Weight, ...] = ()
     calibration: str = ""
     tokens: int = 0
+    importance: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_options(options: ExportOptions) -> None:
@@ -112,7 +114,8 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
                                              f"{name} ({stored[name]})", importance.get(name))
     return Plan("rules" if rules else options.quantize, exact, matrices,
                 {name: facts_of(matrix, lossless=False) for name, matrix in matrices.items()}, stored,
-                {each.weight.name: each.reason for each in decisions if not each.bits}, weights, sha256, tokens)
+                {each.weight.name: each.reason for each in decisions if not each.bits}, weights, sha256, tokens,
+                importance)
 
 
 def _importance(checkpoint: Checkpoint, options: ExportOptions, decisions: Sequence[Decision],

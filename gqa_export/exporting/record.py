@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 from .. import graph_io
 from ..bundle.manifest import Manifest, Tokens
 from ..checkpoint.tokenizer import token_ids
+from ..compare.suite import VERIFY_WIDTH
 from ..environment.versions import versions
 from ..targets import get_target
 from . import genai_config
@@ -43,7 +44,8 @@ def manifest_of(checkpoint: Checkpoint, traced: Traced, lowered: Lowered, option
                 "rope_regime": traced.rope_regime, "traced_layers": traced.traced_layers,
                 "text_only": checkpoint.text_only},
         tokens=cast(Tokens, {**token_ids(checkpoint), "tokenizer": has_tokenizer}),
-        versions=versions(RECORDED, absent="unknown"), quantization=quantization, kv_cache=kv)
+        versions=versions(RECORDED, absent="unknown"), quantization=quantization, kv_cache=kv,
+        verify_width=min(VERIFY_WIDTH, traced.capacity) if options.logits == "all" else 1)
 
 
 def with_bytes(manifest: Manifest, placement: Placement) -> Manifest:

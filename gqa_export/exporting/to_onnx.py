@@ -15,8 +15,11 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.tokenizer import has_tokenizer
 from ..errors import GqaExportError
 from ..progress import Progress, silent
+from ..quantizing.importance import FILE as IMPORTANCE
+from ..quantizing.importance import importance_file
 from ..weights.layout import place
 from ..weights.memory_budget import Budget
+from .adapters import adapter_facts, write_adapters
 from .options import ExportOptions
 from .prepare import pick_provider, prepare
 from .ranks import write_ranks
@@ -85,6 +88,8 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
             writer.write(MODEL, lowered.model.SerializeToString())
             if ready.prefill:
                 writer.write(PREFILL, ready.prefill.model.SerializeToString())
+        if ready.importance:
+            writer.write(IMPORTANCE, importance_file(ready.importance))
         if inplace:
             without = "" if has_tokenizer(checkpoint) else NO_TOKENIZER
         else:
@@ -92,10 +97,12 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
         notes = [*ready.notes, *writer.notes, *([without] if without else [])]
         manifest = replace(manifest_of(checkpoint, traced, lowered, options, ready.dtype, not without,
                                        ready.quantization, ready.kv), parallel=parallel)
+        write_adapters(writer, ready.adapters, ready.slots, ready.dtype)
         if ready.plan:
             manifest = replace(manifest, long=LongFacts(ready.plan, ready.plan.digest(traced.spec.layers)))
         if ready.target.genai:
             add_genai(writer, manifest, pick_provider(options.provider, ready.dtype, ready.target), notes)
+        manifest = replace(manifest, source={**manifest.source, **adapter_facts(options, ready.adapters)})
         manifest = writer.finish(with_bytes(manifest, placement))
     notes += rotary_notes(traced)
     budget.check("exporting")

@@ -69,7 +69,8 @@ class TritonPythonModel:
             sender.send(flags=final)
 
     def _answer(self, request: Any, sender: Any) -> None:
-        from ..runtime.generate import Sampling, generate
+        from ..runtime.generate import generate
+        from ..runtime.sampling import Sampling
 
         prompt = self._value(request, "input_ids")
         if prompt is None or prompt.size == 0:

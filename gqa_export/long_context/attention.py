@@ -41,6 +41,8 @@ class Replacement:
         setting: how. seed: of the tables.
         layers: numbers of the layers that are approximated.
         watch: see `Watch`.
+        handed: what each layer selects, by layer and chunk, in place of its own choice.
+        chunks: (past, new) of the calls in which the sequence is fed; () is one call. What rows select depends on it.
         reached: layers that called attention.
         seconds: of attention, by layer.
     """
@@ -50,6 +52,8 @@ class Replacement:
     seed: int = 0
     layers: frozenset[int] = frozenset()
     watch: Watch | None = None
+    handed: dict[int, list[long_selection.Selection]] = field(default_factory=dict)
+    chunks: tuple[tuple[int, int], ...] = ()
     reached: set[int] = field(default_factory=set)
     seconds: dict[int, float] = field(default_factory=dict)
 
@@ -69,14 +73,19 @@ def replaced(replacement: Replacement) -> Iterator[Replacement]:
 
 def load(checkpoint: Checkpoint, dtype: str = "float32") -> Any:
     """A model that runs inside of `replaced`."""
+    from ..checkpoint.load_model import load_model
+
+    register()
+    return load_model(checkpoint, dtype, attn_implementation=NAME)
+
+
+def register() -> None:
+    """Make `NAME` an attention implementation of transformers."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    from ..checkpoint.load_model import load_model
-
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
-    return load_model(checkpoint, dtype, attn_implementation=NAME)
 
 
 def refuse_unreached(replacement: Replacement, source: str) -> None:
@@ -101,17 +110,25 @@ def tables(spec: AttentionSpec, setting: LongSetting, seed: int) -> long_selecti
 
 
 def approximate(spec: AttentionSpec, setting: LongSetting, seed: int, query: torch.Tensor, key: torch.Tensor,
-                value: torch.Tensor, sinks: torch.Tensor | None,
-                selection: long_selection.Selection | None = None) -> torch.Tensor:
-    """A layer's output [K, G, S, E] by the op. selection: to compute with, in place of the op's own."""
+                value: torch.Tensor, sinks: torch.Tensor | None, handed: list[long_selection.Selection] | None = None,
+                chunks: tuple[tuple[int, int], ...] = ()) -> torch.Tensor:
+    """A layer's output [K, G, S, E] by the op. handed, chunks: see `Replacement`."""
     own, scores = long_selection.Setting(**setting.attributes()), long_selection.Scores(spec.scale, spec.softcap)
-    known, steps = tables(spec, setting, seed), query.shape[2]
-    chosen = selection or long_selection.select(query, key, 0, steps, own, scores, known)
+    known = tables(spec, setting, seed)
     sink = sinks.to(query.dtype) if sinks is not None else query.new_full((spec.num_heads,), -torch.inf)
     sink = sink.reshape(spec.kv_num_heads, -1, 1, 1)
     rows = (long_reference.rows_of_hyper if own.method == long_selection.HYPER else long_reference.rows_of_tiles)
-    return torch.cat([rows(query[:, :, leaf.step: leaf.step + leaf.rows], key, value, leaf, own, scores, known,
-                           chosen).mean(sink) for leaf in long_selection.leaves(0, steps, setting.leaf)], 2)
+    parts = []
+    for number, (past, new) in enumerate(chunks or ((0, query.shape[2]),)):
+        mine, keys = query[:, :, past: past + new], key[:, : past + new]
+        if (handed[number].empty if handed else new <= setting.exact_steps):
+            whole = long_selection.Leaf(0, past, past + new, 0)  # one leaf from position 0 on is every key
+            parts.append(long_reference.own_leaf(mine, keys, value[:, : past + new], whole, own, scores).mean(sink))
+            continue
+        chosen = handed[number] if handed else long_selection.select(mine, keys, past, new, own, scores, known)
+        parts += [rows(mine[:, :, leaf.step: leaf.step + leaf.rows], keys, value[:, : past + new], leaf, own, scores,
+                       known, chosen).mean(sink) for leaf in long_selection.leaves(past, new, setting.leaf)]
+    return torch.cat(parts, 2)
 
 
 def exact(spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -149,7 +166,8 @@ def _attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch
     q = query[0].unflatten(0, (spec.kv_num_heads, -1))
     started = time.perf_counter()
     if spec.layer in current.layers:
-        output = approximate(spec, current.setting, current.seed, q, key[0], value[0], sinks)
+        output = approximate(spec, current.setting, current.seed, q, key[0], value[0], sinks,
+                             current.handed.get(spec.layer), current.chunks)
     else:
         output = exact(spec, q, key[0], value[0], sinks)
     current.seconds[spec.layer] = time.perf_counter() - started

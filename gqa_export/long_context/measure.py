@@ -7,7 +7,7 @@ before the repetition, copying on the last three quarters of the repetition.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..compare.long_quality import LengthQuality
 from ..errors import GqaExportError
 from ..long_attention_op import LongSetting
 from ..spec import ModelSpec
-from .attention import Replacement, refuse_unreached, replaced
+from .attention import Replacement, Watch, refuse_unreached, replaced
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
@@ -167,19 +167,26 @@ def compare(exact: Outcome, other: Outcome, tokens: int) -> LengthQuality:
 class Measurement:
     """A model and a sequence, its exact run known: quality for any set of layers."""
 
-    def __init__(self, model: Any, spec: ModelSpec, setting: LongSetting, seed: int, sequence: Sequence, source: str,
-                 watch: Any = None) -> None:
+    def __init__(self, model: Any, spec: ModelSpec, setting: LongSetting, seed: int, sequence: Sequence,
+                 source: str) -> None:
         from ..checkpoint.decoder_layers import layer_lists
 
         self.model, self.spec, self.sequence = model, spec, sequence
         self._base = Replacement(spec, setting, seed)
         found = next(layer_lists(model, spec.depth), None)
         self._prefix = Prefix(found[1] if found else [])
-        first = replace(self._base, watch=watch, reached=set(), seconds={})
+        first = replace(self._base, reached=set(), seconds={})
         with self._prefix.recorded():
             self.exact = run(model, sequence, first)
         refuse_unreached(first, source)
-        self.exact_layer_seconds = first.seconds
+
+    def use(self, setting: LongSetting) -> None:
+        """Another setting with the same leaf: the exact run and its rows stay."""
+        self._base = replace(self._base, setting=setting)
+
+    def look(self, watch: Watch) -> None:
+        """One more exact pass, in which `watch` sees every layer."""
+        run(self.model, self.sequence, replace(self._base, watch=watch, reached=set(), seconds={}))
 
     def of(self, layers: tuple[int, ...], *, whole: bool = False) -> LengthQuality:
         """Quality with these layers approximated. whole: run every layer, so that the time is that of a model."""
@@ -187,6 +194,3 @@ class Measurement:
         with self._prefix.skipped(0 if whole else min(layers)):
             other = run(self.model, self.sequence, replacement)
         return compare(self.exact, other, len(self.sequence.ids))
-
-
-Progress = Callable[[str, int | None, int | None], None]

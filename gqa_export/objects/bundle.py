@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import GqaExportError
-from .choices import Flavor, Level, Place, Provider, check_choices, check_counts, refuse_revision
+from .choices import Flavor, Level, Place, Provider, Speculate, check_choices, check_counts, refuse_revision
 from .session import Session
 from .sources import opened, path_of, pickles_allowed
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from transformers import PreTrainedModel
 
     from ..bisect.bisection import Bisection
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
     from ..exporting.to_onnx import Export
     from ..progress import Progress
     from ..runtime.benchmark import Speed
-    from ..runtime.completion import Completion
+    from ..runtime.completion import Completion, Extras
+    from ..runtime.conversation import Conversation
     from ..runtime.session import Session as InnerSession
     from ..runtime.text import BundleText
 
@@ -49,7 +52,7 @@ class Bundle:
                  full_hash: bool = False, check_hashes: bool = True, revision: str | None = None,
                  allow_pickle: bool = False, reference: Place | PreTrainedModel | None = None,
                  max_kl: float | None = None, max_perplexity_increase: float | None = None,
-                 calibrate: Place | None = None,
+                 calibrate: Place | None = None, lora: Place | None = None,
                  progress: Progress | None = None) -> Verdict:
         """Compare the bundle with PyTorch, step by step: logits, every new key and value, the whole cache.
 
@@ -67,6 +70,8 @@ class Bundle:
             calibrate: the text that the bundle's weights were quantized with, if any: they are quantized again.
             max_kl: the most that the mean KL divergence from the reference may be, in nats; None: no limit.
             max_perplexity_increase: the most that perplexity may increase by, in percent; None: no limit.
+            lora: the folder of an adapter: PyTorch's model has it merged, and of a bundle that can switch, the adapter
+                of this name is in use. None is the base model.
 
         Returns:
             The verdict: `passed`, `compared`, `cases`, `to_json()`; `check()` raises `OutputDiffers` if it failed.
@@ -76,6 +81,7 @@ class Bundle:
             NotCheckedHere: this machine cannot run the comparison.
         """
         from ..bundle.source_checkpoint import open_for
+        from ..checkpoint.lora import read_adapter, with_adapter
         from ..validation.loss import LossRequest
         from ..validation.validate import validate
 
@@ -89,6 +95,8 @@ class Bundle:
         with (pickles_allowed(allow_pickle), opened(against, text_only=text_only) as source,
               nullcontext() if reference is None else opened(reference, text_only=text_only) as before):
             checkpoint = open_for(self.manifest, source, revision)
+            if lora is not None:
+                checkpoint = with_adapter(checkpoint, read_adapter(lora))
             return validate(self.folder, checkpoint, level=level, steps=steps or 0, text=path_of(text),
                             provider=provider, as_dtype=as_dtype, full_hash=full_hash, check_hashes=check_hashes,
                             progress=progress, loss=LossRequest(before, *limits))
@@ -110,7 +118,10 @@ class Bundle:
                  threads: int | None = None, session: Session | None = None,
                  on_text: Callable[[str], None] | None = None, progress: Progress | None = None,
                  chat_template: str | None = None, template_args: Mapping[str, object] | None = None,
-                 exact: bool = False) -> Completion:
+                 exact: bool = False, adapter: str | None = None, min_p: float = 0.0, repetition_penalty: float = 1.0,
+                 stop: Sequence[str] = (), logprobs: int | None = None, json_schema: Place | None = None,
+                 speculate: Speculate | None = None,
+                 hook: Callable[[int, npt.NDArray[np.float32]], None] | None = None) -> Completion:
         """Continue a prompt, and tell what was fed, what came, and how fast.
 
         Args:
@@ -123,22 +134,35 @@ class Bundle:
             on_text: called with each piece of text as it comes.
             chat_template: name of the template, of a model that has several; None is its default one.
             template_args: variables for the template, such as {"enable_thinking": False} or {"tools": [...]}.
+            min_p: keep tokens with this share of the best one's probability. repetition_penalty: 1 is none.
+            stop: texts that end the answer, which they are not part of.
+            logprobs: record the log-probability of each new token, and of so many of the best ones.
+            json_schema: a file with a JSON schema that the answer shall fit (needs the extra `guidance`).
+            speculate: "ngram" guesses tokens from the text so far; the answer is the same, sooner where it repeats.
+            hook: called with (row, logits [vocabulary]) before each choice; may change the logits in place.
+            adapter: name of one of the bundle's LoRA adapters; None leaves the one that an open session uses.
         """
         from ..runtime.completion import complete, prompt_ids
-        from ..runtime.generate import Sampling
+        from ..runtime.open_session import with_shared_seed
+        from ..runtime.sampling import Sampling
 
         check_choices(provider=provider)
         if session is not None and (provider != "auto" or low_memory or threads or exact):
             raise GqaExportError("provider, low_memory, threads and exact open a session; an open one was given",
                                  "session", "give either the session or these options", code="E-OPTION-SESSION")
-        sampling, text = Sampling(temperature, top_k, top_p, seed), self._text(prompt is not None)
+        sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
+        text = self._text(prompt is not None)
+        extras = self._extras(stop, hook, logprobs, json_schema, speculate)
         ids = prompt_ids(prompt, None if token_ids is None else list(token_ids), chat, system, text, chat_template,
                          template_args)
         if progress is not None:
             progress(f"loading {self.folder.name}", None, None)
-        inner = session.inner if session is not None else self._open(provider, low_memory, threads, exact)
-        return complete(inner, ids, text, max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text,
-                        end_tokens=self.manifest.tokens.get("eos", ()))
+        runner = session or Session(self._open(provider, low_memory, threads, exact))
+        if adapter is not None:
+            runner.use_adapter(adapter)
+        sampling = with_shared_seed(runner.inner, sampling)
+        return complete(runner.inner, ids, text, max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text,
+                        end_tokens=self.manifest.tokens.get("eos", ()), extras=extras)
 
     def generate(self, prompt: str, *, max_new_tokens: int = 128, chat: bool = False, system: str | None = None,
                  temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None,
@@ -180,6 +204,34 @@ class Bundle:
                                 path_of(timing_cache), strip_weights, workspace_mb or 0, force)
         built = build_engine(self.folder, Path(output), options, progress)
         return Bundle(built.folder, built.manifest, built=built)
+
+    def conversation(self, *, system: str | None = None, chat_template: str | None = None,
+                     template_args: Mapping[str, object] | None = None, adapter: str | None = None,
+                     provider: Provider = "auto", low_memory: bool = False, threads: int | None = None,
+                     exact: bool = False) -> Conversation:
+        """A chat of several turns: `say` feeds what the cache does not hold yet. Arguments as of `complete`."""
+        from ..runtime.conversation import Conversation
+        from ..runtime.text import BundleText
+
+        check_choices(provider=provider)
+        text, runner = BundleText(self.folder), Session(self._open(provider, low_memory, threads, exact))
+        if adapter is not None:
+            runner.use_adapter(adapter)
+        return Conversation(runner.inner, text, self.manifest.tokens.get("eos", ()), system, chat_template,
+                            template_args)
+
+    def _extras(self, stop: Sequence[str], hook: Callable[[int, npt.NDArray[np.float32]], None] | None,
+                logprobs: int | None, json_schema: Place | None, speculate: Speculate | None) -> Extras:
+        from ..runtime.completion import Extras
+        from ..runtime.guidance import json_guide
+        from ..runtime.speculation import KINDS, Draft
+
+        check_choices(speculate=speculate)
+        guide = None
+        if json_schema is not None:
+            guide = json_guide(self.folder, Path(json_schema), self.manifest.tokens.get("eos", ()))
+        draft = Draft(KINDS[speculate], self.manifest.verify_width) if speculate else None
+        return Extras(tuple(stop), hook, logprobs, guide, draft)
 
     def _open(self, provider: str, low_memory: bool, threads: int | None, exact: bool) -> InnerSession:
         from ..runtime.open_session import open_bundle as open_inner

@@ -22,6 +22,7 @@ Grouping = Literal["contiguous", "similarity"]
 Activations = Literal["int8", "exact"]
 KvCodes = Literal["int8", "int4"]
 Head = Literal["int8", "same", "none"]
+Speculate = Literal["ngram"]
 Place = str | Path
 """a file or folder"""
 
@@ -29,7 +30,7 @@ SETS: dict[str, Any] = {
     "target": Target, "dtype": Dtype, "cache": Cache, "weights": Weights, "logits": Logits, "provider": Provider,
     "level": Level, "flavor": Flavor, "attention": Attention, "method": Method, "grouping": Grouping,
     "as_dtype": Literal["fp32"], "activations": Activations, "head": Head,
-    "kv_cache": KvCodes, "block": Literal[16, 32, 64, 128, 256]}
+    "kv_cache": KvCodes, "block": Literal[16, 32, 64, 128, 256], "speculate": Speculate}
 """the closed set of each option that has one"""
 
 

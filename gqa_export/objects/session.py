@@ -29,6 +29,23 @@ class Session:
         """Tokens in the cache of each sequence, [batch]. A copy."""
         return self.inner.lengths
 
+    def use_adapter(self, name: str | None) -> None:
+        """Switch to a LoRA adapter of the bundle, or to none, for all rows. Empties the cache, which was made with
+        another.
+
+        Args:
+            name: of the adapter, which is that of its folder; None is the base model.
+
+        Raises:
+            GqaExportError: the bundle has no adapter of this name, or is an engine.
+        """
+        switch = getattr(self.inner, "use_adapter", None)
+        if switch is None:
+            raise GqaExportError("an engine cannot switch between adapters", "use_adapter",
+                                 "export the checkpoint with --merge-lora DIR and build an engine of that",
+                                 code="E-RUN-ADAPTER")
+        switch(name)
+
     def reset(self, batch: int = 1) -> None:
         """Empty the cache, for `batch` sequences."""
         self.inner.reset(batch)

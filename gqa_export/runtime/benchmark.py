@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ..bundle.graph_file import read_graph
 from ..bundle.manifest import read_manifest
+from ..engine.kernels import weight_bytes_read
 from ..environment.machine import peak_bytes
 from ..errors import GqaExportError
 from ..progress import Progress, silent
@@ -44,6 +46,8 @@ class Speed:
     anonymous_before_mib: float | None
     anonymous_mib: float | None
     peak_mib: float | None
+    weight_bytes_per_token: int = 0
+    """weights that a decode step reads; 0 for an engine"""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -95,7 +99,8 @@ def measure(folder: Path | str, *, prompt_tokens: int, new_tokens: int, batch: i
     steps = [result.decode_s / result.decode_steps for result in results if result.decode_steps]
     return Speed(str(folder), manifest.target, manifest.dtype, manifest.cache, prompt_tokens, new_tokens, batch,
                  load_s, statistics.median(prefill), statistics.median(decode),
-                 1000 * statistics.median(steps) if steps else 0.0, prefill, decode, before, loaded, peak_mib())
+                 1000 * statistics.median(steps) if steps else 0.0, prefill, decode, before, loaded, peak_mib(),
+                 0 if manifest.engine else weight_bytes_read(read_graph(Path(folder))))
 
 
 def anonymous_mib() -> float | None:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GqaExportError
-from .generate import GenerationResult, Sampling, generate
+from .generate import STOPPED, GenerationResult, generate
+from .sampling import Hook, Sampling, TokenLogprob
+from .stop_strings import StopStrings
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from .guidance import Guide
     from .session import Session
+    from .speculation import Draft
     from .text import BundleText
+
+
+STOP, COMPLETE = "stop string", "grammar complete"
 
 
 @dataclass(frozen=True)
@@ -22,9 +31,11 @@ class Completion:
         text: the new tokens as text, special tokens left out; None where the bundle has no tokenizer.
         prompt_tokens: ids of the prompt, as they were fed.
         tokens: ids of the new tokens, the end token included.
-        finish: why it stopped: "end token", "token limit" or "cache full".
+        finish: why it stopped: "end token", "token limit", "cache full", "stop string" or "grammar complete".
         prefill_s: seconds until the first new token was known. decode_s: seconds for the others.
         decode_steps: calls of the graph after the prompt.
+        drafted, accepted: tokens that speculation guessed, and those of them that were right.
+        logprobs: of each new token, where they were wanted.
     """
 
     text: str | None
@@ -36,10 +47,15 @@ class Completion:
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     decode_steps: int
+    drafted: int = 0
+    accepted: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON."""
-        return {name: value for name, value in asdict(self).items() if name != "decode_steps"}
+        left_out = {"decode_steps", *(() if self.drafted else ("drafted", "accepted")),
+                    *(() if self.logprobs else ("logprobs",))}
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 def prompt_ids(prompt: str | None, token_ids: list[int] | None, chat: bool, system: str | None,
@@ -84,9 +100,30 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What a completion may have beside its sampling.
+
+    Attributes:
+        stop: texts that end it; they are not part of the answer.
+        hook: see `generate`.
+        logprobs: see `generate`.
+        guide: a grammar: it is the hook, and is told of each token.
+        draft: see `generate`.
+        cached: see `generate`.
+    """
+
+    stop: Sequence[str] = ()
+    hook: Hook | None = None
+    logprobs: int | None = None
+    guide: Guide | None = None
+    draft: Draft | None = None
+    cached: int = 0
+
+
 def complete(session: Session, ids: list[int], text: BundleText | None, *, max_new_tokens: int,
              end_tokens: Collection[int] = (), sampling: Sampling | None = None,
-             on_text: Callable[[str], None] | None = None) -> Completion:
+             on_text: Callable[[str], None] | None = None, extras: Extras | None = None) -> Completion:
     """Continue one prompt.
 
     Args:
@@ -97,21 +134,47 @@ def complete(session: Session, ids: list[int], text: BundleText | None, *, max_n
         end_tokens: stop after one of these.
         sampling: how a token is chosen; None is greedy.
         on_text: called with each piece of text as soon as it is certain.
+        extras: None: none of them.
 
     Raises:
-        GqaExportError: before anything is run, for a prompt that does not fit; and for logits that are not numbers.
+        GqaExportError: before anything is run, for a prompt that does not fit, and for stop strings without a
+            tokenizer; and for logits that are not numbers.
     """
+    extras = extras or Extras()
+    if extras.stop and text is None:
+        raise GqaExportError("stop strings need the bundle's tokenizer, and it has none", "--stop",
+                             "leave them out, or export a checkpoint with a tokenizer", code="E-OPTION-STOP")
     stream = text.stream() if text is not None else None
+    stops = StopStrings(extras.stop)
+    complete_grammar = False
 
-    def on_token(_row: int, token: int) -> None:
-        piece = stream.push(token) if stream is not None else f"{token} "
+    def show(piece: str) -> None:
         if piece and on_text is not None:
             on_text(piece)
 
-    result: GenerationResult = generate(session, [ids], max_new_tokens, end_tokens, on_token, sampling=sampling)
-    rest = stream.flush() if stream is not None else ""
-    if rest and on_text is not None:
-        on_text(rest)
+    def on_token(row: int, token: int) -> bool:
+        nonlocal complete_grammar
+        show(stops.push(stream.push(token) if stream is not None else f"{token} "))
+        if extras.guide is not None:
+            complete_grammar = extras.guide.accept(token)
+        return not stops.found and not complete_grammar
+
+    def hook(row: int, logits: np.ndarray) -> None:
+        if extras.hook is not None:
+            extras.hook(row, logits)
+        if extras.guide is not None:
+            extras.guide.mask(logits)
+
+    result: GenerationResult = generate(
+        session, [ids], max_new_tokens, end_tokens, on_token, sampling=sampling, logprobs=extras.logprobs,
+        hook=hook if extras.hook or extras.guide else None, draft=extras.draft, cached=extras.cached)
+    show(stops.push(stream.flush() if stream is not None else ""))
+    show(stops.flush())
+    finish = result.finish[0]
+    if finish == STOPPED:
+        finish = STOP if stops.found else COMPLETE
+    answer = text.decode(result.tokens[0]) if text is not None else None
     return Completion(
-        text.decode(result.tokens[0]) if text is not None else None, ids, result.tokens[0], result.finish[0],
-        result.prefill_s, result.decode_s, result.prefill_tokens_per_s, result.tokens_per_s, result.decode_steps)
+        stops.cut(answer) if answer is not None else None, ids, result.tokens[0], finish,
+        result.prefill_s, result.decode_s, result.prefill_tokens_per_s, result.tokens_per_s, result.decode_steps,
+        result.drafted, result.accepted, tuple(result.logprobs[0]) if result.logprobs else ())

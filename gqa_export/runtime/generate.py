@@ -8,46 +8,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..errors import GqaExportError
 from .rows import rope_switch
+from .sampling import Chooser, Hook, Sampling, TokenLogprob
 from .session import Session
+from .speculation import Draft, draft_room
 
 PREFILL_PIECE = 512
 """tokens fed at once: 512 rows of a 150k vocabulary are 0.3 GB of fp32 logits"""
 
-END, LIMIT, FULL = "end token", "token limit", "cache full"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, good, fix in (
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (all) or more"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
-            ("seed", self.seed is None or self.seed >= 0, "0 or more"),
-        ):
-            if not good:
-                raise GqaExportError(f"{name} is out of range: {getattr(self, name)}",
-                                     "--" + name.replace("_", "-"), f"use {fix}", code="E-OPTION-SAMPLING")
+END, LIMIT, FULL, STOPPED = "end token", "token limit", "cache full", "stopped"
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """tokens: new ones per sequence, end token included. finish: why each stopped (END, LIMIT or FULL).
+    """tokens: new ones per sequence, end token included. finish: why each stopped (END, LIMIT, FULL or STOPPED).
 
     prefill_s: until the first token was known; decode_s: the rest. decode_steps: calls of the graph after prefill.
+    drafted, accepted: tokens that were guessed, and those of them that the model would have chosen. logprobs: of every
+    token, if they were wanted.
     """
 
     tokens: list[list[int]]
@@ -56,6 +39,9 @@ class GenerationResult:
     prefill_s: float
     decode_s: float
     decode_steps: int
+    drafted: int = 0
+    accepted: int = 0
+    logprobs: list[list[TokenLogprob]] = field(default_factory=list)
 
     @property
     def decoded(self) -> int:
@@ -74,8 +60,9 @@ class GenerationResult:
 
 
 def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-             eos_token_ids: Collection[int] = (), on_token: Callable[[int, int], None] | None = None, *,
-             sampling: Sampling | None = None, prefill_piece: int = PREFILL_PIECE) -> GenerationResult:
+             eos_token_ids: Collection[int] = (), on_token: Callable[[int, int], bool | None] | None = None, *,
+             sampling: Sampling | None = None, prefill_piece: int = PREFILL_PIECE, hook: Hook | None = None,
+             logprobs: int | None = None, draft: Draft | None = None, cached: int = 0) -> GenerationResult:
     """Continue each prompt until an end token, the token limit or a full cache.
 
     A sequence that is done rides along with the others; its cache is of no use after.
@@ -85,41 +72,50 @@ def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens:
     `generate` of transformers does for these models.
 
     Args:
-        session: reset first.
+        session: reset first, unless `cached`.
         prompts: token ids of each sequence, one or more.
         max_new_tokens: of each sequence.
         eos_token_ids: a sequence ends with one of these.
-        on_token: called with (sequence, token) as soon as a token is known, end tokens included.
+        on_token: called with (sequence, token) as soon as a token is known, end tokens included; False ends the
+            sequence.
         sampling: how a token is chosen; None is greedy.
         prefill_piece: tokens of a prompt that are fed at once.
+        hook: called with (sequence, logits [vocabulary]) before each choice; it may change the logits in place.
+        logprobs: log-probabilities of each token and of this many best ones; None: none.
+        draft: guesses tokens that are then checked in one step (`speculation`); the tokens stay the same.
+        cached: tokens at the beginning of the only prompt that the session holds already.
 
     Raises:
-        GqaExportError: before anything is run, for a prompt that is empty or does not fit; and for NaN logits.
+        GqaExportError: before anything is run, for a prompt that is empty or does not fit, and for a draft that this
+            session cannot check; and for NaN logits.
     """
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     _check(lengths, session.capacity, max_new_tokens)
-    choose = _Chooser(sampling or Sampling())
+    if draft is not None:
+        draft.check(session, len(prompts))
+    choose = Chooser(sampling or Sampling(), hook, logprobs)
     ends = frozenset(eos_token_ids)
     tokens: list[list[int]] = [[] for _ in prompts]
     finish = [""] * len(prompts)
 
-    def take(logits: np.ndarray) -> None:
+    def take(logits: np.ndarray, held: np.ndarray) -> None:
+        """Choose a token for every sequence that goes on, whose cache holds `held` tokens."""
         active = np.array([not f for f in finish])
         if np.isnan(logits[active]).any():
             raise GqaExportError("the logits are NaN", f"after {len(max(tokens, key=len))} new tokens",
                                  _fix_for_nan(session),
                                  code="E-RUN-NAN")
-        for row, token in enumerate(choose(logits).tolist()):
-            if finish[row]:
-                continue
+        for row in np.flatnonzero(active).tolist():
+            token = choose(row, logits[row], (prompts[row], tokens[row]))
             tokens[row].append(token)
-            if on_token is not None:
-                on_token(row, token)
+            go_on = on_token is None or on_token(row, token) is not False
             if token in ends:
                 finish[row] = END
+            elif not go_on:
+                finish[row] = STOPPED
             elif len(tokens[row]) >= max_new_tokens:
                 finish[row] = LIMIT
-            elif session.lengths[row] >= session.capacity:
+            elif held[row] >= session.capacity:
                 finish[row] = FULL
 
     switch = rope_switch(session)
@@ -127,23 +123,48 @@ def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens:
     if leaf:  # pieces that end at leaves are approximated as the whole prompt would be
         prefill_piece = -(-prefill_piece // leaf) * leaf
     started = time.perf_counter()
-    take(_prefill(session, prompts, prefill_piece, switch))
+    take(_prefill(session, prompts, prefill_piece, switch, cached), session.lengths)
     prefilled = time.perf_counter()
-    steps = 0
+    steps = drafted = accepted = 0
     while not all(finish):
         going = np.array([not f for f in finish])
         if switch and (going & (session.lengths == switch)).any():
-            take(_prefill(session, _so_far(session, prompts, tokens, going), prefill_piece, switch))
+            take(_prefill(session, _so_far(session, prompts, tokens, going), prefill_piece, switch), session.lengths)
             steps += 1
+            continue
+        guess: list[int] = []
+        if draft is not None:
+            room = draft_room(int(session.lengths[0]), session.capacity, switch, max_new_tokens - len(tokens[0]))
+            guess = draft.tokens([*prompts[0], *tokens[0]], room)
+        if guess:
+            right = _checked(session, tokens[0][-1], guess, tokens[0], take, finish)
+            drafted, accepted, steps = drafted + len(guess), accepted + right, steps + 1
             continue
         ids = np.array([[row[-1]] for row in tokens], dtype=np.int64)
         # a finished sequence with a full cache can bring nothing more; others ride along: a batch whose rows all
         # bring one token is what every backend does in one call
         new = np.where(~going & (session.lengths >= session.capacity), 0, 1)
-        take(session.step(ids, new).logits[:, 0])
+        take(session.step(ids, new).logits[:, 0], session.lengths)
         steps += 1
     ended = time.perf_counter()
-    return GenerationResult(tokens, finish, int(lengths.sum()), prefilled - started, ended - prefilled, steps)
+    return GenerationResult(tokens, finish, int(lengths.sum()) - cached, prefilled - started, ended - prefilled, steps,
+                            drafted, accepted, choose.logprobs(len(prompts)))
+
+
+def _checked(session: Session, last: int, guess: list[int], tokens: list[int],
+             take: Callable[[np.ndarray, np.ndarray], None], finish: list[str]) -> int:
+    """Feed the last token and a guess of those after it, and take what the model chooses, up to the first token that
+    was not guessed. The cache then holds what it would hold without the guess. How many were right."""
+    before = int(session.lengths[0])
+    logits = session.step(np.array([[last, *guess]], dtype=np.int64)).logits
+    right = 0
+    for place in range(len(guess) + 1):
+        take(logits[:, place], np.array([before + 1 + place]))
+        if finish[0] or place == len(guess) or tokens[-1] != guess[place]:
+            break
+        right += 1
+    session.rewind_row(0, before + 1 + right)
+    return right
 
 
 def _fix_for_nan(session: Session) -> str:
@@ -171,11 +192,17 @@ def _so_far(session: Session, prompts: Sequence[Sequence[int]], tokens: list[lis
     return [row if more else row[: int(held)] for row, more, held in zip(whole, going, session.lengths)]
 
 
-def _prefill(session: Session, prompts: Sequence[Sequence[int]], piece: int, switch: int) -> np.ndarray:
-    """Feed all prompts; the logits [B, V] of each one's last token. switch: a prompt of more tokens is fed at once."""
-    session.reset(len(prompts))
+def _prefill(session: Session, prompts: Sequence[Sequence[int]], piece: int, switch: int,
+             cached: int = 0) -> np.ndarray:
+    """Feed all prompts; the logits [B, V] of each one's last token. switch: a prompt of more tokens is fed at once.
+    cached: tokens of the only prompt that are there already, fewer than all."""
+    if cached:
+        session.rewind_row(0, cached)
+        prompts = [prompts[0][cached:]]
+    else:
+        session.reset(len(prompts))
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-    if 0 < switch < lengths.max():
+    if 0 < switch < lengths.max() + cached:
         piece = int(lengths.max())
     last: list[np.ndarray] = [np.empty(0)] * len(prompts)
     for start in range(0, int(lengths.max()), piece):
@@ -189,28 +216,3 @@ def _prefill(session: Session, prompts: Sequence[Sequence[int]], piece: int, swi
                 # a bundle made with --logits last answers with one row only
                 last[row] = logits[row, count - 1 if logits.shape[1] > 1 else 0]
     return np.stack(last)
-
-
-class _Chooser:
-    """Logits [B, V] to tokens [B]."""
-
-    def __init__(self, sampling: Sampling) -> None:
-        self._sampling, self._random = sampling, np.random.default_rng(sampling.seed)
-
-    def __call__(self, logits: np.ndarray) -> np.ndarray:
-        if self._sampling.temperature == 0:
-            return logits.argmax(axis=-1)
-        return np.array([self._sample(row) for row in logits], dtype=np.int64)
-
-    def _sample(self, logits: np.ndarray) -> int:
-        """Temperature, then the top_k most probable, then the smallest set whose probability reaches top_p."""
-        s = self._sampling
-        order = np.argsort(-logits, kind="stable")
-        order = order[: s.top_k] if s.top_k else order
-        apart = logits[order].astype(np.float64) - float(logits[order[0]])
-        with np.errstate(over="ignore"):  # a tiny temperature is greedy
-            p = np.exp(apart / s.temperature)
-        p /= p.sum()
-        keep = np.cumsum(p) - p < s.top_p
-        p = p[keep] / p[keep].sum()
-        return int(self._random.choice(order[keep], p=p))

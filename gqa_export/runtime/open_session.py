@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..bundle.manifest import read_manifest
 from ..errors import GqaExportError
 from .session import Session
+
+if TYPE_CHECKING:
+    from .sampling import Sampling
+    from .tensorrt.session import EngineSession
 
 
 def open_bundle(folder: Path | str, provider: str = "auto", *, low_memory: bool = False, threads: int = 0,
@@ -25,7 +32,8 @@ def open_bundle(folder: Path | str, provider: str = "auto", *, low_memory: bool 
         NotCheckedHere: this machine cannot run it.
         GqaExportError: an option that an engine does not take.
     """
-    if read_manifest(folder).engine is None:
+    manifest = read_manifest(folder)
+    if manifest.engine is None:
         from .ort.session import OrtSession
 
         return OrtSession.load(folder, provider, low_memory=low_memory, threads=threads, approximate=not exact)
@@ -34,6 +42,30 @@ def open_bundle(folder: Path | str, provider: str = "auto", *, low_memory: bool 
         if given:
             raise GqaExportError("an engine runs as it was built, on the GPU", option, f"leave out {option}",
                                  code="E-OPTION-ENGINE")
+    return open_engine(folder)
+
+
+def open_engine(folder: Path | str) -> EngineSession:
+    """An engine bundle in TensorRT; of one that is cut over ranks, the rank of this process.
+
+    Raises:
+        InvalidBundle: the bundle is damaged, or for another GPU or library.
+        GqaExportError: there are not as many processes as ranks, or another rank failed.
+        NotCheckedHere: this machine cannot run it.
+    """
+    if read_manifest(folder).parallel is not None:
+        from .tensorrt.ranks import open_ranks
+
+        return open_ranks(folder)
     from .tensorrt.session import EngineSession
 
     return EngineSession.load(folder)
+
+
+def with_shared_seed(session: Session, sampling: Sampling) -> Sampling:
+    """The sampling as it is on every rank: where no seed was given, rank 0's."""
+    from .tensorrt.ranks import RankSession
+
+    if sampling.seed is None and sampling.temperature and isinstance(session, RankSession):
+        return replace(sampling, seed=session.shared_seed(secrets.randbelow(1 << 31)))
+    return sampling

@@ -111,6 +111,26 @@ class RowSlots:
             self._marks[row][length] = self._states_of(row)
         return length
 
+    def nearest_length(self, row: int, length: int) -> int:
+        """The largest length, at most `length`, to which a row can go back.
+
+        Args:
+            row: 0 .. batch - 1.
+            length: wanted.
+
+        Raises:
+            GqaExportError: there is no such row.
+        """
+        self._check_row(row)
+        held, switch = int(self._lengths[row]), rope_switch(self)
+        if length >= held:
+            return held
+        if 0 < length <= switch < held:
+            return 0
+        if not self._has_states():
+            return max(0, length)
+        return max((mark for mark in self._marks[row] if mark <= length), default=0)
+
     def _check_row(self, row: int) -> None:
         batch = len(self._lengths)
         if isinstance(row, bool) or not isinstance(row, (int, np.integer)) or not 0 <= row < batch:

@@ -65,6 +65,9 @@ class Session(Protocol):
     def mark_row(self, row: int) -> int:
         """Keep the states of a row, so that it can come back to its present length."""
 
+    def nearest_length(self, row: int, length: int) -> int:
+        """The largest length, at most `length`, to which a row can go back."""
+
     def states(self) -> list[np.ndarray]:
         """Every state of fixed size, [B, *shape], in the order of `spec.states`; copies."""
 

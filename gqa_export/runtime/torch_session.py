@@ -84,6 +84,19 @@ class TorchSession(RowSlots):
         finally:
             self._modes = before
 
+    @contextmanager
+    def attending(self, implementation: str) -> Iterator[Any]:
+        """Inside, the model that is given has this attention, and this session's number format."""
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation(implementation)
+        try:
+            with ExitStack() as stack:
+                for mode in self._modes:
+                    stack.enter_context(mode)
+                yield self.model
+        finally:
+            self.model.set_attn_implementation(before)
+
     def reset(self, batch: int) -> None:
         """Empty caches for `batch` sequences."""
         self._begin_rows(batch)

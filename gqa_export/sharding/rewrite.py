@@ -108,7 +108,9 @@ class RankGraph:
         if is_attention(node):
             self._heads(node, copy)
         elif node.op_type in ("Reshape", "Expand") and node.output[0] in cuts:
-            copy.input[1] = self._shape(node, cuts[node.output[0]])
+            copy.input[1] = self._shape(node, cuts[node.output[0]], node.input[1])
+        elif node.op_type == "ConstantOfShape" and node.output[0] in cuts:
+            copy.input[0] = self._shape(node, cuts[node.output[0]], node.input[0])
         elif node.op_type == "Split" and node.input[0] in cuts and any(
                 axis == cuts[node.input[0]].axis for _, axis, _, _ in pieces(self.view, node)):
             self._split(node, copy, cuts[node.input[0]])
@@ -161,15 +163,15 @@ class RankGraph:
         assert number is not None
         return number
 
-    def _shape(self, node: onnx.NodeProto, cut: Cut) -> str:
+    def _shape(self, node: onnx.NodeProto, cut: Cut, given: str) -> str:
         """The shape that a Reshape or Expand gives, with the rank's number on the cut axis."""
-        numbers, size = self.view.numbers(node.input[1]), cut.size(self.rank)
+        numbers, size = self.view.numbers(given), cut.size(self.rank)
         place = cut.axis - (len(self.view.shape(node.output[0])) - len(numbers) if numbers is not None else 0)
         if numbers is not None:
             if place < 0 or numbers[place] in (0, -1, 1):
-                return node.input[1]
+                return given
             return self.numbers([*numbers[:place], size, *numbers[place + 1:]])
-        maker = self.view.made_by.get(node.input[1])
+        maker = self.view.made_by.get(given)
         if maker is None or maker.op_type != "Concat":
             raise UnsupportedModel(f"the shape of {label(node)} is computed, and an axis of it is cut", label(node),
                                    FIX, code="E-MODEL-SHARD-RULE")

@@ -209,13 +209,39 @@ def attention(view: View, node: onnx.NodeProto, cuts: Cuts) -> dict[str, Cut]:
     return {}
 
 
+def scatter(view: View, node: onnx.NodeProto, cuts: Cuts) -> dict[str, Cut]:
+    """ScatterND by one index: the axis that it writes along is whole, the others are cut alike."""
+    data, index, updates, out = node.input[0], node.input[1], node.input[2], node.output[0]
+    places = len(view.shape(index)) - 1
+    if index in cuts or view.size(index, places) != 1:
+        raise CannotShard(label(node), "it writes by an index that is cut, or by several")
+    axes = {cuts[name].axis: cuts[name] for name in (data, out) if name in cuts}
+    if updates in cuts:
+        axes[cuts[updates].axis - places + 1] = cuts[updates]
+    found: dict[str, Cut] = {}
+    for axis, cut in axes.items():
+        if axis < 1:
+            raise CannotShard(label(node), "it writes along the axis that is cut")
+        found.update({data: cut.at(axis), out: cut.at(axis), updates: cut.at(axis - 1 + places)})
+    return found
+
+
+def made_whole(view: View, node: onnx.NodeProto, cuts: Cuts) -> dict[str, Cut]:
+    """ConstantOfShape: made in the size that each rank has."""
+    return {}
+
+
 def nothing(view: View, node: onnx.NodeProto, cuts: Cuts) -> dict[str, Cut]:
     """Shape: sizes of axes that are not cut."""
     cut = cuts.get(node.input[0])
     if cut is not None:
         rank = len(view.shape(node.input[0]))
         start, end = attribute(node, "start", 0), attribute(node, "end", rank)
-        if slice(start, end).indices(rank)[0] <= cut.axis < slice(start, end).indices(rank)[1]:
+        first, last, _ = slice(start, end).indices(rank)
+        readers = view.read_by.get(node.output[0], [])
+        picked = [view.numbers(reader.input[1]) if reader.op_type == "Gather" else None for reader in readers]
+        others = bool(readers) and all(each is not None and cut.axis - first not in each for each in picked)
+        if first <= cut.axis < last and not others:
             raise CannotShard(label(node), "it reads the size of the axis that is cut")
     return {}
 
@@ -234,7 +260,7 @@ RULES: dict[str, Rule] = {
     "Expand": expand, "Slice": taken, "Split": taken, "Concat": concat, "MatMul": matmul,
     **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"), reduction),
     **dict.fromkeys(("Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization"), along_last),
-    "Gather": gather, "GatherND": gather, "Shape": nothing,
+    "Gather": gather, "GatherND": gather, "ScatterND": scatter, "ConstantOfShape": made_whole, "Shape": nothing,
 }  # fmt: skip
 """operator -> its rule"""
 

@@ -10,6 +10,7 @@ from ..lowering.prepare import prepare
 from ..targets import get_target
 from .flow import Flow, follow
 from .plan import Plan, plan_sharding
+from .products import plain_products
 from .rewrite import RankGraph
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def shard(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions, ranks:
     Raises:
         UnsupportedModel: it cannot be cut; names the layer and the operator.
     """
+    model = plain_products(model)
     typed = prepare(model, (), Context(spec, get_target(options.target), options, model))
     plan = plan_sharding(typed, spec, ranks)
     return Sharded(model, plan, follow(plan))

@@ -59,7 +59,7 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
     if inspect:
         inspect(meta_model)
     regime = rotary.settle(meta_model, capacity)
-    probed = probe_layers(config, meta_model)
+    probed = probe_layers(config, meta_model, capacity)
     spec = replace(probed.spec, rope_switch=regime.switch)
     if accept:
         accept(spec)

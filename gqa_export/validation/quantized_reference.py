@@ -12,6 +12,7 @@ import torch
 from ..bundle.quantization import PLAIN, Quantization
 from ..errors import GqaExportError, InvalidBundle
 from ..progress import silent
+from ..quantizing.importance import FILE, read_importance
 
 if TYPE_CHECKING:
     from ..bundle.manifest import Manifest
@@ -23,13 +24,16 @@ KEPT = ("keep", "dequantize")
 """methods that leave a checkpoint's values as they are: PyTorch loads what it holds"""
 
 
-def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = None) -> dict[str, QuantizedMatrix]:
+def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = None,
+                folder: Path | None = None) -> dict[str, QuantizedMatrix]:
     """The matrices that the export made of a checkpoint's weights, made again. Nothing is taken from the bundle but,
-    for each weight, its bits and block.
+    for each weight, its bits and block, and how much errors of its columns counted: measured again, by other threads,
+    that differs in its last bits, and some codes with it.
 
     Args:
         checkpoint: that was exported. manifest: of the bundle.
-        text: the calibration text, where the export had one.
+        text: the calibration text, where the export had one and the bundle does not hold what it said.
+        folder: of the bundle.
 
     Raises:
         GqaExportError: the export had a calibration text, and it is missing or another one.
@@ -42,7 +46,9 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
     if quantization is None or quantization.method in KEPT:
         return {}
     importance: dict[str, Any] = {}
-    if quantization.calibration:
+    if quantization.calibration and folder is not None and FILE in manifest.files:
+        importance = read_importance(folder)
+    elif quantization.calibration:
         importance = _importance(checkpoint, quantization, text)
     parameters = dict(load_model(checkpoint, "float32").named_parameters())
     found = {}

@@ -20,6 +20,7 @@ from ..bundle.manifest import MANIFEST, MODEL, Manifest
 from ..bundle.parallel import ParallelFacts
 from ..files.scratch import scratch_folder
 from ..runtime.session import Session, Step
+from ..runtime.tensorrt.ranks import launched_rank
 from ..sharding.merge import held_heads_of, merge, merged_spec
 from ..spec import ModelSpec
 from ..targets import get_target
@@ -62,6 +63,14 @@ def link_files(folder: Path, place: Path, names: Iterable[str]) -> None:
             os.link(source, copy)
         except OSError:
             shutil.copy2(source, copy)  # with its time, which the manifest records
+
+
+def held_here(manifest: Manifest) -> ParallelFacts | None:
+    """The ranks whose heads a bundle's cache has here: all of a merged graph, of an engine this process's own."""
+    parallel = manifest.parallel
+    if parallel is None or manifest.engine is None:
+        return parallel
+    return replace(parallel, ranks=(parallel.ranks[launched_rank()],))
 
 
 def with_held_heads(parallel: ParallelFacts | None, session: Session) -> Session:
@@ -129,6 +138,10 @@ class HeldHeads:
     def mark_row(self, row: int) -> int:
         """See `Session.mark_row`."""
         return self._session.mark_row(row)
+
+    def nearest_length(self, row: int, length: int) -> int:
+        """See `Session.nearest_length`."""
+        return self._session.nearest_length(row, length)
 
     def states(self) -> list[np.ndarray]:
         """As of the session."""

@@ -69,7 +69,7 @@ def runnable(stack: ExitStack, folder: Path, manifest: Manifest, ran_dtype: str,
 
 
 def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dtype: str, notes: list[str],
-                   calibrate: Path | None = None) -> Reference:
+                   calibrate: Path | None = None, folder: Path | None = None) -> Reference:
     """Open a checkpoint for comparison with bundles like this one.
 
     Args:
@@ -78,6 +78,7 @@ def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dty
         ran_dtype: number format in which the bundle is run: "float32", "float16" or "bfloat16".
         notes: takes a line where there is no room for fp64.
         calibrate: the calibration text of a bundle whose weights were quantized with one.
+        folder: of the bundle, which may hold what that text said.
 
     Raises:
         InvalidCheckpoint: it cannot be read, or its own logits are NaN.
@@ -88,7 +89,7 @@ def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dty
 
     checkpoint = open_for(manifest, against)
     session, eager, dtype = pytorch_sessions(checkpoint, manifest, ran_dtype, notes)
-    matrices = requantized(checkpoint, manifest, calibrate)
+    matrices = requantized(checkpoint, manifest, calibrate, folder)
     models: list[Any] = [session, *([eager] if eager is not None else [])]
     put_quantized((one.model for one in models), matrices)
     return Reference(session, eager, dtype, session.model, observed_facts(session, str(against)),

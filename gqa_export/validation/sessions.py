@@ -163,14 +163,30 @@ def choose_bundle_provider(manifest: Manifest, wanted: str, ran_dtype: str) -> s
 
 def load_engine(folder: Path, provider: str, as_dtype: str | None) -> tuple[Session, FillGarbage]:
     """An engine bundle's session, and what fills its unused cache with garbage. Raises as `EngineSession.load`."""
-    from ..runtime.tensorrt.session import EngineSession
+    from ..runtime.open_session import open_engine
 
     for option, given in (("--as", as_dtype), ("--provider", provider != "auto")):
         if given:
             raise GqaExportError("an engine is compared as it was built, on the GPU", option, f"leave out {option}",
                                  code="E-OPTION-ENGINE")
-    session = EngineSession.load(folder)
+    session = open_engine(folder)
     return session, session.fill_garbage
+
+
+def use_adapter(session: Any, manifest: Manifest, against: Any, as_dtype: str | None) -> None:
+    """Let a bundle that can switch use the adapter that the checkpoint was opened with. Of another bundle it is merged.
+
+    Raises:
+        GqaExportError: the bundle has other adapters only.
+        NotCheckedHere: the fp32 twin has none.
+    """
+    adapter = getattr(against, "adapter", None)
+    if adapter is None or not manifest.source.get("adapters"):
+        return
+    if as_dtype is not None:
+        raise NotCheckedHere("the fp32 twin of a bundle has no adapters", "--as, --lora",
+                             "export it with --dtype fp32 to compare adapters", code="E-VALIDATE-ADAPTER")
+    session.use_adapter(adapter.name)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..bundle.attention_claims import check_claims
 from ..bundle.integrity import check_belongs, check_files
+from ..bundle.long_facts import PREFILL
 from ..bundle.manifest import Manifest, read_manifest
 from ..checkpoint.checkpoint import Checkpoint
 from ..compare.suite import STEPS, plan_suite
@@ -23,11 +24,13 @@ from ..errors import GqaExportError
 from ..progress import Progress, silent
 from ..targets import get_target
 from .accuracy_level import rounds_activations
+from .long_cases import judge_long
 from .loss import LossRequest, measure_loss
 from .parts import EXACT, Comparison, activations_of, exact_session
+from .ranks import held_here
 from .reference import Reference, open_reference, runnable, with_ranks
 from .refusals import judge_refusals
-from .sessions import bundle_session, choose_bundle_provider, load_engine, torch_threads
+from .sessions import bundle_session, choose_bundle_provider, load_engine, torch_threads, use_adapter
 from .suite_setting import check_tokenizer, setting_of
 from .untrusted import logits_of_last_token, nan_tail_safe, takes_whole_row_masks
 
@@ -84,27 +87,35 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         stack.enter_context(torch_threads(manifest))
         ran, where, target = runnable(stack, folder, manifest, ran_dtype, notes, report)
         rounds = provider == "cpu" and not built and rounds_activations(where, ran)
-        known = reference or open_reference(against, manifest, ran_dtype, notes, loss.calibrate)
+        known = reference or open_reference(against, manifest, ran_dtype, notes, loss.calibrate, folder)
         check_belongs(manifest.spec, known.shown, f"{folder} against {against}")
         report("loading the bundle", None, None)
         setting = setting_of(manifest, folder, steps or STEPS.get(level, 32), text, known.model)
         setting.nan_tail_safe = target.nan_tail_safe or (not built and nan_tail_safe(where))
         setting.whole_row_masks = target.whole_row_masks or (not built and takes_whole_row_masks(where))
         plan = plan_suite(setting, level)
-        if manifest.parallel is not None:
-            known = with_ranks(known, manifest.parallel)
+        if (held := held_here(manifest)) is not None:
+            known = with_ranks(known, held)
         comparison = Comparison(known, plan, ran, last_only, ran_dtype, notes, report)
         with ExitStack() as opened:
             session, fill_garbage = engine or exact_session(opened, where, ran, provider, notes, target)
+            use_adapter(session, manifest, against, as_dtype)
             cases, overflow = comparison.exact(session, fill_garbage, EXACT if rounds else "")
             if not rounds:
                 cases += (judge_refusals(session, resizable=not setting.literal),)
                 measured = measure_loss(loss, session, manifest, folder, known, notes, report)
         if rounds:
             session, fill_garbage = stack.enter_context(bundle_session(where, ran, provider, notes, target))
+            use_adapter(session, manifest, against, as_dtype)
             cases += comparison.shipped(session, fill_garbage)
             cases += (judge_refusals(session, resizable=not setting.literal),)
             measured = measure_loss(loss, session, manifest, folder, known, notes, report)
+        if manifest.long is not None:
+            if ran_dtype == manifest.dtype:
+                judged = list(judge_long(folder, manifest, provider, known, ran_dtype, level, report))
+                cases, notes = (*cases, *(case for case, _ in judged)), [*notes, *(line for _, line in judged)]
+            else:
+                notes.append(f"{PREFILL} was not compared: it is {manifest.dtype}, and an fp32 twin was run")
     if check_hashes:
         notes += _hash_notes(manifest, unhashed)
     return Verdict(

@@ -20,5 +20,7 @@ def add_packed(store: WeightStore, matrices: Mapping[str, QuantizedMatrix],
     for name, wanted in parts.items():
         packers: dict[str, Packer] = {}
         for recipe, (form, part) in wanted.items():
+            if recipe in store:
+                continue  # a second graph reads the same
             packer = packers.setdefault(form.key, Packer(matrices[name], form))
             store.add(recipe, PackedSource(packer, part))

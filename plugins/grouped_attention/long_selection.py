@@ -145,6 +145,11 @@ class Selection:
     query_places: Tensor | None = None
     tiles: dict[tuple[int, int], Tensor] | None = None
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was selected: the call was exact."""
+        return self.key_places is None and self.tiles is None
+
 
 def select(query: Tensor, key: Tensor, past: int, new: int, setting: Setting, scores: Scores,
            tables: Tables) -> Selection:

@@ -17,13 +17,13 @@ RANKS = (2, 3, 4, 8)
 WIDE = {"num_attention_heads": 24, "num_key_value_heads": 4, "hidden_size": 96, "head_dim": 8}
 """heads that 2, 3, 4 and 8 divide; over 3 a rank's queries begin inside a group, over 8 a head is held twice"""
 SIZES = {"num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 320, "max_position_embeddings": 256}
-BOTH = ("trt-native", "trt-plugin")
+BOTH, PLUGIN = ("trt-native", "trt-plugin"), ("trt-plugin",)
 FAMILIES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "llama": (BOTH, WIDE), "qwen2": (BOTH, WIDE), "qwen3": (BOTH, WIDE),
-    "gemma2": (("trt-plugin",), WIDE), "mixtral": (BOTH, {**WIDE, "num_local_experts": 8}),
-    "qwen3_moe": (BOTH, {**WIDE, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
-                         "norm_topk_prob": True}),
-    "phi3": (BOTH, {**WIDE, "hidden_size": 192}), "olmo2": (BOTH, {**WIDE, "hidden_size": 192}),
+    "llama": (BOTH, WIDE), "qwen2": (PLUGIN, WIDE), "qwen3": (("trt-native",), WIDE), "gemma2": (PLUGIN, WIDE),
+    "mixtral": (BOTH, {**WIDE, "num_local_experts": 8}),
+    "qwen3_moe": (PLUGIN, {**WIDE, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+                           "norm_topk_prob": True}),
+    "phi3": (PLUGIN, {**WIDE, "hidden_size": 192}), "olmo2": (("trt-native",), {**WIDE, "hidden_size": 192}),
 }
 """family -> targets that hold it, and what its tiny configuration has otherwise"""
 

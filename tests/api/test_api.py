@@ -60,7 +60,7 @@ def test_options_are_keyword_only_and_no_signature_says_any() -> None:
         assert not [word for word in words if "Any" in word], function
         given = {each.name for each in parameters
                  if each.kind is each.POSITIONAL_OR_KEYWORD and each.default is not each.empty}
-        assert given <= {"output", "prompt", "lengths", "batch"}, function
+        assert given <= {"output", "prompt", "lengths", "batch", "length"}, function
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])

@@ -24,6 +24,10 @@ def test_a_manifest_keeps_what_it_says_of_quantized_weights() -> None:
         Manifest.from_json(manifest.to_json().replace('"activations": "int8"', '"activations": "int4"'))
 
 
-def test_counts_put_the_largest_share_first() -> None:
-    assert list(Quantization("keep", "int8", WEIGHTS).counts().items()) == [
-        ("32 bits, plain", (1, 400)), ("4 bits, block 32, MatMulNBits", (2, 150))]
+def test_matrices_that_are_alike_have_one_line() -> None:
+    alike = tuple(replace(WEIGHTS[0], name=f"model.layers.{layer}.mlp.up_proj.weight") for layer in range(2))
+    lines = Quantization("keep", "int8", (*alike, WEIGHTS[2])).lines()
+    assert len(lines) == 3
+    assert "model.layers.*.mlp.up_proj.weight (2 of them)" in lines[1]
+    assert "200 bytes" in lines[1]
+    assert "no operator" in lines[2]

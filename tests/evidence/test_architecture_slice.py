@@ -21,13 +21,14 @@ pytestmark = pytest.mark.whole_model
 # What each is here for: patched forward (BERT's shape, BART's, Falcon, RoFormer), patched `_attn` with a window of its
 # own, a table of attention classes, positions from padding, from a cache's length, latent attention (D != E), experts,
 # heads that share one key, partial and interleaved rotary, a window in the mask alone, softcap, sinks, ALiBi, experts
-# in a loop, differential attention, the language model of a multimodal model, layers with states or with nothing.
+# in a loop, differential attention, the language model of a multimodal model, layers with states or with nothing,
+# attention in chunks and temperatures by position.
 SUPPORTED_SLICE = ("bert", "rembert", "trocr", "falcon", "roformer", "gpt_neo", "codegen", "roberta", "bart",
                    "deepseek_v3", "qwen3_moe", "gpt_bigcode", "glm", "phimoe", "vaultgemma", "gpt_oss", "bloom",
-                   "dbrx", "diffllama", "gemma3", "nemotron_h", "mamba", "kimi_linear")
+                   "dbrx", "diffllama", "gemma3", "nemotron_h", "mamba", "kimi_linear", "llama4_text")
 REFUSED_SLICE = {
-    "recurrent_gemma": "linear_attention", "zamba": "without a state from the cache", "qwen4_exp_text": "`layers`",
-    "deepseek_v32": "`indices`", "llama4_text": "chunked", "cpmant": "attention interface", "doge": "mask",
+    "recurrent_gemma": "linear_attention", "zamba": "share one state", "qwen4_exp_text": "`layers`",
+    "deepseek_v32": "`indices`", "cpmant": "attention interface", "doge": "mask",
     "prophetnet": "cross-attention", "minimax": "linear_attention", "inkling_text": "`position_bias`",
     "hrm_text": "more than once", "xlnet": "attention interface",
 }

@@ -22,7 +22,7 @@ from gqa_export.exporting.long_plan import LongOptions, chosen_layers
 from gqa_export.runtime.generate import generate
 from gqa_export.runtime.ort.session import OrtSession
 
-TILES = LongOptions("tiles", "last:2", leaf=64, heavy=32, samples=16, anchors=3, from_tokens=128)
+TILES = LongOptions("tiles", "last:2", leaf=64, heavy=64, samples=16, anchors=3, from_tokens=128)
 HYPER = replace(TILES, method="hyper", heavy=16)
 CASES = [("ort", "growing", TILES), ("ort", "static", HYPER), ("portable", "growing", HYPER),
          ("portable", "static", TILES)]

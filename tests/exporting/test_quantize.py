@@ -18,10 +18,11 @@ from safetensors.numpy import load_file, save_file
 from small_text import SENTENCES, byte_tokenizer
 
 from gqa_export.bundle.quantization import PLAIN
-from gqa_export.errors import GqaExportError, UnsupportedModel
+from gqa_export.errors import GqaExportError, InvalidBundle, UnsupportedModel
 from gqa_export.exporting.dry_run import dry_run
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import Export, export_onnx
+from gqa_export.quantizing.importance import FILE, read_importance
 from gqa_export.quantizing.matrices import Weight
 from gqa_export.quantizing.rtn import quantize_matrix, quantize_rows
 from gqa_export.quantizing.rules import Rule, decide, read_rules
@@ -227,21 +228,6 @@ def test_the_manifest_is_read_again(checkpoint: Path, tmp_path: Path) -> None:
     assert {each["bits"] for each in found["weights"]} == {8}
 
 
-def test_the_matrices_of_a_bundle_are_made_again(checkpoint: Path, tmp_path: Path) -> None:
-    from gqa_export.checkpoint.load_model import load_model
-    from gqa_export.checkpoint.open import open_checkpoint
-    from gqa_export.quantizing.again import matrices_of
-
-    done = export(checkpoint, tmp_path / "b", quantize="int4", activations="exact")
-    assert done.manifest.quantization is not None
-    module = load_model(open_checkpoint(checkpoint), "float64")
-    again = matrices_of(module, done.manifest.quantization)
-    expected = load_file(rounded(checkpoint, tmp_path / "rounded", 4) / "model.safetensors")
-    for name, matrix in again.items():
-        stored = expected.get(name, expected.get("model.embed_tokens.weight"))
-        assert np.array_equal(matrix.dequantize().astype(np.float32), stored)
-
-
 def test_a_calibration_text_lowers_the_error_of_the_logits(checkpoint: Path, tmp_path: Path) -> None:
     """The tiny model's inputs do not differ much; what is held is that its scales follow the text's statistics."""
     from gqa_export.checkpoint.open import open_checkpoint
@@ -264,6 +250,14 @@ def test_a_calibration_text_lowers_the_error_of_the_logits(checkpoint: Path, tmp
     assert (plain.calibration, plain.tokens) == ("", 0)
     assert done.calibration == found.sha256
     assert done.tokens == found.tokens > 0
+    # the bundle holds by what its scales were chosen, for those who make them again
+    again = read_importance(tmp_path / "weighed")
+    assert np.array_equal(again["model.layers.1.mlp.down_proj.weight"], importance)
+    assert set(again) == {each.name for each in done.weights}
+    assert not (tmp_path / "plain" / FILE).exists()
+    (tmp_path / "weighed" / FILE).write_bytes(b"broken")
+    with refused("E-BUNDLE-CALIBRATION", InvalidBundle):
+        read_importance(tmp_path / "weighed")
     data = [(tmp_path / name / "model.onnx.data").read_bytes() for name in ("plain", "weighed")]
     assert len(data[0]) == len(data[1])
     assert data[0] != data[1]

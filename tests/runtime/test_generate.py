@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from refusal import refused
 
-from gqa_export.runtime.generate import END, FULL, LIMIT, Sampling, generate
+from gqa_export.runtime.generate import END, FULL, LIMIT, generate
 from gqa_export.runtime.ort.session import OrtSession
+from gqa_export.runtime.sampling import Sampling
 from gqa_export.runtime.session import Step
 
 from .conftest import CAPACITY

@@ -66,6 +66,19 @@ def test_a_packed_matrix_is_cut_in_each_of_its_parts():
     assert "k" not in cuts.known
 
 
+def test_entries_written_by_an_index_are_cut_along_the_other_axes():
+    """Halves of a head's size put together by ScatterND, as DeepSeek's keys are."""
+    nodes = [helper.make_node("ConstantOfShape", ["shape"], ["empty"], name="empty"),
+             helper.make_node("ScatterND", ["empty", "index", "w"], ["y"], name="scatter")]
+    there = view(nodes, {"empty": [8, 4, "s"], "y": [8, 4, "s"], "index": [3, 1]},
+                 [weight("w", 3, 4, 5), numbers("shape", 8, 4, 5)])
+    cuts = Cuts(there)
+    cuts.spread({"y": Cut(1, even(4, 2))})
+    assert cuts.known == dict.fromkeys(("y", "empty", "w"), Cut(1, even(4, 2)))
+    with pytest.raises(CannotShard, match="writes along"):
+        Cuts(there).spread({"y": Cut(0, even(8, 2))})
+
+
 def test_a_part_that_overlaps_another_is_refused():
     nodes = [helper.make_node("Neg", ["w"], ["y"], name="neg"),
              *(helper.make_node("Slice", ["y", start, stop, "axis"], [out], name=out)

@@ -43,6 +43,19 @@ def test_any_other_mask_is_refused(function):
     assert refusal.error.where == "layer 3"
 
 
+@pytest.mark.parametrize(("function", "longest"), [
+    (lambda b, h, q, k: (k <= q) & (k // 8 == q // 8), 8), (lambda b, h, q, k: (k <= q) & ((q != 300) | (k != 7)), 300),
+    (lambda b, h, q, k: (k <= q) | ((q == 3) & (k == 290)), 290),
+    (lambda b, h, q, k: (k <= q) & ((h == 0) | (q < 20)), 20),
+], ids=["chunks", "one hidden", "one shown", "heads differ"])
+def test_a_mask_that_is_another_beyond_some_position_is_causal_for_a_shorter_cache(function, longest):
+    strange = tag(lambda b, h, q, k: function(b, h, q, k) & (q < 400))
+    assert window_of(strange, 0, 512, 4, capacity=longest) == 0
+    with refused("E-MODEL-MASK", UnsupportedModel) as refusal:
+        window_of(strange, 0, 512, 4, capacity=longest + 1)
+    assert f"--capacity {longest} or less" in refusal.error.fix
+
+
 def test_a_layer_whose_mask_was_not_made_by_transformers_is_refused():
     with refused("E-MODEL-OWN-MASK", UnsupportedModel):
         window_of(None, 2, 64, 4)

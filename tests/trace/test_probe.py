@@ -43,13 +43,22 @@ def test_a_window_that_is_only_in_the_mask_is_honoured(config_of):
 
 
 @pytest.mark.parametrize(("name", "code", "named"), [
-    ("llama4", "E-MODEL-MASK-DATA", "chunked_overlay"),
+    ("llama4", "E-MODEL-MASK", "chunked_overlay"),
     ("gemma3_bidirectional", "E-MODEL-MASK", "_bidirectional_window_overlay"),
     ])
 def test_what_grouped_attention_cannot_hold_is_refused_by_name(config_of, name, code, named):
     with refused(code, UnsupportedModel) as refusal:
         probe(config_of(name))
     assert named in refusal.error.what
+
+
+def test_attention_in_chunks_is_held_by_a_cache_of_one_chunk_and_no_longer_one(config_of):
+    config = config_of("llama4")
+    assert config.attention_chunk_size == 4
+    assert {layer.window for layer in probe(config, capacity=4).layers} == {0}
+    with refused("E-MODEL-MASK", UnsupportedModel) as refusal:
+        probe(config, capacity=5)
+    assert "--capacity 4 or less" in refusal.error.fix
 
 
 def test_bert_is_exportable_as_a_decoder_and_refused_as_an_encoder(config_of):

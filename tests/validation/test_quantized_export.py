@@ -1,4 +1,4 @@
-"""Bundles whose weights the export quantized: the reference quantizes them again."""
+"""Bundles whose weights the export quantized: the reference quantizes them again and sees what a bundle did wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from small_text import SENTENCES, byte_tokenizer
 
 import gqa_export as gqa
 from gqa_export.bundle.manifest import MANIFEST
+from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.errors import InvalidBundle
+from gqa_export.quantizing.importance import FILE
+from gqa_export.validation.loss import LossRequest
+from gqa_export.validation.quantized_reference import requantized
 from gqa_export.validation.validate import validate
 
 pytestmark = pytest.mark.whole_model
@@ -48,14 +52,22 @@ def test_a_matrix_that_the_checkpoint_does_not_have_is_refused(int4, checkpoint,
         validate(tmp_path / "b", checkpoint, steps=2)
 
 
-def test_a_bundle_with_a_calibration_text_needs_it(checkpoint, tmp_path):
+def test_a_bundle_holds_what_its_calibration_text_said(checkpoint, tmp_path):
+    """Without that file the text is needed."""
     text, other = tmp_path / "text.txt", tmp_path / "other.txt"
     text.write_text("".join(SENTENCES) * 3)
     other.write_text("".join(SENTENCES[::-1]) * 3)
     bundle = gqa.export(checkpoint, tmp_path / "b", capacity=64, quantize="int4", calibrate=text, kv_cache="int8")
-    for given in (None, other):
-        with refused("E-VALIDATE-CALIBRATION"):
-            bundle.validate(checkpoint, steps=2, calibrate=given)
-    found = bundle.validate(checkpoint, steps=2, calibrate=text)
+    found = bundle.validate(checkpoint, steps=2)
     assert found.export_exact, found.failure
     assert found.as_shipped, found.failure
+    kept = {name: fact for name, fact in bundle.manifest.files.items() if name != FILE}
+    assert len(kept) == len(bundle.manifest.files) - 1
+    without = replace(bundle.manifest, files=kept)
+    (tmp_path / "b" / MANIFEST).write_text(without.to_json())
+    (tmp_path / "b" / FILE).unlink()
+    for given in (None, other):
+        with refused("E-VALIDATE-CALIBRATION"):
+            validate(tmp_path / "b", checkpoint, steps=2, loss=LossRequest(calibrate=given))
+    again = requantized(open_checkpoint(checkpoint), without, text)
+    assert set(again) == {weight.name for weight in without.quantization.weights}

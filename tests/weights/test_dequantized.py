@@ -12,6 +12,7 @@ from gguf_models import case, tensors_of, write_case
 from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.exporting import prepare as preparing
+from gqa_export.exporting import weight_store
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.progress import silent
 from gqa_export.quantized.matrix import QuantizedMatrix, Stripe
@@ -34,9 +35,9 @@ def test_a_quantized_file_is_exported_without_loading_it(tmp_path: Path, monkeyp
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(preparing, "load_model", refuse)
+    monkeypatch.setattr(weight_store, "load_model", refuse)
     ready = preparing.prepare(checkpoint, ExportOptions(target="ort", capacity=16, trace_cache=False), silent, Budget())
-    wanted = preparing.wanted_weights(ready.traced)
+    wanted = weight_store.wanted_weights(ready.traced)
     assert sum(isinstance(ready.store.sources[name], DequantizedSource) for name in wanted) >= 7
     for each in wanted:
         found = b"".join(bytes(chunk) for chunk in ready.store.sources[each].chunks())

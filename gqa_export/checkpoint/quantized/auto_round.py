@@ -19,6 +19,8 @@ def read_auto_round(description: Description, stored: Stored) -> Iterator[tuple[
         InvalidCheckpoint: what the reader of the layout refuses.
         UnsupportedModel: the layout is another one.
     """
+    if not stored.modules(".qweight"):
+        return
     packing = description.text("packing_format", "backend")
     if "awq" in packing:
         fields = {**description.fields, "version": "gemm", "zero_point": True}

@@ -32,6 +32,9 @@ def read_awq(description: Description, stored: Stored) -> Iterator[tuple[str, Qu
         InvalidCheckpoint: a weight lacks a tensor, or one does not fit.
         UnsupportedModel: the layout is another one.
     """
+    modules = stored.modules(".qweight")
+    if not modules:
+        return
     version = description.text("version", "packing_format")
     bits, zero = description.number("bits", "w_bit", default=4), description.fields.get("zero_point", True)
     if not (version in ("", "gemm") or "awq" in version) or bits != 4 or zero is not True or \
@@ -39,7 +42,7 @@ def read_awq(description: Description, stored: Stored) -> Iterator[tuple[str, Qu
         refuse_quantized(f"AWQ, layout {version or description.text('backend')}, {bits} bits, "
                          f"{'with' if zero is True else 'without'} zero points", stored.where)
     group = description.number("group_size", "q_group_size", default=128) or -1
-    for module in stored.modules(".qweight"):
+    for module in modules:
         yield f"{module}.weight", _matrix(stored, module, group)
 
 

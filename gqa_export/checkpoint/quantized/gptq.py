@@ -51,12 +51,13 @@ def read_gptq(description: Description, stored: Stored) -> Iterator[tuple[str, Q
         InvalidCheckpoint: a weight lacks a tensor, one does not fit, or zero points contradict the description.
         UnsupportedModel: the layout is another one.
     """
+    names = stored.modules(".qweight")
+    if not names:
+        return
     layout = description.text("checkpoint_format")
     if layout not in LAYOUTS or (layout == "" and description.fields.get("is_marlin_format")):
         refuse_quantized(f"GPTQ, layout {layout or 'marlin'}", stored.where)
-    modules = [_taken(description, stored, module) for module in stored.modules(".qweight")]
-    if not modules:
-        return
+    modules = [_taken(description, stored, name) for name in names]
     added = _added(description, stored, modules, LAYOUTS[layout])
     for module in modules:
         yield f"{module.name}.weight", _matrix(stored, module, added)
@@ -128,7 +129,11 @@ def _added(description: Description, stored: Stored, modules: list[_Module], lab
     steps = [_mean_step(module) for module in modules[:SAMPLED]]
     mean = float(np.mean(steps))
     other = 1 - label
-    return other if abs(mean - other) < SURE and abs(mean - label) > 1 - SURE else label
+    if abs(mean - other) >= SURE or abs(mean - label) <= 1 - SURE:
+        return label
+    stored.notes.append(f"GPTQ's zero points are those of version {2 - other}, whatever checkpoint_format says: by "
+                        f"that, weights would be {mean - label:+.2f} steps off on average")
+    return other
 
 
 def _only(module: _Module) -> int:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from ...errors import InvalidCheckpoint
+from ...errors import InvalidCheckpoint, cause_of
 from ...quantized.matrix import QuantizedMatrix
 from ...spec import FLOATS
 from ..refusals import BUFFERS
@@ -84,7 +84,12 @@ def read_quantized(description: Description, tensors: dict[str, StoredTensor], w
         UnsupportedModel: the description has a layout that is not read.
     """
     stored = Stored(tensors, where)
-    matrices = dict(READERS[description.method](description, stored))
+    try:
+        matrices = dict(READERS[description.method](description, stored))
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError, ZeroDivisionError, AttributeError) as error:
+        raise InvalidCheckpoint(f"the description of the quantization ({description.method}) cannot be applied: "
+                                f"{cause_of(error)}", f"{where}, {description.file}", FIX,
+                                code="E-CKPT-QUANT-DESCRIPTION") from error
     rest = {name: tensor for name, tensor in tensors.items() if name not in stored.taken}
     cache = sorted(name for name in rest if matrices and CACHE_SCALES.search(name))
     plain = {name: tensor for name, tensor in rest.items() if name not in cache}
@@ -98,6 +103,7 @@ def read_quantized(description: Description, tensors: dict[str, StoredTensor], w
         raise InvalidCheckpoint(f"{orphans[0]} ({tensor.dtype} {tensor.shape}) belongs to no quantized weight as "
                                 f"{description.method} stores them: a value would be lost", where, FIX,
                                 code="E-CKPT-QUANT-ORPHAN")
-    notes = (f"scales for a quantized cache are stored and not used: {cache[0]} and {len(cache) - 1} more",) \
+    notes = tuple(stored.notes)
+    notes += (f"scales for a quantized cache are stored and not used: {cache[0]} and {len(cache) - 1} more",) \
         if cache else ()
     return Found(matrices, plain, stored.taken, notes)

@@ -23,11 +23,12 @@ Rows = Callable[[int, int], Array]
 
 
 class Stored:
-    """Tensors by name; which of them readers took."""
+    """Tensors by name; which of them readers took; notes of readers for the user."""
 
     def __init__(self, tensors: dict[str, StoredTensor], where: str) -> None:
         self.tensors, self.where = tensors, where
         self.taken: dict[str, StoredTensor] = {}
+        self.notes: list[str] = []
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -95,10 +96,15 @@ def stored_array(tensor: StoredTensor) -> Array:
     dtype = np.dtype(RAW.get(tensor.dtype, tensor.dtype))
     if not prod(tensor.shape):
         return np.zeros(tensor.shape, dtype)
-    if tensor.offset % dtype.itemsize:  # a mapping must be aligned
-        return np.fromfile(tensor.path, dtype, prod(tensor.shape), offset=tensor.offset).reshape(tensor.shape)
-    mapped: Any = np.memmap(tensor.path, dtype, "r", tensor.offset, tensor.shape or (1,))
-    return mapped.view(np.ndarray).reshape(tensor.shape)
+    try:
+        if tensor.offset % dtype.itemsize:  # a mapping must be aligned
+            return np.fromfile(tensor.path, dtype, prod(tensor.shape), offset=tensor.offset).reshape(tensor.shape)
+        mapped: Any = np.memmap(tensor.path, dtype, "r", tensor.offset, tensor.shape or (1,))
+        return mapped.view(np.ndarray).reshape(tensor.shape)
+    except ValueError as error:
+        raise InvalidCheckpoint("the file became shorter while it was read", str(tensor.path),
+                                "export again once nothing else writes to the checkpoint",
+                                code="E-WEIGHTS-FILE-CHANGED") from error
 
 
 def floats(tensor: StoredTensor, part: Any = ...) -> Array:

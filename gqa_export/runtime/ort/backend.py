@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...graph_io import LOGITS
+from .adapters import Adapter
 from .loading import import_onnxruntime
 
 Infer = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
@@ -31,6 +32,9 @@ class Backend(Protocol):
     def row(self, tensor: Any, b: int) -> Any:
         """Row b as a tensor [1, ...] over the same memory."""
 
+    def use(self, adapter: Adapter | None) -> None:
+        """From now on, replace the graph's defaults by an adapter's values; None: by nothing."""
+
     def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list[Any]]:
         """Logits on the host and the present tensors. feed: the inputs that are not the cache (`feeds.step_feed`).
         inplace: presents are written into the memory of the pasts, but those of states, the last of them."""
@@ -43,6 +47,7 @@ class ArrayBackend:
     def __init__(self, infer: Infer, past_names: Sequence[str], present_names: Sequence[str], states: int = 0) -> None:
         self._infer, self._past, self._present = infer, past_names, present_names
         self._cached = len(past_names) - states
+        self._adapter: dict[str, np.ndarray] = {}
 
     def upload(self, array: np.ndarray) -> np.ndarray:
         """The array itself."""
@@ -56,9 +61,13 @@ class ArrayBackend:
         """A view."""
         return tensor[b: b + 1]
 
+    def use(self, adapter: Adapter | None) -> None:
+        """See `Backend.use`."""
+        self._adapter = adapter.arrays() if adapter else {}
+
     def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list[Any]]:
         """See `Backend.run`."""
-        outputs = self._infer({**feed, **dict(zip(self._past, past))})
+        outputs = self._infer({**feed, **self._adapter, **dict(zip(self._past, past))})
         present = [outputs[name] for name in self._present]
         if inplace:
             for tensor, content in zip(past[: self._cached], present):
@@ -90,6 +99,7 @@ class BindingBackend:
         self._cached = len(past_names) - states
         self._kept: dict[tuple[Any, ...], Any] = {}
         self._spare: list[DeviceTensor] = []
+        self._adapter: Adapter | None = None
         # ONNX's number for bfloat16, which numpy does not know
         self._element: Any = 16 if dtype == "bfloat16" else self._dtype.type
 
@@ -130,6 +140,11 @@ class BindingBackend:
         owner = tensor.owner[b: b + 1] if isinstance(tensor.owner, np.ndarray) else tensor.owner
         return DeviceTensor(owner, tensor.pointer + b * step, (1, *tensor.shape[1:]), tensor.fp32, part=True)
 
+    def use(self, adapter: Adapter | None) -> None:
+        """See `Backend.use`."""
+        self._adapter = adapter
+        self._kept = {}  # bindings have the values of the adapter before
+
     def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list[Any]]:
         """See `Backend.run`."""
         spare = self._spare_states(past[self._cached:])
@@ -166,6 +181,8 @@ class BindingBackend:
                 binding.bind_input(name, self._device, 0, element, tensor.shape, tensor.pointer)
             else:  # an empty tensor on a device has no address
                 binding.bind_ortvalue_input(name, tensor.owner)
+        for name, value in (self._adapter.values if self._adapter else {}).items():
+            binding.bind_ortvalue_input(name, value)
         for name, tensor in zip(self._present, [*past[: self._cached], *spare]):
             if inplace or name in self._present[self._cached:]:
                 element = np.float32 if tensor.fp32 else self._element

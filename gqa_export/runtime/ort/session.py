@@ -26,6 +26,7 @@ from ...targets import Target, get_target
 from ..feeds import check_feed, must_run_alone, step_feed, written_rows
 from ..rows import RowSlots, longest_after, move_row, resized
 from ..session import Step
+from .adapters import adapter_names, load_adapter
 from .backend import ArrayBackend, Backend, BindingBackend, Infer, numpy_dtype
 from .loading import check_graph, choose_provider, graph_facts, open_session
 
@@ -49,13 +50,14 @@ class OrtSession(RowSlots):
     """
 
     def __init__(self, manifest: Manifest, backend: Backend, target: Target, capacity: int,
-                 open_long: Callable[[], Backend] | None = None) -> None:
+                 open_long: Callable[[], Backend] | None = None, folder: Path = Path()) -> None:
         self.manifest, self.spec, self.capacity = manifest, manifest.spec, capacity
         self._plan = manifest.long.plan if manifest.long and open_long else None
         self._open_long = open_long
         self._long: Backend | None = None
         self.long_calls = 0
         self._backend, self._target, self.whole_row_masks = backend, target, False
+        self._folder, self._adapter = folder, ""
         self._static, self._cached = manifest.cache == "static", 2 * len(manifest.spec.layers)
         self._inplace = self._static and target.writes_in_place(manifest.fallbacks)
         self._dtype = numpy_dtype(DTYPES.get(manifest.dtype, manifest.dtype))
@@ -115,7 +117,7 @@ class OrtSession(RowSlots):
             check_files(Path(folder), manifest, hashes=False)
             check_graph(manifest, *graph_facts(Path(folder) / MODEL), str(Path(folder) / MODEL))
             backend = ArrayBackend(infer, pasts, presents, len(spec.states))
-        return cls(manifest, backend, target, capacity, open_long)
+        return cls(manifest, backend, target, capacity, open_long, Path(folder))
 
     @property
     def leaf(self) -> int:
@@ -126,6 +128,27 @@ class OrtSession(RowSlots):
     def lengths(self) -> np.ndarray:
         """int64 [B]."""
         return self._lengths.copy()
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the bundle's adapters."""
+        return adapter_names(self.manifest.files)
+
+    @property
+    def adapter(self) -> str:
+        """Name of the adapter in use; "" for none."""
+        return self._adapter
+
+    def use_adapter(self, name: str | None) -> None:
+        """Switch to an adapter, or to none, for all rows; the cache is emptied, because it was made with another.
+
+        Raises:
+            GqaExportError: the bundle has no adapter of this name.
+            InvalidBundle: its file cannot be read.
+        """
+        self._backend.use(None if name is None else load_adapter(self._folder, self.manifest.files, name))
+        self._adapter = name or ""
+        self.reset(len(self._lengths))
 
     def reset(self, batch: int) -> None:
         """An empty cache for `batch` sequences; a static buffer is made anew, zeroed."""

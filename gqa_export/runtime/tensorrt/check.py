@@ -15,6 +15,7 @@ from typing import Any
 from ...bundle.engine_facts import DECODE, FLAVORS, PREFILL, REBUILD, EngineFacts
 from ...bundle.integrity import check_files
 from ...bundle.manifest import Manifest, read_manifest
+from ...bundle.rank_view import ranks_of
 from ...errors import GqaExportError, InvalidBundle, NotCheckedHere
 from ...graph_io import INPUT_IDS, LOGITS, NEW_LENGTHS, PAST_LENGTHS, past_names, present_names
 
@@ -42,8 +43,9 @@ def check_bundle(folder: Path | str, *, full: bool = False) -> Checked:
              f"files: {len(manifest.files)} of the stated size" + ("" if skipped else " and sha256"),
              f"cache: {len(facts.aliases)} outputs in the memory of their inputs"]
     if facts.plugin is not None:
+        kernels = [_check_kernels(place, facts) for _, place, _ in ranks_of(folder, manifest)]
         lines.append(f"plugin: {facts.plugin.namespace}::{facts.plugin.name} version {facts.plugin.version}, "
-                     f"{facts.plugin_layers} layers, as this gqa-export has it; {_check_kernels(folder, facts)}")
+                     f"{facts.plugin_layers} layers, as this gqa-export has it; {kernels[0]}")
     if facts.build.get("layers"):
         lines.append("build log: " + "; ".join(f"{profile}: " + ", ".join(f"{count} {kind}" for kind, count in
                      kinds.items()) for profile, kinds in facts.build["layers"].items()))

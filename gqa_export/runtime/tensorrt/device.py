@@ -157,6 +157,25 @@ class DeviceBackend:
             return refused
         return GqaExportError(f"the engine {message}", self._where, fix, code=code)
 
+    def join(self, communicator: Any) -> None:
+        """Give every context the communicator of this rank; all ranks do so at once.
+
+        Args:
+            communicator: capsule of an ncclComm_t.
+
+        Raises:
+            GqaExportError: TensorRT does not take it.
+        """
+        with self._torch.cuda.device(self.device):
+            for name, context in self._contexts.items():
+                if not context.set_communicator(communicator):
+                    raise self._refusal(f"refuses NCCL's communicator ({name})", "see TensorRT's messages above",
+                                        code="E-RUN-COMMUNICATOR")
+
+    def done(self) -> bool:
+        """Whether what was launched last has ended."""
+        return bool(self.stream.query())
+
     def host(self, logits: Any) -> np.ndarray:
         """See `EngineBackend.host`."""
         found: np.ndarray = logits.float().cpu().numpy()

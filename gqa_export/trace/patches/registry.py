@@ -27,7 +27,7 @@ from ..states.kernels import caught
 from .source_digests import ABSENT, SEEN
 
 FILES = ("alibi", "attention_forward", "attention_method", "attention_table", "deepseek_v2", "diffllama", "experts",
-         "falcon", "gemma", "language_adapters", "learned_positions", "padding_positions", "roformer")
+         "falcon", "gemma", "language_adapters", "learned_positions", "llama4", "padding_positions", "roformer")
 """the files of this folder, in the order their patches are applied"""
 
 

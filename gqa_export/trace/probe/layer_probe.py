@@ -18,7 +18,7 @@ from ...checkpoint.decoder_layers import layer_lists
 from ...checkpoint.refusals import state_module
 from ...checkpoint.state_kernels import keeps_states
 from ...errors import GqaExportError, UnsupportedModel, cause_of
-from ...spec import AttentionSpec, ModelSpec, StateSpec
+from ...spec import DEFAULT_CAPACITY, AttentionSpec, ModelSpec, StateSpec
 from .. import attention_hook, skeleton
 from ..attention_hook import Call
 from ..patches import registry
@@ -64,27 +64,28 @@ class _Listener(StateListener):
         return call.query.new_empty(batch, tokens, heads, call.value.shape[-1])
 
 
-def probe(config: Any, model: torch.nn.Module | None = None) -> ModelSpec:
+def probe(config: Any, model: torch.nn.Module | None = None, capacity: int = 0) -> ModelSpec:
     """The facts of every attention layer of a model, from one run without weights.
 
     Args:
         config: a transformers configuration.
         model: its skeleton with our attention and a settled rotary embedding (`rotary.settle`); None builds one on
             the meta device.
+        capacity: tokens that the cache shall hold; 0 is all positions of the model, or DEFAULT_CAPACITY.
 
     Raises:
         UnsupportedModel: a layer is not grouped-query attention, a mask is not causal with a window, or a rotary type
             cannot be held by a fixed graph.
     """
-    return _probe(config, model, record=False).spec
+    return _probe(config, model, capacity, record=False).spec
 
 
-def probe_layers(config: Any, model: torch.nn.Module) -> Probed:
+def probe_layers(config: Any, model: torch.nn.Module, capacity: int = 0) -> Probed:
     """As `probe`, with what the code of each layer does."""
-    return _probe(config, model, record=True)
+    return _probe(config, model, capacity, record=True)
 
 
-def _probe(config: Any, model: torch.nn.Module | None, record: bool) -> Probed:
+def _probe(config: Any, model: torch.nn.Module | None, capacity: int, record: bool) -> Probed:
     rotary.check_rope(config.get_text_config())
     with registry.applied(config):
         if model is None:
@@ -103,7 +104,8 @@ def _probe(config: Any, model: torch.nn.Module | None, record: bool) -> Probed:
         tag = getattr(call.mask, "gqa_mask", None)
         key = id(tag.function) if tag is not None else -layer - 1
         if key not in windows:
-            windows[key] = mask_window.window_of(tag, layer, min(positions, LONGEST_GRID), call.query.shape[1])
+            windows[key] = mask_window.window_of(tag, layer, min(positions, LONGEST_GRID), call.query.shape[1],
+                                                 capacity or min(positions, DEFAULT_CAPACITY))
         layers.append(_layer_spec(call, windows[key], layer in alike))
     _refuse_silent(model, set(calls) | {state.layer for state in states},
                    int(getattr(text, "num_hidden_layers", len(layers))), bool(states))

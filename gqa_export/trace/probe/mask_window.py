@@ -12,18 +12,23 @@ import torch
 from ...errors import GqaExportError, UnsupportedModel
 from ..attention_hook import MaskTag
 
+ROWS_AT_ONCE, LONGEST_CHECKED = 256, 1 << 14
+"""rows of a mask evaluated at once, where all of them are; the longest cache for which that is done"""
 
-def window_of(tag: MaskTag | None, layer: int, positions: int, num_heads: int) -> int:
+
+def window_of(tag: MaskTag | None, layer: int, positions: int, num_heads: int, capacity: int = 0) -> int:
     """The window of a layer's mask, found by evaluating the mask function.
 
     The last row is evaluated in full to find the width W, then whole rows around 0, W - 1, W, W + 1, 2W and the last
-    position, for the first and last head.
+    position, for the first and last head. A mask that is another one beyond some position, as that of attention in
+    chunks is, is plainly causal for a cache that ends before it: then every row up to the capacity is evaluated.
 
     Args:
         tag: the mask that the layer was given; None if it did not come from transformers' mask functions.
         layer: its number, for the message.
         positions: sequence length to evaluate at.
         num_heads: query heads of the layer.
+        capacity: tokens that the cache shall hold; 0 is `positions`.
 
     Returns:
         Tokens visible including the current one; 0 if all of the past is.
@@ -49,14 +54,34 @@ def window_of(tag: MaskTag | None, layer: int, positions: int, num_heads: int) -
     for head in {0, num_heads - 1}:
         rows = _rows(tag, layer, queries, positions, head)
         if not torch.equal(rows, expected):
+            causal = _causal_up_to(tag, layer, min(positions, LONGEST_CHECKED), (0, num_heads - 1))
+            if 0 < capacity <= causal:
+                return 0
             q, k = (int(x) for x in (rows != expected).nonzero()[0])
             does = "shows" if rows[q, k] else "hides"
-            raise UnsupportedModel(
-                f"the attention mask is not causal with a window ({describe(tag)}): from position {int(queries[q])} "
-                f"it {does} position {k}", where,
-                "chunked, bidirectional, prefix and packed attention cannot be held by grouped-query attention with "
-                "a cache; it is refused rather than exported wrong", code="E-MODEL-MASK")
+            found = (f"the attention mask is not causal with a window ({describe(tag)}): from position "
+                     f"{int(queries[q])} it {does} position {k}")
+            if causal > 1:
+                raise UnsupportedModel(found, where, f"up to {causal} tokens it is plainly causal: use --capacity "
+                                       f"{causal} or less", code="E-MODEL-MASK")
+            raise UnsupportedModel(found, where, "chunked, bidirectional, prefix and packed attention cannot be held "
+                                   "by grouped-query attention with a cache; it is refused rather than exported wrong",
+                                   code="E-MODEL-MASK")
     return window
+
+
+def _causal_up_to(tag: MaskTag, layer: int, positions: int, heads: tuple[int, ...]) -> int:
+    """The longest sequence in which every token sees all before it and itself, and nothing else."""
+    longest, keys = positions, torch.arange(positions)
+    for start in range(0, positions, ROWS_AT_ONCE):
+        if start >= longest:
+            break
+        queries = torch.arange(start, min(start + ROWS_AT_ONCE, positions))
+        for head in set(heads):
+            wrong = (_rows(tag, layer, queries, positions, head) != (keys <= queries[:, None])).nonzero()
+            if len(wrong):
+                longest = min(longest, int(torch.maximum(wrong[:, 0] + start, wrong[:, 1]).min()))
+    return longest
 
 
 def _rows(tag: MaskTag, layer: int, queries: torch.Tensor, positions: int, head: int) -> torch.Tensor:

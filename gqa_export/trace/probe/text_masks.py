@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-OVERLAY = "blockwise_overlay"
 KNOWN = "gqa_constant"
 """the attribute of a tensor that holds the one value of all its elements"""
 
@@ -38,32 +37,37 @@ class _Constants(TorchFunctionMode):
 
 @contextmanager
 def of_text(config: Any) -> Iterator[None]:
-    """Inside, block masks and packed sequences are looked for as text alone has them.
+    """Inside, block masks, packed sequences and padding are looked for as text alone has them.
 
     A block mask whose numbers are known to be negative everywhere is the mask beside it. Rows are never packed, which
-    transformers would find out from the values of positions wherever a model calls for a mask without padding.
+    transformers would find out from the values of positions wherever a model calls for a mask without padding; and
+    chunks of attention begin with a row's first token, because padding on the left is refused.
 
     Args:
         config: a transformers configuration; one of a text model alone does not have blocks.
     """
     import transformers.masking_utils as masks
 
-    packed = masks.find_packed_sequence_indices
-    blocks = getattr(masks, OVERLAY, None)  # older releases of transformers do not have it
+    blocks: Any = getattr(masks, "blockwise_overlay", None)
+    chunks: Any = getattr(masks, "chunked_overlay", None)
 
-    def overlay(block_sequence_ids: torch.Tensor) -> Callable[..., Any]:
+    def block_overlay(block_sequence_ids: torch.Tensor) -> Callable[..., Any]:
         known = getattr(block_sequence_ids, KNOWN, None)
         if known is None or known >= 0:
-            return blocks(block_sequence_ids)  # type: ignore[misc]
+            return blocks(block_sequence_ids)
         return lambda batch, head, query, key: (query < 0) & (key < 0)  # positions are not negative
 
-    masks.find_packed_sequence_indices = lambda position_ids: None
-    if blocks is not None:
-        setattr(masks, OVERLAY, overlay)
+    def chunk_overlay(chunk_size: int, left_padding: torch.Tensor) -> Callable[..., Any]:
+        return chunks(chunk_size, torch.zeros(left_padding.shape, dtype=torch.long, device="cpu"))
+
+    ours = {"find_packed_sequence_indices": lambda position_ids: None, "blockwise_overlay": block_overlay,
+            "chunked_overlay": chunk_overlay}
+    known = {name: getattr(masks, name) for name in ours if hasattr(masks, name)}  # older releases lack the second
     try:
+        for name in known:
+            setattr(masks, name, ours[name])
         with _Constants() if config.get_text_config() is not config else nullcontext():
             yield
     finally:
-        masks.find_packed_sequence_indices = packed
-        if blocks is not None:
-            setattr(masks, OVERLAY, blocks)
+        for name, original in known.items():
+            setattr(masks, name, original)

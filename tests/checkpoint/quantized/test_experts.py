@@ -18,6 +18,7 @@ from gqa_export.checkpoint.quantized.parameters import by_parameter, parameters_
 from gqa_export.checkpoint.unused_tensors import unused_notes
 from gqa_export.errors import InvalidCheckpoint
 from gqa_export.exporting import prepare as preparing
+from gqa_export.exporting import weight_store
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.progress import silent
 from gqa_export.weights.memory_budget import Budget
@@ -104,7 +105,7 @@ def test_single_experts_are_stacked_as_codes(tmp_path: Path, monkeypatch: pytest
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(preparing, "load_model", refuse)
+    monkeypatch.setattr(weight_store, "load_model", refuse)
     ready = preparing.prepare(checkpoint, ExportOptions(target="ort", capacity=16, trace_cache=False), silent, Budget())
     found = [source for source in ready.store.sources.values() if isinstance(source, DequantizedSource)]
     assert sorted(source.shape for source in found) == sorted(value.shape for value in values.values())

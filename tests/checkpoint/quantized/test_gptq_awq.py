@@ -68,6 +68,8 @@ def test_values_decide_what_is_added_to_zero_points_whatever_the_label_says(tmp_
     more = {} if label is None else {"checkpoint_format": label}
     values = write_quantized(tmp_path, entry(sym=symmetric, **more), gptq(stored_less=stored_less, symmetric=symmetric))
     check(tmp_path, values)
+    lies = not symmetric and stored_less != (0 if label == "gptq_v2" else 1)
+    assert any("version" in note for note in open_checkpoint(tmp_path).notes) == lies
 
 
 def test_a_symmetric_checkpoint_with_other_zero_points_is_refused(tmp_path: Path) -> None:
@@ -169,6 +171,15 @@ def test_awq(tmp_path: Path, fields: dict) -> None:
     for matrix in check(tmp_path, write_quantized(tmp_path, fields, awq())).values():
         assert (matrix.bits, matrix.block, matrix.offset) == (4, GROUP, "zero")
         assert matrix.scale_dtype == "float16"
+
+
+@pytest.mark.parametrize("fields", [{"quant_method": "awq", "version": "gemv"}, entry(checkpoint_format="marlin"),
+                                    {"quant_method": "auto-round", "packing_format": "auto_round:exllamav3"}])
+def test_a_layout_that_is_not_read_is_left_over_beside_plain_weights(tmp_path: Path, fields: dict) -> None:
+    write_quantized(tmp_path, fields, gptq(), keep=("",))
+    checkpoint = open_checkpoint(tmp_path)
+    assert not checkpoint.quantized
+    assert "left over" in checkpoint.notes[0]
 
 
 def test_awq_in_the_file_of_an_old_release(tmp_path: Path) -> None:

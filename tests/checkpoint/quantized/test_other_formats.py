@@ -157,6 +157,22 @@ def modelopt_fp8(shape):
     return encode
 
 
+@pytest.mark.parametrize("method", ["modelopt_fp4", "modelopt"])
+def test_modelopt_by_its_other_name(tmp_path: Path, method: str) -> None:
+    values = write_quantized(tmp_path, {"quant_method": method}, nvfp4)
+    assert set(open_checkpoint(tmp_path).quantized) == set(values)
+
+
+@pytest.mark.parametrize(("method", "encode", "fields"), [
+    ("fp8", fp8_blocks(32, 32), {"weight_block_size": ["a", 32]}), ("fp8", fp8_blocks(32, 32),
+                                                                     {"weight_block_size": [0, 32]}),
+    ("olive", fp8_blocks(32, 32), {"bits": []})])
+def test_a_description_that_makes_no_sense_is_refused(tmp_path: Path, method: str, encode, fields: dict) -> None:
+    write_quantized(tmp_path, {"quant_method": method, **fields}, encode)
+    with pytest.raises((InvalidCheckpoint, UnsupportedModel)):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize(("fields", "encode", "kind"), [
     ({"quant_algo": "NVFP4", "group_size": 16}, nvfp4, "e2m1"),
     ({"quant_algo": "W4A16_AWQ", "group_size": 32}, int4_awq(32, False), "int"),
