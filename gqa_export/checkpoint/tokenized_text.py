@@ -12,8 +12,8 @@ from ..errors import GqaExportError, InvalidCheckpoint, cause_of
 PIECE_CHARACTERS = 1 << 18
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder, without running any code of the checkpoint.
+def load_tokenizer(folder: Path, gguf_file: Path | None = None) -> Any:
+    """The tokenizer of a checkpoint folder, or of a GGUF file in it, without running any code of the checkpoint.
 
     Raises:
         InvalidCheckpoint: transformers cannot load one from the folder.
@@ -21,7 +21,8 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False,
+                                             **({"gguf_file": gguf_file.name} if gguf_file else {}))
     except Exception as error:  # transformers raises anything between OSError and KeyError for a missing tokenizer
         raise InvalidCheckpoint(f"transformers cannot load the checkpoint's tokenizer: {cause_of(error)}",
                                 str(folder), "copy tokenizer.json and tokenizer_config.json into the folder",

@@ -88,7 +88,8 @@ def calibrate_cache(checkpoint: Checkpoint, spec: ModelSpec, bits: int, text: Pa
                                "leave out --kv-cache", code="E-MODEL-KV")
     from ..runtime.torch_session import TorchSession
 
-    ids = tokenize(load_tokenizer(checkpoint.folder), read_text(text)).astype(np.int64)[:MOST_TOKENS]
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.gguf_file)
+    ids = tokenize(tokenizer, read_text(text)).astype(np.int64)[:MOST_TOKENS]
     if len(ids) < LEAST_TOKENS:
         raise GqaExportError(f"the text has {len(ids)} tokens, scales of a cache need at least {LEAST_TOKENS}",
                              str(text), "give a longer text", code="E-FILE-TEXT-SHORT")
