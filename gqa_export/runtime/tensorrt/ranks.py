@@ -186,12 +186,6 @@ class _Waiting:
     def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
         return self._inner.cache()
 
-    def copy_row(self, source: int, destination: int, length: int) -> None:
-        self._inner.copy_row(source, destination, length)
-
-    def clear_row(self, row: int, length: int) -> None:
-        self._inner.clear_row(row, length)
-
     def fill_tail(self, lengths: np.ndarray, values: tuple[float, ...]) -> None:
         self._inner.fill_tail(lengths, values)
 
