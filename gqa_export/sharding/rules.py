@@ -274,6 +274,6 @@ def rule_of(node: onnx.NodeProto) -> Rule:
     if is_attention(node):
         return attention
     if node.domain or node.op_type not in RULES:
-        raise CannotShard(label(node), f"there is no rule for {node.domain + '::' if node.domain else ''}"
-                          f"{node.op_type} on an axis that is cut")
+        name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        raise CannotShard(label(node), f"{name} has no rule for an axis that is cut")
     return RULES[node.op_type]

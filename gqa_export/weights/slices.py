@@ -69,17 +69,24 @@ def stored_pieces(path: Path, offset: int, pieces: Pieces) -> Iterator[memoryvie
 
 
 def made_pieces(value: Any, pieces: Pieces) -> Iterator[memoryview]:
-    """Pieces of a torch tensor or numpy array in memory."""
+    """Pieces of a torch tensor or numpy array in memory, or of an iterator of its parts along the first axis."""
     import numpy as np
 
-    if hasattr(value, "detach"):
-        import torch
-
-        value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    rows: Any = np.ascontiguousarray(value).reshape(-1).view(np.uint8).reshape(pieces.rows, pieces.row)
+    parts = [_flat(part) for part in (value if isinstance(value, Iterator) else (value,))]
+    rows: Any = (np.concatenate(parts) if len(parts) > 1 else parts[0]).reshape(pieces.rows, pieces.row)
     step = max(1, CHUNK_BYTES // max(sum(count for _, count in pieces.spans), 1))
     for first in range(0, pieces.rows, step):
         some = rows[first:first + step]
         joined: Any = np.concatenate([some[:, start:start + count] for start, count in pieces.spans], axis=1)
         flat: Any = np.ascontiguousarray(joined).reshape(-1)
         yield memoryview(flat)
+
+
+def _flat(value: Any) -> Any:
+    import numpy as np
+
+    if hasattr(value, "detach"):
+        import torch
+
+        return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return np.ascontiguousarray(value).reshape(-1).view(np.uint8)

@@ -82,6 +82,12 @@ class Backend:
     def cache(self) -> list:
         return []
 
+    def copy_row(self, source, destination, length) -> None:
+        self.copied = (source, destination, length)
+
+    def clear_row(self, row, length) -> None:
+        self.cleared = (row, length)
+
     def fill_tail(self, lengths, values) -> None:
         raise AssertionError
 

@@ -380,3 +380,12 @@ def test_memory_stays_constant_and_progress_is_told_for_a_large_file(tmp_path, t
     if target == "float32":
         with open(path, "rb") as theirs, open(tmp_path / "out" / DATA, "rb") as ours:
             assert hashlib.file_digest(ours, "sha256").digest() == hashlib.file_digest(theirs, "sha256").digest()
+
+
+def test_ranges_of_a_tensor_that_comes_in_parts_are_those_of_the_whole():
+    from gqa_export.weights.slices import Pieces, made_pieces
+
+    whole = np.arange(48, dtype=np.float32).reshape(6, 8)
+    for value in (whole, iter([whole[:2], torch.from_numpy(whole[2:])])):
+        found = b"".join(bytes(chunk) for chunk in made_pieces(value, Pieces(6, 32, ((8, 8), (20, 4)))))
+        assert found == np.concatenate([whole[:, 2:4], whole[:, 5:6]], axis=1).tobytes()
