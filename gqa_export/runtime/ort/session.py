@@ -24,11 +24,11 @@ from ...quantized.kv_codes import decode
 from ...spec import DTYPES
 from ...targets import Target, get_target
 from ..feeds import check_feed, must_run_alone, step_feed, written_rows
-from ..rows import RowSlots, longest_after, move_row, resized
 from ..session import Step
 from .adapters import adapter_names, load_adapter
 from .backend import ArrayBackend, Backend, BindingBackend, Infer, numpy_dtype
 from .loading import check_graph, choose_provider, graph_facts, open_session
+from .row_slots import OrtRowSlots
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _Ran:
     inplace: bool = False
 
 
-class OrtSession(RowSlots):
+class OrtSession(OrtRowSlots):
     """A `Session` over a bundle. Make one with `OrtSession.load`.
 
     Attributes:
@@ -208,16 +208,6 @@ class OrtSession(RowSlots):
         self.reset(1)
         return logits.astype(np.float32)
 
-    def _ridden(self, new: np.ndarray, sequence: int) -> np.ndarray:
-        """What each row is fed. Where the attention takes no row without a token, and the others bring one each, an
-        idle row brings one too, which is written beyond its length and not kept: all run in one call. States would keep
-        it, so rows of a model that has them run alone."""
-        idle = new == 0
-        if not self._target.empty_alone or sequence > 1 or idle.all() or self._has_states() or (
-                self._static and (self._lengths[idle] >= self.capacity).any()):
-            return new
-        return np.maximum(new, 1)
-
     def _whole(self, ids: np.ndarray, fed: np.ndarray, new: np.ndarray) -> np.ndarray:
         """One call for all rows, which bring `fed` tokens, of which `new` are kept."""
         longest = int(self._lengths.max())
@@ -229,24 +219,6 @@ class OrtSession(RowSlots):
             self._past[: self._cached] = [self._backend.upload(self._backend.download(t)[:, :, :after])
                                           for t in self._past[: self._cached]]
         return ran.logits if (fed == new).all() else np.where((new > 0)[:, None, None], ran.logits, 0)
-
-    def _has_states(self) -> bool:
-        return bool(self.spec.states)
-
-    def _states_of(self, row: int) -> list[np.ndarray]:
-        return [np.array(self._backend.download(t)[row: row + 1]) for t in self._past[self._cached:]]
-
-    def _keep(self, source: int, destination: int, length: int, states: list[np.ndarray] | None) -> None:
-        tokens, clear = longest_after(self._lengths, destination, length), not self._target.nan_tail_safe
-        if not self._static or source != destination or clear:
-            for i, tensor in enumerate(self._past[: self._cached]):
-                whole = self._backend.download(tensor)
-                whole = whole if self._static else resized(whole, tokens)
-                self._past[i] = self._backend.upload(move_row(whole, source, destination, length, clear))
-        for i, state in enumerate(self.spec.states):
-            row = np.zeros((1, *state.shape), state.dtype) if states is None else states[i]
-            self._past[self._cached + i] = self._put_row(self._past[self._cached + i], destination,
-                                                         self._backend.upload(row))
 
     def _call(self, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray, past: int, tensors: Sequence[Any]) -> _Ran:
         feed = step_feed(self._target.interface, ids, lengths, new, past, whole_row=self.whole_row_masks)
@@ -296,14 +268,6 @@ class OrtSession(RowSlots):
         if self._static:
             return self._backend.row(tensor, b)
         return self._backend.upload(np.ascontiguousarray(self._backend.download(tensor)[b: b + 1, :, :length]))
-
-    def _put_row(self, tensor: Any, b: int, row: Any) -> Any:
-        """A static buffer with row b replaced."""
-        whole = self._backend.download(tensor)
-        if not whole.flags.writeable:
-            whole = whole.copy()
-        whole[b: b + 1] = self._backend.download(row)
-        return self._backend.upload(whole)
 
     def _gather(self, i: int, ran: dict[int, _Ran], length: int) -> Any:
         """The growing tensor number i, [B, K, length, D], from the rows that ran and those that did not."""

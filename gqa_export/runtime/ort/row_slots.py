@@ -1,0 +1,59 @@
+"""Rows as slots in ONNX Runtime: how tensors of caches and states are moved for the operations of `RowSlots`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...spec import ModelSpec
+from ...targets import Target
+from ..rows import RowSlots, longest_after, move_row, resized
+from .backend import Backend
+
+
+class OrtRowSlots(RowSlots):
+    """What `OrtSession` has beside its steps. `_past`: the `_cached` tensors of the cache, then those of states."""
+
+    spec: ModelSpec
+    _backend: Backend
+    _target: Target
+    _static: bool
+    _cached: int
+    _past: list[Any]
+
+    def _ridden(self, new: np.ndarray, sequence: int) -> np.ndarray:
+        """What each row is fed. Where the attention takes no row without a token, and the others bring one each, an
+        idle row brings one too, which is written beyond its length and not kept: all run in one call. States would keep
+        it, so rows of a model that has them run alone."""
+        idle = new == 0
+        if not self._target.empty_alone or sequence > 1 or idle.all() or self._has_states() or (
+                self._static and (self._lengths[idle] >= self.capacity).any()):
+            return new
+        return np.maximum(new, 1)
+
+    def _has_states(self) -> bool:
+        return bool(self.spec.states)
+
+    def _states_of(self, row: int) -> list[np.ndarray]:
+        return [np.array(self._backend.download(t)[row: row + 1]) for t in self._past[self._cached:]]
+
+    def _keep(self, source: int, destination: int, length: int, states: list[np.ndarray] | None) -> None:
+        tokens, clear = longest_after(self._lengths, destination, length), not self._target.nan_tail_safe
+        if not self._static or source != destination or clear:
+            for i, tensor in enumerate(self._past[: self._cached]):
+                whole = self._backend.download(tensor)
+                whole = whole if self._static else resized(whole, tokens)
+                self._past[i] = self._backend.upload(move_row(whole, source, destination, length, clear))
+        for i, state in enumerate(self.spec.states):
+            row = np.zeros((1, *state.shape), state.dtype) if states is None else states[i]
+            self._past[self._cached + i] = self._put_row(self._past[self._cached + i], destination,
+                                                         self._backend.upload(row))
+
+    def _put_row(self, tensor: Any, b: int, row: Any) -> Any:
+        """A static buffer with row b replaced."""
+        whole = self._backend.download(tensor)
+        if not whole.flags.writeable:
+            whole = whole.copy()
+        whole[b: b + 1] = self._backend.download(row)
+        return self._backend.upload(whole)
