@@ -3,11 +3,13 @@
     python scripts/ptx_sweep.py [--runs N]      -> docs/benchmarks/ptx_sweep.json, .md
 
 Runs are numbered, and number n is always the same run (tests/ptx/cases.py). What is in the file already, of the same
-kernel sources and the same Triton, is not run again: the command can be stopped and started as often as one likes.
+Triton and of kernels that would be compiled to the same code, is not run again: the command can be stopped and started
+as often as one likes, and a kernel that changes has its own runs made again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -32,11 +34,20 @@ SHAPE = ("heads", "kv_heads", "head", "value_head", "steps", "capacity", "length
 OPTIONS = ("window", "softcap", "sinks", "rotary", "interleaved")
 
 
-def made_of() -> dict[str, str]:
-    """What decides the compiled code. A result of other sources says nothing of these."""
-    from compile_kernels import sources_sha256
+def code_of(number: int) -> str:
+    """What decides the compiled code of a run's kernels, without compiling: their sources with whatever they call, what
+    is compiled in, and the numbers that they are compiled with."""
+    from gqa_plugins.grouped_attention.cubin import recipe
+    from ptx.attention import variants_of
+    from ptx.cases import random_run
 
-    return {"sources_sha256": sources_sha256(), "triton": version("triton")}
+    run = random_run(number)
+    parts = []
+    for name, variant in sorted(variants_of(run).items()):
+        one = recipe(variant, run.capability)
+        parts.append([name, run.capability, variant.dtype, one.kernel.cache_key, one.arguments, one.constants,
+                      one.options])
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -56,7 +67,7 @@ def describe(number: int) -> dict[str, Any]:
 
     run = random_run(number)
     found = {"number": number, "capability": run.capability, "kind": run.kind, "dtype": run.case.dtype,
-             **{name: getattr(run.case, name) for name in SHAPE}, "splits": run.splits, "has_new": run.has_new,
+             **{name: getattr(run.case, name) for name in SHAPE}, "programs": run.programs, "has_new": run.has_new,
              **{name: getattr(run.case, name) for name in OPTIONS if getattr(run.case, name)}}
     return json.loads(json.dumps(found))
 
@@ -73,14 +84,16 @@ def run_one(number: int) -> dict[str, Any]:
         outcome: dict[str, Any] = {"error": result.error, "allowed": result.allowed, "ok": result.ok}
     except (Fault, AssertionError, NotImplementedError) as wrong:
         outcome = {"ok": False, "fault": f"{type(wrong).__name__}: {wrong}"[:500]}
-    return {**describe(number), **outcome, "cpu_seconds": round(time.process_time() - began, 2)}
+    seconds = round(time.process_time() - began, 2)
+    return {**describe(number), "code": code_of(number), **outcome, "cpu_seconds": seconds}
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The results so far, or none where they are of other kernels."""
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    fresh = {**made_of(), "date": date.today().isoformat(), "torch": version("torch"), "runs": []}
-    return kept if all(kept.get(name) == value for name, value in made_of().items()) else fresh
+    """The results so far that still hold."""
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"runs": []}
+    facts = {"triton": version("triton"), "torch": version("torch")}
+    runs = [run for run in kept["runs"] if run["code"] == code_of(run["number"])]
+    return {"date": date.today().isoformat(), **facts, "runs": runs if kept.get("triton") == facts["triton"] else []}
 
 
 def write(path: Path, results: dict[str, Any]) -> None:

@@ -88,6 +88,23 @@ def test_the_comparison_of_exports_was_fair_and_is_what_the_readme_shows():
     assert ("**" in rows["first export of a configuration, wall time"]) == (result["ratios"]["copy"]["wall_s"] < 1)
 
 
+def test_the_predicted_shares_of_decode_are_what_the_script_predicts():
+    """Of the plan as it is now: a long sequence among short ones keeps every program busy, equal ones lose nothing."""
+    report = json.loads((ROOT / "docs" / "benchmarks" / "decode_shares.json").read_text())
+    script = load("decode_shares")
+    rows = json.loads(json.dumps(script.predict()))
+    assert rows == report["rows"], "run scripts/decode_shares.py, commit its result"
+    assert (ROOT / "docs" / "benchmarks" / "decode_shares.md").read_text() == script.page(rows)
+    found = {row["batch"]: row for row in rows}
+    assert found[script.RAGGED]["before"] < 0.35
+    assert found[script.RAGGED]["now"] >= 0.9
+    assert min(found[name]["of_before"] for name in script.UNIFORM) >= 0.99
+    for lengths in script.BATCHES.values():
+        tiles = [count for count, _ in script.by_batch(lengths, 264, 256)]
+        assert sum(tiles) == sum(script.tiles_of(lengths)) * script.KV_HEADS
+        assert max(tiles) <= max(4, -(-sum(tiles) // 264))
+
+
 def test_every_kernel_of_four_models_was_compiled_for_every_capability_from_these_sources():
     report = json.loads((ROOT / "docs" / "benchmarks" / "kernels_compiled.json").read_text())
     script = load("compile_kernels")

@@ -44,7 +44,8 @@ KERNELS = ("append", "prefill", "decode", "combine")
 class Variant:
     """What a kernel is compiled for. Fields that a kernel does not use are left at their defaults.
 
-    rows: S * (H / K) that decides the row tile: the group size for decode steps, anything >= 128 for prefill.
+    rows: S * (H / K) that decides the row tile: the group size for decode steps, anything >= 128 for prefill. ahead: of
+    prefill, that it works ahead where `plan.works_ahead`; False: nowhere.
     """
 
     kernel: str
@@ -59,13 +60,15 @@ class Variant:
     rotary_half: int = 0
     interleaved: bool = False
     has_new: bool = True
+    ahead: bool = True
 
     @property
     def name(self) -> str:
         """A name for people and files, unique among variants."""
         flags = [word for word, on in (("window", self.window), ("softcap", self.softcap), ("sinks", self.sinks),
                                        (f"rotary{2 * self.rotary_half}", self.rotary_half > 0),
-                                       ("interleaved", self.interleaved), ("readonly", not self.has_new)) if on]
+                                       ("interleaved", self.interleaved), ("readonly", not self.has_new),
+                                       ("in-turn", not self.ahead)) if on]
         rows = [f"r{self.rows}"] if self.rows else []
         shape = [f"g{self.group}", f"d{self.head}", f"e{self.value_head}"]
         return "-".join([self.kernel, self.dtype, *shape, *rows, *flags])
@@ -188,7 +191,9 @@ def recipe(variant: Variant, capability: int) -> Recipe:
                                   has_new=variant.has_new)
         return Recipe(append.append_kernel, append.ARGUMENTS, values, append.WARPS, append.STAGES, plan.APPEND_STEPS)
     if variant.kernel == "prefill":
-        values = prefill.constants(**attention, sinks=variant.sinks, split_band=plan.DTYPE_BYTES[variant.dtype] < 4)
+        ahead = variant.ahead and plan.works_ahead(tiles, variant.head, variant.value_head, variant.dtype, capability)
+        values = prefill.constants(**attention, sinks=variant.sinks, split_band=plan.DTYPE_BYTES[variant.dtype] < 4,
+                                   ahead=ahead)
         return Recipe(prefill.prefill_kernel, prefill.ARGUMENTS, values, tiles.warps, tiles.stages, tiles.rows)
     if variant.kernel == "decode":
         values = decode.constants(**attention)

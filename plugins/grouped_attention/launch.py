@@ -6,19 +6,19 @@ Order of launches: append (if has_new or has_rotary), then either decode and com
 
     rows = S * group
     prefill   if S > 1 and rows > 128
-    decode    otherwise, with splits = plan.choose_splits(B, K, ceil(rows / decode.tile_rows), keys, min(SMs, 256))
+    decode    otherwise, by plan.choose_programs(B, K, ceil(rows / decode.tile_rows), keys, min(SMs, 256)) programs
               where keys = min(C, window + S - 1) if window else C
 
 The bound on the cache is its capacity, never a length: a captured CUDA graph serves every length. Grids are those of
 docs/kernels.md. Workspace, each part aligned to 256 bytes, in this order: rotated queries [B, S, H*D] T (has_rotary),
-partial outputs [B, K, rows, splits, E] fp32, their log-sum-exp [B, K, rows, splits] fp32.
+partial outputs, their log-sum-exp, and where each row's begin and end (`decode`).
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gqa_plugins.grouped_attention import plan
@@ -28,7 +28,7 @@ from gqa_plugins.grouped_attention.limits import find_excess
 
 from gqa_export.errors import InvalidBundle
 
-SM_BOUND = 256  # more SMs than this are not filled by splits: the workspace is sized before the GPU is known
+SM_BOUND = 256  # more SMs than this are not filled by decode: the workspace is sized before the GPU is known
 ALIGNMENT = 256
 ARCHITECTURE_ONLY = 90  # from this capability on, a cubin runs on its own capability alone
 KINDS = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
@@ -124,7 +124,7 @@ def variants(layer: Layer, sizes: Sizes) -> dict[str, Variant]:
     shape = (sizes.dtype, layer.group, sizes.head, sizes.value_head)
     window, softcap, sinks = layer.window > 0, layer.softcap > 0, bool(layer.has_sinks)
     wanted = {
-        "prefill": Variant("prefill", *shape, plan.LONG_ROWS, window, softcap, sinks),
+        "prefill": Variant("prefill", *shape, plan.LONG_ROWS, window, softcap, sinks, ahead=layer.scale >= 0),
         "decode": Variant("decode", *shape, layer.group, window, softcap),
         "combine": Variant("combine", *shape, sinks=sinks),
     }
@@ -182,13 +182,13 @@ def _visible(layer: Layer, sizes: Sizes, steps: int) -> int:
 
 
 def choose(layer: Layer, sizes: Sizes, decode_rows: int, sm_count: int) -> tuple[str, int]:
-    """("decode", splits) or ("prefill", 1). decode_rows: the decode kernel's tile_rows."""
+    """("decode", programs) or ("prefill", 1). decode_rows: the decode kernel's tile_rows."""
     rows = sizes.steps * layer.group
     if sizes.steps > 1 and rows > plan.LONG_ROWS:
         return "prefill", 1
-    splits = plan.choose_splits(sizes.batch, layer.kv_num_heads, -(-rows // decode_rows),
-                                _visible(layer, sizes, sizes.steps), min(sm_count, SM_BOUND))
-    return "decode", splits
+    programs = plan.choose_programs(sizes.batch, layer.kv_num_heads, -(-rows // decode_rows),
+                                    _visible(layer, sizes, sizes.steps), min(sm_count, SM_BOUND))
+    return "decode", programs
 
 
 def _aligned(size: int) -> int:
@@ -201,6 +201,14 @@ def _rotated_bytes(layer: Layer, sizes: Sizes) -> int:
     return _aligned(sizes.batch * sizes.steps * layer.num_heads * sizes.head * plan.DTYPE_BYTES[sizes.dtype])
 
 
+def _parts_bytes(layer: Layer, sizes: Sizes, tile_rows: int, programs: int) -> tuple[int, int, int]:
+    """Of partial outputs, their log-sum-exp, and where a row's begin and end. No less for a longer tile, whose rows are
+    padded: tiles are powers of two."""
+    partial, logsum, ranges = plan.workspace_elements(sizes.batch, sizes.steps, layer.num_heads, layer.kv_num_heads,
+                                                      sizes.value_head, tile_rows, programs)
+    return _aligned(4 * partial), _aligned(4 * logsum), _aligned(8 * ranges)
+
+
 def workspace_bytes(layer: Layer, largest: Sizes) -> int:
     """Enough for every batch up to B and every S up to S of `largest`, on every GPU."""
     most = 0
@@ -208,12 +216,11 @@ def workspace_bytes(layer: Layer, largest: Sizes) -> int:
         rows = steps * layer.group
         if steps > 1 and rows > plan.LONG_ROWS:
             break
-        tiles = -(-rows // plan.row_block(layer.group))  # no tile is longer than this, so there are no fewer
-        by_length = min(plan.MAX_SPLITS, max(1, _visible(layer, largest, steps) // plan.MIN_KEYS_PER_SPLIT))
-        by_work = SM_BOUND * plan.BLOCKS_PER_SM // (layer.kv_num_heads * tiles) + largest.batch
-        sequences = min(largest.batch * by_length, by_work)  # bounds batch * splits
-        sizes = plan.workspace_elements(sequences, steps, layer.num_heads, largest.value_head, 1)
-        most = max(most, sum(_aligned(4 * size) for size in sizes))
+        works = largest.batch * layer.kv_num_heads * -(-rows // plan.LEAST_ROWS)
+        keys = _visible(layer, largest, steps)
+        programs = plan.choose_programs(1, 1, works, keys, SM_BOUND)
+        tile_rows = plan.row_block(layer.group)
+        most = max(most, sum(_parts_bytes(layer, replace(largest, steps=steps), tile_rows, programs)))
     return _rotated_bytes(layer, largest) + most
 
 
@@ -225,16 +232,18 @@ def launches(layer: Layer, sizes: Sizes, cubins: Mapping[str, Cubin], pointers: 
     contract's names. workspace: device address of `workspace_bytes`.
     """
     decode_rows = cubins["decode"].tile_rows
-    kind, splits = choose(layer, sizes, decode_rows, sm_count)
-    elements = plan.workspace_elements(sizes.batch, sizes.steps, layer.num_heads, sizes.value_head, splits)
+    kind, programs = choose(layer, sizes, decode_rows, sm_count)
     partial = workspace + _rotated_bytes(layer, sizes)
+    partial_bytes, logsum_bytes, _ = _parts_bytes(layer, sizes, decode_rows, programs)
     absent = pointers["query"]  # a valid address that the kernel never reads
     rotated = workspace if layer.has_rotary else pointers["query"]
     common: dict[str, int | float] = {
         "past_lengths_ptr": pointers["past_lengths"], "new_lengths_ptr": pointers["new_lengths"],
         "output_ptr": pointers["output"],
-        "partial_ptr": partial, "logsum_ptr": partial + _aligned(4 * elements[0]),
-        "kv_heads": layer.kv_num_heads, "steps": sizes.steps, "capacity": sizes.capacity, "splits": splits,
+        "partial_ptr": partial, "logsum_ptr": partial + partial_bytes,
+        "ranges_ptr": partial + partial_bytes + logsum_bytes, "sequences": sizes.batch,
+        "kv_heads": layer.kv_num_heads, "steps": sizes.steps, "capacity": sizes.capacity,
+        "least_keys": plan.LEAST_KEYS,
         "window": layer.window, "scale": layer.scale, "softcap": layer.softcap,
     }
     rows = sizes.steps * layer.group
@@ -242,7 +251,7 @@ def launches(layer: Layer, sizes: Sizes, cubins: Mapping[str, Cubin], pointers: 
         "append": (-(-sizes.steps // plan.APPEND_STEPS),
                    layer.kv_num_heads * layer.has_new + layer.num_heads * layer.has_rotary, sizes.batch),
         "prefill": (-(-rows // cubins["prefill"].tile_rows), layer.kv_num_heads, sizes.batch),
-        "decode": (-(-rows // decode_rows) * splits, layer.kv_num_heads, sizes.batch),
+        "decode": (programs, 1, 1),
         "combine": (sizes.batch * sizes.steps * layer.num_heads, 1, 1),
     }
     appending = {**common, "query_ptr": pointers["query"], "key_ptr": pointers.get("key", absent),

@@ -47,10 +47,10 @@ def launch(query: Tensor, key: Tensor | None, value: Tensor | None, past_key: Te
                      num_heads=num_heads, interleaved=interleaved)
     if chosen.kind == "decode":
         decode(rotated, past_key, past_value, past_lengths, new_lengths, sinks, output, num_heads=num_heads,
-               scale=scale, softcap=softcap, window=window, tiles=chosen.tiles, splits=chosen.splits)
+               scale=scale, softcap=softcap, window=window, tiles=chosen.tiles, programs=chosen.programs)
     else:
         prefill(rotated, past_key, past_value, past_lengths, new_lengths, sinks, output, num_heads=num_heads,
-                scale=scale, softcap=softcap, window=window, tiles=chosen.tiles)
+                scale=scale, softcap=softcap, window=window, tiles=chosen.tiles, ahead=chosen.ahead)
     return output
 
 

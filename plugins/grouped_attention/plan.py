@@ -1,4 +1,4 @@
-"""What is launched: tile sizes and the number of splits, from numbers the host knows. Standard library only.
+"""What is launched: tile sizes and the number of programs, from numbers the host knows. Standard library only.
 
 Both the launchers (compiled on first use) and `cubin` (compiled ahead of time) ask here, so that what is carried
 inside an engine is what was measured from Python. Tile sizes are the usual ones for these GPUs' shared memory; they
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 DTYPE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
-MAX_SPLITS = 128
-MIN_KEYS_PER_SPLIT = 256  # fewer, and writing and reading the partial results costs more than it hides
+LEAST_KEYS = 256  # of a decode program's share: fewer, and the partial results cost more than they hide
 APPEND_STEPS = 16
-COMBINE_SPLITS = 16
-LONG_ROWS = 128
+COMBINE_PARTS, MOST_PARTS = 16, 128  # partial results that combine adds up, and looks through, at a time
+SEQUENCES = 64  # whose lengths decode adds up at a time
+LEAST_ROWS, LONG_ROWS = 16, 128  # of a tile
 BLOCKS_PER_SM = 2
 FP_FUSION = True  # a * b + c in one rounding, but for combine; said always, because Triton 3.10 changes its default
 
@@ -72,7 +72,7 @@ def choose_tiles(rows: int, head: int, value_head: int, dtype: str, capability: 
     in_registers = not 90 <= capability < 120
     held = 0 if tile_rows >= 64 and not in_registers else 1
     for keys, stages in ((128, 3), (64, 4), (64, 3), (32, 4), (32, 3), (32, 2), (16, 3), (16, 2)):
-        if keys == 128 and (long or width > 128):
+        if keys == 128 and (width > 128 or (long and (capability != 90 or width < 128))):
             continue  # the scores beside the accumulator would not fit in registers: `ptxas -v` shows what spills
         if keys == 64 and long and (wide or (in_registers and width > 128)):
             continue
@@ -82,42 +82,58 @@ def choose_tiles(rows: int, head: int, value_head: int, dtype: str, capability: 
     return Tiles(tile_rows, 16, 4, 1)
 
 
-def choose_splits(sequences: int, kv_heads: int, row_tiles: int, keys: int, sm_count: int) -> int:
-    """How many programs share one (sequence, key/value head, row tile).
+def works_ahead(tiles: Tiles, head: int, value_head: int, dtype: str, capability: int) -> bool:
+    """Whether prefill works out the next tile's products beside this tile's softmax: where products run on their own
+    beside the threads (wgmma) and both tiles' scores fit in registers: `ptxas -v` shows what spills."""
+    return (capability == 90 and tiles.rows == LONG_ROWS and DTYPE_BYTES[dtype] == 2
+            and block(head) == block(value_head) and block(head) in (64, 128))
 
-    keys: host-known bound on the positions a row tile visits. Enough to fill the SMs, as few as possible; a last
-    wave counts as a full one: the least count whose filling is within 95 % of the best.
+
+def choose_programs(sequences: int, kv_heads: int, row_tiles: int, keys: int, sm_count: int) -> int:
+    """How many programs share the tiles of the whole batch: enough to fill the SMs, and none that could never get
+    LEAST_KEYS.
+
+    keys: host-known bound on the positions a row tile visits.
     """
-    work = sequences * kv_heads * row_tiles
-    slots = max(1, sm_count * BLOCKS_PER_SM)
-    most = min(MAX_SPLITS, max(1, keys // MIN_KEYS_PER_SPLIT), -(-slots // max(1, work)))
-    filling = [work * n / slots / -(-work * n // slots) for n in range(1, most + 1)]
-    return next(n for n, share in enumerate(filling, 1) if share >= 0.95 * max(filling))
+    works = sequences * kv_heads * row_tiles
+    return max(1, min(sm_count * BLOCKS_PER_SM, works * max(1, keys // LEAST_KEYS)))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch of attention. `kind`: a later approximate kernel for very long contexts would be a third one."""
+    """One launch of attention. `kind`: a later approximate kernel for very long contexts would be a third one.
+
+    programs: of decode. ahead: of prefill, whether it works ahead.
+    """
 
     kind: Literal["prefill", "decode"]
     tiles: Tiles
-    splits: int = 1
+    programs: int = 1
+    ahead: bool = False
 
 
 def plan(*, sequences: int, steps: int, heads: int, kv_heads: int, head: int, value_head: int, dtype: str,
          window: int, bound: int, sm_count: int, capability: int) -> Plan:
     """The launch for a batch of `sequences` with `steps` new tokens each and at most `bound` positions in sight.
 
-    Few rows and a long cache: split over the cache (decode), else one program per row tile (prefill).
+    A cache long enough to be shared out, and either one row tile a head, so that lengths alone decide who has how much
+    to do, or too few row tiles to fill the SMs: equal shares (decode). Else one program per row tile (prefill).
     """
     rows = steps * (heads // kv_heads)
     tiles = choose_tiles(rows, head, value_head, dtype, capability)
+    row_tiles = -(-rows // tiles.rows)
     keys = min(bound, window + steps - 1) if window else bound
-    splits = choose_splits(sequences, kv_heads, -(-rows // tiles.rows), keys, sm_count)
-    return Plan("decode" if splits > 1 else "prefill", tiles, splits)
+    few = row_tiles == 1 or 2 * sequences * kv_heads * row_tiles <= sm_count * BLOCKS_PER_SM
+    if keys < 2 * LEAST_KEYS or not few:
+        return Plan("prefill", tiles, ahead=works_ahead(tiles, head, value_head, dtype, capability))
+    return Plan("decode", tiles, choose_programs(sequences, kv_heads, row_tiles, keys, sm_count))
 
 
-def workspace_elements(sequences: int, steps: int, heads: int, value_head: int, splits: int) -> tuple[int, int]:
-    """fp32 elements of (partial outputs, their log-sum-exp) that decode writes and combine reads."""
-    rows = sequences * steps * heads * splits
-    return rows * value_head, rows
+def workspace_elements(sequences: int, steps: int, heads: int, kv_heads: int, value_head: int, tile_rows: int,
+                       programs: int) -> tuple[int, int, int]:
+    """Elements of (partial outputs, fp32; their log-sum-exp, fp32; where a row's begin and end, int64) that decode
+    writes and combine reads."""
+    rows = steps * (heads // kv_heads)
+    meetings = programs + sequences * kv_heads * -(-rows // tile_rows)
+    held = min(tile_rows, rows) * meetings
+    return held * value_head, held, 2 * sequences * steps * heads

@@ -16,6 +16,7 @@ from gqa_plugins.grouped_attention.plan import FP_FUSION, Tiles, block
 from gqa_plugins.grouped_attention.primitives import (
     LOG2E,
     attend,
+    attend_ahead,
     key_range,
     load_rows,
     sequence_lengths,
@@ -35,8 +36,12 @@ def prefill_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_
                    GROUP: tl.constexpr, HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr,
                    BLOCK_VALUE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
                    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-                   SPLIT_BAND: tl.constexpr, PRECISION: tl.constexpr):
-    """SPLIT_BAND: a loop of its own, unmasked, for the inside of the band. Not for fp32, bound by its products."""
+                   SPLIT_BAND: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr):
+    """SPLIT_BAND: a loop of its own, unmasked, for the inside of the band. Not for fp32, bound by its products.
+
+    AHEAD: that loop works out the next tile's products beside this tile's softmax (`attend_ahead`); not for a negative
+    scale. (To turn the query's sign instead would put it through registers, and ptxas then waits before the softmax.)
+    """
     sequence = tl.program_id(2).to(tl.int64)
     kv_head = tl.program_id(1)
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_ROWS
@@ -48,7 +53,6 @@ def prefill_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_
     head_row = (sequence * steps + step) * (kv_heads * GROUP) + kv_head * GROUP + member
     query = load_rows(query_ptr, head_row * HEAD, valid, HEAD, BLOCK_HEAD)
     row_positions = past + step
-
     first_step, last_step = first_row // GROUP, tl.minimum((first_row + BLOCK_ROWS - 1) // GROUP, new - 1)
     low, high = key_range(past, new, broken, first_step, last_step, window, HAS_WINDOW)
     # The band's inside, full_low .. full_high - 1: every valid row sees all of it, so nothing there is masked.
@@ -69,7 +73,11 @@ def prefill_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_
         total = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
     cache_head = (sequence * kv_heads + kv_head) * capacity
     key_base, value_base = key_ptr + cache_head * HEAD, value_ptr + cache_head * VALUE_HEAD
-    if SPLIT_BAND:
+    if AHEAD:
+        acc, top, total = attend_ahead(acc, top, total, query, key_base, value_base, full_low,
+                                       (full_high - full_low) // BLOCK_KEYS, scale, softcap, HEAD, VALUE_HEAD,
+                                       BLOCK_HEAD, BLOCK_VALUE, BLOCK_ROWS, BLOCK_KEYS, HAS_SOFTCAP, PRECISION)
+    elif SPLIT_BAND:
         acc, top, total = attend(acc, top, total, query, key_base, value_base, row_positions, full_low, full_high,
                                  full_high, full_high, window, scale, softcap, HEAD, VALUE_HEAD, BLOCK_HEAD,
                                  BLOCK_VALUE, BLOCK_ROWS, BLOCK_KEYS, HAS_WINDOW, HAS_SOFTCAP, PRECISION, False)
@@ -84,27 +92,30 @@ def prefill_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_
 
 
 def constants(*, group: int, head: int, value_head: int, tiles: Tiles, window: bool, softcap: bool,
-              sinks: bool, split_band: bool) -> dict[str, Any]:
+              sinks: bool, split_band: bool, ahead: bool) -> dict[str, Any]:
     """The kernel's compile-time arguments."""
     return {"GROUP": group, "HEAD": head, "VALUE_HEAD": value_head, "BLOCK_HEAD": block(head),
             "BLOCK_VALUE": block(value_head), "BLOCK_ROWS": tiles.rows, "BLOCK_KEYS": tiles.keys,
             "HAS_WINDOW": window, "HAS_SOFTCAP": softcap, "HAS_SINKS": sinks, "SPLIT_BAND": split_band,
-            "PRECISION": "ieee"}
+            "AHEAD": ahead, "PRECISION": "ieee"}
 
 
 def prefill(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor, past_lengths: torch.Tensor,
             new_lengths: torch.Tensor | None, sinks: torch.Tensor | None, output: torch.Tensor, *,
-            num_heads: int, scale: float, softcap: float, window: int, tiles: Tiles) -> None:
+            num_heads: int, scale: float, softcap: float, window: int, tiles: Tiles, ahead: bool = False) -> None:
     """Write output [B, S, H*E] from query [B, S, H*D] and caches that hold the new tokens already. One launch.
 
-    new_lengths: None for S new tokens in every sequence.
+    new_lengths: None for S new tokens in every sequence. ahead: work out the next tile's products beside this tile's
+    softmax, where there are tiles that every row sees (not in fp32, nor for a negative scale).
     """
     batch, steps, _ = query.shape
     kv_heads, capacity, head = past_key.shape[1:]
+    narrow = query.element_size() < 4
     group = num_heads // kv_heads
     prefill_kernel[(-(-steps * group // tiles.rows), kv_heads, batch)](
         query, past_key, past_value, past_lengths, new_lengths, query if sinks is None else sinks, output, kv_heads,
         steps, capacity, window, scale, softcap,
         **constants(group=group, head=head, value_head=past_value.shape[3], tiles=tiles, window=window > 0,
-                    softcap=softcap > 0, sinks=sinks is not None, split_band=query.element_size() < 4),
+                    softcap=softcap > 0, sinks=sinks is not None, split_band=narrow,
+                    ahead=ahead and narrow and scale >= 0),
         num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=FP_FUSION)

@@ -165,3 +165,43 @@ def store_rows(base_ptr, offsets, tile, valid, WIDTH: tl.constexpr, BLOCK_WIDTH:
     mask = valid[:, None] & (columns < WIDTH)[None, :]
     narrowed = narrow(tile, base_ptr.dtype.element_ty)
     tl.store(base_ptr + offsets[:, None] + columns[None, :], narrowed, mask=mask)
+
+
+@triton.jit
+def attend_ahead(acc, top, total, query, key_ptr, value_ptr, start, tiles, scale, softcap, HEAD: tl.constexpr,
+                 VALUE_HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+                 BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+                 PRECISION: tl.constexpr):
+    """Attend to whole tiles that every row sees. The next tile's products are under way while this tile's softmax is
+    worked out (Shah et al., 2024, arXiv:2407.08608, section 3.2, within a warpgroup). scale is not negative.
+
+    Without a condition around it: under one, ptxas waits after every product of the kernel. No tiles cost one product
+    of zeros, and the last tile's next one is another.
+    """
+    zero = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], dtype=tl.float32)
+    stop = start + tiles * BLOCK_KEYS
+    columns = tl.arange(0, BLOCK_KEYS)
+    key = load_cache(key_ptr, start + columns, stop, HEAD, BLOCK_HEAD, True)
+    products = dot(query, tl.trans(key), zero, PRECISION)
+    for tile in range(0, tiles):
+        here = start + tile * BLOCK_KEYS + columns
+        key = load_cache(key_ptr, here + BLOCK_KEYS, stop, HEAD, BLOCK_HEAD, True)
+        following = dot(query, tl.trans(key), zero, PRECISION)
+        if HAS_SOFTCAP:
+            factor = 1.0
+            products = tanh(products * (scale / softcap)) * (softcap * LOG2E)
+        elif BLOCK_HEAD + BLOCK_VALUE > 128:
+            factor = scale * LOG2E  # goes into the exponent's multiply-add: scores themselves are never written out
+        else:
+            factor = 1.0  # folded, ptxas puts this tile's softmax before the next one's products
+            products = products * (scale * LOG2E)
+        new_top = tl.maximum(top, tl.max(products, 1) * factor)
+        reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(products * factor - reference[:, None])
+        shrink = tl.exp2(top - reference)
+        total = total * shrink + tl.sum(weights, 1)
+        value = load_cache(value_ptr, here, stop, VALUE_HEAD, BLOCK_VALUE, False)
+        acc = dot(narrow(weights, value.dtype), value, acc * shrink[:, None], PRECISION)
+        top = new_top
+        products = following
+    return acc, top, total

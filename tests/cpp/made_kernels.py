@@ -17,15 +17,17 @@ ARGUMENTS = {
     "append": ("query_ptr", "key_ptr", "value_ptr", "past_key_ptr", "past_value_ptr", "past_lengths_ptr",
                "new_lengths_ptr", "cos_ptr", "sin_ptr", "rotated_ptr", "kv_heads", "steps", "capacity", "max_position"),
     "prefill": (*ATTENTION, "sinks_ptr", "output_ptr"),
-    "decode": (*ATTENTION, "partial_ptr", "logsum_ptr", "splits"),
-    "combine": ("partial_ptr", "logsum_ptr", "past_lengths_ptr", "new_lengths_ptr", "sinks_ptr", "output_ptr",
-                "kv_heads", "steps", "capacity", "splits"),
+    "decode": (*ATTENTION, "partial_ptr", "logsum_ptr", "ranges_ptr", "sequences", "least_keys"),
+    "combine": ("partial_ptr", "logsum_ptr", "ranges_ptr", "past_lengths_ptr", "new_lengths_ptr", "sinks_ptr",
+                "output_ptr", "kv_heads", "steps", "capacity"),
 }
 
 
 def kind_of(name: str, dtype: str) -> str:
     if name in ("partial_ptr", "logsum_ptr"):
         return "*fp32"
+    if name == "ranges_ptr":
+        return "*i64"
     if name.endswith("lengths_ptr"):
         return "*i32"
     if name.endswith("_ptr"):

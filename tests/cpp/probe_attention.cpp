@@ -53,10 +53,11 @@ void print_plans() {
             r.bound >> r.sm_count >> r.capability;
         r.kind = kind_from(dtype);
         Plan const p = plan(r);
-        auto const w = workspace_elements(r.sequences, r.steps, r.heads, r.value_head, p.splits);
+        auto const w = workspace_elements(r.sequences, r.steps, r.heads, r.kv_heads, r.value_head, p.tiles.rows,
+                                          p.programs);
         std::cout << (p.decode ? "decode" : "prefill") << " " << p.tiles.rows << " " << p.tiles.keys << " "
-                  << p.tiles.warps << " " << p.tiles.stages << " " << p.splits << " " << w.partial << " " << w.logsum
-                  << "\n";
+                  << p.tiles.warps << " " << p.tiles.stages << " " << p.programs << " " << w.partial << " " << w.logsum
+                  << " " << w.ranges << "\n";
     }
 }
 

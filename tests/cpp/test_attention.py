@@ -62,8 +62,8 @@ def test_plan_equals_pythons_on_random_shapes(programs: Programs, chance: random
         requests.append(" ".join(map(str, request.values())))
         made = plan.plan(**request)
         elements = plan.workspace_elements(request["sequences"], request["steps"], request["heads"],
-                                           request["value_head"], made.splits)
-        expected.append(" ".join(map(str, (made.kind, *astuple(made.tiles), made.splits, *elements))))
+                                           request["kv_heads"], request["value_head"], made.tiles.rows, made.programs)
+        expected.append(" ".join(map(str, (made.kind, *astuple(made.tiles), made.programs, *elements))))
     assert programs.run("probe_attention", "plan", stdin="\n".join(requests)).splitlines() == expected
 
 

@@ -12,9 +12,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import torch
-from gqa_plugins.grouped_attention import reference
+from gqa_plugins.grouped_attention import plan, reference
 from gqa_plugins.grouped_attention.plan import Tiles
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -116,7 +117,8 @@ def make(case: Case) -> Problem:
                    guarded(lengths[:, 1], guards), cos, sin, None if sinks is None else guarded(sinks, guards), guards)
 
 
-def run_kernels(problem: Problem, kind: str, tiles: Tiles = SMALL, splits: int = 3) -> torch.Tensor:
+def run_kernels(problem: Problem, kind: str, tiles: Tiles = SMALL, programs: int = 3,
+                least_keys: int = 1, ahead: bool = False) -> torch.Tensor:
     """Append, then prefill or decode and combine, through their launchers; outputs and workspace begin as NaN."""
     from gqa_plugins.grouped_attention import append, decode, prefill
 
@@ -129,10 +131,10 @@ def run_kernels(problem: Problem, kind: str, tiles: Tiles = SMALL, splits: int =
     arguments = (rotated, problem.past_key, problem.past_value, problem.past_lengths, problem.new_lengths,
                  problem.sinks, output)
     if kind == "prefill":
-        prefill.prefill(*arguments, **attributes)
+        prefill.prefill(*arguments, **attributes, ahead=ahead)
     else:
-        with guarded_workspace(decode, problem.guards):
-            decode.decode(*arguments, **attributes, splits=splits)
+        with guarded_workspace(decode, problem.guards), patch.object(plan, "LEAST_KEYS", least_keys):
+            decode.decode(*arguments, **attributes, programs=programs)
     return output
 
 
@@ -146,7 +148,8 @@ def guarded_workspace(module, guards: list) -> Iterator[None]:
 
         @staticmethod
         def empty(size, dtype, device):
-            return guarded(torch.full((size,), torch.nan, dtype=dtype, device=device), guards)
+            unwritten = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+            return guarded(torch.full((size,), unwritten, dtype=dtype, device=device), guards)
 
     original, module.torch = module.torch, Torch()
     try:

@@ -140,12 +140,29 @@ def test_row_that_sees_nothing_is_zero_with_and_without_sinks(kind: str) -> None
         assert_guards(problem.guards)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 7, 17, 40])
-def test_number_of_splits_does_not_change_the_result(splits: int) -> None:
-    """Including more splits than tiles, and more than the 16 that combine reads at a time."""
+@pytest.mark.parametrize("programs", [1, 2, 7, 17, 40])
+def test_number_of_programs_does_not_change_the_result(programs: int) -> None:
+    """Including more programs than tiles, and more than the 16 partial results that combine reads at a time."""
     problem = make(Case(((60, 1), (3, 1)), 1, sinks=True, dtype="fp32"))
-    output = run_kernels(problem, "decode", splits=splits)
+    output = run_kernels(problem, "decode", programs=programs)
     assert_close_as_eager(output, problem)
+
+
+def test_output_depends_on_the_share_and_not_on_the_number_of_programs() -> None:
+    """Bit by bit: 4 tiles each is what 4 programs get of 13 tiles, and what more get because it is the least."""
+    made = Case(((170, 1), (0, 1), (3, 1), (0, 0)), 1, capacity=180, kv_heads=1, dtype="fp32")
+    outputs = [run_kernels(make(made), "decode", programs=programs, least_keys=least)
+               for programs, least in ((4, 1), (4, 64), (9, 64))]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(outputs[0], run_kernels(make(made), "decode", programs=2))
+
+
+def test_more_sequences_than_are_counted_at_a_time() -> None:
+    """64 at a time; some are empty, some have nothing new, one is longer than all others together."""
+    lengths = tuple((0 if b % 5 == 0 else 7 * b % 30, int(b % 3 > 0)) for b in range(70))
+    problem = make(Case((*lengths, (90, 1)), 1, capacity=96, heads=2, kv_heads=1, window=40))
+    assert_close_as_eager(run_kernels(problem, "decode", programs=6), problem)
 
 
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
@@ -160,6 +177,15 @@ def test_groups_larger_than_a_row_tile_are_tiled(kind: str, group: int, steps: i
 def test_tile_shape_does_not_change_the_result(kind: str, tiles: Tiles) -> None:
     problem = make(Case(((19, 30), (0, 21)), 30, window=33, dtype="fp16"))
     assert_close_as_eager(run_kernels(problem, kind, tiles), problem)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("head", [40, 128])
+def test_prefill_that_works_ahead_is_as_close_to_fp64(head: int, softcap: float) -> None:
+    """Rows that have no inside of the band, one tile of it, and several; both ways to scale."""
+    problem = make(Case(((0, 40), (50, 40), (5, 1)), 40, capacity=100, head=head, value_head=head, dtype="fp16",
+                        softcap=softcap, sinks=True, window=70))
+    assert_close_as_eager(run_kernels(problem, "prefill", ahead=True), problem)
 
 
 def test_decode_step_equals_last_row_of_prefill() -> None:
@@ -177,9 +203,10 @@ def test_decode_step_equals_last_row_of_prefill() -> None:
 
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
 def test_sequence_in_a_ragged_batch_equals_that_sequence_alone(kind: str) -> None:
+    """Bit by bit; decode where the cut is the same: a single program cuts no sequence."""
     batch = make(Case(((7, 3), (0, 0), (30, 5), (0, 1)), 5, dtype="fp32", sinks=True))
     keys, values = batch.past_key.clone(), batch.past_value.clone()
-    together = run_kernels(batch, kind)
+    together = run_kernels(batch, kind, programs=1)
     for b in (0, 2, 3):
         past, new = batch.case.lengths[b]
         alone = make(Case(((past, new),), new, dtype="fp32", sinks=True))
@@ -188,7 +215,7 @@ def test_sequence_in_a_ragged_batch_equals_that_sequence_alone(kind: str) -> Non
         alone.past_key.copy_(keys[b: b + 1])
         alone.past_value.copy_(values[b: b + 1])
         alone.sinks.copy_(batch.sinks)
-        assert torch.equal(run_kernels(alone, kind)[0], together[b, :new])
+        assert torch.equal(run_kernels(alone, kind, programs=1)[0], together[b, :new])
 
 
 def test_extreme_scores_stay_finite_in_fp16() -> None:

@@ -91,7 +91,7 @@ def test_absent_new_lengths_launch_nothing_more(monkeypatch, steps: int) -> None
 
 
 @pytest.mark.kernels
-def test_host_bound_changes_the_splits_but_not_the_result(monkeypatch) -> None:
+def test_host_bound_changes_the_programs_but_not_the_result(monkeypatch) -> None:
     problem = make(Case(((700, 1), (0, 1)), 1, capacity=1024, kv_heads=1))
     chosen, original = [], plan.plan
 
@@ -101,7 +101,7 @@ def test_host_bound_changes_the_splits_but_not_the_result(monkeypatch) -> None:
 
     monkeypatch.setattr(plan, "plan", record)
     outputs = [call(attend, problem, max_length=bound)[0] for bound in (None, 701)]
-    assert [one.splits for one in chosen] == [4, 2]
+    assert [one.programs for one in chosen] == [8, 4]
     # The same fp32 terms in another order; 701 weights that sum to 1, values of size up to 4.
     assert (outputs[0] - outputs[1]).abs().max() <= 8 * 4 * 2**-23
 

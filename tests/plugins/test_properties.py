@@ -35,10 +35,10 @@ def cases(draw) -> Case:
 
 @given(cases(), st.sampled_from(["prefill", "decode"]), st.integers(1, 5))
 @FEW
-def test_any_case_is_as_close_to_fp64_as_twice_eager(case: Case, kind: str, splits: int) -> None:
+def test_any_case_is_as_close_to_fp64_as_twice_eager(case: Case, kind: str, programs: int) -> None:
     problem = make(case)
     before_key, before_value = problem.past_key.clone(), problem.past_value.clone()
-    output = run_kernels(problem, kind, splits=splits)
+    output = run_kernels(problem, kind, programs=programs)
     assert_cache_holds_new_tokens(problem, before_key, before_value)
     problem.past_key.copy_(before_key)
     problem.past_value.copy_(before_value)

@@ -41,7 +41,7 @@ def cubins(layer: Layer, sizes: Sizes, capability: int = 80) -> dict[str, Cubin]
             "append": lambda: append.constants(**shape, rotary_half=sizes.rotary_half,
                                                interleaved=bool(layer.rotary_interleaved), has_new=bool(layer.has_new)),
             "prefill": lambda t=tiles: prefill.constants(**shape, **kinds, tiles=t, sinks=bool(layer.has_sinks),
-                                                         split_band=sizes.dtype != "fp32"),
+                                                         split_band=sizes.dtype != "fp32", ahead=False),
             "decode": lambda t=tiles: decode.constants(**shape, **kinds, tiles=t),
             "combine": lambda: decode.combine_constants(group=layer.group, value_head=sizes.value_head,
                                                         sinks=bool(layer.has_sinks)),
@@ -92,7 +92,7 @@ def test_launches_are_those_of_the_triton_launchers(monkeypatch, name: str, step
     half = 16 if layer.has_rotary else 0
     sizes = Sizes(3, steps, 2048, 64, 48, dtype, half, 512 if half else 1)
     given, made = tensors(layer, sizes), cubins(layer, sizes)
-    kind, splits = launch.choose(layer, sizes, made["decode"].tile_rows, 108)
+    kind, programs = launch.choose(layer, sizes, made["decode"].tile_rows, 108)
     assert kind == ("prefill" if steps * layer.group > 128 else "decode")
     recorders = {name: Recorder() for name in made}
     for module, attribute in ((append, "append"), (prefill, "prefill"), (decode, "decode"), (decode, "combine")):
@@ -104,7 +104,7 @@ def test_launches_are_those_of_the_triton_launchers(monkeypatch, name: str, step
     rest = [given.get(x) for x in ("past_key", "past_value", "past_lengths", "new_lengths", "sinks", "output")]
     tiles = plan.Tiles(made[kind].tile_rows, 64, 4, 1)
     if kind == "decode":
-        decode.decode(rotated, *rest, **attend, tiles=tiles, splits=splits)
+        decode.decode(rotated, *rest, **attend, tiles=tiles, programs=programs)
     else:
         prefill.prefill(rotated, *rest, **attend, tiles=tiles)
 
@@ -118,7 +118,7 @@ def test_launches_are_those_of_the_triton_launchers(monkeypatch, name: str, step
     pointers = {name: tensor.data_ptr() for name, tensor in given.items()}
     ours = launch.launches(layer, sizes, made, pointers, WORKSPACE, 108)
     assert [one.cubin.kernel for one in ours] == [kernel for kernel, _, _ in expected]
-    private = {"partial_ptr", "logsum_ptr", "rotated_ptr"}
+    private = {"partial_ptr", "logsum_ptr", "ranges_ptr", "rotated_ptr"}
     private |= {"query_ptr", "sinks_ptr"} if layer.has_rotary else set()  # rotated queries; absent sinks point there
     for one, (kernel, grid, arguments) in zip(ours, expected, strict=True):
         assert one.grid == (*grid, *(1 for _ in range(3 - len(grid)))), kernel
@@ -145,12 +145,13 @@ def test_workspace_holds_every_smaller_call_on_every_gpu(batch, steps, capacity,
     bound = launch.workspace_bytes(layer, dataclasses.replace(sizes, batch=batch + largest[0],
                                                               steps=steps + largest[1]))
     rows = plan.choose_tiles(layer.group, 64, value_head, dtype, capability).rows
-    kind, splits = launch.choose(layer, sizes, rows, sms)
+    kind, programs = launch.choose(layer, sizes, rows, sms)
     used = batch * steps * layer.num_heads * 64 * plan.DTYPE_BYTES[dtype] if rotary else 0
     if kind == "decode":
-        assert 1 <= splits <= plan.MAX_SPLITS
-        partial, logsum = plan.workspace_elements(batch, steps, layer.num_heads, value_head, splits)
-        used += 4 * (partial + logsum)
+        assert 1 <= programs <= launch.SM_BOUND * plan.BLOCKS_PER_SM
+        partial, logsum, ranges = plan.workspace_elements(batch, steps, layer.num_heads, layer.kv_num_heads, value_head,
+                                                          rows, programs)
+        used += 4 * (partial + logsum) + 8 * ranges
     assert used <= bound
 
 

@@ -36,13 +36,14 @@ Library = Callable[[Variant, int], Compiled]
 
 @dataclass(frozen=True)
 class Run:
-    """A case on one capability. rows: that the tile is chosen for (0: as an engine's kernels are compiled); splits: of
-    decode; has_new: False for a layer that reads another layer's cache."""
+    """A case on one capability. rows: that the tile is chosen for (0: as an engine's kernels are compiled); programs:
+    of decode; has_new: False for a layer that reads another layer's cache."""
 
     case: Case
     capability: int
     kind: str
-    splits: int = 2
+    programs: int = 2
+    least_keys: int = 1
     has_new: bool = True
     rows: int = 0
 
@@ -93,11 +94,13 @@ def attend(run: Run, problem: Problem, library: Library = compiled) -> torch.Ten
                         dtype=DTYPES[sizes.dtype])
     for name, tensor in (("past_key", problem.past_key), ("past_value", problem.past_value), ("output", output)):
         pointers[name] = memory.add(name, _bytes(tensor), readonly=name != "output" and not run.has_new)
-    workspace = _workspace(memory, layer, sizes, run)
+    workspace = _workspace(memory, layer, sizes, run, kernels["decode"][0].tile_rows if run.kind == "decode" else 1)
     not_launched = SimpleNamespace(tile_rows=1)  # the plugin looks at the rows of both attention kernels
     cubins: dict[str, Any] = {"prefill": not_launched, "decode": not_launched,
                               **{name: cubin for name, (cubin, _) in kernels.items()}}
-    with patch.object(launch, "choose", lambda *_: (run.kind, run.splits if run.kind == "decode" else 1)):
+    programs = run.programs if run.kind == "decode" else 1
+    with patch.object(launch, "choose", lambda *_: (run.kind, programs)), \
+            patch.object(plan, "LEAST_KEYS", run.least_keys):
         launched = launch.launches(layer, sizes, cubins, pointers, workspace, SM_COUNT)
     for one in launched:
         machine = kernels[one.cubin.kernel][1]
@@ -105,15 +108,18 @@ def attend(run: Run, problem: Problem, library: Library = compiled) -> torch.Ten
     return output
 
 
-def _workspace(memory: GlobalMemory, layer: Layer, sizes: Sizes, run: Run) -> int:
-    """Rotated queries, partial outputs and log-sum-exps as the plugin lays them out, exactly as long as they are used:
-    an access past the end of one is in no allocation. All NaN."""
+def _workspace(memory: GlobalMemory, layer: Layer, sizes: Sizes, run: Run, tile_rows: int) -> int:
+    """Rotated queries, partial outputs, their log-sum-exps and where a row's begin and end, as the plugin lays them
+    out, exactly as long as they are used: an access past the end of one is in no allocation. All NaN."""
     size = plan.DTYPE_BYTES[sizes.dtype]
     rotated = sizes.batch * sizes.steps * layer.num_heads * sizes.head * size if layer.has_rotary else 0
-    partial, logsum = (4 * count if run.kind == "decode" else 0 for count in plan.workspace_elements(
-        sizes.batch, sizes.steps, layer.num_heads, sizes.value_head, run.splits))
-    address = start = memory.reserve(sum(launch._aligned(part) for part in (rotated, partial, logsum)))
-    for name, part in (("rotated", rotated), ("partial", partial), ("logsum", logsum)):
+    elements = plan.workspace_elements(sizes.batch, sizes.steps, layer.num_heads, layer.kv_num_heads, sizes.value_head,
+                                       tile_rows, run.programs)
+    parts = {"rotated": rotated, "partial": 4 * elements[0], "logsum": 4 * elements[1], "ranges": 8 * elements[2]}
+    if run.kind != "decode":
+        parts = {"rotated": rotated}
+    address = start = memory.reserve(sum(map(launch._aligned, parts.values())))
+    for name, part in parts.items():
         if part:
             memory.add(name, np.full(part, 0xFF, np.uint8), address=address)
         address += launch._aligned(part)

@@ -37,8 +37,10 @@ RUNS: dict[str, Run] = {
         Run(_case(4, 1, 64, "fp32", 1, 70, ((65, 1), (0, 1)), softcap=30.0, sinks=True), 80, "decode", 3),
     "decode, 9.0, fp32, head size 128":
         Run(_case(4, 1, 128, "fp32", 1, 70, ((65, 1), (31, 1))), 90, "decode"),
-    "decode, 9.0, more splits than tiles":
+    "decode, 9.0, more programs than tiles":
         Run(_case(2, 1, 16, "bf16", 1, 70, ((69, 1), (0, 1)), sinks=True), 90, "decode", 128),
+    "decode, 9.0, more sequences than are counted at a time":
+        Run(_case(2, 1, 16, "bf16", 1, 40, (*((b % 7 * 5, b % 3 % 2) for b in range(65)), (39, 1))), 90, "decode", 3),
     "decode, 12.0, window of the largest integer":
         Run(_case(4, 2, 64, "fp16", 1, 64, ((63, 1), (0, 1)), window=2**31 - 1), 120, "decode"),
     "decode, 8.0, another layer's cache, rotated queries":

@@ -20,7 +20,8 @@ def make(instruction: Instruction, _approximate: bool) -> Step | None:
     """The step of an instruction of this family, or None."""
     opcode = instruction.opcode
     for prefix, maker in (("ld.param", _parameter), ("ld.", _load), ("st.", _store), ("ldmatrix", _load_matrix),
-                          ("stmatrix", _store_matrix), ("shfl", _shuffle), ("cp.async.commit_group", _commit),
+                          ("stmatrix", _store_matrix), ("shfl", _shuffle),
+                          ("redux.sync.add", _sum_of_warp), ("cp.async.commit_group", _commit),
                           ("cp.async.wait_group", _wait), ("cp.async.c", _copy), ("bar.sync", _barrier),
                           ("barrier.sync", _barrier)):
         if opcode.startswith(prefix):
@@ -125,9 +126,21 @@ def _shuffle(instruction: Instruction) -> Step:
 
     def step(block: Block, mask: Array | None) -> None:
         other = places(block).reshape(-1, 32).astype(np.int64)
-        source = {"bfly": LANES ^ other, "idx": np.broadcast_to(other, other.shape)}[mode] & 31
+        below = np.where(other <= LANES, LANES - other, LANES)  # where nothing is that far below: the lane's own
+        source = {"bfly": LANES ^ other, "idx": np.broadcast_to(other, other.shape), "up": below}[mode] & 31
         found = np.take_along_axis(values(block).reshape(-1, 32), source, 1)
         write(block, name, found.reshape(-1), mask)
+
+    return step
+
+
+def _sum_of_warp(instruction: Instruction) -> Step:
+    values = read(instruction.operands[1], "s32")
+
+    def step(block: Block, mask: Array | None) -> None:
+        _everyone(block, mask, "a sum over a warp")
+        sums = values(block).reshape(-1, 32).astype(np.int64).sum(1).astype(np.int32)
+        write(block, instruction.operands[0], np.repeat(sums, 32), None)
 
     return step
 

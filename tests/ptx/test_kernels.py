@@ -101,6 +101,18 @@ def test_kernels_compile_without_new_lengths(kernel: str) -> None:
     assert len(parse(made.asm["ptx"]).parameters) == len(made_as.arguments) - 1 + 2
 
 
+def test_output_depends_on_the_share_and_not_on_the_number_of_programs() -> None:
+    """Bit by bit, in the compiled code: 3 tiles each is what 3 programs get of 7, and what more get as the least."""
+    case = Case(((150, 1), (0, 1), (20, 1)), 1, 160, 4, 1, 64, 64, "fp32")
+    least = 3 * plan.choose_tiles(4, 64, 64, "fp32", 80).keys
+    runs = [Run(case, 80, "decode", 3), *(Run(case, 80, "decode", programs, least_keys=least) for programs in (3, 5))]
+    outputs = [attend(run, problem_of(run)) for run in runs]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    other = Run(case, 80, "decode", 1)
+    assert not torch.equal(outputs[0], attend(other, problem_of(other))), "the share does matter"
+
+
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
 def test_fp32_stays_within_what_is_allowed_with_the_errors_of_approximate_instructions(softcap: float) -> None:
     run = Run(Case(((700, 1),), 1, 705, 4, 1, 64, 64, "fp32", softcap=softcap, sinks=softcap > 0), 80, "decode")

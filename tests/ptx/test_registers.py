@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +53,37 @@ def test_no_register_is_spilled_up_to_head_size_128(capability: int, head: int, 
         assembled = assemble(one, capability, tmp_path)
         assert assembled.stack_bytes == assembled.spilled_bytes == 0, f"{one.name}: {assembled}"
         assert not assembled.serialised, one.name
+
+
+def order(chosen: Variant, folder: Path) -> str:
+    """Products (G), exponentials (e), waits for products (W) and branches (|) of a kernel for 9.0, as they are in the
+    machine code."""
+    import triton
+
+    file = folder / "kernel.cubin"
+    file.write_bytes(compile_to_ptx(chosen, 90)[0].code)
+    done = subprocess.run([triton.knobs.nvidia.nvdisasm.path, "-c", file], capture_output=True, text=True, check=True)
+    found = re.findall(r"\b(HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR|BRA)\b", done.stdout)
+    return "".join({"HGMMA": "G", "MUFU.EX2": "e", "WARPGROUP.DEPBAR": "W", "BRA": "|"}[name] for name in found)
+
+
+@pytest.mark.parametrize(("head", "features"), [(64, False), (128, False), (128, True)])
+def test_prefill_that_works_ahead_has_products_beside_its_softmax(head: int, features: bool, tmp_path: Path) -> None:
+    """Between the first product of a loop and the wait for it: exponentials, most of a tile's."""
+    made = variant("prefill", "bf16", head, features)
+    interleaved = re.compile(r"G(?=[^W|]*e{3})[^W|]*W")
+    ahead, in_turn = order(made, tmp_path), order(replace(made, ahead=False), tmp_path)
+    most = max(run.count("e") for run in interleaved.findall(ahead))
+    assert most >= 16, ahead
+    assert not interleaved.findall(in_turn), in_turn
+
+
+def test_prefill_that_works_in_turn_can_be_chosen_and_does_not_spill(tmp_path: Path) -> None:
+    for head in (64, 128):
+        made = replace(variant("prefill", "bf16", head, False), ahead=False)
+        assembled = assemble(made, 90, tmp_path)
+        assert assembled.stack_bytes == assembled.spilled_bytes == 0, f"{made.name}: {assembled}"
+        assert not assembled.serialised
 
 
 @pytest.mark.parametrize("capability", [89, 90, 120])

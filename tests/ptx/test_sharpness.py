@@ -18,7 +18,7 @@ from .machine import Machine
 from .program import Instruction, number
 
 pytestmark = pytest.mark.kernels
-DECODES = {head: Run(Case(((299, 1),), 1, 300, 4, 1, head, head, "bf16"), 80, "decode", splits=1) for head in (64, 128)}
+DECODES = {head: Run(Case(((299, 1),), 1, 300, 4, 1, head, head, "bf16"), 80, "decode", 1) for head in (64, 128)}
 DECODE = DECODES[64]
 PREFILL = Run(Case(((140, 33),), 33, 180, 4, 1, 64, 64, "bf16"), 90, "prefill")
 

@@ -10,14 +10,14 @@
 namespace gqa {
 namespace {
 
-constexpr std::int64_t kSmBound = 256;  // more SMs than this are not filled by splits: the workspace is sized first
+constexpr std::int64_t kSmBound = 256;  // more SMs than this are not filled by decode: the workspace is sized first
 constexpr std::int64_t kAlignment = 256;
 constexpr char kRebuild[] = "build the engine again with `gqa-export trt`";
 
 constexpr std::array<std::string_view, kSlotCount> kSlotNames{
     "query_ptr", "key_ptr", "value_ptr", "past_key_ptr", "past_value_ptr", "past_lengths_ptr", "new_lengths_ptr",
     "cos_ptr", "sin_ptr", "rotated_ptr", "sinks_ptr", "output_ptr", "partial_ptr", "logsum_ptr",
-    "kv_heads", "steps", "capacity", "splits", "window", "max_position", "scale", "softcap"};
+    "ranges_ptr", "sequences", "kv_heads", "steps", "capacity", "least_keys", "window", "max_position", "scale", "softcap"};
 
 std::int64_t aligned(std::int64_t size) { return ceil_div(size, kAlignment) * kAlignment; }
 
@@ -62,8 +62,8 @@ Kernel resolve(std::shared_ptr<Cubin const> cubin) {
 Choice choose(Layer const& layer, Sizes const& sizes, std::int64_t decode_rows, std::int64_t sm_count) {
     std::int64_t const rows = sizes.steps * layer.group();
     if (is_prefill(sizes.steps, rows)) return {false, 1};
-    return {true, choose_splits(sizes.batch, layer.kv_num_heads, ceil_div(rows, decode_rows),
-                                visible(layer, sizes.capacity, sizes.steps), std::min(sm_count, kSmBound))};
+    return {true, choose_programs(sizes.batch, layer.kv_num_heads, ceil_div(rows, decode_rows),
+                                  visible(layer, sizes.capacity, sizes.steps), std::min(sm_count, kSmBound))};
 }
 
 std::int64_t workspace_bytes(Layer const& layer, Sizes const& largest) {
@@ -71,13 +71,13 @@ std::int64_t workspace_bytes(Layer const& layer, Sizes const& largest) {
     for (std::int64_t steps = 1; steps <= largest.steps; ++steps) {
         std::int64_t const rows = steps * layer.group();
         if (is_prefill(steps, rows)) break;
-        std::int64_t const tiles = ceil_div(rows, std::min(kLongRows, block(layer.group())));
-        std::int64_t const by_length = std::min(
-            kMaxSplits, std::max<std::int64_t>(1, visible(layer, largest.capacity, steps) / kMinKeysPerSplit));
-        std::int64_t const by_work = kSmBound * kBlocksPerSm / (layer.kv_num_heads * tiles) + largest.batch;
-        std::int64_t const sequences = std::min(largest.batch * by_length, by_work);  // bounds batch * splits
-        auto const e = workspace_elements(sequences, steps, layer.num_heads, largest.value_head, 1);
-        most = std::max(most, aligned(4 * e.partial) + aligned(4 * e.logsum));
+        std::int64_t const works = largest.batch * layer.kv_num_heads * ceil_div(rows, kLeastRows);
+        std::int64_t const programs =
+            choose_programs(1, 1, works, visible(layer, largest.capacity, steps), kSmBound);
+        std::int64_t const longest_tile = std::min(kLongRows, block(layer.group()));
+        auto const e = workspace_elements(largest.batch, steps, layer.num_heads, layer.kv_num_heads,
+                                          largest.value_head, longest_tile, programs);
+        most = std::max(most, aligned(4 * e.partial) + aligned(4 * e.logsum) + aligned(8 * e.ranges));
     }
     return rotated_bytes(layer, largest) + most;
 }
@@ -92,9 +92,9 @@ Launches::Launches(Layer const& layer, Sizes const& sizes, Kernels const& kernel
                    std::array<std::uint64_t, kInputCount> const& pointers, std::uint64_t output,
                    std::uint64_t workspace, std::int64_t sm_count) {
     std::int64_t const decode_rows = kernels.decode.cubin->tile_rows;
-    auto const [decode, splits] = choose(layer, sizes, decode_rows, sm_count);
-    auto const elements =
-        workspace_elements(sizes.batch, sizes.steps, layer.num_heads, sizes.value_head, splits);
+    auto const [decode, programs] = choose(layer, sizes, decode_rows, sm_count);
+    auto const elements = workspace_elements(sizes.batch, sizes.steps, layer.num_heads, layer.kv_num_heads,
+                                             sizes.value_head, decode_rows, programs);
     std::uint64_t const partial = workspace + static_cast<std::uint64_t>(rotated_bytes(layer, sizes));
     auto input = [&pointers](Input which) {
         std::uint64_t const address = pointers[static_cast<std::size_t>(which)];
@@ -107,11 +107,14 @@ Launches::Launches(Layer const& layer, Sizes const& sizes, Kernels const& kernel
     common.set(Slot::new_lengths_ptr, input(Input::new_lengths));
     common.set(Slot::output_ptr, output);
     common.set(Slot::partial_ptr, partial);
-    common.set(Slot::logsum_ptr, partial + static_cast<std::uint64_t>(aligned(4 * elements.partial)));
+    std::uint64_t const logsum = partial + static_cast<std::uint64_t>(aligned(4 * elements.partial));
+    common.set(Slot::logsum_ptr, logsum);
+    common.set(Slot::ranges_ptr, logsum + static_cast<std::uint64_t>(aligned(4 * elements.logsum)));
+    common.set(Slot::sequences, static_cast<std::int32_t>(sizes.batch));
     common.set(Slot::kv_heads, layer.kv_num_heads);
     common.set(Slot::steps, static_cast<std::int32_t>(sizes.steps));
     common.set(Slot::capacity, static_cast<std::int32_t>(sizes.capacity));
-    common.set(Slot::splits, static_cast<std::int32_t>(splits));
+    common.set(Slot::least_keys, static_cast<std::int32_t>(kLeastKeys));
     common.set(Slot::window, layer.window);
     common.set(Slot::scale, layer.scale);
     common.set(Slot::softcap, layer.softcap);
@@ -137,7 +140,7 @@ Launches::Launches(Layer const& layer, Sizes const& sizes, Kernels const& kernel
         add(kernels.append, ceil_div(sizes.steps, kAppendSteps), heads, sizes.batch, appending_);
     }
     if (decode) {
-        add(kernels.decode, ceil_div(rows, decode_rows) * splits, layer.kv_num_heads, sizes.batch, attending_);
+        add(kernels.decode, programs, 1, 1, attending_);
         add(kernels.combine, sizes.batch * sizes.steps * layer.num_heads, 1, 1, attending_);
     } else {
         add(kernels.prefill, ceil_div(rows, kernels.prefill.cubin->tile_rows), layer.kv_num_heads, sizes.batch,

@@ -20,10 +20,10 @@ namespace gqa {
 // Every argument that a kernel may take, by name: a kernel's file lists its own, in order.
 enum class Slot {
     query_ptr, key_ptr, value_ptr, past_key_ptr, past_value_ptr, past_lengths_ptr, new_lengths_ptr, cos_ptr, sin_ptr,
-    rotated_ptr, sinks_ptr, output_ptr, partial_ptr, logsum_ptr,
-    kv_heads, steps, capacity, splits, window, max_position, scale, softcap
+    rotated_ptr, sinks_ptr, output_ptr, partial_ptr, logsum_ptr, ranges_ptr,
+    sequences, kv_heads, steps, capacity, least_keys, window, max_position, scale, softcap
 };
-constexpr std::size_t kSlotCount = 22;
+constexpr std::size_t kSlotCount = 24;
 
 // The arguments' values, each in the first bytes of a word, as the driver wants to read them.
 class Arguments {
@@ -81,7 +81,7 @@ private:
 
 struct Choice {
     bool decode;  // else prefill
-    std::int64_t splits;
+    std::int64_t programs;
 };
 Choice choose(Layer const& layer, Sizes const& sizes, std::int64_t decode_rows, std::int64_t sm_count);
 

@@ -59,7 +59,7 @@ Tiles choose_tiles(std::int64_t rows, std::int64_t head, std::int64_t value_head
     bool const in_registers = capability < 90 || 120 <= capability;
     std::int64_t const held = tile_rows >= 64 && !in_registers ? 0 : 1;
     for (auto [keys, stages] : kShapes) {
-        bool const spills = (keys == 128 && (longest || width > 128)) ||
+        bool const spills = (keys == 128 && (width > 128 || (longest && (capability != 90 || width < 128)))) ||
                             (keys == 64 && longest && (wide || (in_registers && width > 128)));
         if (spills) continue;
         std::int64_t const weights_bytes = wide ? tile_rows * keys * size : 0;
@@ -70,35 +70,30 @@ Tiles choose_tiles(std::int64_t rows, std::int64_t head, std::int64_t value_head
     return {tile_rows, 16, 4, 1};
 }
 
-std::int64_t choose_splits(std::int64_t sequences, std::int64_t kv_heads, std::int64_t row_tiles, std::int64_t keys,
-                           std::int64_t sm_count) {
-    std::int64_t const work = sequences * kv_heads * row_tiles;
-    std::int64_t const slots = std::max<std::int64_t>(1, sm_count * kBlocksPerSm);
-    std::int64_t const most = std::min({kMaxSplits, std::max<std::int64_t>(1, keys / kMinKeysPerSplit),
-                                        ceil_div(slots, std::max<std::int64_t>(1, work))});
-    std::vector<double> filling;
-    for (std::int64_t n = 1; n <= most; ++n) {
-        filling.push_back(static_cast<double>(work * n) / static_cast<double>(slots) /
-                          static_cast<double>(ceil_div(work * n, slots)));
-    }
-    double const enough = 0.95 * *std::max_element(filling.begin(), filling.end());
-    auto const first = std::find_if(filling.begin(), filling.end(), [enough](double share) { return share >= enough; });
-    return first - filling.begin() + 1;
+std::int64_t choose_programs(std::int64_t sequences, std::int64_t kv_heads, std::int64_t row_tiles, std::int64_t keys,
+                             std::int64_t sm_count) {
+    std::int64_t const works = sequences * kv_heads * row_tiles;
+    std::int64_t const most = works * std::max<std::int64_t>(1, keys / kLeastKeys);
+    return std::max<std::int64_t>(1, std::min(sm_count * kBlocksPerSm, most));
 }
 
 Plan plan(PlanRequest const& r) {
     std::int64_t const rows = r.steps * (r.heads / r.kv_heads);
     Tiles const tiles = choose_tiles(rows, r.head, r.value_head, r.kind, r.capability);
+    std::int64_t const row_tiles = ceil_div(rows, tiles.rows);
     std::int64_t const keys = r.window ? std::min(r.bound, r.window + r.steps - 1) : r.bound;
-    std::int64_t const splits =
-        choose_splits(r.sequences, r.kv_heads, ceil_div(rows, tiles.rows), keys, r.sm_count);
-    return {splits > 1, tiles, splits};
+    bool const few = row_tiles == 1 || 2 * r.sequences * r.kv_heads * row_tiles <= r.sm_count * kBlocksPerSm;
+    if (keys < 2 * kLeastKeys || !few) return {false, tiles, 1};
+    return {true, tiles, choose_programs(r.sequences, r.kv_heads, row_tiles, keys, r.sm_count)};
 }
 
 WorkspaceElements workspace_elements(std::int64_t sequences, std::int64_t steps, std::int64_t heads,
-                                     std::int64_t value_head, std::int64_t splits) {
-    std::int64_t const rows = sequences * steps * heads * splits;
-    return {rows * value_head, rows};
+                                     std::int64_t kv_heads, std::int64_t value_head, std::int64_t tile_rows,
+                                     std::int64_t programs) {
+    std::int64_t const rows = steps * (heads / kv_heads);
+    std::int64_t const meetings = programs + sequences * kv_heads * ceil_div(rows, tile_rows);
+    std::int64_t const held = std::min(tile_rows, rows) * meetings;
+    return {held * value_head, held, 2 * sequences * steps * heads};
 }
 
 }  // namespace gqa
