@@ -65,7 +65,7 @@ def test_model_compiles_into_files_that_say_how_to_launch(tmp_path, model: str, 
         assert one.threads in (128, 256)
         assert one.scratch_pointers == 2
         assert [name for name, _ in one.arguments] == [name for name, _ in declared[one.kernel]]
-        assert {kind for _, kind in one.arguments} <= {f"*{dtype}", "*fp32", "*i32", "i32", "fp32"}
+        assert {kind for _, kind in one.arguments} <= {f"*{dtype}", "*fp32", "*i32", "*i64", "i32", "fp32"}
         assert int(one.constants["GROUP"]) == MODELS[model]["heads"] // MODELS[model]["kv_heads"]
         # No line information: neither this checkout's path nor a section for it.
         assert str(Path(cubin.__file__).parent).encode() not in one.code
@@ -105,7 +105,7 @@ def test_declared_arguments_are_the_kernels_arguments(kernel: str) -> None:
         "append": (append.append_kernel, append.ARGUMENTS,
                    append.constants(**wide, rotary_half=4, interleaved=False, has_new=True)),
         "prefill": (prefill.prefill_kernel, prefill.ARGUMENTS,
-                    prefill.constants(**attention, sinks=True, split_band=True)),
+                    prefill.constants(**attention, sinks=True, split_band=True, ahead=False)),
         "decode": (decode.decode_kernel, decode.ARGUMENTS, decode.constants(**attention)),
         "combine": (decode.combine_kernel, decode.COMBINE_ARGUMENTS,
                     decode.combine_constants(group=2, value_head=16, sinks=True)),

@@ -84,25 +84,31 @@ def test_the_wait_in_the_loop_of_decode_that_lets_one_copy_more_be_under_way_is_
 
 @pytest.mark.slow
 def test_waits_of_prefill_on_9_0_that_are_removed_are_found() -> None:
-    """All waits for copies; of those for products, the ones that keep copies off the bytes that a wgmma reads. The
-    others only order a product before its result is used, which the assembler sees to."""
+    """All waits for copies before the last product; of those for products, the ones that keep copies off the bytes that
+    a wgmma reads. The others only order a product before its result is used, which the assembler sees to. Behind the
+    last product nothing reads what copies bring, and a store that meets a copy under way is a fault by itself."""
     places, silent, guarding = missed(PREFILL, "prefill", is_wait, lambda one: None)
-    kinds = {index: compiled(variants_of(PREFILL)["prefill"], 90)[1].program.instructions[index].base
-             for index in places}
+    instructions = compiled(variants_of(PREFILL)["prefill"], 90)[1].program.instructions
+    kinds = {index: instructions[index].base for index in places}
     assert {kinds[index] for index in places} == {"cp", "wgmma"}
-    assert not [index for index in silent if kinds[index] == "cp" and index in guarding]
+    last = max(index for index, one in enumerate(instructions) if one.opcode.startswith("wgmma.mma_async"))
+    copies = [index for index in places if kinds[index] == "cp" and index in guarding]
+    assert [index for index in copies if index < last]
+    assert not [index for index in copies if index < last and index in silent]
     assert [index for index in places if kinds[index] == "wgmma" and index not in silent]
 
 
 @pytest.mark.parametrize(("old", "new"), [("shl.b32", "shr.u32"), ("add.s32", "sub.s32")])
 def test_wrong_addresses_are_found(old: str, new: str) -> None:
-    """Of ten instructions that address or mask something, one at a time; some change nothing at this length."""
+    """Of ten instructions from all over the kernel that address or mask something, one at a time; some change nothing
+    at this length, or for a single sequence."""
     machine = machine_of(DECODE, "decode")
     instructions = machine.program.instructions
-    places = [index for index, one in enumerate(instructions) if one.opcode == old][:10]
+    places = [index for index, one in enumerate(instructions) if one.opcode == old]
+    places = places[:: len(places) // 10][:10]
     found = [complaint(DECODE, "decode", machine.without({index: replace(instructions[index], opcode=new)}))
              for index in places]
-    assert sum(map(bool, found)) >= len(places) // 2, found
+    assert sum(map(bool, found)) >= 0.7 * len(places), found
 
 
 def test_a_cache_that_is_one_byte_short_is_found() -> None:
