@@ -10,15 +10,8 @@ from refusal import refused
 
 from gqa_export.errors import UnsupportedModel
 from gqa_export.spec import AttentionSpec, StateSpec
-from gqa_export.targets import (
-    TARGETS,
-    by_reason,
-    get_target,
-    layers_label,
-    reasons_against,
-    refuse_layers,
-    refuse_options,
-)
+from gqa_export.target_refusals import refuse_layers, refuse_options
+from gqa_export.targets import TARGETS, by_reason, get_target, layers_label, reasons_against
 
 LAYER = AttentionSpec(0, num_heads=8, kv_num_heads=2, head_size=64, value_head_size=64, scale=0.125)
 

@@ -32,7 +32,7 @@ FOLDERS = {"gqa_export": "gqa_export", "gqa_models": "models", "gqa_plugins": "p
 """the packages of the wheel, and the folders that they are in the checkout"""
 IN_THE_CHECKOUT = (*FOLDERS.values(), "scripts", "tests", "docs", "pyproject.toml", "setup.py", "README.md", "LICENSE",
                    "constraints.txt")
-DATA = (".typed", ".j2", ".json", ".toml")
+DATA = (".typed", ".j2", ".json", ".toml", ".txt")
 
 IMPORT_ALL = """
 import importlib, json, sys

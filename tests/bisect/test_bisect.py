@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from evidence.mutations.kinds import MUTATIONS
 from evidence.mutations.mutation import Mutation, NotHere, break_bundle
+from evidence.mutations.of_quantized import MUTATIONS as OF_CODES
 from gqa_models import write_tiny
 from refusal import refused
 
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.whole_model
 
 SAMPLES = (("llama", "ort"), ("mistral", "ort"), ("gemma2", "ort"), ("gpt_oss", "ort"), ("qwen3", "ort"),
            ("llama", "portable"), ("mistral", "onnx"))
-SINGLE = [mutation for mutation in MUTATIONS if mutation.layer >= 0]
+SINGLE = [mutation for mutation in MUTATIONS if mutation.layer >= 0 and mutation not in OF_CODES]
+"""damage to codes needs quantized samples; `validate` finds it: tests/evidence, docs/benchmarks/mutations.json"""
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def test_a_head_nearly_equal_in_another_dtype_is_used_at_its_own_precision(tmp_p
 
 
 def test_an_equal_head_is_streamed_and_placed_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("gqa_export.exporting.prepare.load_model", None)
+    monkeypatch.setattr("gqa_export.exporting.weight_store.load_model", None)
     folder = with_head(tmp_path / "ck", torch.clone)
     plain = gqa_models.write_tiny("llama_tied", tmp_path / "plain", num_hidden_layers=2)
     bundles = [gqa.export(place, tmp_path / f"out-{place.name}", capacity=64) for place in (folder, plain)]

@@ -45,7 +45,7 @@ def refuse(folder, out, *names, kind=InvalidCheckpoint, code=CODE, **options):
 
 
 def test_a_bias_that_the_config_does_not_know_is_refused_though_nothing_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("gqa_export.exporting.prepare.load_model", None)  # weights are streamed
+    monkeypatch.setattr("gqa_export.exporting.weight_store.load_model", None)  # weights are streamed
     folder = add(tiny(tmp_path), **{BIAS: 64})
     refuse(folder, tmp_path / "out", BIAS)
     refuse(folder, tmp_path / "out", BIAS)  # the trace was kept this time
