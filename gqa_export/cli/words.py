@@ -31,7 +31,8 @@ class Words(click.Choice[str]):
         self.fail(f"{value!r} is not one of {', '.join(self.choices)}." + (f" {hint}" if hint else ""), param, ctx)
 
 
-QUANTIZED = "Quantization is not offered: export fp16 or fp32, and quantize the exported model"
+QUANTIZED = ("Weights are quantized with --quantize int4 or int8; --dtype is the format of everything else: fp32, fp16 "
+             "or bf16")
 DTYPE = Words(["auto", "fp32", "fp16", "bf16"],
               {"float32": "fp32", "float": "fp32", "f32": "fp32", "float16": "fp16", "half": "fp16", "f16": "fp16",
                "bfloat16": "bf16"},

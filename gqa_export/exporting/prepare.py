@@ -107,7 +107,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         raise GqaExportError("--weights inplace writes the graph into the checkpoint folder, but -o names another one",
                              str(output), f"use -o {checkpoint.folder}", code="E-OPTION-INPLACE")
     if options.weights != "copy" and checkpoint.kind == "gguf":
-        raise GqaExportError("a GGUF file's tensors are dequantized on the way, so they cannot be used where they are",
+        raise GqaExportError("a GGUF file's tensors are rearranged on the way, so they cannot be used where they are",
                              checkpoint.source, "use --weights copy", code="E-OPTION-GGUF-WEIGHTS")
     if options.weights != "copy" and checkpoint.model is not None:
         raise GqaExportError("the weights of a model in memory are not in a file that a graph could point into",

@@ -34,7 +34,7 @@ def test_spellings_are_of_words_that_exist():
 
 
 @pytest.mark.parametrize(("option", "word", "hint"), [
-    ("--dtype", "int4", "quantize the exported model"), ("--target", "tensorrt", "trt-plugin or trt-native"),
+    ("--dtype", "int4", "--quantize int4"), ("--target", "tensorrt", "trt-plugin or trt-native"),
     ("--target", "portabel", "did you mean portable")])
 def test_a_word_that_is_not_offered_says_what_is(tmp_path, option, word, hint):
     result = CliRunner().invoke(main, ["onnx", str(tmp_path), "-o", str(tmp_path / "out"), option, word])
