@@ -43,8 +43,9 @@ def check_choices(**given: object) -> None:
     for option, value in given.items():
         allowed = get_args(SETS[option])
         if value is not None and value not in allowed:
-            raise GqaExportError(f"{option} is {value!r}, expected one of {', '.join(allowed)}", option,
-                                 f"pass one of {', '.join(allowed)}", code="E-OPTION-CHOICE")
+            names = ", ".join(map(str, allowed))
+            raise GqaExportError(f"{option} is {value!r}, expected one of {names}", option, f"pass one of {names}",
+                                 code="E-OPTION-CHOICE")
 
 
 def check_counts(**given: int | None) -> None:

@@ -54,7 +54,10 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
     """
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise GqaExportError(f"cannot read the rules: {error.strerror}", str(path), FIX,
+                             code="E-OPTION-QUANTIZE-FILE") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise GqaExportError(f"cannot read the rules: {cause_of(error)}", str(path), FIX,
                              code="E-OPTION-QUANTIZE-FILE") from error
     entries = found.get("rule")
