@@ -215,7 +215,6 @@ def test_conversion_through_the_api_equals_the_option_strings(folder, tmp_path) 
     ("cache", "x", "E-OPTION-CHOICE"), ("weights", "move", "E-OPTION-CHOICE"), ("logits", "first", "E-OPTION-CHOICE"),
     ("block", 7, "E-OPTION-CHOICE"), ("head", "int2", "E-OPTION-CHOICE"), ("activations", "fp8", "E-OPTION-CHOICE"),
     ("kv_cache", "int3", "E-OPTION-CHOICE"), ("tensor_parallel", 0, "E-OPTION-COUNT"),
-    ("quantize", "int3", "E-OPTION-QUANTIZE"), ("quantize", "missing.toml", "E-OPTION-QUANTIZE-FILE"),
     ("provider", "tpu", "E-OPTION-CHOICE"), ("capacity", 0, "E-OPTION-COUNT"), ("capacity", -3, "E-OPTION-COUNT")])
 def test_a_value_outside_its_closed_set_is_refused_though_types_are_not_checked(folder, tmp_path, option, value, code):
     for call in (gqa.export, gqa.plan_export):
