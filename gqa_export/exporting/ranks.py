@@ -62,8 +62,8 @@ def refuse_quantized_ranks(source: str, quantized: bool) -> None:
     """
     if quantized:
         raise UnsupportedModel("quantized weights are not cut over ranks", source,
-                               "leave out --quantize and export the unquantized checkpoint, or leave out "
-                               "--tensor-parallel", code="E-MODEL-QUANTIZED-RANKS")
+                               "use --quantize dequantize, or leave out --tensor-parallel",
+                               code="E-MODEL-QUANTIZED-RANKS")
 
 
 def lower_ranks(traced: Traced, options: LowerOptions, ranks: int, plan: dict[str, str],

@@ -105,13 +105,19 @@ class DequantizedSource:
         """The bytes, some rows at a time; of transposed ones, an expert at a time."""
         import numpy as np
 
+        for values in self.parts():
+            yield memoryview(values.reshape(-1).view(np.uint8))
+
+    def parts(self) -> Iterator[Any]:
+        """The values float32, arrays one behind the other."""
+        import numpy as np
+
         rows = self.matrix.shape[-2]
         parts = self.matrix.stripes(CHUNK_BYTES, 4) if not self.matrix.transposed else (
             (start, start + rows) for start in range(0, self.matrix.rows, rows))
         for start, stop in parts:
             values: Any = self.matrix.dequantize(start, stop)
-            values = np.ascontiguousarray(values.T if self.matrix.transposed else values, np.float32)
-            yield memoryview(values.reshape(-1).view(np.uint8))
+            yield np.ascontiguousarray(values.T if self.matrix.transposed else values, np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +190,8 @@ def source_of_part(part: Part, source: Source) -> Source:
     """Where the bytes of a part are. Rows of a stored tensor are a stored tensor again, so that a graph can point at
     them. source: where those of the whole are."""
     (start, stop), *more = part.ranges
+    if isinstance(source, DequantizedSource):
+        source = MemorySource(source.parts, source.dtype, source.shape)
     if not isinstance(source, StoredSource | MemorySource):
         raise TypeError(f"a part of a part of {part.whole}")
     if isinstance(source, StoredSource) and not part.axis and not more:

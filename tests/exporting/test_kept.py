@@ -15,10 +15,13 @@ from checkpoint.quantized import test_gptq_awq as gptq_awq
 from checkpoint.quantized import test_other_formats as others
 from gguf_models import case, tensors_of, write_case
 from quantized_checkpoints import write_quantized
+from refusal import refused
 
 from gqa_export.bundle.quantization import PLAIN
+from gqa_export.errors import UnsupportedModel
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
+from gqa_export.validation.validate import validate
 
 TOKENS = np.array([[1, 5, 7, 2, 9, 30, 4, 11]], np.int64)
 GPTQ = gptq_awq.gptq
@@ -54,6 +57,18 @@ def both(source: Path, folder: Path, target: str = "ort") -> Any:
     assert plain.manifest.quantization is not None
     assert plain.manifest.quantization.method == "dequantize"
     return kept.manifest
+
+
+def test_over_ranks_codes_are_refused_and_their_values_are_cut_and_equal_pytorch(tmp_path):
+    source = tmp_path / "source"
+    write_quantized(source, *FORMATS["gptq"][:2])
+    options = {"target": "trt-native", "dtype": "fp32", "capacity": 32, "tensor_parallel": 2}
+    with refused("E-MODEL-QUANTIZED-RANKS", UnsupportedModel):
+        export_onnx(source, tmp_path / "out", ExportOptions(**options))
+    assert not (tmp_path / "out").exists()
+    export_onnx(source, tmp_path / "out", ExportOptions(**options, quantize="dequantize"))
+    verdict = validate(tmp_path / "out", source, steps=4)
+    assert verdict.passed, verdict.first
 
 
 @pytest.mark.parametrize("target", ["ort", "onnx"])
