@@ -59,6 +59,14 @@ def both(source: Path, folder: Path, target: str = "ort") -> Any:
     return kept.manifest
 
 
+def test_what_is_kept_has_exact_inputs_unless_int8_is_wanted(tmp_path):
+    source = tmp_path / "source"
+    write_quantized(source, *FORMATS["gptq"][:2])
+    for activations, found in (("", "exact"), ("int8", "int8")):
+        done = export_onnx(source, tmp_path / found, ExportOptions(dtype="fp32", capacity=32, activations=activations))
+        assert done.manifest.quantization.activations == found
+
+
 def test_over_ranks_codes_are_refused_and_their_values_are_cut_and_equal_pytorch(tmp_path):
     source = tmp_path / "source"
     write_quantized(source, *FORMATS["gptq"][:2])
