@@ -50,7 +50,9 @@ def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> Weig
         return WeightStore({name: StoredSource(tensor) for name, tensor in stored.items()}, aliases)
     if checkpoint.model is not None:
         return WeightStore.from_module(checkpoint, checkpoint.model)
-    streamed = _converted(checkpoint, traced, wanted, budget) if stored and not checkpoint.quantized else None
+    # an adapter is merged into what is stored, or by loading: not into what is made on the way
+    streams = stored and not checkpoint.quantized and checkpoint.adapter is None
+    streamed = _converted(checkpoint, traced, wanted, budget) if streams else None
     if streamed is not None:
         return streamed
     elements = sum(math.prod(shape) for shape in wanted.values())

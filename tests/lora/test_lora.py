@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from gqa_models import write_tiny
 from refusal import refused
+from safetensors.torch import load_file, save_file
 
 import gqa_export as gqa
+from gqa_export.bundle.manifest import DATA
 from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.lora import read_adapter
 from gqa_export.checkpoint.open import open_checkpoint
@@ -344,3 +348,27 @@ def test_the_command_line_exports_compares_and_runs_adapters(made, tmp_path) -> 
         assert done.exit_code == 0, done.output
         tokens.append(json.loads(done.stdout)["tokens"])
     assert tokens[0] != tokens[1]
+
+
+def test_an_adapter_is_merged_into_weights_that_transformers_splits_on_load(tmp_path, monkeypatch) -> None:
+    import transformers.conversion_mapping as mapping
+    import transformers.core_model_loading as loading
+    import transformers.modeling_utils as modeling
+
+    plain = write_tiny("llama", tmp_path / "plain", num_hidden_layers=2)
+    adapter = write_adapter(tmp_path / "poet", load_model(open_checkpoint(plain), "float32"), ["q_proj"], seed=3)
+    expected = gqa.export(plain, tmp_path / "a", capacity=CAPACITY, merge_lora=adapter)
+    joined, names = shutil.copytree(plain, tmp_path / "joined"), ["q_proj.weight", "k_proj.weight", "v_proj.weight"]
+    tensors = load_file(joined / "model.safetensors")
+    for layer in range(2):
+        parts = [tensors.pop(f"model.layers.{layer}.self_attn.{name}") for name in names]
+        tensors[f"model.layers.{layer}.self_attn.qkv.weight"] = torch.cat(parts)
+    save_file(tensors, joined / "model.safetensors", metadata={"format": "pt"})
+
+    def rules(*_, **__):
+        return [loading.WeightConverter(["qkv.weight"], names, [loading.Split(dim=0)])]
+
+    monkeypatch.setattr(mapping, "get_model_conversion_mapping", rules)
+    monkeypatch.setattr(modeling, "get_model_conversion_mapping", rules)
+    found = gqa.export(joined, tmp_path / "b", capacity=CAPACITY, merge_lora=adapter, trace_cache=False)
+    assert (found.folder / DATA).read_bytes() == (expected.folder / DATA).read_bytes()
