@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint.in_float import in_float
 from ..checkpoint.load_model import load_model
 from ..checkpoint.tokenized_text import load_tokenizer, packed, read_text, spread, tokenize
 from ..files.staging import writing_folder
@@ -98,32 +98,6 @@ class Calibration:
             return (both, *result[1:]) if isinstance(result, tuple) else both
 
         return replaced
-
-
-@contextmanager
-def in_float(model: torch.nn.Module) -> Iterator[None]:
-    """Every module's parameters are fp32 while it runs, and as they were before and after: one module at a time."""
-    hooks = []
-    for module in model.modules():
-        own = [parameter for parameter in module.parameters(recurse=False) if parameter.is_floating_point()]
-        if not own or all(parameter.dtype == torch.float32 for parameter in own):
-            continue
-        stored = [parameter.data for parameter in own]
-
-        def widen(_: Any, __: Any, own: list[Any] = own) -> None:
-            for parameter in own:
-                parameter.data = parameter.data.float()
-
-        def restore(_: Any, __: Any, ___: Any, own: list[Any] = own, stored: list[Any] = stored) -> None:
-            for parameter, data in zip(own, stored, strict=True):
-                parameter.data = data
-
-        hooks += [module.register_forward_pre_hook(widen), module.register_forward_hook(restore)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def write_calibrated(calibration: Calibration, output: Path, kv_heads: Sequence[int], force: bool, marker: str,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint.in_float import in_float
 from ..checkpoint.load_model import load_model
 from ..checkpoint.tokenized_text import load_tokenizer, packed, read_text, spread, tokenize
 from ..progress import Progress
@@ -77,8 +78,7 @@ def calibrate(checkpoint: Checkpoint, text: Path, names: Collection[str], report
     head = model.get_output_embeddings()
     heads = [name for name, parameter in model.named_parameters(remove_duplicate=False) if name in names
              and head is not None and parameter is head.weight]
-    _widen(model)
-    with torch.no_grad():
+    with torch.no_grad(), in_float(model):
         for place, row in enumerate(rows):
             report("running the calibration text", place, len(rows))
             hidden = model.base_model(input_ids=row[None], use_cache=False).last_hidden_state
@@ -93,24 +93,3 @@ def calibrate(checkpoint: Checkpoint, text: Path, names: Collection[str], report
 def _add(sums: dict[str, torch.Tensor], name: str, values: torch.Tensor) -> None:
     square = values.reshape(-1, values.shape[-1]).double().square().sum(0)
     sums[name] = sums[name] + square if name in sums else square
-
-
-def _widen(model: torch.nn.Module) -> None:
-    """Each module's parameters are fp32 while it runs, and as they were before and after."""
-    for module in model.modules():
-        own = [each for each in module.parameters(recurse=False) if each.is_floating_point()
-               and each.dtype != torch.float32]
-        if not own:
-            continue
-        stored = [each.data for each in own]
-
-        def widen(_: Any, __: Any, own: list[Any] = own) -> None:
-            for each in own:
-                each.data = each.data.float()
-
-        def restore(_: Any, __: Any, ___: Any, own: list[Any] = own, stored: list[Any] = stored) -> None:
-            for each, data in zip(own, stored, strict=True):
-                each.data = data
-
-        module.register_forward_pre_hook(widen)
-        module.register_forward_hook(restore)
