@@ -176,7 +176,8 @@ def test_a_model_whose_hidden_states_have_another_size_than_it_says_is_refused_b
     import transformers
 
     config = transformers.OPTConfig(vocab_size=320, hidden_size=64, ffn_dim=96, num_hidden_layers=2,
-                                    max_position_embeddings=64, num_attention_heads=4, word_embed_proj_dim=32, do_layer_norm_before=False)
+                                    max_position_embeddings=64, num_attention_heads=4, word_embed_proj_dim=32,
+                                    do_layer_norm_before=False)
     checkpoint = save_random(config, tmp_path / "checkpoint")
     with refused("E-MODEL-HIDDEN-STATES", UnsupportedModel):
         gqa.export(checkpoint, tmp_path / "bundle", capacity=CAPACITY, hidden_states=True)
