@@ -58,6 +58,8 @@ if TYPE_CHECKING:
               help="LoRA adapter (PEFT's folder) that the bundle can switch to at run time; may be repeated.")
 @click.option("--merge-lora", type=click.Path(path_type=Path), metavar="DIR",
               help="LoRA adapter that becomes part of the weights.")
+@click.option("--hidden-states", is_flag=True,
+              help="Also return the last hidden state of every new token, for heads that draft tokens (MTP, EAGLE).")
 @click.option("--dump-passes", type=click.Path(path_type=Path), metavar="DIR",
               help="Write the graph after each rewriting pass to DIR, without weights.")
 @click.option("--trace-cache/--no-trace-cache", default=True, show_default=True,

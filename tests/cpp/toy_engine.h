@@ -41,9 +41,16 @@ public:
         call_.vocabulary = manifest.vocabulary;
         call_.max_batch = manifest.max_batch;
         call_.max_prompt = manifest.max_prompt;
-        for (auto const& output : manifest.outputs) call_.half = output.number == gqa::Number::fp16;
+        for (auto const& output : manifest.outputs) {
+            call_.half = output.number == gqa::Number::fp16;
+            call_.hidden = call_.hidden || output.name == "hidden_states";
+        }
     }
-    std::vector<std::string> tensors() const override { return ToyCall::names(true, true); }
+    std::vector<std::string> tensors() const override {
+        std::vector<std::string> all = ToyCall::names(true, true);
+        if (call_.hidden) all.push_back("hidden_states");
+        return all;
+    }
     std::unique_ptr<gqa::EngineContext> context(int profile, gqa::cuda::Stream) override {
         ToyCall call = call_;
         call.profile = profile;
