@@ -62,8 +62,8 @@ def measure_quality(checkpoint: Checkpoint, text: Path, lengths: tuple[int, ...]
         measurement.look(watch)
         quality = measurement.of(chosen, whole=True)
         found.append(replace(quality, layers=tuple(watch.found[layer] for layer in sorted(watch.found))))
-    exact = [layer.layer for layer in spec.layers if layer.window]
-    notes = [f"layers {exact} have a window and stay exact"] if exact else []
+    exact = [layer.layer for layer in spec.layers if layer.edges]
+    notes = [f"layers {exact} have a window or chunks and stay exact"] if exact else []
     notes += [f"{each.tokens} tokens: the exact model gains less than 0.1 nats on a repeated passage, so that copying "
               "is not judged" for each in found if each.copy_score is None]
     return LongQuality(checkpoint.source, str(text), setting.method, setting.attributes(), seed, chosen, max_loss,
