@@ -7,12 +7,9 @@
 // (each stream runs its work on a thread of its own, as a GPU does; then nothing can be captured).
 #include "stub_cuda.h"
 
-<<<<<<< HEAD
 #include <dlfcn.h>
 
-=======
 #include <condition_variable>
->>>>>>> l-done
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>

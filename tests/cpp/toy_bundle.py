@@ -17,15 +17,9 @@ LAYERS, CAPACITY, VOCABULARY, BATCH, PROMPT, HEAD = 2, 16, 50, 3, 4, 2
 CACHE = [f".{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")]
 
 
-<<<<<<< HEAD
-def tensors(dtype: str, hidden: bool = False) -> tuple[tuple[TensorFact, ...], tuple[TensorFact, ...]]:
-    """(inputs, outputs), as `cache_io` names them."""
-    row = ("batch", 1, CAPACITY, HEAD)
-=======
-def tensors(dtype: str, heads: int = 1) -> tuple[tuple[TensorFact, ...], tuple[TensorFact, ...]]:
+def tensors(dtype: str, hidden: bool = False, heads: int = 1) -> tuple[tuple[TensorFact, ...], tuple[TensorFact, ...]]:
     """(inputs, outputs), as `graph_io` names them."""
     row = ("batch", heads, CAPACITY, HEAD)
->>>>>>> l-done
     inputs = (TensorFact("input_ids", "int32", ("batch", "sequence")), TensorFact("past_lengths", "int32", ("batch",)),
               TensorFact("new_lengths", "int32", ("batch",)),
               *(TensorFact(f"past_key_values{tail}", dtype, row) for tail in CACHE))
@@ -76,7 +70,7 @@ def rank_manifest(ranks: int, engines: Sequence[bytes] = (), held: int = 2, dtyp
                   orders: Sequence[str] = ()) -> Manifest:
     """Of a toy that is cut over ranks, each of which holds `held` heads. orders: a rank's collectives."""
     whole = manifest(engine_facts(), dtype)
-    inputs, outputs = tensors(dtype, ranks * held)
+    inputs, outputs = tensors(dtype, heads=ranks * held)
     facts = tuple(RankFacts(rank_folder(r), tuple(HeldHeads(layer, r, 1, tuple(range(r * held, (r + 1) * held)))
                                                   for layer in range(LAYERS)),
                             order_sha256((orders[r] if orders else "one",))) for r in range(ranks))

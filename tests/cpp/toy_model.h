@@ -54,13 +54,10 @@ struct ToyCall {
         for (std::string const& name : names(true, true)) {
             if (!tensors.count(name) || !tensors.at(name).address) return name + " is not bound";
         }
-<<<<<<< HEAD
         if (hidden && (!tensors.count("hidden_states") || !tensors.at("hidden_states").address)) {
             return "hidden_states is not bound";
         }
-=======
         if (rank && !communicator) return "the communicator is not set";
->>>>>>> l-done
         auto const& ids = tensors.at("input_ids").shape;
         if (ids.size() != 2 || ids[0] < 1 || ids[0] > max_batch) return "input_ids: batch outside the profile";
         if (ids[1] < 1 || ids[1] > (profile == 0 ? 1 : max_prompt)) return "input_ids: steps outside the profile";
