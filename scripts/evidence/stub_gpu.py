@@ -7,6 +7,7 @@ and no verdict that comes out means anything.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -38,6 +39,13 @@ def build_stub_driver(folder: Path) -> Path:
     return library
 
 
+def make_context_current(library: Path) -> None:
+    """What PyTorch does when it first uses a GPU. library: the stand-in."""
+    driver, context = ctypes.CDLL(str(library)), ctypes.c_void_p()
+    if driver.cuInit(0) or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) or driver.cuCtxSetCurrent(context):
+        raise RuntimeError(f"{library} does not give a context")
+
+
 @contextmanager
 def in_place_of_a_gpu(check: ModuleType, library: Path, *, cases: int = 3, pause_s: float = 0.0,
                       compiled: bool = False) -> Iterator[None]:
@@ -54,6 +62,8 @@ def in_place_of_a_gpu(check: ModuleType, library: Path, *, cases: int = 3, pause
     from gqa_plugins.grouped_attention import driver_ctypes, gpu_bench, gpu_correctness, grouped_query_attention
 
     from evidence import gpu_model, gpu_stages, shipping_path
+
+    make_context_current(library)
 
     def clock(calls: Sequence[Callable[[], Any]]) -> float:
         time.sleep(pause_s)
