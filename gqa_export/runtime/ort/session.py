@@ -169,7 +169,7 @@ class OrtSession(OrtRowSlots):
         ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.spec.vocabulary)
         before, sequence = self._lengths, ids.shape[1]
         padded = self._static and self._target.writes_padding
-        fed = self._ridden(new, sequence)
+        fed = new if new_lengths is None else self._ridden(new, sequence)
         alone = must_run_alone(before, fed, sequence, capacity=self.capacity if padded else None,
                                chunks_alone=self._target.chunks_alone, empty_alone=self._target.empty_alone)
         logits = self._each_row(ids, new) if alone else self._whole(ids, fed, new)
@@ -210,15 +210,14 @@ class OrtSession(OrtRowSlots):
 
     def _whole(self, ids: np.ndarray, fed: np.ndarray, new: np.ndarray) -> np.ndarray:
         """One call for all rows, which bring `fed` tokens, of which `new` are kept."""
-        longest = int(self._lengths.max())
+        longest = max(self._lengths.tolist())
         ran = self._call(ids, self._lengths, fed, longest, self._past)
         self._past = ran.present
-        after = int((self._lengths + new).max())
-        if not self._static and after < longest + ids.shape[1]:
+        if not self._static and (after := int((self._lengths + new).max())) < longest + ids.shape[1]:
             # ragged rows leave columns without a token: cut them, or they grow with every step
             self._past[: self._cached] = [self._backend.upload(self._backend.download(t)[:, :, :after])
                                           for t in self._past[: self._cached]]
-        return ran.logits if (fed == new).all() else np.where((new > 0)[:, None, None], ran.logits, 0)
+        return ran.logits if fed is new or (fed == new).all() else np.where((new > 0)[:, None, None], ran.logits, 0)
 
     def _call(self, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray, past: int, tensors: Sequence[Any]) -> _Ran:
         feed = step_feed(self._target.interface, ids, lengths, new, past, whole_row=self.whole_row_masks)
