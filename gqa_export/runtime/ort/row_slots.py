@@ -27,7 +27,7 @@ class OrtRowSlots(RowSlots):
         idle row brings one too, which is written beyond its length and not kept: all run in one call. States would keep
         it, so rows of a model that has them run alone."""
         idle = new == 0
-        if not self._target.empty_alone or sequence > 1 or idle.all() or self._has_states() or (
+        if not self._target.empty_alone or sequence > 1 or self._has_states() or idle.all() or (
                 self._static and (self._lengths[idle] >= self.capacity).any()):
             return new
         return np.maximum(new, 1)
