@@ -28,7 +28,7 @@ from ..session import Step
 from .adapters import adapter_names, load_adapter
 from .backend import ArrayBackend, Backend, BindingBackend, Infer, numpy_dtype
 from .loading import check_graph, choose_provider, graph_facts, open_session
-from .row_slots import OrtRowSlots
+from .row_slots import OrtRowSlots, as_exported
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class OrtSession(OrtRowSlots):
         self._open_long = open_long
         self._long: Backend | None = None
         self.long_calls = 0
-        self._backend, self._target, self.whole_row_masks = backend, target, False
+        self._backend, self._target, self.whole_row_masks = backend, as_exported(target, manifest), False
         self._folder, self._adapter = folder, ""
         self._static, self._cached = manifest.cache == "static", 2 * len(manifest.spec.layers)
         self._inplace = self._static and target.writes_in_place(manifest.fallbacks)
@@ -171,7 +171,7 @@ class OrtSession(OrtRowSlots):
         """See `Session.step`."""
         ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.spec.vocabulary)
         before, sequence = self._lengths, ids.shape[1]
-        padded = self._static and self._target.writes_padding
+        padded = self._target.writes_padding and (self._static or self.manifest.ragged_chunks)
         fed = new if new_lengths is None else self._ridden(new, sequence)
         alone = must_run_alone(before, fed, sequence, capacity=self.capacity if padded else None,
                                chunks_alone=self._target.chunks_alone, empty_alone=self._target.empty_alone)
