@@ -35,6 +35,7 @@ def result() -> dict:
 def test_the_result_is_of_the_default_settings_and_its_page_is_made_from_it(script: ModuleType, result: dict) -> None:
     assert result["settings"] == {name: DEFAULTS[name].attributes() for name in ("hyper", "tiles")}
     assert (ROOT / "docs" / "benchmarks" / "long_attention.md").read_text() == script.table(result)
+    assert (ROOT / "docs" / "benchmarks" / "long_attention.svg").read_text() == script.picture(result)
 
 
 @pytest.mark.parametrize("method", ["hyper", "tiles"])
@@ -76,3 +77,4 @@ def test_what_was_measured_on_smollm2_is_of_these_rows_and_meets_what_is_demande
         assert found["tokens"] == rows[name].tokens
         assert smollm2.broken(rows[name], found) == []
     assert place.with_suffix(".md").read_text() == smollm2.page(results)
+    assert place.with_suffix(".svg").read_text() == smollm2.picture(results)
