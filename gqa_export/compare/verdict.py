@@ -17,7 +17,7 @@ from .plain import plain
 
 SCHEMA_VERSION = 2
 COMPARED = (("logits", {"logits"}), ("new keys and values", {"keys", "values"}), ("states", {"states"}),
-            ("cache", {"cache"}), ("refusals", {"refusal"}))
+            ("hidden states", {"hidden states"}), ("cache", {"cache"}), ("refusals", {"refusal"}))
 """words in which a verdict tells what was compared, and the kinds of output that must have been measured"""
 
 LOSS_PROPERTIES = ("perplexity_increase", "failure", "passed")

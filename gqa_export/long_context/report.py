@@ -86,8 +86,8 @@ def quality_of(model: Any, spec: ModelSpec, plan: LongPlan, sequences: abc.Seque
         found.append(replace(quality, layers=tuple(watch.found[layer] for layer in sorted(watch.found))))
         if len(sequence.ids) == min(len(each.ids) for each in sequences):
             fewer = (*_fewer(measurement, plan.layers), FewerLayers(len(plan.layers), quality.loss, quality.copy_score))
-    exact = [layer.layer for layer in spec.layers if layer.window]
-    notes = [f"layers {exact} have a window and stay exact"] if exact else []
+    exact = [layer.layer for layer in spec.layers if layer.edges]
+    notes = [f"layers {exact} have a window or chunks and stay exact"] if exact else []
     notes += [f"{each.tokens} tokens: the exact model gains less than {LEAST_GAIN:g} nats on a repeated passage, so "
               "that copying is not judged" for each in found if each.copy_score is None]
     return LongQuality(source, text, plan.setting.method, plan.setting.attributes(), plan.seed, plan.layers, max_loss,
