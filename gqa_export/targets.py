@@ -97,6 +97,8 @@ class Target:
     """DequantizeLinear takes zero points that are not 0"""
     quantized_blocks: tuple[int, ...] = ()
     """columns that may share a scale in DequantizeLinear; () is any number"""
+    long_inside: bool = False
+    """`attention` itself approximates long prompts, by attributes; otherwise another op stands in its place"""
     long_missing: str = ""
     """why no graph for long prompts, with approximate attention, is written beside the exact one; "" if it can be"""
     states_missing: str = ""
@@ -172,8 +174,7 @@ _ROWS = (
            opset=23, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            rotary_inside=True, head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
            writes_padding=False, states_missing=_NO_STATES, zero_points=False, quantized_blocks=(16, 32, 64, 128),
-           long_missing="the plugin has no kernels for it yet",
-           kv_missing="the plugin's kernels read and write floating-point caches only",
+           long_inside=True, kv_missing="the plugin's kernels read and write floating-point caches only",
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
     Target(name="trt-native", dialect="tensorrt.native", attention="Attention", fallback="",
            opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
