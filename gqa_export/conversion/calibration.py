@@ -125,5 +125,6 @@ def write_calibrated(calibration: Calibration, output: Path, kv_heads: Sequence[
 
         write_checkpoint(folder, calibration.stored, {name: target.shapes[name] for name in owner}, make, fields,
                          calibration.report)
+        in_memory.clear()  # its tensors map those files, and Windows removes none that is mapped
         shutil.rmtree(waiting)
         finish(folder, errors, groups)

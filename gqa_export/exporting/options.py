@@ -24,7 +24,8 @@ class ExportOptions:
     tensor_parallel: devices over which the model is cut; 1 is a bundle of one graph.
     kv_cache: "int8" or "int4" codes in the cache, "" for numbers.
     long: a second graph for long prompts is written beside the exact one. lora: folders of adapters that the bundle can
-    switch between. merge_lora: of one that becomes part of the weights."""
+    switch between. merge_lora: of one that becomes part of the weights. hidden_states: the last hidden states are an
+    output too."""
 
     target: str = "ort"
     dtype: str = "auto"
@@ -50,5 +51,6 @@ class ExportOptions:
     tensor_parallel: int = 1
     kv_cache: str = ""
     long: LongOptions | None = None
+    hidden_states: bool = False
     lora: tuple[Path, ...] = ()
     merge_lora: Path | None = None

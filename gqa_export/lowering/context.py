@@ -48,6 +48,8 @@ class LowerOptions:
     quantized: Mapping[str, MatrixFacts] = field(default_factory=dict)
     exact: bool = False
     kv: KvCache | None = None
+    hidden: bool = False
+    """the last hidden states are an output too"""
     long: LongPlan | None = None
     """layers that become the op for long prompts; None in the graph that is exact"""
 

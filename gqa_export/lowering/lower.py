@@ -85,4 +85,4 @@ def interface(model: onnx.ModelProto, spec: ModelSpec, target: Target,
     dtype = onnx.helper.tensor_dtype_to_np_dtype(element).name
     capacity = options.capacity if target.literal_capacity else graph_io.CAPACITY
     return (graph_io.graph_inputs(spec, dtype, options.cache, target.interface, capacity, options.kv),
-            graph_io.graph_outputs(spec, dtype, options.cache, options.logits, capacity, options.kv))
+            graph_io.graph_outputs(spec, dtype, options.cache, options.logits, capacity, options.kv, options.hidden))
