@@ -7,6 +7,8 @@
 // (each stream runs its work on a thread of its own, as a GPU does; then nothing can be captured).
 #include "stub_cuda.h"
 
+#include <dlfcn.h>
+
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
@@ -148,6 +150,18 @@ void gqa_stub_enqueue(CUstream_st* stream, std::function<void()> work) {
 #define STUB extern "C" __attribute__((visibility("default"))) Result
 
 STUB cuInit(unsigned) { return std::getenv("GQA_STUB_NO_GPU") ? kNoDevice : kSuccess; }
+// How cuda-bindings finds every other function. A symbol's newest version is the one that is called.
+STUB cuGetProcAddress_v2(char const* symbol, void** function, int, std::uint64_t, int* status) {
+    void* const self = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    *function = dlsym(self, (std::string(symbol) + "_v2").c_str());
+    if (!*function) *function = dlsym(self, symbol);
+    if (status) *status = *function ? 0 : 1;
+    return *function ? kSuccess : kNotFound;
+}
+STUB cuDriverGetVersion(int* version) {
+    *version = 13000;
+    return kSuccess;
+}
 STUB cuGetErrorName(Result result, char const** text) {
     *text = result == kOutOfMemory ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_STUB";
     return kSuccess;

@@ -17,13 +17,14 @@ LAYERS, CAPACITY, VOCABULARY, BATCH, PROMPT, HEAD = 2, 16, 50, 3, 4, 2
 CACHE = [f".{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")]
 
 
-def tensors(dtype: str, heads: int = 1) -> tuple[tuple[TensorFact, ...], tuple[TensorFact, ...]]:
+def tensors(dtype: str, hidden: bool = False, heads: int = 1) -> tuple[tuple[TensorFact, ...], tuple[TensorFact, ...]]:
     """(inputs, outputs), as `graph_io` names them."""
     row = ("batch", heads, CAPACITY, HEAD)
     inputs = (TensorFact("input_ids", "int32", ("batch", "sequence")), TensorFact("past_lengths", "int32", ("batch",)),
               TensorFact("new_lengths", "int32", ("batch",)),
               *(TensorFact(f"past_key_values{tail}", dtype, row) for tail in CACHE))
-    outputs = (TensorFact("logits", dtype, ("batch", 1, VOCABULARY)),
+    states = (TensorFact("hidden_states", dtype, ("batch", "sequence", 3)),) if hidden else ()
+    outputs = (TensorFact("logits", dtype, ("batch", 1, VOCABULARY)), *states,
                *(TensorFact(f"present{tail}", dtype, row) for tail in CACHE))
     return inputs, outputs
 
@@ -45,9 +46,9 @@ def engine_facts(plugin: bool = False, batch: int = BATCH) -> EngineFacts:
 
 
 def manifest(facts: EngineFacts, dtype: str = "float16", engine: bytes = b"",
-             rope_switch: int = 0) -> Manifest:
-    inputs, outputs = tensors(dtype)
-    spec = ModelSpec("toy", "Toy", VOCABULARY, 8, CAPACITY, "", (), rope_switch=rope_switch)
+             rope_switch: int = 0, hidden: bool = False) -> Manifest:
+    inputs, outputs = tensors(dtype, hidden)
+    spec = ModelSpec("toy", "Toy", VOCABULARY, 3 if hidden else 8, CAPACITY, "", (), rope_switch=rope_switch)
     return Manifest(target="trt-plugin", dtype=dtype, cache="static", capacity=CAPACITY, logits="last", weights="copy",
                     spec=spec, inputs=inputs, outputs=outputs,
                     files={ENGINE: FileFact(len(engine), hashlib.sha256(engine).hexdigest())},
@@ -69,7 +70,7 @@ def rank_manifest(ranks: int, engines: Sequence[bytes] = (), held: int = 2, dtyp
                   orders: Sequence[str] = ()) -> Manifest:
     """Of a toy that is cut over ranks, each of which holds `held` heads. orders: a rank's collectives."""
     whole = manifest(engine_facts(), dtype)
-    inputs, outputs = tensors(dtype, ranks * held)
+    inputs, outputs = tensors(dtype, heads=ranks * held)
     facts = tuple(RankFacts(rank_folder(r), tuple(HeldHeads(layer, r, 1, tuple(range(r * held, (r + 1) * held)))
                                                   for layer in range(LAYERS)),
                             order_sha256((orders[r] if orders else "one",))) for r in range(ranks))

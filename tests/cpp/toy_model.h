@@ -26,6 +26,7 @@ struct ToyCall {
     std::map<std::string, ToyTensor> tensors;
     std::int64_t capacity = 0, vocabulary = 0, max_batch = 0, max_prompt = 0;
     bool half = false;   // fp16, else fp32
+    bool hidden = false;  // hidden_states [B, S, 3] are an output too, each the token's own
     int profile = 0;     // 0 decode, 1 prefill
     int rank = 0;        // counted from 1; 0: one device
     std::int64_t heads = 1;
@@ -52,6 +53,9 @@ struct ToyCall {
     std::string problem() const {
         for (std::string const& name : names(true, true)) {
             if (!tensors.count(name) || !tensors.at(name).address) return name + " is not bound";
+        }
+        if (hidden && (!tensors.count("hidden_states") || !tensors.at("hidden_states").address)) {
+            return "hidden_states is not bound";
         }
         if (rank && !communicator) return "the communicator is not set";
         auto const& ids = tensors.at("input_ids").shape;
@@ -106,6 +110,9 @@ struct ToyCall {
             double const sum = sums[row];
             bool const poisoned = fresh > 0 && ids[row * steps + fresh - 1] == vocabulary - 1;
             auto const answer = static_cast<std::int64_t>(sum * 7 + static_cast<double>(past + fresh)) % vocabulary;
+            for (std::int64_t i = 0; hidden && i < steps * 3; ++i) {
+                set("hidden_states", row * steps * 3 + i, static_cast<float>(ids[row * steps + i / 3]));
+            }
             for (std::int64_t token = 0; token < vocabulary; ++token) {
                 float const value = token == answer ? 1.0f : 0.0f;
                 set("logits", row * vocabulary + token, sum == sum && !poisoned ? value : std::nanf(""));

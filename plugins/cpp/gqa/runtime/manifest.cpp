@@ -13,13 +13,14 @@ namespace {
 constexpr std::int64_t kFormat = 1;
 constexpr char kRebuild[] = "build the engine again with `gqa-export trt`";
 
-// [batch, ...]: the batch is a named axis, all others are literal, but for the new tokens' axis of input_ids.
+// [batch, ...]: the batch is a named axis, all others are literal, but for the new tokens' axis of input_ids and of
+// hidden_states.
 TensorFact read_tensor(Json const& fact) {
     TensorFact tensor{fact.at("name").string(), Number::int32, {}};
     tensor.number = number_from(fact.at("dtype").string(), "gqa_export.json: " + tensor.name);
     Json::Array const& shape = fact.at("shape").array();
     for (std::size_t axis = 1; axis < shape.size(); ++axis) {
-        bool const tokens = tensor.name == "input_ids" && axis == 1;
+        bool const tokens = (tensor.name == "input_ids" || tensor.name == "hidden_states") && axis == 1;
         tensor.row.push_back(tokens ? 0 : shape[axis].integer());
     }
     return tensor;
@@ -121,7 +122,7 @@ void check_tensors(Manifest& manifest, std::string const& where) {
     if (!logits || logits->row.size() != 2) throw Error("the engine has no output logits [batch, 1, V]", where, kRebuild);
     manifest.vocabulary = logits->row[1];
     for (TensorFact const& output : manifest.outputs) {
-        if (output.name == "logits") continue;
+        if (output.name == "logits" || output.name == "hidden_states") continue;
         auto const alias = manifest.aliases.find(output.name);
         if (alias == manifest.aliases.end() || !find(manifest.inputs, alias->second)) {
             throw Error("the engine's output " + output.name + " is not in the memory of an input", where, kRebuild);

@@ -11,7 +11,7 @@ namespace gqa {
 namespace {
 
 constexpr char kIds[] = "input_ids", kPastLengths[] = "past_lengths", kNewLengths[] = "new_lengths",
-               kLogits[] = "logits";
+               kLogits[] = "logits", kHiddenStates[] = "hidden_states";
 
 TensorFact const& find(std::vector<TensorFact> const& tensors, std::string const& name) {
     for (TensorFact const& tensor : tensors) {
@@ -54,6 +54,10 @@ Runner::Runner(Manifest const& manifest, std::unique_ptr<Engine> engine, bool cu
     allocate(kPastLengths, rows * sizeof(std::int32_t));
     allocate(kNewLengths, rows * sizeof(std::int32_t));
     allocate(kLogits, rows * size(manifest.vocabulary) * bytes_of(logits_number_));
+    for (TensorFact const& tensor : manifest.outputs) {  // for drafting heads; TensorRT wants memory for it
+        if (tensor.name != kHiddenStates) continue;
+        allocate(kHiddenStates, rows * size(manifest.max_prompt) * size(tensor.row.at(1)) * bytes_of(tensor.number));
+    }
     for (TensorFact const& tensor : manifest.inputs) {
         if (is_cache(tensor.name)) allocate(tensor.name, rows * elements_of_row(tensor) * bytes_of(tensor.number));
     }
@@ -94,7 +98,7 @@ Runner::Profile Runner::open(int index) {
 
 void Runner::zero_cache() {
     for (auto const& [name, memory] : memory_) {
-        if (!is_cache(name) || name == kLogits) continue;
+        if (!is_cache(name) || name == kLogits || name == kHiddenStates) continue;
         cuda::check(cuda::driver().fill(memory.address(), 0, memory.bytes(), stream_.get()), "zeroing the cache");
     }
 }

@@ -67,7 +67,7 @@ private:
     std::shared_ptr<Communicator> communicator_;  // outlives the contexts that have it
     std::shared_ptr<Engine> engine_;
     cuda::OwnedStream stream_;
-    std::map<std::string, cuda::DeviceMemory> memory_;  // by the name of an input, and "logits"
+    std::map<std::string, cuda::DeviceMemory> memory_;  // by the name of an input, "logits" and "hidden_states"
     cuda::PinnedMemory ids_, past_lengths_, new_lengths_, logits_;
     Profile decode_, prefill_;
     std::optional<cuda::CapturedGraph> graph_;  // of a decode step at decode_.batch
