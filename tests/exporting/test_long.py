@@ -216,3 +216,16 @@ def test_what_a_graph_for_long_prompts_does_not_go_with_is_refused_by_name(check
     assert "long" in found.error.what + found.error.where
     assert word in found.error.fix
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("leaf", [1, 7, 24, 40, 64, 100, 128, 384, 1024])
+def test_tiles_take_every_leaf_up_to_128_and_its_multiples(leaf) -> None:
+    setting = LongOptions("tiles", leaf=leaf).setting()
+    assert setting.problems(1 << 20) == []
+    assert leaf % setting.block == leaf % setting.tile == 0
+    assert setting.block == 32 or leaf % 32
+
+
+@pytest.mark.parametrize("leaf", [129, 200, 1000])
+def test_tiles_refuse_other_leaves_with_the_reason(leaf) -> None:
+    assert f"leaf {leaf} is not a multiple of tile 128" in LongOptions("tiles", leaf=leaf).setting().problems(1 << 20)
