@@ -229,3 +229,15 @@ def test_tiles_take_every_leaf_up_to_128_and_its_multiples(leaf) -> None:
 @pytest.mark.parametrize("leaf", [129, 200, 1000])
 def test_tiles_refuse_other_leaves_with_the_reason(leaf) -> None:
     assert f"leaf {leaf} is not a multiple of tile 128" in LongOptions("tiles", leaf=leaf).setting().problems(1 << 20)
+
+
+def test_a_hybrid_keeps_its_states_beside_it(tmp_path) -> None:
+    """Layers that keep a state of fixed size read no keys: they are as in the exact graph, and pass states on."""
+    checkpoint = write_tiny("qwen3_next", tmp_path / "hybrid")
+    bundle = gqa.export(checkpoint, tmp_path / "out", long_attention=replace(HYPER, layers="all"))
+    spec = bundle.manifest.spec
+    assert spec.states
+    assert set(bundle.manifest.long.plan.layers).isdisjoint(state.layer for state in spec.states)
+    verdict = bundle.validate(checkpoint, steps=1)
+    assert verdict.passed
+    assert {"long_prompt", "long_ragged", "long_leaf"} <= {case.name for case in verdict.cases}
