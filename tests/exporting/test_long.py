@@ -240,3 +240,11 @@ def test_a_hybrid_keeps_its_states_beside_it(tmp_path) -> None:
     verdict = bundle.validate(checkpoint, steps=1)
     assert verdict.passed
     assert {"long_prompt", "long_ragged", "long_leaf"} <= {case.name for case in verdict.cases}
+
+
+def test_hidden_states_are_an_output_of_both_graphs(checkpoint, tmp_path) -> None:
+    folder = gqa.export(checkpoint, tmp_path / "out", hidden_states=True, long_attention=TILES).folder
+    exact, long = (OrtSession.load(folder, "cpu", approximate=flag).step(IDS[:1]) for flag in (False, True))
+    assert exact.hidden.shape == long.hidden.shape
+    assert np.abs(exact.hidden - long.hidden)[:, :64].max() <= 1e-4, "rows of the first leaf see no key outside of it"
+    assert np.abs(exact.hidden - long.hidden).max() > 1e-2, "nothing was approximated"
