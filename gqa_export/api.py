@@ -91,8 +91,7 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
             layer.
         quantize: "keep" leaves quantized weights as the checkpoint stores them, "dequantize" makes floating-point
             numbers of them; "int4", "int8" or a file of rules (.toml) quantizes. See docs/quantization.md.
-        activations: quantized products round their inputs to int8 (faster), or stay exact; None: exact for what
-            is kept, int8 on a CPU for what is quantized.
+        activations: quantized products round their inputs to int8 (faster), or stay exact; None is int8 on a CPU.
         head: bits of head and embedding: "int8", "same" as the other matrices, or "none". block: columns that share a
             scale: 16, 32, 64, 128 or 256. calibrate: a UTF-8 text by whose
             activations errors are weighed, and from which the scales of a quantized cache are chosen.

@@ -58,6 +58,9 @@ def _layers(spec: ModelSpec) -> str:
         if layer.num_heads % layer.kv_num_heads:
             return (f"spec.layers[{position}]: {layer.kv_num_heads} key/value heads do not divide {layer.num_heads} "
                     "query heads")
+        if layer.window and layer.chunk:
+            return (f"spec.layers[{position}]: a window of {layer.window} and chunks of {layer.chunk}, expected one of "
+                    "them or none")
     if len({layer.layer for layer in spec.layers}) != len(spec.layers):
         return "spec.layers names a layer twice"
     if len({(state.layer, state.name) for state in spec.states}) != len(spec.states):

@@ -69,8 +69,7 @@ if TYPE_CHECKING:
 @click.option("--quantize", default="keep", show_default=True, metavar="keep|dequantize|int4|int8|FILE.toml",
               help="Keep quantized weights as they are stored, make floats of them, or quantize, by rules of a file.")
 @click.option("--activations", type=click.Choice(["int8", "exact"]), default=None,
-              help="Quantized products round their inputs to int8 (faster), or do not.  [default: exact for weights "
-              "that are kept; int8 for others on a CPU]")
+              help="Quantized products round their inputs to int8 (faster), or do not.  [default: int8 on a CPU]")
 @click.option("--head", type=click.Choice(["int8", "same", "none"]), default="int8", show_default=True,
               help="With --quantize: bits of head and embedding, the same as the others', or none.")
 @click.option("--block", type=int, default=32, show_default=True,

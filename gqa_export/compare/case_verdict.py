@@ -61,7 +61,7 @@ class KindVerdict:
         kind: "keys", "values", "states", "hidden states", "logits", "cache" or "refusal".
         max_abs: the largest |got - expected|. bound: what it may reach.
         same_dtype_baseline: the largest error of PyTorch in the number format that was run. basis: what decided the
-            bound: "baseline", "floor" or "cap".
+            bound: see `Tolerance`.
         first: where it first exceeded the bound; None: nowhere.
         around: both sides around the largest error; None where there is none.
     """

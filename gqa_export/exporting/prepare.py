@@ -162,10 +162,11 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         if quantizing is not None and not quantizing.exact:
             refuse_long_with_rounding()
         plan = long_plan(options.long, traced.spec, traced.capacity,
-                         lambda setting: automatic_layers(checkpoint, options, traced.spec, setting, say))
+                         lambda setting: automatic_layers(checkpoint, options, traced.spec, setting, say),
+                         inside=target.long_inside)
         prefill = lower(traced.model, traced.spec, replace(lowering, long=plan),
                         lambda stage: say(f"{stage} the graph for long prompts", None, None))
-        notes = (*notes, *plan_notes(plan, traced.spec))
+        notes = (*notes, *plan_notes(plan, traced.spec, target.long_inside))
     budget.check("lowering")
     recorded = None
     if quantizing:

@@ -154,9 +154,12 @@ def onnxrt_infer(folder: Path, manifest: Manifest, provider: str, threads: int =
     """
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
-    session = open_session(folder, manifest, provider, threads=threads,
-                           config={"session.intra_op.allow_spinning": "0", **(config or {})})
-    with OnnxrtRunner(session, name="onnxrt") as runner:
+    def opened() -> Any:
+        return open_session(folder, manifest, provider, threads=threads,
+                            config={"session.intra_op.allow_spinning": "0", **(config or {})})
+
+    # The runner opens it and lets it go: at the end no file of the folder is mapped, and Windows can remove it.
+    with OnnxrtRunner(opened, name="onnxrt") as runner:
         def infer(feed: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
             outputs: Mapping[str, np.ndarray] = runner.infer(OrderedDict(feed), check_inputs=False)
             return outputs

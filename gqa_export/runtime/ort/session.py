@@ -172,7 +172,7 @@ class OrtSession(OrtRowSlots):
         ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.spec.vocabulary)
         before, sequence = self._lengths, ids.shape[1]
         padded = self._target.writes_padding and (self._static or self.manifest.ragged_chunks)
-        fed = self._ridden(new, sequence)
+        fed = new if new_lengths is None else self._ridden(new, sequence)
         alone = must_run_alone(before, fed, sequence, capacity=self.capacity if padded else None,
                                chunks_alone=self._target.chunks_alone, empty_alone=self._target.empty_alone)
         alone = alone or self._padding_costs_more(fed, sequence)
@@ -216,15 +216,14 @@ class OrtSession(OrtRowSlots):
 
     def _whole(self, ids: np.ndarray, fed: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Logits and hidden states of one call for all rows, which bring `fed` tokens, of which `new` are kept."""
-        longest = int(self._lengths.max())
+        longest = max(self._lengths.tolist())
         ran = self._call(ids, self._lengths, fed, longest, self._past)
         self._past = ran.present
-        after = int((self._lengths + new).max())
-        if not self._static and after < longest + ids.shape[1]:
+        if not self._static and (after := int((self._lengths + new).max())) < longest + ids.shape[1]:
             # ragged rows leave columns without a token: cut them, or they grow with every step
             self._past[: self._cached] = [self._backend.upload(self._backend.download(t)[:, :, :after])
                                           for t in self._past[: self._cached]]
-        if (fed == new).all():
+        if fed is new or (fed == new).all():
             return ran.logits, ran.hidden
         kept = (new > 0)[:, None, None]
         return np.where(kept, ran.logits, 0), None if ran.hidden is None else np.where(kept, ran.hidden, 0)

@@ -149,7 +149,7 @@ class Decoder(torch.nn.Module):
             call.query.transpose(1, 2).flatten(2), call.key.transpose(1, 2).flatten(2),
             call.value.transpose(1, 2).flatten(2), past_key, past_value, self._state["past_lengths"],
             self._state["new_lengths"], None, None, sinks.to(call.query.dtype), spec.num_heads, spec.kv_num_heads,
-            spec.scale, spec.softcap, spec.window, 0, self.growing)
+            spec.scale, spec.softcap, spec.visible, 0, self.growing)
         self._state["present"][call.layer] = (key, value)
         return output.unflatten(2, (spec.num_heads, spec.value_head_size))
 

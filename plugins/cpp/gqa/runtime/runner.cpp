@@ -1,6 +1,8 @@
 #include "gqa/runtime/runner.h"
 
 #include <algorithm>
+#include <chrono>
+#include <thread>
 #include <utility>
 
 #include "gqa/core/error.h"
@@ -31,12 +33,14 @@ std::size_t size(std::int64_t count) { return static_cast<std::size_t>(count); }
 
 }  // namespace
 
-Runner::Runner(Manifest const& manifest, std::unique_ptr<Engine> engine, bool cuda_graph, Log log)
+Runner::Runner(Manifest const& manifest, std::unique_ptr<Engine> engine, bool cuda_graph, Log log,
+               std::shared_ptr<Communicator> communicator)
     : manifest_(manifest),
       log_(std::move(log)),
-      cuda_graph_(cuda_graph),
+      cuda_graph_(cuda_graph && !communicator),  // the ranks' steps are not captured
       ids_number_(find(manifest.inputs, kIds).number),
       logits_number_(find(manifest.outputs, kLogits).number),
+      communicator_(std::move(communicator)),
       engine_(std::move(engine)),
       ids_(size(manifest.max_batch * manifest.max_prompt) * bytes_of(ids_number_)),
       past_lengths_(size(manifest.max_batch) * sizeof(std::int32_t)),
@@ -59,6 +63,29 @@ Runner::Runner(Manifest const& manifest, std::unique_ptr<Engine> engine, bool cu
     }
     decode_ = open(manifest.decode_profile);
     prefill_ = open(manifest.prefill_profile);
+    stream_.wait();
+    if (communicator_) join();
+}
+
+Runner::~Runner() {
+    if (!communicator_) return;
+    // After a failure: the memory is not given back under a run that NCCL is about to abandon.
+    auto const ends = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+    while (cuda::driver().stream_query(stream_.get()) == cuda::kNotReady && std::chrono::steady_clock::now() < ends) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+}
+
+void Runner::join() {
+    void* const communicator = communicator_->get();
+    communicator_->call([engine = engine_, decode = decode_.context, prefill = prefill_.context, communicator] {
+        decode->join(communicator);
+        prefill->join(communicator);
+    }, "setting the communicator");
+}
+
+void Runner::wait() {
+    if (communicator_) communicator_->wait([this] { return stream_.done(); }, "running the engine");
     stream_.wait();
 }
 
@@ -163,6 +190,7 @@ void Runner::run_captured(std::int64_t batch) {
 }
 
 void const* Runner::run(Feed const& feed) {
+    if (communicator_) communicator_->get();  // refuses where this rank has left the others
     fill_host(feed);
     Profile& profile = feed.steps == 1 ? decode_ : prefill_;
     bool const ran_like_this = profile.batch == feed.batch && profile.steps == feed.steps;
@@ -176,7 +204,7 @@ void const* Runner::run(Feed const& feed) {
     } else {
         enqueue(profile, feed.batch, feed.steps);
     }
-    stream_.wait();
+    wait();
     return logits_.as<void>();
 }
 
