@@ -57,6 +57,9 @@ class EngineSession(RowSlots):
         facts = facts_of(manifest, "gqa_export.json")
         self.manifest, self.spec, self.capacity = manifest, manifest.spec, manifest.capacity
         self.max_batch, self.max_prompt = facts.max_batch, facts.max_prompt
+        self.leaf = manifest.long.plan.setting.leaf if manifest.long else 0
+        """pieces of a prompt that end at multiples of this are approximated as the whole would be; 0: none is"""
+        self._most = self.max_prompt // self.leaf * self.leaf if self.max_prompt > self.leaf > 0 else self.max_prompt
         self.backend = backend
         target = get_target(manifest.target)
         self._pads, self._clears = target.writes_padding, not target.nan_tail_safe
@@ -108,8 +111,8 @@ class EngineSession(RowSlots):
         before, sequence = self._lengths.copy(), ids.shape[1]
         logits = np.zeros((len(new), 1, self.spec.vocabulary), np.float32)
         whole = np.zeros((len(new), sequence, self.spec.hidden_size), np.float32) if self._gives_hidden else None
-        for start in range(0, sequence, self.max_prompt):
-            part = np.clip(new - start, 0, self.max_prompt)
+        for start in range(0, sequence, self._most):
+            part = np.clip(new - start, 0, self._most)
             width = int(part.max())
             if width:
                 answer, hidden = self._piece(ids[:, start: start + width], part)
