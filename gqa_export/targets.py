@@ -72,6 +72,9 @@ class Target:
     """rotary inside the op only if D is a multiple of this"""
     rotary_half_multiple: int = 1
     """rotary inside the op only if R/2 is a multiple of this"""
+    ragged_chunks_need: str = ""
+    """first version of the runtime whose attention op takes each row's number of new tokens, so that `chunks_alone` and
+    `empty_alone` do not hold for a graph that gives it; "" where there is none, or no need of one"""
     whole_row_masks: bool = False
     """a mask may have all ones of a row first, as onnxruntime-genai's Engine sends it, and not only the past first and
     the new tokens first in the last columns; a row without new tokens cannot be told then"""
@@ -146,7 +149,7 @@ _ROWS = (
     Target(name="ort", dialect="ort.passes", attention="com.microsoft::GroupQueryAttention",
            fallback="gqa::GroupedQueryAttention", opset=23, ir_version=10, caches=("growing", "static"),
            interface="mask", value_head_size_differs=False, head_size_multiple=8, shares_buffer=True, chunks_alone=True,
-           empty_alone=True,
+           empty_alone=True, ragged_chunks_need="1.32",
            rotary_inside=True, rotary_head_multiple=16, rotary_half_multiple=8, packed_projections=True, genai=True,
            state_ops=MappingProxyType({"LinearAttention": "com.microsoft::LinearAttention",
                                        "CausalConv": "com.microsoft::CausalConvWithState"}),

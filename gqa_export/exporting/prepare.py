@@ -84,12 +84,20 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     from ..lowering.context import LowerOptions
     from ..lowering.dump import PassDump
     from ..lowering.lower import lower
-    from ..target_refusals import refuse_long, refuse_long_with_codes, refuse_long_with_rounding, refuse_options
+    from ..target_refusals import (
+        refuse_long,
+        refuse_long_with_codes,
+        refuse_long_with_rounding,
+        refuse_options,
+        refuse_ragged_chunks,
+        refuse_ragged_states,
+    )
     from ..targets import get_target
 
     target = get_target(options.target)
     options = replace(options, cache=options.cache or target.caches[0], logits=options.logits or target.logits[0])
     refuse_options(target, options.cache, options.logits)
+    refuse_ragged_chunks(target, options.ragged_chunks, bool(options.long))
     quantize.check_options(options)
     refuse_ranks(options, target)
     if options.long:
@@ -121,6 +129,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         traced, kept, taken = traced_model(checkpoint, options, dtype, target, say, untied=True)
         refuse_tied(checkpoint, traced.tied)
     budget.check("tracing")
+    refuse_ragged_states(traced.spec.states, options.ragged_chunks)
     notes = unused_notes(checkpoint, used_names(traced), options.ignore_unused)
     provider = pick_provider(options.provider, dtype, target)
     store = weight_store(checkpoint, traced, budget)
@@ -131,7 +140,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         refuse_quantized_adapters(quantizing is not None or bool(checkpoint.quantized))
     kv = cache_of(checkpoint, traced, options, target, say)
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider, kv=kv,
-                            hidden=options.hidden_states,
+                            hidden=options.hidden_states, ragged_chunks=options.ragged_chunks,
                             packed=options.weights == "copy",
                             runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None,
                             quantized=quantizing.facts if quantizing else {},

@@ -50,6 +50,8 @@ class LowerOptions:
     kv: KvCache | None = None
     hidden: bool = False
     """the last hidden states are an output too"""
+    ragged_chunks: bool = False
+    """attention is given each row's number of new tokens (`Target.ragged_chunks_need`)"""
     long: LongPlan | None = None
     """layers that become the op for long prompts; None in the graph that is exact"""
 
