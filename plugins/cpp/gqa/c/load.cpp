@@ -2,10 +2,12 @@
 #include <exception>
 
 #include "gqa/c/handle.h"
+#include "gqa/core/error.h"
 #include "gqa_export.h"
 
 gqa_session* gqa_load(const char* folder, const gqa_options* options) {
     try {
+        if (!folder) throw gqa::Error("the folder is NULL", "gqa_load", "give the folder of an engine bundle");
         gqa::Options wanted;
         if (options) {
             wanted.device = options->device;
