@@ -105,6 +105,19 @@ def test_the_predicted_shares_of_decode_are_what_the_script_predicts():
         assert max(tiles) <= max(4, -(-sum(tiles) // 264))
 
 
+def test_the_kernels_for_long_prompts_were_compiled_for_every_capability_from_these_sources():
+    report = json.loads((ROOT / "docs" / "benchmarks" / "long_kernels_compiled.json").read_text())
+    script = load("compile_kernels")
+    assert report["sources_sha256"] == script.sources_sha256(long=True), (
+        "run scripts/compile_kernels.py --long, commit its result")
+    done = {(row["model"], row["dtype"], row["capability"]) for row in report["rows"]}
+    assert done == {(f"{model}, {method}", dtype, capability) for model, dtype in script.LONG_MODELS
+                    for method in ("tiles", "hyper") for capability in CAPABILITIES}
+    for row in report["rows"]:
+        assert row["kernels"] == 3
+        assert 0 < row["most_shared_bytes"] <= row["shared_limit_bytes"]
+
+
 def test_every_kernel_of_four_models_was_compiled_for_every_capability_from_these_sources():
     report = json.loads((ROOT / "docs" / "benchmarks" / "kernels_compiled.json").read_text())
     script = load("compile_kernels")

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from gqa_plugins.grouped_attention import plan
+from gqa_plugins.grouped_attention import long_launch, plan
 from gqa_plugins.grouped_attention.cubin import Variant, compile_to_ptx
+
+from gqa_export.long_attention_op import DEFAULTS, PROJECTIONS
 
 pytestmark = [pytest.mark.kernels, pytest.mark.slow]
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -53,6 +55,16 @@ def test_no_register_is_spilled_up_to_head_size_128(capability: int, head: int, 
         assembled = assemble(one, capability, tmp_path)
         assert assembled.stack_bytes == assembled.spilled_bytes == 0, f"{one.name}: {assembled}"
         assert not assembled.serialised, one.name
+
+
+@pytest.mark.parametrize(("method", "capability"), [("tiles", 89), ("hyper", 90)])
+def test_no_register_is_spilled_for_long_prompts_at_head_size_128(method: str, capability: int, tmp_path: Path) -> None:
+    """With the defaults of `--long-attention`; each method at one capability, for the time that compiling takes."""
+    setting = DEFAULTS[method]
+    one = Variant("long_prefill", "bf16", 4, 128, 128, long_launch.rows_of("long_prefill", setting, 4), long=setting,
+                  projections=PROJECTIONS)
+    assembled = assemble(one, capability, tmp_path)
+    assert assembled.stack_bytes == assembled.spilled_bytes == 0, assembled
 
 
 @pytest.mark.parametrize("capability", [86, 87, 103, 110, 121])
