@@ -96,6 +96,10 @@ class Target:
     """why no graph for long prompts, with approximate attention, is written beside the exact one; "" if it can be"""
     states_missing: str = ""
     """why the target cannot hold layers that keep a state of fixed size; "" if it can"""
+    windows_missing: str = ""
+    """why windowed layers cannot keep a ring of window + chunk slots in place of the capacity; "" if they can"""
+    windows_instead: str = ""
+    """why they keep the whole capacity where that was asked for; "" if they keep a ring"""
     kv_bits: tuple[int, ...] = ()
     """bits of the codes that a quantized cache may have"""
     kv_missing: str = ""
@@ -136,6 +140,8 @@ _NO_STATES = ("TensorRT has no operator for them; TensorRT-RTX reads LinearAtten
 _NO_FUNCTION = "the standard operator Attention reads every key, and the target is for graphs of it alone"
 _NO_CODES = ("its graph updates the cache with operators for which no quantized form is written yet")
 
+_NO_RING = "the standard operators' graph takes a token's place in the cache for its position"
+
 _ROWS = (
     Target(name="ort", dialect="ort.passes", attention="com.microsoft::GroupQueryAttention",
            fallback="gqa::GroupedQueryAttention", opset=23, ir_version=10, caches=("growing", "static"),
@@ -146,6 +152,7 @@ _ROWS = (
                                        "CausalConv": "com.microsoft::CausalConvWithState"}),
            state_ops_since_first=("com.microsoft::LinearAttention", "com.microsoft::CausalConvWithState"),
            whole_row_masks=True, lowest_opset=True, nbits=True, kv_bits=(8, 4),
+           windows_instead="GroupQueryAttention keeps the whole sequence",
            kv_missing="GroupQueryAttention's CPU kernel takes caches of int8 and int4 codes",
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")})),
     Target(name="onnx", dialect="onnx.passes", attention="Attention", fallback="gqa::GroupedQueryAttention",
@@ -153,7 +160,7 @@ _ROWS = (
            # softcap: until 2026 the standard capped after the mask, which leaks masked tokens (onnx/onnx#7865, mended
            # in place by #7867); what a runtime does depends on its age
            nan_tail_safe=False, shares_buffer=True, lowest_opset=True, long_missing=_NO_FUNCTION,
-           kv_missing=_NO_CODES,
+           kv_missing=_NO_CODES, windows_missing=_NO_RING,
            state_ops=MappingProxyType({"LinearAttention": "ai.onnx::LinearAttention"}),
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="portable", dialect="portable", attention="gqa::GroupedQueryAttention", fallback="",
@@ -165,13 +172,14 @@ _ROWS = (
            rotary_inside=True, head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
            writes_padding=False, states_missing=_NO_STATES, zero_points=False, quantized_blocks=(16, 32, 64, 128),
            long_missing="the plugin has no kernels for it yet",
+           windows_missing="the plugin has no kernels for it yet",
            kv_missing="the plugin's kernels read and write floating-point caches only",
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
     Target(name="trt-native", dialect="tensorrt.native", attention="Attention", fallback="",
            opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            softcap=False, sinks=False, value_head_size_differs=False, nan_tail_safe=False, shares_buffer=True,
            literal_capacity=True, runs_in_onnxruntime=False, states_missing=_NO_STATES, zero_points=False,
-           quantized_blocks=(16, 32, 64, 128), long_missing=_NO_FUNCTION,
+           quantized_blocks=(16, 32, 64, 128), long_missing=_NO_FUNCTION, windows_missing=_NO_RING,
            kv_missing="TensorRT's own cache update takes floating-point tensors only, so that codes need trt-plugin, "
            "whose kernels do not hold them yet",
            dtypes=MappingProxyType({"tensorrt": FLOATS})),

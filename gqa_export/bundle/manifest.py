@@ -33,10 +33,11 @@ from ..spec import (
     OneOf,
     Size,
     Text,
+    WindowCache,
 )
 from .engine_facts import EngineFacts
 from .long_facts import LongFacts
-from .manifest_rules import check_names, check_tensors
+from .manifest_rules import check_names, check_tensors, check_windows
 from .parallel import ParallelFacts
 from .quantization import Quantization
 
@@ -111,6 +112,8 @@ class Manifest:
         long: of a bundle with a graph for long prompts, that graph; None, and not in the file, where there is none.
         verify_width: new tokens of one step over a past whose logits the suite compares, each: what speculation may
             check at once. 1 where the logits are those of the last token, 0 in a manifest that does not know.
+        window_cache: layers whose cache is a ring of fewer slots than the capacity; None, and not in the file, where
+            there is none.
         format: of the manifest.
     """
 
@@ -139,11 +142,12 @@ class Manifest:
     verify_width: Count = 0
     format: Annotated[int, OneOf(FORMAT)] = FORMAT
     long: LongFacts | None = None
+    window_cache: WindowCache | None = None
 
     def to_json(self) -> str:
         """Stable, readable JSON."""
         facts = asdict(self)
-        for name in ("parallel", "long"):
+        for name in ("parallel", "long", "window_cache"):
             if facts[name] is None:
                 del facts[name]
         return json.dumps(facts, indent=1) + "\n"
@@ -175,7 +179,9 @@ class Manifest:
             raise InvalidBundle(f"not a valid bundle manifest: {first_error(error)}", where, EXPORT_AGAIN,
                                 code="E-BUNDLE-MANIFEST") from error
         check_names(manifest.files, manifest.engine.file if manifest.engine else "", where)
-        check_tensors(manifest.spec, manifest.dtype, manifest.inputs, manifest.outputs, where, manifest.kv_cache)
+        check_tensors(manifest.spec, manifest.dtype, manifest.inputs, manifest.outputs, where, manifest.kv_cache,
+                      manifest.window_cache)
+        check_windows(manifest.window_cache, manifest.spec, manifest.cache, manifest.capacity, where)
         problem = manifest.long.problem(manifest.spec.layers, manifest.capacity) if manifest.long else ""
         if problem:
             raise InvalidBundle(f"not a valid bundle manifest: {problem}", where, EXPORT_AGAIN,

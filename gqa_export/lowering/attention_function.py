@@ -2,7 +2,8 @@
 
 Any ONNX runtime can run it. One body, without branches, serves both cache modes: it gathers the present cache out
 of [past | new | one row of zeros] by index, so token t of sequence b lands at t, and whatever is not a valid token
-becomes zero, be it NaN before. Queries of a group share their key/value head by a reshape, nothing is repeated.
+becomes zero, be it NaN before. A third mode, a ring, is in `ring_function`. Queries of a group share their key/value
+head by a reshape, nothing is repeated.
 Arithmetic is fp32 whatever the model's type. Dimensions as in `gqa_export.attention_op`, and G = H / K.
 
 A function cannot see which inputs a call has. This one needs key, value and sinks, and does not rotate: the canonical
@@ -15,6 +16,7 @@ import onnx
 
 from .. import attention_op
 from ..errors import UnsupportedModel
+from .ring_function import with_ring
 
 REQUIRED = tuple(name for name in attention_op.INPUT_NAMES if name not in ("cos", "sin"))
 """inputs that a call of the function must give; cos and sin must be absent"""
@@ -178,9 +180,10 @@ _BODY = """
 """
 
 
-def function_proto(opset: int) -> onnx.FunctionProto:
-    """The function, at the opset of the model it goes into: onnx's checker refuses a mixture."""
-    text = _BODY.format(domain=attention_op.DOMAIN, op=attention_op.OP, opset=opset,
+def function_proto(opset: int, ring: bool = False) -> onnx.FunctionProto:
+    """The function, at the opset of the model it goes into: onnx's checker refuses a mixture. ring: a call's cache is
+    a ring."""
+    text = (with_ring(_BODY) if ring else _BODY).format(domain=attention_op.DOMAIN, op=attention_op.OP, opset=opset,
                         attributes=", ".join(attention_op.ATTRIBUTE_NAMES), inputs=", ".join(attention_op.INPUT_NAMES),
                         outputs=", ".join(attention_op.OUTPUT_NAMES))
     function = onnx.parser.parse_function(text)
@@ -191,6 +194,11 @@ def function_proto(opset: int) -> onnx.FunctionProto:
 def is_call(node: onnx.NodeProto) -> bool:
     """Whether a node is the op."""
     return node.op_type == attention_op.OP and node.domain == attention_op.DOMAIN
+
+
+def is_ring(node: onnx.NodeProto) -> bool:
+    """Whether a node is the op over a cache whose slots are used again."""
+    return is_call(node) and any(each.name == "growing" and each.i == attention_op.RING for each in node.attribute)
 
 
 def attach_function(model: onnx.ModelProto) -> None:
@@ -209,7 +217,7 @@ def attach_function(model: onnx.ModelProto) -> None:
                                                                                             attention_op.OP)]
     del model.functions[:]
     model.functions.extend(kept)
-    model.functions.append(function_proto(opset_of(model)))
+    model.functions.append(function_proto(opset_of(model), ring=any(map(is_ring, model.graph.node))))
     if not any(entry.domain == attention_op.DOMAIN for entry in model.opset_import):
         model.opset_import.add(domain=attention_op.DOMAIN, version=attention_op.VERSION)
 
