@@ -172,7 +172,6 @@ _ROWS = (
            rotary_inside=True, head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
            writes_padding=False, states_missing=_NO_STATES, zero_points=False, quantized_blocks=(16, 32, 64, 128),
            long_missing="the plugin has no kernels for it yet",
-           windows_missing="the plugin has no kernels for it yet",
            kv_missing="the plugin's kernels read and write floating-point caches only",
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
     Target(name="trt-native", dialect="tensorrt.native", attention="Attention", fallback="",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import GqaExportError
+from ..errors import GqaExportError, UnsupportedModel
 from ..spec import Fallback, WindowCache
 from ..target_refusals import refuse_windows
 
@@ -63,6 +63,9 @@ def window_plan(options: ExportOptions, target: Target, spec: ModelSpec, capacit
         target: of the export.
         spec: the model.
         capacity: tokens of a cache that keeps all.
+
+    Raises:
+        UnsupportedModel: its prompts must not be cut (longrope).
     """
     if options.window_cache == "full":
         return WindowPlan()
@@ -73,6 +76,11 @@ def window_plan(options: ExportOptions, target: Target, spec: ModelSpec, capacit
         why = (f"the narrowest window of {narrowest} tokens and a prompt chunk of {chunk} are no less than the "
                f"capacity of {capacity}" if narrowest else "no layer has a window")
         return WindowPlan(notes=(f"--window-cache small changes nothing: {why}",))
+    if spec.rope_switch:
+        raise UnsupportedModel("--window-cache small feeds long prompts in pieces, and a longrope model takes one of "
+                               f"more than {spec.rope_switch} tokens at once", "--window-cache",
+                               f"leave it out, or use --capacity {spec.rope_switch} or less",
+                               code="E-MODEL-WINDOW-ROPE")
     if target.windows_instead:
         return WindowPlan(fallbacks=tuple(
             Fallback(layer.layer, f"a cache of {windows.slots(layer)} slots", f"a cache of {capacity} tokens",

@@ -56,9 +56,9 @@ def lower(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions,
         model = prepare(model, dialect.PREPARE, context)
     say("lowering")
     graph = edit.load(model)
-    run_passes(graph, dialect.PASSES, context, context.log)
     if options.windows is not None:
         run_passes(graph, import_module(".window_cache", __package__).PASSES, context, context.log)
+    run_passes(graph, dialect.PASSES, context, context.log)
     if options.quantized:
         run_passes(graph, import_module(".quantized.passes", __package__).PASSES, context, context.log)
     lowered = edit.save(graph)

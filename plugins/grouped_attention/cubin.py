@@ -45,7 +45,7 @@ class Variant:
     """What a kernel is compiled for. Fields that a kernel does not use are left at their defaults.
 
     rows: S * (H / K) that decides the row tile: the group size for decode steps, anything >= 128 for prefill. ahead: of
-    prefill, that it works ahead where `plan.works_ahead`; False: nowhere.
+    prefill, that it works ahead where `plan.works_ahead`; False: nowhere. ring: the caches are.
     """
 
     kernel: str
@@ -61,6 +61,7 @@ class Variant:
     interleaved: bool = False
     has_new: bool = True
     ahead: bool = True
+    ring: bool = False
 
     @property
     def name(self) -> str:
@@ -68,7 +69,7 @@ class Variant:
         flags = [word for word, on in (("window", self.window), ("softcap", self.softcap), ("sinks", self.sinks),
                                        (f"rotary{2 * self.rotary_half}", self.rotary_half > 0),
                                        ("interleaved", self.interleaved), ("readonly", not self.has_new),
-                                       ("in-turn", not self.ahead)) if on]
+                                       ("in-turn", not self.ahead), ("ring", self.ring)) if on]
         rows = [f"r{self.rows}"] if self.rows else []
         shape = [f"g{self.group}", f"d{self.head}", f"e{self.value_head}"]
         return "-".join([self.kernel, self.dtype, *shape, *rows, *flags])
@@ -185,10 +186,10 @@ def recipe(variant: Variant, capability: int) -> Recipe:
 
     tiles = plan.choose_tiles(max(1, variant.rows), variant.head, variant.value_head, variant.dtype, capability)
     shape = {"group": variant.group, "head": variant.head, "value_head": variant.value_head}
-    attention = {**shape, "tiles": tiles, "window": variant.window, "softcap": variant.softcap}
+    attention = {**shape, "tiles": tiles, "window": variant.window, "softcap": variant.softcap, "ring": variant.ring}
     if variant.kernel == "append":
         values = append.constants(**shape, rotary_half=variant.rotary_half, interleaved=variant.interleaved,
-                                  has_new=variant.has_new)
+                                  has_new=variant.has_new, ring=variant.ring)
         return Recipe(append.append_kernel, append.ARGUMENTS, values, append.WARPS, append.STAGES, plan.APPEND_STEPS)
     if variant.kernel == "prefill":
         ahead = variant.ahead and plan.works_ahead(tiles, variant.head, variant.value_head, variant.dtype, capability)
@@ -199,7 +200,8 @@ def recipe(variant: Variant, capability: int) -> Recipe:
         values = decode.constants(**attention)
         return Recipe(decode.decode_kernel, decode.ARGUMENTS, values, tiles.warps, tiles.stages, tiles.rows)
     if variant.kernel == "combine":
-        values = decode.combine_constants(group=variant.group, value_head=variant.value_head, sinks=variant.sinks)
+        values = decode.combine_constants(group=variant.group, value_head=variant.value_head, sinks=variant.sinks,
+                                          ring=variant.ring)
         return Recipe(decode.combine_kernel, decode.COMBINE_ARGUMENTS, values, decode.COMBINE_WARPS,
                       decode.COMBINE_STAGES, 1, decode.COMBINE_FP_FUSION)
     raise GqaExportError(f"kernel {variant.kernel!r} is unknown", "Variant.kernel", f"use one of {', '.join(KERNELS)}",

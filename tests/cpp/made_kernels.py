@@ -11,6 +11,8 @@ from gqa_plugins.grouped_attention.cubin import Cubin, Variant
 from gqa_plugins.grouped_attention.fields import Key
 from gqa_plugins.grouped_attention.launch import Layer, Sizes, variants
 
+from gqa_export.attention_op import RING
+
 ATTENTION = ("query_ptr", "key_ptr", "value_ptr", "past_lengths_ptr", "new_lengths_ptr", "kv_heads", "steps",
              "capacity", "window", "scale", "softcap")
 ARGUMENTS = {
@@ -42,6 +44,8 @@ def make_cubin(variant: Variant, capability: int, chance: random.Random) -> Cubi
     name = f"{variant.kernel}_{capability}_{chance.randrange(10**6)}"
     code = " ".join([name, *(kind for _, kind in arguments)]).encode() + b"\0"
     constants = {"GROUP": variant.group, "HEAD": variant.head, "VALUE_HEAD": variant.value_head}
+    if variant.ring or chance.randrange(2):  # files of before there were rings do not name it
+        constants |= {"RING": int(variant.ring)}
     if variant.kernel == "append":
         constants |= {"HALF": variant.rotary_half, "INTERLEAVED": int(variant.interleaved),
                       "HAS_NEW": int(variant.has_new)}
@@ -78,6 +82,8 @@ def random_layer(chance: random.Random) -> tuple[Layer, Sizes]:
                   softcap=chance.choice((0.0, 30.0)), window=chance.choice((0, 0, 128, 4096)),
                   rotary_interleaved=chance.randrange(2), growing=0, has_rotary=has_rotary,
                   has_sinks=chance.randrange(2), has_new=chance.choice((1, 1, 1, 0)))
+    if layer.window and chance.randrange(2):
+        layer = replace(layer, growing=RING)
     head = chance.choice((32, 64, 80, 128, 256))
     sizes = Sizes(batch=chance.choice((1, 1, 2, 5, 16)), steps=chance.choice((1, 1, 1, 2, 17, 64, 129, 1000)),
                   capacity=chance.choice((16, 256, 1000, 4096, 131072)), head=head,

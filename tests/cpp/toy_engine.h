@@ -41,6 +41,8 @@ public:
         call_.vocabulary = manifest.vocabulary;
         call_.max_batch = manifest.max_batch;
         call_.max_prompt = manifest.max_prompt;
+        call_.slots = manifest.prompt_chunk ? manifest.least_slots : 0;
+        call_.window = call_.slots - manifest.prompt_chunk;
         for (auto const& output : manifest.outputs) call_.half = output.number == gqa::Number::fp16;
     }
     std::vector<std::string> tensors() const override { return ToyCall::names(true, true); }

@@ -24,6 +24,7 @@ struct ToyCall {
     std::int64_t capacity = 0, vocabulary = 0, max_batch = 0, max_prompt = 0;
     bool half = false;   // fp16, else fp32
     int profile = 0;     // 0 decode, 1 prefill
+    std::int64_t slots = 0, window = 0;  // of the last layer, a ring that adds up a window alone; 0: it keeps all
 
     static constexpr int kLayers = 2;
     static constexpr std::int64_t kHead = 2;
@@ -55,7 +56,9 @@ struct ToyCall {
         }
         for (std::string const& name : names(true, false)) {
             if (name.rfind("past_key_values", 0) != 0) continue;
-            if (tensors.at(name).shape != std::vector<std::int64_t>{ids[0], 1, capacity, kHead}) return name + ": shape";
+            bool const ring = name.find('.' + std::to_string(kLayers - 1) + '.') != std::string::npos && slots;
+            std::int64_t const axis = ring ? slots : capacity;
+            if (tensors.at(name).shape != std::vector<std::int64_t>{ids[0], 1, axis, kHead}) return name + ": shape";
             std::string const present = "present" + name.substr(std::strlen("past_key_values"));
             if (tensors.at(present).address != tensors.at(name).address) return present + " is not " + name;
         }
@@ -70,6 +73,15 @@ struct ToyCall {
             double sum = 0;
             for (int layer = 0; layer < kLayers; ++layer) {
                 std::string const key = "past_key_values." + std::to_string(layer) + ".key";
+                if (slots && layer == kLayers - 1) {
+                    for (std::int64_t i = 0; i < fresh; ++i) {
+                        set(key, (row * slots + (past + i) % slots) * kHead, static_cast<float>(ids[row * steps + i]));
+                    }
+                    for (std::int64_t t = past + fresh - 1; t >= 0 && t > past + fresh - 1 - window; --t) {
+                        sum += get(key, (row * slots + t % slots) * kHead);
+                    }
+                    continue;
+                }
                 for (std::int64_t i = 0; i < fresh; ++i) {
                     set(key, (row * capacity + past + i) * kHead, static_cast<float>(ids[row * steps + i]));
                 }

@@ -14,14 +14,16 @@ import numpy as np
 from ...bundle.manifest import Manifest
 from ...errors import GqaExportError
 from ...targets import get_target
-from ..feeds import check_feed, must_run_alone, written_rows
+from ..feeds import check_feed, chunks_of, joined, must_run_alone, written_rows
+from ..rings import unrolled
 from ..rows import RowSlots
 from ..session import Step
 from .check import check_bundle, check_device, facts_of, import_flavor
 
 
 class EngineBackend(Protocol):
-    """Runs the engine and owns the memory of the cache, [B, K, C, D] and [B, K, C, E] for every layer."""
+    """Runs the engine and owns the memory of the cache, [B, K, C, D] and [B, K, C, E] for every layer; C is a ring's
+    slots where it is one."""
 
     def allocate(self, batch: int) -> None:
         """An empty, zeroed cache for `batch` sequences."""
@@ -43,7 +45,7 @@ class EngineBackend(Protocol):
         """Zero what lies at or beyond `length` in a row."""
 
     def fill_tail(self, lengths: np.ndarray, values: tuple[float, ...]) -> None:
-        """Overwrite what lies at or beyond lengths [B] with `values` in turn."""
+        """Overwrite what lies at or beyond lengths [B], and what no later row sees of a ring, with `values` in turn."""
 
 
 class EngineSession(RowSlots):
@@ -54,7 +56,7 @@ class EngineSession(RowSlots):
         self.manifest, self.spec, self.capacity = manifest, manifest.spec, manifest.capacity
         self.max_batch, self.max_prompt = facts.max_batch, facts.max_prompt
         self.backend = backend
-        target = get_target(manifest.target)
+        target, self._windows = get_target(manifest.target), manifest.window_cache
         self._pads, self._clears = target.writes_padding, not target.nan_tail_safe
         self._garbage: tuple[float, ...] = ()
         self._last: Any = None
@@ -100,18 +102,20 @@ class EngineSession(RowSlots):
     def step(self, input_ids: np.ndarray, new_lengths: np.ndarray | None = None, *, want_cache: bool = False) -> Step:
         """See `Session.step`. Logits are [B, 1, V]; zeros for a row that brings nothing."""
         ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.spec.vocabulary)
-        before, sequence = self._lengths.copy(), ids.shape[1]
+        pieces = chunks_of(ids.shape[1], self.max_prompt, new)
+        return joined([self._part(ids[:, start:stop], part, want_cache) for start, stop, part in pieces],
+                      [part for _, _, part in pieces], True)
+
+    def _part(self, ids: np.ndarray, new: np.ndarray, want_cache: bool) -> Step:
+        """At most `max_prompt` new tokens per row; nothing runs where there are none."""
+        before, width = self._lengths.copy(), int(new.max())
         logits = np.zeros((len(new), 1, self.spec.vocabulary), np.float32)
-        for start in range(0, sequence, self.max_prompt):
-            part = np.clip(new - start, 0, self.max_prompt)
-            width = int(part.max())
-            if width:
-                answer = self._piece(ids[:, start: start + width], part)
-                logits = np.where((part > 0)[:, None, None], answer, logits)
+        if width:
+            logits = np.where((new > 0)[:, None, None], self._piece(ids[:, :width], new), logits)
         if not want_cache:
             return Step(logits)
-        pairs = self.cache()
-        return Step(logits, *(tuple(written_rows(pair[place], before, new, sequence) for pair in pairs)
+        pairs = self.backend.cache()
+        return Step(logits, *(tuple(written_rows(pair[place], before, new, ids.shape[1]) for pair in pairs)
                               for place in (0, 1)))
 
     def decode(self, token_ids: Any) -> Any:
@@ -126,7 +130,7 @@ class EngineSession(RowSlots):
                                  "pass one new token for every sequence of the batch", code="E-RUN-SHAPE")
         check_feed(np.zeros((len(one), 1), np.int64), one, self._lengths, self.capacity, self.spec.vocabulary)
         self._last = self.backend.run(token_ids, self._lengths.astype(np.int32), one.astype(np.int32), 0)
-        self._lengths = self._lengths + 1
+        self._grow(one)
         return self._last
 
     @property
@@ -139,8 +143,14 @@ class EngineSession(RowSlots):
         return []
 
     def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Per layer (key [B, K, C, D], value [B, K, C, E]), copies."""
-        return self.backend.cache()
+        """Per layer (key [B, K, C, D], value [B, K, C, E]), copies; of a ring the longest row, with zeros for what it
+        holds no longer."""
+        pairs = self.backend.cache()
+        if self._windows is None:
+            return pairs
+        return [(unrolled(key, self._lengths, self._ends), unrolled(value, self._lengths, self._ends))
+                if self._windows.slots(layer) else (key, value)
+                for layer, (key, value) in zip(self.spec.layers, pairs, strict=True)]
 
     def fill_garbage(self, values: tuple[float, ...]) -> None:
         """Fill the cache beyond the lengths with these values, in turn, before every later call; (): leave it."""
@@ -166,7 +176,7 @@ class EngineSession(RowSlots):
                 logits[b] = self._run(ids[b: b + 1, : new[b]], self._lengths[b: b + 1], new[b: b + 1], b)[0]
         else:
             logits = self._run(ids, self._lengths, new, 0)
-        self._lengths = self._lengths + new
+        self._grow(new)
         return logits
 
     def _run(self, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray, row: int) -> np.ndarray:

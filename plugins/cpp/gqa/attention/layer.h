@@ -18,6 +18,7 @@ constexpr char kPluginName[] = "GroupedQueryAttention";
 constexpr char kPluginVersion[] = "1";
 constexpr char kPluginNamespace[] = "gqa";
 constexpr std::int32_t kContractVersion = 1;
+constexpr std::int32_t kRing = 2;  // of `growing`: a cache whose slots are used again, token t in slot t modulo C
 
 struct Layer {
     std::int32_t num_heads = 0, kv_num_heads = 0;
@@ -26,6 +27,7 @@ struct Layer {
 
     std::int64_t group() const { return num_heads / kv_num_heads; }
     bool appends() const { return has_new || has_rotary; }
+    bool ring() const { return growing == kRing; }
     bool interleaved() const { return rotary_interleaved && has_rotary; }
 };
 

@@ -32,6 +32,8 @@ public:
     Logits extend(std::vector<Tokens> const& more);
 
 private:
+    // The least length, beside 0, at which all that a row would see is there: rings keep a window and a prompt chunk.
+    std::int64_t least_length(std::size_t row) const;
     Feed cut_out(std::vector<Tokens> const& more, std::size_t begin, std::size_t steps,
                  std::vector<std::int64_t> const& lengths) const;
     void copy_logits(void const* raw, std::size_t row, Logits& logits) const;
@@ -40,6 +42,7 @@ private:
     std::unique_ptr<cuda::DeviceContext> device_;  // outlives everything on it
     Runner runner_;
     std::vector<std::int64_t> lengths_;
+    std::vector<std::int64_t> ends_;  // of what each row ever wrote: a ring holds what went back, too
 };
 
 std::function<void(std::string const&)> log_of(Options const& options);
