@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from .errors import GqaExportError, UnsupportedModel
 from .spec import AttentionSpec, StateSpec
@@ -30,10 +31,14 @@ def refuse_layers(layers: Iterable[AttentionSpec], target: Target, states: Itera
     others = [row.name for row in TARGETS.values() if row.interface == target.interface
               and not any(row.cannot_hold(layer) for layer in layers)]
     unheld = [layer.layer for layer in layers if target.cannot_hold(layer)]
+    fix = (f"use --target {' or '.join(others)}" if others else
+           "use --target ort and ONNX Runtime: no target for TensorRT can hold this model")
+    whole = [replace(layer, chunk=0) for layer in layers]
+    if not any(target.cannot_hold(layer) for layer in whole):
+        chunk = min(layer.chunk for layer in layers if layer.chunk)
+        fix += f", or --capacity {chunk} or less: one chunk is plainly causal"
     raise UnsupportedModel(f"target {target.name} cannot hold this model: {'; '.join(reasons)}", layers_label(unheld),
-                           f"use --target {' or '.join(others)}" if others else
-                           "use --target ort and ONNX Runtime: no target for TensorRT can hold this model",
-                           code="E-TARGET-LAYER")
+                           fix, code="E-TARGET-LAYER")
 
 
 def refuse_long(target: Target) -> None:

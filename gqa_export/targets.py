@@ -43,6 +43,8 @@ class Target:
     interface: str
     logits: tuple[str, ...] = ("all", "last")
     window: bool = True
+    chunks: bool = False
+    """attention in chunks of positions"""
     softcap: bool = True
     sinks: bool = True
     value_head_size_differs: bool = True
@@ -111,6 +113,8 @@ class Target:
         op, largest = self.attention, max(layer.head_size, layer.value_head_size)
         conditions = (
             (layer.window and not self.window, f"{op} has no window and this layer sees {layer.window} tokens"),
+            (layer.chunk and not self.chunks,
+             f"{op} has no attention in chunks and this layer sees only its own {layer.chunk} positions"),
             (layer.softcap and not self.softcap,
              f"{op} cannot be relied on to cap scores, and this layer caps them at {layer.softcap:g}"),
             (layer.sinks and not self.sinks, f"{op} has no attention sinks"),
@@ -156,7 +160,8 @@ _ROWS = (
            kv_missing="GroupQueryAttention's CPU kernel takes caches of int8 and int4 codes",
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")})),
     Target(name="onnx", dialect="onnx.passes", attention="Attention", fallback="gqa::GroupedQueryAttention",
-           opset=23, ir_version=10, caches=("growing", "static"), interface="mask", softcap=False, sinks=False,
+           opset=23, ir_version=10, caches=("growing", "static"), interface="mask", chunks=True, softcap=False,
+           sinks=False,
            # softcap: until 2026 the standard capped after the mask, which leaks masked tokens (onnx/onnx#7865, mended
            # in place by #7867); what a runtime does depends on its age
            nan_tail_safe=False, shares_buffer=True, lowest_opset=True, long_missing=_NO_FUNCTION,
@@ -164,7 +169,7 @@ _ROWS = (
            state_ops=MappingProxyType({"LinearAttention": "ai.onnx::LinearAttention"}),
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="portable", dialect="portable", attention="gqa::GroupedQueryAttention", fallback="",
-           opset=23, ir_version=10, caches=("growing", "static"), interface="mask", function=True,
+           opset=23, ir_version=10, caches=("growing", "static"), interface="mask", function=True, chunks=True,
            lowest_opset=True, kv_missing=_NO_CODES,
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="trt-plugin", dialect="tensorrt.plugin", attention="gqa::GroupedQueryAttention", fallback="",

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath, PureWindowsPath
 
 from ..errors import InvalidBundle
-from ..graph_io import TensorFact, past_names, past_state, present_names, present_state
+from ..graph_io import HIDDEN_STATES, TensorFact, past_names, past_state, present_names, present_state
 from ..spec import DTYPES, KvCache, ModelSpec, WindowCache
 
 Tensors = tuple[TensorFact, ...]
@@ -49,7 +49,7 @@ def check_tensors(spec: ModelSpec, dtype: str, inputs: Tensors, outputs: Tensors
     """
     for message in (_layers(spec), _twice("inputs", inputs), _twice("outputs", outputs),
                     _scales(spec, kv), _cache(spec, dtype, "inputs", inputs, kv, windows),
-                    _cache(spec, dtype, "outputs", outputs, kv, windows)):
+                    _cache(spec, dtype, "outputs", outputs, kv, windows), _hidden(spec, dtype, outputs)):
         if message:
             raise InvalidBundle(f"not a valid bundle manifest: {message}", where, FIX, code="E-BUNDLE-MANIFEST")
 
@@ -67,7 +67,7 @@ def check_windows(windows: WindowCache | None, spec: ModelSpec, cache: str, capa
     if list(windows.layers) != sorted(set(windows.layers)):
         wrong = "its layers are not in order, each once"
     for number in windows.layers:
-        if number not in layers or not layers[number].window:
+        if number not in layers or layers[number].window < 1:
             wrong = f"layer {number} has no window"
         elif windows.slots(layers[number]) >= capacity:
             wrong = f"layer {number} would keep {windows.slots(layers[number])} slots of a capacity of {capacity}"
@@ -80,6 +80,9 @@ def _layers(spec: ModelSpec) -> str:
         if layer.num_heads % layer.kv_num_heads:
             return (f"spec.layers[{position}]: {layer.kv_num_heads} key/value heads do not divide {layer.num_heads} "
                     "query heads")
+        if layer.window and layer.chunk:
+            return (f"spec.layers[{position}]: a window of {layer.window} and chunks of {layer.chunk}, expected one of "
+                    "them or none")
     if len({layer.layer for layer in spec.layers}) != len(spec.layers):
         return "spec.layers names a layer twice"
     if len({(state.layer, state.name) for state in spec.states}) != len(spec.states):
@@ -98,6 +101,16 @@ def _twice(field: str, tensors: Tensors) -> str:
 def _scales(spec: ModelSpec, kv: KvCache | None) -> str:
     if kv is not None and [scales.layer for scales in kv.scales] != [layer.layer for layer in spec.layers]:
         return "kv_cache.scales are not those of spec.layers"
+    return ""
+
+
+def _hidden(spec: ModelSpec, dtype: str, outputs: Tensors) -> str:
+    fact = next((tensor for tensor in outputs if tensor.name == HIDDEN_STATES), None)
+    dtype = DTYPES.get(dtype, dtype)
+    if fact is not None and (len(fact.shape) != 3 or fact.shape[2] != spec.hidden_size
+                             or DTYPES.get(fact.dtype, fact.dtype) != dtype):
+        return (f"{HIDDEN_STATES} is {fact.dtype} {list(fact.shape)}, expected {dtype} [batch, sequence, "
+                f"{spec.hidden_size}]")
     return ""
 
 

@@ -45,7 +45,7 @@ class Calibration:
 
         self.checkpoint, self.stored, self.source = checkpoint, stored, source
         self.rows, self.grouping, self.report = rows, grouping, report
-        self.windows = [layer.window for layer in probe(source.config).layers]
+        self.visible = [layer.visible for layer in probe(source.config).layers]
 
     def run(self, kv_heads: Sequence[int], keep: Callable[[int, dict[str, torch.Tensor]], None],
             ) -> tuple[list[LayerError], list[Pooled]]:
@@ -57,7 +57,7 @@ class Calibration:
         groups: list[Pooled] = []
         for index, layout in enumerate(self.source.layers):
             module: Any = model.get_submodule(layout.path)
-            fit = LayerFit(LayerHeads(layout, self.stored.read), target.layers[index], module, self.windows[index])
+            fit = LayerFit(LayerHeads(layout, self.stored.read), target.layers[index], module, self.visible[index])
             module.forward = self._patched(fit, meta_model.get_submodule(layout.path), module.forward,
                                            kv_heads[index], errors, groups, keep)
         both = torch.cat((self.rows, self.rows))
@@ -125,5 +125,6 @@ def write_calibrated(calibration: Calibration, output: Path, kv_heads: Sequence[
 
         write_checkpoint(folder, calibration.stored, {name: target.shapes[name] for name in owner}, make, fields,
                          calibration.report)
+        in_memory.clear()  # its tensors map those files, and Windows removes none that is mapped
         shutil.rmtree(waiting)
         finish(folder, errors, groups)

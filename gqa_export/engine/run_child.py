@@ -81,7 +81,7 @@ def _listen(child: subprocess.Popen[str], job: Job, log: Path, report: Progress)
 
 def _crash(code: int, log: Path) -> GqaExportError:
     lines = last_lines(log.read_text(encoding="utf-8", errors="replace"))
-    if code == -signal.SIGKILL:
+    if sys.platform != "win32" and code == -signal.SIGKILL:
         return GqaExportError("the building process was killed, most likely because the machine ran out of memory",
                               "gqa-export trt", "use a machine with more memory: an engine's weights are held twice",
                               code="E-ENGINE-KILLED")

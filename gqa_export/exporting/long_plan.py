@@ -100,8 +100,8 @@ def long_plan(options: LongOptions, spec: ModelSpec, capacity: int,
 
 
 def can_be_long(spec: ModelSpec) -> tuple[int, ...]:
-    """The layers that see all tokens before: those with a window are linear as they are."""
-    return tuple(layer.layer for layer in spec.layers if not layer.window)
+    """The layers that see all tokens before: those with a window or chunks are linear as they are."""
+    return tuple(layer.layer for layer in spec.layers if not layer.edges)
 
 
 def chosen_layers(words: str, spec: ModelSpec) -> tuple[int, ...]:
@@ -120,7 +120,7 @@ def chosen_layers(words: str, spec: ModelSpec) -> tuple[int, ...]:
     if not found:
         raise GqaExportError(f"{words!r} names no layer that sees all tokens", "--long-layers",
                              f"the model has {layers_label(able)} of that kind" if able else
-                             "leave out --long-attention: every layer has a window", code="E-OPTION-LONG")
+                             "leave out --long-attention: every layer has a window or chunks", code="E-OPTION-LONG")
     return found
 
 
@@ -144,12 +144,12 @@ def _refuse(problems: list[str], where: str) -> None:
 
 def plan_notes(plan: LongPlan, spec: ModelSpec) -> list[str]:
     """What a user must know of a plan."""
-    exact = [layer.layer for layer in spec.layers if layer.window]
+    exact = [layer.layer for layer in spec.layers if layer.edges]
     notes = [f"prefill.onnx approximates {layers_label(plan.layers)} by method {plan.setting.method} in calls of more "
              f"than {plan.setting.exact_steps} tokens that reach beyond {plan.from_tokens} tokens; model.onnx is exact "
              "and runs everything else. Measure what it costs: gqa-export long CHECKPOINT --text FILE"]
     if exact:
-        notes.append(f"{layers_label(exact)} stay exact: their window makes them linear")
+        notes.append(f"{layers_label(exact)} stay exact: their window or chunks make them linear")
     return notes
 
 

@@ -26,7 +26,8 @@ class ExportOptions:
     window_cache: "small" keeps windowed layers' caches as rings of window + prompt_chunk slots, "full" the capacity.
     prompt_chunk: new tokens of a sequence that one call may bring then; 0 is PROMPT_CHUNK.
     long: a second graph for long prompts is written beside the exact one. lora: folders of adapters that the bundle can
-    switch between. merge_lora: of one that becomes part of the weights."""
+    switch between. merge_lora: of one that becomes part of the weights. hidden_states: the last hidden states are an
+    output too."""
 
     target: str = "ort"
     dtype: str = "auto"
@@ -52,6 +53,7 @@ class ExportOptions:
     tensor_parallel: int = 1
     kv_cache: str = ""
     long: LongOptions | None = None
+    hidden_states: bool = False
     lora: tuple[Path, ...] = ()
     merge_lora: Path | None = None
     window_cache: str = "full"

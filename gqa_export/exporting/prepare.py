@@ -137,7 +137,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     kv = cache_of(checkpoint, traced, options, target, say)
     rings = window_plan(options, target, traced.spec, traced.capacity)
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider, kv=kv,
-                            windows=rings.windows,
+                            windows=rings.windows, hidden=options.hidden_states,
                             packed=options.weights == "copy",
                             runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None,
                             quantized=quantizing.facts if quantizing else {},
@@ -207,7 +207,8 @@ def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, tar
     from ..trace import trace_cache
 
     asked = {"dtype": dtype, "cache": options.cache, "capacity": options.capacity, "logits": options.logits,
-             "interface": target.interface, "text_only": options.text_only, **({"untied": True} if untied else {})}
+             "interface": target.interface, "text_only": options.text_only, **({"untied": True} if untied else {}),
+             **({"hidden": True} if options.hidden_states else {})}
     place = trace_cache.place_of({"kind": checkpoint.kind, **checkpoint.config}, asked) if options.trace_cache else None
     known = trace_cache.load(place) if place else None
     if known and (options.stamping or known.traced_layers == len(known.spec.layers)):
@@ -223,7 +224,7 @@ def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, tar
     traced = trace(config, dtype=dtype, cache=options.cache, capacity=_capacity(options.capacity, config),
                    logits=options.logits, interface=target.interface, stamping=options.stamping,
                    inspect=lambda module: refuse_modules(module, checkpoint.source, checkpoint.text_only),
-                   accept=lambda spec: refuse_layers(spec.layers, target, spec.states))
+                   accept=lambda spec: refuse_layers(spec.layers, target, spec.states), hidden=options.hidden_states)
     if place:
         trace_cache.keep(place, traced)
     return traced, place, False

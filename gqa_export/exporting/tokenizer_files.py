@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,7 +76,7 @@ def _convert_gguf(checkpoint: Checkpoint, folder: Path) -> str:
                 AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf_file.name,
                                               local_files_only=True, trust_remote_code=False).save_pretrained(converted)
                 for path in converted.iterdir():
-                    path.replace(folder / path.name)
+                    shutil.move(path, folder / path.name)  # scratch folders may be on another disk
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the library raises plain Exception, and panics with what is not even one

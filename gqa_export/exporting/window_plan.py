@@ -72,7 +72,7 @@ def window_plan(options: ExportOptions, target: Target, spec: ModelSpec, capacit
     chunk = options.prompt_chunk or PROMPT_CHUNK
     windows = WindowCache.of(spec.layers, capacity, chunk)
     if windows is None:
-        narrowest = min((layer.window for layer in spec.layers if layer.window), default=0)
+        narrowest = min((layer.window for layer in spec.layers if layer.window > 0), default=0)
         why = (f"the narrowest window of {narrowest} tokens and a prompt chunk of {chunk} are no less than the "
                f"capacity of {capacity}" if narrowest else "no layer has a window")
         return WindowPlan(notes=(f"--window-cache small changes nothing: {why}",))

@@ -11,25 +11,46 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+TRIES_S = (0.05, 0.1, 0.2, 0.4, 0.8)
 AT_FDCWD, EXCHANGE = -100, 2  # <linux/fs.h> RENAME_EXCHANGE; macOS' RENAME_SWAP is 2 too
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Ctrl-C waits until this block is done: for a few file operations that must not be torn apart."""
-    here = hasattr(signal, "pthread_sigmask") and threading.current_thread() is threading.main_thread()
-    if not here:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+    elif sys.platform == "win32":
+        with _kept_back():
+            yield
+    else:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _kept_back() -> Iterator[None]:
+    """`undisturbed` where signals cannot be blocked: one that comes is raised again at the end."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is None:  # not set by Python, which could not set it back
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -57,10 +78,14 @@ def settle(folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """See `settle`, of one file or folder."""
-    if os.name == "nt":  # which flushes neither folders nor what was opened for reading
-        return
+    if sys.platform == "win32":  # which flushes only what may be written, and opens no folders
+        if path.is_dir():
+            return
+        how = os.O_RDWR | os.O_BINARY
+    else:
+        how = os.O_RDONLY | os.O_NONBLOCK
     try:
-        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        number = os.open(path, how)
     except (PermissionError, FileNotFoundError):
         return
     try:
@@ -72,15 +97,31 @@ def sync(path: Path) -> None:
         os.close(number)
 
 
+def move(source: Path, target: Path) -> None:
+    """Rename a file or folder; what is at `target` is replaced, if both are files.
+
+    On Windows nothing can be renamed while any program has it (or something in it) open, and a virus scanner opens
+    what is new: it is tried for a while.
+    """
+    tries = TRIES_S if sys.platform == "win32" else ()
+    for wait in tries:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            time.sleep(wait)
+    os.replace(source, target)
+
+
 def replace_folder(staging: Path, output: Path) -> None:
     """`staging` becomes `output`, once all of it is on the disk. What was at `output` is then at `staging`, or gone.
 
-    Where names cannot be exchanged (some network file systems) two renames do it: a process killed between them
-    leaves the old folder beside, as `.NAME.partial-*/old`.
+    Where names cannot be exchanged (Windows, some network file systems) two renames do it: a process killed between
+    them leaves the old folder beside, as `.NAME.partial-*/old`.
     """
     settle(staging)
     if not output.exists():
-        staging.rename(output)
+        move(staging, output)
         sync(output.parent)
         return
     if exchange(staging, output):
@@ -88,15 +129,16 @@ def replace_folder(staging: Path, output: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent)) / "old"
     try:
-        output.rename(old)
-        staging.rename(output)
+        move(output, old)
+        move(staging, output)
         sync(output.parent)
     except BaseException:
         if old.exists() and not output.exists():
-            old.rename(output)
+            move(old, output)
         raise
     finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
+        if output.exists():  # else the old folder could not be put back, and is all there is
+            shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def move_files(names: list[str], staging: Path, output: Path) -> None:
@@ -116,12 +158,12 @@ def move_files(names: list[str], staging: Path, output: Path) -> None:
                 _keep(place, old)
             if name == names[-1]:
                 sync(output)
-            os.replace(staging / name, place)
+            move(staging / name, place)
         sync(output)
     except BaseException:
         for place, old in reversed(done):
             if old.exists():
-                os.replace(old, place)
+                move(old, place)
             elif not (staging / place.name).exists():
                 place.unlink(missing_ok=True)
         raise
@@ -131,4 +173,4 @@ def _keep(place: Path, old: Path) -> None:
     try:
         os.link(place, old)
     except OSError:
-        place.rename(old)
+        move(place, old)

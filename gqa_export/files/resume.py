@@ -10,6 +10,7 @@ next export with the same key takes the file over up to the last offset whose ha
 from __future__ import annotations
 
 import contextlib
+import gc
 import glob
 import hashlib
 import json
@@ -69,14 +70,24 @@ def abandoned(output: Path) -> list[Claimed]:
 
 
 def remove(claimed: Iterable[Claimed]) -> None:
-    """Remove claimed folders, and then what claims them: killed in between, the rest stays claimable."""
+    """Remove claimed folders, and then what claims them: killed in between, the rest stays claimable. So does a folder
+    of which something is still open (Windows removes no open file): the next run removes it."""
     for folder, lock in claimed:
         shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():  # a session that nobody uses any more may map a file of it
+            gc.collect()
+            shutil.rmtree(folder, ignore_errors=True)
         path = folder.with_name(folder.name + LOCK)
-        with contextlib.suppress(OSError):  # Windows removes no open file
+        if folder.exists():
+            lock.release()
+            with contextlib.suppress(OSError):
+                path.touch()  # to release a lock removes its file on some systems
+            continue
+        with contextlib.suppress(OSError):
             path.unlink()
         lock.release()
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process has locked it by now
+            path.unlink(missing_ok=True)
 
 
 class Journal:

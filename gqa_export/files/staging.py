@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,6 +97,10 @@ def disk_errors(output: Path) -> Iterator[None]:
             raise GqaExportError("the disk is full; nothing half-written was left behind", str(output),
                                  "free some space, choose another disk with -o, or copy no weights (onnx --weights "
                                  "link)", code="E-FILE-DISK-FULL") from error
+        if isinstance(error, PermissionError) and sys.platform == "win32":
+            raise GqaExportError(f"cannot write there: {error.strerror}", str(output),
+                                 "close what has files of that folder open (sessions of this process too), or choose "
+                                 "another output folder with -o", code="E-FILE-WRITE") from error
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
             raise GqaExportError(f"cannot write there: {error.strerror}", str(output),
                                  "choose another output folder with -o", code="E-FILE-WRITE") from error

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import GqaExportError
+from .atomic_replace import move
 
 
 def write_text(path: Path, text: str) -> None:
@@ -25,7 +26,7 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(staged, 0o644)
-        os.replace(staged, path)
+        move(Path(staged), path)
     except OSError as error:
         raise GqaExportError(f"cannot write the file: {error.strerror}", str(path),
                              "free some space, or name another file", code="E-FILE-WRITE") from error

@@ -6,6 +6,8 @@ becomes zero, be it NaN before. A third mode, a ring, is in `ring_function`. Que
 head by a reshape, nothing is repeated.
 Arithmetic is fp32 whatever the model's type. Dimensions as in `gqa_export.attention_op`, and G = H / K.
 
+A model with attention in chunks has a few nodes more in the body, for the first key of a chunk; no other model has.
+
 A function cannot see which inputs a call has. This one needs key, value and sinks, and does not rotate: the canonical
 graph gives sinks of -inf for "none" and rotates outside. `attach_function` refuses any other call.
 """
@@ -104,8 +106,7 @@ EXACT = """    step_B1S = Add (past_B1, step_S)
     causal_BST = LessOrEqual (cache_T, position_BS1)
     no_window = Equal (window_, zero)
     reach = Where (no_window, far, window_)
-    before_BS1 = Sub (position_BS1, reach)
-    near_BST = Greater (cache_T, before_BS1)
+{before}    near_BST = Greater (cache_T, before_BS1)
     row_BS = Less (step_S, new_B1)
     row_BS1 = Unsqueeze (row_BS, axis_2)
     seen_BST = And (causal_BST, near_BST)
@@ -169,7 +170,20 @@ EXACT = """    step_B1S = Add (past_B1, step_S)
     output_shape = Concat <axis: int = 0> (B, S, HE)
     mean_BSX = Reshape (mean_BSKGE, output_shape)
 """
-"""attention of every new token over every key that it sees, to mean_BSX in fp32"""
+"""attention of every new token over every key that it sees, to mean_BSX in fp32; {before}: `BEFORE` or `IN_CHUNKS`"""
+
+BEFORE = """    before_BS1 = Sub (position_BS1, reach)
+"""
+IN_CHUNKS = """    behind_BS1 = Sub (position_BS1, reach)
+    in_chunks = Less (window_, zero)
+    negated = Neg (window_)
+    size = Where (in_chunks, negated, one)
+    chunk_BS1 = Div (position_BS1, size)
+    first_BS1 = Mul (chunk_BS1, size)
+    outside_BS1 = Sub (first_BS1, one)
+    before_BS1 = Where (in_chunks, outside_BS1, behind_BS1)
+"""
+"""the last position that a token does not see, without and with chunks"""
 
 _BODY = """
 <domain: "{domain}", opset_import: ["" : {opset}]>
@@ -180,10 +194,11 @@ _BODY = """
 """
 
 
-def function_proto(opset: int, ring: bool = False) -> onnx.FunctionProto:
-    """The function, at the opset of the model it goes into: onnx's checker refuses a mixture. ring: a call's cache is
-    a ring."""
+def function_proto(opset: int, chunks: bool = False, ring: bool = False) -> onnx.FunctionProto:
+    """The function, at the opset of the model it goes into: onnx's checker refuses a mixture. chunks: with what a call
+    of attention in chunks needs. ring: a call's cache is a ring."""
     text = (with_ring(_BODY) if ring else _BODY).format(domain=attention_op.DOMAIN, op=attention_op.OP, opset=opset,
+                        before=IN_CHUNKS if chunks else BEFORE,
                         attributes=", ".join(attention_op.ATTRIBUTE_NAMES), inputs=", ".join(attention_op.INPUT_NAMES),
                         outputs=", ".join(attention_op.OUTPUT_NAMES))
     function = onnx.parser.parse_function(text)
@@ -196,9 +211,14 @@ def is_call(node: onnx.NodeProto) -> bool:
     return node.op_type == attention_op.OP and node.domain == attention_op.DOMAIN
 
 
-def is_ring(node: onnx.NodeProto) -> bool:
-    """Whether a node is the op over a cache whose slots are used again."""
-    return is_call(node) and any(each.name == "growing" and each.i == attention_op.RING for each in node.attribute)
+def in_chunks(call: onnx.NodeProto) -> bool:
+    """Whether a call is attention in chunks."""
+    return any(attribute.name == "window" and attribute.i < 0 for attribute in call.attribute)
+
+
+def is_ring(call: onnx.NodeProto) -> bool:
+    """Whether the cache of a call is a ring."""
+    return any(attribute.name == "growing" and attribute.i == attention_op.RING for attribute in call.attribute)
 
 
 def attach_function(model: onnx.ModelProto) -> None:
@@ -210,14 +230,14 @@ def attach_function(model: onnx.ModelProto) -> None:
     Raises:
         UnsupportedModel: a call does not have the inputs or attributes that the body needs.
     """
-    for node in model.graph.node:
-        if is_call(node):
-            _check_call(node)
+    calls = [node for node in model.graph.node if is_call(node)]
+    for node in calls:
+        _check_call(node)
     kept = [function for function in model.functions if (function.domain, function.name) != (attention_op.DOMAIN,
                                                                                             attention_op.OP)]
     del model.functions[:]
     model.functions.extend(kept)
-    model.functions.append(function_proto(opset_of(model), ring=any(map(is_ring, model.graph.node))))
+    model.functions.append(function_proto(opset_of(model), any(map(in_chunks, calls)), any(map(is_ring, calls))))
     if not any(entry.domain == attention_op.DOMAIN for entry in model.opset_import):
         model.opset_import.add(domain=attention_op.DOMAIN, version=attention_op.VERSION)
 

@@ -50,6 +50,8 @@ class LowerOptions:
     exact: bool = False
     kv: KvCache | None = None
     windows: WindowCache | None = None
+    hidden: bool = False
+    """the last hidden states are an output too"""
     long: LongPlan | None = None
     """layers that become the op for long prompts; None in the graph that is exact"""
 

@@ -88,5 +88,5 @@ def interface(model: onnx.ModelProto, spec: ModelSpec, target: Target,
     capacity = options.capacity if target.literal_capacity else graph_io.CAPACITY
     return (graph_io.graph_inputs(spec, dtype, options.cache, target.interface, capacity, options.kv,
                                   options.windows),
-            graph_io.graph_outputs(spec, dtype, options.cache, options.logits, capacity, options.kv,
+            graph_io.graph_outputs(spec, dtype, options.cache, options.logits, capacity, options.kv, options.hidden,
                                    options.windows))

@@ -128,8 +128,10 @@ def joined(steps: list[Step], news: list[np.ndarray], last_only: bool) -> Step:
     for step, new in zip(steps[1:], news[1:], strict=True):
         logits = (np.where((new > 0)[:, None, None], step.logits, logits) if last_only
                   else np.concatenate([logits, step.logits], axis=1))
+    parts = [step.hidden for step in steps if step.hidden is not None]
+    hidden = np.concatenate(parts, axis=1) if parts else None
     if steps[0].keys is None:
-        return Step(logits)
+        return Step(logits, hidden=hidden)
     keys, values = (tuple(np.concatenate([(getattr(step, kind) or ())[i] for step in steps], axis=2)
                           for i in range(len(steps[0].keys))) for kind in ("keys", "values"))
-    return Step(logits, keys, values, steps[-1].states)
+    return Step(logits, keys, values, steps[-1].states, hidden)

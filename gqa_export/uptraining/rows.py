@@ -10,6 +10,7 @@ import numpy as np
 
 from ..checkpoint.tokenized_text import load_tokenizer, packed, read_text, spread, tokenize
 from ..errors import GqaExportError, InvalidCheckpoint, cause_of
+from ..files.atomic_replace import move
 from ..files.sha256 import files_sha256
 from .options import UptrainOptions
 
@@ -23,6 +24,10 @@ class Rows:
     def __init__(self, path: Path, most: int = 0) -> None:
         rows = np.load(path, mmap_mode="r")
         self.rows = spread(rows, most) if most else rows
+
+    def close(self) -> None:
+        """No row is read any more: the file is let go, so that it can be removed (on Windows, only then)."""
+        self.rows = np.empty((0, 0), np.int32)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -96,4 +101,4 @@ def prepare(folder: Path, work: Path, options: UptrainOptions, vocabulary: int) 
                                                                       options.eval_text or options.text)
     np.save(work / TRAIN, train)
     np.save(work / f"partial-{EVAL}", held)
-    (work / f"partial-{EVAL}").rename(work / EVAL)  # last, and at once: its presence means that both are whole
+    move(work / f"partial-{EVAL}", work / EVAL)  # last, and at once: its presence means that both are whole

@@ -149,6 +149,8 @@ def uptrain(checkpoint: Checkpoint, output: Path, options: UptrainOptions, repor
         if trainer.is_world_process_zero():
             dtype = getattr(torch, checkpoint.stored_dtype)
             _write(checkpoint, trainer.accelerator.unwrap_model(trainer.model), state, dtype, output, options, result)
+            train.close()
+            held.close()
             shutil.rmtree(work)
         trainer.accelerator.wait_for_everyone()
     return result

@@ -25,6 +25,7 @@ from ..progress import Progress, silent
 from ..targets import get_target
 from .accuracy_level import rounds_activations
 from .long_cases import judge_long
+from .long_loss import LongRequest, measure_long_loss, sequences_of
 from .loss import LossRequest, measure_loss
 from .parts import EXACT, Comparison, activations_of, exact_session
 from .ranks import held_here
@@ -34,13 +35,14 @@ from .sessions import bundle_session, choose_bundle_provider, load_engine, torch
 from .suite_setting import check_tokenizer, setting_of
 from .untrusted import logits_of_last_token, nan_tail_safe, takes_whole_row_masks
 
-NO_LOSS = LossRequest()
+NO_LOSS, NO_LONG = LossRequest(), LongRequest()
 
 
 def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str = "quick", steps: int = 0,
              text: Path | None = None, provider: str = "auto", as_dtype: str | None = None, full_hash: bool = False,
              check_hashes: bool = True, progress: Progress | None = None,
-             reference: Reference | None = None, loss: LossRequest = NO_LOSS) -> Verdict:
+             reference: Reference | None = None, loss: LossRequest = NO_LOSS,
+             long: LongRequest = NO_LONG) -> Verdict:
     """Compare a bundle with the checkpoint it was made from.
 
     Args:
@@ -57,6 +59,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         progress: called with what is done, how much, of how much.
         reference: the checkpoint `against`, already opened by `open_reference`.
         loss: which checkpoint the loss is measured against, on which text, and how much it may be.
+        long: on which text what approximate attention costs is measured, and how much that may be.
 
     Returns:
         The verdict, passed or not; a difference does not raise (`Verdict.check` does).
@@ -75,6 +78,8 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
     manifest = read_manifest(folder)
     unhashed = check_files(folder, manifest, full=full_hash, hashes=check_hashes)
     check_tokenizer(folder)
+    long.check(manifest, str(folder))
+    prompts, long_missing = sequences_of(long, manifest, folder)
     if manifest.engine is None:
         check_claims(folder, manifest)
     target, built, notes = get_target(manifest.target), manifest.engine, list[str]()
@@ -116,6 +121,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
                 cases, notes = (*cases, *(case for case, _ in judged)), [*notes, *(line for _, line in judged)]
             else:
                 notes.append(f"{PREFILL} was not compared: it is {manifest.dtype}, and an fp32 twin was run")
+        quality = measure_long_loss(long, prompts, manifest, known, ran_dtype, report)
     if check_hashes:
         notes += _hash_notes(manifest, unhashed)
     return Verdict(
@@ -124,7 +130,8 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         capacity=manifest.capacity, cases=cases, level=level,
         notes=(*plan.notes, *notes), versions=versions(), seconds=time.perf_counter() - began,
         identity=identity_of(manifest, known.digest), overflow=overflow, loss=measured,
-        activations=activations_of(manifest, rounds))
+        activations=activations_of(manifest, rounds), long=quality, long_missing=long_missing,
+        approximated="" if manifest.long is None else manifest.long.plan.setting.method)
 
 
 def _hash_notes(manifest: Manifest, unhashed: list[str]) -> list[str]:

@@ -43,6 +43,7 @@ COMBINE_ARGUMENTS = (
     ("new_lengths_ptr", "*i32"), ("sinks_ptr", "*T"), ("output_ptr", "*T"), ("kv_heads", "i32"), ("steps", "i32"),
     ("capacity", "i32"),
 )
+JOINED = ("group", "value_head", "sinks", "ring")  # what combine's constants follow from
 COMBINE_WARPS, COMBINE_STAGES, COMBINE_FP_FUSION = 4, 1, False
 
 

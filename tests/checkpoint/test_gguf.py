@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import os
 import struct
+import tempfile
 from pathlib import Path
 
 import gguf
@@ -146,6 +149,29 @@ def test_a_gguf_without_a_tokenizer_that_can_be_converted_gives_its_configuratio
     assert ("has no tokenizer" in note) is (kind is None)
     assert ("has a tokenizer, which could not be converted" in note) is (kind is not None)
     assert {path.name for path in (tmp_path / "bundle").iterdir()} == {"config.json", "generation_config.json"}
+
+
+def test_a_converted_tokenizer_reaches_a_bundle_on_another_disk_than_temporary_files(tmp_path, monkeypatch):
+    """Scratch folders are in /tmp, which is often a file system of its own: nothing is renamed out of it."""
+    from gqa_export.bundle.writer import writing_bundle
+
+    real = os.rename
+
+    def between_disks(source, target):
+        if Path(source).parts[:2] == Path(tempfile.gettempdir()).parts[:2] and not Path(target).is_relative_to(
+                Path(source).parent):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        real(source, target)
+
+    tokens = ["<unk>", "<s>", "</s>", *(chr(33 + number) for number in range(316)), "ab"]
+    write_gguf(tmp_path / "tiny.gguf", tokenizer="gpt2", tokens=tokens, merges=["a b"])
+    with writing_bundle(tmp_path / "bundle") as writer:
+        monkeypatch.setattr(os, "rename", between_disks)
+        monkeypatch.setattr(os, "replace", between_disks)
+        note = add_tokenizer(open_checkpoint(tmp_path / "tiny.gguf"), writer)
+        monkeypatch.undo()
+    assert note == ""
+    assert (tmp_path / "bundle" / "tokenizer.json").is_file()
 
 
 def test_an_overwritten_file_is_read_again(tmp_path):

@@ -39,7 +39,7 @@ def schedule(operations: int, seed: int, ring: bool = False) -> tuple[list[str],
             # a script's last row needs its semicolon where it is empty
             text = ";".join(",".join(map(str, new.get(r, ()))) for r in range(SLOTS))
             lines.append("extend " + text + (";" if SLOTS - 1 not in new and not text.endswith(";") else ""))
-        expected.append(" ".join(str(answer(rows[r], ring)) if r in new else "0" for r in range(SLOTS)))
+        expected.append(" ".join(str(answer(rows[r], ring=ring)) if r in new else "0" for r in range(SLOTS)))
 
     def back(row: int) -> int:
         """A length to which a row can go back: of a ring of 7 slots what the window of 3 sees must be there."""
@@ -104,13 +104,13 @@ def test_a_row_over_a_ring_goes_back_a_prompt_chunk_and_no_farther(programs: Pro
     played = Played(programs, tmp_path, "prefill " + ",".join(map(str, tokens)), "rewind 0 6", "copy 0 0 1",
                     "rewind 0 9", "rewind 0 6", "rewind 0 7", "step 1", "reset 0", "step 5", ring=True,
                     dtype="float32")
-    assert played.said[0] == str(answer(tokens, True))
+    assert played.said[0] == str(answer(tokens, ring=True))
     refused = ("what row 0 would see at {} tokens is no longer there: its windowed layers keep a window and 4 tokens "
                "more")
     for line, length, held in ((1, 6, 12), (2, 1, 12), (4, 6, 9)):
         assert played.said[line].split("|")[:2] == ["error", refused.format(length)]
         assert f"keep 0, or 7 to {held} tokens" in played.said[line]
-    assert played.said[5:] == ["7", str(answer([*tokens[:7], 1], True)), "0", str(answer([5], True))]
+    assert played.said[5:] == ["7", str(answer([*tokens[:7], 1], ring=True)), "0", str(answer([5], ring=True))]
 
 
 def test_a_row_whose_run_failed_after_it_displaced_tokens_must_be_read_again(programs: Programs,
@@ -121,7 +121,7 @@ def test_a_row_whose_run_failed_after_it_displaced_tokens_must_be_read_again(pro
     assert played.said[2].startswith("error|row 0's logits are not numbers")
     assert played.said[3] == "2"
     assert played.said[4].split("|")[1] == "a run of row 0 failed after it had displaced what its windowed layers see"
-    assert played.said[5:] == ["0", str(answer([4], True))]
+    assert played.said[5:] == ["0", str(answer([4], ring=True))]
 
 
 def test_an_engine_that_takes_more_at_once_than_its_rings_hold_is_refused(programs: Programs, tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...graph_io import LOGITS
+from ...graph_io import HIDDEN_STATES, LOGITS
 from .adapters import Adapter
 from .loading import import_onnxruntime
 
 Infer = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+Answer = tuple[np.ndarray, list[Any], np.ndarray | None]
+"""logits on the host, the present tensors, and hidden states on the host where the graph gives them"""
 
 
 class Backend(Protocol):
@@ -35,17 +37,18 @@ class Backend(Protocol):
     def use(self, adapter: Adapter | None) -> None:
         """From now on, replace the graph's defaults by an adapter's values; None: by nothing."""
 
-    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list[Any]]:
-        """Logits on the host and the present tensors. feed: the inputs that are not the cache (`feeds.step_feed`).
+    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> Answer:
+        """Call the graph. feed: the inputs that are not the cache (`feeds.step_feed`).
         inplace: presents are written into the memory of the pasts, but those of states, the last of them."""
 
 
 class ArrayBackend:
     """Cache tensors are numpy arrays; `infer` runs the graph on a dict of arrays. states: how many of the tensors, the
-    last, are states of fixed size."""
+    last, are states of fixed size. hidden: the graph gives hidden states."""
 
-    def __init__(self, infer: Infer, past_names: Sequence[str], present_names: Sequence[str], states: int = 0) -> None:
-        self._infer, self._past, self._present = infer, past_names, present_names
+    def __init__(self, infer: Infer, past_names: Sequence[str], present_names: Sequence[str], states: int = 0,
+                 hidden: bool = False) -> None:
+        self._infer, self._past, self._present, self._hidden = infer, past_names, present_names, hidden
         self._cached = len(past_names) - states
         self._adapter: dict[str, np.ndarray] = {}
 
@@ -65,7 +68,7 @@ class ArrayBackend:
         """See `Backend.use`."""
         self._adapter = adapter.arrays() if adapter else {}
 
-    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list[Any]]:
+    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> Answer:
         """See `Backend.run`."""
         outputs = self._infer({**feed, **self._adapter, **dict(zip(self._past, past))})
         present = [outputs[name] for name in self._present]
@@ -73,7 +76,7 @@ class ArrayBackend:
             for tensor, content in zip(past[: self._cached], present):
                 np.copyto(tensor, content)
             present[: self._cached] = past[: self._cached]
-        return np.asarray(outputs[LOGITS]), present
+        return np.asarray(outputs[LOGITS]), present, np.asarray(outputs[HIDDEN_STATES]) if self._hidden else None
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ class BindingBackend:
     """Cache tensors stay on the device of the provider and are handed to ONNX Runtime by address."""
 
     def __init__(self, session: Any, device: str, dtype: str, past_names: Sequence[str],
-                 present_names: Sequence[str], states: int = 0) -> None:
+                 present_names: Sequence[str], states: int = 0, hidden: bool = False) -> None:
+        self._answers = [HIDDEN_STATES, LOGITS] if hidden else [LOGITS]
         self._session, self._device, self._past, self._present = session, device, past_names, present_names
         self._ort = import_onnxruntime()
         self._dtype = numpy_dtype(dtype)
@@ -145,21 +149,22 @@ class BindingBackend:
         self._adapter = adapter
         self._kept = {}  # bindings have the values of the adapter before
 
-    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list[Any]]:
+    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> Answer:
         """See `Backend.run`."""
         spare = self._spare_states(past[self._cached:])
         binding = self._bound(past, spare, inplace)
         for name, array in feed.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        binding.bind_output(LOGITS, "cpu")  # bound after the cache, and so the last of the outputs
+        for name in self._answers:  # bound after the cache, and so the last of the outputs
+            binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(binding)
         # the next step may write where this one read
         self._spare = [] if any(tensor.part for tensor in past) else list(past[self._cached:])
-        if inplace:
-            return self._host(binding.get_outputs()[-1]), [*past[: self._cached], *spare]
-        *present, logits = binding.get_outputs()
-        cached = [DeviceTensor(v, v.data_ptr(), tuple(v.shape())) for v in present[: self._cached]]
-        return self._host(logits), [*cached, *spare]
+        outputs = binding.get_outputs()
+        hidden = self._host(outputs[-2]) if len(self._answers) > 1 else None
+        cached = past[: self._cached] if inplace else [
+            DeviceTensor(v, v.data_ptr(), tuple(v.shape())) for v in outputs[: self._cached]]
+        return self._host(outputs[-1]), [*cached, *spare], hidden
 
     def _spare_states(self, states: Sequence[DeviceTensor]) -> list[DeviceTensor]:
         """Memory for the new states, other than that of the old ones: what the step before read, where it fits."""

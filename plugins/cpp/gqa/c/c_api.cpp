@@ -47,6 +47,10 @@ int64_t gqa_length(const gqa_session* session, size_t row) {
     return row < lengths.size() ? lengths[row] : -1;
 }
 
+int gqa_shared_seed(gqa_session* session, uint64_t seed, uint64_t* shared) {
+    return guarded([&] { *shared = session->session.shared_seed(seed); });
+}
+
 int gqa_open(gqa_session* session, size_t rows) {
     return guarded([&] { session->session.open(rows); });
 }

@@ -71,6 +71,26 @@ void check_plugin(Manifest const& manifest, std::string const& library, std::str
     }
 }
 
+void check_ranks(Manifest const& manifest, int size, int device, int own_device, std::string const& where) {
+    std::string const ranks = std::to_string(manifest.ranks);
+    if (size == 0 && manifest.ranks > 1) {
+        throw Error("the bundle is cut over " + ranks + " ranks, and no communicator was given", where,
+                    "start " + ranks + " processes, each with Options::communicator (gqa/runtime/communicator.h)");
+    }
+    if (size > 0 && manifest.ranks == 1) {
+        throw Error("a communicator was given, and the bundle is for one device", where,
+                    "leave out Options::communicator, or export with --tensor-parallel " + std::to_string(size));
+    }
+    if (size > 0 && size != manifest.ranks) {
+        throw Error("the bundle is cut over " + ranks + " ranks, and the communicator has " + std::to_string(size), where,
+                    "start " + ranks + " ranks, or export with --tensor-parallel " + std::to_string(size));
+    }
+    if (size > 0 && device != own_device) {
+        throw Error("the communicator is of GPU " + std::to_string(device) + ", and the session is to run on GPU " +
+                        std::to_string(own_device), "Options::device", "set it to the communicator's");
+    }
+}
+
 void check_engine_file(Manifest const& manifest, std::string const& folder) {
     std::string const path = folder + "/" + manifest.engine_file;
     if (manifest.stripped) {
