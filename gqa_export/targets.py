@@ -156,7 +156,8 @@ _ROWS = (
                                        "CausalConv": "com.microsoft::CausalConvWithState"}),
            state_ops_since_first=("com.microsoft::LinearAttention", "com.microsoft::CausalConvWithState"),
            whole_row_masks=True, lowest_opset=True, nbits=True, kv_bits=(8, 4),
-           windows_instead="GroupQueryAttention keeps the whole sequence",
+           windows_instead="GroupQueryAttention's own cache of a window (sliding_window_cache, ONNX Runtime 1.32) keeps "
+           "tokens in an order of its own, which is not written yet",
            kv_missing="GroupQueryAttention's CPU kernel takes caches of int8 and int4 codes",
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")})),
     Target(name="onnx", dialect="onnx.passes", attention="Attention", fallback="gqa::GroupedQueryAttention",

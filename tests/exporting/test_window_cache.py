@@ -127,3 +127,33 @@ def test_a_graph_with_other_rings_than_its_manifest_is_refused(bundle, checkpoin
     onnx.save(model, str(folder / MODEL))
     with refused("E-BUNDLE-CLAIM", InvalidBundle):
         check_claims(folder, bundle.manifest)
+
+
+def test_a_target_without_rings_falls_back_to_the_whole_capacity_and_says_so(checkpoint, tmp_path) -> None:
+    done = gqa.export(checkpoint, tmp_path / "ort", target="ort", capacity=64, **SMALL)
+    assert done.manifest.window_cache is None
+    assert done.manifest.cache == "static"
+    assert [(each.layer, each.wanted, each.used) for each in done.manifest.fallbacks] == [
+        (layer, "a cache of 21 slots", "a cache of 64 tokens") for layer in (0, 1)]
+    assert "fallback: layer 0: a cache of 64 tokens instead of a cache of 21 slots" in CliRunner().invoke(
+        main, ["inspect", str(done.folder)]).output
+    graph = onnx.load(str(done.folder / MODEL), load_external_data=False).graph
+    assert sum(node.op_type == "GroupQueryAttention" for node in graph.node) == 3
+
+
+def test_a_longrope_model_keeps_whole_caches() -> None:
+    from gqa_export.exporting.options import ExportOptions
+    from gqa_export.exporting.window_plan import window_plan
+    from gqa_export.spec import AttentionSpec, ModelSpec
+    from gqa_export.targets import get_target
+
+    layer = AttentionSpec(0, 4, 2, 16, 16, 0.25, window=16)
+    spec = ModelSpec("phi3", "Phi3", 100, 64, 512, "longrope", (layer,), rope_switch=128)
+    with refused("E-MODEL-WINDOW-ROPE", UnsupportedModel):
+        window_plan(ExportOptions("portable", cache="static", **SMALL), get_target("portable"), spec, 256)
+
+
+def test_attention_in_chunks_of_positions_keeps_whole_caches() -> None:
+    from gqa_export.spec import AttentionSpec
+
+    assert WindowCache.of((AttentionSpec(0, 4, 2, 16, 16, 0.25, window=-16),), 256, 5) is None
