@@ -89,6 +89,36 @@ def refuse_long_with_rounding() -> None:
                          code="E-OPTION-LONG-INT8")
 
 
+def refuse_ragged_chunks(target: Target, wanted: bool, long: bool) -> None:
+    """Refuse chunks of several rows in one call where the target has no need of the option, or beside a graph for long
+    prompts, which was not run so.
+
+    Raises:
+        GqaExportError: with the reason.
+    """
+    if wanted and not target.ragged_chunks_need:
+        raise GqaExportError(f"graphs of target {target.name} take chunks of several rows in one call as they are",
+                             "--ragged-chunks", "leave out --ragged-chunks", code="E-TARGET-OPTION")
+    if wanted and long:
+        raise GqaExportError("chunks of several rows in one call were not compared with a graph for long prompts",
+                             "--ragged-chunks, --long-attention", "leave out one of the two",
+                             code="E-OPTION-RAGGED-CHUNKS")
+
+
+def refuse_ragged_states(states: Iterable[StateSpec], wanted: bool) -> None:
+    """Refuse chunks of several rows in one call for a model that keeps states.
+
+    Raises:
+        UnsupportedModel: it keeps some. The op leaves what it finds in the memory of padded tokens' answers, and
+            states are computed from all tokens.
+    """
+    keeping = sorted({state.layer for state in states})
+    if wanted and keeping:
+        raise UnsupportedModel("with --ragged-chunks the attention op's answers to padded tokens are unspecified, and "
+                               "states would be computed from it", layers_label(keeping), "leave out --ragged-chunks",
+                               code="E-MODEL-RAGGED-CHUNKS")
+
+
 def refuse_options(target: Target, cache: str, logits: str) -> None:
     """Refuse options that a target does not have, all of them at once.
 

@@ -72,6 +72,9 @@ class Target:
     """rotary inside the op only if D is a multiple of this"""
     rotary_half_multiple: int = 1
     """rotary inside the op only if R/2 is a multiple of this"""
+    ragged_chunks_need: str = ""
+    """first version of the runtime whose attention op takes each row's number of new tokens, so that `chunks_alone` and
+    `empty_alone` do not hold for a graph that gives it; "" where there is none, or no need of one"""
     whole_row_masks: bool = False
     """a mask may have all ones of a row first, as onnxruntime-genai's Engine sends it, and not only the past first and
     the new tokens first in the last columns; a row without new tokens cannot be told then"""
@@ -94,6 +97,8 @@ class Target:
     """DequantizeLinear takes zero points that are not 0"""
     quantized_blocks: tuple[int, ...] = ()
     """columns that may share a scale in DequantizeLinear; () is any number"""
+    long_inside: bool = False
+    """`attention` itself approximates long prompts, by attributes; otherwise another op stands in its place"""
     long_missing: str = ""
     """why no graph for long prompts, with approximate attention, is written beside the exact one; "" if it can be"""
     states_missing: str = ""
@@ -150,14 +155,14 @@ _ROWS = (
     Target(name="ort", dialect="ort.passes", attention="com.microsoft::GroupQueryAttention",
            fallback="gqa::GroupedQueryAttention", opset=23, ir_version=10, caches=("growing", "static"),
            interface="mask", value_head_size_differs=False, head_size_multiple=8, shares_buffer=True, chunks_alone=True,
-           empty_alone=True,
+           empty_alone=True, ragged_chunks_need="1.32",
            rotary_inside=True, rotary_head_multiple=16, rotary_half_multiple=8, packed_projections=True, genai=True,
            state_ops=MappingProxyType({"LinearAttention": "com.microsoft::LinearAttention",
                                        "CausalConv": "com.microsoft::CausalConvWithState"}),
            state_ops_since_first=("com.microsoft::LinearAttention", "com.microsoft::CausalConvWithState"),
            whole_row_masks=True, lowest_opset=True, nbits=True, kv_bits=(8, 4),
-           windows_instead="GroupQueryAttention's own cache of a window (sliding_window_cache, ONNX Runtime 1.32) keeps "
-           "tokens in an order of its own, which is not written yet",
+           windows_instead="GroupQueryAttention's own cache of a window (sliding_window_cache, ONNX Runtime 1.32) "
+           "keeps tokens in an order of its own, which is not written yet",
            kv_missing="GroupQueryAttention's CPU kernel takes caches of int8 and int4 codes",
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")})),
     Target(name="onnx", dialect="onnx.passes", attention="Attention", fallback="gqa::GroupedQueryAttention",
@@ -177,8 +182,7 @@ _ROWS = (
            opset=23, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            rotary_inside=True, head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
            writes_padding=False, states_missing=_NO_STATES, zero_points=False, quantized_blocks=(16, 32, 64, 128),
-           long_missing="the plugin has no kernels for it yet",
-           kv_missing="the plugin's kernels read and write floating-point caches only",
+           long_inside=True, kv_missing="the plugin's kernels read and write floating-point caches only",
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
     Target(name="trt-native", dialect="tensorrt.native", attention="Attention", fallback="",
            opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,

@@ -73,10 +73,10 @@ def page(report: dict[str, Any]) -> str:
     head = [f"prompt chunk {chunk}" for chunk in CHUNKS]
     lines = [
         "# Caches of models with windows", "",
-        f"Bytes of the KV cache of one sequence of {report['tokens']:,} tokens, {report['bits']} bits an element. Computed "
-        "from the published shapes by", "`scripts/window_cache.py`, as `gqa-export inspect` does for a bundle; not "
-        "measured. A layer with a window keeps the whole", "sequence, or, with `--window-cache small`, its window and one "
-        "prompt chunk.", "",
+        f"Bytes of the KV cache of one sequence of {report['tokens']:,} tokens, {report['bits']} bits an element. "
+        "Computed from the published shapes by",
+        "`scripts/window_cache.py`, as `gqa-export inspect` does for a bundle; not measured. A layer with a window",
+        "keeps the whole sequence, or, with `--window-cache small`, its window and one prompt chunk.", "",
         f"| model | windowed layers | window | whole | {' | '.join(head)} |", "|---" * (4 + len(head)) + "|"]
     for name, row in report["models"].items():
         small = [f"{readable_bytes(size)} ({row['whole'] / size:.1f}x less)" for size in row["small"].values()]

@@ -60,6 +60,8 @@ if TYPE_CHECKING:
               help="LoRA adapter that becomes part of the weights.")
 @click.option("--hidden-states", is_flag=True,
               help="Also return the last hidden state of every new token, for heads that draft tokens (MTP, EAGLE).")
+@click.option("--ragged-chunks", is_flag=True,
+              help="For ort: rows may bring several tokens each, over a past, in one call; needs onnxruntime 1.32.")
 @click.option("--dump-passes", type=click.Path(path_type=Path), metavar="DIR",
               help="Write the graph after each rewriting pass to DIR, without weights.")
 @click.option("--trace-cache/--no-trace-cache", default=True, show_default=True,

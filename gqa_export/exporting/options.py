@@ -27,7 +27,8 @@ class ExportOptions:
     prompt_chunk: new tokens of a sequence that one call may bring then; 0 is PROMPT_CHUNK.
     long: a second graph for long prompts is written beside the exact one. lora: folders of adapters that the bundle can
     switch between. merge_lora: of one that becomes part of the weights. hidden_states: the last hidden states are an
-    output too."""
+    output too. ragged_chunks: rows of a batch may bring several tokens each, over a past, in one call; needs a newer
+    runtime (`Target.ragged_chunks_need`)."""
 
     target: str = "ort"
     dtype: str = "auto"
@@ -54,6 +55,7 @@ class ExportOptions:
     kv_cache: str = ""
     long: LongOptions | None = None
     hidden_states: bool = False
+    ragged_chunks: bool = False
     lora: tuple[Path, ...] = ()
     merge_lora: Path | None = None
     window_cache: str = "full"

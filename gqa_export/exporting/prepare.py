@@ -87,7 +87,14 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     from ..lowering.context import LowerOptions
     from ..lowering.dump import PassDump
     from ..lowering.lower import lower
-    from ..target_refusals import refuse_long, refuse_long_with_codes, refuse_long_with_rounding, refuse_options
+    from ..target_refusals import (
+        refuse_long,
+        refuse_long_with_codes,
+        refuse_long_with_rounding,
+        refuse_options,
+        refuse_ragged_chunks,
+        refuse_ragged_states,
+    )
     from ..targets import get_target
 
     target = get_target(options.target)
@@ -95,6 +102,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     options = replace(options, cache=options.cache or default, logits=options.logits or target.logits[0])
     refuse_options(target, options.cache, options.logits)
     check_window_options(options, target)
+    refuse_ragged_chunks(target, options.ragged_chunks, bool(options.long))
     quantize.check_options(options)
     refuse_ranks(options, target)
     if options.long:
@@ -126,6 +134,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         traced, kept, taken = traced_model(checkpoint, options, dtype, target, say, untied=True)
         refuse_tied(checkpoint, traced.tied)
     budget.check("tracing")
+    refuse_ragged_states(traced.spec.states, options.ragged_chunks)
     notes = unused_notes(checkpoint, used_names(traced), options.ignore_unused)
     provider = pick_provider(options.provider, dtype, target)
     store = weight_store(checkpoint, traced, budget)
@@ -137,7 +146,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     kv = cache_of(checkpoint, traced, options, target, say)
     rings = window_plan(options, target, traced.spec, traced.capacity)
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider, kv=kv,
-                            windows=rings.windows, hidden=options.hidden_states,
+                            windows=rings.windows, hidden=options.hidden_states, ragged_chunks=options.ragged_chunks,
                             packed=options.weights == "copy",
                             runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None,
                             quantized=quantizing.facts if quantizing else {},
@@ -160,10 +169,11 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         if quantizing is not None and not quantizing.exact:
             refuse_long_with_rounding()
         plan = long_plan(options.long, traced.spec, traced.capacity,
-                         lambda setting: automatic_layers(checkpoint, options, traced.spec, setting, say))
+                         lambda setting: automatic_layers(checkpoint, options, traced.spec, setting, say),
+                         inside=target.long_inside)
         prefill = lower(traced.model, traced.spec, replace(lowering, long=plan),
                         lambda stage: say(f"{stage} the graph for long prompts", None, None))
-        notes = (*notes, *plan_notes(plan, traced.spec))
+        notes = (*notes, *plan_notes(plan, traced.spec, target.long_inside))
     budget.check("lowering")
     recorded = None
     if quantizing:

@@ -47,6 +47,8 @@ def manifest_of(checkpoint: Checkpoint, traced: Traced, lowered: Lowered, option
                 "text_only": checkpoint.text_only},
         tokens=cast(Tokens, {**token_ids(checkpoint), "tokenizer": has_tokenizer}),
         versions=versions(RECORDED, absent="unknown"), quantization=quantization, kv_cache=kv, window_cache=windows,
+        ragged_chunks=options.ragged_chunks,
+        needs={"onnxruntime": target.ragged_chunks_need} if options.ragged_chunks else {},
         verify_width=min(VERIFY_WIDTH, traced.capacity, windows.chunk if windows else VERIFY_WIDTH)
         if options.logits == "all" else 1)
 

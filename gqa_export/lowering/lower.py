@@ -62,7 +62,7 @@ def lower(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions,
     if options.quantized:
         run_passes(graph, import_module(".quantized.passes", __package__).PASSES, context, context.log)
     lowered = edit.save(graph)
-    if options.long is not None:
+    if options.long is not None and not target.long_inside:
         from .long_calls import approximate
 
         approximate(lowered, options.long, context)

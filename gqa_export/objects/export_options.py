@@ -37,7 +37,8 @@ def export_options(target: Target, dtype: Dtype, cache: Cache | None, capacity: 
                    calibrate: Place | None = None, tensor_parallel: int = 1,
                    kv_cache: KvCodes | None = None, long: LongOptions | None = None,
                    lora: Sequence[Place] = (), merge_lora: Place | None = None, hidden_states: bool = False,
-                   window_cache: WindowCaches = "full", prompt_chunk: int | None = None) -> ExportOptions:
+                   ragged_chunks: bool = False, window_cache: WindowCaches = "full",
+                   prompt_chunk: int | None = None) -> ExportOptions:
     """The options of an export from the arguments of `gqa_export.export`; a value that is not one is refused."""
     from ..exporting.options import ExportOptions
     from ..weights.memory_budget import parse_size
@@ -49,5 +50,5 @@ def export_options(target: Target, dtype: Dtype, cache: Cache | None, capacity: 
     return ExportOptions(target, dtype, cache or "", capacity or 0, weights, logits or "", provider, force, full_hash,
                          most, text_only, revision, dump_passes, ignore_unused, trace_cache, stamping, str(quantize),
                          activations or "", head, block, path_of(calibrate), tensor_parallel, kv_cache or "",
-                         long, hidden_states, tuple(map(Path, lora)), path_of(merge_lora), window_cache,
+                         long, hidden_states, ragged_chunks, tuple(map(Path, lora)), path_of(merge_lora), window_cache,
                          prompt_chunk or 0)

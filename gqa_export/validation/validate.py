@@ -14,7 +14,6 @@ from pathlib import Path
 
 from ..bundle.attention_claims import check_claims
 from ..bundle.integrity import check_belongs, check_files
-from ..bundle.long_facts import PREFILL
 from ..bundle.manifest import Manifest, read_manifest
 from ..checkpoint.checkpoint import Checkpoint
 from ..compare.suite import STEPS, plan_suite
@@ -25,6 +24,7 @@ from ..progress import Progress, silent
 from ..targets import get_target
 from .accuracy_level import rounds_activations
 from .long_cases import judge_long
+from .long_graph import long_graph_as_run
 from .long_loss import LongRequest, measure_long_loss, sequences_of
 from .loss import LossRequest, measure_loss
 from .parts import EXACT, Comparison, activations_of, exact_session
@@ -96,6 +96,12 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         check_belongs(manifest.spec, known.shown, f"{folder} against {against}")
         report("loading the bundle", None, None)
         setting = setting_of(manifest, folder, steps or STEPS.get(level, 32), text, known.model)
+        if manifest.long is not None and built:
+            leaf = manifest.long.plan.setting.leaf
+            setting.capacity = min(setting.capacity, leaf)
+            notes.append(f"no case is longer than the leaf of {leaf} tokens, up to which the engine is exact: beyond, "
+                         "what it reads is a choice of its own that an engine does not show. The graph that it was "
+                         "built from is compared with the choice handed over: validate that bundle")
         setting.nan_tail_safe = target.nan_tail_safe or (not built and nan_tail_safe(where))
         setting.whole_row_masks = target.whole_row_masks or (not built and takes_whole_row_masks(where))
         plan = plan_suite(setting, level)
@@ -115,12 +121,10 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
             cases += comparison.shipped(session, fill_garbage)
             cases += (judge_refusals(session, resizable=not setting.literal),)
             measured = measure_loss(loss, session, manifest, folder, known, notes, report)
-        if manifest.long is not None:
-            if ran_dtype == manifest.dtype:
-                judged = list(judge_long(folder, manifest, provider, known, ran_dtype, level, report))
-                cases, notes = (*cases, *(case for case, _ in judged)), [*notes, *(line for _, line in judged)]
-            else:
-                notes.append(f"{PREFILL} was not compared: it is {manifest.dtype}, and an fp32 twin was run")
+        if manifest.long is not None and not built:
+            place, shown = stack.enter_context(long_graph_as_run(folder, manifest, ran_dtype))
+            judged = list(judge_long(place, shown, provider, known, ran_dtype, level, report))
+            cases, notes = (*cases, *(case for case, _ in judged)), [*notes, *(line for _, line in judged)]
         quality = measure_long_loss(long, prompts, manifest, known, ran_dtype, report)
     if check_hashes:
         notes += _hash_notes(manifest, unhashed)

@@ -209,17 +209,11 @@ def recipe(variant: Variant, capability: int) -> Recipe:
         return Recipe(decode.combine_kernel, decode.COMBINE_ARGUMENTS, values, decode.COMBINE_WARPS,
                       decode.COMBINE_STAGES, 1, decode.COMBINE_FP_FUSION)
     if variant.kernel in long_launch.KERNELS and variant.long is not None:
-        return _long_recipe(variant, variant.long, tiles)
+        from gqa_plugins.grouped_attention import long_attend
+
+        return Recipe(*long_attend.compiled_as(variant, variant.long, capability))
     raise GqaExportError(f"kernel {variant.kernel!r} is unknown", "Variant.kernel", f"use one of {', '.join(KERNELS)}",
                          code="E-ENGINE-KERNEL-UNKNOWN")
-
-
-def _long_recipe(variant: Variant, setting: LongSetting, tiles: plan.Tiles) -> Recipe:
-    from gqa_plugins.grouped_attention import long_attend
-
-    shape = {name: getattr(variant, name) for name in long_attend.SHAPE}
-    made = long_attend.parts_of(variant.kernel, setting, tiles=tiles, **shape)
-    return Recipe(*made, tiles.rows if variant.kernel == "long_prefill" else variant.rows)
 
 
 def compile_variant(variant: Variant, capability: int) -> Cubin:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from gqa_plugins.grouped_attention import driver_ctypes
+from gqa_plugins.grouped_attention.choose_kernels import pick
 from gqa_plugins.grouped_attention.cubin import Cubin
 from gqa_plugins.grouped_attention.fields import STORE, Key
-from gqa_plugins.grouped_attention.launch import Launch, pick
+from gqa_plugins.grouped_attention.launch import Launch
 
 from gqa_export.errors import GqaExportError
 

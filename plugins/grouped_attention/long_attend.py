@@ -6,14 +6,17 @@ Dimensions as in `gqa_export.long_attention_op`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gqa_plugins.grouped_attention import long_launch, long_prefill, long_select
 from gqa_plugins.grouped_attention.long_launch import KERNELS
-from gqa_plugins.grouped_attention.plan import FP_FUSION, Tiles, block, choose_tiles
+from gqa_plugins.grouped_attention.plan import FP_FUSION, Tiles, block
 
 from gqa_export.long_attention_op import LongSetting
+
+if TYPE_CHECKING:
+    from gqa_plugins.grouped_attention.cubin import Variant
 
 WARPS, STAGES = {"score": 4, "select": 8}, {"score": 3, "select": 1}
 SHAPE = ("group", "head", "value_head", "softcap", "sinks", "projections")
@@ -74,6 +77,15 @@ def parts_of(kernel: str, setting: LongSetting, *, tiles: Tiles,
             tiles.stages if main else STAGES[kernel])
 
 
+def compiled_as(variant: Variant, setting: LongSetting,
+                capability: int) -> tuple[Any, Any, dict[str, Any], int, int, int]:
+    """What a `cubin.Recipe` of a variant is made of."""
+    tiles = long_launch.choose_tiles(setting, variant.group, variant.head, variant.value_head, variant.dtype,
+                                     capability)
+    made = parts_of(variant.kernel, setting, tiles=tiles, **{name: getattr(variant, name) for name in SHAPE})
+    return *made, tiles.rows if variant.kernel == "long_prefill" else variant.rows
+
+
 def attend_long(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor, past_lengths: torch.Tensor,
                 new_lengths: torch.Tensor, sinks: torch.Tensor | None, tables: LongTables, output: torch.Tensor, *,
                 num_heads: int, scale: float, softcap: float, setting: LongSetting, dtype: str, capability: int,
@@ -94,8 +106,7 @@ def attend_long(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.T
     value_head, group = past_value.shape[3], num_heads // kv_heads
     shape = {"batch": batch, "steps": steps, "capacity": capacity, "kv_heads": kv_heads, "group": group}
     sizes = long_launch.scratch_elements(setting, **shape)
-    rows = long_launch.rows_of("long_prefill", setting, group)
-    tiles = tiles or choose_tiles(rows, head, value_head, dtype, capability)
+    tiles = tiles or long_launch.choose_tiles(setting, group, head, value_head, dtype, capability)
     selection, scratch = workspace or (torch.empty(sizes[0], dtype=torch.int32, device=query.device),
                                        torch.empty(max(1, sizes[1]), dtype=torch.float32, device=query.device))
     grids = long_launch.grids(setting, **shape, prefill_rows=tiles.rows,

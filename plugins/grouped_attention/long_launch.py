@@ -18,6 +18,8 @@ N * G * leaf] with levels the bits of `segments` (hyper).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gqa_plugins.grouped_attention import plan
 
 from gqa_export.long_attention_op import LongSetting
@@ -27,7 +29,7 @@ VOTE_ROWS, VOTE_KEYS = 64, 64  # at most, of a program of `score`, method tiles
 HASH_ROWS = 64  # keys or queries whose codes a program finds
 SORT_ROWS = 64  # counted at a time
 MASSES = 1024  # looked through at a time
-HYPER_ROWS = 64  # of a tile of long_prefill: fewer ranks, fewer buckets
+HYPER_ROWS, HYPER_KEYS = 64, 64  # at most, of a tile of long_prefill: fewer ranks, fewer buckets
 MOST_SORT_KEYS = 2**31  # a place and a position are compared as one number of 32 bits
 
 
@@ -69,6 +71,14 @@ def rows_of(kernel: str, setting: LongSetting, group: int) -> int:
     if kernel == "select":
         return 1 if setting.method == "tiles" else SORT_ROWS
     return vote_rows(setting, group) if setting.method == "tiles" else HASH_ROWS
+
+
+def choose_tiles(setting: LongSetting, group: int, head: int, value_head: int, dtype: str,
+                 capability: int) -> plan.Tiles:
+    """Tiles of long_prefill. With method hyper no more than 64 keys: which of them a row sees differs from row to row,
+    and that takes registers (`ptxas -v`)."""
+    tiles = plan.choose_tiles(rows_of("long_prefill", setting, group), head, value_head, dtype, capability)
+    return tiles if setting.method == "tiles" else replace(tiles, keys=min(tiles.keys, HYPER_KEYS))
 
 
 def grids(setting: LongSetting, *, batch: int, steps: int, capacity: int, kv_heads: int, group: int, score_rows: int,

@@ -3,7 +3,9 @@
 Runs after `append`, `score` and `select`. Dimensions as in `gqa_export.long_attention_op`. Grid: (row tiles, K, B), a
 row tile being a part of a unit's rows times the heads of a group; the last rows first, since they see most. With method
 hyper a tile holds rows whose ranks in their leaf follow one another, so that they share buckets, and it reads all
-buckets that one of them has: ranks / leaf of every segment and a bucket. Source: Han et al., 2023 (arXiv:2310.05869).
+buckets that one of them has: ranks / leaf of every segment and a bucket. Loops over samples and anchors, of a few
+tiles, are not pipelined: that would be more code and registers than they are worth.
+Source: Han et al., 2023 (arXiv:2310.05869).
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ def long_tiles_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengt
         acc, top, total = attend_named(acc, top, total, query, key_base, value_base, positions, present, every_row,
                                        0.0, prefix, scale, softcap, HEAD, VALUE_HEAD, BLOCK_HEAD, BLOCK_VALUE,
                                        BLOCK_ROWS, BLOCK_KEYS, HAS_SOFTCAP, PRECISION)
-    for tile in range(0, tl.cdiv(tl.minimum(prefix, SAMPLES), BLOCK_KEYS)):
+    for tile in tl.range(0, tl.cdiv(tl.minimum(prefix, SAMPLES), BLOCK_KEYS), num_stages=1):
         positions, present, weight = sampled(fractions_ptr, kv_head, tile, prefix, SAMPLES, BLOCK_KEYS)
         for one in range(0, CHOSEN):
             present = present & (positions // BLOCK != tl.load(chosen_base + one))
@@ -147,7 +149,7 @@ def long_hyper_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengt
         last_key = tl.load(segment + bucket * size + size - 1)
         first_key += tl.load(places_base + first_key) * capacity
         last_key += tl.load(places_base + last_key) * capacity
-        for tile in range(0, tl.cdiv(tl.minimum(width, SAMPLES), BLOCK_KEYS)):
+        for tile in tl.range(0, tl.cdiv(tl.minimum(width, SAMPLES), BLOCK_KEYS), num_stages=1):
             index, present, weight = sampled(fractions_ptr, kv_head, tile, width, SAMPLES, BLOCK_KEYS)
             positions = low + index
             sort_key = tl.load(places_base + positions, mask=present, other=0) * capacity + positions
@@ -157,7 +159,7 @@ def long_hyper_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengt
                                            HEAD, VALUE_HEAD, BLOCK_HEAD, BLOCK_VALUE, BLOCK_ROWS, BLOCK_KEYS,
                                            HAS_SOFTCAP, PRECISION)
     anchors = tl.where(some & (leaf > 0), ANCHORS, 0)
-    for at in range(0, anchors, BLOCK_KEYS):
+    for at in tl.range(0, anchors, BLOCK_KEYS, num_stages=1):
         acc, top, total = attend_named(acc, top, total, query, key_base, value_base, at + column,
                                        at + column < anchors, every_row, 0.0, limit, scale, softcap, HEAD, VALUE_HEAD,
                                        BLOCK_HEAD, BLOCK_VALUE, BLOCK_ROWS, BLOCK_KEYS, HAS_SOFTCAP, PRECISION)

@@ -110,8 +110,7 @@ def test_run_and_bench_take_it_unless_exact_is_given(bundles) -> None:
     assert answers[0] != answers[1]
 
 
-@pytest.mark.parametrize(("target", "word"), [("onnx", "Attention"), ("trt-native", "Attention"),
-                                                ("trt-plugin", "plugin")])
+@pytest.mark.parametrize(("target", "word"), [("onnx", "Attention"), ("trt-native", "Attention")])
 def test_targets_without_it_refuse_it_by_name(checkpoint, tmp_path, target, word) -> None:
     with refused("E-TARGET-LONG") as found:
         gqa.export(checkpoint, tmp_path / "out", target=target, long_attention=TILES)

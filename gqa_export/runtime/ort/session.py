@@ -27,7 +27,7 @@ from ..session import Step
 from .adapters import adapter_names, load_adapter
 from .backend import ArrayBackend, Backend, BindingBackend, Infer, numpy_dtype
 from .loading import check_graph, choose_provider, graph_facts, open_session
-from .row_slots import OrtRowSlots
+from .row_slots import OrtRowSlots, as_exported
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class OrtSession(OrtRowSlots):
         self._open_long = open_long
         self._long: Backend | None = None
         self.long_calls = 0
-        self._backend, self._target, self.whole_row_masks = backend, target, False
+        self._backend, self._target, self.whole_row_masks = backend, as_exported(target, manifest), False
         self._folder, self._adapter = folder, ""
         self._static, self._cached = manifest.cache == "static", 2 * len(manifest.spec.layers)
         self._inplace = self._static and target.writes_in_place(manifest.fallbacks)
@@ -169,16 +169,17 @@ class OrtSession(OrtRowSlots):
         """See `Session.step`."""
         ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.spec.vocabulary)
         if self._windows is None or ids.shape[1] <= self._windows.chunk:
-            return self._piece(ids, new, want_cache)
+            return self._piece(ids, new, want_cache, new_lengths is None)
         pieces = chunks_of(ids.shape[1], self._windows.chunk, new)
-        return joined([self._piece(ids[:, start:stop], part, want_cache) for start, stop, part in pieces],
-                      [part for _, _, part in pieces], self.manifest.logits == "last")
+        return joined([self._piece(ids[:, start:stop], part, want_cache, new_lengths is None)
+                       for start, stop, part in pieces], [part for _, _, part in pieces],
+                      self.manifest.logits == "last")
 
-    def _piece(self, ids: np.ndarray, new: np.ndarray, want_cache: bool) -> Step:
-        """One call of the graph, or one for each row. ids, new: checked."""
+    def _piece(self, ids: np.ndarray, new: np.ndarray, want_cache: bool, even: bool) -> Step:
+        """One call of the graph, or one for each row. ids, new: checked. even: no row is padded."""
         before, sequence = self._lengths, ids.shape[1]
-        padded = self._static and self._target.writes_padding
-        fed = self._ridden(new, sequence)
+        padded = self._target.writes_padding and (self._static or self.manifest.ragged_chunks)
+        fed = new if even else self._ridden(new, sequence)
         alone = must_run_alone(before, fed, sequence, capacity=self.capacity if padded else None,
                                chunks_alone=self._target.chunks_alone, empty_alone=self._target.empty_alone)
         answers = self._each_row(ids, new) if alone else self._whole(ids, fed, new)
@@ -205,15 +206,14 @@ class OrtSession(OrtRowSlots):
 
     def _whole(self, ids: np.ndarray, fed: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Logits and hidden states of one call for all rows, which bring `fed` tokens, of which `new` are kept."""
-        longest = int(self._lengths.max())
+        longest = max(self._lengths.tolist())
         ran = self._call(ids, self._lengths, fed, longest, self._past)
         self._past = ran.present
-        after = int((self._lengths + new).max())
-        if not self._static and after < longest + ids.shape[1]:
+        if not self._static and (after := int((self._lengths + new).max())) < longest + ids.shape[1]:
             # ragged rows leave columns without a token: cut them, or they grow with every step
             self._past[: self._cached] = [self._backend.upload(self._backend.download(t)[:, :, :after])
                                           for t in self._past[: self._cached]]
-        if (fed == new).all():
+        if fed is new or (fed == new).all():
             return ran.logits, ran.hidden
         kept = (new > 0)[:, None, None]
         return np.where(kept, ran.logits, 0), None if ran.hidden is None else np.where(kept, ran.hidden, 0)

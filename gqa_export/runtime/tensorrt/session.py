@@ -59,6 +59,9 @@ class EngineSession(RowSlots):
         facts = facts_of(manifest, "gqa_export.json")
         self.manifest, self.spec, self.capacity = manifest, manifest.spec, manifest.capacity
         self.max_batch, self.max_prompt = facts.max_batch, facts.max_prompt
+        self.leaf = manifest.long.plan.setting.leaf if manifest.long else 0
+        """pieces of a prompt that end at multiples of this are approximated as the whole would be; 0: none is"""
+        self._most = self.max_prompt // self.leaf * self.leaf if self.max_prompt > self.leaf > 0 else self.max_prompt
         self.backend = backend
         target, self._windows = get_target(manifest.target), manifest.window_cache
         self._pads, self._clears = target.writes_padding, not target.nan_tail_safe
@@ -107,12 +110,12 @@ class EngineSession(RowSlots):
     def step(self, input_ids: np.ndarray, new_lengths: np.ndarray | None = None, *, want_cache: bool = False) -> Step:
         """See `Session.step`. Logits are [B, 1, V]; zeros for a row that brings nothing."""
         ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.spec.vocabulary)
-        pieces = chunks_of(ids.shape[1], self.max_prompt, new)
+        pieces = chunks_of(ids.shape[1], self._most, new)
         return joined([self._part(ids[:, start:stop], part, want_cache) for start, stop, part in pieces],
                       [part for _, _, part in pieces], True)
 
     def _part(self, ids: np.ndarray, new: np.ndarray, want_cache: bool) -> Step:
-        """At most `max_prompt` new tokens per row; nothing runs where there are none."""
+        """As many new tokens per row as the engine takes at once; nothing runs where there are none."""
         before, width = self._lengths.copy(), int(new.max())
         logits = np.zeros((len(new), 1, self.spec.vocabulary), np.float32)
         hidden = np.zeros((*ids.shape, self.spec.hidden_size), np.float32) if self._gives_hidden else None

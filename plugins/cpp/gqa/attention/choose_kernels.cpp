@@ -3,6 +3,7 @@
 #include <set>
 
 #include "gqa/attention/launch.h"
+#include "gqa/attention/long_launch.h"
 #include "gqa/core/error.h"
 #include "gqa/core/text.h"
 
@@ -45,7 +46,8 @@ std::map<std::string, Key> pick(std::vector<Key> keys, int capability) {
 }
 
 void check_cubin(Cubin const& cubin, Layer const& layer, Sizes const& sizes) {
-    std::pair<char const*, std::int64_t> const expected[] = {
+    std::map<std::string, std::int64_t> expected = long_constants(layer, sizes);
+    std::pair<char const*, std::int64_t> const of_all[] = {
         {"GROUP", layer.group()},
         {"HEAD", sizes.head},
         {"VALUE_HEAD", sizes.value_head},
@@ -57,6 +59,7 @@ void check_cubin(Cubin const& cubin, Layer const& layer, Sizes const& sizes) {
         {"INTERLEAVED", layer.interleaved()},
         {"RING", layer.ring()},
     };
+    for (auto const& [name, value] : of_all) expected.emplace(name, value);
     std::map<std::string, std::string> constants = cubin.constants;
     constants.emplace("RING", "0");  // files of before there were rings do not name it
     for (auto const& [name, value] : expected) {

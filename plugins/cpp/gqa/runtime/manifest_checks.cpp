@@ -53,11 +53,11 @@ void check_capability(Manifest const& manifest, int capability, std::string cons
 void check_plugin(Manifest const& manifest, std::string const& library, std::string const& folder) {
     if (!manifest.plugin) return;
     PluginFact const& plugin = *manifest.plugin;
-    if (plugin.name != kPluginName || plugin.space != kPluginNamespace || plugin.version != kPluginVersion ||
+    if (plugin.name != kPluginName || plugin.space != kPluginNamespace || !knows_version(plugin.version) ||
         plugin.contract_version != kContractVersion) {
         throw Error("the engine needs plugin " + plugin.space + "::" + plugin.name + " version " + plugin.version +
                         " (contract " + std::to_string(plugin.contract_version) + "), this program knows " +
-                        kPluginNamespace + "::" + kPluginName + " version " + kPluginVersion + " (contract " +
+                        kPluginNamespace + "::" + kPluginName + " version " + kPluginVersions.front() + " to " + kPluginVersions.back() + " (contract " +
                         std::to_string(kContractVersion) + ")", folder,
                     "build the engine with the version of gqa-export that this program was built from");
     }
