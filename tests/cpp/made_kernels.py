@@ -119,7 +119,7 @@ def random_long_layer(chance: random.Random) -> tuple[LongLayer, Sizes]:
                     tile=chance.choice((64, 128)), block=32, score_rows=chance.choice((4, 8)), exact_steps=16),
         LongSetting("hyper", leaf=1024, heavy_keys=256, samples=chance.choice((16, 128)), anchors=0, exact_steps=1)))
     own = setting.attributes() if chance.random() < 0.8 else dict.fromkeys(setting.attributes(), 0)
-    given = {**asdict(layer), "window": 0}
+    given = {**asdict(layer), "window": 0, "growing": 0}
     return LongLayer(**given, **own), replace(sizes, projections=7 if own["method"] else 0)
 
 
