@@ -14,7 +14,7 @@ from ..errors import GqaExportError, NotCheckedHere
 
 RTX_CAPABILITIES = (75, 80, 86, 89, 120, 121)
 RTX_DEFAULT = (80, 89, 120)
-KERNEL_CAPABILITIES = (80, 86, 87, 89, 90, 100, 103, 120, 121)
+KERNEL_CAPABILITIES = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 CURRENT = "current"
 
 

@@ -6,9 +6,11 @@
 
 model.py names a module of the gqa-export that wrote it: a repository that an earlier version wrote names
 `gqa_export.serving`, which is gone, and is written again with `gqa-export trt ... --triton-repository`.
-Triton's own TensorRT backend gives every output memory of its own, and an engine whose cache is written in place
-needs past and present to be the same memory: hence the Python backend, with the session that does that.
-Source: triton-inference-server/python_backend README (decoupled mode, TritonPythonModel).
+The Python backend, because its session keeps lengths, samples and streams. Triton's own TensorRT backend returns logits
+and leaves lengths to the client; that past and present must be the same memory it can do (implicit state with
+`use_same_buffer_for_input_output`).
+Source: triton-inference-server/python_backend README (decoupled mode, TritonPythonModel), common's
+protobuf/model_config.proto.
 """
 
 from __future__ import annotations

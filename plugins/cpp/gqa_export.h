@@ -1,8 +1,8 @@
 /* An engine bundle from C, or from any language that calls C: load, rows of tokens in, logits out.
  *
  * The same code as gqa/runtime/session.h, behind a stable binary interface. Functions that can fail return 0 for success
- * and 1 for an error, whose text (what, where, fix) gqa_last_error gives; nothing has changed then. A session belongs to
- * one thread at a time, and the error to the thread that got it.
+ * and 1 for an error, whose text (what, where, fix) gqa_last_error gives; nothing has changed then. A NULL session or
+ * array is such an error. A session belongs to one thread at a time, and the error to the thread that got it.
  */
 #ifndef GQA_EXPORT_H
 #define GQA_EXPORT_H
@@ -54,6 +54,7 @@ GQA_API gqa_session* gqa_load_rank(const char* folder, const gqa_options* option
 /* Rank 0's seed, on every rank, so that all draw the same tokens; without ranks the seed itself. */
 GQA_API int gqa_shared_seed(gqa_session* session, uint64_t seed, uint64_t* shared);
 
+/* Of a NULL session: -1, or 0 rows. */
 GQA_API int64_t gqa_vocabulary(const gqa_session* session);
 GQA_API int64_t gqa_capacity(const gqa_session* session);
 GQA_API int64_t gqa_max_batch(const gqa_session* session);
@@ -79,7 +80,8 @@ GQA_API int gqa_copy_row(gqa_session* session, size_t from, size_t to, int64_t l
 GQA_API int gqa_generate(gqa_session* session, const int32_t* prompt, size_t prompt_tokens, int64_t most,
                          int32_t* new_tokens, size_t* count);
 
-/* The token that a number from [0, 1) picks: that of `gqa-export run` for the same logits and number. */
+/* The token that a number from [0, 1) picks: that of `gqa-export run` for the same logits and number. GQA_NO_TOKEN for
+ * no logits. */
 GQA_API int32_t gqa_choose(const float* logits, size_t vocabulary, const gqa_sampling* sampling, double uniform);
 
 #ifdef __cplusplus

@@ -20,8 +20,9 @@ LEAST_ROWS, LONG_ROWS = 16, 128  # of a tile
 BLOCKS_PER_SM = 2
 FP_FUSION = True  # a * b + c in one rounding, but for combine; said always, because Triton 3.10 changes its default
 
-# Shared memory one block may use, KiB. Source: CUDA C++ Programming Guide, compute capabilities.
-SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+# Shared memory one block may use, KiB. Source: CUDA C++ Programming Guide, compute capabilities; of 11.0 (Thor),
+# libcudacxx's cuda/__device/arch_traits.h, where it has that of 10.0.
+SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 CAPABILITIES = tuple(SHARED_KIB)
 
 
@@ -101,7 +102,7 @@ def choose_programs(sequences: int, kv_heads: int, row_tiles: int, keys: int, sm
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch of exact attention; that of long prompts is in `long_launch`.
+    """One launch of attention. `kind`: a later approximate kernel for very long contexts would be a third one.
 
     programs: of decode. ahead: of prefill, whether it works ahead.
     """

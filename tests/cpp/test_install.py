@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,17 +13,21 @@ import pytest
 
 from gqa_export.runtime.sampling import Sampling, pick
 
-from .conftest import HERE, Programs, call
+from .conftest import HERE, PAGE, Programs, call
 from .toy_bundle import BATCH, CAPACITY, VOCABULARY, answer, continued, engine_facts, manifest
+
+
+def call_out(command: list[str | Path]) -> str:
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, timeout=60).stdout
 
 
 @pytest.fixture(scope="module")
 def installed(programs: Programs, tmp_path_factory) -> Path:
-    """The prefix of an installation that was moved after it was made."""
+    """The prefix of an installation that was moved after it was made, to a name with a space."""
     prefix = tmp_path_factory.mktemp("prefix")
     call(["cmake", "--install", programs.folder / "plugins", "--prefix", prefix / "first"])
-    (prefix / "first").rename(prefix / "moved")
-    return prefix / "moved"
+    (prefix / "first").rename(prefix / "moved here")
+    return prefix / "moved here"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,14 @@ def test_a_project_outside_the_tree_serves_rows_from_c(consumer: Programs, tmp_p
     assert lines[2] == f"{answer([3, 9])} {answer([1, 5, 2])}"
     assert lines[3] == "3: 2 2 0 -1"
     assert lines[4].startswith("1 row 0 holds 2 tokens, and 9 are to be kept")
-    assert [int(token) for token in lines[-1].split()] == continued([3, 1, 4], 6)
+    assert [line.split(":")[0].strip() for line in lines[5:7]] == ["at", "fix"]
+    assert [int(token) for token in lines[7].split()] == continued([3, 1, 4], 6)
+    assert lines[8] == f"{answer([1, 5])} 2 1 1", "a second session beside the first"
+    session, tokens, counts, getters = "\n".join(lines[9:]).split(" | ")
+    assert session.startswith("1 the session is NULL")
+    assert tokens.startswith("1 tokens is NULL")
+    assert counts == "1", "three tokens, and no array of them"
+    assert getters == "-1 0 -1"
 
 
 def test_c_chooses_the_tokens_that_python_chooses(consumer: Programs) -> None:
@@ -70,6 +83,24 @@ def test_c_chooses_the_tokens_that_python_chooses(consumer: Programs) -> None:
     assert list(map(int, consumer.run("use_c", "choose", stdin="\n".join(lines) + "\n").split())) == expected
 
 
+def test_compiled_code_asks_for_no_newer_libraries_than_the_page_says(consumer: Programs, programs: Programs) -> None:
+    """Symbol versions of the C and C++ libraries; a newer compiler or C library binds newer ones."""
+    if shutil.which("objdump") is None:
+        pytest.skip("no objdump")
+    if call_out(["c++", "-dumpversion"]).strip().split(".")[0] != "12" or "2.36" not in call_out(["ldd", "--version"]):
+        pytest.skip("the page's figures are of GCC 12 and glibc 2.36 (Debian 12)")
+    said = {name: tuple(map(int, version.split("."))) for name, version in
+            re.findall(r"`(GLIBCXX|GLIBC)_([0-9.]+)`", PAGE.read_text(encoding="utf-8"))}
+    files = [*(consumer.folder / "bin").iterdir(), *(programs.folder / "bin").iterdir(),
+             *programs.folder.rglob("libgqa_*.so*")]
+    asked: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        for name, version in re.findall(r"\b(GLIBCXX|GLIBC)_([0-9.]+)", call_out(["objdump", "-T", file])):
+            asked[name] = max(asked.get(name, (0,)), tuple(map(int, version.split("."))))
+    assert len(files) > 3
+    assert asked == said
+
+
 def test_pkg_config_gives_the_flags_to_compile_and_link(installed: Path, tmp_path: Path) -> None:
     if shutil.which("pkg-config") is None or shutil.which("cc") is None:
         pytest.skip("no pkg-config, or no C compiler named cc")
@@ -80,5 +111,6 @@ def test_pkg_config_gives_the_flags_to_compile_and_link(installed: Path, tmp_pat
     program = tmp_path / "choose.c"
     program.write_text('#include <gqa_export.h>\nint main(void) {\n  float l[3] = {0, 2, 1};\n'
                        "  gqa_sampling s = {0, 0, 1, 0};\n  return gqa_choose(l, 3, &s, 0.5);\n}\n")
-    call(["cc", program, "-o", tmp_path / "choose", *done.stdout.split(), "-lm"])
+    strict = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+    call(["cc", *strict, program, "-o", tmp_path / "choose", *shlex.split(done.stdout), "-lm"])
     assert subprocess.run([tmp_path / "choose"]).returncode == 1

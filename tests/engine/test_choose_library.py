@@ -63,6 +63,17 @@ def test_tensorrt_builds_for_the_gpu_at_hand(here) -> None:
         assert chosen.engine_capabilities == ()
 
 
+@pytest.mark.parametrize("jetson", ["8.7", "11.0"])
+def test_the_plugin_has_kernels_for_jetsons(here, jetson: str) -> None:
+    """Orin is 8.7, Thor 11.0. TensorRT for RTX builds for neither ahead of time."""
+    here(jetson)
+    number = int(jetson.replace(".", ""))
+    assert choose("tensorrt", (), plugin=True).kernel_capabilities == (number,)
+    here("")
+    with refused("E-OPTION-CAPABILITY"):
+        choose("rtx", (jetson,), plugin=True)
+
+
 def test_tensorrt_without_a_gpu_is_not_bad_input_but_cannot_be_done_here(here) -> None:
     here("")
     with pytest.raises(NotCheckedHere) as caught:

@@ -174,13 +174,14 @@ def keys(*capabilities: int) -> list[Key]:
 
 @pytest.mark.parametrize(("carried", "gpu", "taken"), [
     ((80, 89, 120), 89, 89), ((80, 89, 120), 120, 120), ((80, 120), 80, 80), ((86,), 89, 86), ((80, 86), 89, 86),
-    ((80,), 87, 80)])
+    ((80,), 87, 80), ((80, 87), 87, 87), ((87,), 87, 87), ((100, 110), 110, 110)])
 def test_a_gpu_gets_the_kernels_that_run_on_it(carried: tuple[int, ...], gpu: int, taken: int) -> None:
     assert {key.capability for key in choose_kernels.pick(keys(*carried), gpu).values()} == {taken}
 
 
 @pytest.mark.parametrize(("carried", "gpu"), [
-    ((80, 89), 90), ((120,), 121), ((90,), 100), ((80,), 75), ((89,), 86), ((80,), 89), ((), 89)])
+    ((80, 89), 90), ((120,), 121), ((90,), 100), ((80,), 75), ((89,), 86), ((80,), 89), ((), 89), ((87,), 86),
+    ((100, 103), 110), ((110,), 101), ((110,), 103), ((110,), 120)])
 def test_a_gpu_that_nothing_carried_runs_on_is_told_what_to_build(carried: tuple[int, ...], gpu: int) -> None:
     with pytest.raises(GqaExportError) as caught:
         choose_kernels.pick(keys(*carried), gpu)

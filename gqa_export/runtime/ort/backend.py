@@ -130,7 +130,7 @@ class BindingBackend:
         self._kept: dict[tuple[Any, ...], Any] = {}
         self._spare: list[DeviceTensor] = []
         self._adapter: Adapter | None = None
-        self._logits = _Logits.of(session)
+        self._logits = _Logits.of(session) if len(self._answers) == 1 else None
         # ONNX's number for bfloat16, which numpy does not know
         self._element: Any = 16 if dtype == "bfloat16" else self._dtype.type
 
@@ -182,23 +182,23 @@ class BindingBackend:
         binding = self._bound(past, spare, inplace)
         for name, array in feed.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        logits = self._logits.room(feed[INPUT_IDS].shape) if inplace and self._logits else None
-        for name in self._answers[:-1] if logits is not None else self._answers:
-            binding.bind_output(name, "cpu")  # bound after the cache, and so the last of the outputs
-        if logits is not None:  # get_outputs makes an object of every output, 0.4 ms for thirty
-            binding.bind_output(LOGITS, "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
+        room = self._logits.room(feed[INPUT_IDS].shape) if inplace and self._logits else None
+        if room is None:
+            for name in self._answers:  # bound after the cache, and so the last of the outputs
+                binding.bind_output(name, "cpu")
+        else:  # asking for the outputs of a binding makes an object of every one of them, 0.4 ms for thirty
+            binding.bind_output(LOGITS, "cpu", 0, room.dtype.type, room.shape, room.ctypes.data)
         self._session.run_with_iobinding(binding)
         # the next step may write where this one read
         states = past[self._cached:]
         self._spare = [] if any(tensor.part for tensor in states) else list(states)
-        several = len(self._answers) > 1
-        if logits is not None and not several:
-            return logits, [*past[: self._cached], *spare], None
+        if room is not None:
+            return room, [*past[: self._cached], *spare], None
         outputs = binding.get_outputs()
-        hidden = self._host(outputs[-2]) if several else None
+        hidden = self._host(outputs[-2]) if len(self._answers) > 1 else None
         cached = past[: self._cached] if inplace else [
             DeviceTensor(v, v.data_ptr(), tuple(v.shape())) for v in outputs[: self._cached]]
-        return self._host(outputs[-1]) if logits is None else logits, [*cached, *spare], hidden
+        return self._host(outputs[-1]), [*cached, *spare], hidden
 
     def _spare_states(self, states: Sequence[DeviceTensor]) -> list[DeviceTensor]:
         """Memory for the new states, other than that of the old ones: what the step before read, where it fits."""

@@ -60,6 +60,18 @@ int main(int count, char** words) {
     if (gqa_generate(session, prompt, 3, 6, written, &many)) return 1;
     for (size_t i = 0; i < many; ++i) printf("%d ", written[i]);
     printf("\n");
+
+    /* A second session in the same process has rows of its own, and what a program does wrong is an error. */
+    gqa_session* const other = toy_session(words[1]);
+    if (gqa_open(other, 1) || gqa_extend(other, prompt + 3, counts + 2, 1, logits)) return 1;
+    printf("%d %lld %zu %zu\n", best(logits, vocabulary), (long long)gqa_length(other, 0), gqa_rows(other),
+           gqa_rows(session));
+    printf("%d %s", gqa_step(NULL, step, 3, logits), gqa_last_error());
+    printf(" | %d %s", gqa_step(other, NULL, 1, logits), gqa_last_error());
+    printf(" | %d", gqa_extend(other, NULL, counts, 1, logits));
+    printf(" | %lld %zu %d\n", (long long)gqa_length(NULL, 0), gqa_rows(NULL), gqa_choose(NULL, 0, NULL, 0));
+    gqa_free(other);
+    gqa_free(NULL);
     free(logits);
     gqa_free(session);
     return 0;

@@ -21,7 +21,7 @@ std::int64_t shared_kib_or_zero(int capability) {
     switch (capability) {
         case 80: case 87: return 163;
         case 86: case 89: case 120: case 121: return 99;
-        case 90: case 100: case 103: return 227;
+        case 90: case 100: case 103: case 110: return 227;
         default: return 0;
     }
 }
