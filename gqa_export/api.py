@@ -65,7 +65,7 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
            quantize: Place = "keep", activations: Activations | None = None, head: Head = "int8", block: int = 32,
            calibrate: Place | None = None, tensor_parallel: int = 1, kv_cache: KvCodes | None = None,
            long_attention: LongOptions | None = None, lora: Sequence[Place] = (), merge_lora: Place | None = None,
-           progress: Progress | None = None) -> Bundle:
+           hidden_states: bool = False, ragged_chunks: bool = False, progress: Progress | None = None) -> Bundle:
     """Export a decoder to ONNX. Nothing is compared yet: `Bundle.validate` does that.
 
     Args:
@@ -91,8 +91,7 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
             layer.
         quantize: "keep" leaves quantized weights as the checkpoint stores them, "dequantize" makes floating-point
             numbers of them; "int4", "int8" or a file of rules (.toml) quantizes. See docs/quantization.md.
-        activations: quantized products round their inputs to int8 (faster), or stay exact; None: exact for what
-            is kept, int8 on a CPU for what is quantized.
+        activations: quantized products round their inputs to int8 (faster), or stay exact; None is int8 on a CPU.
         head: bits of head and embedding: "int8", "same" as the other matrices, or "none". block: columns that share a
             scale: 16, 32, 64, 128 or 256. calibrate: a UTF-8 text by whose
             activations errors are weighed, and from which the scales of a quantized cache are chosen.
@@ -101,6 +100,9 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
         long_attention: write a second graph for long prompts, with approximate attention, beside the exact one.
         lora: folders of LoRA adapters, as PEFT saves them, that the bundle can switch between (`Session.use_adapter`);
             without one it is the base model. merge_lora: the folder of one that becomes part of the weights.
+        hidden_states: the last hidden state of every new token is an output too (`Session.hidden_states`).
+        ragged_chunks: for target `ort`: rows of a batch may bring several tokens each, over a past, in one call; needs
+            onnxruntime 1.32.
 
     Raises:
         InvalidCheckpoint, UnsupportedModel, GqaExportError: nothing is left behind then.
@@ -110,7 +112,7 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
     options = export_options(target, dtype, cache, capacity, weights, logits, provider, revision, full_hash, max_ram,
                               text_only, force, path_of(dump_passes), ignore_unused, trace_cache, stamping,
                               quantize, activations, head, block, calibrate, tensor_parallel, kv_cache, long_attention,
-                              lora, merge_lora)
+                              lora, merge_lora, hidden_states, ragged_chunks)
     _refuse_tokenizer(source, tokenizer)
     if not isinstance(source, str | Path):
         refuse_revision(revision, type(source).__name__, "a model in memory")
@@ -127,7 +129,7 @@ def plan_export(source: Place | PreTrainedModel, output: Place | None = None, *,
                 quantize: Place = "keep", activations: Activations | None = None, head: Head = "int8", block: int = 32,
                 calibrate: Place | None = None, tensor_parallel: int = 1, kv_cache: KvCodes | None = None,
                 long_attention: LongOptions | None = None, lora: Sequence[Place] = (), merge_lora: Place | None = None,
-                progress: Progress | None = None) -> Plan:
+                hidden_states: bool = False, ragged_chunks: bool = False, progress: Progress | None = None) -> Plan:
     """Do all of an export but the writing: what it would write, its size, time and memory. Arguments as of `export`."""
     from .exporting.dry_run import dry_run
 
@@ -135,7 +137,7 @@ def plan_export(source: Place | PreTrainedModel, output: Place | None = None, *,
                               text_only, False, ignore_unused=ignore_unused, trace_cache=trace_cache,
                               quantize=quantize, activations=activations, head=head, block=block, calibrate=calibrate,
                               tensor_parallel=tensor_parallel, kv_cache=kv_cache, long=long_attention, lora=lora,
-                              merge_lora=merge_lora)
+                              merge_lora=merge_lora, hidden_states=hidden_states, ragged_chunks=ragged_chunks)
     with pickles_allowed(allow_pickle), opened(source, text_only=text_only) as place:
         return dry_run(place, options, path_of(output), progress)
 

@@ -65,7 +65,8 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     Attribute("kv_num_heads", "int", "K"),
     Attribute("scale", "float", "factor on the dot products"),
     Attribute("softcap", "float", "c * tanh(x / c) on the scaled scores; 0 is none"),
-    Attribute("window", "int", "tokens visible including the current one; 0 is all"),
+    Attribute("window", "int",
+              "tokens visible including the current one; 0 is all; -N: those of its chunk of N positions"),
     Attribute("rotary_interleaved", "int", "1: rotate pairs (2i, 2i + 1); 0: rotate (i, i + R/2)"),
     Attribute("growing", "int", "1: the present axis is P + S; 0: it is C, the same memory as past"),
 )

@@ -20,6 +20,9 @@ ATTENTION_MASK = "attention_mask"
 PAST_LENGTHS = "past_lengths"
 NEW_LENGTHS = "new_lengths"
 LOGITS = "logits"
+HIDDEN_STATES = "hidden_states"
+"""what the model's head reads, for heads that draft tokens: the last hidden state of every new token, after the final
+norm. Source: transformers' `hidden_states[-1]`, which its MTP heads take; onnxruntime-genai's builder has this name"""
 RECIPE = "weights:"
 """what the external location of an initializer without bytes begins with: `weights:NAME`, or `weights:A+B+C` for rows
 concatenated along axis 0"""
@@ -143,8 +146,8 @@ def graph_inputs(spec: ModelSpec, dtype: str, cache: str, interface: str = "mask
     return (*head, *cache_inputs(spec, dtype, cache, capacity, kv))
 
 
-def graph_outputs(spec: ModelSpec, dtype: str, cache: str, logits: str,
-                  capacity: int | str = CAPACITY, kv: KvCache | None = None) -> tuple[TensorFact, ...]:
+def graph_outputs(spec: ModelSpec, dtype: str, cache: str, logits: str, capacity: int | str = CAPACITY,
+                  kv: KvCache | None = None, hidden: bool = False) -> tuple[TensorFact, ...]:
     """All outputs of a bundle's graph, in order.
 
     Args:
@@ -153,7 +156,9 @@ def graph_outputs(spec: ModelSpec, dtype: str, cache: str, logits: str,
         cache: "growing" or "static".
         logits: "all" gives [batch, sequence, vocabulary], "last" [batch, 1, vocabulary].
         capacity, kv: as of `graph_inputs`.
+        hidden: the last hidden states are an output too, [batch, sequence, hidden size], whatever `logits` is.
     """
     rows: int | str = SEQUENCE if logits == "all" else 1
-    return (TensorFact(LOGITS, dtype, (BATCH, rows, spec.vocabulary)),
+    states = (TensorFact(HIDDEN_STATES, dtype, (BATCH, SEQUENCE, spec.hidden_size)),) if hidden else ()
+    return (TensorFact(LOGITS, dtype, (BATCH, rows, spec.vocabulary)), *states,
             *cache_outputs(spec, dtype, cache, capacity, kv))

@@ -145,8 +145,8 @@ class LongPlan:
         known = {layer.layer: layer for layer in layers}
         wrong = self.setting.problems(capacity)
         wrong += [f"layer {number} has no attention" for number in self.layers if number not in known]
-        wrong += [f"layer {number} sees only {known[number].window} tokens, which is linear as it is"
-                  for number in self.layers if number in known and known[number].window]
+        wrong += [f"layer {number} sees only {known[number].edges[0]} tokens, which is linear as it is"
+                  for number in self.layers if number in known and known[number].edges]
         return [*wrong, *(["a layer is named twice"] if len(set(self.layers)) < len(self.layers) else [])]
 
     def digest(self, layers: tuple[AttentionSpec, ...]) -> str:

@@ -57,7 +57,8 @@ Layer = Annotated[int, Limits(ge=0, le=MOST_LAYERS)]
 class AttentionSpec:
     """One attention layer. `window` counts the current token, 0 is all; `softcap` 0 is none. `cached_alike`: PyTorch's
     own cache holds these keys and values too (not so where it holds latents, or another layer's), so that the two
-    caches can be compared; the logits always are."""
+    caches can be compared; the logits always are. `chunk`: a token sees those before it in its own chunk of so many
+    positions, the first of which begins with the sequence; 0 is no chunks. A layer with chunks has no window."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -71,6 +72,17 @@ class AttentionSpec:
     window: Count = 0
     sinks: bool = False
     cached_alike: bool = True
+    chunk: Count = 0
+
+    @property
+    def visible(self) -> int:
+        """What the op's attribute `window` says: the window, or a chunk's size below zero."""
+        return -self.chunk or self.window
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """Lengths beyond which tokens are out of sight: the window, or the ends of the first two chunks."""
+        return tuple(size for size in (self.window, self.chunk, 2 * self.chunk) if size)
 
     def cache_bytes_per_token(self, element_bytes: int) -> int:
         """Bytes of keys and values that one token adds to this layer's cache."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from .errors import GqaExportError, UnsupportedModel
 from .spec import AttentionSpec, StateSpec
@@ -30,10 +31,14 @@ def refuse_layers(layers: Iterable[AttentionSpec], target: Target, states: Itera
     others = [row.name for row in TARGETS.values() if row.interface == target.interface
               and not any(row.cannot_hold(layer) for layer in layers)]
     unheld = [layer.layer for layer in layers if target.cannot_hold(layer)]
+    fix = (f"use --target {' or '.join(others)}" if others else
+           "use --target ort and ONNX Runtime: no target for TensorRT can hold this model")
+    whole = [replace(layer, chunk=0) for layer in layers]
+    if not any(target.cannot_hold(layer) for layer in whole):
+        chunk = min(layer.chunk for layer in layers if layer.chunk)
+        fix += f", or --capacity {chunk} or less: one chunk is plainly causal"
     raise UnsupportedModel(f"target {target.name} cannot hold this model: {'; '.join(reasons)}", layers_label(unheld),
-                           f"use --target {' or '.join(others)}" if others else
-                           "use --target ort and ONNX Runtime: no target for TensorRT can hold this model",
-                           code="E-TARGET-LAYER")
+                           fix, code="E-TARGET-LAYER")
 
 
 def refuse_long(target: Target) -> None:
@@ -69,6 +74,36 @@ def refuse_long_with_rounding() -> None:
     raise GqaExportError("a graph for long prompts is not written with activations that are rounded to int8",
                          "--long-attention", "use --activations exact, or leave out --long-attention",
                          code="E-OPTION-LONG-INT8")
+
+
+def refuse_ragged_chunks(target: Target, wanted: bool, long: bool) -> None:
+    """Refuse chunks of several rows in one call where the target has no need of the option, or beside a graph for long
+    prompts, which was not run so.
+
+    Raises:
+        GqaExportError: with the reason.
+    """
+    if wanted and not target.ragged_chunks_need:
+        raise GqaExportError(f"graphs of target {target.name} take chunks of several rows in one call as they are",
+                             "--ragged-chunks", "leave out --ragged-chunks", code="E-TARGET-OPTION")
+    if wanted and long:
+        raise GqaExportError("chunks of several rows in one call were not compared with a graph for long prompts",
+                             "--ragged-chunks, --long-attention", "leave out one of the two",
+                             code="E-OPTION-RAGGED-CHUNKS")
+
+
+def refuse_ragged_states(states: Iterable[StateSpec], wanted: bool) -> None:
+    """Refuse chunks of several rows in one call for a model that keeps states.
+
+    Raises:
+        UnsupportedModel: it keeps some. The op leaves what it finds in the memory of padded tokens' answers, and
+            states are computed from all tokens.
+    """
+    keeping = sorted({state.layer for state in states})
+    if wanted and keeping:
+        raise UnsupportedModel("with --ragged-chunks the attention op's answers to padded tokens are unspecified, and "
+                               "states would be computed from it", layers_label(keeping), "leave out --ragged-chunks",
+                               code="E-MODEL-RAGGED-CHUNKS")
 
 
 def refuse_options(target: Target, cache: str, logits: str) -> None:

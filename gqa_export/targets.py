@@ -43,6 +43,8 @@ class Target:
     interface: str
     logits: tuple[str, ...] = ("all", "last")
     window: bool = True
+    chunks: bool = False
+    """attention in chunks of positions"""
     softcap: bool = True
     sinks: bool = True
     value_head_size_differs: bool = True
@@ -70,6 +72,9 @@ class Target:
     """rotary inside the op only if D is a multiple of this"""
     rotary_half_multiple: int = 1
     """rotary inside the op only if R/2 is a multiple of this"""
+    ragged_chunks_need: str = ""
+    """first version of the runtime whose attention op takes each row's number of new tokens, so that `chunks_alone` and
+    `empty_alone` do not hold for a graph that gives it; "" where there is none, or no need of one"""
     whole_row_masks: bool = False
     """a mask may have all ones of a row first, as onnxruntime-genai's Engine sends it, and not only the past first and
     the new tokens first in the last columns; a row without new tokens cannot be told then"""
@@ -92,6 +97,8 @@ class Target:
     """DequantizeLinear takes zero points that are not 0"""
     quantized_blocks: tuple[int, ...] = ()
     """columns that may share a scale in DequantizeLinear; () is any number"""
+    long_inside: bool = False
+    """`attention` itself approximates long prompts, by attributes; otherwise another op stands in its place"""
     long_missing: str = ""
     """why no graph for long prompts, with approximate attention, is written beside the exact one; "" if it can be"""
     states_missing: str = ""
@@ -107,6 +114,8 @@ class Target:
         op, largest = self.attention, max(layer.head_size, layer.value_head_size)
         conditions = (
             (layer.window and not self.window, f"{op} has no window and this layer sees {layer.window} tokens"),
+            (layer.chunk and not self.chunks,
+             f"{op} has no attention in chunks and this layer sees only its own {layer.chunk} positions"),
             (layer.softcap and not self.softcap,
              f"{op} cannot be relied on to cap scores, and this layer caps them at {layer.softcap:g}"),
             (layer.sinks and not self.sinks, f"{op} has no attention sinks"),
@@ -140,7 +149,7 @@ _ROWS = (
     Target(name="ort", dialect="ort.passes", attention="com.microsoft::GroupQueryAttention",
            fallback="gqa::GroupedQueryAttention", opset=23, ir_version=10, caches=("growing", "static"),
            interface="mask", value_head_size_differs=False, head_size_multiple=8, shares_buffer=True, chunks_alone=True,
-           empty_alone=True,
+           empty_alone=True, ragged_chunks_need="1.32",
            rotary_inside=True, rotary_head_multiple=16, rotary_half_multiple=8, packed_projections=True, genai=True,
            state_ops=MappingProxyType({"LinearAttention": "com.microsoft::LinearAttention",
                                        "CausalConv": "com.microsoft::CausalConvWithState"}),
@@ -149,7 +158,8 @@ _ROWS = (
            kv_missing="GroupQueryAttention's CPU kernel takes caches of int8 and int4 codes",
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")})),
     Target(name="onnx", dialect="onnx.passes", attention="Attention", fallback="gqa::GroupedQueryAttention",
-           opset=23, ir_version=10, caches=("growing", "static"), interface="mask", softcap=False, sinks=False,
+           opset=23, ir_version=10, caches=("growing", "static"), interface="mask", chunks=True, softcap=False,
+           sinks=False,
            # softcap: until 2026 the standard capped after the mask, which leaks masked tokens (onnx/onnx#7865, mended
            # in place by #7867); what a runtime does depends on its age
            nan_tail_safe=False, shares_buffer=True, lowest_opset=True, long_missing=_NO_FUNCTION,
@@ -157,15 +167,14 @@ _ROWS = (
            state_ops=MappingProxyType({"LinearAttention": "ai.onnx::LinearAttention"}),
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="portable", dialect="portable", attention="gqa::GroupedQueryAttention", fallback="",
-           opset=23, ir_version=10, caches=("growing", "static"), interface="mask", function=True,
+           opset=23, ir_version=10, caches=("growing", "static"), interface="mask", function=True, chunks=True,
            lowest_opset=True, kv_missing=_NO_CODES,
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="trt-plugin", dialect="tensorrt.plugin", attention="gqa::GroupedQueryAttention", fallback="",
            opset=23, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            rotary_inside=True, head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
            writes_padding=False, states_missing=_NO_STATES, zero_points=False, quantized_blocks=(16, 32, 64, 128),
-           long_missing="the plugin has no kernels for it yet",
-           kv_missing="the plugin's kernels read and write floating-point caches only",
+           long_inside=True, kv_missing="the plugin's kernels read and write floating-point caches only",
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
     Target(name="trt-native", dialect="tensorrt.native", attention="Attention", fallback="",
            opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,

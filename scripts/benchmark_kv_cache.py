@@ -119,7 +119,7 @@ def measure(bundle: gqa.Bundle, checkpoint: Path, text: Path):
     from gqa_export.validation.reference import Reference
 
     opened = open_checkpoint(checkpoint)
-    known = Reference(None, None, "", load_model(opened, "float32"), {}, plain=False)
+    known = Reference(None, None, "", load_model(opened, "float32"), {}, opened, plain=False)
     return measure_loss(LossRequest(opened, text), OrtSession.load(bundle.folder, "cpu"), bundle.manifest,
                         bundle.folder, known, [], silent)
 

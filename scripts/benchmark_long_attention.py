@@ -5,7 +5,9 @@
 
 Each length runs `com.microsoft::GroupQueryAttention` and the function body of `gqa::LongGroupedQueryAttention` by both
 methods in turn, the whole call including the selection; process seconds, the faster of the runs. Every method is
-measured in a process of its own, whose peak memory is recorded. Writes long_attention.json and long_attention.md.
+measured in a process of its own, whose peak memory is recorded. Writes long_attention.json, .md and .svg.
+
+    python scripts/benchmark_long_attention.py --draw docs/benchmarks   # the picture again, from the committed result
 """
 
 from __future__ import annotations
@@ -125,6 +127,19 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def picture(result: dict[str, Any]) -> str:
+    """Time over length, logarithmic both."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from chart import Axis, Line, chart
+
+    names = {"exact": "exact attention", "hyper": "hyper", "tiles": "tiles"}
+    return chart("Attention of one layer on one thread: time over length",
+                 Axis("tokens", result["lengths"], logarithmic=True),
+                 Axis("seconds", (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10), logarithmic=True),
+                 [Line(words, [(length, result["seconds"][name][str(length)]) for length in result["lengths"]])
+                  for name, words in names.items()])
+
+
 def main() -> None:
     """Measure, print, and write where --out is given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -132,7 +147,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--one", nargs=2, metavar=("NAME", "LENGTH"), help="measure one in this process")
+    parser.add_argument("--draw", type=Path, help="draw the result in this folder again")
     options = parser.parse_args()
+    if options.draw:
+        result = json.loads((options.draw / "long_attention.json").read_text())
+        (options.draw / "long_attention.svg").write_text(picture(result))
+        return
     if options.one:
         print(json.dumps(measure(options.one[0], int(options.one[1]), options.runs)))
         return
@@ -153,6 +173,7 @@ def main() -> None:
     if options.out:
         (options.out / "long_attention.json").write_text(json.dumps(result, indent=1) + "\n")
         (options.out / "long_attention.md").write_text(table(result))
+        (options.out / "long_attention.svg").write_text(picture(result))
 
 
 if __name__ == "__main__":

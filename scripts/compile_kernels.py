@@ -1,13 +1,16 @@
 """Compile the kernels of four models for every GPU that they are meant for, and write down what came out.
 
     python scripts/compile_kernels.py [--jobs N]      -> docs/benchmarks/kernels_compiled.json, .md
+    python scripts/compile_kernels.py --long          -> docs/benchmarks/long_kernels_compiled.json, .md
 
-No GPU is needed. The result names the sha256 of the kernels' sources, so that a test can tell when it is stale.
+The second is of the kernels for long prompts, with the defaults of `--long-attention`. No GPU is needed. A result names
+the sha256 of the kernels' sources, so that a test can tell when it is stale.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import platform
 from datetime import date
@@ -19,7 +22,7 @@ import click
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "benchmarks"
-NAME = "kernels_compiled"
+NAME, LONG_NAME = "kernels_compiled", "long_kernels_compiled"
 MODELS: dict[str, dict[str, Any]] = {
     "Llama-3-8B": {"heads": 32, "kv_heads": 8, "head": 128},
     "Qwen2.5-0.5B": {"heads": 14, "kv_heads": 2, "head": 64},
@@ -29,33 +32,52 @@ MODELS: dict[str, dict[str, Any]] = {
 DTYPES = ("bf16", "fp16", "fp32")
 SOURCES = ("append", "decode", "prefill", "primitives", "plan", "cubin")
 """modules of gqa_plugins.grouped_attention that decide what is compiled"""
+LONG_MODELS = (("Llama-3-8B", "bf16"), ("SmolLM2-135M", "bf16"), ("SmolLM2-135M", "fp16"), ("SmolLM2-135M", "fp32"))
+LONG_SOURCES = ("long_attend", "long_launch", "long_prefill", "long_rows", "long_select", "primitives", "plan")
 
 
-def sources_sha256() -> str:
-    """Of the modules in SOURCES, in that order."""
+def sources_sha256(long: bool = False) -> str:
+    """Of the modules in SOURCES, or in LONG_SOURCES, in that order."""
     folder = ROOT / "plugins" / "grouped_attention"
-    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in SOURCES)).hexdigest()
+    names = LONG_SOURCES if long else SOURCES
+    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()
 
 
-def compile_all(jobs: int) -> dict[str, Any]:
+def wanted(long: bool) -> list[tuple[str, str, list[Any]]]:
+    """(model, dtype, variants) of every row of the page."""
+    from gqa_plugins.grouped_attention import cubin, long_launch
+
+    from gqa_export.long_attention_op import DEFAULTS, PROJECTIONS
+
+    if not long:
+        return [(model, dtype, cubin.model_variants(dtype=dtype, **sizes)) for model, sizes in MODELS.items()
+                for dtype in DTYPES]
+    found = []
+    for (model, dtype), (method, setting) in itertools.product(LONG_MODELS, DEFAULTS.items()):
+        group, head = MODELS[model]["heads"] // MODELS[model]["kv_heads"], MODELS[model]["head"]
+        found.append((f"{model}, {method}", dtype, [
+            cubin.Variant(kernel, dtype, group, head, head, long_launch.rows_of(kernel, setting, group), long=setting,
+                          projections=PROJECTIONS) for kernel in long_launch.KERNELS]))
+    return found
+
+
+def compile_all(jobs: int, long: bool) -> dict[str, Any]:
     """One row per model, dtype and capability."""
     from gqa_plugins.grouped_attention import cubin, plan
 
     rows = []
-    for model, sizes in MODELS.items():
-        for dtype in DTYPES:
-            variants = cubin.model_variants(dtype=dtype, **sizes)
-            for capability in plan.CAPABILITIES:
-                built = cubin.build(variants, [capability], jobs)
-                made = [cubin.Cubin.from_bytes(data, model) for data in built.values()]
-                rows.append({"model": model, "dtype": dtype, "capability": capability, "kernels": len(made),
-                             "code_bytes": sum(len(one.code) for one in made),
-                             "most_shared_bytes": max(one.shared_bytes for one in made),
-                             "shared_limit_bytes": plan.SHARED_KIB[capability] * 1024})
-                click.echo(f"{model} {dtype} {capability}: {rows[-1]}")
+    for model, dtype, variants in wanted(long):
+        for capability in plan.CAPABILITIES:
+            built = cubin.build(variants, [capability], jobs)
+            made = [cubin.Cubin.from_bytes(data, model) for data in built.values()]
+            rows.append({"model": model, "dtype": dtype, "capability": capability, "kernels": len(made),
+                         "code_bytes": sum(len(one.code) for one in made),
+                         "most_shared_bytes": max(one.shared_bytes for one in made),
+                         "shared_limit_bytes": plan.SHARED_KIB[capability] * 1024})
+            click.echo(f"{model} {dtype} {capability}: {rows[-1]}")
     return {"date": date.today().isoformat(), "machine": f"{platform.machine()}, {platform.system()}, no GPU",
-            "versions": {"triton": version("triton"), "torch": version("torch")}, "sources_sha256": sources_sha256(),
-            "rows": rows}
+            "versions": {"triton": version("triton"), "torch": version("torch")},
+            "sources_sha256": sources_sha256(long), "rows": rows}
 
 
 def page(report: dict[str, Any]) -> str:
@@ -80,11 +102,12 @@ def page(report: dict[str, Any]) -> str:
 
 @click.command()
 @click.option("--jobs", default=1, show_default=True, help="Compilations at a time.")
-def main(jobs: int) -> None:
+@click.option("--long", is_flag=True, help="The kernels for long prompts, and no others.")
+def main(jobs: int, long: bool) -> None:
     """Compile everything; write the result."""
-    report = compile_all(jobs)
-    (OUT / f"{NAME}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (OUT / f"{NAME}.md").write_text(page(report), encoding="utf-8")
+    report, name = compile_all(jobs, long), LONG_NAME if long else NAME
+    (OUT / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (OUT / f"{name}.md").write_text(page(report), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What approximate attention costs SmolLM2-135M on a text: loss, copying, layers; writes docs/benchmarks.
 
     python scripts/long_context_smollm2.py --checkpoint MODEL --text FILE --out docs/benchmarks [--only ROW,ROW]
+    python scripts/long_context_smollm2.py --draw docs/benchmarks   # page and picture again, from the committed result
 
 Everything runs in PyTorch in fp32 on one thread. Rows of one length share one exact run, and a run starts at the first
 layer that is approximated. A result that is there already is kept, and only rows that it lacks are measured. Nothing of
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,12 @@ import torch
 
 from gqa_export.checkpoint.load_config import load_config
 from gqa_export.checkpoint.open import open_checkpoint
+from gqa_export.compare.long_quality import LengthQuality, LongQuality
+from gqa_export.exporting.long_plan import LongOptions
 from gqa_export.long_attention_op import LongSetting
 from gqa_export.long_context.attention import load
 from gqa_export.long_context.choose import choose
+from gqa_export.long_context.layers import LayerWatch
 from gqa_export.long_context.measure import Measurement, Sequence, text_tokens
 from gqa_export.trace.probe.layer_probe import probe
 
@@ -30,11 +35,14 @@ HYPER = LongSetting("hyper", heavy_keys=256, samples=256)
 TILES = LongSetting("tiles", heavy_keys=640, samples=219)
 COPY = LongSetting("tiles", leaf=512, heavy_keys=320, samples=109, score_rows=16)
 
+LEAST_DRAWN = 0.001
+"""nats; what is below is drawn there"""
+
 
 @dataclass(frozen=True)
 class Row:
     """One measurement. last: layers, counted from the end; 0: chosen by bounds. loss, copy: what is demanded, in nats
-    at the most; layers: at least so many are chosen."""
+    at the most; layers: at least so many are chosen. fails: the report must fail by its default bounds and say why."""
 
     name: str
     tokens: int
@@ -44,6 +52,7 @@ class Row:
     copy: float | None = None
     layers: int = 0
     score: float | None = None
+    fails: bool = False
 
 
 ROWS = (
@@ -53,7 +62,9 @@ ROWS = (
     Row("hyper-15", 8192, HYPER, 15, loss=0.08),
     Row("tiles-30", 8192, TILES, 30, loss=0.04),
     Row("hyper-30", 8192, HYPER, 30, loss=0.11),
-    Row("published-15", 8192, LongSetting("hyper", heavy_keys=256, samples=256, anchors=0), 15),
+    Row("tiles-5", 8192, TILES, 5, loss=0.04),
+    Row("published-5", 8192, LongSetting("hyper", heavy_keys=256, samples=256, anchors=0), 5),
+    Row("published-15", 8192, LongSetting("hyper", heavy_keys=256, samples=256, anchors=0), 15, fails=True),
     Row("auto-tiles", 4096, COPY, 0, layers=10, score=0.95),
 )
 
@@ -69,7 +80,16 @@ def broken(row: Row, found: dict[str, Any]) -> list[str]:
         wrong.append(f"{row.name}: {len(found['layers'])} layers, at least {row.layers}")
     if row.score is not None and not (found["copy_score"] or 0.0) >= row.score:
         wrong.append(f"{row.name}: copy score {found['copy_score']}, at least {row.score}")
+    if row.fails and not ("--max-loss" in (told := " ".join(found["failures"])) and "alpha of layer" in told):
+        wrong.append(f"{row.name}: the report says {found['failures']}, expected a loss beyond the bound, and alpha")
     return wrong
+
+
+def reported(row: Row, layers: tuple[int, ...], found: LengthQuality) -> list[str]:
+    """What `gqa-export long` says of a result, by its default bounds."""
+    usual = LongOptions()
+    return list(LongQuality("", "", row.setting.method, row.setting.attributes(), 0, layers, usual.max_loss,
+                            usual.min_copy, (found,)).failures)
 
 
 def page(results: dict[str, Any]) -> str:
@@ -92,17 +112,49 @@ def page(results: dict[str, Any]) -> str:
             f"({found['exact_perplexity']:.2f}) | {found['loss']:+.4f} | {found['kl']:.4f} | {found['top1']:.3f} | "
             f"{found['copy']:.2f} ({found['exact_copy']:.2f}, {found['unseen']:.2f}) | "
             f"{'not judged' if score is None else f'{score:.2f}'} |")
+    for row in ROWS:
+        for failure in results.get(row.name, {}).get("failures", []):
+            lines += ["", f"The report of {row.name} fails by its default bounds: {failure}."]
     return "\n".join(lines) + "\n"
+
+
+def write(place: Path) -> None:
+    """Page and picture of a result, beside it."""
+    results = json.loads(place.read_text())
+    place.with_suffix(".md").write_text(page(results))
+    place.with_suffix(".svg").write_text(picture(results))
+
+
+def picture(results: dict[str, Any]) -> str:
+    """Loss over the number of layers, the last ones of them, at 8192 tokens."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from chart import Axis, Line, chart
+
+    families = {"hyper as published": (HYPER, 0), "hyper, 4 anchors": (HYPER, 4), "tiles": (TILES, 4)}
+    lines = []
+    for name, (setting, anchors) in families.items():
+        found = sorted((len(result["layers"]), max(result["loss"], LEAST_DRAWN)) for row in ROWS
+                       if (result := results.get(row.name)) is not None and row.tokens == 8192
+                       and row.setting == replace(setting, anchors=anchors))
+        lines += [Line(name, found)] if found else []
+    return chart("SmolLM2-135M, 8192 tokens: nats lost over the layers that are approximated",
+                 Axis("last layers, of 30", (5, 10, 15, 20, 25, 30)),
+                 Axis("nats per token", (LEAST_DRAWN, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3), logarithmic=True), lines)
 
 
 def main() -> None:
     """Measure what is missing, write after every row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--draw", type=Path, help="write page and picture in this folder again")
     parser.add_argument("--only", default="", help="names of rows")
     options = parser.parse_args()
+    if options.draw:
+        return write(options.draw / "long_context_smollm2.json")
+    if not (options.checkpoint and options.text and options.out):
+        parser.error("--checkpoint, --text and --out, or --draw")
     torch.set_num_threads(1)
     place = options.out / "long_context_smollm2.json"
     results: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {}
@@ -120,23 +172,31 @@ def main() -> None:
             sequence = Sequence.of(tokens, row.tokens, row.setting.leaf, str(options.text))
             known[key] = Measurement(model, spec, row.setting, 0, sequence, checkpoint.source)
         known[key].use(row.setting)
+        more: dict[str, Any] = {}
         if row.last:
             layers = tuple(range(spec.depth - row.last, spec.depth))
             found = known[key].of(layers)
         else:
             choice = choose(known[key], max_loss=0.05, min_copy=0.95, report=lambda *what: print(*what, flush=True))
             layers, found = choice.layers, choice.quality
+            more["alone"] = {str(layer): {"loss": one.loss, "kl": one.kl, "copy_score": one.copy_score}
+                             for layer, one in choice.alone.items()}
+        if row.fails:
+            watch = LayerWatch(row.setting, 0, frozenset(layers))
+            known[key].look(watch)
+            more["failures"] = reported(row, layers, replace(found, layers=tuple(watch.found.values())))
         facts = {name: value for name, value in asdict(found).items()
                  if name not in ("layers", "seconds", "exact_seconds")}
         results[row.name] = {**facts, "loss": found.loss, "perplexity": found.perplexity, "layers": list(layers),
                              "exact_perplexity": found.exact_perplexity, "copy_score": found.copy_score,
-                             "setting": row.setting.attributes()}
+                             "setting": row.setting.attributes(), **more}
         print(row.name, {name: results[row.name][name] for name in ("loss", "kl", "copy", "copy_score")},
               f"{time.time() - started:.0f} s", flush=True)
         place.write_text(json.dumps(results, indent=1) + "\n")
-        place.with_suffix(".md").write_text(page(results))
+        write(place)
     for line in [line for row in ROWS if row.name in results for line in broken(row, results[row.name])]:
         print("not met:", line)
+    return None
 
 
 if __name__ == "__main__":

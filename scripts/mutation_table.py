@@ -24,7 +24,8 @@ from gqa_export.exporting.to_onnx import export_onnx
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (("llama", "ort", "growing"), ("mistral", "ort", "growing"), ("gemma2", "ort", "growing"),
         ("gpt_oss", "ort", "growing"), ("qwen2", "ort", "growing"), ("qwen3", "ort", "growing"),
-        ("llama", "portable", "growing"), ("mistral", "onnx", "static"), ("qwen3_next", "ort", "growing"))
+        ("llama", "portable", "growing"), ("mistral", "onnx", "static"), ("llama4", "ort", "growing"),
+        ("qwen3_next", "ort", "growing"))
 CAPACITY = 128
 OUT, NAME, REAL = ROOT / "docs" / "benchmarks", "mutations", "mutations_smollm2"
 BEGIN, END = "<!-- mutations: made by scripts/mutation_table.py -->", "<!-- end of mutations -->"

@@ -20,9 +20,10 @@ class Probe:
 
 
 def probes(manifest: Manifest) -> list[Probe]:
-    """A prompt past every window that fits, a decode step, a piece after a past, rows of different length."""
+    """A prompt past every window and second chunk that fits, a decode step, a piece after a past, rows of different
+    length."""
     random = np.random.default_rng(23)
-    windows = [layer.window for layer in manifest.spec.layers if layer.window]
+    windows = [edge for layer in manifest.spec.layers for edge in layer.edges]
     most = min(manifest.capacity, LONGEST)
     length = min(max([32, *(window + 8 for window in windows if window + 8 < most)]), most - 4)
 

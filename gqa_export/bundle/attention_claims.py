@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import attention_op
 from ..errors import InvalidBundle
 from ..graph_io import layer_of_cache
 from ..spec import AttentionSpec
@@ -34,8 +35,9 @@ def attention_facts(model: onnx.ModelProto) -> dict[int, dict[str, Any]]:
         if layer is None or "Attention" not in node.op_type:
             continue
         facts = {FIELDS[a.name]: a.f if a.type == 1 else a.i for a in node.attribute if a.name in FIELDS}
-        if facts.get("window", 0) < 0:
-            facts["window"] = 0  # com.microsoft writes none as -1
+        if "window" in facts:  # com.microsoft writes none as -1, the op of ours chunks as less than none
+            facts["chunk"] = max(-facts["window"], 0) if node.domain == attention_op.DOMAIN else 0
+            facts["window"] = max(facts["window"], 0)
         found[layer] = facts
     return found
 

@@ -42,7 +42,7 @@ def check_files(folder: Path, manifest: Manifest, *, full: bool = False, hashes:
             outside, or was modified since the export and has no recorded sha256 that proves it to be the same; names
             the first.
     """
-    mains = (*main_files(manifest), *([PREFILL] if manifest.long else []))
+    mains = (*main_files(manifest), *([PREFILL] if manifest.long and manifest.engine is None else []))
     for main in mains:
         if not (folder / main).is_file():
             raise InvalidBundle(f"the bundle's file {main} is missing", str(folder), FIX, code="E-BUNDLE-FILE")

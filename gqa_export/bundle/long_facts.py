@@ -9,6 +9,8 @@ from ..long_attention_op import LongPlan
 from ..spec import STRICT, AttentionSpec, Limits
 
 PREFILL = "prefill.onnx"
+LONG_PLUGIN_VERSION = "2"
+"""of the TensorRT plugin, of whose nodes that graph is made for target `trt-plugin`"""
 
 
 @dataclass(frozen=True)

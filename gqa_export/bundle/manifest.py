@@ -56,6 +56,7 @@ MOST_ENTRIES = 1 << 16
 EXPORT_AGAIN = "export the bundle again with this version of gqa-export"
 
 Bytes = Annotated[int, Limits(ge=0, le=MOST_BYTES)]
+Version = Annotated[str, Limits(pattern="^[0-9]{1,6}([.][0-9]{1,6}){0,3}$")]
 Digest = Annotated[str, Limits(pattern="^([0-9a-f]{64})?$")]
 Ids = Annotated[list[Count], Limits(max_length=1 << 10, fail_fast=True)]
 Tensors = Annotated[tuple[TensorFact, ...], Limits(max_length=MOST_TENSORS, fail_fast=True)]
@@ -109,6 +110,10 @@ class Manifest:
         kv_cache: how the cache is quantized; None where it holds floating-point numbers.
         parallel: of a bundle that is cut over ranks, how; None for one graph or engine, and then not written.
         long: of a bundle with a graph for long prompts, that graph; None, and not in the file, where there is none.
+        ragged_chunks: rows of a batch may bring several tokens each, over a past, in one call: the attention op gets
+            their numbers. Not in the file where it does not.
+        needs: package -> the first version of it that runs the bundle, beyond what this package takes. Not in the file
+            where there is none.
         verify_width: new tokens of one step over a past whose logits the suite compares, each: what speculation may
             check at once. 1 where the logits are those of the last token, 0 in a manifest that does not know.
         format: of the manifest.
@@ -139,12 +144,14 @@ class Manifest:
     verify_width: Count = 0
     format: Annotated[int, OneOf(FORMAT)] = FORMAT
     long: LongFacts | None = None
+    ragged_chunks: bool = False
+    needs: Annotated[dict[Text, Version], FAIL_FAST] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Stable, readable JSON."""
         facts = asdict(self)
-        for name in ("parallel", "long"):
-            if facts[name] is None:
+        for name in ("parallel", "long", "ragged_chunks", "needs"):
+            if not facts[name]:
                 del facts[name]
         return json.dumps(facts, indent=1) + "\n"
 

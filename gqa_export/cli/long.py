@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..errors import EXIT_DIFFERENT
-from .long_options import METHOD, how_options, long_options
+from .long_options import METHOD, how_options, long_options, parsed_lengths
 from .trust_options import revision_option, trust_options
 
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -39,34 +40,29 @@ def command(checkpoint: str, text: Path, lengths: str, long_attention: str, json
     from rich.console import Console
 
     from .. import api
+    from ..compare.plain import plain
+    from ..files.write_text import write_text
     from ..report import long_report
+    from ..report.reports import Reports
     from .progress import progress
 
+    Reports(json_file, junit_file, html_file).check()
+    source = click.get_current_context().get_parameter_source("min_copy")
     how = long_options(long_attention, options, text)
     assert how is not None
     with progress(f"measuring {checkpoint}") as bar:
         quality = api.measure_long(checkpoint, text=text, lengths=parsed_lengths(lengths), long_attention=how,
                                    allow_pickle=allow_pickle, revision=revision, progress=bar.report)
-    console = Console()
-    for table in long_report.tables(quality):
-        console.print(table)
+    if getattr(source, "name", "") == "COMMANDLINE":  # a bound that was asked for is not kept by what has no meaning
+        quality = replace(quality, judge_copy=True)
+    long_report.show(quality, Console())
     for note in quality.notes:
         click.echo(f"note: {note}")
-    for path, content in ((json_file, json.dumps(quality.to_dict(), indent=1) + "\n"),
+    for path, content in ((json_file, json.dumps(plain(quality.to_dict()), indent=1, allow_nan=False) + "\n"),
                           (html_file, long_report.html(quality)), (junit_file, long_report.junit(quality))):
         if path is not None:
-            path.write_text(content, encoding="utf-8")
+            write_text(path, content)
     for failure in quality.failures:
         click.echo(f"error: {failure}", err=True)
     raise SystemExit(0 if quality.passed else EXIT_DIFFERENT)
 
-
-def parsed_lengths(words: str) -> tuple[int, ...]:
-    """Lengths written as 4096,8192."""
-    from ..errors import GqaExportError
-
-    parts = [part.strip() for part in words.split(",")]
-    if any(not part.isdecimal() or len(part) > 9 or int(part) < 1 for part in parts):
-        raise GqaExportError(f"expected whole numbers, got {words!r}", "--lengths", "write them like 4096,8192",
-                             code="E-OPTION-LENGTHS")
-    return tuple(sorted({int(part) for part in parts}))

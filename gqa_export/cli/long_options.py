@@ -60,3 +60,14 @@ def long_options(method: str | None, options: dict[str, Any], text: Path | None,
         return None
     return LongOptions(method, taken["long_layers"], taken["long_leaf"], taken["long_heavy"], taken["long_samples"],
                        taken["long_anchors"], taken["seed"], from_tokens, text, taken["max_loss"], taken["min_copy"])
+
+
+def parsed_lengths(words: str) -> tuple[int, ...]:
+    """Lengths written as 4096,8192."""
+    from ..errors import GqaExportError
+
+    parts = [part.strip() for part in words.split(",")]
+    if any(not part.isdecimal() or len(part) > 9 or int(part) < 1 for part in parts):
+        raise GqaExportError(f"expected whole numbers, got {words!r}", "--lengths", "write them like 4096,8192",
+                             code="E-OPTION-LENGTHS")
+    return tuple(sorted({int(part) for part in parts}))

@@ -58,6 +58,10 @@ if TYPE_CHECKING:
               help="LoRA adapter (PEFT's folder) that the bundle can switch to at run time; may be repeated.")
 @click.option("--merge-lora", type=click.Path(path_type=Path), metavar="DIR",
               help="LoRA adapter that becomes part of the weights.")
+@click.option("--hidden-states", is_flag=True,
+              help="Also return the last hidden state of every new token, for heads that draft tokens (MTP, EAGLE).")
+@click.option("--ragged-chunks", is_flag=True,
+              help="For ort: rows may bring several tokens each, over a past, in one call; needs onnxruntime 1.32.")
 @click.option("--dump-passes", type=click.Path(path_type=Path), metavar="DIR",
               help="Write the graph after each rewriting pass to DIR, without weights.")
 @click.option("--trace-cache/--no-trace-cache", default=True, show_default=True,
@@ -65,8 +69,7 @@ if TYPE_CHECKING:
 @click.option("--quantize", default="keep", show_default=True, metavar="keep|dequantize|int4|int8|FILE.toml",
               help="Keep quantized weights as they are stored, make floats of them, or quantize, by rules of a file.")
 @click.option("--activations", type=click.Choice(["int8", "exact"]), default=None,
-              help="Quantized products round their inputs to int8 (faster), or do not.  [default: exact for weights "
-              "that are kept; int8 for others on a CPU]")
+              help="Quantized products round their inputs to int8 (faster), or do not.  [default: int8 on a CPU]")
 @click.option("--head", type=click.Choice(["int8", "same", "none"]), default="int8", show_default=True,
               help="With --quantize: bits of head and embedding, the same as the others', or none.")
 @click.option("--block", type=int, default=32, show_default=True,

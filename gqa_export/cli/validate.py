@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from .long_options import parsed_lengths
 from .report_options import report_options
 from .trust_options import revision_option, trust_options
 
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
               help="The text that the bundle was quantized with (onnx --quantize --calibrate).")
 @click.option("--max-kl", type=float, metavar="NATS", help="Fail if the mean KL divergence from --reference is larger.")
 @click.option("--max-perplexity-increase", type=float, metavar="PERCENT", help="Fail if perplexity increases by more.")
+@click.option("--max-loss", type=float, metavar="NATS", help="Fail if approximate attention for long prompts loses "
+              "more on --text, per token.")
+@click.option("--min-copy", type=float, metavar="SHARE", help="Fail if approximate attention leaves less of what the "
+              "exact model gains on a repeated passage of --text.")
+@click.option("--lengths", metavar="4096,8192", help="Tokens of the prompts that approximate attention is measured "
+              "on.  [default: one that fits]")
 @click.option("--steps", type=click.IntRange(1), help="Decode steps of each case.  [default: 32]")
 @click.option("--lora", type=click.Path(path_type=Path), metavar="DIR",
               help="Compare with this LoRA adapter: merged into the checkpoint, in use in a bundle that can switch.")
@@ -42,7 +49,8 @@ if TYPE_CHECKING:
 def command(bundles: tuple[Path, ...], against: str | None, as_dtype: Literal["fp32"] | None, provider: Provider,
             level: Level, text: Path | None, reference: str | None, calibrate: Path | None, max_kl: float | None,
             max_perplexity_increase: float | None, steps: int | None, full_hash: bool, revision: str | None,
-            allow_pickle: bool, reports: Reports, lora: Path | None) -> None:
+            allow_pickle: bool, reports: Reports, lora: Path | None, max_loss: float | None, min_copy: float | None,
+            lengths: str | None) -> None:
     """Compare BUNDLES with their checkpoint: logits, every new key and value, the whole cache. Several bundles are also
     compared with one another.
 
@@ -59,6 +67,9 @@ def command(bundles: tuple[Path, ...], against: str | None, as_dtype: Literal["f
         raise click.UsageError("one bundle is compared with its checkpoint: pass --against CHECKPOINT")
     if against is None and (reference, max_kl, max_perplexity_increase) != (None, None, None):
         raise click.UsageError("the loss is measured beside the comparison: pass --against CHECKPOINT too")
+    if against is None and (max_loss, min_copy, lengths) != (None, None, None):
+        raise click.UsageError("what approximate attention costs is measured in PyTorch: pass --against CHECKPOINT too")
+    prompts = () if lengths is None else parsed_lengths(lengths)
     verdicts = []
     if against is not None:
         for bundle in bundles:
@@ -68,7 +79,8 @@ def command(bundles: tuple[Path, ...], against: str | None, as_dtype: Literal["f
                     against, level=level, steps=steps, text=text, provider=provider, as_dtype=as_dtype,
                     full_hash=full_hash, revision=revision, allow_pickle=allow_pickle, reference=reference,
                     calibrate=calibrate, max_kl=max_kl,
-                    max_perplexity_increase=max_perplexity_increase, lora=lora, progress=bar.report))
+                    max_perplexity_increase=max_perplexity_increase, lora=lora, max_loss=max_loss,
+                    min_copy=min_copy, lengths=prompts, progress=bar.report))
     if len(bundles) > 1:
         with progress("comparing the bundles with one another") as bar:
             verdicts += api.cross_check(bundles, level=level, steps=steps, provider=provider, as_dtype=as_dtype,

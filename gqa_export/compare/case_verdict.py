@@ -58,10 +58,10 @@ class KindVerdict:
     """All outputs of one kind in one case; the numbers are those of the output nearest to (or farthest past) its bound.
 
     Attributes:
-        kind: "keys", "values", "states", "logits", "cache" or "refusal".
+        kind: "keys", "values", "states", "hidden states", "logits", "cache" or "refusal".
         max_abs: the largest |got - expected|. bound: what it may reach.
         same_dtype_baseline: the largest error of PyTorch in the number format that was run. basis: what decided the
-            bound: "baseline", "floor" or "cap".
+            bound: see `Tolerance`.
         first: where it first exceeded the bound; None: nowhere.
         around: both sides around the largest error; None where there is none.
     """

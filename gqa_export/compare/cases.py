@@ -78,7 +78,7 @@ def plan_cases(spec: ModelSpec, capacity: int, *, steps: int = 32, original_posi
         text_ids: a sample of text; None: the bundle has no tokenizer.
         nan_tail_safe: whether the cache beyond the lengths may be NaN.
         seed: of the random prompts.
-        windows: beside those of the spec, which may have lost one.
+        windows: beside the edges of the spec's layers, which may have lost one.
 
     Raises:
         GqaExportError: the capacity is too small to hold a prompt and a step.
@@ -93,7 +93,8 @@ def plan_cases(spec: ModelSpec, capacity: int, *, steps: int = 32, original_posi
     ids = TokenIds(spec.vocabulary, special, seed)
     room = capacity - steps
     chunk = max(16, min(4096, LOGIT_ELEMENTS // max(spec.vocabulary, 1)))
-    reach = sorted({w for w in (*windows, *(layer.window for layer in spec.layers)) if 0 < w < capacity})
+    reach = sorted({edge for edge in (*windows, *(edge for layer in spec.layers for edge in layer.edges))
+                    if 0 < edge < capacity})
 
     cases = [
         _teacher_forced(ids, room, steps, chunk, reach, original_positions, notes,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from ..graph_io import HIDDEN_STATES
 from .case_driver import CaseLog, Choice, Measured, quantity
 from .case_verdict import SHIPPED, CaseVerdict, KindVerdict, Location
 from .error_trace import output_errors, step_errors
 from .tolerance import Tolerance, tolerance
 
-KINDS = ("keys", "values", "states", "logits", "cache")
+KINDS = ("keys", "values", "states", "hidden states", "logits", "cache")
 
 
 NEAR = 4.0
@@ -86,6 +87,8 @@ def _locate(one: Measured, bound: float, case: str) -> Location | None:
 def _kind(output: str) -> str:
     if output == "logits":
         return "logits"
+    if output == HIDDEN_STATES:
+        return "hidden states"
     if "_state" in output:
         return "states"
     return "cache" if output.startswith("cache.") else output.rsplit(".", 1)[1] + "s"
@@ -93,4 +96,6 @@ def _kind(output: str) -> str:
 
 def label(output: str) -> str:
     """`layer.7.key` as "layer 7 key", `cache.7.key` as "whole cache of layer 7 key"."""
+    if output == HIDDEN_STATES:
+        return "hidden states"
     return output.replace("cache.", "whole cache of layer.", 1).replace(".", " ")

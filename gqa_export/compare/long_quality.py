@@ -89,15 +89,26 @@ class LengthQuality:
 
 
 @dataclass(frozen=True)
+class FewerLayers:
+    """What is lost where only the last so many of the layers are approximated."""
+
+    layers: int
+    loss: float
+    copy_score: float | None
+
+
+@dataclass(frozen=True)
 class LongQuality:
     """The report.
 
     Attributes:
         checkpoint, text: what was measured, on what.
         method, setting, seed: how attention is approximated. replaced: numbers of the layers.
-        max_loss, min_copy: the bounds.
+        max_loss, min_copy: the bounds; None: no bound, but a loss that is not finite fails.
         lengths: each length.
         notes: what else a reader must know.
+        fewer: the loss over the number of layers, at the shortest length.
+        judge_copy: a copy score that has no meaning fails, because a bound for it was asked for.
     """
 
     checkpoint: str
@@ -106,24 +117,38 @@ class LongQuality:
     setting: dict[str, int]
     seed: int
     replaced: tuple[int, ...]
-    max_loss: float
-    min_copy: float
+    max_loss: float | None
+    min_copy: float | None
     lengths: tuple[LengthQuality, ...]
     notes: tuple[str, ...] = ()
+    fewer: tuple[FewerLayers, ...] = ()
+    judge_copy: bool = False
 
     @property
     def failures(self) -> tuple[str, ...]:
         """Every bound that is broken, with the reason that the layers give; () if none is."""
-        found = []
-        for each in self.lengths:
-            if not each.loss <= self.max_loss:  # NaN is beyond every bound
-                found.append(f"{each.tokens} tokens: {each.loss:+.4f} nats per token are beyond --max-loss "
-                             f"{self.max_loss:g}{self._cause(each)}")
-            score = each.copy_score
-            if score is not None and not score >= self.min_copy:
-                found.append(f"{each.tokens} tokens: the copy score {score:.3f} is below --min-copy "
-                             f"{self.min_copy:g}{self._cause(each)}")
-        return tuple(found)
+        return tuple(failure for each in self.lengths for name in ("loss", "copy")
+                     if (failure := self.failure_of(each, name)))
+
+    def failure_of(self, each: LengthQuality, name: str) -> str:
+        """How a length breaks the bound of its "loss" or its "copy" score, in words; "" if it does not."""
+        start = f"{each.tokens} tokens: "
+        if name == "loss":
+            if not math.isfinite(each.loss):
+                return f"{start}the loss is not finite, whatever --max-loss is"
+            if self.max_loss is not None and each.loss > self.max_loss:
+                return (f"{start}{each.loss:+.4f} nats per token are beyond --max-loss {self.max_loss:g}"
+                        f"{self._cause(each)}")
+            return ""
+        score = each.copy_score
+        if self.min_copy is None or (score is None and not self.judge_copy):
+            return ""
+        if score is None:
+            return (f"{start}the exact model gains less than {LEAST_GAIN:g} nats on a repeated passage, so that "
+                    f"nothing can be held against --min-copy {self.min_copy:g}: measure another text or other lengths")
+        if not score >= self.min_copy:  # NaN is below every bound
+            return f"{start}the copy score {score:.3f} is below --min-copy {self.min_copy:g}{self._cause(each)}"
+        return ""
 
     @property
     def passed(self) -> bool:
@@ -148,3 +173,13 @@ class LongQuality:
             row.update(loss=each.loss, perplexity=each.perplexity, exact_perplexity=each.exact_perplexity,
                        copy_score=each.copy_score)
         return {**facts, "failures": list(self.failures), "passed": self.passed}
+
+    def __str__(self) -> str:
+        """One line."""
+        found = []
+        for each in self.lengths:
+            score = each.copy_score
+            found.append(f"{each.tokens} tokens: {each.loss:+.4f} nats per token, perplexity "
+                         f"{each.exact_perplexity:.4g} -> {each.perplexity:.4g}, KL {each.kl:.3g}, best token the same "
+                         f"{100 * each.top1:.1f} %, copy score {'not judged' if score is None else f'{score:.3f}'}")
+        return f"{'; '.join(found)}; on {self.text}"

@@ -33,9 +33,9 @@ VERIFY_WIDTH = 7
 @dataclass
 class Setting:
     """What the builders look at. windows: those of the manifest and those that the checkpoint's own configuration
-    names. switch: tokens beyond which another rotary table serves (longrope), 0: one table. special: ids that the case
-    `special` feeds. avoided: those that random prompts
-    avoid; None is `special`. largest: ids whose embeddings are largest. literal: the capacity is a
+    names, and the ends of the first two chunks of positions where attention is in chunks. switch: tokens beyond which
+    another rotary table serves (longrope), 0: one table. special: ids that the case `special` feeds. avoided: those
+    that random prompts avoid; None is `special`. largest: ids whose embeddings are largest. literal: the capacity is a
     number in the graph. whole_row_masks: the bundle takes masks that have all ones of a row first. text: ids of a text
     that the user gave."""
 
@@ -58,8 +58,8 @@ class Setting:
     ids: TokenIds = field(init=False)
 
     def __post_init__(self) -> None:
-        self.windows = tuple(sorted({w for w in (*self.windows, *(layer.window for layer in self.spec.layers))
-                                     if 0 < w < self.capacity}))
+        self.windows = tuple(sorted({w for w in (*self.windows, *(edge for layer in self.spec.layers
+                                                                 for edge in layer.edges)) if 0 < w < self.capacity}))
         self.avoided = self.special if self.avoided is None else self.avoided
         self.ids = TokenIds(self.spec.vocabulary, self.avoided, 21)
 
@@ -233,7 +233,8 @@ SUITE: tuple[Entry, ...] = (
     Entry("switch", "quick", "the wrong one of longrope's two tables, before, at or after the original length",
           _switch),
     Entry("text", "quick", "quality lost on real text (with --text)", _text),
-    Entry("window W", "full", "every window's edge: W - 1, W, W + 1 and 4 W", _windows),
+    Entry("window W", "full", "the edges of every window, and of attention in chunks: W - 1, W, W + 1 and 4 W",
+          _windows),
     Entry("permuted", "full", "rows of a batch influencing each other", _permuted),
     Entry("chunks", "full", "a prompt fed in pieces: positions and masks of the second piece (upper-left causal)",
           _chunks),

@@ -13,10 +13,18 @@ meaning; an fp32 sum of some hundred products, normalised twice per layer, may m
 place of the largest value; fp16 and bf16 kernels sum in fp32 and round what they store. CAP_ULPS and CAP_PART bound
 what a baseline can excuse: a checkpoint whose own low precision is that far off cannot be told from a broken
 bundle, and is reported as different rather than passed.
+
+ROUNDED_FACTOR: activations that are rounded to int8 are another matter. A value near the middle between two codes goes
+to one or the other for a difference of 1e-7, so that equally right programs differ by as much as the rounding itself
+does, and a model with a few very large activations amplifies it: on SmolLM2, 17 special tokens as a prompt, PyTorch by
+one rule in fp32 and in fp64 is off by 3.9 and 10.1 of 36. That the graph is right is told at level 0, within the
+ordinary bounds. The bundle as shipped may then be as far off as PyTorch is by the same rule (largest of its draws),
+times ROUNDED_FACTOR; the largest value bounds it.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -24,13 +32,15 @@ FACTOR = 8.0
 FLOOR_ULPS = {"float32": 32.0, "float16": 4.0, "bfloat16": 4.0}
 CAP_ULPS = 1024.0
 CAP_PART = 0.125
+ROUNDED_FACTOR = 3.0
 ASSUMED_ULPS = 48.0
 """stands in for the baseline, in units in the last place of the largest value, where fp64 does not fit in memory"""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """`bound` is what |got - expected| may reach; `basis` names what decided it: "baseline", "floor" or "cap"."""
+    """`bound` is what |got - expected| may reach; `basis` names what decided it: "baseline", "floor", "cap", or
+    "activations": what rounding activations does to PyTorch too."""
 
     bound: float
     baseline: float
@@ -51,6 +61,9 @@ def tolerance(baseline: float | None, scale: float, dtype: str, rounded: bool = 
         baseline = ASSUMED_ULPS * ulp
     wanted, floor = FACTOR * baseline, FLOOR_ULPS[dtype] * ulp
     cap = CAP_PART * scale if rounded else min(CAP_ULPS * ulp, CAP_PART * scale)
+    excused = min(ROUNDED_FACTOR * baseline, scale) if rounded and math.isfinite(baseline) else 0.0
+    if excused > cap:
+        return Tolerance(excused, baseline, "activations")
     if not wanted <= cap:
         return Tolerance(cap, baseline, "cap")
     return Tolerance(max(wanted, floor), baseline, "baseline" if wanted > floor else "floor")

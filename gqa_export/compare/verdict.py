@@ -9,15 +9,15 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
 from ..errors import EXIT_DIFFERENT, EXIT_PASSED, OutputDiffers
 from .case_verdict import EXACT, SHIPPED, CaseVerdict, Location
+from .long_quality import LongQuality
 from .loss import Loss, loss_label
+from .plain import plain
 
 SCHEMA_VERSION = 2
 COMPARED = (("logits", {"logits"}), ("new keys and values", {"keys", "values"}), ("states", {"states"}),
-            ("cache", {"cache"}), ("refusals", {"refusal"}))
+            ("hidden states", {"hidden states"}), ("cache", {"cache"}), ("refusals", {"refusal"}))
 """words in which a verdict tells what was compared, and the kinds of output that must have been measured"""
 
 LOSS_PROPERTIES = ("perplexity_increase", "failure", "passed")
@@ -41,6 +41,8 @@ class Verdict:
         activations: "int8": the bundle rounds the inputs of quantized matrix products to int8; "exact": it holds
             quantized matrices and does not; "": its weights are not quantized.
         loss: what was lost against the checkpoint before it was quantized; None where that was not measured.
+        approximated: the method by which the bundle reads long prompts; "": it reads every key.
+        long: what that costs the model on a text; None where it was not measured, and `long_missing` says why.
     """
 
     bundle: str
@@ -61,6 +63,9 @@ class Verdict:
     overflow: str = ""
     loss: Loss | None = None
     activations: str = ""
+    approximated: str = ""
+    long: LongQuality | None = None
+    long_missing: str = ""
 
     @property
     def same(self) -> bool:
@@ -69,8 +74,21 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether all cases passed, and the loss is within its limits where it was measured."""
-        return self.same and (self.loss is None or self.loss.passed)
+        """Whether all cases passed, and what was lost is within its limits where it was measured."""
+        return self.same and not self.lost
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Every limit of what may be lost that was exceeded, in words."""
+        loss = () if self.loss is None or self.loss.passed else (self.loss.failure,)
+        return (*loss, *(() if self.long is None else self.long.failures))
+
+    @property
+    def long_label(self) -> str:
+        """What approximate attention costs, in one line, or that it was not measured; "" where there is none."""
+        if not self.approximated:
+            return ""
+        return f"not measured ({self.long_missing})" if self.long is None else f"{self.approximated}: {self.long}"
 
     @property
     def export_exact(self) -> bool | None:
@@ -101,8 +119,8 @@ class Verdict:
     def compared(self) -> tuple[str, ...]:
         """What was measured in this run, in words: "logits", "new keys and values" (of every step), "cache" (all of it,
         at the end), "refusals", "best tokens" (of a free run), "perplexity" (of a given text), "export exact" and "as
-        shipped" (of a bundle that rounds activations), "loss" (against another checkpoint). What is not named was not
-        compared."""
+        shipped" (of a bundle that rounds activations), "loss" (against another checkpoint), "loss on long prompts" (of
+        approximate against exact attention). What is not named was not compared."""
         measured = {kind.kind for case in self.cases for kind in case.kinds}
         found = [words for words, kinds in COMPARED if kinds <= measured]
         if any(case.free and case.rows for case in self.cases):
@@ -112,6 +130,8 @@ class Verdict:
         found += [part for part in (EXACT, SHIPPED) if any(case.part == part for case in self.cases)]
         if self.loss is not None:
             found.append("loss")
+        if self.long is not None:
+            found.append("loss on long prompts")
         return tuple(found)
 
     @property
@@ -120,8 +140,8 @@ class Verdict:
         if self.passed:
             return ""
         wrong = next((case for case in self.cases if not case.passed), None)
-        if wrong is None and self.same and self.loss is not None:
-            return self.loss.failure
+        if wrong is None and self.lost:
+            return self.lost[0]
         if wrong is None:
             return "no case was run"
         found = wrong.wrong_token if wrong.first is None else str(wrong.first)
@@ -133,6 +153,10 @@ class Verdict:
         Raises:
             OutputDiffers: it did not pass; `what` is the first failure.
         """
+        if self.same and self.long is not None and self.failure in self.long.failures:
+            raise OutputDiffers(f"approximate attention loses more than was allowed: {self.failure}", self.bundle,
+                                "export with fewer --long-layers, or with more --long-heavy and --long-samples",
+                                code="E-VALIDATE-LONG-LOSS")
         if self.same and not self.passed:
             raise OutputDiffers(f"the bundle lost more than was allowed: {self.failure}", self.bundle,
                                 "quantize fewer matrices, or to more bits", code="E-VALIDATE-LOSS")
@@ -170,24 +194,15 @@ class Verdict:
         loss = self.loss
         data = asdict(self) | {
             "loss": None if loss is None else asdict(loss) | {name: getattr(loss, name) for name in LOSS_PROPERTIES},
+            "long": None if self.long is None else self.long.to_dict(), "long_label": self.long_label,
             "schema_version": SCHEMA_VERSION, "passed": self.passed, "exit_code": self.exit_code,
             "compared": self.compared,
             "max_abs_logits": self.max_abs_logits, "max_abs_logits_eager": self.max_abs_logits_eager,
             "first": asdict(self.first) if self.first else None, "cases": cases, "loss_label": self.loss_label,
             "export_exact": self.export_exact, "as_shipped": self.as_shipped,
         }
-        return _plain(data)
+        return plain(data)
 
     def to_json(self) -> str:
         """`to_dict` as a JSON document."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-
-
-def _plain(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {str(key): _plain(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_plain(value) for value in data]
-    if isinstance(data, np.generic):
-        data = data.item()
-    return str(data) if isinstance(data, float) and not np.isfinite(data) else data

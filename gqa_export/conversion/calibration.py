@@ -45,7 +45,7 @@ class Calibration:
 
         self.checkpoint, self.stored, self.source = checkpoint, stored, source
         self.rows, self.grouping, self.report = rows, grouping, report
-        self.windows = [layer.window for layer in probe(source.config).layers]
+        self.visible = [layer.visible for layer in probe(source.config).layers]
 
     def run(self, kv_heads: Sequence[int], keep: Callable[[int, dict[str, torch.Tensor]], None],
             ) -> tuple[list[LayerError], list[Pooled]]:
@@ -57,7 +57,7 @@ class Calibration:
         groups: list[Pooled] = []
         for index, layout in enumerate(self.source.layers):
             module: Any = model.get_submodule(layout.path)
-            fit = LayerFit(LayerHeads(layout, self.stored.read), target.layers[index], module, self.windows[index])
+            fit = LayerFit(LayerHeads(layout, self.stored.read), target.layers[index], module, self.visible[index])
             module.forward = self._patched(fit, meta_model.get_submodule(layout.path), module.forward,
                                            kv_heads[index], errors, groups, keep)
         both = torch.cat((self.rows, self.rows))

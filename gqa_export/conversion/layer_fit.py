@@ -29,10 +29,12 @@ RIDGE = 0.02
 
 
 class Attend:
-    """Eager attention that remembers its call; `each(query_head, weights_BSS)` sees the softmax weights."""
+    """Eager attention that remembers its call. visible: as in `AttentionSpec`.
 
-    def __init__(self, window: int, each: Callable[[int, torch.Tensor], None] | None = None) -> None:
-        self.window, self.each = window, each
+    `each(query_head, weights_BSS)` sees the softmax weights."""
+
+    def __init__(self, visible: int, each: Callable[[int, torch.Tensor], None] | None = None) -> None:
+        self.visible, self.each = visible, each
         self.call: Call | None = None
         self.answer: torch.Tensor | None = None
 
@@ -43,8 +45,10 @@ class Attend:
         group = heads // call.key.shape[1]
         place = torch.arange(tokens)
         hidden = place[None, :] > place[:, None]
-        if self.window:
-            hidden |= place[None, :] <= place[:, None] - self.window
+        if self.visible > 0:
+            hidden |= place[None, :] <= place[:, None] - self.visible
+        elif self.visible < 0:
+            hidden |= place[None, :] // -self.visible < place[:, None] // -self.visible
         answer = call.value.new_empty(batch, tokens, heads, call.value.shape[-1])
         for head in range(heads):
             scores = call.query[:, head].float() @ call.key[:, head // group].float().transpose(1, 2) * call.scale
@@ -99,8 +103,8 @@ def inner(heads: Heads, path: str) -> str:
 class LayerFit:
     """One attention layer on both copies of the text."""
 
-    def __init__(self, heads: LayerHeads, target: LayerLayout, module: torch.nn.Module, window: int) -> None:
-        self.heads, self.target, self.module, self.window = heads, target, module, window
+    def __init__(self, heads: LayerHeads, target: LayerLayout, module: torch.nn.Module, visible: int) -> None:
+        self.heads, self.target, self.module, self.visible = heads, target, module, visible
         self.layout = heads.layout
 
     def source(self, run: Callable[[torch.nn.Module], Any]) -> tuple[Any, Metric]:
@@ -112,7 +116,7 @@ class LayerFit:
             moments = second_moments((weights @ rows).reshape(-1, rows.shape[-1]))
             averaged[:] = [averaged[0] + moments if averaged else moments]
 
-        attend = Attend(self.window, each)
+        attend = Attend(self.visible, each)
         with inputs_of(self.module, inner(self.layout.key, self.layout.path)) as given, recording(attend):
             result = run(self.module)
         assert attend.call is not None
@@ -139,10 +143,10 @@ class LayerFit:
         so that the answer is nearest to `wanted` [B, S, out]."""
         fill(module, self.module, self.layout.path, assemble(self.heads, self.target, pooled))
         if self.target.output is None:
-            with recording(Attend(self.window)):
+            with recording(Attend(self.visible)):
                 return run(module), pooled
         name = inner(self.target.output, self.layout.path)
-        with inputs_of(module, name) as given, recording(Attend(self.window)):
+        with inputs_of(module, name) as given, recording(Attend(self.visible)):
             run(module)
         projection: Any = module.get_submodule(name)
         features = given[0].reshape(-1, given[0].shape[-1]).float()
@@ -158,7 +162,7 @@ class LayerFit:
         at = torch.cat([torch.arange(start, start + self.target.output.size) for start in self.target.output.starts])
         pooled = Pooled(pooled.groups, pooled.key, pooled.value, pooled.key_maps, pooled.value_maps, fitted[:, at])
         fill(module, self.module, self.layout.path, assemble(self.heads, self.target, pooled))
-        with recording(Attend(self.window)):
+        with recording(Attend(self.visible)):
             return run(module), pooled
 
     def errors(self, pooled: Pooled, wanted: torch.Tensor, got: torch.Tensor) -> LayerError:

@@ -14,6 +14,7 @@ from .. import attention_op
 from ..bundle.engine_facts import ENGINE, EngineFacts, PluginFacts, ProfileFacts
 from ..bundle.graph_file import read_graph
 from ..bundle.integrity import check_files
+from ..bundle.long_facts import LONG_PLUGIN_VERSION, PREFILL
 from ..bundle.manifest import MODEL, FileFact, Manifest, read_manifest
 from ..bundle.rank_view import ranks_of
 from ..bundle.writer import BundleWriter, check_output, writing_bundle
@@ -172,11 +173,12 @@ def _rank(bundle: Path, manifest: Manifest, inside: str, kind: str, choice: Choi
     """Build the engine of one graph into `inside` of the output. bundle, manifest: of that graph."""
     profiles = make_profiles(manifest, options.max_batch, options.max_prompt)
     with scratch_folder("engine") as scratch:
-        model = read_graph(bundle)
-        compiled = _kernels(model, bundle, manifest, choice, say) if kind == "plugin" else None
+        graph = bundle / (PREFILL if manifest.long else MODEL)
+        model = read_graph(graph)
+        compiled = _kernels(model, graph, manifest, choice, say) if kind == "plugin" else None
         engine = writer.staging / inside / ENGINE
         engine.parent.mkdir(exist_ok=True)
-        job = _job(bundle, engine, choice, profiles, options, compiled, scratch)
+        job = _job(graph, engine, choice, profiles, options, compiled, scratch)
         built, job, log = _build(job, choice.library, scratch / "build.log", say)
         say("checking the engine", None, None)
         facts, notes = _facts(manifest, kind, choice, profiles, compiled, built, job, log)
@@ -187,16 +189,16 @@ def _rank(bundle: Path, manifest: Manifest, inside: str, kind: str, choice: Choi
     return facts, notes
 
 
-def _kernels(model: onnx.ModelProto, bundle: Path, manifest: Manifest, choice: Choice, say: Progress) -> Compiled:
+def _kernels(model: onnx.ModelProto, graph: Path, manifest: Manifest, choice: Choice, say: Progress) -> Compiled:
     variants = wanted_variants(model, manifest.capacity, manifest.dtype)
     if not variants:
-        raise InvalidBundle("the bundle's graph has no attention layer of the plugin", str(bundle / MODEL),
+        raise InvalidBundle("the bundle's graph has no attention layer of the plugin", str(graph),
                             "export the bundle again: `gqa-export onnx --target trt-plugin`",
                             code="E-ENGINE-NO-PLUGIN")
     return compile_kernels(variants, choice.kernel_capabilities, say)
 
 
-def _job(bundle: Path, engine: Path, choice: Choice, profiles: tuple[ProfileFacts, ...], options: EngineOptions,
+def _job(graph: Path, engine: Path, choice: Choice, profiles: tuple[ProfileFacts, ...], options: EngineOptions,
          compiled: Compiled | None, scratch: Path) -> Job:
     kernels = None
     if compiled is not None:
@@ -205,7 +207,7 @@ def _job(bundle: Path, engine: Path, choice: Choice, profiles: tuple[ProfileFact
         keys = {name: {str(capability): sha for capability, sha in by.items()} for name, by in compiled.keys.items()}
         kernels = KernelFiles(keys, str(container))
     return Job(choice.library.flavor, choice.library.module, CANONICAL[choice.library.flavor],
-               str((bundle / MODEL).absolute()), str(engine), choice.engine_capabilities,
+               str(graph.absolute()), str(engine), choice.engine_capabilities,
                tuple((profile.name, profile.shapes) for profile in profiles), kernels,
                str(options.timing_cache.absolute()) if options.timing_cache else "", options.strip_weights,
                options.workspace_mb << 20)
@@ -236,8 +238,8 @@ def _facts(manifest: Manifest, kind: str, choice: Choice, profiles: tuple[Profil
         notes.append("the build log lists no layers: copies of the cache could not be looked for")
     plugin = None
     if compiled is not None:
-        plugin = PluginFacts(attention_op.OP, str(attention_op.VERSION), attention_op.DOMAIN, attention_op.VERSION,
-                             compiled.sha256)
+        version = LONG_PLUGIN_VERSION if manifest.long else str(attention_op.VERSION)
+        plugin = PluginFacts(attention_op.OP, version, attention_op.DOMAIN, attention_op.VERSION, compiled.sha256)
     build = {"seconds": round(built.seconds, 1), "log_read": bool(listed.layers),
              "layers": {profile.name: listed.kinds(number) for number, profile in enumerate(profiles)},
              "kernel_bytes": len(compiled.container) if compiled else 0, "workspace_mb": job.workspace_bytes >> 20,

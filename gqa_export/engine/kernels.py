@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from gqa_plugins.grouped_attention.cubin import Variant
 
 CACHE = "GQA_EXPORT_KERNEL_CACHE"
-SOURCES = ("append", "cubin", "decode", "plan", "prefill", "primitives")
+SOURCES = ("append", "cubin", "decode", "long_attend", "long_launch", "long_prefill", "long_rows", "long_select",
+           "plan", "prefill", "primitives")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Compiled:
 def wanted_variants(model: onnx.ModelProto, capacity: int, dtype: str) -> tuple[Variant, ...]:
     """Every variant that the plugin nodes of a graph launch, each once, in the graph's order."""
     from gqa_plugins.grouped_attention import fields
-    from gqa_plugins.grouped_attention.launch import Layer, Sizes, variants
+    from gqa_plugins.grouped_attention.launch import Sizes, variants
+    from gqa_plugins.grouped_attention.long_layer import LAYERS
     from onnx.helper import get_attribute_value
 
     graph = model.graph
@@ -60,17 +62,18 @@ def wanted_variants(model: onnx.ModelProto, capacity: int, dtype: str) -> tuple[
             continue
         values = {one.name: get_attribute_value(one) for one in node.attribute}
         stated = values.get("plugin_version", fields.PLUGIN_VERSION.encode()).decode()
-        if stated != fields.PLUGIN_VERSION:
+        if stated not in LAYERS:
             raise InvalidBundle(f"the graph needs version {stated} of the plugin, this package has "
-                                f"{fields.PLUGIN_VERSION}", f"attention node {node.name!r}",
+                                f"{' and '.join(LAYERS)}", f"attention node {node.name!r}",
                                 "export the bundle again with this version: `gqa-export onnx --target trt-plugin`",
                                 code="E-ENGINE-PLUGIN-VERSION")
-        layer = Layer.from_fields({name: value for name, value in values.items() if not name.startswith("plugin_")},
-                                  f"attention node {node.name!r}")
+        own = {name: value for name, value in values.items() if not name.startswith("plugin_")}
+        layer = LAYERS[stated].from_fields(own, f"attention node {node.name!r}")
         inputs = dict(zip(fields.node_inputs(values), node.input, strict=True))
         past_key, past_value = shapes[inputs["past_key"]], shapes[inputs["past_value"]]
         table = _table(inputs["cos"], tables, producers) if layer.has_rotary else (1, 0)
-        sizes = Sizes(1, 1, capacity, past_key[3], past_value[3], SHORT_DTYPES[dtype], table[1], table[0])
+        sizes = Sizes(1, 1, capacity, past_key[3], past_value[3], SHORT_DTYPES[dtype], table[1], table[0],
+                      tables[inputs["projections"]][1] if layer.long else 0)
         found.update(dict.fromkeys(variants(layer, sizes).values()))
     return tuple(found)
 

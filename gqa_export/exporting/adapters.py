@@ -41,10 +41,10 @@ def read_adapters(options: ExportOptions, target: Target) -> tuple[tuple[LoraAda
     if options.lora and not target.runs_in_onnxruntime:
         raise GqaExportError(f"bundles of target {target.name} cannot switch between adapters", "--lora",
                              "use --merge-lora, or --target ort, onnx or portable", code="E-TARGET-LORA")
-    adapters = tuple(read_adapter(folder) for folder in options.lora)
     if options.lora and options.long:
         raise GqaExportError("the graph for long prompts has no adapters", "--lora, --long-attention",
                              "leave out one, or use --merge-lora", code="E-OPTION-LORA")
+    adapters = tuple(read_adapter(folder) for folder in options.lora)
     names = [adapter.name for adapter in adapters]
     if twice := [name for name in names if names.count(name) > 1]:
         raise GqaExportError(f"two adapters have the name {twice[0]}", "--lora",

@@ -34,9 +34,6 @@ def cache_of(checkpoint: Checkpoint, traced: Traced, options: ExportOptions, tar
     """How an export's cache is quantized; None where it holds numbers. Raises as `refuse_kv` and `calibrate_cache`."""
     if not options.kv_cache:
         return None
-    if options.long:
-        raise GqaExportError("the graph for long prompts does not hold a quantized cache", "--kv-cache, "
-                             "--long-attention", "choose one of them", code="E-OPTION-KV-LONG")
     bits = int(options.kv_cache.removeprefix("int"))
     refuse_kv(target, bits, traced.spec.layers)
     return calibrate_cache(checkpoint, traced.spec, bits, options.calibrate, traced.capacity, say)

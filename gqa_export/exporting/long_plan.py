@@ -70,7 +70,7 @@ class LongOptions:
 
 
 def long_plan(options: LongOptions, spec: ModelSpec, capacity: int,
-              automatic: Callable[[LongSetting], tuple[int, ...]]) -> LongPlan:
+              automatic: Callable[[LongSetting], tuple[int, ...]], *, inside: bool = False) -> LongPlan:
     """The plan for a model.
 
     Args:
@@ -78,13 +78,19 @@ def long_plan(options: LongOptions, spec: ModelSpec, capacity: int,
         spec: of the model.
         capacity: tokens of its cache.
         automatic: chooses layers by measurement.
+        inside: the attention op of one graph approximates, wherever a sequence is longer than a leaf: no call of it
+            can be exact for other reasons than its own few tokens.
 
     Raises:
         GqaExportError: the op does not take the setting, no layer is left, or no prompt would be long enough.
     """
     setting = options.setting()
     _refuse(setting.problems(capacity), "--long-leaf, --long-heavy, --long-samples, --long-anchors")
-    from_tokens = options.from_tokens or FROM_LEAVES * setting.leaf
+    from_tokens = options.from_tokens or (1 if inside else FROM_LEAVES) * setting.leaf
+    if inside and from_tokens != setting.leaf:
+        raise GqaExportError("an engine has one graph, which approximates wherever a sequence is longer than a leaf of "
+                             f"{setting.leaf} tokens, and --long-from is {from_tokens}", "--long-from",
+                             f"leave out --long-from, or use --long-leaf {from_tokens}", code="E-OPTION-LONG")
     if capacity <= from_tokens:
         raise GqaExportError(f"the capacity is {capacity} tokens, and prompts are approximated from {from_tokens} "
                              "tokens on: the graph for long prompts would never run", "--capacity",
@@ -100,8 +106,8 @@ def long_plan(options: LongOptions, spec: ModelSpec, capacity: int,
 
 
 def can_be_long(spec: ModelSpec) -> tuple[int, ...]:
-    """The layers that see all tokens before: those with a window are linear as they are."""
-    return tuple(layer.layer for layer in spec.layers if not layer.window)
+    """The layers that see all tokens before: those with a window or chunks are linear as they are."""
+    return tuple(layer.layer for layer in spec.layers if not layer.edges)
 
 
 def chosen_layers(words: str, spec: ModelSpec) -> tuple[int, ...]:
@@ -120,7 +126,7 @@ def chosen_layers(words: str, spec: ModelSpec) -> tuple[int, ...]:
     if not found:
         raise GqaExportError(f"{words!r} names no layer that sees all tokens", "--long-layers",
                              f"the model has {layers_label(able)} of that kind" if able else
-                             "leave out --long-attention: every layer has a window", code="E-OPTION-LONG")
+                             "leave out --long-attention: every layer has a window or chunks", code="E-OPTION-LONG")
     return found
 
 
@@ -142,14 +148,16 @@ def _refuse(problems: list[str], where: str) -> None:
                              "docs/long-context.md lists what each option takes", code="E-OPTION-LONG")
 
 
-def plan_notes(plan: LongPlan, spec: ModelSpec) -> list[str]:
-    """What a user must know of a plan."""
-    exact = [layer.layer for layer in spec.layers if layer.window]
+def plan_notes(plan: LongPlan, spec: ModelSpec, inside: bool = False) -> list[str]:
+    """What a user must know of a plan. inside: as of `long_plan`."""
+    exact = [layer.layer for layer in spec.layers if layer.edges]
+    rest = "an engine is built of it; model.onnx is exact" if inside else ("model.onnx is exact and runs everything "
+                                                                           "else")
     notes = [f"prefill.onnx approximates {layers_label(plan.layers)} by method {plan.setting.method} in calls of more "
-             f"than {plan.setting.exact_steps} tokens that reach beyond {plan.from_tokens} tokens; model.onnx is exact "
-             "and runs everything else. Measure what it costs: gqa-export long CHECKPOINT --text FILE"]
+             f"than {plan.setting.exact_steps} tokens that reach beyond {plan.from_tokens} tokens; {rest}. Measure "
+             "what it costs: gqa-export long CHECKPOINT --text FILE"]
     if exact:
-        notes.append(f"{layers_label(exact)} stay exact: their window makes them linear")
+        notes.append(f"{layers_label(exact)} stay exact: their window or chunks make them linear")
     return notes
 
 

@@ -24,7 +24,9 @@ class ExportOptions:
     tensor_parallel: devices over which the model is cut; 1 is a bundle of one graph.
     kv_cache: "int8" or "int4" codes in the cache, "" for numbers.
     long: a second graph for long prompts is written beside the exact one. lora: folders of adapters that the bundle can
-    switch between. merge_lora: of one that becomes part of the weights."""
+    switch between. merge_lora: of one that becomes part of the weights. hidden_states: the last hidden states are an
+    output too. ragged_chunks: rows of a batch may bring several tokens each, over a past, in one call; needs a newer
+    runtime (`Target.ragged_chunks_need`)."""
 
     target: str = "ort"
     dtype: str = "auto"
@@ -50,5 +52,7 @@ class ExportOptions:
     tensor_parallel: int = 1
     kv_cache: str = ""
     long: LongOptions | None = None
+    hidden_states: bool = False
+    ragged_chunks: bool = False
     lora: tuple[Path, ...] = ()
     merge_lora: Path | None = None

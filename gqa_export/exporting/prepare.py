@@ -84,12 +84,20 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     from ..lowering.context import LowerOptions
     from ..lowering.dump import PassDump
     from ..lowering.lower import lower
-    from ..target_refusals import refuse_long, refuse_long_with_codes, refuse_long_with_rounding, refuse_options
+    from ..target_refusals import (
+        refuse_long,
+        refuse_long_with_codes,
+        refuse_long_with_rounding,
+        refuse_options,
+        refuse_ragged_chunks,
+        refuse_ragged_states,
+    )
     from ..targets import get_target
 
     target = get_target(options.target)
     options = replace(options, cache=options.cache or target.caches[0], logits=options.logits or target.logits[0])
     refuse_options(target, options.cache, options.logits)
+    refuse_ragged_chunks(target, options.ragged_chunks, bool(options.long))
     quantize.check_options(options)
     refuse_ranks(options, target)
     if options.long:
@@ -121,6 +129,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         traced, kept, taken = traced_model(checkpoint, options, dtype, target, say, untied=True)
         refuse_tied(checkpoint, traced.tied)
     budget.check("tracing")
+    refuse_ragged_states(traced.spec.states, options.ragged_chunks)
     notes = unused_notes(checkpoint, used_names(traced), options.ignore_unused)
     provider = pick_provider(options.provider, dtype, target)
     store = weight_store(checkpoint, traced, budget)
@@ -131,6 +140,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         refuse_quantized_adapters(quantizing is not None or bool(checkpoint.quantized))
     kv = cache_of(checkpoint, traced, options, target, say)
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider, kv=kv,
+                            hidden=options.hidden_states, ragged_chunks=options.ragged_chunks,
                             packed=options.weights == "copy",
                             runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None,
                             quantized=quantizing.facts if quantizing else {},
@@ -152,10 +162,11 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         if quantizing is not None and not quantizing.exact:
             refuse_long_with_rounding()
         plan = long_plan(options.long, traced.spec, traced.capacity,
-                         lambda setting: automatic_layers(checkpoint, options, traced.spec, setting, say))
+                         lambda setting: automatic_layers(checkpoint, options, traced.spec, setting, say),
+                         inside=target.long_inside)
         prefill = lower(traced.model, traced.spec, replace(lowering, long=plan),
                         lambda stage: say(f"{stage} the graph for long prompts", None, None))
-        notes = (*notes, *plan_notes(plan, traced.spec))
+        notes = (*notes, *plan_notes(plan, traced.spec, target.long_inside))
     budget.check("lowering")
     recorded = None
     if quantizing:
@@ -199,7 +210,8 @@ def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, tar
     from ..trace import trace_cache
 
     asked = {"dtype": dtype, "cache": options.cache, "capacity": options.capacity, "logits": options.logits,
-             "interface": target.interface, "text_only": options.text_only, **({"untied": True} if untied else {})}
+             "interface": target.interface, "text_only": options.text_only, **({"untied": True} if untied else {}),
+             **({"hidden": True} if options.hidden_states else {})}
     place = trace_cache.place_of({"kind": checkpoint.kind, **checkpoint.config}, asked) if options.trace_cache else None
     known = trace_cache.load(place) if place else None
     if known and (options.stamping or known.traced_layers == len(known.spec.layers)):
@@ -215,7 +227,7 @@ def traced_model(checkpoint: Checkpoint, options: ExportOptions, dtype: str, tar
     traced = trace(config, dtype=dtype, cache=options.cache, capacity=_capacity(options.capacity, config),
                    logits=options.logits, interface=target.interface, stamping=options.stamping,
                    inspect=lambda module: refuse_modules(module, checkpoint.source, checkpoint.text_only),
-                   accept=lambda spec: refuse_layers(spec.layers, target, spec.states))
+                   accept=lambda spec: refuse_layers(spec.layers, target, spec.states), hidden=options.hidden_states)
     if place:
         trace_cache.keep(place, traced)
     return traced, place, False

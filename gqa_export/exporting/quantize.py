@@ -89,9 +89,8 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
         provider: "cpu" or "cuda".
         say: progress.
     """
-    # what is kept is kept without loss; int8 inputs are the default of what is quantized here, whose loss is asked for
     exact = options.activations == "exact" if options.activations else \
-        options.quantize in KEEP or provider != "cpu" or not target.runs_in_onnxruntime
+        provider != "cpu" or not target.runs_in_onnxruntime
     weights = tuple(weights_of(traced.model))
     sources = {weight.name: store.sources_of(weight.name)[0] for weight in weights}
     held = {name: source.matrix for name, source in sources.items() if isinstance(source, DequantizedSource)}

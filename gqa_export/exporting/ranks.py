@@ -37,17 +37,24 @@ def refuse_ranks(options: ExportOptions, target: Target) -> None:
     """Refuse a number of ranks that cannot be, or with options that have no meaning for them.
 
     Raises:
-        GqaExportError: the target has no collectives, or the graph was to be written beside the checkpoint's files.
+        GqaExportError: the target has no collectives, the graph was to be written beside the checkpoint's files, or
+            there was to be a graph for long prompts, or hidden states were to be an output.
     """
     if options.tensor_parallel < 1:
         raise GqaExportError(f"--tensor-parallel is {options.tensor_parallel}, expected 1 or more", "--tensor-parallel",
                              "give the number of devices", code="E-OPTION-TENSOR-PARALLEL")
     if options.tensor_parallel == 1:
         return
+    if options.long:
+        raise GqaExportError("a graph for long prompts is not cut over ranks", "--tensor-parallel, --long-attention",
+                             "leave out one of them", code="E-OPTION-TENSOR-PARALLEL")
     if not target.engine:
         raise GqaExportError(f"target {target.name} runs on one device: ONNX Runtime has no collectives in its wheels",
                              "--tensor-parallel", "use --target trt-native or --target trt-plugin",
                              code="E-OPTION-TENSOR-PARALLEL")
+    if options.hidden_states:
+        raise GqaExportError("the graphs of several ranks give logits alone", "--hidden-states",
+                             "leave out --hidden-states, or --tensor-parallel", code="E-OPTION-TENSOR-PARALLEL")
     if options.weights == "inplace":
         raise GqaExportError("the graphs of several ranks lie in folders of their own, which cannot point into the "
                              "folder above them", "--weights", "use --weights link: it writes no rows again either",

@@ -37,7 +37,8 @@ def manifest_of(checkpoint: Checkpoint, traced: Traced, lowered: Lowered, option
         target=options.target, dtype=dtype, cache=options.cache, capacity=traced.capacity, logits=options.logits,
         weights=options.weights, spec=traced.spec,
         inputs=graph_io.graph_inputs(traced.spec, dtype, options.cache, target.interface, axis, kv),
-        outputs=graph_io.graph_outputs(traced.spec, dtype, options.cache, options.logits, axis, kv),
+        outputs=graph_io.graph_outputs(traced.spec, dtype, options.cache, options.logits, axis, kv,
+                                       options.hidden_states),
         fallbacks=lowered.fallbacks,
         source={"checkpoint": checkpoint.source, "kind": "memory" if checkpoint.model is not None else checkpoint.kind,
                 "revision": checkpoint.revision, "dtype": checkpoint.stored_dtype,
@@ -45,6 +46,8 @@ def manifest_of(checkpoint: Checkpoint, traced: Traced, lowered: Lowered, option
                 "text_only": checkpoint.text_only},
         tokens=cast(Tokens, {**token_ids(checkpoint), "tokenizer": has_tokenizer}),
         versions=versions(RECORDED, absent="unknown"), quantization=quantization, kv_cache=kv,
+        ragged_chunks=options.ragged_chunks,
+        needs={"onnxruntime": target.ragged_chunks_need} if options.ragged_chunks else {},
         verify_width=min(VERIFY_WIDTH, traced.capacity) if options.logits == "all" else 1)
 
 

@@ -133,8 +133,8 @@ def approximate(spec: AttentionSpec, setting: LongSetting, seed: int, query: tor
 
 def exact(spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
           sinks: torch.Tensor | None) -> torch.Tensor:
-    """A layer's output [K, G, S, E], every key of its window read."""
-    if not spec.softcap and sinks is None and not spec.window:
+    """A layer's output [K, G, S, E], every key that it sees read."""
+    if not spec.softcap and sinks is None and not spec.edges:
         keys, values = (x[:, None].expand(-1, query.shape[1], -1, -1) for x in (key, value))
         return torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=spec.scale)
     return torch.cat([torch.softmax(weights, -1)[..., :-1] @ value[:, None, : weights.shape[-1] - 1]
@@ -149,8 +149,12 @@ def exact_scores(spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor,
         rows = query[:, :, start: start + ROWS]
         end = start + rows.shape[2]
         found = scores.of(rows, key[:, None, :end])
-        apart = torch.arange(start, end)[:, None] - torch.arange(end)
-        hidden = apart < 0 if not spec.window else (apart < 0) | (apart >= spec.window)
+        queries, keys = torch.arange(start, end)[:, None], torch.arange(end)
+        hidden = keys > queries
+        if spec.window:
+            hidden |= queries - keys >= spec.window
+        if spec.chunk:
+            hidden |= keys // spec.chunk < queries // spec.chunk
         sink = sinks.to(query.dtype) if sinks is not None else query.new_full((spec.num_heads,), -torch.inf)
         column = sink.reshape(spec.kv_num_heads, -1, 1, 1).expand(*found.shape[:3], 1)
         yield torch.cat((found.masked_fill(hidden, -torch.inf), column), -1)

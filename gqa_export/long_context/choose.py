@@ -55,7 +55,7 @@ def choose(measurement: Measurement, *, max_loss: float, min_copy: float, report
     Raises:
         GqaExportError: not even one layer can be approximated within the bounds.
     """
-    able = [layer.layer for layer in measurement.spec.layers if not layer.window]
+    able = [layer.layer for layer in measurement.spec.layers if not layer.edges]
     alone = {}
     for number, layer in enumerate(able):
         report("measuring each layer", number, len(able))
@@ -82,7 +82,8 @@ def choose(measurement: Measurement, *, max_loss: float, min_copy: float, report
         else:
             high = count - 1
     if best is None:
-        told = f"layer {order[0]} alone loses {alone[order[0]].loss:+.4f} nats" if order else "every layer has a window"
+        told = (f"layer {order[0]} alone loses {alone[order[0]].loss:+.4f} nats" if order else
+                "every layer has a window or chunks")
         raise GqaExportError(f"no layer can be approximated within the bounds: {told}", "--long-layers auto",
                              "allow more with --max-loss and --min-copy, read more keys with --long-heavy and "
                              "--long-samples, or name the layers", code="E-OPTION-LONG-BOUNDS")

@@ -50,6 +50,22 @@ def text_tokens(checkpoint: Checkpoint, text: Path, most: int) -> np.ndarray:
     return tokenize(tokenizer, words)[:most]
 
 
+def passage_of(length: int) -> int:
+    """Tokens at the beginning of a sequence that come again at its end."""
+    return min(512, length // 8)
+
+
+def shortest_length(leaf: int) -> int:
+    """The fewest tokens that something can be measured on: two leaves, and a passage with a row to predict."""
+    body = 2 * leaf + 2
+    return max(16, min(body + (body - 1) // 7, body + 512))
+
+
+def longest_length(tokens: int) -> int:
+    """The longest sequence that a text of so many tokens makes."""
+    return tokens + min(512, tokens // 7)
+
+
 @dataclass
 class Sequence:
     """A text with its beginning repeated at the end: ids [n], and the rows at which something is measured."""
@@ -65,10 +81,11 @@ class Sequence:
         Raises:
             GqaExportError: the text is too short, or the length too short for its leaf.
         """
-        passage = min(512, length // 8)
-        if length < 2 * leaf + passage + 2:
+        passage = passage_of(length)
+        if length < shortest_length(leaf):
             raise GqaExportError(f"{length} tokens are too few to measure with leaf {leaf}", "--lengths",
-                                 f"use at least {4 * leaf}, or a smaller --long-leaf", code="E-OPTION-LENGTHS")
+                                 f"use at least {max(4 * leaf, shortest_length(leaf))}, or a smaller --long-leaf",
+                                 code="E-OPTION-LENGTHS")
         if len(tokens) < length - passage:
             raise GqaExportError(f"the text has {len(tokens)} tokens, {length - passage} are needed", where,
                                  "give a longer text, or smaller --lengths", code="E-FILE-TEXT-SHORT")

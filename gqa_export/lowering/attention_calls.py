@@ -24,8 +24,9 @@ from .context import Context
 
 OP = f"{attention_op.DOMAIN}::{attention_op.OP}"
 PAST_KEY, PAST_VALUE, SINKS = (attention_op.input_index(name) for name in ("past_key", "past_value", "sinks"))
-COMPARED = ("num_heads", "kv_num_heads", "scale", "softcap", "window")
-"""attributes of a call that are fields of `AttentionSpec` too"""
+COMPARED = {"num_heads": "num_heads", "kv_num_heads": "kv_num_heads", "scale": "scale", "softcap": "softcap",
+            "window": "visible"}
+"""attribute of a call -> what `AttentionSpec` calls it"""
 RELATIVE = 1e-6
 """an attribute is an fp32 number, the spec has an fp64 one"""
 
@@ -91,8 +92,8 @@ def has_sinks(node: gs.Node) -> bool | None:
 
 
 def _check(node: gs.Node, layer: AttentionSpec) -> None:
-    wrong = [f"{name} is {node.attrs.get(name)}, expected {getattr(layer, name):g}" for name in COMPARED
-             if not _same(node.attrs.get(name), getattr(layer, name))]
+    wrong = [f"{name} is {node.attrs.get(name)}, expected {getattr(layer, fact):g}" for name, fact in COMPARED.items()
+             if not _same(node.attrs.get(name), getattr(layer, fact))]
     past_value = graph_io.past_names(layer.layer)[1]
     if node.inputs[PAST_VALUE].name != past_value:
         wrong.append(f"past_value is {node.inputs[PAST_VALUE].name!r}, expected {past_value!r}")

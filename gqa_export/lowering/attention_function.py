@@ -5,6 +5,8 @@ of [past | new | one row of zeros] by index, so token t of sequence b lands at t
 becomes zero, be it NaN before. Queries of a group share their key/value head by a reshape, nothing is repeated.
 Arithmetic is fp32 whatever the model's type. Dimensions as in `gqa_export.attention_op`, and G = H / K.
 
+A model with attention in chunks has a few nodes more in the body, for the first key of a chunk; no other model has.
+
 A function cannot see which inputs a call has. This one needs key, value and sinks, and does not rotate: the canonical
 graph gives sinks of -inf for "none" and rotates outside. `attach_function` refuses any other call.
 """
@@ -102,8 +104,7 @@ EXACT = """    step_B1S = Add (past_B1, step_S)
     causal_BST = LessOrEqual (cache_T, position_BS1)
     no_window = Equal (window_, zero)
     reach = Where (no_window, far, window_)
-    before_BS1 = Sub (position_BS1, reach)
-    near_BST = Greater (cache_T, before_BS1)
+{before}    near_BST = Greater (cache_T, before_BS1)
     row_BS = Less (step_S, new_B1)
     row_BS1 = Unsqueeze (row_BS, axis_2)
     seen_BST = And (causal_BST, near_BST)
@@ -167,7 +168,20 @@ EXACT = """    step_B1S = Add (past_B1, step_S)
     output_shape = Concat <axis: int = 0> (B, S, HE)
     mean_BSX = Reshape (mean_BSKGE, output_shape)
 """
-"""attention of every new token over every key that it sees, to mean_BSX in fp32"""
+"""attention of every new token over every key that it sees, to mean_BSX in fp32; {before}: `BEFORE` or `IN_CHUNKS`"""
+
+BEFORE = """    before_BS1 = Sub (position_BS1, reach)
+"""
+IN_CHUNKS = """    behind_BS1 = Sub (position_BS1, reach)
+    in_chunks = Less (window_, zero)
+    negated = Neg (window_)
+    size = Where (in_chunks, negated, one)
+    chunk_BS1 = Div (position_BS1, size)
+    first_BS1 = Mul (chunk_BS1, size)
+    outside_BS1 = Sub (first_BS1, one)
+    before_BS1 = Where (in_chunks, outside_BS1, behind_BS1)
+"""
+"""the last position that a token does not see, without and with chunks"""
 
 _BODY = """
 <domain: "{domain}", opset_import: ["" : {opset}]>
@@ -178,9 +192,11 @@ _BODY = """
 """
 
 
-def function_proto(opset: int) -> onnx.FunctionProto:
-    """The function, at the opset of the model it goes into: onnx's checker refuses a mixture."""
+def function_proto(opset: int, chunks: bool = False) -> onnx.FunctionProto:
+    """The function, at the opset of the model it goes into: onnx's checker refuses a mixture. chunks: with what a call
+    of attention in chunks needs."""
     text = _BODY.format(domain=attention_op.DOMAIN, op=attention_op.OP, opset=opset,
+                        before=IN_CHUNKS if chunks else BEFORE,
                         attributes=", ".join(attention_op.ATTRIBUTE_NAMES), inputs=", ".join(attention_op.INPUT_NAMES),
                         outputs=", ".join(attention_op.OUTPUT_NAMES))
     function = onnx.parser.parse_function(text)
@@ -193,6 +209,11 @@ def is_call(node: onnx.NodeProto) -> bool:
     return node.op_type == attention_op.OP and node.domain == attention_op.DOMAIN
 
 
+def in_chunks(call: onnx.NodeProto) -> bool:
+    """Whether a call is attention in chunks."""
+    return any(attribute.name == "window" and attribute.i < 0 for attribute in call.attribute)
+
+
 def attach_function(model: onnx.ModelProto) -> None:
     """Give the model the body of the op, in place, and a domain import; a body already there is replaced.
 
@@ -202,14 +223,14 @@ def attach_function(model: onnx.ModelProto) -> None:
     Raises:
         UnsupportedModel: a call does not have the inputs or attributes that the body needs.
     """
-    for node in model.graph.node:
-        if is_call(node):
-            _check_call(node)
+    calls = [node for node in model.graph.node if is_call(node)]
+    for node in calls:
+        _check_call(node)
     kept = [function for function in model.functions if (function.domain, function.name) != (attention_op.DOMAIN,
                                                                                             attention_op.OP)]
     del model.functions[:]
     model.functions.extend(kept)
-    model.functions.append(function_proto(opset_of(model)))
+    model.functions.append(function_proto(opset_of(model), any(map(in_chunks, calls))))
     if not any(entry.domain == attention_op.DOMAIN for entry in model.opset_import):
         model.opset_import.add(domain=attention_op.DOMAIN, version=attention_op.VERSION)
 

@@ -48,6 +48,10 @@ class LowerOptions:
     quantized: Mapping[str, MatrixFacts] = field(default_factory=dict)
     exact: bool = False
     kv: KvCache | None = None
+    hidden: bool = False
+    """the last hidden states are an output too"""
+    ragged_chunks: bool = False
+    """attention is given each row's number of new tokens (`Target.ragged_chunks_need`)"""
     long: LongPlan | None = None
     """layers that become the op for long prompts; None in the graph that is exact"""
 
@@ -122,7 +126,8 @@ class Context:
 
     def cannot_hold(self, layer: AttentionSpec) -> list[str]:
         """Every reason why a layer does not become the target's attention op; [] if it does."""
-        return [*self.target.cannot_hold(layer), *(["it is approximated"] if self.is_long(layer) else [])]
+        replaced = self.is_long(layer) and not self.target.long_inside
+        return [*self.target.cannot_hold(layer), *(["it is approximated"] if replaced else [])]
 
     def fall_back(self, layer: AttentionSpec) -> bool:
         """Whether a layer does not become the target's attention op; where the op cannot hold it, this is recorded,

@@ -15,7 +15,7 @@ import onnx
 
 from .. import attention_op, long_attention_op
 from ..errors import UnsupportedModel
-from .attention_function import EXACT, PRESENT, opset_of
+from .attention_function import BEFORE, EXACT, IN_CHUNKS, PRESENT, in_chunks, opset_of
 from .long_function_hyper import hyper
 from .long_function_parts import Variant
 from .long_function_tiles import tiles
@@ -183,13 +183,15 @@ def variant_of(calls: Sequence[Mapping[str, float]]) -> Variant:
                    any(call["softcap"] > 0 for call in calls))
 
 
-def function_proto(opset: int, variant: Variant) -> onnx.FunctionProto:
-    """The function, at the opset of the model it goes into: onnx's checker refuses a mixture."""
+def function_proto(opset: int, variant: Variant, chunks: bool = False) -> onnx.FunctionProto:
+    """The function, at the opset of the model it goes into: onnx's checker refuses a mixture. chunks: see
+    `attention_function.function_proto`."""
     method = (hyper if variant.hyper else tiles)(variant)
     approximate = _APPROXIMATE.replace("{{", "{").replace("}}", "}")
     for place, text in (("{before}", method.before), ("{of_leaf}", method.of_leaf), ("{after}", method.after)):
         approximate = approximate.replace(place, text)
     text = _BODY.format(domain=long_attention_op.DOMAIN, op=long_attention_op.OP, opset=opset,
+                        before=IN_CHUNKS if chunks else BEFORE,
                         attributes=", ".join(long_attention_op.ATTRIBUTE_NAMES), approximate=approximate,
                         inputs=", ".join(long_attention_op.INPUT_NAMES),
                         outputs=", ".join(long_attention_op.OUTPUT_NAMES))
@@ -219,7 +221,7 @@ def attach_long_function(model: onnx.ModelProto) -> None:
     kept = [function for function in model.functions
             if (function.domain, function.name) != (long_attention_op.DOMAIN, long_attention_op.OP)]
     del model.functions[:]
-    model.functions.extend([*kept, function_proto(opset_of(model), variant_of(attributes))])
+    model.functions.extend([*kept, function_proto(opset_of(model), variant_of(attributes), any(map(in_chunks, calls)))])
     if not any(entry.domain == long_attention_op.DOMAIN for entry in model.opset_import):
         model.opset_import.add(domain=long_attention_op.DOMAIN, version=attention_op.VERSION)
 

@@ -60,7 +60,7 @@ def lower(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions,
     if options.quantized:
         run_passes(graph, import_module(".quantized.passes", __package__).PASSES, context, context.log)
     lowered = edit.save(graph)
-    if options.long is not None:
+    if options.long is not None and not target.long_inside:
         from .long_calls import approximate
 
         approximate(lowered, options.long, context)
@@ -85,4 +85,4 @@ def interface(model: onnx.ModelProto, spec: ModelSpec, target: Target,
     dtype = onnx.helper.tensor_dtype_to_np_dtype(element).name
     capacity = options.capacity if target.literal_capacity else graph_io.CAPACITY
     return (graph_io.graph_inputs(spec, dtype, options.cache, target.interface, capacity, options.kv),
-            graph_io.graph_outputs(spec, dtype, options.cache, options.logits, capacity, options.kv))
+            graph_io.graph_outputs(spec, dtype, options.cache, options.logits, capacity, options.kv, options.hidden))

@@ -52,7 +52,8 @@ class Bundle:
                  full_hash: bool = False, check_hashes: bool = True, revision: str | None = None,
                  allow_pickle: bool = False, reference: Place | PreTrainedModel | None = None,
                  max_kl: float | None = None, max_perplexity_increase: float | None = None,
-                 calibrate: Place | None = None, lora: Place | None = None,
+                 calibrate: Place | None = None, lora: Place | None = None, max_loss: float | None = None,
+                 min_copy: float | None = None, lengths: Sequence[int] = (),
                  progress: Progress | None = None) -> Verdict:
         """Compare the bundle with PyTorch, step by step: logits, every new key and value, the whole cache.
 
@@ -72,6 +73,9 @@ class Bundle:
             max_perplexity_increase: the most that perplexity may increase by, in percent; None: no limit.
             lora: the folder of an adapter: PyTorch's model has it merged, and of a bundle that can switch, the adapter
                 of this name is in use. None is the base model.
+            max_loss: the most that approximate attention for long prompts may lose on `text`, in nats per token.
+                min_copy: the least copy score (see docs/long-context.md). None: no limit.
+            lengths: tokens of the prompts that this is measured on; () is one length that fits.
 
         Returns:
             The verdict: `passed`, `compared`, `cases`, `to_json()`; `check()` raises `OutputDiffers` if it failed.
@@ -82,6 +86,7 @@ class Bundle:
         """
         from ..bundle.source_checkpoint import open_for
         from ..checkpoint.lora import read_adapter, with_adapter
+        from ..validation.long_loss import LongRequest
         from ..validation.loss import LossRequest
         from ..validation.validate import validate
 
@@ -92,6 +97,8 @@ class Bundle:
         text_only = bool(self.manifest.source.get("text_only"))
         limits = (path_of(text), max_kl, max_perplexity_increase, path_of(calibrate))
         LossRequest(str(reference) if reference is not None else None, *limits).check()
+        long = LongRequest(path_of(text), tuple(sorted(set(lengths))), max_loss, min_copy)
+        long.check(self.manifest, str(self.folder))
         with (pickles_allowed(allow_pickle), opened(against, text_only=text_only) as source,
               nullcontext() if reference is None else opened(reference, text_only=text_only) as before):
             checkpoint = open_for(self.manifest, source, revision)
@@ -99,7 +106,7 @@ class Bundle:
                 checkpoint = with_adapter(checkpoint, read_adapter(lora))
             return validate(self.folder, checkpoint, level=level, steps=steps or 0, text=path_of(text),
                             provider=provider, as_dtype=as_dtype, full_hash=full_hash, check_hashes=check_hashes,
-                            progress=progress, loss=LossRequest(before, *limits))
+                            progress=progress, loss=LossRequest(before, *limits), long=long)
 
     def session(self, *, provider: Provider = "auto", low_memory: bool = False, threads: int | None = None,
                 exact: bool = False) -> Session:

@@ -35,7 +35,8 @@ def export_options(target: Target, dtype: Dtype, cache: Cache | None, capacity: 
                    activations: Activations | None = None, head: Head = "int8", block: int = 32,
                    calibrate: Place | None = None, tensor_parallel: int = 1,
                    kv_cache: KvCodes | None = None, long: LongOptions | None = None,
-                   lora: Sequence[Place] = (), merge_lora: Place | None = None) -> ExportOptions:
+                   lora: Sequence[Place] = (), merge_lora: Place | None = None,
+                   hidden_states: bool = False, ragged_chunks: bool = False) -> ExportOptions:
     """The options of an export from the arguments of `gqa_export.export`; a value that is not one is refused."""
     from ..exporting.options import ExportOptions
     from ..weights.memory_budget import parse_size
@@ -47,4 +48,4 @@ def export_options(target: Target, dtype: Dtype, cache: Cache | None, capacity: 
     return ExportOptions(target, dtype, cache or "", capacity or 0, weights, logits or "", provider, force, full_hash,
                          most, text_only, revision, dump_passes, ignore_unused, trace_cache, stamping, str(quantize),
                          activations or "", head, block, path_of(calibrate), tensor_parallel, kv_cache or "",
-                         long, tuple(map(Path, lora)), path_of(merge_lora))
+                         long, hidden_states, ragged_chunks, tuple(map(Path, lora)), path_of(merge_lora))

@@ -18,6 +18,7 @@ class Session:
 
     def __init__(self, inner: InnerSession) -> None:
         self.inner = inner
+        self._hidden: npt.NDArray[np.float32] | None = None
 
     @property
     def capacity(self) -> int:
@@ -103,8 +104,17 @@ class Session:
         rows, new = _whole(ids, "ids"), None if lengths is None else _whole(lengths, "lengths")
         if rows.ndim == 2 and len(rows) != len(self.inner.lengths) and not self.inner.lengths.any():
             self.inner.reset(len(rows))
-        logits: npt.NDArray[np.float32] = self.inner.step(rows, new).logits
+        step = self.inner.step(rows, new)
+        self._hidden = step.hidden
+        logits: npt.NDArray[np.float32] = step.logits
         return logits
+
+    @property
+    def hidden_states(self) -> npt.NDArray[np.float32] | None:
+        """The last hidden states [batch, new, hidden size] of the last step, after the final norm: what a head that
+        drafts tokens reads (MTP, EAGLE). None before the first step, and where the bundle was exported without
+        `hidden_states`. Rows at and past `lengths` mean nothing."""
+        return self._hidden
 
     def cache(self) -> list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
         """Of each layer the keys [batch, kv_heads, tokens, head_size] and values [batch, kv_heads, tokens,

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ..compare.case_verdict import EXACT, SHIPPED, CaseVerdict, KindVerdict
 from ..compare.verdict import Verdict
+from . import long_report
 
 REFUSAL = "refusal"
 
@@ -35,6 +36,8 @@ def print_verdict(verdict: Verdict, console: Console, short: bool = False) -> No
         for number, row in enumerate(rows):
             table.add_row(case.name if number == 0 else "", *row, end_section=number == len(rows) - 1)
     console.print(table)
+    if verdict.long is not None:
+        long_report.show(verdict.long, console)
     for line in details(verdict):
         console.print(Text(line), soft_wrap=True)
 
@@ -107,8 +110,9 @@ def details(verdict: Verdict) -> list[str]:
     lines.append(f"compared: {', '.join(verdict.compared) or 'nothing'}")
     lines += parts_lines(verdict)
     lines.append(f"loss: {verdict.loss_label}")
-    if verdict.loss is not None and not verdict.loss.passed:
-        lines.append(f"LOST TOO MUCH: {verdict.loss.failure}")
+    if verdict.approximated:
+        lines.append(f"long prompts: {verdict.long_label}")
+    lines += [f"LOST TOO MUCH: {failure}" for failure in verdict.lost]
     eager = verdict.max_abs_logits_eager
     beside = "" if eager is None else f", to PyTorch {verdict.checked_dtype} eager {eager:.2e}"
     lines.append(f"{verdict_word(verdict)}: max |logit difference| to PyTorch "

@@ -60,10 +60,10 @@ def _bundle(verdict: Verdict) -> list[str]:
             lines.append(_row(case, kind))
     lines.append("")
     lines += [f"- first divergence: {_plain(str(case.first))}" for case in verdict.cases if case.first is not None]
-    if verdict.loss is not None and not verdict.loss.passed:
-        lines.append(f"- **lost too much**: {_plain(verdict.loss.failure)}")
+    lines += [f"- **lost too much**: {_plain(failure)}" for failure in verdict.lost]
     lines += [f"- {_plain(line)}" for line in parts_lines(verdict)]
     return [*lines, *(f"- note: {_plain(note)}" for note in verdict.notes), f"- loss: {_plain(verdict.loss_label)}",
+            *([f"- long prompts: {_plain(verdict.long_label)}"] if verdict.approximated else []),
             f"- compared: {', '.join(verdict.compared) or 'nothing'}", ""]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..compare.case_verdict import CaseVerdict, KindVerdict
 from ..compare.error_trace import Surroundings, share
 from ..compare.verdict import Verdict
-from . import plots
+from . import long_report, plots
 from .console import parts_lines
 from .outcome import Outcome, environment
 
@@ -27,11 +27,16 @@ def page(outcome: Outcome) -> str:
     jinja.filters["name"] = lambda path: Path(path).name
     return jinja.get_template(TEMPLATE).render(
         outcome=outcome, verdicts=[_verdict(verdict) for verdict in outcome.verdicts], environment=environment(),
+        long_style=Markup(long_report.PLOT_STYLE),
         plots={"layers": lambda case: Markup(plots.layers(case)), "steps": lambda case: Markup(plots.steps(case))})
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
-    return {"facts": verdict, "parts": parts_lines(verdict), "cases": [_case(case) for case in verdict.cases]}
+    from markupsafe import Markup
+
+    long = None if verdict.long is None else Markup(long_report.sections(verdict.long))
+    return {"facts": verdict, "parts": parts_lines(verdict), "cases": [_case(case) for case in verdict.cases],
+            "long": long}
 
 
 def _case(case: CaseVerdict) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from typing_extensions import TypeAliasType, TypedDict
 
 from ..compare.case_verdict import CaseVerdict, KindVerdict
+from ..compare.long_quality import LengthQuality, LongQuality
 from ..compare.loss import Loss
 from ..compare.verdict import LOSS_PROPERTIES, SCHEMA_VERSION, Verdict
 from ..spec import Limits, OneOf
@@ -51,7 +52,8 @@ class Run(TypedDict):
 PROPERTIES: dict[type, tuple[str, ...]] = {
     KindVerdict: ("passed",), CaseVerdict: ("passed", "first"), Loss: LOSS_PROPERTIES,
     Verdict: ("passed", "exit_code", "compared", "max_abs_logits", "max_abs_logits_eager", "first", "loss_label",
-              "export_exact", "as_shipped")}
+              "export_exact", "as_shipped", "long_label"),
+    LongQuality: ("failures", "passed"), LengthQuality: ("loss", "perplexity", "exact_perplexity", "copy_score")}
 """properties that `Verdict.to_dict` writes beside the fields"""
 LIMITS: dict[tuple[type, str], Any] = {(CaseVerdict, "kinds"): Limits(min_length=1),
                                        (Verdict, "exit_code"): OneOf(0, 1)}

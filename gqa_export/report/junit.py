@@ -1,4 +1,4 @@
-"""`--junit`: a test suite per bundle, a test per case and kind of output, one for the loss if it was measured, one for
+"""`--junit`: a test suite per bundle, a test per case and kind of output, one for each loss that was measured, one for
 the baseline. A run without a verdict is an <error>, also where this machine could not check (exit 3): a skipped test
 would be read as green. For the same reason a loss that was not measured is a property, not a test."""
 
@@ -13,6 +13,7 @@ from ..compare.case_verdict import CaseVerdict, KindVerdict
 from ..compare.verdict import Verdict
 from .baseline import key_of
 from .console import parts_lines
+from .long_report import tests as long_tests
 from .outcome import Outcome, environment
 
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -44,7 +45,9 @@ def _suite(verdict: Verdict, outcome: Outcome) -> Element:
     facts = {"against": verdict.against, "target": verdict.target, "dtype": verdict.dtype, "provider": verdict.provider,
              "checked_dtype": verdict.checked_dtype, "reference_dtype": verdict.reference_dtype, "cache": verdict.cache,
              "capacity": verdict.capacity, "compared": ", ".join(verdict.compared),
-             "loss": verdict.loss_label, **dict(line.split(": ", 1) for line in parts_lines(verdict)),
+             "loss": verdict.loss_label,
+             **({"long prompts": verdict.long_label} if verdict.approximated else {}),
+             **dict(line.split(": ", 1) for line in parts_lines(verdict)),
              **verdict.versions, **environment()}
     for name, value in facts.items():
         SubElement(properties, "property", name=name, value=_clean(str(value)))
@@ -56,6 +59,11 @@ def _suite(verdict: Verdict, outcome: Outcome) -> Element:
         if not verdict.loss.passed:
             SubElement(test, "failure", type="loss", message=_clean(verdict.loss.failure)).text = _clean(
                 verdict.loss_label)
+    for group, name, each, failure in long_tests(verdict.long) if verdict.long is not None else ():
+        test = SubElement(suite, "testcase", classname=f"gqa_export.validate.{group}", name=name,
+                          time=f"{each.seconds:.3f}")
+        if failure:
+            SubElement(test, "failure", type="loss", message=_clean(failure)).text = _clean(verdict.long_label)
     drifts = [drift for drift in outcome.drifts if drift.bundle == key_of(verdict)]
     for drift in drifts:
         test = SubElement(suite, "testcase", classname=f"gqa_export.baseline.{drift.case}", name="drift", time="0")

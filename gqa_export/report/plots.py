@@ -45,7 +45,7 @@ def layers(case: CaseVerdict) -> str:
 def steps(case: CaseVerdict) -> str:
     """Error of every step, by kind of output; "" where the case has none."""
     series = []
-    for kind in ("keys", "values", "states", "logits"):
+    for kind in ("keys", "values", "states", "hidden states", "logits"):
         found = [(step.step, step.shares[kind], step.phase) for step in case.trail if kind in step.shares]
         if found:
             titles = tuple(f"step {x} ({phase}), {kind}: {y:.3g} of what is allowed" for x, y, phase in found)

@@ -37,32 +37,39 @@ def check_feed(input_ids: np.ndarray, new_lengths: np.ndarray | None, lengths: n
     if not np.issubdtype(ids.dtype, np.integer):
         raise GqaExportError(f"input_ids is {ids.dtype}, expected whole numbers", "input_ids", "pass int64 token ids",
                              code="E-RUN-TYPE")
-    new = np.full(batch, ids.shape[1]) if new_lengths is None else np.asarray(new_lengths)
-    if new.shape != (batch,) or not np.issubdtype(new.dtype, np.integer):
-        raise GqaExportError(f"new_lengths is {new.dtype} {list(new.shape)}, expected whole numbers [{batch}]",
-                             "new_lengths", "pass one count per sequence; of a tokenizer's attention mask that is "
-                             'mask.sum(axis=1), if the tokenizer pads on the right: padding_side="right"',
-                             code="E-RUN-LENGTHS")
-    if new.min() < 0 or new.max() > ids.shape[1]:
-        raise GqaExportError(f"new_lengths {new.tolist()} is not within 0..{ids.shape[1]}", "new_lengths",
-                             "count the real tokens of each row of input_ids", code="E-RUN-LENGTHS")
+    new = np.full(batch, ids.shape[1]) if new_lengths is None else _counts(new_lengths, batch, ids.shape[1])
     ids, new = ids.astype(np.int64), new.astype(np.int64)
-    real = np.arange(ids.shape[1])[None] < new[:, None]
-    wrong = real & ((ids < 0) | (ids >= vocabulary))
-    if wrong.any():
-        row, column = (int(i) for i in np.argwhere(wrong)[0])
-        raise GqaExportError(f"token id {ids[row, column]} is outside the vocabulary of {vocabulary}",
-                             f"sequence {row}, new token {column}",
-                             "use the tokenizer of this model; ids start at 0", code="E-RUN-VOCABULARY")
-    over = lengths + new > capacity
-    if over.any():
-        row = int(np.argmax(over))
+    real = None if new_lengths is None else np.arange(ids.shape[1])[None] < new[:, None]
+    if real is not None or ids.min() < 0 or ids.max() >= vocabulary:
+        wrong = (ids < 0) | (ids >= vocabulary)
+        wrong = wrong if real is None else wrong & real
+        if wrong.any():
+            row, column = (int(i) for i in np.argwhere(wrong)[0])
+            raise GqaExportError(f"token id {ids[row, column]} is outside the vocabulary of {vocabulary}",
+                                 f"sequence {row}, new token {column}",
+                                 "use the tokenizer of this model; ids start at 0", code="E-RUN-VOCABULARY")
+    if (lengths + new).max() > capacity:
+        row = int(np.argmax(lengths + new > capacity))
         raise GqaExportError(
             f"the cache holds {capacity} tokens, and sequence {row} would have {int(lengths[row] + new[row])}",
             f"sequence {row}: {int(lengths[row])} tokens in the cache, {int(new[row])} new",
             f"shorten the prompt, or export with --capacity {int((lengths + new).max())} or more",
             code="E-RUN-CAPACITY")
-    return np.where(real, ids, 0), new
+    return ids if real is None else np.where(real, ids, 0), new
+
+
+def _counts(new_lengths: np.ndarray, batch: int, sequence: int) -> np.ndarray:
+    """The new lengths, as whole numbers within 0 .. sequence."""
+    new = np.asarray(new_lengths)
+    if new.shape != (batch,) or not np.issubdtype(new.dtype, np.integer):
+        raise GqaExportError(f"new_lengths is {new.dtype} {list(new.shape)}, expected whole numbers [{batch}]",
+                             "new_lengths", "pass one count per sequence; of a tokenizer's attention mask that is "
+                             'mask.sum(axis=1), if the tokenizer pads on the right: padding_side="right"',
+                             code="E-RUN-LENGTHS")
+    if new.min() < 0 or new.max() > sequence:
+        raise GqaExportError(f"new_lengths {new.tolist()} is not within 0..{sequence}", "new_lengths",
+                             "count the real tokens of each row of input_ids", code="E-RUN-LENGTHS")
+    return new
 
 
 def attention_mask(lengths: np.ndarray, new: np.ndarray, past: int, sequence: int, *,
@@ -71,6 +78,8 @@ def attention_mask(lengths: np.ndarray, new: np.ndarray, past: int, sequence: in
     whole_row: all of a row's ones first, as onnxruntime-genai's Engine sends them to targets that take both."""
     if whole_row:
         return (np.arange(past + sequence)[None] < (lengths + new)[:, None]).astype(np.int64)
+    if min(lengths.tolist()) == past and min(new.tolist()) == sequence:
+        return np.ones((len(lengths), past + sequence), np.int64)
     columns = np.arange(past)[None] < lengths[:, None]
     return np.concatenate([columns, np.arange(sequence)[None] < new[:, None]], axis=1).astype(np.int64)
 
@@ -92,13 +101,14 @@ def must_run_alone(lengths: np.ndarray, new: np.ndarray, sequence: int, *, capac
     capacity: C of a static cache, None for a growing one: padding that reaches past the end of a static buffer
     would be written there. chunks_alone, empty_alone: what the target's attention cannot do at batch > 1.
     """
-    if (new == 0).all():
+    held, fed = lengths.tolist(), new.tolist()  # of so few numbers numpy would take longer
+    if not any(fed):
         return True
-    if capacity is not None and (lengths + sequence > capacity).any():
+    if capacity is not None and max(held) + sequence > capacity:
         return True
-    if empty_alone and (new == 0).any():
+    if empty_alone and 0 in fed:
         return True
-    return chunks_alone and len(lengths) > 1 and sequence > 1 and bool((lengths > 0).any())
+    return chunks_alone and len(held) > 1 and sequence > 1 and any(held)
 
 
 def written_rows(present_BKTD: np.ndarray, lengths: np.ndarray, new: np.ndarray, sequence: int) -> np.ndarray:

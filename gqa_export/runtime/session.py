@@ -20,12 +20,15 @@ class Step:
     logits: [B, S, V] (or [B, 1, V] when the bundle was exported with `--logits last`), fp32 or fp64.
     keys, values: per layer [B, K, S, D] and [B, K, S, E], only the rows written by this step; None if not asked for.
     states: every state of fixed size after the step, [B, *shape], in the order of `spec.states`; None likewise.
+    hidden: the last hidden states [B, S, X], after the final norm, fp32 or fp64; None where the bundle does not give
+    them (`--hidden-states`).
     """
 
     logits: np.ndarray
     keys: tuple[np.ndarray, ...] | None = None
     values: tuple[np.ndarray, ...] | None = None
     states: tuple[np.ndarray, ...] | None = None
+    hidden: np.ndarray | None = None
 
 
 class Session(Protocol):

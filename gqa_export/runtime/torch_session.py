@@ -36,11 +36,12 @@ class TorchSession(RowSlots):
     torch dtype. fp64 means fp64 throughout: transformers computes norms and softmax in fp32 by explicit casts, and
     those are widened too; only the rotary angles stay as the model defines them, in fp32.
     spec: what `session.spec` answers; not needed to run. kv: how the cache is quantized, None: it is not. tie: see
-    `gqa_export.runtime.quantized_cache`.
+    `gqa_export.runtime.quantized_cache`. hidden: steps give the last hidden states too, as transformers gives them.
     """
 
     def __init__(self, model: torch.nn.Module, capacity: int, dtype: str | torch.dtype = "fp32", *,
-                 spec: ModelSpec | None = None, kv: KvCache | None = None, tie: float = TIE) -> None:
+                 spec: ModelSpec | None = None, kv: KvCache | None = None, tie: float = TIE,
+                 hidden: bool = False) -> None:
         wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
         if any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
             model = copy.deepcopy(model).to(wanted)
@@ -51,7 +52,7 @@ class TorchSession(RowSlots):
         self.vocabulary = int(loose.get_input_embeddings().weight.shape[0])
         self._modes: tuple[TorchFunctionMode, ...] = (_Widen(model),) if wanted is torch.float64 else ()
         self._states = observed_states(self.model.config)
-        self._kv, self._tie = kv, tie
+        self._kv, self._tie, self._hidden = kv, tie, hidden
         self._followed: tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]] | None = None
         self.reset(1)
 
@@ -105,7 +106,7 @@ class TorchSession(RowSlots):
     def step(self, input_ids: np.ndarray, new_lengths: np.ndarray | None = None, *, want_cache: bool = False) -> Step:
         """See `Session.step`. Logits are fp64 for an fp64 session and fp32 otherwise."""
         ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.vocabulary)
-        before, rows = self._lengths, []
+        before, rows = self._lengths, list[tuple[np.ndarray, ...] | None]()
         followed, self._followed = self._followed, None
         for b, count in enumerate(new.tolist()):
             if followed is not None:
@@ -113,18 +114,28 @@ class TorchSession(RowSlots):
             pieces = kept_states(self._states, int(before[b]), count)
             answers = [self._row(ids[b: b + 1, start: stop], self._caches[b], int(before[b]) + start)
                        for start, stop in pieces]
-            rows.append(np.concatenate(answers) if answers else None)
+            rows.append(tuple(map(np.concatenate, zip(*answers))) if answers else None)
         self._lengths = before + new
-        logits = np.zeros((*ids.shape, next((r.shape[-1] for r in rows if r is not None), self.vocabulary)),
-                          dtype=np.float64 if self.dtype is torch.float64 else np.float32)
-        for b, row in enumerate(rows):
-            if row is not None:
-                logits[b, : len(row)] = row
+        sizes = [self.vocabulary, *([self.model.config.get_text_config().hidden_size] if self._hidden else [])]
+        logits, *more = [self._joined(ids.shape, place, size, rows) for place, size in enumerate(sizes)]
+        hidden = more[0] if more else None
         if not want_cache:
-            return Step(logits)
+            return Step(logits, hidden=hidden)
         pairs = self.cache()
         return Step(logits, tuple(written_rows(key, before, new, ids.shape[1]) for key, _ in pairs),
-                    tuple(written_rows(value, before, new, ids.shape[1]) for _, value in pairs), tuple(self.states()))
+                    tuple(written_rows(value, before, new, ids.shape[1]) for _, value in pairs), tuple(self.states()),
+                    hidden)
+
+    def _joined(self, shape: tuple[int, ...], place: int, size: int,
+                rows: list[tuple[np.ndarray, ...] | None]) -> np.ndarray:
+        """Answer number `place` of every row as one array [batch, new, size]; zeros for a row without one."""
+        found = [None if row is None else row[place] for row in rows]
+        size = next((row.shape[-1] for row in found if row is not None), size)
+        whole = np.zeros((*shape, size), dtype=np.float64 if self.dtype is torch.float64 else np.float32)
+        for b, row in enumerate(found):
+            if row is not None:
+                whole[b, : len(row)] = row
+        return whole
 
     def follow(self, keys: tuple[np.ndarray, ...], values: tuple[np.ndarray, ...]) -> None:
         """Let the next step take the codes of these new keys and values [B, K, S, D], one array for each layer, where
@@ -158,7 +169,8 @@ class TorchSession(RowSlots):
             layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
         self._caches[destination] = cache
 
-    def _row(self, ids: np.ndarray, cache: Any, past: int) -> np.ndarray:
+    def _row(self, ids: np.ndarray, cache: Any, past: int) -> tuple[np.ndarray, ...]:
+        """Logits [S, V] and, if wanted, hidden states [S, X] of one row."""
         previous = self.model.config._attn_implementation
         if previous != "eager":
             self.model.set_attn_implementation("eager")
@@ -169,7 +181,10 @@ class TorchSession(RowSlots):
                     args["position_ids"] = torch.arange(past, past + ids.shape[1])[None]
                 for mode in self._modes:
                     modes.enter_context(mode)
-                return _numpy(self.model(**args).logits[0])
+                if not self._hidden:
+                    return (_numpy(self.model(**args).logits[0]),)
+                answer = self.model(**args, output_hidden_states=True)
+                return _numpy(answer.logits[0]), _numpy(answer.hidden_states[-1][0])
         finally:
             if previous != "eager":
                 self.model.set_attn_implementation(previous)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str = "all", interface: str = "mask",
           stamping: bool = True, inspect: Callable[[Any], None] | None = None,
-          accept: Callable[[ModelSpec], None] | None = None) -> Traced:
+          accept: Callable[[ModelSpec], None] | None = None, hidden: bool = False) -> Traced:
     """Trace a transformers config into the canonical ONNX model; weights appear by name only.
 
     The form of the graph is described in `capture.canonical`.
@@ -31,6 +31,7 @@ def trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str = "
         stamping: trace two layers of each kind and repeat them, where that can be proved; False traces all layers.
         inspect: called with the weightless module before anything is traced, to refuse it.
         accept: called with the facts of its layers, likewise.
+        hidden: the last hidden states are an output too.
 
     Raises:
         UnsupportedModel: a layer, a mask, a rotary type or an argument of attention cannot be represented, or the
@@ -40,11 +41,12 @@ def trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str = "
 
     with registry.applied(config):
         return _trace(config, dtype=dtype, cache=cache, capacity=capacity, logits=logits, interface=interface,
-                      stamping=stamping, inspect=inspect, accept=accept)
+                      stamping=stamping, inspect=inspect, accept=accept, hidden=hidden)
 
 
 def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, interface: str, stamping: bool,
-           inspect: Callable[[Any], None] | None, accept: Callable[[ModelSpec], None] | None) -> Traced:
+           inspect: Callable[[Any], None] | None, accept: Callable[[ModelSpec], None] | None,
+           hidden: bool) -> Traced:
     import torch
 
     from . import attention_hook, skeleton
@@ -82,7 +84,8 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
                 continue
         part = replace(spec, layers=tuple(layer for layer in spec.layers if layer.layer in stack.traced),
                        states=tuple(state for state in spec.states if state.layer in stack.traced)) if stack else spec
-        decoder = decoder_module.Decoder(model, part, cache=cache, logits=logits, interface=interface)
+        decoder = decoder_module.Decoder(model, part, cache=cache, logits=logits, interface=interface,
+                                         hidden=hidden)
         program, slow_because = export.export_decoder(decoder, part, torch_dtype, capacity)
         names = {f"model.{key}" for key in model.state_dict(keep_vars=True)}
         weights = simplify.detach_weights(program, names.__contains__)
@@ -100,7 +103,7 @@ def _trace(config: Any, *, dtype: str, cache: str, capacity: int, logits: str, i
     canonical.name_nodes(program)
     simplify.merge_common(program)
     proto = canonical.to_proto(program, weights, spec, cache=cache, logits=logits, interface=interface,
-                               prefix="model.")
+                               prefix="model.", hidden=hidden)
     refuse_mixing(proto)
     return Traced(proto, spec, len(stack.traced) if stack else spec.depth, whole_because, regime.name,
                   skeleton.tied(model), skeleton.converts(model), capacity, slow_because)

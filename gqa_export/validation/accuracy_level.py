@@ -11,21 +11,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
 from ..bundle.graph_file import read_graph
 from ..bundle.manifest import Manifest
+from ..checkpoint.quantized.parameters import parameters_of
 from ..graph_io import EXACT_PRODUCTS
+from ..quantized.facts import Form, dequantize_form, facts_of, nbits_form
+from ..quantized.packing import Packer
 from ..runtime.ort.loading import session_config
+from ..targets import get_target
 from .stand_in import stand_in
 
 if TYPE_CHECKING:
     import onnx
 
+    from ..checkpoint.checkpoint import Checkpoint
+    from ..quantized.matrix import QuantizedMatrix
+    from ..targets import Target
+
+KEEP = "keep"
 PRODUCT, LEVEL, ROUNDED = "MatMulNBits", "accuracy_level", 4
 LARGEST = 127.0
 """a block is rounded to multiples of its largest absolute value / LARGEST"""
@@ -77,28 +88,80 @@ def _dequantizes(graph: onnx.GraphProto) -> bool:
     return any(node.op_type == "MatMul" and node.input[1] in made for node in graph.node)
 
 
-def rounded_blocks(manifest: Manifest, model: Any) -> dict[int, int]:
-    """id of a parameter -> columns of a block, of every weight whose product rounds its input, as the manifest has
-    it."""
-    found = {}
+@dataclass(frozen=True, eq=False)
+class RoundedInput:
+    """How the product of a weight rounds its input in a bundle.
+
+    Attributes:
+        block: columns of a block, in the order of the codes.
+        scale: `[K]`, what the input is multiplied by first. None: it is not.
+        order: `[K]`: column j of the codes is column `order[j]` of the weight. None: they are in order.
+        shift: `[N, blocks]`, what is added for each block besides the symmetric codes, times the sum of the block's
+            inputs, which are not rounded for it. None: nothing is.
+    """
+
+    block: int
+    scale: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+    def product(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What torch.nn.functional.linear (`func`) is by this rule."""
+        values = args[0]
+        seen = values if self.scale is None else values * self.scale.to(values.dtype)
+        seen = seen if self.order is None else seen[..., self.order]
+        near = rounded(seen, self.block)
+        back = near if self.order is None else torch.empty_like(near).index_copy_(-1, self.order, near)
+        back = back if self.scale is None else back / self.scale.to(values.dtype)
+        found = func(back, *args[1:], **(kwargs or {}))
+        if self.shift is None:
+            return found
+        lost = torch.nn.functional.pad(seen - near, (0, -seen.shape[-1] % self.block))
+        return found + lost.unflatten(-1, (-1, self.block)).sum(-1) @ self.shift.to(values.dtype).T
+
+
+def rounded_inputs(manifest: Manifest, checkpoint: Checkpoint, model: Any) -> dict[int, RoundedInput]:
+    """id of a parameter -> how its product rounds its input, of every weight whose product does. The manifest tells
+    which do; how their codes are held is read from the checkpoint."""
+    found: dict[int, RoundedInput] = {}
     quantization = manifest.quantization
-    for weight in quantization.weights if quantization is not None and quantization.activations == "int8" else ():
+    if quantization is None or quantization.activations != "int8":
+        return found
+    names = {name for name, _ in model.named_parameters()}
+    kept = parameters_of(checkpoint, names)[0] if quantization.method == KEEP else {}
+    for weight in quantization.weights:
         if weight.block and {PRODUCT, "DequantizeLinear"} & {name.strip() for name in weight.operator.split(",")}:
-            found[id(model.get_parameter(weight.name))] = weight.block
+            matrix = kept.get(weight.name)
+            found[id(model.get_parameter(weight.name))] = RoundedInput(weight.block) if matrix is None else \
+                _input_of(matrix, weight.block, get_target(manifest.target))
     return found
+
+
+def _input_of(matrix: QuantizedMatrix, block: int, target: Target) -> RoundedInput:
+    facts = facts_of(matrix)
+    form = nbits_form(facts) if target.nbits else \
+        dequantize_form(facts, zeros=target.zero_points, blocks=target.quantized_blocks, columns_first=False)
+    order, scale = (None if values is None else torch.from_numpy(np.array(values))
+                    for values in (matrix.column_order, matrix.column_scale))
+    shift = None
+    if isinstance(form, Form) and form.shift:
+        packer = Packer(matrix, replace(form, half=False))
+        shift = torch.from_numpy(np.concatenate([packer.pack(matrix.stripe(*rows), "shift")
+                                                 for rows in matrix.stripes()]))
+    return RoundedInput(block, scale, None if order is None else order.long(), shift)
 
 
 class RoundInputs(TorchFunctionMode):
     """Inside, the input of a linear layer is rounded to int8 in every row and block of K, as level 4 does it: the
-    baseline of a bundle that rounds. blocks: `rounded_blocks`. Every value stays of its own type."""
+    baseline of a bundle that rounds. inputs: `rounded_inputs`. Every value stays of its own type."""
 
-    def __init__(self, blocks: Mapping[int, int]) -> None:
+    def __init__(self, inputs: Mapping[int, RoundedInput]) -> None:
         super().__init__()
-        self._blocks = blocks
+        self._inputs = inputs
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear and id(args[1]) in self._blocks:
-            args = (rounded(args[0], self._blocks[id(args[1])]), *args[1:])
+        if func is torch.nn.functional.linear and id(args[1]) in self._inputs:
+            return self._inputs[id(args[1])].product(func, args, kwargs)
         return func(*args, **(kwargs or {}))
 
 

@@ -29,15 +29,16 @@ TYPE_ATTRIBUTES = ("to", "dtype", "softmax_precision")
 """integer attributes of standard ops that name a tensor type"""
 
 
-def write_twin(bundle: Path, folder: Path) -> Manifest:
+def write_twin(bundle: Path, folder: Path, name: str = MODEL) -> Manifest:
     """Write the fp32 twin of a bundle.
 
     Args:
         bundle: folder of an fp16 or bf16 bundle.
         folder: an empty folder to write into.
+        name: which of the bundle's graphs; the twin holds that one alone.
 
     Returns:
-        The twin's manifest.
+        The twin's manifest, which names a graph for long prompts only if that is the one.
 
     Raises:
         InvalidBundle: the weights are cut short or lie outside the bundle.
@@ -53,7 +54,7 @@ def write_twin(bundle: Path, folder: Path) -> Manifest:
     if shutil.disk_usage(folder).free < needed:
         raise NotCheckedHere(f"the fp32 twin needs {needed / 1e9:.1f} GB of temporary space", str(folder),
                              "set TMPDIR to a folder with more room", code="E-VALIDATE-SPACE")
-    model = read_graph(bundle)
+    model = read_graph(bundle / name)
     data = HashingFile(folder / DATA)
     try:
         for tensor in _initializers(model):
@@ -71,9 +72,9 @@ def write_twin(bundle: Path, folder: Path) -> Manifest:
     for nodes in (*(graph.node for graph in graphs), *(function.node for function in model.functions)):
         for node in nodes:
             _widen_attributes(node, low, bundle)
-    onnx.save(model, str(folder / MODEL))
-    twin = replace(manifest, dtype="float32", inputs=_wide(manifest.inputs), outputs=_wide(manifest.outputs),
-                   files={DATA: fact})
+    onnx.save(model, str(folder / name))
+    twin = replace(manifest, dtype="float32", long=manifest.long if name != MODEL else None,
+                   inputs=_wide(manifest.inputs), outputs=_wide(manifest.outputs), files={DATA: fact})
     (folder / MANIFEST).write_text(twin.to_json(), encoding="utf-8")
     return twin
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..bundle.manifest import Manifest
 from ..errors import GqaExportError
-from ..graph_io import LOGITS, past_names, past_state, present_names, present_state
+from ..graph_io import HIDDEN_STATES, LOGITS, past_names, past_state, present_names, present_state
 from ..runtime.feeds import step_feed
 from ..runtime.ort.backend import numpy_dtype
 from ..runtime.session import Session
@@ -64,8 +64,11 @@ def write_files(folder: Path, reference: Session, manifest: Manifest, seed: int 
         for count in counts:
             ids = random.integers(0, manifest.spec.vocabulary, (rows, count))
             feed, lengths = _feed(reference, manifest, ids, dtype), reference.lengths + count
-            logits = reference.step(ids).logits
+            step = reference.step(ids)
+            logits = step.logits
             outputs = OrderedDict({LOGITS: (logits[:, -1:] if manifest.logits == "last" else logits).astype(dtype)})
+            if step.hidden is not None:
+                outputs[HIDDEN_STATES] = step.hidden.astype(dtype)
             for layer, pair in zip(manifest.spec.layers, reference.cache(), strict=True):
                 for name, array in zip(present_names(layer.layer), pair):
                     outputs[name] = _cache(array, int(lengths[0]), manifest, dtype)

@@ -6,6 +6,8 @@ bundle's folder. Dimensions as in `gqa_export.long_attention_op`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 from ..bundle.graph_file import read_graph
 from ..bundle.long_facts import PREFILL
 from ..bundle.manifest import Manifest
+from ..files.scratch import scratch_folder
 from ..graph_io import LOGITS, past_names, past_state, present_names, present_state
 from ..runtime.feeds import step_feed
 from ..runtime.ort.backend import numpy_dtype
@@ -31,15 +34,30 @@ class LongStep:
     selections: dict[int, np.ndarray]
 
 
+@contextmanager
+def long_graph_as_run(folder: Path, manifest: Manifest, dtype: str) -> Iterator[tuple[Path, Manifest]]:
+    """The folder and manifest whose graph for long prompts is run: the bundle's own, or of its fp32 twin."""
+    if dtype == manifest.dtype:
+        yield folder, manifest
+        return
+    from .fp32_twin import write_twin
+
+    with scratch_folder("twin") as place:
+        yield place, write_twin(folder, place, PREFILL)
+
+
 class LongGraph:
     """`prefill.onnx` of a bundle, with a cache that grows from call to call."""
 
     def __init__(self, folder: Path, manifest: Manifest, provider: str, threads: int = 0) -> None:
         from ..lowering.long_calls import SELECTION, expose_selections
+        from ..lowering.tensorrt.interpret import interpret
 
         ort = import_onnxruntime()
         self.manifest, self._static = manifest, manifest.cache == "static"
         model = read_graph(folder / PREFILL)
+        if get_target(manifest.target).engine:
+            interpret(model)
         made = set(expose_selections(model))
         assert manifest.long is not None
         self._selections = {layer: SELECTION.format(layer) for layer in manifest.long.plan.layers

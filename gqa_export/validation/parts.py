@@ -15,7 +15,7 @@ from ..compare.judge import judge
 from ..graph_io import EXACT_PRODUCTS
 from ..progress import Progress
 from ..runtime.session import Session
-from .accuracy_level import RoundInputs, at_level_zero, rounded_blocks
+from .accuracy_level import RoundInputs, at_level_zero, rounded_inputs
 from .overflow import overflow_words
 from .reference import Reference
 from .run_cases import run_cases
@@ -56,13 +56,22 @@ class Comparison:
         if eager is None:
             self.notes.append("not compared as shipped: there is no room for PyTorch in the bundle's number format")
             return ()
-        blocks = rounded_blocks(self.manifest, eager.model)
-        self.notes.append(f"as shipped, the inputs of {len(blocks)} matrices are rounded to int8 (accuracy level 4); "
+        inputs = rounded_inputs(self.manifest, self.known.checkpoint, eager.model)
+        self.notes.append(f"as shipped, the inputs of {len(inputs)} matrices are rounded to int8 (accuracy level 4); "
                           "the baseline is PyTorch with the same inputs rounded by the same rule")
-        with eager.under(RoundInputs(blocks), "rounded") if blocks else nullcontext():
+        with eager.under(RoundInputs(inputs), "rounded") if inputs else nullcontext():
             logs = run_cases(self.sessions(session, fill_garbage, follow=False), self.plan, last_only=self.last_only,
                              report=self.report, dtype=self.dtype, part=SHIPPED, notes=self.notes)
-        return tuple(judge(log, self.dtype, SHIPPED) for log in logs)
+        verdicts = tuple(judge(log, self.dtype, SHIPPED) for log in logs)
+        self.notes.extend(_dominated(verdicts))
+        return verdicts
+
+
+def _dominated(verdicts: tuple[CaseVerdict, ...]) -> list[str]:
+    """A line for every case whose logits the rounding of activations moves so far that nothing finer can be told."""
+    return [f"{case.name}: int8 inputs alone move PyTorch's logits by up to {case.logits.same_dtype_baseline:.2g}; the "
+            f"bundle's are off by {case.logits.max_abs:.2g}. --activations exact avoids both"
+            for case in verdicts if case.logits.basis == "activations"]
 
 
 def exact_session(stack: ExitStack, folder: Path, manifest: Manifest, provider: str, notes: list[str],

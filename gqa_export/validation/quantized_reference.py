@@ -50,7 +50,7 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
         importance = read_importance(folder)
     elif quantization.calibration:
         importance = _importance(checkpoint, quantization, text)
-    parameters = dict(load_model(checkpoint, "float32").named_parameters())
+    parameters = dict(load_model(checkpoint, "float32").named_parameters(remove_duplicate=False))
     found = {}
     for weight in quantization.weights:
         if weight.operator == PLAIN:

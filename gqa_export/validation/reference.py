@@ -32,13 +32,14 @@ class Reference:
 
     session: PyTorch in fp64, the reference (fp32 where fp64 does not fit). eager: PyTorch in the number format that is
     run, the same-dtype baseline; None where there is no room. dtype: of `session`. model: the module. shown: see
-    `observed_facts`. digest: of the checkpoint, see `model_digest`."""
+    `observed_facts`. checkpoint: that was opened. digest: of it, see `model_digest`."""
 
     session: Session
     eager: Session | None
     dtype: str
     model: Any
     shown: dict[str, object]
+    checkpoint: Checkpoint
     digest: str = ""
     plain: bool = True
     """neither its cache nor its weights were quantized to be what the bundle is meant to hold"""
@@ -93,7 +94,7 @@ def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dty
     models: list[Any] = [session, *([eager] if eager is not None else [])]
     put_quantized((one.model for one in models), matrices)
     return Reference(session, eager, dtype, session.model, observed_facts(session, str(against)),
-                     model_digest(checkpoint), plain=manifest.kv_cache is None and not matrices)
+                     checkpoint, model_digest(checkpoint), plain=manifest.kv_cache is None and not matrices)
 
 
 def with_ranks(known: Reference, parallel: ParallelFacts) -> Reference:

@@ -3,7 +3,8 @@
 The Comparator copies every output of every step, so a runner keeps its cache inside and shows the logits and the
 rows that the step wrote; the whole cache only at the end, when the feed's third flag is set. Outputs, in the order of
 computation: layer.{i}.key [B, K, S, D], layer.{i}.value [B, K, S, E], the states of fixed size as they are after the
-step, layer.{i}.conv_state [B, C, 1, K-1], layer.{i}.recurrent_state [B, heads * key size, 1, value size], logits
+step, layer.{i}.conv_state [B, C, 1, K-1], layer.{i}.recurrent_state [B, heads * key size, 1, value size],
+hidden_states [B, S, X] where the bundle gives them, logits
 [B, S, V] (or [B, 1, V], the last valid token),
 fed int64 [B, S] (the tokens fed), and at the end cache.{i}.key|value [B, K, longest, D|E]. What belongs to no
 token is zero.
@@ -25,7 +26,7 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
 from ..bundle.manifest import Manifest
-from ..graph_io import ATTENTION_MASK, INPUT_IDS, NEW_LENGTHS, PAST_LENGTHS, past_names
+from ..graph_io import ATTENTION_MASK, HIDDEN_STATES, INPUT_IDS, NEW_LENGTHS, PAST_LENGTHS, past_names
 from ..runtime.ort.backend import Infer
 from ..runtime.ort.loading import open_session
 from ..runtime.session import Session, Step
@@ -91,6 +92,8 @@ class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
             outputs[f"layer.{layer.layer}.value"] = _blank(values[number], counts, 2)
         for state, array in zip(self._session.spec.states, step.states or ()):
             outputs[f"layer.{state.layer}.{state.name}"] = array.reshape(len(array), -1, 1, state.shape[-1])
+        if step.hidden is not None:
+            outputs[HIDDEN_STATES] = _blank(step.hidden, counts, 1, every=True)
         logits = _blank(step.logits, counts, 1)
         last = logits[np.arange(len(ids)), np.maximum(counts - 1, 0)] if logits.shape[1] > 1 else logits[:, 0]
         self._own = np.where(counts > 0, last.argmax(-1), self._own)
@@ -117,7 +120,9 @@ class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
         layers = range(len(steps[0].keys or ()))
         keys, values = (tuple(np.concatenate([(getattr(step, kind) or ())[i] for step in steps], axis=2)
                               for i in layers) for kind in ("keys", "values"))
-        return Step(np.concatenate([step.logits for step in steps], axis=1), keys, values, steps[-1].states)
+        hidden = [step.hidden for step in steps if step.hidden is not None]
+        return Step(np.concatenate([step.logits for step in steps], axis=1), keys, values, steps[-1].states,
+                    np.concatenate(hidden, axis=1) if hidden else None)
 
 
 @functools.cache
@@ -125,10 +130,11 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(2, thread_name_prefix="gqa-export-beside")
 
 
-def _blank(array: np.ndarray, counts_B: np.ndarray, axis: int) -> np.ndarray:
-    """Zero what lies at or past each row's count along `axis`; the array itself where there is nothing to zero."""
+def _blank(array: np.ndarray, counts_B: np.ndarray, axis: int, every: bool = False) -> np.ndarray:
+    """Zero what lies at or past each row's count along `axis`; the array itself where there is nothing to zero. every:
+    there is an entry for each token, never for the last alone."""
     width = array.shape[axis]
-    if width == 1 and axis == 1:
+    if width == 1 and axis == 1 and not every:
         keep = counts_B[:, None] > 0  # one row of logits belongs to the last valid token, whatever its number
     else:
         keep = np.arange(width) < counts_B[:, None]

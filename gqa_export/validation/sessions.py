@@ -15,6 +15,7 @@ from ..bundle.manifest import Manifest
 from ..checkpoint.load_model import load_model
 from ..compare.tolerance import EPSILON, FLOOR_ULPS
 from ..errors import GqaExportError, InvalidCheckpoint, NotCheckedHere
+from ..graph_io import HIDDEN_STATES
 from ..quantized.kv_codes import TIE, limits
 from ..runtime.session import Session
 
@@ -65,7 +66,9 @@ def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
     reference_dtype = "float64" if numbers * 16 <= room else "float32"
     kv = manifest.kv_cache
     tie = 0.0 if kv is None else max(TIE, limits(kv.bits)[1] * FLOOR_ULPS[ran_dtype] * EPSILON[ran_dtype])
-    reference = TorchSession(model, manifest.capacity, reference_dtype, spec=manifest.spec, kv=kv, tie=tie)
+    hidden = any(fact.name == HIDDEN_STATES for fact in manifest.outputs)
+    reference = TorchSession(model, manifest.capacity, reference_dtype, spec=manifest.spec, kv=kv, tie=tie,
+                             hidden=hidden)
     if reference_dtype == ran_dtype:
         notes.append(f"no room for PyTorch in fp64 ({numbers * 16 / 1e9:.0f} GB): the reference is fp32, and the "
                      "tolerance is assumed, not measured")
@@ -73,7 +76,7 @@ def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
     if ran_dtype != "float32":
         model = load_model(checkpoint, ran_dtype)
     return reference, TorchSession(model, manifest.capacity, ran_dtype, spec=manifest.spec, kv=kv,
-                                   tie=tie), reference_dtype
+                                   tie=tie, hidden=hidden), reference_dtype
 
 
 def is_large(manifest: Manifest) -> bool:

@@ -1,6 +1,7 @@
 """What a suite must know of a bundle and of the checkpoint behind it, gathered where neither can hide it.
 
-A window that an exporter lost is in no manifest; so the checkpoint's own configuration is read too.
+A window, or the size of chunks, that an exporter lost is in no manifest; so the checkpoint's own configuration is read
+too.
 """
 
 from __future__ import annotations
@@ -65,12 +66,17 @@ def _flat(*found: Any) -> list[int]:
 
 
 def _windows(config: dict[str, Any]) -> Iterator[int]:
-    """Whole numbers of a configuration, at any depth, whose name contains `window`."""
+    """Whole numbers of a configuration, at any depth, whose name contains `window`; of one that contains
+    `attention_chunk`, the ends of the first two chunks."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _windows(value)
-        elif isinstance(value, int) and not isinstance(value, bool) and "window" in name and "layer" not in name:
+        elif not isinstance(value, int) or isinstance(value, bool) or "layer" in name:
+            continue
+        elif "window" in name:
             yield value
+        elif "attention_chunk" in name:
+            yield from (value, 2 * value)
 
 
 def _original_positions(config: dict[str, Any]) -> int:

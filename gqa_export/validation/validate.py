@@ -14,7 +14,6 @@ from pathlib import Path
 
 from ..bundle.attention_claims import check_claims
 from ..bundle.integrity import check_belongs, check_files
-from ..bundle.long_facts import PREFILL
 from ..bundle.manifest import Manifest, read_manifest
 from ..checkpoint.checkpoint import Checkpoint
 from ..compare.suite import STEPS, plan_suite
@@ -25,6 +24,8 @@ from ..progress import Progress, silent
 from ..targets import get_target
 from .accuracy_level import rounds_activations
 from .long_cases import judge_long
+from .long_graph import long_graph_as_run
+from .long_loss import LongRequest, measure_long_loss, sequences_of
 from .loss import LossRequest, measure_loss
 from .parts import EXACT, Comparison, activations_of, exact_session
 from .ranks import held_here
@@ -34,13 +35,14 @@ from .sessions import bundle_session, choose_bundle_provider, load_engine, torch
 from .suite_setting import check_tokenizer, setting_of
 from .untrusted import logits_of_last_token, nan_tail_safe, takes_whole_row_masks
 
-NO_LOSS = LossRequest()
+NO_LOSS, NO_LONG = LossRequest(), LongRequest()
 
 
 def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str = "quick", steps: int = 0,
              text: Path | None = None, provider: str = "auto", as_dtype: str | None = None, full_hash: bool = False,
              check_hashes: bool = True, progress: Progress | None = None,
-             reference: Reference | None = None, loss: LossRequest = NO_LOSS) -> Verdict:
+             reference: Reference | None = None, loss: LossRequest = NO_LOSS,
+             long: LongRequest = NO_LONG) -> Verdict:
     """Compare a bundle with the checkpoint it was made from.
 
     Args:
@@ -57,6 +59,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         progress: called with what is done, how much, of how much.
         reference: the checkpoint `against`, already opened by `open_reference`.
         loss: which checkpoint the loss is measured against, on which text, and how much it may be.
+        long: on which text what approximate attention costs is measured, and how much that may be.
 
     Returns:
         The verdict, passed or not; a difference does not raise (`Verdict.check` does).
@@ -75,6 +78,8 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
     manifest = read_manifest(folder)
     unhashed = check_files(folder, manifest, full=full_hash, hashes=check_hashes)
     check_tokenizer(folder)
+    long.check(manifest, str(folder))
+    prompts, long_missing = sequences_of(long, manifest, folder)
     if manifest.engine is None:
         check_claims(folder, manifest)
     target, built, notes = get_target(manifest.target), manifest.engine, list[str]()
@@ -91,6 +96,12 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         check_belongs(manifest.spec, known.shown, f"{folder} against {against}")
         report("loading the bundle", None, None)
         setting = setting_of(manifest, folder, steps or STEPS.get(level, 32), text, known.model)
+        if manifest.long is not None and built:
+            leaf = manifest.long.plan.setting.leaf
+            setting.capacity = min(setting.capacity, leaf)
+            notes.append(f"no case is longer than the leaf of {leaf} tokens, up to which the engine is exact: beyond, "
+                         "what it reads is a choice of its own that an engine does not show. The graph that it was "
+                         "built from is compared with the choice handed over: validate that bundle")
         setting.nan_tail_safe = target.nan_tail_safe or (not built and nan_tail_safe(where))
         setting.whole_row_masks = target.whole_row_masks or (not built and takes_whole_row_masks(where))
         plan = plan_suite(setting, level)
@@ -110,12 +121,11 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
             cases += comparison.shipped(session, fill_garbage)
             cases += (judge_refusals(session, resizable=not setting.literal),)
             measured = measure_loss(loss, session, manifest, folder, known, notes, report)
-        if manifest.long is not None:
-            if ran_dtype == manifest.dtype:
-                judged = list(judge_long(folder, manifest, provider, known, ran_dtype, level, report))
-                cases, notes = (*cases, *(case for case, _ in judged)), [*notes, *(line for _, line in judged)]
-            else:
-                notes.append(f"{PREFILL} was not compared: it is {manifest.dtype}, and an fp32 twin was run")
+        if manifest.long is not None and not built:
+            place, shown = stack.enter_context(long_graph_as_run(folder, manifest, ran_dtype))
+            judged = list(judge_long(place, shown, provider, known, ran_dtype, level, report))
+            cases, notes = (*cases, *(case for case, _ in judged)), [*notes, *(line for _, line in judged)]
+        quality = measure_long_loss(long, prompts, manifest, known, ran_dtype, report)
     if check_hashes:
         notes += _hash_notes(manifest, unhashed)
     return Verdict(
@@ -124,7 +134,8 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         capacity=manifest.capacity, cases=cases, level=level,
         notes=(*plan.notes, *notes), versions=versions(), seconds=time.perf_counter() - began,
         identity=identity_of(manifest, known.digest), overflow=overflow, loss=measured,
-        activations=activations_of(manifest, rounds))
+        activations=activations_of(manifest, rounds), long=quality, long_missing=long_missing,
+        approximated="" if manifest.long is None else manifest.long.plan.setting.method)
 
 
 def _hash_notes(manifest: Manifest, unhashed: list[str]) -> list[str]:

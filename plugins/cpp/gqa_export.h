@@ -46,6 +46,14 @@ GQA_API const char* gqa_last_error(void);
 GQA_API gqa_session* gqa_load(const char* folder, const gqa_options* options);
 GQA_API void gqa_free(gqa_session* session);
 
+/* One rank of a bundle that is cut over devices. communicator: an ncclComm_t, made with this rank's GPU current and taken
+ * over by this call, whatever comes of it: do not destroy it. Every rank makes the same calls with the same tokens, and
+ * gets the same logits. When a rank fails, the others' calls fail too, at the latest timeout_s seconds later (0: 120), and
+ * none of their sessions can go on. options: device is the communicator's. NULL for an error. */
+GQA_API gqa_session* gqa_load_rank(const char* folder, const gqa_options* options, void* communicator, double timeout_s);
+/* Rank 0's seed, on every rank, so that all draw the same tokens; without ranks the seed itself. */
+GQA_API int gqa_shared_seed(gqa_session* session, uint64_t seed, uint64_t* shared);
+
 /* Of a NULL session: -1, or 0 rows. */
 GQA_API int64_t gqa_vocabulary(const gqa_session* session);
 GQA_API int64_t gqa_capacity(const gqa_session* session);

@@ -3,7 +3,7 @@
 A file holds text lines, an empty line, and the cubin. The lines say everything a launcher needs:
 
     gqa-cubin 1
-    kernel decode                      which of append, prefill, decode, combine
+    kernel decode                      which of append, prefill, decode, combine, score, select, long_prefill
     name decode_kernel                 the function's name in the module
     capability 90                      runs on this capability; from 90 on, on this one only
     shared_bytes 104448                dynamic shared memory (above 48 KiB: raise the function's limit first)
@@ -25,15 +25,16 @@ import hashlib
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from multiprocessing import get_context
 from typing import Any
 
-from gqa_plugins.grouped_attention import plan
+from gqa_plugins.grouped_attention import long_launch, plan
 from gqa_plugins.grouped_attention.plan import FP_FUSION
 from gqa_plugins.grouped_attention.ptx_parameters import SCRATCH_POINTERS, scratch_pointers
 
 from gqa_export.errors import GqaExportError
+from gqa_export.long_attention_op import LongSetting
 
 MAGIC = "gqa-cubin 1"
 SUFFIX = ".gqacubin"
@@ -45,7 +46,8 @@ class Variant:
     """What a kernel is compiled for. Fields that a kernel does not use are left at their defaults.
 
     rows: S * (H / K) that decides the row tile: the group size for decode steps, anything >= 128 for prefill. ahead: of
-    prefill, that it works ahead where `plan.works_ahead`; False: nowhere.
+    prefill, that it works ahead where `plan.works_ahead`; False: nowhere. long, projections: of the kernels for long
+    prompts, and bits of a code.
     """
 
     kernel: str
@@ -61,6 +63,8 @@ class Variant:
     interleaved: bool = False
     has_new: bool = True
     ahead: bool = True
+    long: LongSetting | None = None
+    projections: int = 0
 
     @property
     def name(self) -> str:
@@ -69,6 +73,8 @@ class Variant:
                                        (f"rotary{2 * self.rotary_half}", self.rotary_half > 0),
                                        ("interleaved", self.interleaved), ("readonly", not self.has_new),
                                        ("in-turn", not self.ahead)) if on]
+        if self.long is not None:
+            flags.append("-".join(map(str, (*astuple(self.long), self.projections))))
         rows = [f"r{self.rows}"] if self.rows else []
         shape = [f"g{self.group}", f"d{self.head}", f"e{self.value_head}"]
         return "-".join([self.kernel, self.dtype, *shape, *rows, *flags])
@@ -202,6 +208,10 @@ def recipe(variant: Variant, capability: int) -> Recipe:
         values = decode.combine_constants(group=variant.group, value_head=variant.value_head, sinks=variant.sinks)
         return Recipe(decode.combine_kernel, decode.COMBINE_ARGUMENTS, values, decode.COMBINE_WARPS,
                       decode.COMBINE_STAGES, 1, decode.COMBINE_FP_FUSION)
+    if variant.kernel in long_launch.KERNELS and variant.long is not None:
+        from gqa_plugins.grouped_attention import long_attend
+
+        return Recipe(*long_attend.compiled_as(variant, variant.long, capability))
     raise GqaExportError(f"kernel {variant.kernel!r} is unknown", "Variant.kernel", f"use one of {', '.join(KERNELS)}",
                          code="E-ENGINE-KERNEL-UNKNOWN")
 

@@ -1,4 +1,4 @@
-"""Loads compiled kernels and launches them through the CUDA driver. `cuda.bindings` is imported on first use only.
+"""Loads compiled kernels and launches them through the CUDA driver: by `cuda.bindings`, else by ctypes, on first use.
 
 Building an engine needs none of this; running one needs the driver. Everything happens in the context that is current
 (TensorRT's) on the stream that is given. Loading is not allowed while a stream is captured: load first.
@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gqa_plugins.grouped_attention import driver_ctypes
+from gqa_plugins.grouped_attention.choose_kernels import pick
 from gqa_plugins.grouped_attention.cubin import Cubin
 from gqa_plugins.grouped_attention.fields import STORE, Key
-from gqa_plugins.grouped_attention.launch import Launch, pick
+from gqa_plugins.grouped_attention.launch import Launch
 
 from gqa_export.errors import GqaExportError
 
@@ -41,13 +43,18 @@ _LOADED: dict[tuple[int, str], tuple[Cubin, Any, Any]] = {}
 
 
 def bindings() -> Any:
-    """`cuda.bindings.driver`, or a GqaExportError that says how to get it."""
+    """`cuda.bindings.driver`, or where that is not installed the same calls through ctypes. Raises GqaExportError where
+    the driver cannot be opened either."""
     try:
         from cuda.bindings import driver
-    except ImportError as error:
-        raise GqaExportError("the engine's attention layers are launched through cuda-bindings, which is missing",
-                             "cuda.bindings.driver", "pip install 'gqa-export[plugins]'",
-                             code="E-ENV-CUDA-BINDINGS") from error
+    except ImportError:
+        try:
+            return driver_ctypes.opened()
+        except OSError as error:
+            raise GqaExportError("the engine's attention layers are launched through the CUDA driver: cuda-bindings is "
+                                 f"not installed, and the driver cannot be opened without it ({error})",
+                                 "cuda.bindings.driver", "pip install 'gqa-export[plugins]'; see `gqa-export doctor` "
+                                 "for the driver", code="E-ENV-CUDA-BINDINGS") from error
     return driver
 
 

@@ -1,20 +1,24 @@
 """The plugin's identity and serialized fields, one definition for Python and C++. Standard library only.
 
-Identity: op `GroupedQueryAttention`, version "1", namespace "gqa". An ONNX node carries them as domain "gqa" (or the
-string attributes `plugin_version` and `plugin_namespace`).
+Identity: op `GroupedQueryAttention`, version "1" or "2", namespace "gqa". An ONNX node carries them as domain "gqa"
+(or the string attributes `plugin_version` and `plugin_namespace`). Version 2 is version 1 with the attributes and
+tables of `gqa::LongGroupedQueryAttention`; `method` 0 is exact attention, as in version 1. Both are registered side by
+side: an engine of version 1 runs as it did, and a graph that approximates nothing is still written in version 1.
 
 **Node.** Inputs are those of `gqa_export.attention_op.INPUTS`, in that order, only the present ones (TensorRT refuses
-holes): `key` and `value` if has_new, `cos` and `sin` if has_rotary, `sinks` if has_sinks. Outputs: `output`, and, if
-has_new, `present_key` and `present_value`, which are the memory of `past_key` and `past_value`.
+holes): `key` and `value` if has_new, `cos` and `sin` if has_rotary, `sinks` if has_sinks, then `fractions` and
+`code_order` (int32 here) and `projections` (fp32) if method is not 0. Outputs: `output`, and, if has_new,
+`present_key` and `present_value`, which are the memory of `past_key` and `past_value`.
 
-**Creation fields** (ONNX attributes, all of length 1, all required): `CREATION` below.
+**Creation fields** (ONNX attributes, all of length 1, all required): `CREATION_OF` below, by version.
 
 **Serialized fields**: the creation fields, then `SERIALIZED_ONLY`, in this order:
 
     contract_version  int32   1; any other value is refused
     keys              char    the kernels this layer launches, ASCII, one line each:  KERNEL CAPABILITY SHA256\\n
-                              KERNEL append | prefill | decode | combine; CAPABILITY 89 is 8.9; SHA256 (64 lower-case
-                              hexadecimal digits) of the whole .gqacubin file (`gqa_plugins.grouped_attention.cubin`)
+                              KERNEL append | prefill | decode | combine | score | select | long_prefill;
+                              CAPABILITY 89 is 8.9; SHA256 (64 lower-case hexadecimal digits) of the whole .gqacubin
+                              file (`gqa_plugins.grouped_attention.cubin`)
     cubins            char    a container (below); absent on every layer but the one that carries them
 
 Readers find fields by name and ignore none: an unknown name is refused, so is a missing one (but `cubins`).
@@ -39,15 +43,16 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from gqa_export.attention_op import ATTRIBUTES, DOMAIN, INPUTS, OP, OUTPUT_NAMES, VERSION
+from gqa_export import long_attention_op
+from gqa_export.attention_op import ATTRIBUTES, DOMAIN, OP, OUTPUT_NAMES, VERSION
 from gqa_export.errors import InvalidBundle
 
 NAME = OP
-PLUGIN_VERSION = "1"
+PLUGIN_VERSION, LONG_VERSION = "1", "2"
 NAMESPACE = DOMAIN
 CONTRACT_VERSION = VERSION
 MAGIC = b"gqa-cubins 1"
-KERNELS = ("append", "prefill", "decode", "combine")
+KERNELS = ("append", "prefill", "decode", "combine", "score", "select", "long_prefill")
 KEY_LINE = re.compile(rf"({'|'.join(KERNELS)}) ([0-9]+) ([0-9a-f]{{64}})")
 REBUILD = "build the engine again with `gqa-export trt`"
 
@@ -59,13 +64,19 @@ CREATION: tuple[tuple[str, str], ...] = (
 )
 SERIALIZED_ONLY: tuple[tuple[str, str], ...] = (("contract_version", "int32"), ("keys", "char"), ("cubins", "char"))
 SERIALIZED = CREATION + SERIALIZED_ONLY
+LONG_CREATION = CREATION + tuple((name, "int32") for name in long_attention_op.OWN_ATTRIBUTES)
+CREATION_OF = {PLUGIN_VERSION: CREATION, LONG_VERSION: LONG_CREATION}
+"""version of the plugin -> its creation fields"""
+SERIALIZED_OF = {version: creation + SERIALIZED_ONLY for version, creation in CREATION_OF.items()}
 OPTIONAL = ("cubins",)
-FLAG_OF_INPUT = {"key": "has_new", "value": "has_new", "cos": "has_rotary", "sin": "has_rotary", "sinks": "has_sinks"}
+FLAG_OF_INPUT = {"key": "has_new", "value": "has_new", "cos": "has_rotary", "sin": "has_rotary", "sinks": "has_sinks",
+                 "fractions": "method", "projections": "method", "code_order": "method"}
 
 
 def node_inputs(flags: Mapping[str, int | float]) -> tuple[str, ...]:
     """Names of a node's inputs, in order, given its `has_*` attributes."""
-    return tuple(port.name for port in INPUTS if port.name not in FLAG_OF_INPUT or flags[FLAG_OF_INPUT[port.name]])
+    return tuple(name for name in long_attention_op.INPUT_NAMES
+                 if name not in FLAG_OF_INPUT or flags.get(FLAG_OF_INPUT[name], 0))
 
 
 def node_outputs(flags: Mapping[str, int | float]) -> tuple[str, ...]:

@@ -111,30 +111,57 @@ def _eager(case: Case, given: dict[str, torch.Tensor | None], key: torch.Tensor,
     return output
 
 
-def check(case: Case, device: torch.device, capability: int) -> list[dict[str, Any]]:
-    """Both attention kernels on one case: a row each with error, allowed error and whether it passed."""
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of the operator by the contract's names, what fp64 gives for them, and the error that is allowed."""
+
+    given: dict[str, torch.Tensor | None]
+    expected: torch.Tensor
+    present_key: torch.Tensor
+    present_value: torch.Tensor
+    allowed: float
+
+
+def attributes_of(case: Case) -> dict[str, Any]:
+    """The operator's attributes, those of every backend."""
+    return {"num_heads": case.heads, "scale": case.head**-0.5, "softcap": case.softcap, "window": case.window}
+
+
+def make_problem(case: Case, device: torch.device) -> Problem:
+    """Fresh inputs on the device, and the reference's answer to them."""
     given = _inputs(case, device)
-    attributes = {"num_heads": case.heads, "scale": case.head**-0.5, "softcap": case.softcap, "window": case.window}
     wide = [t.double() if t is not None and t.is_floating_point() else t for t in given.values()]
     expected, present_key, present_value = reference.grouped_query_attention(
-        *wide, kv_num_heads=case.kv_heads, rotary_interleaved=0, growing=0, **attributes)
-    allowed = 2 * (_eager(case, given, present_key, present_value).double() - expected).abs().max().item() + 1e-6
+        *wide, kv_num_heads=case.kv_heads, rotary_interleaved=0, growing=0, **attributes_of(case))
+    error = (_eager(case, given, present_key, present_value).double() - expected).abs().max().item()
+    return Problem(given, expected, present_key, present_value, 2 * error + 1e-6)
+
+
+def judge(case: Case, kernel: str, output: torch.Tensor, problem: Problem) -> dict[str, Any]:
+    """One row: the error, what is allowed, whether it passed."""
+    error = (output.double() - problem.expected).abs().max().item()
+    padded = all(bool((output[b, new:] == 0).all()) for b, (_, new) in enumerate(case.lengths))
+    return {"case": str(case), "kernel": kernel, "error": error, "allowed": problem.allowed,
+            "passed": error <= problem.allowed and padded}  # NaN is never <=
+
+
+def check(case: Case, device: torch.device, capability: int) -> list[dict[str, Any]]:
+    """Both attention kernels on one case: a row each with error, allowed error and whether it passed."""
+    problem = make_problem(case, device)
+    given, attributes = problem.given, attributes_of(case)
     rotated = append(*list(given.values())[:9], num_heads=case.heads, interleaved=False)
     tiles = choose_tiles(case.steps * case.heads // case.kv_heads, case.head, case.value_head, DTYPES[case.dtype],
                          capability)
     rows = []
     for kernel in ("prefill", "decode"):
-        output = torch.full_like(expected, torch.nan, dtype=case.dtype)
+        output = torch.full_like(problem.expected, torch.nan, dtype=case.dtype)
         arguments = (rotated, given["past_key"], given["past_value"], given["past_lengths"], given["new_lengths"],
                      given["sinks"], output)
         if kernel == "prefill":
             prefill(*arguments, **attributes, tiles=tiles)
         else:
             decode(*arguments, **attributes, tiles=tiles, programs=5 * len(case.lengths))
-        error = (output.double() - expected).abs().max().item()
-        padded = all(bool((output[b, new:] == 0).all()) for b, (_, new) in enumerate(case.lengths))
-        rows.append({"case": str(case), "kernel": kernel, "error": error, "allowed": allowed,
-                     "passed": error <= allowed and padded})  # NaN is never <=
+        rows.append(judge(case, kernel, output, problem))
     return rows
 
 

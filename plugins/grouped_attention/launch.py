@@ -2,7 +2,8 @@
 
 Python's plugin and the C++ one follow this file. Dimensions as in `gqa_export.attention_op`; `group` is H / K.
 
-Order of launches: append (if has_new or has_rotary), then either decode and combine, or prefill (`choose`):
+Order of launches: append (if has_new or has_rotary), then decode and combine, or prefill, or, in a layer of version 2
+with a method and S > exact_steps, score, select and long_prefill (`choose`, `long_launch`):
 
     rows = S * group
     prefill   if S > 1 and rows > 128
@@ -17,27 +18,28 @@ partial outputs, their log-sum-exp, and where each row's begin and end (`decode`
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
-from gqa_plugins.grouped_attention import plan
+from gqa_plugins.grouped_attention import long_launch, plan
 from gqa_plugins.grouped_attention.cubin import Cubin, Variant
-from gqa_plugins.grouped_attention.fields import CREATION, REBUILD, Key
+from gqa_plugins.grouped_attention.fields import CREATION_OF, PLUGIN_VERSION, REBUILD
 from gqa_plugins.grouped_attention.limits import find_excess
 
 from gqa_export.errors import InvalidBundle
+from gqa_export.long_attention_op import LongSetting
 
 SM_BOUND = 256  # more SMs than this are not filled by decode: the workspace is sized before the GPU is known
 ALIGNMENT = 256
-ARCHITECTURE_ONLY = 90  # from this capability on, a cubin runs on its own capability alone
 KINDS = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The creation fields of one plugin layer."""
+    """The creation fields of one plugin layer; those of version 2 are in `long_layer`."""
 
+    version: ClassVar[str] = PLUGIN_VERSION
     num_heads: int
     kv_num_heads: int
     scale: float
@@ -52,13 +54,13 @@ class Layer:
     @classmethod
     def from_fields(cls, values: Mapping[str, Any], where: str = "plugin fields") -> Layer:
         """From name -> number. Raises GqaExportError for a field that is missing, unknown or out of range."""
-        names = [name for name, _ in CREATION]
-        odd = sorted(set(values).symmetric_difference(names))
+        kinds = dict(CREATION_OF[cls.version])
+        odd = sorted(set(values).symmetric_difference(kinds))
         if odd:
             raise InvalidBundle(f"the attention layer lacks or does not know: {', '.join(odd)}", where,
                                 "export the bundle again with this version: `gqa-export onnx --target trt-plugin`",
                                  code="E-ENGINE-LAYER-FIELDS")
-        layer = cls(**{name: (float if kind == "float32" else int)(values[name]) for name, kind in CREATION})
+        layer = cls(**{name: (float if kind == "float32" else int)(values[name]) for name, kind in kinds.items()})
         wrong = ""
         if layer.kv_num_heads < 1 or layer.num_heads < 1 or layer.num_heads % layer.kv_num_heads:
             wrong = f"{layer.num_heads} query heads cannot be grouped over {layer.kv_num_heads} key/value heads"
@@ -76,10 +78,15 @@ class Layer:
         """Query heads per key/value head."""
         return self.num_heads // self.kv_num_heads
 
+    @property
+    def long(self) -> LongSetting | None:
+        """How long prompts are approximated; None where they are not."""
+        return None
+
 
 @dataclass(frozen=True)
 class Sizes:
-    """The shapes of one call: B, S, C, D, E, R/2 (0: no rotation), M (rows of the rotary table), and T."""
+    """The shapes of one call: B, S, C, D, E, R/2 (0: no rotation), M (rows of the rotary table), r, and T."""
 
     batch: int
     steps: int
@@ -89,6 +96,7 @@ class Sizes:
     dtype: str
     rotary_half: int = 0
     max_position: int = 1
+    projections: int = 0
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]], dtype: str) -> Sizes:
@@ -96,7 +104,8 @@ class Sizes:
         holds: a grid has an end, and within a head the kernels count in 32 bits."""
         batch, kv_heads, capacity, head = shapes["past_key"]
         table = shapes.get("cos", (1, 0))
-        sizes = cls(batch, shapes["query"][1], capacity, head, shapes["past_value"][3], dtype, table[1], table[0])
+        sizes = cls(batch, shapes["query"][1], capacity, head, shapes["past_value"][3], dtype, table[1], table[0],
+                    shapes.get("projections", (0, 0))[1])
         excess = find_excess(batch, kv_heads, capacity, head, sizes.value_head)
         if excess is not None:
             raise InvalidBundle(f"{excess.argument}: {excess.message}", "attention layer",
@@ -132,49 +141,11 @@ def variants(layer: Layer, sizes: Sizes) -> dict[str, Variant]:
         wanted["append"] = Variant("append", *shape, rotary_half=sizes.rotary_half,
                                    interleaved=bool(layer.rotary_interleaved and layer.has_rotary),
                                    has_new=bool(layer.has_new))
+    if layer.long is not None:
+        wanted |= {kernel: Variant(kernel, *shape, long_launch.rows_of(kernel, layer.long, layer.group),
+                                   softcap=softcap, sinks=sinks, long=layer.long, projections=sizes.projections)
+                   for kernel in long_launch.KERNELS}
     return wanted
-
-
-def pick(keys: Iterable[Key], capability: int) -> dict[str, Key]:
-    """kernel -> the key whose cubin runs on a GPU of this capability.
-
-    The same capability, or, below 9.0, the nearest lower one of the same generation that asks for no more shared
-    memory than this one has. Raises GqaExportError that names what the engine carries.
-    """
-    keys = tuple(keys)
-    chosen: dict[str, Key] = {}
-    for key in sorted(keys, key=lambda key: key.capability):
-        near = (key.capability // 10 == capability // 10 and key.capability <= capability < ARCHITECTURE_ONLY
-                and plan.SHARED_KIB.get(key.capability, 0) <= plan.SHARED_KIB.get(capability, 0))
-        if key.capability == capability or near:
-            chosen[key.kernel] = key
-    if not chosen or {key.kernel for key in keys} != set(chosen):
-        there = ", ".join(sorted({f"{key.capability // 10}.{key.capability % 10}" for key in keys})) or "none"
-        dotted = f"{capability // 10}.{capability % 10}"
-        raise InvalidBundle(f"this GPU has compute capability {dotted}, the engine carries kernels for {there}",
-                            "the engine's attention layers",
-                            f"build it with `gqa-export trt BUNDLE -o DIR --compute-capability {dotted}`",
-                             code="E-ENGINE-CAPABILITY")
-    return chosen
-
-
-def check_cubin(cubin: Cubin, layer: Layer, sizes: Sizes) -> None:
-    """Refuse a kernel that was compiled for another layer."""
-    expected = {"GROUP": layer.group, "HEAD": sizes.head, "VALUE_HEAD": sizes.value_head, "HALF": sizes.rotary_half,
-                "HAS_WINDOW": int(layer.window > 0), "HAS_SOFTCAP": int(layer.softcap > 0),
-                "HAS_SINKS": layer.has_sinks, "HAS_NEW": layer.has_new,
-                "INTERLEAVED": int(bool(layer.rotary_interleaved and layer.has_rotary))}
-    for name, value in expected.items():
-        if name in cubin.constants and int(cubin.constants[name]) != value:
-            raise InvalidBundle(f"kernel {cubin.kernel} was compiled for {name} = {cubin.constants[name]}, "
-                                f"the layer has {value}", "the engine's attention layers", REBUILD,
-                                 code="E-ENGINE-KERNEL-MISMATCH")
-    kinds = dict(cubin.arguments)
-    for name in ("query_ptr", "output_ptr"):
-        if kinds.get(name, f"*{sizes.dtype}") != f"*{sizes.dtype}":
-            raise InvalidBundle(f"kernel {cubin.kernel} was compiled for {kinds[name][1:]}, the layer has "
-                                f"{sizes.dtype}", "the engine's attention layers", REBUILD,
-                                 code="E-ENGINE-KERNEL-MISMATCH")
 
 
 def _visible(layer: Layer, sizes: Sizes, steps: int) -> int:
@@ -182,7 +153,9 @@ def _visible(layer: Layer, sizes: Sizes, steps: int) -> int:
 
 
 def choose(layer: Layer, sizes: Sizes, decode_rows: int, sm_count: int) -> tuple[str, int]:
-    """("decode", programs) or ("prefill", 1). decode_rows: the decode kernel's tile_rows."""
+    """("decode", programs), ("prefill", 1) or ("long", 1). decode_rows: the decode kernel's tile_rows."""
+    if layer.long is not None and sizes.steps > layer.long.exact_steps:
+        return "long", 1
     rows = sizes.steps * layer.group
     if sizes.steps > 1 and rows > plan.LONG_ROWS:
         return "prefill", 1
@@ -221,7 +194,20 @@ def workspace_bytes(layer: Layer, largest: Sizes) -> int:
         programs = plan.choose_programs(1, 1, works, keys, SM_BOUND)
         tile_rows = plan.row_block(layer.group)
         most = max(most, sum(_parts_bytes(layer, replace(largest, steps=steps), tile_rows, programs)))
-    return _rotated_bytes(layer, largest) + most
+    return _rotated_bytes(layer, largest) + max(most, sum(_long_bytes(layer, largest)))
+
+
+def _long_bytes(layer: Layer, sizes: Sizes) -> tuple[int, int]:
+    """Of the selection, and of masses or orders: numbers of 4 bytes."""
+    if layer.long is None:
+        return 0, 0
+    selection, scratch = long_launch.scratch_elements(layer.long, **_shape(layer, sizes))
+    return _aligned(4 * selection), _aligned(4 * scratch)
+
+
+def _shape(layer: Layer, sizes: Sizes) -> dict[str, int]:
+    return {"batch": sizes.batch, "steps": sizes.steps, "capacity": sizes.capacity, "kv_heads": layer.kv_num_heads,
+            "group": layer.group}
 
 
 def launches(layer: Layer, sizes: Sizes, cubins: Mapping[str, Cubin], pointers: Mapping[str, int], workspace: int,
@@ -261,7 +247,13 @@ def launches(layer: Layer, sizes: Sizes, cubins: Mapping[str, Cubin], pointers: 
     attending = {**common, "query_ptr": rotated, "sinks_ptr": pointers.get("sinks", rotated),
                  "key_ptr": pointers["past_key"], "value_ptr": pointers["past_value"]}
     wanted = ["append"] if layer.has_new or layer.has_rotary else []
-    wanted += ["decode", "combine"] if kind == "decode" else ["prefill"]
+    if layer.long is not None and kind == "long":
+        scratch = partial + _long_bytes(layer, sizes)[0]
+        attending |= {f"{name}_ptr": pointers[name] for name in ("fractions", "projections", "code_order")}
+        attending |= {"selection_ptr": partial, "masses_ptr": scratch, "order_ptr": scratch}
+        grids |= long_launch.grids(layer.long, **_shape(layer, sizes), score_rows=cubins["score"].tile_rows,
+                                   prefill_rows=cubins["long_prefill"].tile_rows)
+    wanted += {"decode": ["decode", "combine"], "prefill": ["prefill"], "long": [*long_launch.KERNELS]}[kind]
     return [_launch(cubins[name], grids[name], appending if name == "append" else attending) for name in wanted]
 
 

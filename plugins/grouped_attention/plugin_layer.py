@@ -13,6 +13,8 @@ from typing import Any
 from gqa_plugins.grouped_attention import fields, launch
 from gqa_plugins.grouped_attention.fields import Key
 from gqa_plugins.grouped_attention.launch import Layer, Sizes
+from gqa_plugins.grouped_attention.long_launch import problem
+from gqa_plugins.grouped_attention.long_layer import LAYERS
 
 from gqa_export.errors import InvalidBundle
 
@@ -62,7 +64,7 @@ class State:
     def to_fields(self) -> list[tuple[str, str, Any]]:
         """(name, kind, value) of every serialized field, in order; `cubins` only if this layer carries them."""
         values = self.to_fields_by_name()
-        return [(name, kind, values[name]) for name, kind in fields.SERIALIZED if name in values]
+        return [(name, kind, values[name]) for name, kind in fields.SERIALIZED_OF[self.layer.version] if name in values]
 
     def to_fields_by_name(self) -> dict[str, Any]:
         """name -> value of the same."""
@@ -71,9 +73,9 @@ class State:
                 "keys": fields.keys_text(self.keys), **carried}
 
     @classmethod
-    def from_fields(cls, values: Mapping[str, Any], where: str) -> State:
-        """A restored layer. Its container goes into the process's store, and with it into an engine that is serialized
-        again."""
+    def from_fields(cls, values: Mapping[str, Any], where: str, version: str = fields.PLUGIN_VERSION) -> State:
+        """A restored layer of a version of the plugin. Its container goes into the process's store, and with it into an
+        engine that is serialized again."""
         left = dict(values)
         missing = [name for name, _ in fields.SERIALIZED_ONLY if name not in left and name not in fields.OPTIONAL]
         if missing:
@@ -84,7 +86,7 @@ class State:
         container = left.pop("cubins", b"")
         if "cubins" in values:
             fields.STORE.add(container)
-        return cls(Layer.from_fields(left, where), building=False, keys=keys, container=container)
+        return cls(LAYERS[version].from_fields(left, where), building=False, keys=keys, container=container)
 
 
 @dataclass
@@ -125,7 +127,7 @@ class Carriers:
 
 
 RANKS = {"query": 3, "key": 3, "value": 3, "past_key": 4, "past_value": 4, "past_lengths": 1, "new_lengths": 1,
-         "cos": 2, "sin": 2, "sinks": 1}
+         "cos": 2, "sin": 2, "sinks": 1, "fractions": 2, "projections": 2, "code_order": 1}
 EXPORT_AGAIN = "export the bundle again: `gqa-export onnx --target trt-plugin`"
 
 
@@ -144,5 +146,13 @@ def check_shapes(state: State, dims: Sequence[Sequence[int]]) -> None:
              if name in shapes and shapes[name][2] != size]
     if found_heads != kv_heads:
         wrong.append(f"past_key has {found_heads} heads, expected {kv_heads}")
+    if state.layer.long is not None:
+        bits = shapes["projections"][1]
+        tables = {"fractions": (kv_heads, state.layer.long.samples), "projections": (head, bits),
+                  "code_order": (1 << bits,)}
+        wrong += [f"{name} is {list(shapes[name])}, expected {list(size)}" for name, size in tables.items()
+                  if tuple(shapes[name]) != size]
+        unheld = problem(state.layer.long, shapes["past_key"][2], bits)
+        wrong += [unheld] if unheld else []
     if wrong:
         raise InvalidBundle("; ".join(wrong), "attention layer", EXPORT_AGAIN, code="E-ENGINE-LAYER-SHAPES")

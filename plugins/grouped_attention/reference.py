@@ -78,8 +78,10 @@ def row_weights(query_BSHD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTE: to
     if softcap:
         capped = softcap * torch.tanh(capped / softcap)
     visible_BST = (cache_T <= positions_BS[..., None]) & valid_BT[:, None]
-    if window:
+    if window > 0:
         visible_BST &= cache_T > positions_BS[..., None] - window
+    elif window < 0:  # chunks of -window positions
+        visible_BST &= cache_T >= positions_BS[..., None] // -window * -window
     visible_BST &= row_BS[..., None]
     scores = capped.masked_fill(~visible_BST[:, None, None], float("-inf"))
     sink_KG = (torch.full((heads,), float("-inf"), dtype=acc, device=query_BSHD.device) if sinks_H is None

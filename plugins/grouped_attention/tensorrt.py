@@ -1,13 +1,13 @@
-"""The TensorRT plugin `gqa::GroupedQueryAttention`, version 1, for TensorRT and TensorRT-RTX; registered from Python.
+"""The TensorRT plugin `gqa::GroupedQueryAttention`, versions 1 and 2, for TensorRT and TensorRT-RTX, from Python.
 
     register(trt, kernels)     once per process, before an ONNX file with the node is parsed
     register(trt)              once per process, before an engine is deserialized
 
 Inputs, outputs, attributes and serialized fields as `fields` says; dimensions as in `gqa_export.attention_op`. The
 present tensors are the memory of the past ones (aliased outputs). fp16, bf16 or fp32 for everything but the lengths
-(int32), linear layout. Building needs no GPU: the kernels are compiled before (`Kernels`); running launches them
-through the CUDA driver. Raises nothing silently: TensorRT swallows what a callback raises, so the first error is kept
-in `failure`. """
+(int32) and the tables of version 2, linear layout. Building needs no GPU: the kernels are compiled before (`Kernels`);
+running launches them through the CUDA driver. Raises nothing silently: TensorRT swallows what a callback raises, so the
+first error is kept in `failure`. """
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-from gqa_plugins.grouped_attention import driver, fields, launch
-from gqa_plugins.grouped_attention.launch import Layer, Sizes
+from gqa_plugins.grouped_attention import choose_kernels, driver, fields, launch
+from gqa_plugins.grouped_attention.launch import Sizes
+from gqa_plugins.grouped_attention.long_layer import LAYERS
 from gqa_plugins.grouped_attention.plugin_layer import Carriers, Carrying, Kernels, State, check_shapes
 
 from gqa_export.errors import GqaExportError, InvalidBundle
 
-LENGTHS = ("past_lengths", "new_lengths")
+LENGTHS = ("past_lengths", "new_lengths", "fractions", "code_order")  # int32
 ALIAS = {"present_key": "past_key", "present_value": "past_value"}
 MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 failures: list[GqaExportError] = []
@@ -44,17 +45,19 @@ def discover() -> ModuleType:
 
 
 def register(trt: ModuleType | None = None, kernels: Kernels | None = None) -> Any:
-    """Make the plugin known to a process's TensorRT; returns its creator. kernels: to build engines with."""
+    """Make the plugin known to a process's TensorRT, in every version; returns the creator of the first. kernels: to
+    build engines with."""
     trt = trt or discover()
-    creator = _creator(trt)
-    creator.kernels = kernels
     if kernels is not None:
         fields.STORE.add(kernels.container)
     registry = trt.get_plugin_registry()
-    if not creator.registered:
-        registry.register_creator(creator, fields.NAMESPACE)
-        creator.registered = True
-    return creator
+    for version in fields.CREATION_OF:
+        creator = _creator(trt, version)
+        creator.kernels = kernels
+        if not creator.registered:
+            registry.register_creator(creator, fields.NAMESPACE)
+            creator.registered = True
+    return _creator(trt)
 
 
 def noted(method: Callable) -> Callable:
@@ -74,9 +77,13 @@ def noted(method: Callable) -> Callable:
     return call
 
 
+def _creator(trt: ModuleType, version: str = fields.PLUGIN_VERSION) -> Any:
+    """The creator for one module and version of the plugin; there is one of each per process."""
+    return _made(trt, version)
+
+
 @functools.cache
-def _creator(trt: ModuleType) -> Any:
-    """The creator for one module; there is one per process."""
+def _made(trt: ModuleType, version: str) -> Any:
     kinds = {"int32": trt.PluginFieldType.INT32, "float32": trt.PluginFieldType.FLOAT32,
              "char": trt.PluginFieldType.CHAR}
     plugin = _plugin_class(trt, kinds)
@@ -86,23 +93,24 @@ def _creator(trt: ModuleType) -> Any:
 
         def __init__(self) -> None:
             super().__init__()
-            self.name, self.plugin_version = fields.NAME, fields.PLUGIN_VERSION
+            self.name, self.plugin_version = fields.NAME, version
             self.plugin_namespace = fields.NAMESPACE
             self.field_names = trt.PluginFieldCollection(
-                [trt.PluginField(name, b"", kinds[kind]) for name, kind in fields.CREATION])
+                [trt.PluginField(name, b"", kinds[kind]) for name, kind in fields.CREATION_OF[version]])
             self.kernels: Kernels | None = None
             self.carriers = Carriers()
             self.registered = False
 
         @noted
         def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
-            values = {one.name: _value(one.data, dict(fields.SERIALIZED).get(one.name, "char")) for one in collection}
+            known = dict(fields.SERIALIZED_OF[version])
+            values = {one.name: _value(one.data, known.get(one.name, "char")) for one in collection}
             where = f"attention layer {name!r}"
             if phase != trt.TensorRTPhase.BUILD:
-                return plugin(State.from_fields(values, where), self.carriers)
+                return plugin(State.from_fields(values, where, version), self.carriers)
             for identity in ("plugin_version", "plugin_namespace"):
                 values.pop(identity, None)
-            state = State(Layer.from_fields(values, where), building=True)
+            state = State(LAYERS[version].from_fields(values, where), building=True)
             return plugin(state, self.carriers, self.kernels)
 
     return Creator()
@@ -128,7 +136,7 @@ def _plugin_class(trt: ModuleType, kinds: Mapping[str, Any]) -> type:
                 base.__init__(self)
             self.state, self.carriers, self.kernels = state, carriers, kernels
             self.carrying = Carrying()
-            self.plugin_name, self.plugin_version = fields.NAME, fields.PLUGIN_VERSION
+            self.plugin_name, self.plugin_version = fields.NAME, state.layer.version
             self.plugin_namespace = fields.NAMESPACE
             self.num_outputs = len(state.outputs)
             self.loaded: driver.Kernels | None = None
@@ -170,6 +178,8 @@ def _plugin_class(trt: ModuleType, kinds: Mapping[str, Any]) -> type:
             names = (*self.state.inputs, *self.state.outputs)
             if names[position] in LENGTHS:
                 return tensor.type == trt.DataType.INT32
+            if names[position] == "projections":
+                return tensor.type == trt.DataType.FLOAT
             return tensor.type in dtypes and tensor.type == tensors[0].desc.type
 
         @noted
@@ -207,7 +217,7 @@ def _plugin_class(trt: ModuleType, kinds: Mapping[str, Any]) -> type:
                 self.loaded = driver.load(self.state.keys)
             if sizes not in self.checked:
                 for cubin in self.loaded.cubins.values():
-                    launch.check_cubin(cubin, self.state.layer, sizes)
+                    choose_kernels.check_cubin(cubin, self.state.layer, sizes)
                 self.checked.add(sizes)
             return self.loaded, sizes
 

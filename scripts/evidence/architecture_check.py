@@ -117,7 +117,7 @@ def features_of(spec: Any) -> list[str]:
         heads, kv = layer.num_heads, layer.kv_num_heads
         found.add("MHA" if heads == kv else "MQA" if kv == 1 else "GQA")
         found |= {word for word, there in (
-            ("window", layer.window), ("softcap", layer.softcap), ("sinks", layer.sinks),
+            ("window", layer.window), ("chunks", layer.chunk), ("softcap", layer.softcap), ("sinks", layer.sinks),
             ("D != E", layer.head_size != layer.value_head_size)) if there}
     if len({(layer.num_heads, layer.kv_num_heads, layer.head_size) for layer in spec.layers}) > 1:
         found.add("layers differ in heads")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from gqa_plugins.grouped_attention import fields
+from gqa_plugins.grouped_attention import fields, long_launch
 from gqa_plugins.grouped_attention.cubin import Cubin, Variant
 from gqa_plugins.grouped_attention.fields import Key
 from gqa_plugins.grouped_attention.launch import Layer, Sizes, variants
+from gqa_plugins.grouped_attention.long_layer import LongLayer
+
+from gqa_export.long_attention_op import LongSetting
 
 ATTENTION = ("query_ptr", "key_ptr", "value_ptr", "past_lengths_ptr", "new_lengths_ptr", "kv_heads", "steps",
              "capacity", "window", "scale", "softcap")
@@ -21,14 +24,26 @@ ARGUMENTS = {
     "combine": ("partial_ptr", "logsum_ptr", "ranges_ptr", "past_lengths_ptr", "new_lengths_ptr", "sinks_ptr",
                 "output_ptr", "kv_heads", "steps", "capacity"),
 }
+LONG = ("past_lengths_ptr", "new_lengths_ptr", "selection_ptr", "kv_heads", "steps", "capacity")
+LONG_ARGUMENTS = {
+    "tiles": {"score": (*LONG[:2], *LONG[3:], "query_ptr", "key_ptr", "masses_ptr", "scale", "softcap"),
+              "select": (*LONG, "masses_ptr"),
+              "long_prefill": (*LONG, "query_ptr", "key_ptr", "value_ptr", "sinks_ptr", "fractions_ptr", "output_ptr",
+                               "scale", "softcap")},
+    "hyper": {"score": (*LONG, "query_ptr", "key_ptr", "projections_ptr", "code_order_ptr"),
+              "select": (*LONG, "order_ptr"),
+              "long_prefill": (*LONG, "query_ptr", "key_ptr", "value_ptr", "sinks_ptr", "fractions_ptr", "order_ptr",
+                               "output_ptr", "scale", "softcap")},
+}
+WHOLE_NUMBERS = ("fractions_ptr", "code_order_ptr", "selection_ptr", "order_ptr")
 
 
 def kind_of(name: str, dtype: str) -> str:
-    if name in ("partial_ptr", "logsum_ptr"):
+    if name in ("partial_ptr", "logsum_ptr", "masses_ptr", "projections_ptr"):
         return "*fp32"
     if name == "ranges_ptr":
         return "*i64"
-    if name.endswith("lengths_ptr"):
+    if name.endswith("lengths_ptr") or name in WHOLE_NUMBERS:
         return "*i32"
     if name.endswith("_ptr"):
         return f"*{dtype}"
@@ -37,7 +52,8 @@ def kind_of(name: str, dtype: str) -> str:
 
 def make_cubin(variant: Variant, capability: int, chance: random.Random) -> Cubin:
     """A kernel of this variant that takes its arguments in an order of its own."""
-    names = chance.sample(ARGUMENTS[variant.kernel], len(ARGUMENTS[variant.kernel]))
+    known = LONG_ARGUMENTS[variant.long.method] if variant.long else ARGUMENTS
+    names = chance.sample(known[variant.kernel], len(known[variant.kernel]))
     arguments = tuple((name, kind_of(name, variant.dtype)) for name in names)
     name = f"{variant.kernel}_{capability}_{chance.randrange(10**6)}"
     code = " ".join([name, *(kind for _, kind in arguments)]).encode() + b"\0"
@@ -49,6 +65,9 @@ def make_cubin(variant: Variant, capability: int, chance: random.Random) -> Cubi
         constants |= {"HAS_WINDOW": int(variant.window), "HAS_SOFTCAP": int(variant.softcap)}
     if variant.kernel in ("prefill", "combine"):
         constants |= {"HAS_SINKS": int(variant.sinks)}
+    if variant.long is not None:
+        named = long_launch.compiled_in(variant.long, variant.projections)
+        constants |= {key: named[key] for key in chance.sample(sorted(named), chance.randrange(1, len(named) + 1))}
     return Cubin(variant.kernel, name, capability, chance.choice((0, 1024, 70000)), chance.choice((128, 256)),
                  chance.choice((16, 32, 64, 128)), arguments, {key: str(value) for key, value in constants.items()},
                  code, scratch_pointers=chance.randrange(3))
@@ -85,6 +104,18 @@ def random_layer(chance: random.Random) -> tuple[Layer, Sizes]:
     if has_rotary:
         sizes = replace(sizes, rotary_half=chance.choice((8, head // 2)), max_position=chance.choice((64, 4096)))
     return layer, sizes
+
+
+def random_long_layer(chance: random.Random) -> tuple[LongLayer, Sizes]:
+    """The same of version 2, most of them approximated."""
+    layer, sizes = random_layer(chance)
+    setting = chance.choice((
+        LongSetting("tiles", leaf=256, heavy_keys=chance.choice((64, 96)), samples=chance.choice((16, 128)), anchors=3,
+                    tile=chance.choice((64, 128)), block=32, score_rows=chance.choice((4, 8)), exact_steps=16),
+        LongSetting("hyper", leaf=1024, heavy_keys=256, samples=chance.choice((16, 128)), anchors=0, exact_steps=1)))
+    own = setting.attributes() if chance.random() < 0.8 else dict.fromkeys(setting.attributes(), 0)
+    given = {**asdict(layer), "window": 0}
+    return LongLayer(**given, **own), replace(sizes, projections=7 if own["method"] else 0)
 
 
 def write(folder: Path, name: str, data: bytes) -> Path:

@@ -19,13 +19,19 @@ std::string read(std::string const& path) {
 }
 
 void print_identity() {
-    std::cout << kPluginName << " " << kPluginVersion << " " << kPluginNamespace << " " << kContractVersion << "\n";
-    for (auto const& field : kCreation) std::cout << field.name << " " << (field.integer ? "int32" : "float32") << "\n";
+    for (std::int32_t version : {1, 2}) {
+        std::cout << kPluginName << " " << version_text(version) << " " << kPluginNamespace << " " << kContractVersion
+                  << "\n";
+        for (auto const& field : creation_of(version)) {
+            std::cout << field.name << " " << (field.integer ? "int32" : "float32") << "\n";
+        }
+    }
     std::cout << kContractVersionField << " int32\n" << kKeysField << " char\n" << kCubinsField << " char\n";
-    for (int flags = 0; flags < 8; ++flags) {
+    for (int flags = 0; flags < 16; ++flags) {
         Layer layer;
         layer.has_rotary = flags & 1, layer.has_sinks = flags >> 1 & 1, layer.has_new = flags >> 2 & 1;
-        std::cout << "node " << layer.has_rotary << layer.has_sinks << layer.has_new << " " << node_outputs(layer);
+        layer.method = flags >> 3 & 1;
+        std::cout << "node " << layer.method << layer.has_rotary << layer.has_sinks << layer.has_new << " " << node_outputs(layer);
         for (Input input : node_inputs(layer)) std::cout << " " << name_of(input);
         std::cout << "\n";
     }
@@ -33,7 +39,8 @@ void print_identity() {
 
 Layer read_layer(std::istream& words) {
     Layer layer;
-    for (auto const& field : kCreation) {
+    words >> layer.version;
+    for (auto const& field : creation_of(layer.version)) {
         if (field.integer) {
             words >> layer.*field.integer;
         } else {
@@ -61,7 +68,7 @@ void print_plans() {
     }
 }
 
-// enqueue: CONTAINER KEYS, the layer's fields, B S C D E dtype R/2 M, a line each. Launches go to the stand-in's log.
+// enqueue: CONTAINER KEYS VERSION, the layer's fields, B S C D E dtype R/2 M r, a line each. Launches go to the stand-in's log.
 void enqueue_all() {
     cuda::Context context = nullptr;
     cuda::driver().primary_context_retain(&context, 0);
@@ -73,7 +80,7 @@ void enqueue_all() {
         Layer const layer = read_layer(words);
         Sizes s;
         words >> s.batch >> s.steps >> s.capacity >> s.head >> s.value_head >> dtype >> s.rotary_half >>
-            s.max_position;
+            s.max_position >> s.projections;
         s.kind = kind_from(dtype);
         try {
             check_layer(layer);

@@ -102,7 +102,8 @@ std::vector<Dims> read_dims(std::string const& text) {
     return all;
 }
 
-// The lengths follow past_value, which is the last of the tensors with four axes.
+// The lengths follow past_value, which is the last of the tensors with four axes. Of version 2, the tables are the last
+// three inputs: two of whole numbers around one of fp32.
 bool holds_lengths(std::vector<Dims> const& dims, std::size_t index) { return dims[index].nbDims == 1 && index < 7; }
 
 class Driven {
@@ -244,11 +245,12 @@ int main(int, char** words) {
     int32_t count = 0;
     auto const* const creators =
         library.function<IPluginCreatorInterface* const*(int32_t&)>("getCreators")(count);
-    if (count != 1) return 1;
+    if (count != 2) return 1;
+    std::size_t const version = words[2] ? std::stoul(words[2]) : 1;
     gqa::cuda::Context context = nullptr;
     gqa::cuda::driver().primary_context_retain(&context, 0);
     gqa::cuda::driver().context_set_current(context);
-    Driven driven(*static_cast<IPluginCreatorV3One*>(creators[0]));
+    Driven driven(*static_cast<IPluginCreatorV3One*>(creators[version - 1]));
     for (std::string line; std::getline(std::cin, line);) {
         std::istringstream words_of_line(line);
         driven.obey(words_of_line);

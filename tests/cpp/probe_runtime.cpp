@@ -71,6 +71,7 @@ void print_manifest(Manifest const& m) {
 
 // json: files on standard input. fp16, bf16: every number of that format, as fp32 bytes.
 // manifest FOLDER FLAVOR VERSION CAPABILITY PLUGIN: what is read, or the first refusal in the order of Session::load.
+// rank FOLDER RANK SIZE DEVICE: what is read of a rank, with a communicator of so many ranks on that GPU, or the refusal.
 int main(int, char** words) {
     std::string const what = words[1];
     try {
@@ -90,6 +91,18 @@ int main(int, char** words) {
             check_capability(manifest, std::stoi(words[5]), words[2]);
             check_engine_file(manifest, words[2]);
             print_manifest(manifest);
+        } else if (what == "rank") {
+            Manifest const manifest = read_manifest(words[2], std::stoi(words[3]));
+            check_ranks(manifest, std::stoi(words[4]), std::stoi(words[5]), 0, words[2]);
+            check_engine_file(manifest, words[2]);
+            std::cout << manifest.rank << " of " << manifest.ranks << " " << manifest.engine_file << " "
+                      << manifest.collectives_sha256.substr(0, 4);
+            for (auto const* list : {&manifest.inputs, &manifest.outputs}) {
+                for (TensorFact const& tensor : *list) {
+                    if (tensor.row.size() == 3) std::cout << " " << tensor.name << ":" << tensor.row[0];
+                }
+            }
+            std::cout << "\n";
         } else {
             std::vector<std::uint16_t> every(1 << 16);
             for (std::size_t i = 0; i < every.size(); ++i) every[i] = static_cast<std::uint16_t>(i);

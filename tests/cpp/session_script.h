@@ -9,6 +9,8 @@
 //   rewind 0 2             keeps its first two tokens
 //   copy 0 1 2             row 1 begins with the first two of row 0; -1: with all
 //   lengths
+//   seed 7                 -> the seed that all ranks share
+//   sample 8 7 0.9 1,2;3   8 tokens at temperature 0.9 with that seed
 #pragma once
 
 #include <iostream>
@@ -16,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "gqa/runtime/sampling.h"
 #include "gqa/runtime/session.h"
 
 namespace script {
@@ -42,16 +45,23 @@ inline std::string best(gqa::Logits const& logits) {
 }
 
 inline std::string answer(gqa::Session& session, std::string const& command, std::istringstream& words) {
-    std::string first, second, third, text;
-    words >> first >> second >> third;
+    std::string first, second, third, fourth, text;
+    words >> first >> second >> third >> fourth;
     if (command == "prefill") return best(session.prefill(rows(first)));
     if (command == "extend") return best(session.extend(rows(first)));
     if (command == "step") return best(session.step(tokens(first)));
-    if (command == "generate") {
+    if (command == "seed") return std::to_string(session.shared_seed(std::stoull(first)));
+    if (command == "generate" || command == "sample") {
+        bool const drawn = command == "sample";
         gqa::GenerateOptions options;
         options.max_new_tokens = std::stoll(first);
-        if (second != "-") options.end_tokens = tokens(second);
-        for (auto const& row : session.generate(rows(third), options)) {
+        if (!drawn && second != "-") options.end_tokens = tokens(second);
+        gqa::Draws draws(drawn ? session.shared_seed(std::stoull(second)) : 0);
+        gqa::Sampling const sampling{drawn ? std::stod(third) : 0, 0, 1, 0};
+        options.choose = [&](std::size_t, float const* logits, std::size_t vocabulary) {
+            return gqa::choose(logits, vocabulary, sampling, draws.next());
+        };
+        for (auto const& row : session.generate(rows(drawn ? fourth : third), options)) {
             text += text.empty() ? "" : ";";
             for (std::size_t i = 0; i < row.size(); ++i) text += (i ? "," : "") + std::to_string(row[i]);
         }

@@ -3,14 +3,22 @@
 // It is as strict as the driver where the runtime could go wrong: fresh memory is full of NaN, and allocating, loading
 // or waiting fails while a stream is captured. A module's image is text, "NAME KIND KIND ...": a launch writes its
 // arguments, by kind, into the log. Environment: GQA_STUB_LOG (file), GQA_STUB_CAPABILITY (89), GQA_STUB_SMS (128),
-// GQA_STUB_CONTEXT_ID (1), GQA_STUB_FAIL (a symbol that fails), GQA_STUB_NO_GPU.
+// GQA_STUB_CONTEXT_ID (1), GQA_STUB_FAIL (a symbol that fails), GQA_STUB_NO_GPU, GQA_STUB_GPUS (1), GQA_STUB_ASYNC
+// (each stream runs its work on a thread of its own, as a GPU does; then nothing can be captured).
 #include "stub_cuda.h"
 
+#include <dlfcn.h>
+
+#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <fstream>
+#include <memory>
+#include <mutex>
 #include <sstream>
+#include <thread>
 #include <vector>
 
 #include "gqa/cuda/driver.h"
@@ -19,7 +27,56 @@ using namespace gqa::cuda;
 using Work = std::function<void()>;
 
 struct CUctx_st {};
-struct CUstream_st {};
+
+// Work that is done in order on a thread of its own.
+class Worker {
+public:
+    Worker() : thread_([this] { run(); }) {}
+    ~Worker() {
+        put(nullptr);
+        thread_.join();
+    }
+    void put(Work work) {
+        std::lock_guard const guard(lock_);
+        waiting_.push_back(std::move(work));
+        ++open_;
+        changed_.notify_all();
+    }
+    bool done() {
+        std::lock_guard const guard(lock_);
+        return open_ == 0;
+    }
+    void wait() {
+        std::unique_lock guard(lock_);
+        changed_.wait(guard, [this] { return open_ == 0; });
+    }
+
+private:
+    void run() {
+        for (;;) {
+            std::unique_lock guard(lock_);
+            changed_.wait(guard, [this] { return !waiting_.empty(); });
+            Work const work = std::move(waiting_.front());
+            waiting_.pop_front();
+            guard.unlock();
+            if (!work) return;
+            work();
+            guard.lock();
+            --open_;
+            changed_.notify_all();
+        }
+    }
+
+    std::mutex lock_;
+    std::condition_variable changed_;
+    std::deque<Work> waiting_;
+    int open_ = 0;
+    std::thread thread_;
+};
+
+struct CUstream_st {
+    std::unique_ptr<Worker> worker{std::getenv("GQA_STUB_ASYNC") ? new Worker : nullptr};
+};
 struct CUfunc_st {
     std::string name;
     std::vector<std::string> kinds;
@@ -36,9 +93,9 @@ struct CUgraphExec_st {
 
 namespace {
 
-constexpr Result kOutOfMemory = 2, kNoDevice = 100, kNotFound = 500, kNotWhileCapturing = 900;
+constexpr Result kOutOfMemory = 2, kNoDevice = 100, kNotFound = 500, kNotWhileCapturing = 900, kNoContext = 201;
 CUctx_st primary;
-CUctx_st* current = nullptr;
+thread_local CUctx_st* current = nullptr;
 CUgraph_st* capturing = nullptr;
 
 int setting(char const* name, int otherwise) {
@@ -69,8 +126,8 @@ std::string describe(std::string const& kind, void const* argument) {
     return out.str();
 }
 
-Result put(Work work) {
-    gqa_stub_enqueue(nullptr, std::move(work));
+Result put(Stream stream, Work work) {
+    gqa_stub_enqueue(stream, std::move(work));
     return kSuccess;
 }
 
@@ -80,9 +137,11 @@ void gqa_stub_log(std::string const& line) {
     if (char const* const path = std::getenv("GQA_STUB_LOG")) std::ofstream(path, std::ios::app) << line << "\n";
 }
 
-void gqa_stub_enqueue(CUstream_st*, std::function<void()> work) {
+void gqa_stub_enqueue(CUstream_st* stream, std::function<void()> work) {
     if (capturing) {
         capturing->work.push_back(std::move(work));
+    } else if (stream && stream->worker) {
+        stream->worker->put(std::move(work));
     } else {
         work();
     }
@@ -91,6 +150,18 @@ void gqa_stub_enqueue(CUstream_st*, std::function<void()> work) {
 #define STUB extern "C" __attribute__((visibility("default"))) Result
 
 STUB cuInit(unsigned) { return std::getenv("GQA_STUB_NO_GPU") ? kNoDevice : kSuccess; }
+// How cuda-bindings finds every other function. A symbol's newest version is the one that is called.
+STUB cuGetProcAddress_v2(char const* symbol, void** function, int, std::uint64_t, int* status) {
+    void* const self = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    *function = dlsym(self, (std::string(symbol) + "_v2").c_str());
+    if (!*function) *function = dlsym(self, symbol);
+    if (status) *status = *function ? 0 : 1;
+    return *function ? kSuccess : kNotFound;
+}
+STUB cuDriverGetVersion(int* version) {
+    *version = 13000;
+    return kSuccess;
+}
 STUB cuGetErrorName(Result result, char const** text) {
     *text = result == kOutOfMemory ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_STUB";
     return kSuccess;
@@ -104,7 +175,7 @@ STUB cuDeviceGet(Device* device, int ordinal) {
     return kSuccess;
 }
 STUB cuDeviceGetCount(int* count) {
-    *count = 1;
+    *count = setting("GQA_STUB_GPUS", 1);
     return kSuccess;
 }
 STUB cuDeviceGetAttribute(int* value, int attribute, Device) {
@@ -136,7 +207,7 @@ STUB cuCtxGetId(Context, unsigned long long* id) {
 }
 STUB cuCtxGetDevice(Device* device) {
     *device = 0;
-    return kSuccess;
+    return current ? kSuccess : kNoContext;
 }
 
 STUB cuModuleLoadData(Module* module, void const* image) {
@@ -164,13 +235,13 @@ STUB cuFuncSetAttribute(Function function, int attribute, int value) {
     return kSuccess;
 }
 STUB cuLaunchKernel(Function function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned block_y,
-                    unsigned block_z, unsigned shared_bytes, Stream, void** arguments, void**) {
+                    unsigned block_z, unsigned shared_bytes, Stream stream, void** arguments, void**) {
     if (fails("cuLaunchKernel")) return kNoDevice;
     std::ostringstream line;
     line << "launch " << function->name << " grid " << x << " " << y << " " << z << " threads " << threads << " "
          << block_y << " " << block_z << " shared " << shared_bytes << " arguments";
     for (std::size_t i = 0; i < function->kinds.size(); ++i) line << " " << describe(function->kinds[i], arguments[i]);
-    return put([text = line.str()] { gqa_stub_log(text); });
+    return put(stream, [text = line.str()] { gqa_stub_log(text); });
 }
 
 STUB cuMemAlloc_v2(Address* address, std::size_t bytes) {
@@ -195,17 +266,17 @@ STUB cuMemFreeHost(void* memory) {
     std::free(memory);
     return kSuccess;
 }
-STUB cuMemsetD8Async(Address address, unsigned char value, std::size_t bytes, Stream) {
-    return put([=] { std::memset(reinterpret_cast<void*>(address), value, bytes); });
+STUB cuMemsetD8Async(Address address, unsigned char value, std::size_t bytes, Stream stream) {
+    return put(stream, [=] { std::memset(reinterpret_cast<void*>(address), value, bytes); });
 }
-STUB cuMemcpyHtoDAsync_v2(Address address, void const* host, std::size_t bytes, Stream) {
-    return put([=] { std::memcpy(reinterpret_cast<void*>(address), host, bytes); });
+STUB cuMemcpyHtoDAsync_v2(Address address, void const* host, std::size_t bytes, Stream stream) {
+    return put(stream, [=] { std::memcpy(reinterpret_cast<void*>(address), host, bytes); });
 }
-STUB cuMemcpyDtoHAsync_v2(void* host, Address address, std::size_t bytes, Stream) {
-    return put([=] { std::memcpy(host, reinterpret_cast<void*>(address), bytes); });
+STUB cuMemcpyDtoHAsync_v2(void* host, Address address, std::size_t bytes, Stream stream) {
+    return put(stream, [=] { std::memcpy(host, reinterpret_cast<void*>(address), bytes); });
 }
-STUB cuMemcpyDtoDAsync_v2(Address to, Address from, std::size_t bytes, Stream) {
-    return put([=] { std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes); });
+STUB cuMemcpyDtoDAsync_v2(Address to, Address from, std::size_t bytes, Stream stream) {
+    return put(stream, [=] { std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes); });
 }
 
 STUB cuStreamCreate(Stream* stream, unsigned) {
@@ -216,9 +287,16 @@ STUB cuStreamDestroy_v2(Stream stream) {
     delete stream;
     return kSuccess;
 }
-STUB cuStreamSynchronize(Stream) { return capturing ? kNotWhileCapturing : kSuccess; }
-STUB cuStreamBeginCapture_v2(Stream, int) {
-    if (fails("cuStreamBeginCapture_v2")) return kNotWhileCapturing;
+STUB cuStreamSynchronize(Stream stream) {
+    if (capturing) return kNotWhileCapturing;
+    if (stream && stream->worker) stream->worker->wait();
+    return kSuccess;
+}
+STUB cuStreamQuery(Stream stream) {
+    return !stream || !stream->worker || stream->worker->done() ? kSuccess : kNotReady;
+}
+STUB cuStreamBeginCapture_v2(Stream stream, int) {
+    if ((stream && stream->worker) || fails("cuStreamBeginCapture_v2")) return kNotWhileCapturing;
     capturing = new CUgraph_st;
     gqa_stub_log("capture begins");
     return kSuccess;

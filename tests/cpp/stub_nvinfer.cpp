@@ -1,4 +1,5 @@
-// A stand-in for TensorRT 11's library, under its name: opens toy engines ("toy CAPACITY VOCABULARY BATCH PROMPT DTYPE")
+// A stand-in for TensorRT 11's library, under its name: opens toy engines ("toy CAPACITY VOCABULARY BATCH PROMPT
+// DTYPE", of a rank also its number counted from 1 and its heads)
 // and runs toy_model.h, through TensorRT's own classes. Only what a runtime calls does anything; the rest says nothing.
 //
 // Environment: GQA_STUB_TENSORRT_VERSION (by default the headers'), GQA_STUB_REFUSE (deserialize | context | enqueue).
@@ -9,6 +10,7 @@
 
 #include "stub_cuda.h"
 #include "toy_model.h"
+#include "toy_ranks.h"
 
 using namespace nvinfer1;
 
@@ -48,6 +50,11 @@ public:
         if (refuses("enqueue")) return refuse(false, "enqueue was told to fail");
         std::string const problem = call_.problem();
         if (!problem.empty()) return refuse(false, problem);
+        if (call_.rank) {
+            if (toy::breaks("enqueue", count_)) return refuse(false, "enqueue was told to fail");
+            toy::enqueue_rank(call_, stream, count_++);
+            return true;
+        }
         gqa_stub_enqueue(stream, [call = call_] {
             gqa_stub_log("run profile " + std::to_string(call.profile));
             call.run();
@@ -101,11 +108,17 @@ public:
     IRuntimeConfig* getRuntimeConfig() const noexcept override { return nullptr; }
     bool setUnfusedTensorsDebugState(bool) noexcept override { return false; }
     bool getUnfusedTensorsDebugState() const noexcept override { return false; }
-    bool setCommunicator(void*) noexcept override { return false; }
+    bool setCommunicator(void* communicator) noexcept override {
+        if (toy::breaks("join")) return refuse(false, "the communicator was told to be refused");
+        gqa_stub_log("joined profile " + std::to_string(call_.profile));
+        call_.communicator = communicator;
+        return true;
+    }
 
 private:
     ICudaEngine const& engine_;
     ToyCall call_;
+    int count_ = 0;
 };
 
 class StubEngine final : public ICudaEngine, public apiv::VCudaEngine {
@@ -211,6 +224,8 @@ public:
         std::string magic, dtype;
         ToyCall call;
         words >> magic >> call.capacity >> call.vocabulary >> call.max_batch >> call.max_prompt >> dtype;
+        words >> call.rank >> call.heads;  // of a rank's engine only
+        if (!call.heads) call.heads = 1;
         if (magic != "toy" || refuses("deserialize")) return refuse<ICudaEngine*>(nullptr, "the engine is damaged");
         call.half = dtype == "float16";
         return new StubEngine(std::move(call));

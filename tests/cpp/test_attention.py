@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 import random
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple
 from pathlib import Path
 
 import pytest
-from gqa_plugins.grouped_attention import fields, launch, plan
+from gqa_plugins.grouped_attention import choose_kernels, fields, launch, plan
 from gqa_plugins.grouped_attention.cubin import Cubin, Variant
 from gqa_plugins.grouped_attention.fields import Key
 
-from gqa_export.attention_op import INPUT_NAMES
 from gqa_export.errors import GqaExportError
+from gqa_export.long_attention_op import INPUT_NAMES
 
 from .conftest import Programs
-from .made_kernels import make_cubin, make_kernels, random_layer, write
+from .made_kernels import make_cubin, make_kernels, random_layer, random_long_layer, write
 
 GPUS = ((80, 108), (86, 84), (89, 128), (90, 132), (90, 300), (120, 170), (121, 48))  # 300: more than are filled
 OUTPUT, WORKSPACE = 1 << 20, 1 << 24
@@ -38,13 +38,16 @@ def answers(programs: Programs, what: str, paths: list[Path]) -> list[str]:
 
 def test_identity_fields_and_node_inputs_are_those_of_python(programs: Programs) -> None:
     lines = programs.run("probe_attention", "identity").splitlines()
-    identity = f"{fields.NAME} {fields.PLUGIN_VERSION} {fields.NAMESPACE} {fields.CONTRACT_VERSION}"
-    expected = [identity, *(f"{name} {kind}" for name, kind in fields.SERIALIZED)]
-    for number in range(8):
-        rotary, sinks, new = number & 1, number >> 1 & 1, number >> 2 & 1
-        flags = {"has_rotary": rotary, "has_sinks": sinks, "has_new": new}
+    expected = []
+    for version, creation in fields.CREATION_OF.items():
+        expected.append(f"{fields.NAME} {version} {fields.NAMESPACE} {fields.CONTRACT_VERSION}")
+        expected += [f"{name} {kind}" for name, kind in creation]
+    expected += [f"{name} {kind}" for name, kind in fields.SERIALIZED_ONLY]
+    for number in range(16):
+        rotary, sinks, new, method = (number >> bit & 1 for bit in range(4))
+        flags = {"has_rotary": rotary, "has_sinks": sinks, "has_new": new, "method": method}
         names = [str(len(fields.node_outputs(flags))), *fields.node_inputs(flags)]
-        expected.append(f"node {rotary}{sinks}{new} {' '.join(names)}")
+        expected.append(f"node {method}{rotary}{sinks}{new} {' '.join(names)}")
     assert lines == expected
 
 
@@ -71,7 +74,7 @@ def request_of(folder: Path, name: str, keys: Iterable[Key], container: bytes, l
                sizes: launch.Sizes) -> str:
     """A line for `probe_attention enqueue`."""
     files = (write(folder, f"{name}.container", container), write(folder, f"{name}.keys", fields.keys_text(keys)))
-    return " ".join(map(str, (*files, *astuple(layer), *astuple(sizes))))
+    return " ".join(map(str, (*files, layer.version, *astuple(layer), *astuple(sizes))))
 
 
 def expected_launch(one: launch.Launch) -> tuple[str, tuple[float, ...]]:
@@ -88,20 +91,21 @@ def logged_launch(line: str) -> tuple[str, tuple[float, ...]]:
     return head, tuple(float.fromhex(word) if "0x" in word else int(word) for word in arguments.split())
 
 
-@pytest.mark.parametrize(("capability", "sm_count"), GPUS)
+@pytest.mark.parametrize(("make", "capability", "sm_count"), [
+    *((random_layer, *gpu) for gpu in GPUS), *((random_long_layer, *gpu) for gpu in GPUS[1:4])])
 def test_launches_equal_pythons_on_random_layers(programs: Programs, chance: random.Random, tmp_path: Path,
-                                                 capability: int, sm_count: int) -> None:
+                                                 make: Callable, capability: int, sm_count: int) -> None:
     """Kernels picked, grids, arguments in the file's order, workspace: what reaches the driver is Python's, number by
     number; kernels above 48 KiB of shared memory ask for it."""
     requests, launched, said = [], [], []
     for number in range(60):
-        layer, sizes = random_layer(chance)
+        layer, sizes = make(chance)
         carried = set(chance.sample((80, 86, 89, 90, 120, 121), chance.randrange(1, 4)))
         carried |= {capability} if chance.random() < 0.8 else set()
         keys, cubins, container = make_kernels(layer, sizes, tuple(sorted(carried)), chance)
         requests.append(request_of(tmp_path, str(number), keys, container, layer, sizes))
         try:
-            picked = {name: cubins[key.sha256] for name, key in launch.pick(keys, capability).items()}
+            picked = {name: cubins[key.sha256] for name, key in choose_kernels.pick(keys, capability).items()}
         except GqaExportError as error:
             said.append(error.what)
             continue
@@ -125,7 +129,7 @@ def test_launches_equal_pythons_on_random_layers(programs: Programs, chance: ran
 
 def check_all(cubins: Iterable[Cubin], layer: launch.Layer, sizes: launch.Sizes) -> None:
     for cubin in cubins:
-        launch.check_cubin(cubin, layer, sizes)
+        choose_kernels.check_cubin(cubin, layer, sizes)
 
 
 @pytest.mark.parametrize("change", ["group", "head", "dtype", "window", "sinks", "rotary"])

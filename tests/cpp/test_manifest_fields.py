@@ -17,11 +17,13 @@ SCHEMA = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
 VARIABLES: dict[str, tuple[str, ...]] = {
     "root": (), "fact": ("inputs", "*"), "engine": ("engine",), "profile": ("engine", "profiles", "*"),
     "profiles": ("engine", "profiles"), "most": ("engine", "profiles", "*", "shapes", "input_ids", "2"),
+    "parallel": ("parallel",), "own": ("parallel", "ranks", "*"), "layer": ("parallel", "ranks", "*", "heads", "*"),
     "plugin": ("engine", "plugin"), "facts": ("inputs",), "shape": ("inputs", "*", "shape", "*"),
     "one": ("engine", "compute_capabilities", "*"), "past": ("engine", "aliases", "*"),
     "token": ("tokens", "eos", "*")}
 """variable of manifest.cpp that holds a part of the manifest -> where that part is"""
-HANDED_ON = {("inputs",): "array", ("outputs",): "array", ("engine",): "object", ("engine", "profiles"): "array",
+HANDED_ON = {("parallel",): "object", ("parallel", "ranks", "*"): "object",
+             ("inputs",): "array", ("outputs",): "array", ("engine",): "object", ("engine", "profiles"): "array",
              ("engine", "profiles", "*"): "object", ("engine", "plugin"): "object", VARIABLES["most"]: "array"}
 """parts that are handed to a variable or a function, and what those take them for"""
 TYPES = {"string": {"string"}, "integer": {"integer"}, "boolean": {"boolean"}, "array": {"array"},
@@ -80,7 +82,7 @@ def test_every_field_that_cpp_reads_is_in_the_schema_with_that_type():
 
 def test_what_cpp_asks_for_with_has_is_in_the_schema():
     names = re.findall(r'(\w+)(?:\.at\("(\w+)"\))?\.has\("(\w+)"\)', SOURCE.read_text(encoding="utf-8"))
-    assert {name for _, _, name in names} == {"format", "target", "engine", "eos"}
+    assert {name for _, _, name in names} == {"format", "target", "engine", "parallel", "eos"}
     assert all(types_at((*VARIABLES[variable], *([inner] if inner else []), name)) for variable, inner, name in names)
 
 

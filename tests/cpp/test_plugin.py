@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 import struct
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,13 @@ import pytest
 from gqa_plugins.grouped_attention import fields, launch
 from gqa_plugins.grouped_attention.fields import Key
 from gqa_plugins.grouped_attention.launch import Layer, Sizes
+from gqa_plugins.grouped_attention.long_layer import LongLayer
 from gqa_plugins.grouped_attention.tensorrt import State
 
+from gqa_export.long_attention_op import OWN_ATTRIBUTES, LongSetting
+
 from .conftest import Programs
-from .made_kernels import make_kernels, random_layer
+from .made_kernels import make_kernels, random_layer, random_long_layer
 from .test_attention import expected_launch, logged_launch
 
 LAYER = Layer(8, 2, 0.125, 0.0, 0, 0, 0, 0, 0, 1)
@@ -34,11 +37,13 @@ def chance() -> random.Random:
 class Driven:
     """One process of probe_plugin over a script, its answers and its log."""
 
-    def __init__(self, programs: Programs, folder: Path, lines: Iterable[str], **environment: str | Path) -> None:
+    def __init__(self, programs: Programs, folder: Path, lines: Iterable[str], version: str = "1",
+                 **environment: str | Path) -> None:
         log = folder / "log"
         log.write_text("")
-        output = programs.run("probe_plugin", programs.plugin_library, stdin="\n".join(lines) + "\n", GQA_STUB_LOG=log,
-                              GQA_STUB_CAPABILITY=str(CAPABILITY), GQA_STUB_SMS=str(SM_COUNT), **environment)
+        output = programs.run("probe_plugin", programs.plugin_library, version, stdin="\n".join(lines) + "\n",
+                              GQA_STUB_LOG=log, GQA_STUB_CAPABILITY=str(CAPABILITY), GQA_STUB_SMS=str(SM_COUNT),
+                              **environment)
         self.said = output.splitlines()
         self.launches = [logged_launch(line) for line in log.read_text().splitlines() if line.startswith("launch")]
 
@@ -71,7 +76,10 @@ def shapes(layer: Layer, sizes: Sizes) -> dict[str, Sequence[int]]:
              "past_value": (sizes.batch, layer.kv_num_heads, sizes.capacity, sizes.value_head),
              "past_lengths": (sizes.batch,), "new_lengths": (sizes.batch,),
              "cos": (sizes.max_position, sizes.rotary_half), "sin": (sizes.max_position, sizes.rotary_half),
-             "sinks": (layer.num_heads,)}
+             "sinks": (layer.num_heads,), "projections": (sizes.head, sizes.projections),
+             "code_order": (1 << sizes.projections,)}
+    if layer.long is not None:
+        every["fractions"] = (layer.kv_num_heads, layer.long.samples)
     return {name: every[name] for name in fields.node_inputs(asdict(layer))}
 
 
@@ -103,15 +111,18 @@ def test_creator_and_node_are_those_of_python(tensorrt_programs: Programs, tmp_p
                     f"3 -1 {inputs.index('past_key')} {inputs.index('past_value')}", " ".join(formats), "made", "1 -1"]
 
 
+@pytest.mark.parametrize(("version", "make"), [("1", random_layer), ("2", random_long_layer)])
 def test_layers_that_python_serialized_launch_what_python_launches(tensorrt_programs: Programs, tmp_path: Path,
-                                                                   chance: random.Random) -> None:
-    """Fields of the one, enqueue of the other: 40 random layers, their kernels carried by another
+                                                                   chance: random.Random, version: str,
+                                                                   make: Callable) -> None:
+    """Fields of the one, enqueue of the other: 40 random layers of either version, their kernels carried by another
     layer, which is restored before them or after."""
+    other = LAYER if version == "1" else LongLayer(**asdict(LAYER), **dict.fromkeys(OWN_ATTRIBUTES, 0))
     lines, launched = [], []
     for _ in range(40):
-        layer, sizes = random_layer(chance)
+        layer, sizes = make(chance)
         keys, cubins, container = make_kernels(layer, sizes, (CAPABILITY,), chance)
-        carrier = [*field_lines(serialized(LAYER, (), container)), "create runtime"]
+        carrier = [*field_lines(serialized(other, (), container)), "create runtime"]
         restored = [*field_lines(serialized(layer, keys)), "create runtime"]
         lines += chance.choice(([*carrier, *restored], [*restored, *carrier, "previous"]))
         lines.append(f"run {sizes.dtype} {dims_text(layer, sizes)}")
@@ -120,10 +131,25 @@ def test_layers_that_python_serialized_launch_what_python_launches(tensorrt_prog
         picked = {key.kernel: cubins[key.sha256] for key in keys}
         launched += [expected_launch(one)
                      for one in launch.launches(layer, sizes, picked, pointers, 1 << 24, SM_COUNT)]
-    driven = Driven(tensorrt_programs, tmp_path, lines)
+    driven = Driven(tensorrt_programs, tmp_path, lines, version)
     assert set(driven.said) == {"made", "0 0"}
     assert driven.said.count("0 0") == 40
     assert driven.launches == launched
+
+
+def test_a_creator_of_version_2_refuses_what_approximates_nothing_and_the_first_refuses_its_fields(
+        tensorrt_programs: Programs, tmp_path: Path) -> None:
+    good = LongSetting("tiles", leaf=64, heavy_keys=32, samples=8, tile=32, block=16, score_rows=4)
+    wrong = {"window": 16}, {"method": 3}, {"leaf": 60}, {"samples": 0}, {"exact_steps": -1}
+    layer = LongLayer(**asdict(LAYER), **good.attributes())
+    lines = []
+    for change in ({}, *wrong):
+        made = [(name, kind, {**asdict(layer), **change}[name]) for name, kind in fields.LONG_CREATION]
+        lines += [*field_lines(made), "create build"]
+    assert Driven(tensorrt_programs, tmp_path, lines, "2").said == ["made", *["refused"] * len(wrong)]
+    assert Driven(tensorrt_programs, tmp_path, lines[: len(fields.LONG_CREATION) + 1], "1").said == ["refused"]
+    lines = [*field_lines(attributes(LAYER)), "create build"]
+    assert Driven(tensorrt_programs, tmp_path, lines, "2").said == ["refused"]
 
 
 def test_fields_serialize_as_python_serializes_them(tensorrt_programs: Programs, tmp_path: Path,

@@ -18,10 +18,10 @@ class Played:
     """What a session said to a script, line by line, and what the stand-in for CUDA logged."""
 
     def __init__(self, programs: Programs, folder: Path, *lines: str, dtype: str = "float16", plugin: bool = True,
-                 graph: bool = True, expect: int = 0, batch: int = BATCH, rope_switch: int = 0,
+                 graph: bool = True, expect: int = 0, batch: int = BATCH, rope_switch: int = 0, hidden: bool = False,
                  **environment: str) -> None:
         path, log = folder / "gqa_export.json", folder / "log"
-        path.write_text(manifest(engine_facts(plugin, batch), dtype, rope_switch=rope_switch).to_json())
+        path.write_text(manifest(engine_facts(plugin, batch), dtype, rope_switch=rope_switch, hidden=hidden).to_json())
         log.write_text("")
         output = programs.run("session_on_toy", path, *([] if graph else ["no-graph"]), stdin="\n".join(lines) + "\n",
                               expect=expect, GQA_STUB_LOG=log, **environment)
@@ -41,6 +41,16 @@ def test_prefill_and_steps_read_every_token_once(programs: Programs, tmp_path: P
     tokens = [3, 1, 4, 1, 5, 9]
     assert played.said == [*(str(answer(tokens[:length])) for length in (3, 4, 5, 6)), "6"]
     assert played.runs == ["run profile 1 batch 1 steps 3", *["run profile 0 batch 1 steps 1"] * 3]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_an_engine_that_also_gives_hidden_states_runs_with_memory_for_them(programs: Programs, tmp_path: Path,
+                                                                          dtype: str) -> None:
+    """TensorRT refuses to run while an output has no address, and a prompt fills all of it."""
+    prompt = [3, 1, 4, 1, 5]
+    played = Played(programs, tmp_path, "prefill 3,1,4,1,5;2;7,7", "step 9,8,6", dtype=dtype, hidden=True)
+    assert played.said == [f"{answer(prompt)} {answer([2])} {answer([7, 7])}",
+                           f"{answer([*prompt, 9])} {answer([2, 8])} {answer([7, 7, 6])}"]
 
 
 def test_decode_is_captured_once_after_a_first_plain_run_and_then_replayed(programs: Programs, tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from gqa_export.bundle.engine_facts import ENGINE, EngineFacts, PluginFacts, ProfileFacts
 from gqa_export.bundle.manifest import MANIFEST, FileFact, Manifest
+from gqa_export.bundle.parallel import HeldHeads, ParallelFacts, RankFacts, order_sha256, rank_folder
 from gqa_export.graph_io import TensorFact
 from gqa_export.spec import ModelSpec
 
@@ -15,13 +17,14 @@ LAYERS, CAPACITY, VOCABULARY, BATCH, PROMPT, HEAD = 2, 16, 50, 3, 4, 2
 CACHE = [f".{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")]
 
 
-def tensors(dtype: str) -> tuple[tuple[TensorFact, ...], tuple[TensorFact, ...]]:
-    """(inputs, outputs), as `cache_io` names them."""
-    row = ("batch", 1, CAPACITY, HEAD)
+def tensors(dtype: str, hidden: bool = False, heads: int = 1) -> tuple[tuple[TensorFact, ...], tuple[TensorFact, ...]]:
+    """(inputs, outputs), as `graph_io` names them."""
+    row = ("batch", heads, CAPACITY, HEAD)
     inputs = (TensorFact("input_ids", "int32", ("batch", "sequence")), TensorFact("past_lengths", "int32", ("batch",)),
               TensorFact("new_lengths", "int32", ("batch",)),
               *(TensorFact(f"past_key_values{tail}", dtype, row) for tail in CACHE))
-    outputs = (TensorFact("logits", dtype, ("batch", 1, VOCABULARY)),
+    states = (TensorFact("hidden_states", dtype, ("batch", "sequence", 3)),) if hidden else ()
+    outputs = (TensorFact("logits", dtype, ("batch", 1, VOCABULARY)), *states,
                *(TensorFact(f"present{tail}", dtype, row) for tail in CACHE))
     return inputs, outputs
 
@@ -43,9 +46,9 @@ def engine_facts(plugin: bool = False, batch: int = BATCH) -> EngineFacts:
 
 
 def manifest(facts: EngineFacts, dtype: str = "float16", engine: bytes = b"",
-             rope_switch: int = 0) -> Manifest:
-    inputs, outputs = tensors(dtype)
-    spec = ModelSpec("toy", "Toy", VOCABULARY, 8, CAPACITY, "", (), rope_switch=rope_switch)
+             rope_switch: int = 0, hidden: bool = False) -> Manifest:
+    inputs, outputs = tensors(dtype, hidden)
+    spec = ModelSpec("toy", "Toy", VOCABULARY, 3 if hidden else 8, CAPACITY, "", (), rope_switch=rope_switch)
     return Manifest(target="trt-plugin", dtype=dtype, cache="static", capacity=CAPACITY, logits="last", weights="copy",
                     spec=spec, inputs=inputs, outputs=outputs,
                     files={ENGINE: FileFact(len(engine), hashlib.sha256(engine).hexdigest())},
@@ -63,16 +66,42 @@ def write_bundle(folder: Path, *, plugin: bool = False, dtype: str = "float16",
     return folder
 
 
-def answer(tokens: Sequence[int]) -> int:
-    """What the toy says after these tokens: every layer's sum over the cache, and the length."""
-    return (LAYERS * sum(tokens) * 7 + len(tokens)) % VOCABULARY
+def rank_manifest(ranks: int, engines: Sequence[bytes] = (), held: int = 2, dtype: str = "float32",
+                  orders: Sequence[str] = ()) -> Manifest:
+    """Of a toy that is cut over ranks, each of which holds `held` heads. orders: a rank's collectives."""
+    whole = manifest(engine_facts(), dtype)
+    inputs, outputs = tensors(dtype, heads=ranks * held)
+    facts = tuple(RankFacts(rank_folder(r), tuple(HeldHeads(layer, r, 1, tuple(range(r * held, (r + 1) * held)))
+                                                  for layer in range(LAYERS)),
+                            order_sha256((orders[r] if orders else "one",))) for r in range(ranks))
+    engines = engines or [b""] * ranks
+    files = {f"{rank_folder(r)}/{ENGINE}": FileFact(len(data), hashlib.sha256(data).hexdigest())
+             for r, data in enumerate(engines)}
+    return replace(whole, inputs=inputs, outputs=outputs, files=files,
+                   parallel=ParallelFacts(facts, ("all_reduce sum",), "whole", {}))
 
 
-def continued(prompt: Sequence[int], most: int, ends: Sequence[int] = (2, 7)) -> list[int]:
+def write_rank_bundle(folder: Path, ranks: int, held: int = 2, dtype: str = "float32") -> Path:
+    """A folder with an engine for each rank that the stand-in for TensorRT opens."""
+    engines = [f"toy {CAPACITY} {VOCABULARY} {BATCH} {PROMPT} {dtype} {r + 1} {held}".encode() for r in range(ranks)]
+    for r, data in enumerate(engines):
+        (folder / rank_folder(r)).mkdir(parents=True)
+        (folder / rank_folder(r) / ENGINE).write_bytes(data)
+    (folder / MANIFEST).write_text(rank_manifest(ranks, engines, held, dtype).to_json(), encoding="utf-8")
+    return folder
+
+
+def answer(tokens: Sequence[int], ranks: int = 0) -> int:
+    """What the toy says after these tokens: every layer's sum over the cache, and the length. Rank r of several has
+    r + 1 times the sum."""
+    return (LAYERS * sum(tokens) * 7 * (ranks * (ranks + 1) // 2 or 1) + len(tokens)) % VOCABULARY
+
+
+def continued(prompt: Sequence[int], most: int, ends: Sequence[int] = (2, 7), ranks: int = 0) -> list[int]:
     """What `generate` returns for a prompt."""
     read, written = list(prompt), []
     while len(written) < most:
-        written.append(answer(read))
+        written.append(answer(read, ranks))
         if written[-1] in ends:
             break
         read.append(written[-1])

@@ -4,7 +4,10 @@
 // token its logits are NaN, as those of an engine whose numbers overflowed.
 //
 // Tensors as in an engine: input_ids [B, S], past_lengths [B], new_lengths [B] int32; past_key_values.i.key|value
-// [B, 1, C, 2] and the presents in fp16 or fp32; logits [B, 1, V].
+// [B, K, C, 2] and the presents in fp16 or fp32; logits [B, 1, V]. K is 1 but for ranks.
+//
+// A rank's engine has a summand of the sum, its number times its own cache's, and all ranks add theirs up by NCCL
+// before they answer: a rank that is not there, or twice, changes the answer of all.
 #pragma once
 
 #include <cmath>
@@ -23,7 +26,11 @@ struct ToyCall {
     std::map<std::string, ToyTensor> tensors;
     std::int64_t capacity = 0, vocabulary = 0, max_batch = 0, max_prompt = 0;
     bool half = false;   // fp16, else fp32
+    bool hidden = false;  // hidden_states [B, S, 3] are an output too, each the token's own
     int profile = 0;     // 0 decode, 1 prefill
+    int rank = 0;        // counted from 1; 0: one device
+    std::int64_t heads = 1;
+    void* communicator = nullptr;
 
     static constexpr int kLayers = 2;
     static constexpr std::int64_t kHead = 2;
@@ -47,6 +54,10 @@ struct ToyCall {
         for (std::string const& name : names(true, true)) {
             if (!tensors.count(name) || !tensors.at(name).address) return name + " is not bound";
         }
+        if (hidden && (!tensors.count("hidden_states") || !tensors.at("hidden_states").address)) {
+            return "hidden_states is not bound";
+        }
+        if (rank && !communicator) return "the communicator is not set";
         auto const& ids = tensors.at("input_ids").shape;
         if (ids.size() != 2 || ids[0] < 1 || ids[0] > max_batch) return "input_ids: batch outside the profile";
         if (ids[1] < 1 || ids[1] > (profile == 0 ? 1 : max_prompt)) return "input_ids: steps outside the profile";
@@ -55,7 +66,7 @@ struct ToyCall {
         }
         for (std::string const& name : names(true, false)) {
             if (name.rfind("past_key_values", 0) != 0) continue;
-            if (tensors.at(name).shape != std::vector<std::int64_t>{ids[0], 1, capacity, kHead}) return name + ": shape";
+            if (tensors.at(name).shape != std::vector<std::int64_t>{ids[0], heads, capacity, kHead}) return name + ": shape";
             std::string const present = "present" + name.substr(std::strlen("past_key_values"));
             if (tensors.at(present).address != tensors.at(name).address) return present + " is not " + name;
         }
@@ -63,6 +74,13 @@ struct ToyCall {
     }
 
     void run() const {
+        std::vector<float> sums(static_cast<std::size_t>(tensors.at("input_ids").shape[0]));
+        read(sums.data());
+        answer(sums.data());
+    }
+
+    // Writes the new tokens into the cache and adds up what it holds, for every row.
+    void read(float* sums) const {
         std::int64_t const batch = tensors.at("input_ids").shape[0], steps = tensors.at("input_ids").shape[1];
         auto const* const ids = integers("input_ids");
         for (std::int64_t row = 0; row < batch; ++row) {
@@ -71,16 +89,30 @@ struct ToyCall {
             for (int layer = 0; layer < kLayers; ++layer) {
                 std::string const key = "past_key_values." + std::to_string(layer) + ".key";
                 for (std::int64_t i = 0; i < fresh; ++i) {
-                    set(key, (row * capacity + past + i) * kHead, static_cast<float>(ids[row * steps + i]));
+                    set(key, (row * heads * capacity + past + i) * kHead, static_cast<float>(ids[row * steps + i]));
                 }
                 // All of the cache, as native attention reads it: whatever is beyond the lengths counts too if not 0.
                 for (std::int64_t i = 0; i < capacity; ++i) {
-                    float const value = get(key, (row * capacity + i) * kHead);
+                    float const value = get(key, (row * heads * capacity + i) * kHead);
                     sum += i < past + fresh ? value : value * 0;
                 }
             }
+            sums[row] = static_cast<float>(rank ? sum * rank : sum);
+        }
+    }
+
+    // The logits of every row, from the sums of all ranks.
+    void answer(float const* sums) const {
+        std::int64_t const batch = tensors.at("input_ids").shape[0], steps = tensors.at("input_ids").shape[1];
+        auto const* const ids = integers("input_ids");
+        for (std::int64_t row = 0; row < batch; ++row) {
+            std::int64_t const past = integers("past_lengths")[row], fresh = integers("new_lengths")[row];
+            double const sum = sums[row];
             bool const poisoned = fresh > 0 && ids[row * steps + fresh - 1] == vocabulary - 1;
             auto const answer = static_cast<std::int64_t>(sum * 7 + static_cast<double>(past + fresh)) % vocabulary;
+            for (std::int64_t i = 0; hidden && i < steps * 3; ++i) {
+                set("hidden_states", row * steps * 3 + i, static_cast<float>(ids[row * steps + i / 3]));
+            }
             for (std::int64_t token = 0; token < vocabulary; ++token) {
                 float const value = token == answer ? 1.0f : 0.0f;
                 set("logits", row * vocabulary + token, sum == sum && !poisoned ? value : std::nanf(""));

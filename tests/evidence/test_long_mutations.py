@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from evidence.mutations.of_long import LONG_MUTATIONS, broken_bundle
+from evidence.mutations.of_long import LONG_MUTATIONS, OPTIONS, broken_bundle
+from evidence.mutations.table import Row, shares
 from gqa_models import write_tiny
 
 import gqa_export as gqa
 from gqa_export.bundle.manifest import read_manifest
 from gqa_export.compare.case_verdict import CaseVerdict
-from gqa_export.exporting.long_plan import LongOptions
 from gqa_export.progress import silent
 from gqa_export.report import html, junit
 from gqa_export.report.outcome import Outcome
 from gqa_export.validation.long_cases import judge_long
 from gqa_export.validation.reference import Reference, open_reference
 
-OPTIONS = {"tiles": LongOptions("tiles", "last:2", leaf=128, heavy=96, samples=16, anchors=3, from_tokens=128),
-           "hyper": LongOptions("hyper", "last:2", leaf=64, heavy=16, samples=16, anchors=3, from_tokens=128)}
+ROOT = Path(gqa.__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +84,14 @@ def test_a_graph_that_gives_the_last_logits_only_is_compared_too(checkpoint, ref
     folder = gqa.export(checkpoint, tmp_path / "good", logits="last", long_attention=OPTIONS["hyper"]).folder
     assert first_failure(folder, reference) is None
     assert first_failure(broken_bundle(folder, tmp_path / "broken", LONG_MUTATIONS[0]), reference) is not None
+
+
+def test_the_committed_table_has_every_kind_of_both_methods_all_are_caught_and_the_page_shows_it() -> None:
+    data = json.loads((ROOT / "docs" / "benchmarks" / "long_mutations.json").read_text())
+    rows = [Row(**{**row, "caught": {level: tuple(names) for level, names in row["caught"].items()}}) for row in data]
+    assert [(row.kind, row.sample) for row in rows] == [
+        (change.__name__.replace("_", " "), f"llama ort, {method}") for method in OPTIONS for change in LONG_MUTATIONS
+    ], "run scripts/long_mutation_table.py again and commit its result"
+    assert shares(rows)["full"] == 1.0
+    script = runpy.run_path(str(ROOT / "scripts" / "long_mutation_table.py"))
+    assert script["text_of"](rows) in (ROOT / "docs" / "trust.md").read_text()

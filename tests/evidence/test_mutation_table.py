@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from evidence.mutations.contradictions import CONTRADICTIONS
 from evidence.mutations.kinds import MUTATIONS
+from evidence.mutations.of_chunks import CHUNK_MUTATIONS
 from evidence.mutations.of_quantized import MUTATIONS as QUANTIZED_MUTATIONS
 from evidence.mutations.of_states import STATE_MUTATIONS
 from evidence.mutations.table import (
@@ -54,12 +55,13 @@ def test_the_same_holds_on_a_model_of_135_million_parameters():
     data = json.loads((ROOT / "docs" / "benchmarks" / "mutations_smollm2.json").read_text())
     kinds = [row["kind"] for row in data["rows"]]
     absent = {m.name for m in MUTATIONS} - set(kinds)
-    # it has no window, softcap, sinks, biases, norms of queries; its head is its embedding; `ort` masks by itself and
-    # rotates inside attention; its layers keep nothing but keys and values, and nothing of its bundle is quantized
+    # it has no window, chunks, softcap, sinks, biases, norms of queries; its head is its embedding; `ort` masks by
+    # itself and rotates inside attention; its layers keep nothing but keys and values, and nothing of its bundle is
+    # quantized
     assert absent <= {"window longer", "window shorter", "window dropped", "softcap dropped", "sinks zeroed",
                       "sinks dropped", "bias dropped", "q norm dropped", "past one short", "mask upper-left",
                       "embedding row", "final softcap dropped", "whole rows miscounted",
-                      *(m.name for m in STATE_MUTATIONS), *(m.name for m in QUANTIZED_MUTATIONS)}
+                      *(m.name for m in (*CHUNK_MUTATIONS, *STATE_MUTATIONS, *QUANTIZED_MUTATIONS))}
     assert {c.name for c in CONTRADICTIONS} <= set(kinds), "run scripts/mutation_table.py --checkpoint again"
     caught = [row["caught"] for row in data["rows"]]
     assert sum(bool(row["quick"]) for row in caught) >= 0.9 * len(caught)

@@ -110,8 +110,7 @@ def test_run_and_bench_take_it_unless_exact_is_given(bundles) -> None:
     assert answers[0] != answers[1]
 
 
-@pytest.mark.parametrize(("target", "word"), [("onnx", "Attention"), ("trt-native", "Attention"),
-                                                ("trt-plugin", "plugin")])
+@pytest.mark.parametrize(("target", "word"), [("onnx", "Attention"), ("trt-native", "Attention")])
 def test_targets_without_it_refuse_it_by_name(checkpoint, tmp_path, target, word) -> None:
     with refused("E-TARGET-LONG") as found:
         gqa.export(checkpoint, tmp_path / "out", target=target, long_attention=TILES)
@@ -199,3 +198,20 @@ def test_a_dry_run_lists_the_graph(checkpoint) -> None:
 def test_all_refusals_are_errors_of_ours() -> None:
     with pytest.raises(GqaExportError):
         LongOptions("x").setting()
+
+
+@pytest.mark.parametrize(("options", "code", "word"), [
+    ({"quantize": "int4"}, "E-OPTION-LONG-INT8", "--activations exact"),
+    ({"quantize": "int8", "activations": "int8"}, "E-OPTION-LONG-INT8", "--activations exact"),
+    ({"kv_cache": "int8"}, "E-OPTION-LONG-CODES", "--kv-cache int8"),
+    ({"kv_cache": "int4"}, "E-OPTION-LONG-CODES", "--kv-cache int4"),
+    ({"lora": ["adapter"]}, "E-OPTION-LORA", "--merge-lora"),
+    ({"tensor_parallel": 2}, "E-OPTION-TENSOR-PARALLEL", "leave out"),
+    ({"tensor_parallel": 2, "target": "trt-plugin"}, "E-OPTION-TENSOR-PARALLEL", "leave out")], ids=str)
+def test_what_a_graph_for_long_prompts_does_not_go_with_is_refused_by_name(checkpoint, tmp_path, options, code,
+                                                                            word) -> None:
+    with refused(code) as found:
+        gqa.export(checkpoint, tmp_path / "out", long_attention=TILES, **options)
+    assert "long" in found.error.what + found.error.where
+    assert word in found.error.fix
+    assert not (tmp_path / "out").exists()

@@ -100,6 +100,22 @@ def test_left_padding_gives_nan_through_products_that_hide_it(checkpoint: Path, 
     assert np.isfinite(got[0]).all()
 
 
+@pytest.mark.parametrize("target", ["onnx", "portable"])
+def test_a_sequence_beyond_the_cache_gives_nan_through_products_that_hide_it(checkpoint: Path, tmp_path: Path,
+                                                                             target: str) -> None:
+    """o_proj makes zeros of the NaN that attention writes into a row that cannot be right; the guard of the logits
+    tells such rows too."""
+    export(checkpoint, tmp_path / "b", target=target, quantize="int8", cache="static")
+    session = onnxruntime.InferenceSession(tmp_path / "b" / "model.onnx", providers=["CPUExecutionProvider"])
+    feeds = {each.name: np.zeros([2, each.shape[1], 64, each.shape[3]], np.float32)
+             for each in session.get_inputs()[2:]}
+    mask = np.ones((2, 70), np.int64)  # 62 tokens before, and room for 64
+    mask[0, 20:] = 0
+    got = session.run(["logits"], {"input_ids": np.repeat(TOKENS, 2, 0), "attention_mask": mask, **feeds})[0]
+    assert np.isnan(got[1]).all()
+    assert np.isfinite(got[0]).all()
+
+
 def test_the_head_and_the_embedding_are_one_matrix_in_the_file(checkpoint: Path, tmp_path: Path) -> None:
     export(checkpoint, tmp_path / "b", quantize="int4")
     model = onnx.load(tmp_path / "b" / "model.onnx", load_external_data=False)

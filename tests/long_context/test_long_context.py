@@ -24,7 +24,7 @@ from gqa_export.compare.long_quality import LayerQuality, LengthQuality, LongQua
 from gqa_export.long_attention_op import LongSetting
 from gqa_export.long_context import choose as choosing
 from gqa_export.long_context.attention import Replacement, load, replaced
-from gqa_export.long_context.measure import Measurement, Sequence
+from gqa_export.long_context.measure import Measurement, Sequence, longest_length, shortest_length
 from gqa_export.progress import silent
 from gqa_export.report import long_report
 from gqa_export.trace.probe.layer_probe import probe
@@ -140,14 +140,54 @@ def test_the_command_writes_reports_and_tells_by_its_exit_code(folder, tmp_path,
     done = CliRunner().invoke(main, [
         "long", str(folder), "--text", str(folder / "text.txt"), "--lengths", "256,320", "--long-attention", "hyper",
         "--long-leaf", "64", "--long-heavy", "16", "--long-samples", "16", "--long-layers", "last:2", "--max-loss",
-        bound, "--min-copy", "-1000", "--json", str(names[0]), "--html", str(names[1]), "--junit", str(names[2])])
+        bound, "--json", str(names[0]), "--html", str(names[1]), "--junit", str(names[2])])
     report = json.loads(names[0].read_text())
     assert done.exit_code == (code if max(row["loss"] for row in report["lengths"]) > 0 else 0), done.output
     assert [row["tokens"] for row in report["lengths"]] == [256, 320]
     assert [layer["layer"] for layer in report["lengths"][0]["layers"]] == [1, 2]
     assert all(layer["alpha"] > 0 and 0 < layer["mass"] <= 1 for layer in report["lengths"][0]["layers"])
     assert names[1].read_text().startswith("<!doctype html>")
-    assert ElementTree.fromstring(names[2].read_text()).get("tests") == "4"
+    judged = sum(row["copy_score"] is not None for row in report["lengths"])
+    assert int(ElementTree.fromstring(names[2].read_text()).get("tests")) == 2 + judged
+    assert [each["layers"] for each in report["fewer"]] == [1, 2]
+    assert report["fewer"][-1]["loss"] == report["lengths"][0]["loss"]
+    assert names[1].read_text().count("<svg") == 4, "seconds over length, loss over layers, error over layers twice"
+    assert "\u2026" not in done.output, "a number was cut off"
+
+
+def test_a_copy_score_without_meaning_fails_where_a_bound_for_it_was_asked_for(folder, tmp_path) -> None:
+    """A model of random weights gains nothing on a passage that it has seen: nothing is there to be kept."""
+    command = ["long", str(folder), "--text", str(folder / "text.txt"), "--lengths", "256", "--long-leaf", "64",
+               "--max-loss", "100", "--junit", str(tmp_path / "out.xml")]
+    for extra, code, tests in (([], 0, "1"), (["--min-copy", "0.5"], 1, "2")):
+        done = CliRunner().invoke(main, [*command, *extra])
+        assert done.exit_code == code, done.output
+        assert "0.1 nats on a repeated passage" in done.output
+        assert ElementTree.parse(tmp_path / "out.xml").getroot().get("tests") == tests
+
+
+def test_a_report_that_could_not_be_written_is_refused_before_the_work(folder, tmp_path) -> None:
+    done = CliRunner().invoke(main, ["long", str(folder), "--text", str(folder / "text.txt"), "--json",
+                                     str(tmp_path / "none" / "out.json")])
+    assert (done.exit_code, "E-REPORT-FOLDER" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("leaf", [1, 2, 5, 7, 64, 1024, 4096])
+def test_the_shortest_length_that_can_be_measured_is_the_shortest(leaf) -> None:
+    tokens = np.arange(20_000)
+    least = shortest_length(leaf)
+    sequence = Sequence.of(tokens, least, leaf, "text")
+    assert min(len(sequence.loss_rows), len(sequence.first_rows), len(sequence.copy_rows)) >= 1
+    with refused("E-OPTION-LENGTHS"):
+        Sequence.of(tokens, least - 1, leaf, "text")
+
+
+@pytest.mark.parametrize("tokens", [20, 27, 28, 300, 3583, 3584, 3585, 9000])
+def test_the_longest_length_of_a_text_is_the_longest(tokens) -> None:
+    longest = longest_length(tokens)
+    assert len(Sequence.of(np.arange(tokens), longest, 4, "text").ids) == longest
+    with refused("E-FILE-TEXT-SHORT"):
+        Sequence.of(np.arange(tokens), longest + 1, 4, "text")
 
 
 @pytest.mark.parametrize(("changes", "code"), [

@@ -40,7 +40,8 @@ def calls(draw):
     kv_heads, group = draw(st.sampled_from([(1, 1), (1, 4), (2, 1), (2, 3), (3, 2)]))
     attributes = Attributes(
         num_heads=kv_heads * group, kv_num_heads=kv_heads, scale=draw(st.sampled_from([0.1, 0.3536, 1.0])),
-        softcap=draw(st.sampled_from([0.0, 1.5, 30.0])), window=draw(st.sampled_from([0, 1, 2, 3, 5, 100])),
+        softcap=draw(st.sampled_from([0.0, 1.5, 30.0])),
+        window=draw(st.sampled_from([0, 1, 2, 3, 5, 100, -1, -2, -3, -5, -100])),
         growing=draw(st.integers(0, 1)))
     steps, axis = draw(st.integers(1, 6)), draw(st.integers(0, 9))
     if not attributes.growing:
@@ -67,6 +68,23 @@ def test_window_counts_the_current_token_at_lengths_around_it(window):
     for length in (4, 5, 6):  # W - 1, W and W + 1 of the middle cases, as prefill and as the last decode step
         check(attributes, fresh_inputs(attributes, [0], [length], axis=0, steps=length, seed=window))
         check(attributes, fresh_inputs(attributes, [length - 1], [1], axis=length - 1, steps=1, seed=window))
+
+
+@pytest.mark.parametrize("growing", [0, 1])
+def test_chunks_end_where_they_should_in_a_prompt_in_pieces_of_one_and_in_single_steps(growing):
+    attributes = Attributes(window=-4, growing=growing)
+    for length in (3, 4, 5, 8, 9, 13):  # within the first chunk, at and past its end, and past two ends
+        check(attributes, fresh_inputs(attributes, [0, 0], [length, 2], axis=0 if growing else 14, steps=length))
+        check(attributes, fresh_inputs(attributes, [length, 4], [5, 1], axis=length + 5, steps=5))
+        check(attributes, fresh_inputs(attributes, [length - 1, 0], [1, 1], axis=length, steps=1))
+
+
+def test_only_a_model_with_attention_in_chunks_has_the_nodes_for_them():
+    plain, windowed, chunked = (op_model(Attributes(window=window)) for window in (0, 5, -5))
+    for model in (plain, windowed, chunked):
+        attention_function.attach_function(model)
+    assert plain.functions[0] == windowed.functions[0] == attention_function.function_proto(23)
+    assert len(chunked.functions[0].node) == len(plain.functions[0].node) + 7
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])

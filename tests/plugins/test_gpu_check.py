@@ -23,6 +23,13 @@ ENGINE = {"flavor": "rtx", "version": "1.7", "attention": "plugin", "dtype": "fp
 """Invented, as all figures here."""
 
 
+RAGGED = {"kind": "ragged", "shape": "32/8 D128 bfloat16", "batch": 16, "length": 131072, "ours_ms": 0.2,
+          "step_ms": 0.21, "gb_s": 3600.0, "of_copy": 0.9, "tflop_s": 0.0, "peers": {"flash-attn-3": 0.25}}
+MODEL = {"model": "8B random", "length": 2048, "step_ms": 5.0, "tokens_s": 200.0, "of_copy": 0.85, "difference": 0.0,
+         "passed": True}
+COUNTERS = {"decode": {"DRAM bytes": "2.1 Gbyte"}, "notes": ["prefill: no counters (did not end in time)"]}
+
+
 def decode_row(batch: int, length: int, ours: float, of_copy: float, **peers) -> dict:
     return {"kind": "decode", "shape": "32/8 D128 bfloat16", "batch": batch, "length": length, "ours_ms": ours,
             "step_ms": ours * 1.1, "gb_s": 4000 * of_copy, "of_copy": of_copy, "tflop_s": 0.0, "peers": peers}
@@ -32,6 +39,7 @@ def decode_row(batch: int, length: int, ours: float, of_copy: float, **peers) ->
 def results() -> dict:
     """Invented figures, to exercise the writers: they measure nothing."""
     return copy.deepcopy({
+        **gpu_report.nothing(),
         "when": "2000-01-01T00:00:00+00:00", "command": "python scripts/gpu_check.py --out x", "card": "Invented GPU",
         "versions": {"torch": "0.0", "triton": "0.0"}, "ceilings": {"copy_gb_s": 4000.0, "matmul_tflop_s": 700.0},
         "correctness": [{"case": "32/8x128 bf16", "kernel": "decode", "error": 1e-3, "allowed": 4e-3, "passed": True}],
@@ -39,7 +47,13 @@ def results() -> dict:
         "decode": [decode_row(1, 1024, 0.01, 0.1, **{"sdpa-flash": 0.02, "sdpa-cudnn": "did not run: no | kernel"}),
                    decode_row(16, 32768, 0.5, 0.93, **{"sdpa-flash": 0.6})],
         "prefill": [{**decode_row(1, 8192, 1.0, 0.0, **{"sdpa-flash": 0.95}), "kind": "prefill", "tflop_s": 500.0}],
-        "sanitizer": {"passed": None, "note": "compute-sanitizer is not on the PATH"}, "engines": []})
+        "smoke": [{"case": "32/8x128 fp16", "kernel": "prefill", "error": 1e-3, "allowed": 4e-3, "passed": True}],
+        "shipping": [{"case": "32/8x128 bf16", "kernel": "decode, C++ harness", "error": 1e-3, "allowed": 4e-3,
+                      "passed": True, "same_bits": True}], "shipping_note": "kernels as carried",
+        "ragged": [RAGGED], "counters": COUNTERS,
+        "model": [{"case": "Llama of 3 layers", "kernel": "transformers' model with our op", "error": 1e-3,
+                   "allowed": 4e-3, "passed": True}], "model_speed": MODEL,
+        "sanitizer": {"passed": None, "note": "compute-sanitizer is not on the PATH"}})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: the check would really run")
@@ -53,7 +67,7 @@ def test_without_a_gpu_the_script_says_so_and_exits_with_3(tmp_path) -> None:
 
 def test_help_names_the_exit_codes_and_options() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True)
-    for text in ("--out", "--quick", "--only", "--checkpoint",
+    for text in ("--out", "--quick", "--only", "--checkpoint", "--budget", "--resume", "--kernels", "--write-kernels",
                  "Exit: 0 correct, 1 a kernel or an engine is wrong, 3 nothing to run on"):
         assert text in done.stdout
 
@@ -61,22 +75,29 @@ def test_help_names_the_exit_codes_and_options() -> None:
 def test_everything_shown_is_a_yes_in_the_table(results) -> None:
     text = gpu_report.table(results)
     assert text.startswith("Invented GPU: copy 4000 GB/s, bf16 product 700 TFLOP/s\n")
-    assert [line.split()[0] for line in text.splitlines()[2:]] == ["yes"] * 5 + ["not"]
+    assert [line.split()[0] for line in text.splitlines()[2:]] == ["yes"] * 8 + ["not"]
     assert max(map(len, text.splitlines())) < 140
 
 
 @pytest.mark.parametrize(("change", "line"), [
     (lambda r: r["correctness"][0].update(passed=False), 0),
+    (lambda r: r["smoke"][0].update(passed=False), 0),
     (lambda r: r["graph"].update(passed=False), 1),
-    (lambda r: r["decode"][1].update(of_copy=0.89), 2),
-    (lambda r: r["decode"][0].update(ours_ms=0.021), 3),
-    (lambda r: r["prefill"][0].update(ours_ms=1.1), 4),
-    (lambda r: r["sanitizer"].update(passed=False), 5),
+    (lambda r: r["shipping"][0].update(passed=False), 2),
+    (lambda r: r["decode"][1].update(of_copy=0.89), 3),
+    (lambda r: r["ragged"][0].update(of_copy=0.84), 4),
+    (lambda r: r["decode"][0].update(ours_ms=0.021), 5),
+    (lambda r: r["prefill"][0].update(ours_ms=1.1), 6),
+    (lambda r: r["model"][0].update(passed=False), 7),
+    (lambda r: r["model_speed"].update(passed=False), 7),
+    (lambda r: r["sanitizer"].update(passed=False), 8),
 ])
 def test_each_miss_is_a_no_in_its_own_line_only(results, change, line) -> None:
     change(results)
     shown = [passed for _, passed, _ in gpu_report.verdicts(results)]
     assert [n for n, passed in enumerate(shown) if passed is False] == [line]
+    wrong = [row for row in gpu_report.judged(results) if row.get("passed") is False]
+    assert bool(wrong) == (line not in (3, 4, 5, 6)), "what is slow is not wrong"
 
 
 def test_an_engine_that_passed_failed_or_did_not_run_is_said_to_have(results) -> None:
@@ -95,8 +116,9 @@ def test_an_engine_that_passed_failed_or_did_not_run_is_said_to_have(results) ->
 
 
 def test_nothing_measured_is_never_a_yes(results) -> None:
-    results.update(correctness=[], graph={}, decode=[], prefill=[], sanitizer={})
-    assert [passed for _, passed, _ in gpu_report.verdicts(results)] == [None] * 6
+    results.update(gpu_report.nothing())
+    assert [passed for _, passed, _ in gpu_report.verdicts(results)] == [None] * 9
+    assert gpu_report.judged(results) == []
     assert "not measured" in gpu_report.markdown(results)
 
 
@@ -110,7 +132,8 @@ def test_json_and_markdown_are_written_whole(results, tmp_path) -> None:
     assert json.loads(as_json.read_text()) == results
     text = as_markdown.read_text()
     for part in ("2000-01-01", "Invented GPU", "torch 0.0", "python scripts/gpu_check.py --out x", "4000 GB/s",
-                 "93%", "## Decode", "## Prefill", "## Correctness", "did not run: no / kernel", "0.5000"):
+                 "93%", "## Decode", "## Prefill", "## Correctness", "did not run: no / kernel", "0.5000",
+                 "## Decode of a ragged batch", "3600", "200", "2.1 Gbyte", "- prefill: no counters", "as carried"):
         assert part in text
     decode = text.split("## Decode")[1].split("##")[0]
     widths = {line.count("|") for line in decode.splitlines() if line.startswith("|")}
@@ -173,7 +196,9 @@ def script():
 @pytest.mark.kernels
 @pytest.mark.parametrize("wrong", [False, True], ids=["right kernels", "wrong kernel"])
 def test_whole_run_on_a_pretended_gpu_writes_its_files(script, monkeypatch, tmp_path, capsys, wrong: bool) -> None:
-    """Every line of the run but the clock and the graph, with the CPU in the GPU's place. Its times mean nothing."""
+    """Kernels through the interpreter, with the CPU in the GPU's place; other tests have the stages without kernels
+    (tests/evidence/test_gpu_stages.py). Its times mean nothing."""
+    from evidence import gpu_stages
     from gqa_plugins.grouped_attention import gpu_bench, gpu_correctness
 
     def clock(calls) -> float:
@@ -184,7 +209,7 @@ def test_whole_run_on_a_pretended_gpu_writes_its_files(script, monkeypatch, tmp_
 
     case = gpu_correctness.Case(4, 2, 16, 16, torch.float32, ((20, 1), (0, 0)), 1)
     monkeypatch.setattr(script, "why_not", lambda: None)
-    monkeypatch.setattr(script, "the_gpu", lambda: (torch.device("cpu"), "Pretended GPU", 90))
+    monkeypatch.setattr(gpu_stages, "the_gpu", lambda: (torch.device("cpu"), "Pretended GPU", 90))
     monkeypatch.setattr(gpu_bench, "time_ms", clock)
     monkeypatch.setattr(gpu_bench, "ceilings", lambda device: {"copy_gb_s": 10.0, "matmul_tflop_s": 1.0})
     monkeypatch.setattr(gpu_bench, "points", lambda kind, quick: [(2, 40)] if kind == "decode" else [(1, 24)])
@@ -193,19 +218,25 @@ def test_whole_run_on_a_pretended_gpu_writes_its_files(script, monkeypatch, tmp_
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(gpu_correctness, "cases", lambda quick: [case])
     monkeypatch.setattr(gpu_correctness, "check_graph", lambda device: {"passed": True, "note": "not run"})
-    monkeypatch.setattr(script, "engines", lambda options, copy_gb_s: [dict(ENGINE)])
+    monkeypatch.setattr(gpu_bench, "RAGGED", (40, 8))
+    monkeypatch.setattr(gpu_stages, "shipping", lambda *_: {"shipping": [], "shipping_note": "not run"})
+    monkeypatch.setattr(gpu_stages, "real_model", lambda *_: {"model": []})
+    monkeypatch.setattr(gpu_stages.gpu_tools, "counters", lambda: {"notes": ["not run"]})
+    monkeypatch.setattr(gpu_stages, "has_tensorrt", lambda: True)
+    monkeypatch.setattr(gpu_stages, "engines", lambda options, copy_gb_s: [dict(ENGINE)])
     if wrong:
         monkeypatch.setattr(gpu_correctness, "decode", lambda *arguments, **attributes: None)
     code = script.main(["--quick", "--no-sanitizer", "--heads", "4", "--kv-heads", "2", "--head-size", "16", "--out",
                         str(tmp_path)])
     assert code == int(wrong)
-    monkeypatch.setattr(script, "engines", lambda options, copy_gb_s: [{**ENGINE, "passed": False}])
+    monkeypatch.setattr(gpu_stages, "engines", lambda options, copy_gb_s: [{**ENGINE, "passed": False}])
     assert script.main(["--only", "engines"]) == 1, "an engine that is wrong is a failure too"
     told = capsys.readouterr().out
     assert ("WRONG  decode" in told) == wrong
     assert "Pretended GPU: copy 10 GB/s" in told
     written = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert [len(written[part]) for part in ("correctness", "decode", "prefill", "engines")] == [2, 1, 1, 1]
+    counted = ("smoke", "correctness", "decode", "ragged", "prefill", "engines")
+    assert [len(written[part]) for part in counted] == [2, 2, 1, 1, 1, 1]
     assert written["decode"][0]["peers"]["sdpa-math"] == 0.5
     assert set(written["prefill"][0]["peers"]) >= set(gpu_report.SDPA)
     assert written["command"].startswith("python scripts/gpu_check.py --quick")
@@ -216,32 +247,33 @@ def test_whole_run_on_a_pretended_gpu_writes_its_files(script, monkeypatch, tmp_
     assert json.loads((tmp_path / "gpu_check.json").read_text()) == written
 
 
-def planned(script, *arguments: str) -> list:
-    """The stages of a command line; none is run."""
-    found: list = []
-    original = script.run_stages
-    script.run_stages = lambda stages, results, save, budget_s: found.extend(stages) or True
-    try:
-        script.main([*arguments])
-    finally:
-        script.run_stages = original
-    return found
+@pytest.mark.kernels
+def test_a_ragged_batch_is_measured_by_the_tokens_that_are_there(monkeypatch) -> None:
+    """Every peer that is here computes the same: where a mask or a length is left out, garbage in the tail is NaN."""
+    from gqa_plugins.grouped_attention import gpu_bench, gpu_peers
 
+    seen: dict = {}
+    monkeypatch.setattr(gpu_bench, "time_ms", lambda calls: seen.setdefault("ours", calls[0]()) is None or 2.0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(
+        total_memory=2**30, L2_cache_size=1))
 
-@pytest.mark.parametrize(("only", "most", "most_of_four"), [(None, 500, 210), ("correctness", 200, 200),
-                                                            ("bench", 220, 220)])
-def test_the_estimates_fit_a_machine_that_is_lent_for_ten_minutes(script, monkeypatch, only: str | None, most: float,
-                                                                  most_of_four: float) -> None:
-    monkeypatch.setattr(script, "why_not", lambda: None)
-    monkeypatch.setattr(script, "the_gpu", lambda: (SimpleNamespace(type="cuda"), "Pretended GPU", 90))
-    monkeypatch.setattr(script.os, "cpu_count", lambda: 16)
-    stages = planned(script, *(["--only", only] if only else []))
-    assert sum(stage.seconds for stage in stages) <= most
-    assert sum(stage.seconds for stage in stages[:4]) <= most_of_four
-    names = [stage.name for stage in stages]
-    assert len(names) == len(set(names))
-    if only is None:
-        assert names[:4] == ["smoke", "graph", "ceilings", "bench core"], "what is wanted most comes first"
+    def peers(sets, clock, *, math: bool) -> dict:
+        seen.update(sets=sets, math=math)
+        return {}
+
+    monkeypatch.setattr(gpu_bench, "peers_of", peers)
+    row = gpu_bench.measure_ragged((40, 8), 4, 2, 16, torch.float32, torch.device("cpu"), 10.0)
+    assert row["gb_s"] == pytest.approx((40 + 8) * 2 * 2 * 16 * 4 / 2.0 / 1e6)
+    assert not seen["math"]
+    (one,) = seen["sets"]
+    for tensor in (one.key, one.value):
+        tensor[1, :, 8:] = 1e3  # masked: it must not be seen
+    with gpu_peers.sdpa_kernel(gpu_peers.SDPBackend.MATH):
+        outputs = []
+        gpu_peers._sdpa("sdpa-math", [one], lambda calls: outputs.append(calls[0]()) or 1.0)
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        one.query[1:], one.key[1:, :, :8], one.value[1:, :, :8], enable_gqa=True)
+    assert (outputs[0][1:] - plain).abs().max() < 1e-5, "fp32, another order of sums"
 
 
 def test_a_run_whose_ceilings_and_more_were_skipped_has_a_table_that_says_so(results) -> None:
@@ -258,16 +290,16 @@ def test_a_run_whose_ceilings_and_more_were_skipped_has_a_table_that_says_so(res
 def test_results_of_another_card_are_not_resumed(script, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(script, "versions", lambda: {"torch": "0.0", "triton": "0.0"})
     chosen = SimpleNamespace(out=tmp_path, resume=True)
-    kept = {**script.begin(chosen, "c", "card A"), "smoke": [{"passed": True}]}
-    gpu_report.write({**kept, "correctness": []}, tmp_path)
-    assert script.begin(chosen, "c", "card A")["smoke"] == [{"passed": True}]
+    row = {"case": "32/8x128 bf16", "kernel": "decode", "error": 1e-3, "allowed": 4e-3, "passed": True}
+    gpu_report.write({**script.begin(chosen, "c", "card A"), "smoke": [row]}, tmp_path)
+    assert script.begin(chosen, "c", "card A")["smoke"] == [row]
     assert script.begin(chosen, "c", "card B")["smoke"] == []
     assert script.begin(SimpleNamespace(out=tmp_path, resume=False), "c", "card A")["smoke"] == []
 
 
 def test_script_runs_from_a_checkout_that_is_not_installed() -> None:
     program = (f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); sys.modules['gqa_plugins'] = None\n"
-               "import gpu_check; gpu_check._alias_plugins()\n"
+               "import gpu_check; gpu_check.alias_packages()\n"
                "from gqa_plugins.grouped_attention.plan import CAPABILITIES; print(CAPABILITIES)\n")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "121" in done.stdout
@@ -276,8 +308,7 @@ def test_script_runs_from_a_checkout_that_is_not_installed() -> None:
 def test_script_knows_why_it_cannot_run(script, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "TRITON_INTERPRET" in script.why_not()
-    assert script.sanitize(True)["passed"] is None
-    assert {"python", "torch", "triton"} <= set(script.versions())
+    assert {"python", "torch", "triton", "numpy", "transformers", "driver", "triton_key"} <= set(script.versions())
 
 
 @pytest.mark.parametrize("l2_megabytes", [40, 50, 60, 126])

@@ -15,7 +15,7 @@ from typing import Any
 import fake_tensorrt as fake
 import numpy as np
 import pytest
-from gqa_plugins.grouped_attention import driver, fields, launch, limits, plugin_layer
+from gqa_plugins.grouped_attention import driver, driver_ctypes, fields, launch, limits, plugin_layer
 from gqa_plugins.grouped_attention import tensorrt as plugin
 from gqa_plugins.grouped_attention.fields import Key
 from gqa_plugins.grouped_attention.launch import Layer, Sizes
@@ -466,8 +466,9 @@ def test_what_the_driver_refuses_is_named(gpu, kernels) -> None:
         enqueue(trt, one, SIZES)
 
 
-def test_without_the_driver_s_bindings_the_fix_is_named(monkeypatch, kernels) -> None:
+def test_without_bindings_and_without_a_driver_the_fix_is_named(monkeypatch, kernels) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setattr(driver_ctypes, "opened", lambda: driver_ctypes.Driver("libnothing.so.1"))
     trt, one = restored(kernels)
     with refused("E-ENV-CUDA-BINDINGS") as caught:
         enqueue(trt, one, SIZES)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusal import refused
 
-from gqa_export import attention_op
+from gqa_export import attention_op, long_attention_op
 from gqa_export.errors import GqaExportError
 
 ALL = {"has_new": 1, "has_rotary": 1, "has_sinks": 1}
@@ -31,8 +31,11 @@ def test_a_node_has_the_contract_s_inputs_that_its_flags_name() -> None:
     assert node_inputs({"has_new": 1, "has_rotary": 0, "has_sinks": 0}) == attention_op.INPUT_NAMES[:7]
     assert node_inputs({"has_new": 0, "has_rotary": 0, "has_sinks": 1}) == (
         "query", "past_key", "past_value", "past_lengths", "new_lengths", "sinks")
+    tables = long_attention_op.INPUT_NAMES[-3:]
+    assert node_inputs({**ALL, "method": 1}) == long_attention_op.INPUT_NAMES
+    assert node_inputs({**ALL, "method": 0}) == attention_op.INPUT_NAMES
     optional = {port.name for port in attention_op.INPUTS if port.optional}
-    assert optional == set(fields.FLAG_OF_INPUT)
+    assert optional | set(tables) == set(fields.FLAG_OF_INPUT)
 
 
 def test_a_layer_that_writes_nothing_has_one_output() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from gqa_plugins.grouped_attention import append, decode, launch, plan, prefill
+from gqa_plugins.grouped_attention import append, choose_kernels, decode, launch, plan, prefill
 from gqa_plugins.grouped_attention.cubin import Cubin
 from gqa_plugins.grouped_attention.fields import Key
 from gqa_plugins.grouped_attention.launch import Layer, Sizes
@@ -176,7 +176,7 @@ def keys(*capabilities: int) -> list[Key]:
     ((80, 89, 120), 89, 89), ((80, 89, 120), 120, 120), ((80, 120), 80, 80), ((86,), 89, 86), ((80, 86), 89, 86),
     ((80,), 87, 80), ((80, 87), 87, 87), ((87,), 87, 87), ((100, 110), 110, 110)])
 def test_a_gpu_gets_the_kernels_that_run_on_it(carried: tuple[int, ...], gpu: int, taken: int) -> None:
-    assert {key.capability for key in launch.pick(keys(*carried), gpu).values()} == {taken}
+    assert {key.capability for key in choose_kernels.pick(keys(*carried), gpu).values()} == {taken}
 
 
 @pytest.mark.parametrize(("carried", "gpu"), [
@@ -184,7 +184,7 @@ def test_a_gpu_gets_the_kernels_that_run_on_it(carried: tuple[int, ...], gpu: in
     ((100, 103), 110), ((110,), 101), ((110,), 103), ((110,), 120)])
 def test_a_gpu_that_nothing_carried_runs_on_is_told_what_to_build(carried: tuple[int, ...], gpu: int) -> None:
     with pytest.raises(GqaExportError) as caught:
-        launch.pick(keys(*carried), gpu)
+        choose_kernels.pick(keys(*carried), gpu)
     assert f"--compute-capability {gpu // 10}.{gpu % 10}" in caught.value.fix
 
 
@@ -192,13 +192,13 @@ def test_a_kernel_of_another_layer_is_refused() -> None:
     sizes = Sizes(1, 1, 64, 64, 64, "fp16", 32, 64)
     made = cubins(LLAMA, sizes)
     for cubin in made.values():
-        launch.check_cubin(cubin, LLAMA, sizes)
+        choose_kernels.check_cubin(cubin, LLAMA, sizes)
     with refused("E-ENGINE-KERNEL-MISMATCH"):
-        launch.check_cubin(made["decode"], dataclasses.replace(LLAMA, window=8), sizes)
+        choose_kernels.check_cubin(made["decode"], dataclasses.replace(LLAMA, window=8), sizes)
     with refused("E-ENGINE-KERNEL-MISMATCH"):
-        launch.check_cubin(made["append"], LLAMA, dataclasses.replace(sizes, head=96))
+        choose_kernels.check_cubin(made["append"], LLAMA, dataclasses.replace(sizes, head=96))
     with refused("E-ENGINE-KERNEL-MISMATCH"):
-        launch.check_cubin(made["prefill"], LLAMA, dataclasses.replace(sizes, dtype="bf16"))
+        choose_kernels.check_cubin(made["prefill"], LLAMA, dataclasses.replace(sizes, dtype="bf16"))
 
 
 def test_a_kernel_with_arguments_of_another_version_is_refused() -> None:

@@ -122,3 +122,29 @@ def test_low_precision_logits_come_out_as_fp32(model) -> None:
 def test_a_session_without_a_spec_says_so(model) -> None:
     with refused("E-RUN-SPEC"):
         _ = TorchSession(model, CAPACITY).spec
+
+
+def test_a_hybrid_that_numbers_the_tokens_of_every_call_from_zero_is_told_their_places(tmp_path) -> None:
+    """transformers' Bamba, called without position_ids, rotates a decoded token as the first: `generate` gives them.
+
+    A reference that did not would call a right export wrong by 2e-4 and more; this is all there is to its decode.
+    """
+    from gqa_models.shrink import write_small
+    from transformers import AutoModelForCausalLM
+
+    from gqa_export.checkpoint.cache_argument import cache_argument
+    from gqa_export.trace.states.torch_cache import empty_cache
+
+    hybrid = AutoModelForCausalLM.from_pretrained(write_small("bamba", tmp_path)).eval().double()
+    ids = torch.randint(4, 200, (1, 12), generator=torch.Generator().manual_seed(0))
+    cache = empty_cache(hybrid.config, True)
+    with torch.no_grad():
+        whole = hybrid(ids).logits[0, -1].numpy()
+        for piece in (ids[:, :-1], ids[:, -1:]):
+            without = hybrid(piece, use_cache=True, **{cache_argument(hybrid): cache}).logits[0, -1].numpy()
+    session = TorchSession(hybrid, 32, "fp64")
+    session.step(ids[:, :-1].numpy())
+    told = session.step(ids[:, -1:].numpy()).logits[0, -1]
+    # angles are fp32 in the model, and steps are in another order than the scan of the whole
+    assert np.abs(told - whole).max() < 1e-4
+    assert np.abs(without - whole).max() > 1e-2

@@ -159,6 +159,26 @@ def test_generate_gives_pytorchs_tokens_until_the_cache_is_full(engine, gpu, mod
     assert session.lengths.max() == CAPACITY
 
 
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_an_engine_that_gives_hidden_states_has_memory_for_them_and_returns_pytorchs(
+        checkpoint, tmp_path, gpu, model, cuda_graph) -> None:
+    """In pieces of 8, ragged, over a past, and replayed. 1e-5: fp32's rounding in two layers."""
+    from gqa_export.exporting.options import ExportOptions
+    from gqa_export.exporting.to_onnx import export_onnx
+
+    made = export_onnx(checkpoint, tmp_path / "bundle", ExportOptions("trt-plugin", capacity=48, hidden_states=True))
+    with _interpreted(made.folder, made.manifest, []) as (_, graph):
+        session = gpu(write_engine(tmp_path / "engine", graph, made.manifest), cuda_graph=cuda_graph)
+        expected = TorchSession(model, 48, "fp64", hidden=True)
+        for each in (session, expected):
+            each.reset(3)
+        for width, counts in STEPS:
+            ids = np.random.default_rng(width).integers(3, 320, (3, width))
+            got, right = (each.step(ids, np.array(counts)).hidden for each in (session, expected))
+            for b, count in enumerate(counts):
+                np.testing.assert_allclose(got[b, :count], right[b, :count], atol=1e-5, rtol=0)
+
+
 def test_a_decode_step_is_captured_once_a_batch_size_after_one_plain_step(engine, gpu) -> None:
     session = gpu(engine())
     for batch, captured in ((2, 1), (2, 1), (3, 2)):

@@ -13,7 +13,7 @@ from gqa_export.errors import UnsupportedModel
 from gqa_export.trace import attention_hook
 from gqa_export.trace.capture import decoder_module
 from gqa_export.trace.probe.layer_probe import probe
-from gqa_export.trace.probe.mask_window import window_of
+from gqa_export.trace.probe.mask_window import Visible, visible_of
 
 
 def causal(batch, head, query, key):
@@ -26,20 +26,35 @@ def tag(function):
 
 @pytest.mark.parametrize("width", [1, 2, 7, 16, 99])
 def test_a_window_is_read_from_the_mask_alone(width):
-    assert window_of(tag(lambda b, h, q, k: (k <= q) & (k > q - width)), 0, 200, 4) == width
+    assert visible_of(tag(lambda b, h, q, k: (k <= q) & (k > q - width)), 0, 200, 4) == Visible(window=width)
 
 
 def test_a_causal_mask_has_no_window():
-    assert window_of(tag(causal), 0, 200, 4) == 0
+    assert visible_of(tag(causal), 0, 200, 4) == Visible()
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 16, 99, 199])
+def test_the_size_of_chunks_is_read_from_the_mask_alone(size):
+    mask = tag(lambda b, h, q, k: (k <= q) & (k // size == q // size))
+    # chunks of one token are a window of one
+    assert visible_of(mask, 0, 200, 4) == (Visible(chunk=size) if size > 1 else Visible(window=1))
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda h, q, k: (q != 37) | (k != 33), lambda h, q, k: (h == 0) | (q != 37) | (k != 33),
+    lambda h, q, k: q < 150], ids=["one hidden", "one hidden from one head", "nothing seen beyond"])
+def test_a_mask_that_is_almost_one_of_chunks_is_refused(wrong):
+    with refused("E-MODEL-MASK", UnsupportedModel):
+        visible_of(tag(lambda b, h, q, k: (k <= q) & (k // 16 == q // 16) & wrong(h, q, k)), 0, 200, 4)
 
 
 @pytest.mark.parametrize("function", [
-    lambda b, h, q, k: k < q, lambda b, h, q, k: k >= 0, lambda b, h, q, k: (k <= q) & (k // 8 == q // 8),
+    lambda b, h, q, k: k < q, lambda b, h, q, k: k >= 0, lambda b, h, q, k: (k <= q) & ((k + 3) // 8 == (q + 3) // 8),
     lambda b, h, q, k: (k <= q) | (k < 5), lambda b, h, q, k: (k <= q) & ((h == 0) | (k > q - 4)),
-], ids=["strictly causal", "bidirectional", "chunked", "prefix", "heads differ"])
+], ids=["strictly causal", "bidirectional", "a shorter first chunk", "prefix", "heads differ"])
 def test_any_other_mask_is_refused(function):
     with refused("E-MODEL-MASK", UnsupportedModel) as refusal:
-        window_of(tag(function), 3, 64, 4)
+        visible_of(tag(function), 3, 64, 4)
     assert refusal.error.where == "layer 3"
 
 
@@ -50,15 +65,15 @@ def test_any_other_mask_is_refused(function):
 ], ids=["chunks", "one hidden", "one shown", "heads differ"])
 def test_a_mask_that_is_another_beyond_some_position_is_causal_for_a_shorter_cache(function, longest):
     strange = tag(lambda b, h, q, k: function(b, h, q, k) & (q < 400))
-    assert window_of(strange, 0, 512, 4, capacity=longest) == 0
+    assert visible_of(strange, 0, 512, 4, capacity=longest) == Visible()
     with refused("E-MODEL-MASK", UnsupportedModel) as refusal:
-        window_of(strange, 0, 512, 4, capacity=longest + 1)
+        visible_of(strange, 0, 512, 4, capacity=longest + 1)
     assert f"--capacity {longest} or less" in refusal.error.fix
 
 
 def test_a_layer_whose_mask_was_not_made_by_transformers_is_refused():
     with refused("E-MODEL-OWN-MASK", UnsupportedModel):
-        window_of(None, 2, 64, 4)
+        visible_of(None, 2, 64, 4)
 
 
 def test_an_unknown_attention_argument_is_refused_by_name():

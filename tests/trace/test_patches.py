@@ -147,7 +147,7 @@ def test_a_window_beside_the_mask_narrows_it():
     tagged = torch.zeros(1, 1, 1, 1)
     tagged.gqa_mask = attention_hook.MaskTag(lambda b, h, q, k: k <= q, False, None)
     narrow = attention_hook.windowed(tagged, 7)
-    assert mask_window.window_of(narrow.gqa_mask, 0, 64, 4) == 7
+    assert mask_window.visible_of(narrow.gqa_mask, 0, 64, 4).window == 7
     assert attention_hook.windowed(tagged, 0) is tagged
     assert attention_hook.windowed(None, 7) is None
 

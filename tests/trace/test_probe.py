@@ -43,7 +43,6 @@ def test_a_window_that_is_only_in_the_mask_is_honoured(config_of):
 
 
 @pytest.mark.parametrize(("name", "code", "named"), [
-    ("llama4", "E-MODEL-MASK", "chunked_overlay"),
     ("gemma3_bidirectional", "E-MODEL-MASK", "_bidirectional_window_overlay"),
     ])
 def test_what_grouped_attention_cannot_hold_is_refused_by_name(config_of, name, code, named):
@@ -52,13 +51,13 @@ def test_what_grouped_attention_cannot_hold_is_refused_by_name(config_of, name, 
     assert named in refusal.error.what
 
 
-def test_attention_in_chunks_is_held_by_a_cache_of_one_chunk_and_no_longer_one(config_of):
+def test_chunks_of_attention_are_a_fact_of_a_layer_and_of_no_layer_where_the_cache_ends_within_the_first(config_of):
     config = config_of("llama4")
     assert config.attention_chunk_size == 4
-    assert {layer.window for layer in probe(config, capacity=4).layers} == {0}
-    with refused("E-MODEL-MASK", UnsupportedModel) as refusal:
-        probe(config, capacity=5)
-    assert "--capacity 4 or less" in refusal.error.fix
+    assert {(layer.window, layer.chunk) for layer in probe(config, capacity=4).layers} == {(0, 0)}
+    for capacity in (0, 5):
+        assert [layer.chunk for layer in probe(config, capacity=capacity).layers] == [4, 4, 4, 0]
+        assert {layer.window for layer in probe(config, capacity=capacity).layers} == {0}
 
 
 def test_bert_is_exportable_as_a_decoder_and_refused_as_an_encoder(config_of):

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import gqa_export as gqa
 from gqa_export.bundle.manifest import MODEL, read_manifest
-from gqa_export.compare.tolerance import CAP_PART, FACTOR, tolerance
+from gqa_export.compare.tolerance import CAP_PART, FACTOR, ROUNDED_FACTOR, tolerance
 from gqa_export.report.console import details
 from gqa_export.report.github import markdown
 from gqa_export.report.html import page
@@ -234,4 +234,16 @@ def test_the_session_option_decides_whether_dequantized_products_round(four, tmp
 def test_a_baseline_that_rounds_is_not_capped_by_units_of_fp32():
     assert tolerance(0.01, 1.0, "float32").basis == "cap"
     assert tolerance(0.01, 1.0, "float32", True).bound == pytest.approx(FACTOR * 0.01)
-    assert tolerance(1.0, 1.0, "float32", True).bound == CAP_PART
+    assert tolerance(0.03, 1.0, "float32", True).bound == CAP_PART
+
+
+def test_what_rounding_does_to_pytorch_itself_is_allowed_to_a_bundle_as_shipped():
+    found = tolerance(0.2, 1.0, "float32", True)
+    assert (found.bound, found.basis) == (pytest.approx(ROUNDED_FACTOR * 0.2), "activations")
+    assert tolerance(5.0, 1.0, "float32", True).bound == 1.0  # never more than the largest value of the reference
+    assert tolerance(0.2, 1.0, "float32").basis == "cap"  # and never at level 0
+
+
+@pytest.mark.parametrize("baseline", [np.inf, np.nan])
+def test_a_baseline_that_is_not_finite_excuses_nothing(baseline):
+    assert tolerance(baseline, 1.0, "float32", True).bound == CAP_PART

@@ -1,8 +1,9 @@
 """Canonical op -> ai.onnx Attention over a cache that Concat + GatherND (growing) or TensorScatter (static) made.
 
 Whatever depends on lengths alone is computed once and shared by all layers: where each cache row comes from, one
-boolean mask [B, 1, S, T] per window, which output rows are real. Dimensions as in `gqa_export.attention_op`; N is
-min(S, C), the rows that a static write touches. Source: onnx docs/Operators.md, Attention-23/24, TensorScatter-24.
+boolean mask [B, 1, S, T] per window or size of chunk, which output rows are real. Dimensions as in
+`gqa_export.attention_op`; N is min(S, C), the rows that a static write touches. Source: onnx
+docs/Operators.md, Attention-23/24, TensorScatter-24.
 """
 
 from __future__ import annotations
@@ -117,16 +118,22 @@ class Lengths:
             self._made[key] = self.node(label, "Expand", zeros, shape)
         return self._made[key]
 
-    def mask(self, window: int) -> gs.Tensor:
-        """bool [B, 1, S, T]: which cached tokens each new one sees; `window` counts itself, 0 is no limit."""
-        key = ("mask", window)
+    def mask(self, window: int, chunk: int) -> gs.Tensor:
+        """bool [B, 1, S, T]: which cached tokens each new one sees; `window` counts itself, 0 is no limit; `chunk`:
+        none before its own chunk, 0 is no chunks."""
+        key = ("mask", window, chunk)
         if key not in self._made:
-            node, label = self.node, f"mask_{window}"
+            node, label = self.node, f"mask_chunk_{chunk}" if chunk else f"mask_{window}"
             seen = node(f"{label}/causal", "LessOrEqual", self.cache_T, self.position_BS1)
             if window:
                 near = node(f"{label}/near", "Greater", self.cache_T,
                             node(f"{label}/before", "Sub", self.position_BS1, window))
                 seen = node(f"{label}/window", "And", seen, near)
+            if chunk:
+                number = node(f"{label}/number", "Div", self.position_BS1, chunk)
+                inside = node(f"{label}/inside", "GreaterOrEqual", self.cache_T,
+                              node(f"{label}/first", "Mul", number, chunk))
+                seen = node(f"{label}/chunk", "And", seen, inside)
             seen = node(f"{label}/rows", "And", seen, self.row_BS1)
             self._made[key] = node(label, "Unsqueeze", seen, [1])
         return self._made[key]
@@ -164,7 +171,7 @@ def _lower_call(graph: gs.Graph, call: gs.Node, layer: AttentionSpec, lengths: L
     attrs: dict[str, Any] = {"scale": layer.scale}
     if lengths.element != onnx.TensorProto.FLOAT:
         attrs["softmax_precision"] = int(onnx.TensorProto.FLOAT)
-    mixed_BHSE = node("core", "Attention", query, *present, lengths.mask(layer.window), **attrs)
+    mixed_BHSE = node("core", "Attention", query, *present, lengths.mask(layer.window, layer.chunk), **attrs)
     mixed_BSHE = node("output/heads_last", "Transpose", mixed_BHSE, perm=[0, 2, 1, 3])
     mixed_BSX = node("output/flat", "Reshape", mixed_BSHE, [0, 0, heads * layer.value_head_size])
     output = node("output", "Where", lengths.real_BS1, mixed_BSX, lengths.fill_BS1)

@@ -51,7 +51,7 @@ def lean_guard(graph: gs.Graph, context: Context) -> Rewritten:
             edit.add_node(graph, "Where", [good_B11, hidden, nan], name=f"{place}/guard/Where", outputs=[output])
         count += 1
         edit.tidy(graph)  # the canonical guard reads the mask's last columns too
-        _count_new_tokens(graph, rows)
+        _count_new_tokens(graph, rows, context.options.ragged_chunks)
     edit.tidy(graph)
     return Rewritten(count, misses)
 
@@ -87,6 +87,10 @@ def _guards_that_add_to_nothing(graph: gs.Graph) -> tuple[NearMiss, ...]:
             if not is_op(reader, "Add"):
                 misses.append(NearMiss(reader.name, f"it is {reader.op}, expected the Add of a guard's NaN"))
     return tuple(misses)
+
+
+QUERY_SEQLENS = 16
+"""the place of GroupQueryAttention's input of that name. Source: its schema in ONNX Runtime 1.32"""
 
 
 @dataclass(frozen=True)
@@ -137,12 +141,13 @@ def _good(graph: gs.Graph, rows: _MaskRows) -> gs.Tensor:
     return edit.add_node(graph, "Unsqueeze", [*good_B, both], name="guard/Unsqueeze_0")[0]
 
 
-def _count_new_tokens(graph: gs.Graph, rows: _MaskRows) -> None:
+def _count_new_tokens(graph: gs.Graph, rows: _MaskRows, attention_too: bool) -> None:
     """Let what reads the sums of the mask's last S columns (positions, layers that fell back, the last logits) read
-    them counted for both kinds of mask. The past is the rest of all ones."""
+    them counted for both kinds of mask. The past is the rest of all ones. attention_too: GroupQueryAttention reads
+    them as well, as its `query_seqlens`."""
     sums = [node.outputs[0] for part in consumers(only_input(graph, graph_io.ATTENTION_MASK)) if is_op(part, "Slice")
             for node in consumers(part.outputs[0]) if is_op(node, "ReduceSum") and part.outputs[0] is not rows.new_mask]
-    if not sums:
+    if not sums and not attention_too:
         return
     odd_B = edit.add_node(graph, "Not", [rows.new_first], name="guard/new_tokens/Not")
     early_B = edit.add_node(graph, "And", [*odd_B, rows.all_first], name="guard/new_tokens/And")
@@ -150,3 +155,10 @@ def _count_new_tokens(graph: gs.Graph, rows: _MaskRows) -> None:
     new_B = edit.add_node(graph, "Where", [*early_B, *steps_B, rows.new], name="guard/new_tokens/Where")[0]
     for tensor in sums:
         edit.replace_uses(graph, tensor, new_B)
+    if attention_too:
+        counts_B = edit.add_node(graph, "Cast", [new_B], name="guard/new_tokens/Cast",
+                                 attrs={"to": onnx.TensorProto.INT32})
+        for node in graph.nodes:
+            if is_op(node, "GroupQueryAttention", "com.microsoft"):
+                empty = [gs.Variable.empty()] * (QUERY_SEQLENS - len(node.inputs))
+                node.inputs = [*node.inputs, *empty, *counts_B]

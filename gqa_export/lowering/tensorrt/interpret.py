@@ -1,8 +1,9 @@
 """A `trt-plugin` graph for ONNX Runtime: every plugin node taken apart into standard ops and the op's function body.
 
 This is how the ONNX of an engine is checked where no TensorRT can run: the plugin's own code is not in it. Rotation
-becomes ai.onnx RotaryEmbedding at the positions past_lengths + 0 .. S - 1, absent sinks become -inf. fp32 graphs
-only: others are widened first (`validation.fp32_twin`). Dimensions as in `gqa_export.attention_op`.
+becomes ai.onnx RotaryEmbedding at the positions past_lengths + 0 .. S - 1, absent sinks become -inf; a node that
+approximates becomes a call of the op for long prompts, its selection an output. fp32 graphs only: others are widened
+first (`validation.fp32_twin`). Dimensions as in `gqa_export.attention_op`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ... import attention_op, graph_io
+from ... import attention_op, graph_io, long_attention_op
 from ...errors import InvalidBundle
 from ..attention_function import attach_function, is_call
+from ..long_calls import SELECTION
+from ..long_function import attach_long_function
 from .plugin import PRESENCE
 
 POSITIONS = "interpreted/positions"
@@ -38,7 +41,7 @@ def interpret(model: onnx.ModelProto) -> int:
              for value in (*model.graph.input, *model.graph.value_info)}
     tables = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) == 2}
     casts = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
-    known: set[int] = set()
+    known, wide = set[int](), set[str]()
     count = 0
     for node in model.graph.node:
         if not is_call(node):
@@ -62,15 +65,24 @@ def interpret(model: onnx.ModelProto) -> int:
             del inputs["cos"], inputs["sin"]
         if "sinks" not in inputs:
             inputs["sinks"] = _no_sinks(model.graph, attributes["num_heads"])
-        call = helper.make_node(attention_op.OP, [inputs.get(name, "") for name in attention_op.INPUT_NAMES],
-                                node.output, name=node.name, domain=attention_op.DOMAIN)
+        contract = long_attention_op if attributes.get("method", 0) else attention_op
+        outputs = list(node.output)
+        if contract is long_attention_op:
+            outputs.append(SELECTION.format(graph_io.layer_of_cache(inputs["past_key"])))
+            wide |= {inputs["fractions"], inputs["code_order"]}
+        call = helper.make_node(contract.OP, [inputs.get(name, "") for name in contract.INPUT_NAMES], outputs,
+                                name=node.name, domain=attention_op.DOMAIN)
         while not call.input[-1]:
             call.input.pop()
-        call.attribute.extend(each for each in node.attribute if each.name in attention_op.ATTRIBUTE_NAMES)
+        call.attribute.extend(each for each in node.attribute if each.name in contract.ATTRIBUTE_NAMES)
         nodes.append(call)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+    for tensor in model.graph.initializer:
+        if tensor.name in wide:  # the op's tables are int64, the plugin's int32
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.int64), tensor.name))
     attach_function(model)
+    attach_long_function(model)
     return count
 
 
@@ -79,7 +91,9 @@ def _given(node: onnx.NodeProto) -> dict[str, str]:
     flags = {each.name: each.i for each in node.attribute if each.name in PRESENCE}
     absent = {name for flag, first in PRESENCE.items() if not flags.get(flag, 0)
               for name in ({"key": ("key", "value"), "cos": ("cos", "sin")}.get(first, (first,)))}
-    names = [name for name in attention_op.INPUT_NAMES if name not in absent]
+    approximates = any(each.name == "method" and each.i for each in node.attribute)
+    contract = long_attention_op if approximates else attention_op
+    names = [name for name in contract.INPUT_NAMES if name not in absent]
     if len(flags) != len(PRESENCE) or len(names) != len(node.input) or "key" in absent:
         raise InvalidBundle(f"a plugin node has {len(node.input)} inputs, expected {len(names)} by its flags {flags}",
                             f"node {node.name!r}", "export the bundle again with this version of gqa-export",

@@ -72,18 +72,21 @@ class Lengths:
 
 
 def lower_attention(graph: gs.Graph, context: Context) -> Rewritten:
-    """Every call -> two TensorScatters and one Attention; then NaN logits for sequences that cannot be."""
+    """Every call -> two TensorScatters and one Attention; then NaN logits (and hidden states) for sequences that cannot
+    be."""
     calls, misses = attention_calls(graph, context)
     if not calls:
         return Rewritten(0, misses)
     lengths = Lengths(graph, calls[0].node)
     for call, layer in calls:
         _lower_call(graph, call, layer, lengths)
-    logits = next(tensor for tensor in graph.outputs if tensor.name == graph_io.LOGITS)
-    maker, honest = logits.inputs[0], gs.Variable("lengths/logits", logits.dtype)
-    maker.outputs[next(i for i, out in enumerate(maker.outputs) if out is logits)] = honest
     nan = edit.constant("lengths/nan", np.array(np.nan, np.float32), context.element)
-    edit.add_node(graph, "Where", [lengths.broken_B11, nan, honest], name="lengths/loud", outputs=[logits])
+    for answer, name in ((each, each.name) for each in graph.outputs):
+        if name in (graph_io.LOGITS, graph_io.HIDDEN_STATES):
+            maker, honest = answer.inputs[0], gs.Variable(f"lengths/{name}", answer.dtype)
+            maker.outputs[next(i for i, out in enumerate(maker.outputs) if out is answer)] = honest
+            edit.add_node(graph, "Where", [lengths.broken_B11, nan, honest], outputs=[answer],
+                          name="lengths/loud" if name == graph_io.LOGITS else "lengths/loud_hidden")
     return Rewritten(len(calls), misses)
 
 

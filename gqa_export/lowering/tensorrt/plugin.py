@@ -3,15 +3,22 @@
 The node has the inputs that are present, in the order of the contract, and no holes among them, which TensorRT
 refuses; `has_new`, `has_rotary` and `has_sinks` say which those are. Rotary goes into the op where it is one that
 the op can do. The rest of the graph stays standard ops as traced: TensorRT fuses those itself.
+
+In the graph for long prompts every node is of version 2 of the plugin: the layers of the plan have the attributes and
+the tables of `gqa::LongGroupedQueryAttention`, the others have `method` 0, which is exact.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
-from ... import attention_op
+from ... import attention_op, long_attention_op
+from ...bundle.long_facts import LONG_PLUGIN_VERSION
 from ...graph.match import is_op
 from ...graph.passes import NearMiss, Pass, Rewritten
+from ...long_attention_op import LongPlan
+from ...spec import AttentionSpec
 from .. import head_axes
 from ..attention_calls import attention_calls, has_sinks
 from ..context import Context
@@ -22,11 +29,14 @@ PLUGIN_VERSION = str(attention_op.VERSION)
 PLUGIN_NAMESPACE = attention_op.DOMAIN
 PRESENCE = {"has_new": "key", "has_rotary": "cos", "has_sinks": "sinks"}
 """int attributes of the node: whether that input (and its pair) is among its inputs"""
+TABLES = {"fractions": np.int32, "projections": np.float32, "code_order": np.int32}
+"""inputs of a node with a method, after the others, in the order of the contract"""
 
 
 def lower_attention(graph: gs.Graph, context: Context) -> Rewritten:
     """Drop the inputs without effect, give each call its rotary tables and what TensorRT finds the plugin by."""
     known: dict[bytes, tuple[gs.Tensor, gs.Tensor]] = {}
+    shared: dict[str, gs.Tensor] = {}
     calls, misses = attention_calls(graph, context)
     for node, layer in calls:
         rotation = context.rotations.get(layer.layer)
@@ -41,7 +51,24 @@ def lower_attention(graph: gs.Graph, context: Context) -> Rewritten:
         node.attrs["rotary_interleaved"] = int(rotation is not None and rotation.interleaved)
         node.attrs.update({flag: int(name in there) for flag, name in PRESENCE.items()})
         node.attrs.update(plugin_version=PLUGIN_VERSION, plugin_namespace=PLUGIN_NAMESPACE)
+        if context.options.long is not None:
+            _approximate(node, layer, context.options.long if context.is_long(layer) else None, shared)
     return Rewritten(len(calls), misses)
+
+
+def _approximate(node: gs.Node, layer: AttentionSpec, plan: LongPlan | None, known: dict[str, gs.Tensor]) -> None:
+    """Make a node one of version 2: with the attributes and tables of a plan, or, without one, exact."""
+    own = plan.setting.attributes() if plan else dict.fromkeys(long_attention_op.OWN_ATTRIBUTES, 0)
+    node.attrs.update(own, plugin_version=LONG_PLUGIN_VERSION)
+    if plan is None:
+        return
+    if "code_order" not in known:
+        known["code_order"] = gs.Constant("long.code_order", np.array(long_attention_op.code_order(), np.int32))
+    tables = {"fractions": long_attention_op.fractions(plan.seed, layer.layer, layer.kv_num_heads,
+                                                       plan.setting.samples),
+              "projections": long_attention_op.projections(plan.seed, layer.layer, layer.head_size)}
+    node.inputs = [*node.inputs, *(gs.Constant(f"long.{layer.layer}.{name}", np.array(table, TABLES[name]))
+                                   for name, table in tables.items()), known["code_order"]]
 
 
 def no_holes(graph: gs.Graph, context: Context) -> list[NearMiss]:

@@ -13,11 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...graph_io import LOGITS
+from ...graph_io import HIDDEN_STATES, INPUT_IDS, LOGITS
 from .adapters import Adapter
 from .loading import import_onnxruntime
 
 Infer = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+Answer = tuple[np.ndarray, list[Any], np.ndarray | None]
+"""logits on the host, the present tensors, and hidden states on the host where the graph gives them"""
 
 
 class Backend(Protocol):
@@ -35,17 +37,18 @@ class Backend(Protocol):
     def use(self, adapter: Adapter | None) -> None:
         """From now on, replace the graph's defaults by an adapter's values; None: by nothing."""
 
-    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list[Any]]:
-        """Logits on the host and the present tensors. feed: the inputs that are not the cache (`feeds.step_feed`).
+    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> Answer:
+        """Call the graph. feed: the inputs that are not the cache (`feeds.step_feed`).
         inplace: presents are written into the memory of the pasts, but those of states, the last of them."""
 
 
 class ArrayBackend:
     """Cache tensors are numpy arrays; `infer` runs the graph on a dict of arrays. states: how many of the tensors, the
-    last, are states of fixed size."""
+    last, are states of fixed size. hidden: the graph gives hidden states."""
 
-    def __init__(self, infer: Infer, past_names: Sequence[str], present_names: Sequence[str], states: int = 0) -> None:
-        self._infer, self._past, self._present = infer, past_names, present_names
+    def __init__(self, infer: Infer, past_names: Sequence[str], present_names: Sequence[str], states: int = 0,
+                 hidden: bool = False) -> None:
+        self._infer, self._past, self._present, self._hidden = infer, past_names, present_names, hidden
         self._cached = len(past_names) - states
         self._adapter: dict[str, np.ndarray] = {}
 
@@ -65,7 +68,7 @@ class ArrayBackend:
         """See `Backend.use`."""
         self._adapter = adapter.arrays() if adapter else {}
 
-    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list[Any]]:
+    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> Answer:
         """See `Backend.run`."""
         outputs = self._infer({**feed, **self._adapter, **dict(zip(self._past, past))})
         present = [outputs[name] for name in self._present]
@@ -73,7 +76,7 @@ class ArrayBackend:
             for tensor, content in zip(past[: self._cached], present):
                 np.copyto(tensor, content)
             present[: self._cached] = past[: self._cached]
-        return np.asarray(outputs[LOGITS]), present
+        return np.asarray(outputs[LOGITS]), present, np.asarray(outputs[HIDDEN_STATES]) if self._hidden else None
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,34 @@ class DeviceTensor:
     part: bool = False
 
 
+@dataclass(frozen=True)
+class _Logits:
+    """The output of logits: its type, its size for each token, and whether only the last token of a row has some."""
+
+    dtype: np.dtype
+    vocabulary: int
+    last: bool
+
+    @classmethod
+    def of(cls, session: Any) -> _Logits | None:
+        """What a session says of it; None where that leaves something open."""
+        found = [port for port in session.get_outputs() if port.name == LOGITS]
+        dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}.get(found[0].type) if found else None
+        if dtype is None or len(found[0].shape) != 3 or not isinstance(found[0].shape[2], int):
+            return None
+        return cls(np.dtype(dtype), found[0].shape[2], found[0].shape[1] == 1)
+
+    def room(self, ids: tuple[int, ...]) -> np.ndarray:
+        """Memory for the logits of ids of this shape."""
+        return np.empty((ids[0], 1 if self.last else ids[1], self.vocabulary), self.dtype)
+
+
 class BindingBackend:
     """Cache tensors stay on the device of the provider and are handed to ONNX Runtime by address."""
 
     def __init__(self, session: Any, device: str, dtype: str, past_names: Sequence[str],
-                 present_names: Sequence[str], states: int = 0) -> None:
+                 present_names: Sequence[str], states: int = 0, hidden: bool = False) -> None:
+        self._answers = [HIDDEN_STATES, LOGITS] if hidden else [LOGITS]
         self._session, self._device, self._past, self._present = session, device, past_names, present_names
         self._ort = import_onnxruntime()
         self._dtype = numpy_dtype(dtype)
@@ -100,6 +126,7 @@ class BindingBackend:
         self._kept: dict[tuple[Any, ...], Any] = {}
         self._spare: list[DeviceTensor] = []
         self._adapter: Adapter | None = None
+        self._logits = _Logits.of(session)
         # ONNX's number for bfloat16, which numpy does not know
         self._element: Any = 16 if dtype == "bfloat16" else self._dtype.type
 
@@ -145,21 +172,29 @@ class BindingBackend:
         self._adapter = adapter
         self._kept = {}  # bindings have the values of the adapter before
 
-    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> tuple[np.ndarray, list[Any]]:
+    def run(self, feed: Mapping[str, np.ndarray], past: Sequence[Any], inplace: bool) -> Answer:
         """See `Backend.run`."""
         spare = self._spare_states(past[self._cached:])
         binding = self._bound(past, spare, inplace)
         for name, array in feed.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        binding.bind_output(LOGITS, "cpu")  # bound after the cache, and so the last of the outputs
+        logits = self._logits.room(feed[INPUT_IDS].shape) if inplace and self._logits else None
+        for name in self._answers[:-1] if logits is not None else self._answers:
+            binding.bind_output(name, "cpu")  # bound after the cache, and so the last of the outputs
+        if logits is not None:  # get_outputs makes an object of every output, 0.4 ms for thirty
+            binding.bind_output(LOGITS, "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding)
         # the next step may write where this one read
-        self._spare = [] if any(tensor.part for tensor in past) else list(past[self._cached:])
-        if inplace:
-            return self._host(binding.get_outputs()[-1]), [*past[: self._cached], *spare]
-        *present, logits = binding.get_outputs()
-        cached = [DeviceTensor(v, v.data_ptr(), tuple(v.shape())) for v in present[: self._cached]]
-        return self._host(logits), [*cached, *spare]
+        states = past[self._cached:]
+        self._spare = [] if any(tensor.part for tensor in states) else list(states)
+        several = len(self._answers) > 1
+        if logits is not None and not several:
+            return logits, [*past[: self._cached], *spare], None
+        outputs = binding.get_outputs()
+        hidden = self._host(outputs[-2]) if several else None
+        cached = past[: self._cached] if inplace else [
+            DeviceTensor(v, v.data_ptr(), tuple(v.shape())) for v in outputs[: self._cached]]
+        return self._host(outputs[-1]) if logits is None else logits, [*cached, *spare], hidden
 
     def _spare_states(self, states: Sequence[DeviceTensor]) -> list[DeviceTensor]:
         """Memory for the new states, other than that of the old ones: what the step before read, where it fits."""
@@ -171,7 +206,8 @@ class BindingBackend:
     def _bound(self, past: Sequence[DeviceTensor], spare: Sequence[DeviceTensor], inplace: bool) -> Any:
         """A binding of the cache. A static one keeps its memory from step to step, and so its binding: a hundred
         calls for thirty layers, 1 ms a step, are made once (twice with states, which change places)."""
-        key = tuple((tensor.pointer, tensor.shape) for tensor in (*past, *spare))
+        # all tensors have the batch of the first, and what else is in their shapes does not change
+        key = (past[0].shape, *[tensor.pointer for tensor in past], *[tensor.pointer for tensor in spare])
         if inplace and key in self._kept:
             return self._kept[key]
         binding = self._session.io_binding()

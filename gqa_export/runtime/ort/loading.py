@@ -6,6 +6,7 @@ pages are shared with the page cache and can be dropped (about 12 % slower decod
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -75,6 +76,7 @@ def open_session(folder: Path | str, manifest: Manifest, provider: str, *, low_m
     folder = Path(os.path.abspath(folder))
     check_files(folder, manifest, hashes=False)
     ort = import_onnxruntime()
+    check_needs(manifest, str(ort.__version__))
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if not 0 <= threads <= MOST_THREADS:
@@ -98,6 +100,25 @@ def open_session(folder: Path | str, manifest: Manifest, provider: str, *, low_m
     check_graph(manifest, [_fact(port) for port in session.get_inputs()],
                 [_fact(port) for port in session.get_outputs()], str(folder / graph))
     return session
+
+
+def check_needs(manifest: Manifest, version: str) -> None:
+    """Hold the onnxruntime that is here against the one that a bundle needs.
+
+    Raises:
+        NotCheckedHere: it is older.
+    """
+    needed = manifest.needs.get("onnxruntime", "0")
+    if _numbers(version) < _numbers(needed):
+        raise NotCheckedHere(f"the bundle needs onnxruntime {needed} or later, and {version} is installed",
+                             "needs in gqa_export.json", f"pip install 'onnxruntime>={needed}', or export it without "
+                             "--ragged-chunks", code="E-ENV-VERSION")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """1.32.0 as (1, 32, 0); what follows the numbers is left out."""
+    parts = itertools.takewhile(str.isdigit, version.split("+")[0].split("."))
+    return tuple(int(part) for part in parts)
 
 
 def session_config(manifest: Manifest) -> dict[str, str]:

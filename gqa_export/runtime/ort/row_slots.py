@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from ...bundle.manifest import Manifest
 from ...spec import ModelSpec
 from ...targets import Target
 from ..rows import RowSlots, longest_after, move_row, resized
@@ -23,11 +25,12 @@ class OrtRowSlots(RowSlots):
     _past: list[Any]
 
     def _ridden(self, new: np.ndarray, sequence: int) -> np.ndarray:
-        """What each row is fed. Where the attention takes no row without a token, and the others bring one each, an
-        idle row brings one too, which is written beyond its length and not kept: all run in one call. States would keep
-        it, so rows of a model that has them run alone."""
+        """What each row is fed. Where the attention takes no row without a token, and the others bring one each (or
+        chunks, where it takes those), an idle row brings one too, which is written beyond its length and not kept: all
+        run in one call. States would keep it, so rows of a model that has them run alone."""
         idle = new == 0
-        if not self._target.empty_alone or sequence > 1 or idle.all() or self._has_states() or (
+        chunks = sequence > 1 and self._target.chunks_alone
+        if not self._target.empty_alone or chunks or self._has_states() or idle.all() or (
                 self._static and (self._lengths[idle] >= self.capacity).any()):
             return new
         return np.maximum(new, 1)
@@ -57,3 +60,8 @@ class OrtRowSlots(RowSlots):
             whole = whole.copy()
         whole[b: b + 1] = self._backend.download(row)
         return self._backend.upload(whole)
+
+def as_exported(target: Target, manifest: Manifest) -> Target:
+    """The target's row as it is for a graph whose attention is given each row's number of new tokens. Every row brings
+    one all the same: none at all could not be told from a mask with all ones first (`Target.whole_row_masks`)."""
+    return replace(target, chunks_alone=False) if manifest.ragged_chunks else target

@@ -19,7 +19,7 @@ from ...bundle.integrity import check_files
 from ...bundle.long_facts import PREFILL
 from ...bundle.manifest import MODEL, Manifest, read_manifest
 from ...errors import GqaExportError, cause_of
-from ...graph_io import ATTENTION_MASK, INPUT_IDS, past_names, past_state, present_names, present_state
+from ...graph_io import ATTENTION_MASK, HIDDEN_STATES, INPUT_IDS, past_names, past_state, present_names, present_state
 from ...quantized.kv_codes import decode
 from ...spec import DTYPES
 from ...targets import Target, get_target
@@ -28,15 +28,17 @@ from ..session import Step
 from .adapters import adapter_names, load_adapter
 from .backend import ArrayBackend, Backend, BindingBackend, Infer, numpy_dtype
 from .loading import check_graph, choose_provider, graph_facts, open_session
-from .row_slots import OrtRowSlots
+from .row_slots import OrtRowSlots, as_exported
 
 
 @dataclass(frozen=True)
 class _Ran:
-    """One call of a graph: logits [b, s, V] and the present tensors. inplace: these are the memory of the pasts."""
+    """One call of a graph: logits [b, s, V], the present tensors and, where the graph gives them, hidden states
+    [b, s, X]. inplace: the presents are the memory of the pasts."""
 
     logits: np.ndarray
     present: list[Any]
+    hidden: np.ndarray | None
     inplace: bool = False
 
 
@@ -56,7 +58,7 @@ class OrtSession(OrtRowSlots):
         self._open_long = open_long
         self._long: Backend | None = None
         self.long_calls = 0
-        self._backend, self._target, self.whole_row_masks = backend, target, False
+        self._backend, self._target, self.whole_row_masks = backend, as_exported(target, manifest), False
         self._folder, self._adapter = folder, ""
         self._static, self._cached = manifest.cache == "static", 2 * len(manifest.spec.layers)
         self._inplace = self._static and target.writes_in_place(manifest.fallbacks)
@@ -102,21 +104,22 @@ class OrtSession(OrtRowSlots):
         presents += map(present_state, spec.states)
         dtype = DTYPES.get(manifest.dtype, manifest.dtype)
         element = dtype if manifest.kv_cache is None else manifest.kv_cache.dtype
+        hidden = any(fact.name == HIDDEN_STATES for fact in manifest.outputs)
         backend: Backend
         open_long: Callable[[], Backend] | None = None
         if infer is None:
             provider = choose_provider(provider, dtype, target.dtypes)
             session = open_session(folder, manifest, provider, low_memory=low_memory, threads=threads, config=config)
-            backend = BindingBackend(session, provider, element, pasts, presents, len(spec.states))
+            backend = BindingBackend(session, provider, element, pasts, presents, len(spec.states), hidden)
             if approximate and manifest.long:
                 def open_long() -> Backend:
                     long = open_session(folder, manifest, provider, low_memory=low_memory, threads=threads,
                                         config=config, graph=PREFILL)
-                    return BindingBackend(long, provider, element, pasts, presents, len(spec.states))
+                    return BindingBackend(long, provider, element, pasts, presents, len(spec.states), hidden)
         else:
             check_files(Path(folder), manifest, hashes=False)
             check_graph(manifest, *graph_facts(Path(folder) / MODEL), str(Path(folder) / MODEL))
-            backend = ArrayBackend(infer, pasts, presents, len(spec.states))
+            backend = ArrayBackend(infer, pasts, presents, len(spec.states), hidden)
         return cls(manifest, backend, target, capacity, open_long, Path(folder))
 
     @property
@@ -168,18 +171,20 @@ class OrtSession(OrtRowSlots):
         """See `Session.step`."""
         ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.spec.vocabulary)
         before, sequence = self._lengths, ids.shape[1]
-        padded = self._static and self._target.writes_padding
-        fed = self._ridden(new, sequence)
+        padded = self._target.writes_padding and (self._static or self.manifest.ragged_chunks)
+        fed = new if new_lengths is None else self._ridden(new, sequence)
         alone = must_run_alone(before, fed, sequence, capacity=self.capacity if padded else None,
                                chunks_alone=self._target.chunks_alone, empty_alone=self._target.empty_alone)
-        logits = self._each_row(ids, new) if alone else self._whole(ids, fed, new)
+        answers = self._each_row(ids, new) if alone else self._whole(ids, fed, new)
         self._lengths = before + new
-        logits = logits if logits.dtype == np.float32 else logits.astype(np.float32)
+        logits, hidden = (each if each is None or each.dtype == np.float32 else each.astype(np.float32)
+                          for each in answers)
+        assert logits is not None
         if not want_cache:
-            return Step(logits)
+            return Step(logits, hidden=hidden)
         tensors = self._numbers([written_rows(self._backend.download(t), before, new, sequence)
                                  for t in self._past[: self._cached]])
-        return Step(logits, tuple(tensors[0::2]), tuple(tensors[1::2]), tuple(self.states()))
+        return Step(logits, tuple(tensors[0::2]), tuple(tensors[1::2]), tuple(self.states()), hidden)
 
     def states(self) -> list[np.ndarray]:
         """Per state of fixed size [B, *shape], copies."""
@@ -208,17 +213,19 @@ class OrtSession(OrtRowSlots):
         self.reset(1)
         return logits.astype(np.float32)
 
-    def _whole(self, ids: np.ndarray, fed: np.ndarray, new: np.ndarray) -> np.ndarray:
-        """One call for all rows, which bring `fed` tokens, of which `new` are kept."""
-        longest = int(self._lengths.max())
+    def _whole(self, ids: np.ndarray, fed: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Logits and hidden states of one call for all rows, which bring `fed` tokens, of which `new` are kept."""
+        longest = max(self._lengths.tolist())
         ran = self._call(ids, self._lengths, fed, longest, self._past)
         self._past = ran.present
-        after = int((self._lengths + new).max())
-        if not self._static and after < longest + ids.shape[1]:
+        if not self._static and (after := int((self._lengths + new).max())) < longest + ids.shape[1]:
             # ragged rows leave columns without a token: cut them, or they grow with every step
             self._past[: self._cached] = [self._backend.upload(self._backend.download(t)[:, :, :after])
                                           for t in self._past[: self._cached]]
-        return ran.logits if (fed == new).all() else np.where((new > 0)[:, None, None], ran.logits, 0)
+        if fed is new or (fed == new).all():
+            return ran.logits, ran.hidden
+        kept = (new > 0)[:, None, None]
+        return np.where(kept, ran.logits, 0), None if ran.hidden is None else np.where(kept, ran.hidden, 0)
 
     def _call(self, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray, past: int, tensors: Sequence[Any]) -> _Ran:
         feed = step_feed(self._target.interface, ids, lengths, new, past, whole_row=self.whole_row_masks)
@@ -226,7 +233,7 @@ class OrtSession(OrtRowSlots):
         inplace = self._inplace and not long  # the graph for long prompts reads a past while it writes a present
         backend = self._long_backend() if long else self._backend
         try:
-            ran = _Ran(*backend.run(feed, tensors, inplace), inplace)
+            ran = _Ran(*backend.run(feed, tensors, inplace), inplace=inplace)
             self.long_calls += long
             return ran
         except (GqaExportError, MemoryError):
@@ -244,7 +251,7 @@ class OrtSession(OrtRowSlots):
             self._long = self._open_long()
         return self._long
 
-    def _each_row(self, ids: np.ndarray, new: np.ndarray) -> np.ndarray:
+    def _each_row(self, ids: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """One call per row that brings something, unpadded; the results put together as if it had been one."""
         ran: dict[int, _Ran] = {}
         for b, count in enumerate(new.tolist()):
@@ -262,7 +269,10 @@ class OrtSession(OrtRowSlots):
         for i in range(self._cached, len(self._past)):
             for b, row in ran.items():
                 self._past[i] = self._put_row(self._past[i], b, row.present[i])
-        return self._join_logits(ids, new, {b: row.logits[0] for b, row in ran.items()})
+        width = ids.shape[1] if self.manifest.logits == "all" else 1
+        hidden = {b: row.hidden[0] for b, row in ran.items() if row.hidden is not None}
+        return self._joined({b: row.logits[0] for b, row in ran.items()}, len(new), width, self.spec.vocabulary), (
+            self._joined(hidden, len(new), ids.shape[1], self.spec.hidden_size) if hidden else None)
 
     def _row(self, tensor: Any, b: int, length: int) -> Any:
         if self._static:
@@ -278,10 +288,9 @@ class OrtSession(OrtRowSlots):
             whole[b, :, : row.shape[1]] = row[:, :length]
         return self._backend.upload(whole)
 
-    def _join_logits(self, ids: np.ndarray, new: np.ndarray, rows: dict[int, np.ndarray]) -> np.ndarray:
-        width = ids.shape[1] if self.manifest.logits == "all" else 1
-        logits = np.zeros((len(new), width, self.spec.vocabulary), self._dtype)
+    def _joined(self, rows: dict[int, np.ndarray], batch: int, width: int, size: int) -> np.ndarray:
+        """[batch, width, size] of the rows that there are, zeros elsewhere."""
+        whole = np.zeros((batch, width, size), self._dtype)
         for b, row in rows.items():
-            logits[b, : len(row)] = row
-        return logits
-
+            whole[b, : len(row)] = row
+        return whole

@@ -16,7 +16,7 @@ import numpy as np
 from ...bundle.engine_facts import DECODE, PREFILL, REBUILD
 from ...bundle.manifest import Manifest
 from ...errors import GqaExportError, cause_of
-from ...graph_io import INPUT_IDS, LOGITS, NEW_LENGTHS, PAST_LENGTHS, past_names, present_names
+from ...graph_io import HIDDEN_STATES, INPUT_IDS, LOGITS, NEW_LENGTHS, PAST_LENGTHS, past_names, present_names
 
 ALIGNMENT = 256  # bytes; TensorRT takes no tensor at another address. CUDA's own allocations begin at such a one
 
@@ -67,6 +67,7 @@ class DeviceBackend:
                 self._contexts[name] = context
         self.caches: list[Any] = []
         self._graph: Any = None
+        self._hidden: Any = None
         self._batch, self._warm = 0, False
 
     def allocate(self, batch: int) -> None:
@@ -84,6 +85,11 @@ class DeviceBackend:
         self._ids = torch.zeros((batch, 1), dtype=torch.int32, device=self.device)
         self._past, self._new = (torch.zeros(batch, dtype=torch.int32, device=self.device) for _ in range(2))
         self._logits = torch.zeros((batch, 1, spec.vocabulary), dtype=self._dtype, device=self.device)
+        if any(fact.name == HIDDEN_STATES for fact in self._manifest.outputs):
+            facts = self._manifest.engine
+            assert facts is not None
+            self._hidden = torch.zeros(batch * facts.max_prompt * spec.hidden_size, dtype=self._dtype,
+                                       device=self.device)
 
     def run(self, ids: Any, past: np.ndarray, new: np.ndarray, row: int) -> Any:
         """See `EngineBackend.run`. ids may be a tensor on the device."""
@@ -137,6 +143,8 @@ class DeviceBackend:
             self._bind(context, past, part)
             context.set_tensor_address(present, part.data_ptr())
         context.set_tensor_address(LOGITS, logits.data_ptr())
+        if self._hidden is not None:
+            context.set_tensor_address(HIDDEN_STATES, self._hidden.data_ptr())
         stream = self._torch.cuda.current_stream(self.device).cuda_stream
         if not context.execute_async_v3(stream):
             raise self._refusal(f"did not run ({profile}, {list(inputs[0].shape)})",
@@ -180,6 +188,13 @@ class DeviceBackend:
         """See `EngineBackend.host`."""
         found: np.ndarray = logits.float().cpu().numpy()
         return found
+
+    def hidden(self, rows: int, tokens: int) -> np.ndarray | None:
+        """See `EngineBackend.hidden`."""
+        if self._hidden is None:
+            return None
+        size = self._manifest.spec.hidden_size
+        return self.host(self._hidden[: rows * tokens * size].view(rows, tokens, size))
 
     def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """See `EngineBackend.cache`. bf16 becomes fp32."""

@@ -183,6 +183,10 @@ class _Waiting:
         self._ranks.wait(self._inner.done, "running the engine")
         return self._inner.host(logits)
 
+    def hidden(self, rows: int, tokens: int) -> np.ndarray | None:
+        """See `EngineBackend.hidden`."""
+        return self._inner.hidden(rows, tokens)
+
     def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
         return self._inner.cache()
 

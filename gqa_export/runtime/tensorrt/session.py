@@ -13,6 +13,7 @@ import numpy as np
 
 from ...bundle.manifest import Manifest
 from ...errors import GqaExportError
+from ...graph_io import HIDDEN_STATES
 from ...targets import get_target
 from ..feeds import check_feed, must_run_alone, written_rows
 from ..rows import RowSlots
@@ -32,6 +33,9 @@ class EngineBackend(Protocol):
 
     def host(self, logits: Any) -> np.ndarray:
         """Logits as fp32 on the host."""
+
+    def hidden(self, rows: int, tokens: int) -> np.ndarray | None:
+        """The hidden states [rows, tokens, X] of the last call as fp32 on the host; None where there are none."""
 
     def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Copies of every layer's key and value cache; fp32 where numpy lacks the type."""
@@ -53,9 +57,13 @@ class EngineSession(RowSlots):
         facts = facts_of(manifest, "gqa_export.json")
         self.manifest, self.spec, self.capacity = manifest, manifest.spec, manifest.capacity
         self.max_batch, self.max_prompt = facts.max_batch, facts.max_prompt
+        self.leaf = manifest.long.plan.setting.leaf if manifest.long else 0
+        """pieces of a prompt that end at multiples of this are approximated as the whole would be; 0: none is"""
+        self._most = self.max_prompt // self.leaf * self.leaf if self.max_prompt > self.leaf > 0 else self.max_prompt
         self.backend = backend
         target = get_target(manifest.target)
         self._pads, self._clears = target.writes_padding, not target.nan_tail_safe
+        self._gives_hidden = any(fact.name == HIDDEN_STATES for fact in manifest.outputs)
         self._garbage: tuple[float, ...] = ()
         self._last: Any = None
         self.reset(1)
@@ -102,17 +110,20 @@ class EngineSession(RowSlots):
         ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.spec.vocabulary)
         before, sequence = self._lengths.copy(), ids.shape[1]
         logits = np.zeros((len(new), 1, self.spec.vocabulary), np.float32)
-        for start in range(0, sequence, self.max_prompt):
-            part = np.clip(new - start, 0, self.max_prompt)
+        whole = np.zeros((len(new), sequence, self.spec.hidden_size), np.float32) if self._gives_hidden else None
+        for start in range(0, sequence, self._most):
+            part = np.clip(new - start, 0, self._most)
             width = int(part.max())
             if width:
-                answer = self._piece(ids[:, start: start + width], part)
+                answer, hidden = self._piece(ids[:, start: start + width], part)
                 logits = np.where((part > 0)[:, None, None], answer, logits)
+                if whole is not None:
+                    whole[:, start: start + width] = hidden
         if not want_cache:
-            return Step(logits)
+            return Step(logits, hidden=whole)
         pairs = self.cache()
-        return Step(logits, *(tuple(written_rows(pair[place], before, new, sequence) for pair in pairs)
-                              for place in (0, 1)))
+        keys, values = (tuple(written_rows(pair[place], before, new, sequence) for pair in pairs) for place in (0, 1))
+        return Step(logits, keys, values, hidden=whole)
 
     def decode(self, token_ids: Any) -> Any:
         """One new token for every row, without leaving the device: token_ids int32 [B, 1], where the backend keeps
@@ -155,20 +166,24 @@ class EngineSession(RowSlots):
         if self._clears:
             self.backend.clear_row(destination, length)
 
-    def _piece(self, ids: np.ndarray, new: np.ndarray) -> np.ndarray:
-        """Logits [B, 1, V] of at most `max_prompt` new tokens per row; the lengths move on."""
+    def _piece(self, ids: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Logits [B, 1, V] and hidden states of at most `max_prompt` new tokens per row; the lengths move on."""
         if self._garbage:
             self.backend.fill_tail(self._lengths, self._garbage)
         if must_run_alone(self._lengths, new, ids.shape[1], capacity=self.capacity if self._pads else None,
                           chunks_alone=False, empty_alone=False):
             logits = np.zeros((len(new), 1, self.spec.vocabulary), np.float32)
+            hidden = np.zeros((*ids.shape, self.spec.hidden_size), np.float32) if self._gives_hidden else None
             for b in np.flatnonzero(new).tolist():
-                logits[b] = self._run(ids[b: b + 1, : new[b]], self._lengths[b: b + 1], new[b: b + 1], b)[0]
+                logits[b], found = self._run(ids[b: b + 1, : new[b]], self._lengths[b: b + 1], new[b: b + 1], b)
+                if hidden is not None and found is not None:
+                    hidden[b, : new[b]] = found[0]
         else:
-            logits = self._run(ids, self._lengths, new, 0)
+            logits, hidden = self._run(ids, self._lengths, new, 0)
         self._lengths = self._lengths + new
-        return logits
+        return logits, hidden
 
-    def _run(self, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray, row: int) -> np.ndarray:
+    def _run(self, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray,
+             row: int) -> tuple[np.ndarray, np.ndarray | None]:
         self._last = self.backend.run(ids.astype(np.int32), lengths.astype(np.int32), new.astype(np.int32), row)
-        return self.backend.host(self._last)
+        return self.backend.host(self._last), self.backend.hidden(*ids.shape) if self._gives_hidden else None

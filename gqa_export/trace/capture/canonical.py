@@ -87,7 +87,7 @@ def name_nodes(model: ir.Model) -> None:
 
 
 def to_proto(model: ir.Model, weights: list[ir.Value], spec: ModelSpec, *, cache: str, logits: str, interface: str,
-             prefix: str) -> onnx.ModelProto:
+             prefix: str, hidden: bool = False) -> onnx.ModelProto:
     """Serialise: weights become initializers with a recipe instead of bytes; inputs and outputs get their facts."""
     from onnx_ir import serde
 
@@ -108,7 +108,7 @@ def to_proto(model: ir.Model, weights: list[ir.Value], spec: ModelSpec, *, cache
         tensor.data_location = onnx.TensorProto.EXTERNAL
         entry = tensor.external_data.add()
         entry.key, entry.value = "location", graph_io.RECIPE + tensor.name
-    _set_interface(proto, spec, cache, logits, interface)
+    _set_interface(proto, spec, cache, logits, interface, hidden)
     proto.graph.name = spec.model_type
     del proto.graph.value_info[:]
     if not any(opset.domain == attention_op.DOMAIN for opset in proto.opset_import):
@@ -116,11 +116,12 @@ def to_proto(model: ir.Model, weights: list[ir.Value], spec: ModelSpec, *, cache
     return proto
 
 
-def _set_interface(proto: onnx.ModelProto, spec: ModelSpec, cache: str, logits: str, interface: str) -> None:
+def _set_interface(proto: onnx.ModelProto, spec: ModelSpec, cache: str, logits: str, interface: str,
+                   hidden: bool) -> None:
     dtype_of = {value.name: value.type.tensor_type.elem_type for value in [*proto.graph.input, *proto.graph.output]}
     dtype = onnx.helper.tensor_dtype_to_np_dtype(dtype_of[graph_io.LOGITS]).name
     facts = [*graph_io.graph_inputs(spec, dtype, cache, interface),
-             *graph_io.graph_outputs(spec, dtype, cache, logits)]
+             *graph_io.graph_outputs(spec, dtype, cache, logits, hidden=hidden)]
     shapes = {fact.name: fact.shape for fact in facts}
     for values in (proto.graph.input, proto.graph.output):
         for value in values:

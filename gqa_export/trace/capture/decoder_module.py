@@ -23,7 +23,8 @@ from . import custom_op  # noqa: F401 registers the torch op
 
 
 class Decoder(torch.nn.Module):
-    """forward(input_ids [B, S], attention_mask [B, P + S], *past) -> (logits, *present).
+    """forward(input_ids [B, S], attention_mask [B, P + S], *past) -> (logits, *present); with `hidden` the last hidden
+    states [B, S, X], after the final norm, follow the logits.
 
     With `interface="lengths"`: forward(input_ids, past_lengths int32 [B], new_lengths int32 [B], *past).
     `past` alternates key [B, K, P, D] and value [B, K, P, E], in the order of `spec.layers`, and ends with the states
@@ -31,19 +32,22 @@ class Decoder(torch.nn.Module):
     token of each row. A row whose mask has a 0 before a 1 among its new tokens (left padding) gives NaN logits.
     """
 
-    def __init__(self, model: torch.nn.Module, spec: ModelSpec, *, cache: str, logits: str, interface: str) -> None:
+    def __init__(self, model: torch.nn.Module, spec: ModelSpec, *, cache: str, logits: str, interface: str,
+                 hidden: bool = False) -> None:
         super().__init__()
         self.model = model
         self.specs = {layer.layer: layer for layer in spec.layers}
         self.states = spec.states
         self.growing = int(cache == "growing")
-        self.logits, self.interface = logits, interface
+        self.logits, self.interface, self.hidden, self._width = logits, interface, hidden, spec.hidden_size
         self._state: dict[str, Any] = {}
         self._rotary = rotary.states(model)
         head = model.get_output_embeddings()  # type: ignore[operator]
         self._hooked = head is not None
         if head is not None:
             head.register_forward_pre_hook(lambda module, args: (self._before_head(args[0]), *args[1:]))
+        if hidden:
+            self._body().register_forward_hook(lambda module, args, answer: self._after_body(answer))
 
     def forward(self, input_ids: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
         """See the class."""
@@ -73,7 +77,8 @@ class Decoder(torch.nn.Module):
         if not self._hooked:
             logits = self._before_head(logits)
         present = self._state["present"]
-        return (logits, *[tensor for layer in self.specs for tensor in present[layer]],
+        hidden = [self._state["hidden"]] if self.hidden else []
+        return (logits, *hidden, *[tensor for layer in self.specs for tensor in present[layer]],
                 *[present[_key(state)] for state in self.states])
 
     def _run(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -89,12 +94,39 @@ class Decoder(torch.nn.Module):
         cache.finish()
         return logits
 
-    def _before_head(self, hidden_BSX: torch.Tensor) -> torch.Tensor:
+    def _body(self) -> torch.nn.Module:
+        """The model without its head."""
+        model: Any = self.model
+        body = model.get_decoder() if self._hooked else None
+        if body is None or body is model:
+            raise UnsupportedModel("the model has no part before its head that gives hidden states",
+                                   type(model).__name__, "leave out --hidden-states", code="E-MODEL-HIDDEN-STATES")
+        return body
+
+    def _after_body(self, answer: Any) -> Any:
+        hidden_BSX = answer[0]
+        if hidden_BSX.shape[-1] != self._width:
+            raise UnsupportedModel(f"the hidden states before its head have size {hidden_BSX.shape[-1]}, and its "
+                                   f"config.json says {self._width}", type(self.model).__name__,
+                                   "leave out --hidden-states", code="E-MODEL-HIDDEN-STATES")
+        self._state["hidden"] = self._guarded(hidden_BSX)
+        if isinstance(answer, tuple):
+            return (self._state["hidden"], *answer[1:])
+        answer.last_hidden_state = self._state["hidden"]
+        return answer
+
+    def _guarded(self, hidden_BSX: torch.Tensor) -> torch.Tensor:
+        """NaN where a row is padded on the left."""
         bad_B = self._state["left_padded"]
-        if bad_B is not None:
-            nan = torch.full((), float("nan"), dtype=hidden_BSX.dtype)
-            zero = torch.zeros((), dtype=hidden_BSX.dtype)
-            hidden_BSX = hidden_BSX + torch.where(bad_B, nan, zero)[:, None, None]
+        if bad_B is None:
+            return hidden_BSX
+        nan = torch.full((), float("nan"), dtype=hidden_BSX.dtype)
+        zero = torch.zeros((), dtype=hidden_BSX.dtype)
+        return hidden_BSX + torch.where(bad_B, nan, zero)[:, None, None]
+
+    def _before_head(self, hidden_BSX: torch.Tensor) -> torch.Tensor:
+        if not self.hidden:
+            hidden_BSX = self._guarded(hidden_BSX)
         if self.logits == "last":
             last_B = (self._state["new_lengths"].to(torch.int64) - 1).clamp(min=0)
             index_B1X = last_B[:, None, None].expand(-1, 1, hidden_BSX.shape[-1])
@@ -117,7 +149,7 @@ class Decoder(torch.nn.Module):
             call.query.transpose(1, 2).flatten(2), call.key.transpose(1, 2).flatten(2),
             call.value.transpose(1, 2).flatten(2), past_key, past_value, self._state["past_lengths"],
             self._state["new_lengths"], None, None, sinks.to(call.query.dtype), spec.num_heads, spec.kv_num_heads,
-            spec.scale, spec.softcap, spec.window, 0, self.growing)
+            spec.scale, spec.softcap, spec.visible, 0, self.growing)
         self._state["present"][call.layer] = (key, value)
         return output.unflatten(2, (spec.num_heads, spec.value_head_size))
 

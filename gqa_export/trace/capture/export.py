@@ -29,7 +29,8 @@ def export_decoder(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype, capaci
     times slower. capacity: tokens of the cache, one of the lengths at which the capture is held to its assumptions.
     """
     inputs = _inputs(decoder, spec, dtype)
-    outputs = [graph_io.LOGITS, *[name for layer in spec.layers for name in graph_io.present_names(layer.layer)],
+    outputs = [graph_io.LOGITS, *([graph_io.HIDDEN_STATES] if decoder.hidden else []),
+               *[name for layer in spec.layers for name in graph_io.present_names(layer.layer)],
                *[graph_io.present_state(state) for state in spec.states]]
     stopped: Exception
     with quiet(), torch.no_grad():

@@ -24,8 +24,9 @@ from ..attention_hook import Call
 from ..patches import registry
 from ..states.observed import StateListener
 from ..states.stand_in_cache import StandInCache, listening
-from . import mask_window, refused_code, rotary, text_masks
+from . import refused_code, rotary, text_masks
 from .layer_code import CodeRecorder, LayerCode, layers_path
+from .mask_window import Visible, visible_of
 
 TOKENS = 8
 LONGEST_GRID = 1 << 17
@@ -98,15 +99,17 @@ def _probe(config: Any, model: torch.nn.Module | None, capacity: int, record: bo
         raise _own_attention(model)
     text = config.get_text_config()
     positions = rotary.longest(text) or 2048
-    windows: dict[int, int] = {}
+    masks: dict[int, Visible] = {}
     layers = []
     for layer, call in sorted(calls.items()):
         tag = getattr(call.mask, "gqa_mask", None)
         key = id(tag.function) if tag is not None else -layer - 1
-        if key not in windows:
-            windows[key] = mask_window.window_of(tag, layer, min(positions, LONGEST_GRID), call.query.shape[1],
-                                                 capacity or min(positions, DEFAULT_CAPACITY))
-        layers.append(_layer_spec(call, windows[key], layer in alike))
+        if key not in masks:
+            found = visible_of(tag, layer, min(positions, LONGEST_GRID), call.query.shape[1],
+                               capacity or min(positions, DEFAULT_CAPACITY))
+            # where the cache ends within the first chunk, attention in chunks is plainly causal
+            masks[key] = found if not capacity or found.chunk < capacity else Visible()
+        layers.append(_layer_spec(call, masks[key], layer in alike))
     _refuse_silent(model, set(calls) | {state.layer for state in states},
                    int(getattr(text, "num_hidden_layers", len(layers))), bool(states))
     spec = ModelSpec(model_type=config.model_type, architecture=type(model).__name__, vocabulary=text.vocab_size,
@@ -227,7 +230,7 @@ def refuse_mixing(model: Any) -> None:
                                    code="E-MODEL-MIXES-TOKENS")
 
 
-def _layer_spec(call: Call, window: int, alike: bool) -> AttentionSpec:
+def _layer_spec(call: Call, visible: Visible, alike: bool) -> AttentionSpec:
     _, num_heads, _, head_size = call.query.shape
     _, kv_num_heads, _, value_head_size = call.value.shape
     if num_heads % call.key.shape[1] or call.key.shape[1] != kv_num_heads or call.key.shape[3] != head_size:
@@ -236,4 +239,4 @@ def _layer_spec(call: Call, window: int, alike: bool) -> AttentionSpec:
                                "the number of query heads must be a multiple of the key/value heads; not supported",
                                code="E-MODEL-HEADS")
     return AttentionSpec(call.layer, num_heads, kv_num_heads, head_size, value_head_size, call.scale, call.softcap,
-                         window, call.sinks is not None, alike)
+                         visible.window, call.sinks is not None, alike, visible.chunk)

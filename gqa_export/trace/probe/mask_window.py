@@ -1,11 +1,13 @@
-"""What a mask function really computes: causal and a window, or a refusal that names what it is.
+"""What a mask function really computes: causal with a window or in chunks, or a refusal that names what it is.
 
 A mask hides facts that no argument carries (chunks, bidirectional blocks, prefixes, packed sequences, a window that
 no layer mentions). So the function itself is evaluated on an index grid. Positions q (query) and k (key) are
-absolute; a window of W shows k in (q - W, q].
+absolute; a window of W shows k in (q - W, q], chunks of C those with k <= q and k // C == q // C.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
@@ -13,15 +15,27 @@ from ...errors import GqaExportError, UnsupportedModel
 from ..attention_hook import MaskTag
 
 ROWS_AT_ONCE, LONGEST_CHECKED = 256, 1 << 14
-"""rows of a mask evaluated at once, where all of them are; the longest cache for which that is done"""
+"""rows of a mask evaluated at once, where all of them are; positions for which that is done"""
+BORDERS = 64
+"""chunks, from the first on, whose borders are evaluated"""
 
 
-def window_of(tag: MaskTag | None, layer: int, positions: int, num_heads: int, capacity: int = 0) -> int:
-    """The window of a layer's mask, found by evaluating the mask function.
+class Visible(NamedTuple):
+    """What a token sees of those before it: the last `window`, itself included, or those of its own `chunk`; 0 and 0
+    is all."""
+
+    window: int = 0
+    chunk: int = 0
+
+
+def visible_of(tag: MaskTag | None, layer: int, positions: int, num_heads: int, capacity: int = 0) -> Visible:
+    """The window or the chunks of a layer's mask, found by evaluating the mask function.
 
     The last row is evaluated in full to find the width W, then whole rows around 0, W - 1, W, W + 1, 2W and the last
-    position, for the first and last head. A mask that is another one beyond some position, as that of attention in
-    chunks is, is plainly causal for a cache that ends before it: then every row up to the capacity is evaluated.
+    position, for the first and last head. Where they are not those of a window, the rows that see the first token tell
+    the size of a chunk, and every row up to LONGEST_CHECKED is evaluated, further on those on both sides of borders.
+    A mask that is another one beyond some position is plainly causal for a cache that ends before it: then every row
+    up to the capacity is evaluated.
 
     Args:
         tag: the mask that the layer was given; None if it did not come from transformers' mask functions.
@@ -31,10 +45,10 @@ def window_of(tag: MaskTag | None, layer: int, positions: int, num_heads: int, c
         capacity: tokens that the cache shall hold; 0 is `positions`.
 
     Returns:
-        Tokens visible including the current one; 0 if all of the past is.
+        The window or the size of a chunk.
 
     Raises:
-        UnsupportedModel: a row is not causal with that window, or depends on more than positions.
+        UnsupportedModel: a row is not causal with that window or in chunks, or depends on more than positions.
     """
     where = f"layer {layer}"
     if tag is None:
@@ -54,31 +68,58 @@ def window_of(tag: MaskTag | None, layer: int, positions: int, num_heads: int, c
     for head in {0, num_heads - 1}:
         rows = _rows(tag, layer, queries, positions, head)
         if not torch.equal(rows, expected):
+            if chunk := _chunk_of(tag, layer, positions, (0, num_heads - 1)):
+                return Visible(chunk=chunk)
             causal = _causal_up_to(tag, layer, min(positions, LONGEST_CHECKED), (0, num_heads - 1))
             if 0 < capacity <= causal:
-                return 0
+                return Visible()
             q, k = (int(x) for x in (rows != expected).nonzero()[0])
             does = "shows" if rows[q, k] else "hides"
-            found = (f"the attention mask is not causal with a window ({describe(tag)}): from position "
+            found = (f"the attention mask is not causal with a window or in chunks ({describe(tag)}): from position "
                      f"{int(queries[q])} it {does} position {k}")
             if causal > 1:
                 raise UnsupportedModel(found, where, f"up to {causal} tokens it is plainly causal: use --capacity "
                                        f"{causal} or less", code="E-MODEL-MASK")
-            raise UnsupportedModel(found, where, "chunked, bidirectional, prefix and packed attention cannot be held "
+            raise UnsupportedModel(found, where, "bidirectional, prefix and packed attention cannot be held "
                                    "by grouped-query attention with a cache; it is refused rather than exported wrong",
                                    code="E-MODEL-MASK")
-    return window
+    return Visible(window)
+
+
+def _chunk_of(tag: MaskTag, layer: int, positions: int, heads: tuple[int, ...]) -> int:
+    """The size of the chunks of positions that a mask consists of; 0 if it does not."""
+    first = _rows(tag, layer, torch.arange(positions), 1, 0)[:, 0]
+    chunk = int(first.sum())
+    if not 0 < chunk < positions or not first[:chunk].all():
+        return 0
+    last = positions - 1
+    borders = {*range(0, min(positions, BORDERS * chunk + 1), chunk), last // chunk * chunk}
+    near = {q for border in borders for q in (border - 1, border, border + 1, border + chunk // 2)}
+    queries = torch.tensor(sorted(q for q in near | {last} if 0 <= q <= last))
+    expected, every = _chunk_rows(queries, torch.arange(positions), chunk), min(positions, LONGEST_CHECKED)
+    same = all(torch.equal(_rows(tag, layer, queries, positions, head), expected) for head in set(heads))
+    return chunk if same and _in_chunks_up_to(tag, layer, every, heads, chunk) == every else 0
+
+
+def _chunk_rows(queries: torch.Tensor, keys: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Rows [len(queries), len(keys)] of attention in chunks, as booleans."""
+    return (keys <= queries[:, None]) & (keys // chunk == queries[:, None] // chunk)
 
 
 def _causal_up_to(tag: MaskTag, layer: int, positions: int, heads: tuple[int, ...]) -> int:
     """The longest sequence in which every token sees all before it and itself, and nothing else."""
+    return _in_chunks_up_to(tag, layer, positions, heads, positions)
+
+
+def _in_chunks_up_to(tag: MaskTag, layer: int, positions: int, heads: tuple[int, ...], chunk: int) -> int:
+    """The longest sequence in which every token sees those of its chunk up to itself, and nothing else."""
     longest, keys = positions, torch.arange(positions)
     for start in range(0, positions, ROWS_AT_ONCE):
         if start >= longest:
             break
         queries = torch.arange(start, min(start + ROWS_AT_ONCE, positions))
         for head in set(heads):
-            wrong = (_rows(tag, layer, queries, positions, head) != (keys <= queries[:, None])).nonzero()
+            wrong = (_rows(tag, layer, queries, positions, head) != _chunk_rows(queries, keys, chunk)).nonzero()
             if len(wrong):
                 longest = min(longest, int(torch.maximum(wrong[:, 0] + start, wrong[:, 1]).min()))
     return longest
@@ -100,7 +141,7 @@ def _rows(tag: MaskTag, layer: int, queries: torch.Tensor, positions: int, head:
         raise
     except Exception as error:
         raise UnsupportedModel(f"the attention mask depends on more than positions ({describe(tag)})", f"layer {layer}",
-                               "chunked, packed and data-dependent masks cannot be held by grouped-query attention "
+                               "packed and data-dependent masks cannot be held by grouped-query attention "
                                "with a cache; it is refused rather than exported wrong",
                                code="E-MODEL-MASK-DATA") from error
 

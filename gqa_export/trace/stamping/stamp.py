@@ -59,8 +59,8 @@ def stamp(model: ir.Model, stack: Stack, prefix: str) -> None:
     assert carried is not None
     for node, place in after_last:
         node.replace_input_with(place, carried)
-    logits = graph.outputs[0]
-    graph.outputs[:] = [logits, *[presents[name] for name in _in_order(presents, logits.name)]]
+    answers = [value for value in graph.outputs if value.name in (graph_io.LOGITS, graph_io.HIDDEN_STATES)]
+    graph.outputs[:] = [*answers, *[presents[name] for name in _in_order(presents, *(each.name for each in answers))]]
     weights = [value for name, value in inputs.items() if not name.startswith("past_key_values.")]  # type: ignore
     pasts = [inputs[name] for name in _in_order(inputs, *(value.name for value in weights))]
     head = len([value for value in graph.inputs if value.name in (

@@ -56,7 +56,7 @@ struct Call {
 Call read_call(std::string const& path) {
     std::ifstream words(path);
     Call call;
-    for (CreationField const& field : kCreation) {
+    for (CreationField const& field : creation_of(1)) {
         if (field.integer) {
             words >> call.layer.*field.integer;
         } else {

@@ -7,6 +7,7 @@ from onnx import TensorProto, helper
 
 from evidence.mutations import of_quantized
 from evidence.mutations.mutation import Broken, Mutation, NotHere
+from evidence.mutations.of_chunks import CHUNK_MUTATIONS
 from evidence.mutations.of_rotary import (
     positions_clamped,
     rotary_backwards,
@@ -283,6 +284,7 @@ MUTATIONS: tuple[Mutation, ...] = (
              whole_rows_refused, -1),
     Mutation("whole rows miscounted", "positions shifted under the masks of onnxruntime-genai's Engine",
              whole_rows_miscounted, -1),
+    *CHUNK_MUTATIONS,
     *STATE_MUTATIONS,
     *of_quantized.MUTATIONS,
 )

@@ -18,10 +18,14 @@ from onnx import helper, numpy_helper
 from gqa_export import long_attention_op
 from gqa_export.bundle.long_facts import PREFILL
 from gqa_export.bundle.manifest import MANIFEST, FileFact, read_manifest
+from gqa_export.exporting.long_plan import LongOptions
 from gqa_export.files.sha256 import file_sha256
 from gqa_export.lowering.long_function import function_proto, is_long_call, variant_of
 
 Nodes = Any
+OPTIONS = {"tiles": LongOptions("tiles", "last:2", leaf=128, heavy=96, samples=16, anchors=3, from_tokens=128),
+           "hyper": LongOptions("hyper", "last:2", leaf=64, heavy=16, samples=16, anchors=3, from_tokens=128)}
+"""of the tiny bundles that are damaged"""
 SINKS = long_attention_op.INPUT_NAMES.index("sinks")
 
 

@@ -51,6 +51,8 @@ int main(int count, char** words) {
     if (gqa_reset_row(session, 2)) return 1;
     printf("%zu: %lld %lld %lld %lld\n", gqa_rows(session), (long long)gqa_length(session, 0),
            (long long)gqa_length(session, 1), (long long)gqa_length(session, 2), (long long)gqa_length(session, 3));
+    uint64_t seed = 0;
+    if (gqa_shared_seed(session, 7, &seed) || seed != 7) return 1; /* without ranks */
     int const failed = gqa_rewind_row(session, 0, 9);
     printf("%d %s\n", failed, gqa_last_error());
     int32_t written[6];

@@ -3,6 +3,7 @@
 #include <set>
 
 #include "gqa/attention/launch.h"
+#include "gqa/attention/long_launch.h"
 #include "gqa/core/error.h"
 #include "gqa/core/text.h"
 
@@ -45,7 +46,8 @@ std::map<std::string, Key> pick(std::vector<Key> keys, int capability) {
 }
 
 void check_cubin(Cubin const& cubin, Layer const& layer, Sizes const& sizes) {
-    std::pair<char const*, std::int64_t> const expected[] = {
+    std::map<std::string, std::int64_t> expected = long_constants(layer, sizes);
+    std::pair<char const*, std::int64_t> const of_all[] = {
         {"GROUP", layer.group()},
         {"HEAD", sizes.head},
         {"VALUE_HEAD", sizes.value_head},
@@ -56,6 +58,7 @@ void check_cubin(Cubin const& cubin, Layer const& layer, Sizes const& sizes) {
         {"HAS_NEW", layer.has_new},
         {"INTERLEAVED", layer.interleaved()},
     };
+    for (auto const& [name, value] : of_all) expected.emplace(name, value);
     for (auto const& [name, value] : expected) {
         auto const found = cubin.constants.find(name);
         if (found == cubin.constants.end() || number(found->second) == value) continue;

@@ -12,7 +12,8 @@ namespace gqa {
 namespace {
 
 constexpr std::string_view kMagic = "gqa-cubins 1";
-constexpr std::array<std::string_view, 4> kKernels{"append", "prefill", "decode", "combine"};
+constexpr std::array<std::string_view, 7> kKernels{"append", "prefill", "decode",      "combine",
+                                                   "score",  "select",  "long_prefill"};
 constexpr char kRebuild[] = "build the engine again with `gqa-export trt`";
 
 bool known(std::string_view kernel) { return std::find(kKernels.begin(), kKernels.end(), kernel) != kKernels.end(); }

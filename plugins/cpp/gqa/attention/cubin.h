@@ -10,7 +10,7 @@
 namespace gqa {
 
 struct Cubin {
-    std::string kernel;  // append, prefill, decode or combine
+    std::string kernel;  // append, prefill, decode, combine, score, select or long_prefill
     std::string name;    // the function's name in the module
     int capability = 0;
     int shared_bytes = 0;

@@ -5,6 +5,7 @@
 #include <string_view>
 #include <utility>
 
+#include "gqa/attention/long_launch.h"
 #include "gqa/core/error.h"
 
 namespace gqa {
@@ -17,7 +18,8 @@ constexpr char kRebuild[] = "build the engine again with `gqa-export trt`";
 constexpr std::array<std::string_view, kSlotCount> kSlotNames{
     "query_ptr", "key_ptr", "value_ptr", "past_key_ptr", "past_value_ptr", "past_lengths_ptr", "new_lengths_ptr",
     "cos_ptr", "sin_ptr", "rotated_ptr", "sinks_ptr", "output_ptr", "partial_ptr", "logsum_ptr",
-    "ranges_ptr", "sequences", "kv_heads", "steps", "capacity", "least_keys", "window", "max_position", "scale", "softcap"};
+    "ranges_ptr", "fractions_ptr", "projections_ptr", "code_order_ptr", "selection_ptr", "masses_ptr", "order_ptr",
+    "sequences", "kv_heads", "steps", "capacity", "least_keys", "window", "max_position", "scale", "softcap"};
 
 std::int64_t aligned(std::int64_t size) { return ceil_div(size, kAlignment) * kAlignment; }
 
@@ -79,7 +81,8 @@ std::int64_t workspace_bytes(Layer const& layer, Sizes const& largest) {
                                           largest.value_head, longest_tile, programs);
         most = std::max(most, aligned(4 * e.partial) + aligned(4 * e.logsum) + aligned(8 * e.ranges));
     }
-    return rotated_bytes(layer, largest) + most;
+    auto const e = long_elements(layer, largest);
+    return rotated_bytes(layer, largest) + std::max(most, aligned(4 * e.selection) + aligned(4 * e.scratch));
 }
 
 void Launches::add(Kernel const& kernel, std::int64_t x, std::int64_t y, std::int64_t z, Arguments const& arguments) {
@@ -139,7 +142,21 @@ Launches::Launches(Layer const& layer, Sizes const& sizes, Kernels const& kernel
         std::int64_t const heads = (layer.has_new ? layer.kv_num_heads : 0) + (layer.has_rotary ? layer.num_heads : 0);
         add(kernels.append, ceil_div(sizes.steps, kAppendSteps), heads, sizes.batch, appending_);
     }
-    if (decode) {
+    if (approximates(layer, sizes)) {
+        std::uint64_t const scratch =
+            partial + static_cast<std::uint64_t>(aligned(4 * long_elements(layer, sizes).selection));
+        attending_.set(Slot::fractions_ptr, input(Input::fractions));
+        attending_.set(Slot::projections_ptr, input(Input::projections));
+        attending_.set(Slot::code_order_ptr, input(Input::code_order));
+        attending_.set(Slot::selection_ptr, partial);
+        attending_.set(Slot::masses_ptr, scratch);
+        attending_.set(Slot::order_ptr, scratch);
+        auto const grids = long_grids(layer, sizes, kernels.score.cubin->tile_rows,
+                                      kernels.long_prefill.cubin->tile_rows);
+        add(kernels.score, grids.score, layer.kv_num_heads, sizes.batch, attending_);
+        add(kernels.select, grids.select, layer.kv_num_heads, sizes.batch, attending_);
+        add(kernels.long_prefill, grids.long_prefill, layer.kv_num_heads, sizes.batch, attending_);
+    } else if (decode) {
         add(kernels.decode, programs, 1, 1, attending_);
         add(kernels.combine, sizes.batch * sizes.steps * layer.num_heads, 1, 1, attending_);
     } else {

@@ -21,9 +21,10 @@ namespace gqa {
 enum class Slot {
     query_ptr, key_ptr, value_ptr, past_key_ptr, past_value_ptr, past_lengths_ptr, new_lengths_ptr, cos_ptr, sin_ptr,
     rotated_ptr, sinks_ptr, output_ptr, partial_ptr, logsum_ptr, ranges_ptr,
+    fractions_ptr, projections_ptr, code_order_ptr, selection_ptr, masses_ptr, order_ptr,
     sequences, kv_heads, steps, capacity, least_keys, window, max_position, scale, softcap
 };
-constexpr std::size_t kSlotCount = 24;
+constexpr std::size_t kSlotCount = 30;
 
 // The arguments' values, each in the first bytes of a word, as the driver wants to read them.
 class Arguments {
@@ -47,9 +48,10 @@ struct Kernel {
 };
 Kernel resolve(std::shared_ptr<Cubin const> cubin);  // throws Error for an argument that is not known here
 
-// The kernels of a layer for one GPU. append is empty where the layer neither appends nor rotates.
+// The kernels of a layer for one GPU. append is empty where the layer neither appends nor rotates, the last three where it
+// approximates nothing.
 struct Kernels {
-    Kernel append, prefill, decode, combine;
+    Kernel append, prefill, decode, combine, score, select, long_prefill;
 };
 
 struct Launch {
@@ -58,7 +60,7 @@ struct Launch {
     Arguments const* arguments;
 };
 
-// At most three launches, in order, and the arguments they point to: made on the stack, once per call.
+// At most four launches, in order, and the arguments they point to: made on the stack, once per call.
 class Launches {
 public:
     // pointers: device addresses of the node's inputs, 0 for an absent one. workspace: of workspace_bytes().
@@ -75,7 +77,7 @@ private:
     void add(Kernel const& kernel, std::int64_t x, std::int64_t y, std::int64_t z, Arguments const& arguments);
 
     Arguments appending_, attending_;
-    std::array<Launch, 3> list_{};
+    std::array<Launch, 4> list_{};
     std::size_t count_ = 0;
 };
 

@@ -1,10 +1,16 @@
 #include "gqa/attention/layer.h"
 
+#include "gqa/attention/long_launch.h"
+
 #include "gqa/core/error.h"
 
 namespace gqa {
 
-std::array<CreationField, 10> const kCreation{{
+namespace {
+
+// Those of version 1, then those of version 2.
+constexpr std::size_t kFieldsOfFirst = 10;
+constexpr std::array<CreationField, 19> kCreation{{
     {"num_heads", &Layer::num_heads, nullptr},
     {"kv_num_heads", &Layer::kv_num_heads, nullptr},
     {"scale", nullptr, &Layer::scale},
@@ -15,7 +21,22 @@ std::array<CreationField, 10> const kCreation{{
     {"has_rotary", &Layer::has_rotary, nullptr},
     {"has_sinks", &Layer::has_sinks, nullptr},
     {"has_new", &Layer::has_new, nullptr},
+    {"method", &Layer::method, nullptr},
+    {"leaf", &Layer::leaf, nullptr},
+    {"heavy_keys", &Layer::heavy_keys, nullptr},
+    {"samples", &Layer::samples, nullptr},
+    {"anchors", &Layer::anchors, nullptr},
+    {"tile", &Layer::tile, nullptr},
+    {"block", &Layer::block, nullptr},
+    {"score_rows", &Layer::score_rows, nullptr},
+    {"exact_steps", &Layer::exact_steps, nullptr},
 }};
+
+}  // namespace
+
+CreationFields creation_of(std::int32_t version) {
+    return {kCreation.data(), version == 1 ? kFieldsOfFirst : kCreation.size()};
+}
 
 void check_layer(Layer const& layer) {
     std::string wrong;
@@ -26,6 +47,8 @@ void check_layer(Layer const& layer) {
         wrong = "the plugin writes into a static cache, and growing is 1";
     } else if (layer.window < 0 || layer.softcap < 0) {
         wrong = "window and softcap are 0 or more";
+    } else {
+        wrong = long_problem(layer);
     }
     if (!wrong.empty()) {
         throw Error(wrong, "plugin fields", "export the bundle again: `gqa-export onnx --target trt-plugin`");
@@ -44,7 +67,8 @@ void check_contract_version(std::int32_t version) {
 char const* name_of(Input input) {
     static constexpr std::array<char const*, kInputCount> names{"query",      "key",          "value",       "past_key",
                                                                 "past_value", "past_lengths", "new_lengths", "cos",
-                                                                "sin",        "sinks"};
+                                                                "sin",        "sinks",        "fractions",
+                                                                "projections", "code_order"};
     return names[static_cast<std::size_t>(input)];
 }
 
@@ -52,7 +76,7 @@ int rank_of(Input input) {
     switch (input) {
         case Input::query: case Input::key: case Input::value: return 3;
         case Input::past_key: case Input::past_value: return 4;
-        case Input::cos: case Input::sin: return 2;
+        case Input::cos: case Input::sin: case Input::fractions: case Input::projections: return 2;
         default: return 1;
     }
 }
@@ -71,6 +95,7 @@ void check_limits(Layer const& layer, Sizes const& sizes) {
         wrong = "B = " + std::to_string(sizes.batch) + ", K = " + std::to_string(layer.kv_num_heads) +
                 ": CUDA grids end at " + std::to_string(kMaxGridYz);
     }
+    if (wrong.empty()) wrong = long_excess(layer, sizes);
     if (!wrong.empty()) {
         throw Error(wrong, "attention layer", "build the engine with a smaller --capacity or --max-batch");
     }
@@ -82,6 +107,7 @@ std::vector<Input> node_inputs(Layer const& layer) {
             case Input::key: case Input::value: return layer.has_new != 0;
             case Input::cos: case Input::sin: return layer.has_rotary != 0;
             case Input::sinks: return layer.has_sinks != 0;
+            case Input::fractions: case Input::projections: case Input::code_order: return layer.method != 0;
             default: return true;
         }
     };

@@ -15,14 +15,25 @@
 namespace gqa {
 
 constexpr char kPluginName[] = "GroupedQueryAttention";
-constexpr char kPluginVersion[] = "1";
+constexpr std::array<char const*, 2> kPluginVersions{"1", "2"};  // 2: with the attributes of long prompts
+inline char const* version_text(std::int32_t version) { return kPluginVersions[static_cast<std::size_t>(version - 1)]; }
 constexpr char kPluginNamespace[] = "gqa";
 constexpr std::int32_t kContractVersion = 1;
+inline bool knows_version(std::string const& version) {
+    for (char const* known : kPluginVersions) {
+        if (version == known) return true;
+    }
+    return false;
+}
 
 struct Layer {
     std::int32_t num_heads = 0, kv_num_heads = 0;
     float scale = 0, softcap = 0;
     std::int32_t window = 0, rotary_interleaved = 0, growing = 0, has_rotary = 0, has_sinks = 0, has_new = 0;
+    // Of version 2, gqa_export/long_attention_op.py; method 0 is exact.
+    std::int32_t method = 0, leaf = 0, heavy_keys = 0, samples = 0, anchors = 0, tile = 0, block = 0, score_rows = 0,
+                 exact_steps = 0;
+    std::int32_t version = 1;
 
     std::int64_t group() const { return num_heads / kv_num_heads; }
     bool appends() const { return has_new || has_rotary; }
@@ -38,13 +49,21 @@ struct CreationField {
     std::int32_t Layer::*integer;
     float Layer::*real;
 };
-extern std::array<CreationField, 10> const kCreation;
+struct CreationFields {
+    CreationField const* first;
+    std::size_t count;
+    CreationField const* begin() const { return first; }
+    CreationField const* end() const { return first + count; }
+};
+CreationFields creation_of(std::int32_t version);
 // The fields that only a serialized layer has; the last is absent on all layers but one.
 constexpr char kContractVersionField[] = "contract_version", kKeysField[] = "keys", kCubinsField[] = "cubins";
 
 // The op's inputs, in order. A node has those that its flags say.
-enum class Input { query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin, sinks };
-constexpr std::size_t kInputCount = 10;
+enum class Input {
+    query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin, sinks, fractions, projections, code_order
+};
+constexpr std::size_t kInputCount = 13;
 char const* name_of(Input input);
 std::vector<Input> node_inputs(Layer const& layer);
 // Outputs: output; and, if has_new, present_key and present_value, which are the memory of past_key and past_value.
@@ -58,11 +77,12 @@ constexpr std::int64_t kMaxHead = 256;
 constexpr std::int64_t kMaxGridYz = 65535;  // CUDA's limit on the second and third grid dimension
 constexpr std::int64_t kMaxHeadElements = (std::int64_t{1} << 31) - (1 << 16);  // counted in 32 bits by the kernels
 
-// The shapes of one call. rotary_half is R/2, 0 without rotation; max_position the rows of the rotary table.
+// The shapes of one call. rotary_half is R/2, 0 without rotation; max_position the rows of the rotary table;
+// projections the bits of a code.
 struct Sizes {
     std::int64_t batch = 0, steps = 0, capacity = 0, head = 0, value_head = 0;
     Kind kind = Kind::fp16;
-    std::int64_t rotary_half = 0, max_position = 1;
+    std::int64_t rotary_half = 0, max_position = 1, projections = 0;
 };
 
 void check_limits(Layer const& layer, Sizes const& sizes);  // throws Error for sizes that no launch holds

@@ -90,6 +90,11 @@ LoadedLayer::LoadedLayer(Layer const& layer, Sizes const& sizes, std::vector<Key
     kernels_.prefill = load("prefill");
     kernels_.decode = load("decode");
     kernels_.combine = load("combine");
+    if (layer.method) {
+        kernels_.score = load("score");
+        kernels_.select = load("select");
+        kernels_.long_prefill = load("long_prefill");
+    }
 }
 
 void LoadedLayer::enqueue(Layer const& layer, Sizes const& sizes,

@@ -55,6 +55,13 @@ int64_t gqa_length(const gqa_session* session, size_t row) {
     return row < lengths.size() ? lengths[row] : -1;
 }
 
+int gqa_shared_seed(gqa_session* session, uint64_t seed, uint64_t* shared) {
+    return guarded(session, [&] {
+        need(shared, "shared");
+        *shared = session->session.shared_seed(seed);
+    });
+}
+
 int gqa_open(gqa_session* session, size_t rows) {
     return guarded(session, [&] { session->session.open(rows); });
 }

@@ -27,7 +27,7 @@ using Graph = CUgraph_st*;
 using GraphExec = CUgraphExec_st*;
 using Address = std::uint64_t;  // CUdeviceptr
 
-constexpr Result kSuccess = 0;
+constexpr Result kSuccess = 0, kNotReady = 600;
 // CUdevice_attribute
 constexpr int kMultiprocessorCount = 16, kCapabilityMajor = 75, kCapabilityMinor = 76;
 constexpr int kMaxDynamicSharedBytes = 8;  // CUfunction_attribute
@@ -66,6 +66,7 @@ constexpr int kCaptureThreadLocal = 1;  // CUstreamCaptureMode: other threads ma
     X(stream_create, "cuStreamCreate", (Stream*, unsigned flags))                                                    \
     X(stream_destroy, "cuStreamDestroy_v2", (Stream))                                                                \
     X(stream_synchronize, "cuStreamSynchronize", (Stream))                                                           \
+    X(stream_query, "cuStreamQuery", (Stream))                                                                       \
     X(capture_begin, "cuStreamBeginCapture_v2", (Stream, int mode))                                                  \
     X(capture_end, "cuStreamEndCapture", (Stream, Graph*))                                                           \
     X(graph_instantiate, "cuGraphInstantiateWithFlags", (GraphExec*, Graph, unsigned long long flags))               \

@@ -25,6 +25,13 @@ void DeviceContext::make_current() const { check(driver().context_set_current(co
 OwnedStream::OwnedStream() { check(driver().stream_create(&stream_, kNonBlockingStream), "making a CUDA stream"); }
 OwnedStream::~OwnedStream() { driver().stream_destroy(stream_); }
 
+bool OwnedStream::done() const {
+    Result const result = driver().stream_query(stream_);
+    if (result == kNotReady) return false;
+    check(result, "running the engine");
+    return true;
+}
+
 DeviceMemory::DeviceMemory(std::size_t bytes, Stream stream) : bytes_(bytes) {
     check(driver().allocate(&address_, bytes), ("allocating " + std::to_string(bytes) + " bytes on the GPU").c_str());
     Result const result = driver().fill(address_, 0, bytes, stream);

@@ -33,6 +33,7 @@ public:
 
     Stream get() const { return stream_; }
     void wait() const { check(driver().stream_synchronize(stream_), "running the engine"); }
+    bool done() const;  // whether all that was put on it has run; throws Error where that failed
 
 private:
     Stream stream_ = nullptr;

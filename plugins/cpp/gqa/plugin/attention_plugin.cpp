@@ -29,7 +29,10 @@ Kind kind_of(DataType type) {
     }
 }
 
-bool holds_lengths(Input input) { return input == Input::past_lengths || input == Input::new_lengths; }
+bool holds_whole_numbers(Input input) {
+    return input == Input::past_lengths || input == Input::new_lengths || input == Input::fractions ||
+           input == Input::code_order;
+}
 
 void check_shapes(Layer const& layer, std::vector<Input> const& inputs, Dims const* dims) {
     auto find = [&](Input which) {
@@ -54,6 +57,14 @@ void check_shapes(Layer const& layer, std::vector<Input> const& inputs, Dims con
     if (find(Input::past_key)->d[1] != layer.kv_num_heads) {
         throw Error("past_key has " + std::to_string(find(Input::past_key)->d[1]) + " heads, expected " +
                         std::to_string(layer.kv_num_heads), "attention layer", kExportAgain);
+    }
+    if (!layer.method) return;
+    Dims const &fractions = *find(Input::fractions), &projections = *find(Input::projections);
+    std::int64_t const bits = projections.d[1];
+    if (fractions.d[0] != layer.kv_num_heads || fractions.d[1] != layer.samples || projections.d[0] != head ||
+        bits < 0 || bits > 30 || find(Input::code_order)->d[0] != std::int64_t{1} << bits) {
+        throw Error("fractions, projections or code_order have another shape than the layer's attributes say",
+                    "attention layer", kExportAgain);
     }
 }
 
@@ -114,7 +125,8 @@ bool AttentionPlugin::supportsFormatCombination(int32_t position, nvinfer1::Dyna
     auto const& tensor = tensors[position].desc;
     if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
     auto const index = static_cast<std::size_t>(position);
-    if (index < inputs_.size() && holds_lengths(inputs_[index])) return tensor.type == DataType::kINT32;
+    if (index < inputs_.size() && holds_whole_numbers(inputs_[index])) return tensor.type == DataType::kINT32;
+    if (index < inputs_.size() && inputs_[index] == Input::projections) return tensor.type == DataType::kFLOAT;
     return is_supported(tensor.type) && tensor.type == tensors[0].desc.type;
 }
 
@@ -199,6 +211,7 @@ Sizes AttentionPlugin::sizes_of(Dims const* dims, DataType type) const {
             case Input::past_key: sizes.batch = d[0], sizes.capacity = d[2], sizes.head = d[3]; break;
             case Input::past_value: sizes.value_head = d[3]; break;
             case Input::cos: sizes.max_position = d[0], sizes.rotary_half = d[1]; break;
+            case Input::projections: sizes.projections = d[1]; break;
             default: break;
         }
     }

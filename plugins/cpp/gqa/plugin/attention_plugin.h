@@ -1,7 +1,7 @@
-// The TensorRT plugin gqa::GroupedQueryAttention, version 1: one attention layer.
+// The TensorRT plugin gqa::GroupedQueryAttention, versions 1 and 2: one attention layer.
 //
 // The same plugin as plugins/grouped_attention/tensorrt.py: an engine built with either runs with either. fp16, bf16 or
-// fp32 for everything but the lengths (int32), linear layout; present_key and present_value are the memory of the past.
+// fp32 for everything but the lengths (int32), and the tables of version 2 (int32, fp32), linear layout; present_key and present_value are the memory of the past.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -39,7 +39,7 @@ public:
     nvinfer1::IPluginV3* clone() noexcept override;
 
     char const* getPluginName() const noexcept override { return kPluginName; }
-    char const* getPluginVersion() const noexcept override { return kPluginVersion; }
+    char const* getPluginVersion() const noexcept override { return version_text(state_.layer.version); }
     char const* getPluginNamespace() const noexcept override { return kPluginNamespace; }
 
     int32_t getNbOutputs() const noexcept override { return node_outputs(state_.layer); }

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "gqa/attention/launch.h"
+#include "gqa/attention/long_launch.h"
 #include "gqa/core/error.h"
 #include "gqa/core/sha256.h"
 
@@ -73,6 +74,7 @@ BuildKernels::BuildKernels(std::string const& folder) : folder_(folder) {
 std::vector<Key> BuildKernels::keys_of(Layer const& layer, Sizes const& sizes) const {
     std::vector<std::string> wanted{"combine", "decode", "prefill"};
     if (layer.appends()) wanted.insert(wanted.begin(), "append");
+    if (layer.method) wanted.insert(wanted.end(), kLongKernels.begin(), kLongKernels.end());
     std::vector<Key> keys;
     std::set<std::string> found;
     for (auto const& [sha256, cubin] : cubins_) {

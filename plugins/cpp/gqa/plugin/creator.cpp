@@ -8,8 +8,8 @@
 
 namespace gqa::plugin {
 
-AttentionCreator::AttentionCreator()
-    : fields_(creation_fields()), names_{static_cast<int32_t>(fields_.size()), fields_.data()} {}
+AttentionCreator::AttentionCreator(std::int32_t version)
+    : version_(version), fields_(creation_fields(version)), names_{static_cast<int32_t>(fields_.size()), fields_.data()} {}
 
 nvinfer1::IPluginV3* AttentionCreator::createPlugin(char const* name, nvinfer1::PluginFieldCollection const* fields,
                                                     nvinfer1::TensorRTPhase phase) noexcept {
@@ -18,11 +18,11 @@ nvinfer1::IPluginV3* AttentionCreator::createPlugin(char const* name, nvinfer1::
         State state;
         state.building = phase == nvinfer1::TensorRTPhase::kBUILD;
         if (state.building) {
-            state.layer = read_attributes(*fields);
+            state.layer = read_attributes(*fields, version_);
             state.carriers = carriers_;
             state.kernels = BuildKernels::from_environment();
         } else {
-            Serialized read = read_serialized(*fields);
+            Serialized read = read_serialized(*fields, version_);
             if (!read.container.empty()) {
                 CubinStore::of_process().add(read.container);
                 state.container = std::make_shared<std::string const>(std::move(read.container));
@@ -42,8 +42,8 @@ nvinfer1::IPluginV3* AttentionCreator::createPlugin(char const* name, nvinfer1::
 GQA_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { gqa::plugin::set_logger_finder(finder); }
 
 GQA_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-    static gqa::plugin::AttentionCreator creator;
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
-    count = 1;
+    static gqa::plugin::AttentionCreator first(1), second(2);
+    static nvinfer1::IPluginCreatorInterface* const creators[] = {&first, &second};
+    count = 2;
     return creators;
 }

@@ -3,6 +3,7 @@
 
 #include <NvInferRuntime.h>
 
+#include <cstdint>
 #include <vector>
 
 #include "gqa/attention/layer.h"
@@ -12,16 +13,17 @@ namespace gqa::plugin {
 
 class AttentionCreator final : public nvinfer1::IPluginCreatorV3One {
 public:
-    AttentionCreator();
+    explicit AttentionCreator(std::int32_t version);
 
     nvinfer1::IPluginV3* createPlugin(char const* name, nvinfer1::PluginFieldCollection const* fields,
                                       nvinfer1::TensorRTPhase phase) noexcept override;
     nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override { return &names_; }
     char const* getPluginName() const noexcept override { return kPluginName; }
-    char const* getPluginVersion() const noexcept override { return kPluginVersion; }
+    char const* getPluginVersion() const noexcept override { return version_text(version_); }
     char const* getPluginNamespace() const noexcept override { return kPluginNamespace; }
 
 private:
+    std::int32_t version_;
     std::vector<nvinfer1::PluginField> fields_;
     nvinfer1::PluginFieldCollection names_;
     std::shared_ptr<Carriers> carriers_ = std::make_shared<Carriers>();

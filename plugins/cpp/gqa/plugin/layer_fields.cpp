@@ -24,9 +24,10 @@ public:
         for (int i = 0; i < fields.nbFields; ++i) left_[fields.fields[i].name] = fields.fields[i];
     }
 
-    Layer layer() {
+    Layer layer(std::int32_t version) {
         Layer layer;
-        for (CreationField const& field : kCreation) {
+        layer.version = version;
+        for (CreationField const& field : creation_of(version)) {
             if (field.integer) {
                 layer.*field.integer = integer(field.name);
             } else {
@@ -86,21 +87,21 @@ private:
 
 }  // namespace
 
-Layer read_attributes(nvinfer1::PluginFieldCollection const& fields) {
+Layer read_attributes(nvinfer1::PluginFieldCollection const& fields, std::int32_t version) {
     Reader reader(fields, "export the bundle again with this version: `gqa-export onnx --target trt-plugin`");
     reader.drop("plugin_version");  // the node's identity, by which TensorRT found this creator
     reader.drop("plugin_namespace");
-    Layer const layer = reader.layer();
+    Layer const layer = reader.layer(version);
     reader.expect_nothing_else();
     check_layer(layer);
     return layer;
 }
 
-Serialized read_serialized(nvinfer1::PluginFieldCollection const& fields) {
+Serialized read_serialized(nvinfer1::PluginFieldCollection const& fields, std::int32_t version) {
     Reader reader(fields, "build the engine again with `gqa-export trt`");
     check_contract_version(reader.integer(kContractVersionField));  // first: another version has other fields
     Serialized read;
-    read.layer = reader.layer();
+    read.layer = reader.layer(version);
     read.keys = parse_keys(reader.text(kKeysField));
     if (reader.has(kCubinsField)) read.container = reader.text(kCubinsField);
     reader.expect_nothing_else();
@@ -108,9 +109,9 @@ Serialized read_serialized(nvinfer1::PluginFieldCollection const& fields) {
     return read;
 }
 
-std::vector<PluginField> creation_fields() {
+std::vector<PluginField> creation_fields(std::int32_t version) {
     std::vector<PluginField> fields;
-    for (CreationField const& field : kCreation) fields.emplace_back(field.name, nullptr, type_of(field), 1);
+    for (CreationField const& field : creation_of(version)) fields.emplace_back(field.name, nullptr, type_of(field), 1);
     return fields;
 }
 
@@ -120,7 +121,7 @@ nvinfer1::PluginFieldCollection const* FieldsToSerialize::describe(Layer const& 
     keys_ = keys_text(keys);
     container_ = std::move(container);
     fields_.clear();
-    for (CreationField const& field : kCreation) {
+    for (CreationField const& field : creation_of(layer_.version)) {
         void const* const data = field.integer ? static_cast<void const*>(&(layer_.*field.integer))
                                                : static_cast<void const*>(&(layer_.*field.real));
         fields_.emplace_back(field.name, data, type_of(field), 1);

@@ -3,6 +3,7 @@
 
 #include <NvInferRuntime.h>
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -19,13 +20,13 @@ struct Serialized {
 };
 
 // From the attributes of an ONNX node. Throws Error for a field that is missing, unknown or out of range.
-Layer read_attributes(nvinfer1::PluginFieldCollection const& fields);
+Layer read_attributes(nvinfer1::PluginFieldCollection const& fields, std::int32_t version);
 
 // From an engine. Throws Error.
-Serialized read_serialized(nvinfer1::PluginFieldCollection const& fields);
+Serialized read_serialized(nvinfer1::PluginFieldCollection const& fields, std::int32_t version);
 
 // The creation fields' names and kinds, for the creator.
-std::vector<nvinfer1::PluginField> creation_fields();
+std::vector<nvinfer1::PluginField> creation_fields(std::int32_t version);
 
 // Owns what it describes: TensorRT reads the fields after the call that returns them.
 class FieldsToSerialize {

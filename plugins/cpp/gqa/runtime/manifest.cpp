@@ -13,13 +13,14 @@ namespace {
 constexpr std::int64_t kFormat = 1;
 constexpr char kRebuild[] = "build the engine again with `gqa-export trt`";
 
-// [batch, ...]: the batch is a named axis, all others are literal, but for the new tokens' axis of input_ids.
+// [batch, ...]: the batch is a named axis, all others are literal, but for the new tokens' axis of input_ids and of
+// hidden_states.
 TensorFact read_tensor(Json const& fact) {
     TensorFact tensor{fact.at("name").string(), Number::int32, {}};
     tensor.number = number_from(fact.at("dtype").string(), "gqa_export.json: " + tensor.name);
     Json::Array const& shape = fact.at("shape").array();
     for (std::size_t axis = 1; axis < shape.size(); ++axis) {
-        bool const tokens = tensor.name == "input_ids" && axis == 1;
+        bool const tokens = (tensor.name == "input_ids" || tensor.name == "hidden_states") && axis == 1;
         tensor.row.push_back(tokens ? 0 : shape[axis].integer());
     }
     return tensor;
@@ -68,6 +69,50 @@ TensorFact const* find(std::vector<TensorFact> const& tensors, std::string const
     return found == tensors.end() ? nullptr : &*found;
 }
 
+bool leaves_folder(std::string const& file) {
+    return file.empty() || file.find('/') != std::string::npos || file.find('\\') != std::string::npos || file == "..";
+}
+
+// The number of a cache tensor's layer, past_key_values.LAYER.key or present.LAYER.value; -1 for any other tensor.
+std::int64_t layer_of_cache(std::string const& name) {
+    std::size_t const begin = name.find('.'), end = name.rfind('.');
+    if (begin == end) return -1;
+    std::string const number = name.substr(begin + 1, end - begin - 1);
+    bool const digits = !number.empty() && number.size() < 10 && number.find_first_not_of("0123456789") == number.npos;
+    return digits ? std::stoll(number) : -1;
+}
+
+// A rank's own folder, heads and hash in place of those of the whole model.
+void read_rank(Json const& parallel, Manifest& manifest, int rank, std::string const& where) {
+    Json::Array const& ranks = parallel.at("ranks").array();
+    manifest.rank = rank, manifest.ranks = static_cast<int>(ranks.size());
+    if (rank < 0 || rank >= manifest.ranks) {
+        throw Error("the bundle has no rank " + std::to_string(rank), where,
+                    "it is cut over " + std::to_string(manifest.ranks) + " ranks, counted from 0");
+    }
+    auto const number = static_cast<std::size_t>(rank);
+    Json const& own = parallel.at("ranks").item(number);
+    std::string const& folder = own.at("folder").string();
+    if (leaves_folder(folder)) throw Error("the rank's folder lies outside the bundle", where, kRebuild);
+    manifest.engine_file = folder + "/" + manifest.engine_file;
+    manifest.collectives_sha256 = own.at("collectives_sha256").string();
+    std::map<std::int64_t, std::int64_t> heads;
+    for (Json const& layer : own.at("heads").array()) {
+        heads[layer.at("layer").integer()] = static_cast<std::int64_t>(layer.at("kv").array().size());
+    }
+    for (auto* const tensors : {&manifest.inputs, &manifest.outputs}) {
+        for (TensorFact& tensor : *tensors) {
+            std::int64_t const layer = layer_of_cache(tensor.name);
+            if (layer < 0) continue;
+            auto const held = heads.find(layer);
+            if (held == heads.end() || tensor.row.empty()) {
+                throw Error("the rank holds no heads of " + tensor.name, where, kRebuild);
+            }
+            tensor.row[0] = held->second;
+        }
+    }
+}
+
 // What the runtime relies on: named tensors, and every cache output in the memory of a cache input.
 void check_tensors(Manifest& manifest, std::string const& where) {
     for (char const* name : {"input_ids", "past_lengths", "new_lengths"}) {
@@ -77,7 +122,7 @@ void check_tensors(Manifest& manifest, std::string const& where) {
     if (!logits || logits->row.size() != 2) throw Error("the engine has no output logits [batch, 1, V]", where, kRebuild);
     manifest.vocabulary = logits->row[1];
     for (TensorFact const& output : manifest.outputs) {
-        if (output.name == "logits") continue;
+        if (output.name == "logits" || output.name == "hidden_states") continue;
         auto const alias = manifest.aliases.find(output.name);
         if (alias == manifest.aliases.end() || !find(manifest.inputs, alias->second)) {
             throw Error("the engine's output " + output.name + " is not in the memory of an input", where, kRebuild);
@@ -85,13 +130,9 @@ void check_tensors(Manifest& manifest, std::string const& where) {
     }
 }
 
-bool leaves_folder(std::string const& file) {
-    return file.empty() || file.find('/') != std::string::npos || file.find('\\') != std::string::npos || file == "..";
-}
-
 }  // namespace
 
-Manifest parse_manifest(std::string const& text, std::string const& where) {
+Manifest parse_manifest(std::string const& text, std::string const& where, int rank) {
     Json const root = Json::parse(text, where);
     if (!root.has("format") || !root.has("target")) {
         throw Error("not the manifest of a bundle", where, "give a folder that `gqa-export trt BUNDLE -o DIR` wrote");
@@ -113,6 +154,9 @@ Manifest parse_manifest(std::string const& text, std::string const& where) {
     read_engine(root.at("engine"), manifest, where);
     check_tensors(manifest, where);
     if (leaves_folder(manifest.engine_file)) throw Error("the engine's file lies outside the bundle", where, kRebuild);
+    if (root.has("parallel") && !root.at("parallel").is_null()) {
+        read_rank(root.at("parallel"), manifest, rank, where);
+    }
     manifest.engine_sha256 = root.at("files").at(manifest.engine_file).at("sha256").string();
     if (root.at("tokens").has("eos")) {
         for (Json const& token : root.at("tokens").at("eos").array()) {
@@ -122,14 +166,14 @@ Manifest parse_manifest(std::string const& text, std::string const& where) {
     return manifest;
 }
 
-Manifest read_manifest(std::string const& folder) {
+Manifest read_manifest(std::string const& folder, int rank) {
     std::string const path = folder + "/gqa_export.json";
     std::ifstream file(path, std::ios::binary);
     if (!file) {
         throw Error("the folder has no gqa_export.json, so it is not a bundle", folder,
                     "make one with `gqa-export trt BUNDLE -o DIR`");
     }
-    return parse_manifest({std::istreambuf_iterator<char>(file), {}}, path);
+    return parse_manifest({std::istreambuf_iterator<char>(file), {}}, path, rank);
 }
 
 }  // namespace gqa

@@ -37,11 +37,14 @@ struct Manifest {
     std::map<std::string, std::string> aliases;  // present tensor -> the past tensor whose memory it is
     std::optional<PluginFact> plugin;            // none: the engine needs no library of ours
     std::vector<std::int32_t> end_tokens;
+    int rank = 0, ranks = 1;       // whose engine, cache and file these are, of a bundle that is cut over ranks
+    std::string collectives_sha256;  // over the engine's collectives in order, the same on every rank; "" without ranks
 };
 
 // Reads and understands folder/gqa_export.json. Throws Error, with the fix, for anything else than an engine bundle.
-Manifest read_manifest(std::string const& folder);
-Manifest parse_manifest(std::string const& text, std::string const& where);
+// rank: of a bundle that is cut over ranks, whose engine; the cache then has that rank's heads.
+Manifest read_manifest(std::string const& folder, int rank = 0);
+Manifest parse_manifest(std::string const& text, std::string const& where, int rank = 0);
 
 // What can be wrong between an engine bundle and the machine it is loaded on; each throws Error with the fix.
 // flavor, version: of the library that is loaded.
@@ -49,6 +52,8 @@ void check_flavor_and_version(Manifest const& manifest, std::string const& flavo
                               std::string const& folder);
 void check_capability(Manifest const& manifest, int capability, std::string const& folder);
 void check_plugin(Manifest const& manifest, std::string const& library, std::string const& folder);
+// size, device: of the communicator; size 0 without one. own_device: where the session is to run.
+void check_ranks(Manifest const& manifest, int size, int device, int own_device, std::string const& where);
 
 // Throws Error unless the engine's file is there and has the manifest's sha256.
 void check_engine_file(Manifest const& manifest, std::string const& folder);

@@ -53,11 +53,11 @@ void check_capability(Manifest const& manifest, int capability, std::string cons
 void check_plugin(Manifest const& manifest, std::string const& library, std::string const& folder) {
     if (!manifest.plugin) return;
     PluginFact const& plugin = *manifest.plugin;
-    if (plugin.name != kPluginName || plugin.space != kPluginNamespace || plugin.version != kPluginVersion ||
+    if (plugin.name != kPluginName || plugin.space != kPluginNamespace || !knows_version(plugin.version) ||
         plugin.contract_version != kContractVersion) {
         throw Error("the engine needs plugin " + plugin.space + "::" + plugin.name + " version " + plugin.version +
                         " (contract " + std::to_string(plugin.contract_version) + "), this program knows " +
-                        kPluginNamespace + "::" + kPluginName + " version " + kPluginVersion + " (contract " +
+                        kPluginNamespace + "::" + kPluginName + " version " + kPluginVersions.front() + " to " + kPluginVersions.back() + " (contract " +
                         std::to_string(kContractVersion) + ")", folder,
                     "build the engine with the version of gqa-export that this program was built from");
     }
@@ -68,6 +68,26 @@ void check_plugin(Manifest const& manifest, std::string const& library, std::str
     }
     if (!std::ifstream(library)) {
         throw Error("there is no plugin library", library, "build it from plugins/cpp and give its path");
+    }
+}
+
+void check_ranks(Manifest const& manifest, int size, int device, int own_device, std::string const& where) {
+    std::string const ranks = std::to_string(manifest.ranks);
+    if (size == 0 && manifest.ranks > 1) {
+        throw Error("the bundle is cut over " + ranks + " ranks, and no communicator was given", where,
+                    "start " + ranks + " processes, each with Options::communicator (gqa/runtime/communicator.h)");
+    }
+    if (size > 0 && manifest.ranks == 1) {
+        throw Error("a communicator was given, and the bundle is for one device", where,
+                    "leave out Options::communicator, or export with --tensor-parallel " + std::to_string(size));
+    }
+    if (size > 0 && size != manifest.ranks) {
+        throw Error("the bundle is cut over " + ranks + " ranks, and the communicator has " + std::to_string(size), where,
+                    "start " + ranks + " ranks, or export with --tensor-parallel " + std::to_string(size));
+    }
+    if (size > 0 && device != own_device) {
+        throw Error("the communicator is of GPU " + std::to_string(device) + ", and the session is to run on GPU " +
+                        std::to_string(own_device), "Options::device", "set it to the communicator's");
     }
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <utility>
 
 namespace gqa {
@@ -21,7 +22,17 @@ Session::Rows::Rows(Manifest manifest, std::unique_ptr<cuda::DeviceContext> devi
                     Options const& options)
     : manifest_(std::move(manifest)),
       device_(std::move(device)),
-      runner_(manifest_, std::move(engine), options.cuda_graph, log_of(options)) {}
+      communicator_(options.communicator),
+      runner_(manifest_, std::move(engine), options.cuda_graph, log_of(options), communicator_) {}
+
+std::uint64_t Session::Rows::shared_seed(std::uint64_t seed) {
+    if (!communicator_) return seed;
+    std::string mine(sizeof seed, '\0');
+    std::memcpy(mine.data(), &seed, sizeof seed);
+    std::string const first = communicator_->gather(mine, "sharing a seed")[0];
+    std::memcpy(&seed, first.data(), sizeof seed);
+    return seed;
+}
 
 void Session::Rows::check_batch(std::size_t rows) const {
     if (rows >= 1 && rows <= static_cast<std::size_t>(manifest_.max_batch)) return;
@@ -93,7 +104,7 @@ Logits Session::Rows::extend(std::vector<Tokens> const& more) {
     auto const part = static_cast<std::size_t>(manifest_.max_prompt);
     for (std::size_t begin = 0; begin < longest; begin += part) {
         Feed const feed = cut_out(more, begin, std::min(part, longest - begin), lengths);
-        void const* const raw = runner_.run(feed);
+        void const* const raw = run(feed);
         for (std::size_t row = 0; row < more.size(); ++row) {
             lengths[row] += feed.new_lengths[row];
             bool const ended_here = more[row].size() > begin && more[row].size() <= begin + part;
@@ -102,6 +113,15 @@ Logits Session::Rows::extend(std::vector<Tokens> const& more) {
     }
     lengths_ = std::move(lengths);  // only now: had a run failed, the rows would be as they were
     return logits;
+}
+
+void const* Session::Rows::run(Feed const& feed) {
+    try {
+        return runner_.run(feed);
+    } catch (...) {
+        if (communicator_) communicator_->leave();  // the others would wait for this rank for ever
+        throw;
+    }
 }
 
 Feed Session::Rows::cut_out(std::vector<Tokens> const& more, std::size_t begin, std::size_t steps,

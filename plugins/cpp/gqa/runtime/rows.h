@@ -18,6 +18,7 @@ public:
 
     Manifest const& manifest() const { return manifest_; }
     std::vector<std::int64_t> const& lengths() const { return lengths_; }
+    std::uint64_t shared_seed(std::uint64_t seed);
 
     // Each throws Error; nothing has run then.
     void check_batch(std::size_t rows) const;
@@ -32,12 +33,14 @@ public:
     Logits extend(std::vector<Tokens> const& more);
 
 private:
+    void const* run(Feed const& feed);
     Feed cut_out(std::vector<Tokens> const& more, std::size_t begin, std::size_t steps,
                  std::vector<std::int64_t> const& lengths) const;
     void copy_logits(void const* raw, std::size_t row, Logits& logits) const;
 
     Manifest const manifest_;
     std::unique_ptr<cuda::DeviceContext> device_;  // outlives everything on it
+    std::shared_ptr<Communicator> communicator_;   // of a bundle that is cut over ranks; else null
     Runner runner_;
     std::vector<std::int64_t> lengths_;
 };

@@ -1,6 +1,8 @@
 #include "gqa/runtime/runner.h"
 
 #include <algorithm>
+#include <chrono>
+#include <thread>
 #include <utility>
 
 #include "gqa/core/error.h"
@@ -9,7 +11,7 @@ namespace gqa {
 namespace {
 
 constexpr char kIds[] = "input_ids", kPastLengths[] = "past_lengths", kNewLengths[] = "new_lengths",
-               kLogits[] = "logits";
+               kLogits[] = "logits", kHiddenStates[] = "hidden_states";
 
 TensorFact const& find(std::vector<TensorFact> const& tensors, std::string const& name) {
     for (TensorFact const& tensor : tensors) {
@@ -31,12 +33,14 @@ std::size_t size(std::int64_t count) { return static_cast<std::size_t>(count); }
 
 }  // namespace
 
-Runner::Runner(Manifest const& manifest, std::unique_ptr<Engine> engine, bool cuda_graph, Log log)
+Runner::Runner(Manifest const& manifest, std::unique_ptr<Engine> engine, bool cuda_graph, Log log,
+               std::shared_ptr<Communicator> communicator)
     : manifest_(manifest),
       log_(std::move(log)),
-      cuda_graph_(cuda_graph),
+      cuda_graph_(cuda_graph && !communicator),  // the ranks' steps are not captured
       ids_number_(find(manifest.inputs, kIds).number),
       logits_number_(find(manifest.outputs, kLogits).number),
+      communicator_(std::move(communicator)),
       engine_(std::move(engine)),
       ids_(size(manifest.max_batch * manifest.max_prompt) * bytes_of(ids_number_)),
       past_lengths_(size(manifest.max_batch) * sizeof(std::int32_t)),
@@ -50,11 +54,38 @@ Runner::Runner(Manifest const& manifest, std::unique_ptr<Engine> engine, bool cu
     allocate(kPastLengths, rows * sizeof(std::int32_t));
     allocate(kNewLengths, rows * sizeof(std::int32_t));
     allocate(kLogits, rows * size(manifest.vocabulary) * bytes_of(logits_number_));
+    for (TensorFact const& tensor : manifest.outputs) {  // for drafting heads; TensorRT wants memory for it
+        if (tensor.name != kHiddenStates) continue;
+        allocate(kHiddenStates, rows * size(manifest.max_prompt) * size(tensor.row.at(1)) * bytes_of(tensor.number));
+    }
     for (TensorFact const& tensor : manifest.inputs) {
         if (is_cache(tensor.name)) allocate(tensor.name, rows * elements_of_row(tensor) * bytes_of(tensor.number));
     }
     decode_ = open(manifest.decode_profile);
     prefill_ = open(manifest.prefill_profile);
+    stream_.wait();
+    if (communicator_) join();
+}
+
+Runner::~Runner() {
+    if (!communicator_) return;
+    // After a failure: the memory is not given back under a run that NCCL is about to abandon.
+    auto const ends = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+    while (cuda::driver().stream_query(stream_.get()) == cuda::kNotReady && std::chrono::steady_clock::now() < ends) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+}
+
+void Runner::join() {
+    void* const communicator = communicator_->get();
+    communicator_->call([engine = engine_, decode = decode_.context, prefill = prefill_.context, communicator] {
+        decode->join(communicator);
+        prefill->join(communicator);
+    }, "setting the communicator");
+}
+
+void Runner::wait() {
+    if (communicator_) communicator_->wait([this] { return stream_.done(); }, "running the engine");
     stream_.wait();
 }
 
@@ -67,7 +98,7 @@ Runner::Profile Runner::open(int index) {
 
 void Runner::zero_cache() {
     for (auto const& [name, memory] : memory_) {
-        if (!is_cache(name) || name == kLogits) continue;
+        if (!is_cache(name) || name == kLogits || name == kHiddenStates) continue;
         cuda::check(cuda::driver().fill(memory.address(), 0, memory.bytes(), stream_.get()), "zeroing the cache");
     }
 }
@@ -159,6 +190,7 @@ void Runner::run_captured(std::int64_t batch) {
 }
 
 void const* Runner::run(Feed const& feed) {
+    if (communicator_) communicator_->get();  // refuses where this rank has left the others
     fill_host(feed);
     Profile& profile = feed.steps == 1 ? decode_ : prefill_;
     bool const ran_like_this = profile.batch == feed.batch && profile.steps == feed.steps;
@@ -172,7 +204,7 @@ void const* Runner::run(Feed const& feed) {
     } else {
         enqueue(profile, feed.batch, feed.steps);
     }
-    stream_.wait();
+    wait();
     return logits_.as<void>();
 }
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "gqa/cuda/memory.h"
+#include "gqa/runtime/communicator.h"
 #include "gqa/runtime/engine.h"
 #include "gqa/runtime/manifest.h"
 
@@ -27,7 +28,10 @@ struct Feed {
 class Runner {
 public:
     using Log = std::function<void(std::string const&)>;
-    Runner(Manifest const& manifest, std::unique_ptr<Engine> engine, bool cuda_graph, Log log);
+    // communicator: of an engine of several ranks, all of which make their Runners at once; else null.
+    Runner(Manifest const& manifest, std::unique_ptr<Engine> engine, bool cuda_graph, Log log,
+           std::shared_ptr<Communicator> communicator = nullptr);
+    ~Runner();
 
     // Runs and waits. Returns [batch, vocabulary] logits in the engine's own number format, valid until the next run.
     void const* run(Feed const& feed);
@@ -41,7 +45,7 @@ public:
 
 private:
     struct Profile {
-        std::unique_ptr<EngineContext> context;
+        std::shared_ptr<EngineContext> context;
         std::int64_t batch = 0, steps = 0;
     };
 
@@ -49,6 +53,8 @@ private:
     template <typename Work>
     void each_cache(std::int64_t row, Work work) const;
     Profile open(int index);
+    void join();
+    void wait();
     void set_shapes(Profile& profile, Feed const& feed);
     void fill_host(Feed const& feed);
     void enqueue(Profile& profile, std::int64_t batch, std::int64_t steps);
@@ -58,9 +64,10 @@ private:
     Log log_;
     bool cuda_graph_;
     Number ids_number_, logits_number_;
-    std::unique_ptr<Engine> engine_;
+    std::shared_ptr<Communicator> communicator_;  // outlives the contexts that have it
+    std::shared_ptr<Engine> engine_;
     cuda::OwnedStream stream_;
-    std::map<std::string, cuda::DeviceMemory> memory_;  // by the name of an input, and "logits"
+    std::map<std::string, cuda::DeviceMemory> memory_;  // by the name of an input, "logits" and "hidden_states"
     cuda::PinnedMemory ids_, past_lengths_, new_lengths_, logits_;
     Profile decode_, prefill_;
     std::optional<cuda::CapturedGraph> graph_;  // of a decode step at decode_.batch

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <random>
 
 namespace gqa {
 
@@ -16,5 +17,15 @@ struct Sampling {
 // Temperature, then the top_k most probable, then the smallest set whose probability reaches top_p, then those with
 // min_p of the best one's probability. uniform: a number from [0, 1), a place in what is left, most probable first.
 std::int32_t choose(float const* logits, std::size_t vocabulary, Sampling const& sampling, double uniform);
+
+// Numbers from [0, 1): of the same seed the same on every machine, and so on every rank.
+class Draws {
+public:
+    explicit Draws(std::uint64_t seed) : engine_(seed) {}
+    double next() { return static_cast<double>(engine_() >> 11) * 0x1p-53; }
+
+private:
+    std::mt19937_64 engine_;
+};
 
 }  // namespace gqa

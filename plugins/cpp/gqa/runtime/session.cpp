@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "gqa/runtime/meeting.h"
 #include "gqa/runtime/rows.h"
 
 namespace gqa {
@@ -14,8 +15,13 @@ Token Logits::best(std::size_t index) const {
 
 Session::Session() = default;
 
-Session::Session(Manifest manifest, std::unique_ptr<Engine> engine, Options const& options)
-    : rows_(std::make_unique<Rows>(std::move(manifest), nullptr, std::move(engine), options)) {}
+Session::Session(Manifest manifest, std::unique_ptr<Engine> engine, Options const& options) {
+    meeting(options, [&] {
+        check_ranks(manifest, options, "Session");
+        meet(manifest, options);
+        rows_ = std::make_unique<Rows>(std::move(manifest), nullptr, std::move(engine), options);
+    });
+}
 
 Session::~Session() = default;
 Session::Session(Session&&) noexcept = default;
@@ -23,6 +29,7 @@ Session& Session::operator=(Session&&) noexcept = default;
 
 Manifest const& Session::manifest() const { return rows_->manifest(); }
 std::vector<std::int64_t> const& Session::lengths() const { return rows_->lengths(); }
+std::uint64_t Session::shared_seed(std::uint64_t seed) { return rows_->shared_seed(seed); }
 
 Logits Session::begin(std::vector<Tokens> const& prompts, std::int64_t reserve) {
     rows_->check_batch(prompts.size());

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "gqa/core/error.h"
+#include "gqa/runtime/communicator.h"
 #include "gqa/runtime/engine.h"
 #include "gqa/runtime/manifest.h"
 
@@ -24,6 +25,9 @@ struct Options {
     std::string plugin_library;  // path of libgqa_plugin.so; needed by engines with the plugin only
     bool cuda_graph = true;      // decode steps are captured once and replayed
     std::function<void(std::string const&)> log;  // warnings; absent: standard error
+    // Of a bundle that is cut over ranks, this rank's; every rank must make the same calls with the same tokens. When one
+    // fails, the others' calls end with an Error, and none of their sessions can go on.
+    std::shared_ptr<Communicator> communicator;
 };
 
 // The logits of each row's last token, as fp32 on the host.
@@ -56,7 +60,7 @@ public:
     // Reads, checks and loads an engine bundle. Throws Error with the fix for whatever does not fit this machine.
     static Session load(std::string const& folder, Options const& options = {});
 
-    // For an engine that is already loaded, on the device whose context is current.
+    // For an engine that is already loaded, on the device whose context is current. manifest: of this rank.
     Session(Manifest manifest, std::unique_ptr<Engine> engine, Options const& options = {});
     ~Session();
     Session(Session&&) noexcept;
@@ -64,6 +68,8 @@ public:
 
     Manifest const& manifest() const;
     std::vector<std::int64_t> const& lengths() const;  // tokens in the cache, per row
+    // Rank 0's seed, on every rank, so that all draw the same tokens from the same logits; without ranks the seed itself.
+    std::uint64_t shared_seed(std::uint64_t seed);
 
     // Forgets what was there and reads one prompt per row, of any lengths; returns each row's next-token logits.
     // Prompts longer than the engine's longest are read in several runs.
@@ -94,6 +100,7 @@ private:
     class Rows;
 
     Session();
+    static std::unique_ptr<Rows> open_rows(std::string const& folder, Options const& options);
     Logits begin(std::vector<Tokens> const& prompts, std::int64_t reserve);
 
     std::unique_ptr<Rows> rows_;

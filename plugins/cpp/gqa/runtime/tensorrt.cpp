@@ -63,6 +63,17 @@ struct TensorRt::Library {
 
 namespace {
 
+// Headers before TensorRT 10.16 do not have it.
+template <typename Made>
+auto set_communicator(Made& context, void* communicator, int) -> decltype(context.setCommunicator(communicator)) {
+    return context.setCommunicator(communicator);
+}
+template <typename Made>
+bool set_communicator(Made&, void*, long) {
+    throw Error("this " + std::string(kProduct) + " takes no communicator", kProduct,
+                "compile this program with the headers of TensorRT 11");
+}
+
 class Context final : public EngineContext {
 public:
     Context(std::shared_ptr<void> keep, Logger& logger, std::unique_ptr<nvinfer1::IExecutionContext> context)
@@ -80,6 +91,10 @@ public:
     }
 
     void enqueue(cuda::Stream stream) override { check(context_->enqueueV3(stream), "running the engine"); }
+
+    void join(void* communicator) override {
+        check(set_communicator(*context_, communicator, 0), "setting the communicator");
+    }
 
 private:
     void check(bool done, std::string const& doing) {
