@@ -2,10 +2,16 @@
 onnxruntime-genai's own bundle of the same checkpoint beside it where its builder takes the model.
 
     python scripts/benchmark_hybrid_decode.py --scratch FOLDER --out docs/benchmarks
+    python scripts/benchmark_hybrid_decode.py --scratch FOLDER --out docs/benchmarks --only narrow
 
-Weights are random (shapes: models/shapes.toml). Of the second shape a decoder is timed beside it whose layers all keep
-states of fixed size, which shows what those layers cost at any length. All run in one process, one step of each in
-turn, one thread each. Writes hybrid_decode.json and hybrid_decode.md; takes some minutes.
+Weights are random (shapes: models/shapes.toml). The shape that genai's builder takes is timed at a second, smaller
+width, where what a step costs beside its matrices weighs more. Of the other shape a decoder is timed beside it whose
+layers all keep states of fixed size, which shows what those layers cost at any length. All runners of a table run in
+one process, one step of each in turn, one thread each. Where a session's weights come to lie in memory moves its speed
+by more than what is measured, either way, and in a process that has opened other sessions the same way each time; so
+there are several rounds, each in a process of its own, both sides opened first in turn. Speeds are compared by the time
+on a core. Writes hybrid_decode.json and hybrid_decode.md, with `--only` the other tables as they are there; takes some
+minutes.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -36,8 +42,14 @@ LENGTHS = (128, 1024, 8192)
 STEPS = 48
 """timed at each length, the first few left out"""
 WARM = 4
+ROUNDS = 4
+"""processes in which both sides of the comparison are opened anew; beyond MANY tokens the first one is all"""
+MANY = 1024
 PEERED, OTHER = "lfm2-24l", "qwen3.5-24l"
-PEER = "onnxruntime-genai builder"
+NARROW = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8}
+"""what is changed in the shape PEERED for the smaller width; heads stay as wide"""
+OURS, PEER = "gqa-export", "onnxruntime-genai builder"
+ROOM = LENGTHS[-1] + STEPS + PREFILL_PIECE
 VERSIONS = ("torch", "transformers", "onnxruntime", "onnxruntime-genai")
 
 
@@ -56,12 +68,28 @@ def write_checkpoint(name: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def make_ours(checkpoint: Path, bundle: Path) -> Path:
+    """Our bundle of a checkpoint."""
+    gqa.export(checkpoint, bundle, cache="static", capacity=ROOM, dtype="fp32", provider="cpu")
+    return bundle
+
+
+def make_theirs(checkpoint: Path, folder: Path) -> Path:
+    """The same checkpoint as the peer's builder exports it, for one thread."""
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(folder),
+               "-p", "fp32", "-e", "cpu", "-c", str(folder.parent / "cache")]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"].update(intra_op_num_threads=1)
+    config["model"]["eos_token_id"] = []
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    return folder
+
+
 class Ours:
     """A bundle of ours in our session, greedy."""
 
-    def __init__(self, checkpoint: Path, bundle: Path) -> None:
-        gqa.export(checkpoint, bundle, cache="static", capacity=LENGTHS[-1] + STEPS + PREFILL_PIECE, dtype="fp32",
-                   provider="cpu")
+    def __init__(self, bundle: Path) -> None:
         self._session = open_bundle(bundle, "cpu", threads=1)
         self._session.reset(1)
         self.tokens: list[int] = []
@@ -79,21 +107,14 @@ class Ours:
 
 
 class Peer:
-    """The same checkpoint as the peer's builder exports it, in the peer's own runtime, greedy."""
+    """A bundle of the peer's in its own runtime, greedy."""
 
-    def __init__(self, checkpoint: Path, folder: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         import onnxruntime_genai as genai
 
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(folder),
-                   "-p", "fp32", "-e", "cpu", "-c", str(folder.parent / "cache")]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        config = json.loads((folder / "genai_config.json").read_text())
-        config["model"]["decoder"]["session_options"].update(intra_op_num_threads=1)
-        config["model"]["eos_token_id"] = []
-        (folder / "genai_config.json").write_text(json.dumps(config))
         model = genai.Model(str(folder))
         params = genai.GeneratorParams(model)
-        params.set_search_options(max_length=LENGTHS[-1] + STEPS + PREFILL_PIECE, do_sample=False)
+        params.set_search_options(max_length=ROOM, do_sample=False)
         self._generator = genai.Generator(model, params)
         self.tokens: list[int] = []
 
@@ -108,39 +129,74 @@ class Peer:
         self.tokens.append(int(self._generator.get_next_tokens()[0]))
 
 
-def timed(step: Callable[[], None]) -> float:
-    """Milliseconds of one step."""
-    began = time.perf_counter()
+def timed(step: Callable[[], None]) -> tuple[float, float]:
+    """Milliseconds of one step: on the clock, and of this process on a core."""
+    began, worked = time.perf_counter(), time.process_time()
     step()
-    return 1000 * (time.perf_counter() - began)
+    return 1000 * (time.perf_counter() - began), 1000 * (time.process_time() - worked)
 
 
-def measure(runners: dict[str, Any], vocabulary: int) -> list[dict[str, Any]]:
-    """Median step of each runner at each length, and the first one's speed as a share of the second's."""
-    random, rows, past = np.random.default_rng(0), [], 0
-    for length in LENGTHS:
+Pair = tuple[float, float]
+
+
+def one_round(bundles: dict[str, Path], vocabulary: int, lengths: Sequence[int], seed: int) -> dict[str, Any]:
+    """Open every bundle in this process, and time steps of each in turn. bundles: by name; PEER's is the peer's.
+
+    Returns:
+        By length and name what each step took, and whether all runners wrote the same tokens.
+    """
+    runners: dict[str, Any] = {name: (Peer if name == PEER else Ours)(bundles[name])
+                               for name in sorted(bundles, reverse=bool(seed % 2))}
+    random, past = np.random.default_rng(seed), 0
+    found: dict[str, dict[str, list[Pair]]] = {}
+    for length in lengths:
         more = random.integers(4, vocabulary, length - past).tolist()
         for runner in runners.values():
             runner.feed(more)
-        steps: dict[str, list[float]] = {name: [] for name in runners}
-        for number in range(WARM + STEPS):
-            for name in sorted(runners, reverse=bool(number % 2)):
+        steps: dict[str, list[Pair]] = {name: [] for name in bundles}
+        for step in range(WARM + STEPS):
+            for name in sorted(runners, reverse=bool(step % 2)):
                 steps[name].append(timed(runners[name].step))
         past = length + WARM + STEPS
-        row: dict[str, Any] = {"past": length}
-        for name, found in steps.items():
-            quarter = statistics.quantiles(found[WARM:], n=4)
-            row[name] = {"median_ms": round(statistics.median(found[WARM:]), 2),
-                         "quartiles_ms": [round(quarter[0], 2), round(quarter[2], 2)]}
-        if PEER in steps:
-            ours = next(name for name in steps if name != PEER)
-            row["ratio"] = round(row[PEER]["median_ms"] / row[ours]["median_ms"], 3)
-            row["ratio_pairs"] = round(statistics.median(
-                b / a for a, b in zip(steps[ours][WARM:], steps[PEER][WARM:])), 3)
-            row["same_tokens"] = runners[ours].tokens == runners[PEER].tokens
-        rows.append(row)
-        click.echo(json.dumps(row))
-    return rows
+        found[str(length)] = {name: pairs[WARM:] for name, pairs in steps.items()}
+    return {"steps": found, "same": len({tuple(runner.tokens) for runner in runners.values()}) == 1}
+
+
+def measure(bundles: dict[str, Path], vocabulary: int, lengths: Sequence[int] = LENGTHS,
+            rounds: int = 1) -> list[dict[str, Any]]:
+    """A row for each length, of rounds that have a process each."""
+    done = []
+    for number in range(rounds):
+        told = json.dumps([{name: str(place) for name, place in bundles.items()}, vocabulary,
+                           [length for length in lengths if not number or length <= MANY], number])
+        ran = subprocess.run([sys.executable, __file__, "--round", told], check=True, stdout=subprocess.PIPE, text=True)
+        done.append(json.loads(ran.stdout.splitlines()[-1]))
+        click.echo(f"round {number + 1} of {rounds}")
+    return [row(length, [one for one in done if str(length) in one["steps"]]) for length in lengths]
+
+
+def row(length: int, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians and quartiles over all rounds; where the peer is among them, our speed as a share of its."""
+    made: dict[str, Any] = {"past": length}
+    steps = [one["steps"][str(length)] for one in rounds]
+    for name in steps[0]:
+        clock, core = zip(*(pair for one in steps for pair in one[name]))
+        quarter = statistics.quantiles(clock, n=4)
+        made[name] = {"median_ms": round(statistics.median(clock), 2),
+                      "quartiles_ms": [round(quarter[0], 2), round(quarter[2], 2)],
+                      "core_ms": round(statistics.median(core), 2)}
+    if PEER in steps[0]:
+        each = [_ratio([one], 1) for one in steps]  # far apart: a median over all pairs would be that of some rounds
+        made |= {"ratio": round(statistics.geometric_mean(each), 3), "ratio_clock": _ratio(steps, 0),
+                 "ratio_rounds": each, "same_tokens": all(one["same"] for one in rounds)}
+    click.echo(json.dumps(made))
+    return made
+
+
+def _ratio(rounds: list[dict[str, list[Pair]]], place: int) -> float:
+    """Median over pairs of steps of our speed as a share of theirs. place: 0 is the clock, 1 the core."""
+    return round(statistics.median(theirs[place] / ours[place] for one in rounds
+                                   for ours, theirs in zip(one[OURS], one[PEER])), 3)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -148,54 +204,85 @@ def markdown(result: dict[str, Any]) -> str:
     lines = ["# Decode of hybrids", "",
              f"{result['date']}, {result['machine']}, ONNX Runtime {result['versions']['onnxruntime']}, fp32, batch 1, "
              f"one thread each. Median of {STEPS} greedy steps (quartiles), one step of each decoder in turn in one "
-             f"process. Load average at the end: {result['load_average']}; where it is high, steps compare only with "
-             "those beside them. Random weights; shapes in `models/shapes.toml`. Made by "
-             "`scripts/benchmark_hybrid_decode.py`.",
+             "process: on the clock, and the time of this process on a core, without waiting for one. "
+             "Speeds are compared by the latter: the median over pairs of steps in each round, and the geometric mean "
+             "of the rounds; beside it the median over all pairs on the clock. "
+             "Where weights come to lie in memory moves a session's speed by several per cent: against the peer there "
+             f"were {ROUNDS} rounds, each in a process of its own where one side and the other is opened first in "
+             f"turn, beyond {MANY} tokens one. Random weights; shapes in "
+             "`models/shapes.toml`. Made by `scripts/benchmark_hybrid_decode.py`.",
              ""]
     for table in result["tables"]:
         names = [name for name in table["rows"][0] if isinstance(table["rows"][0][name], dict)]
         peer = PEER in names
         lines += [f"## {table['what']}", "",
-                  "| past | " + " | ".join(f"{name}, ms" for name in names)
-                  + (" | speed of ours / of theirs | median over pairs of steps | same tokens |" if peer else " |"),
-                  "|---" * (1 + len(names) + 3 * peer) + "|"]
+                  "| past | " + " | ".join(f"{name}, ms | of it on a core" for name in names)
+                  + (" | our speed / theirs | on the clock | of each round | same tokens |" if peer else " |"),
+                  "|---" * (1 + 2 * len(names) + 4 * peer) + "|"]
         for row in table["rows"]:
-            cells = [f"{row[name]['median_ms']} ({row[name]['quartiles_ms'][0]} - {row[name]['quartiles_ms'][1]})"
-                     for name in names]
+            cells = [f"{row[name]['median_ms']} ({row[name]['quartiles_ms'][0]} - {row[name]['quartiles_ms'][1]}) | "
+                     f"{row[name].get('core_ms', '-')}" for name in names]
             if peer:
-                cells += [str(row["ratio"]), str(row["ratio_pairs"]), "yes" if row["same_tokens"] else "no"]
+                cells += [str(row["ratio"]), str(row["ratio_clock"]), ", ".join(map(str, row["ratio_rounds"])),
+                          "yes" if row["same_tokens"] else "no"]
             lines.append(f"| {row['past']} | {' | '.join(cells)} |")
-        lines.append("")
-    lines += [line for note in result.get("notes", ()) for line in (note, "")]
+        lines += ["", f"Load average: {table['load_average']}."
+                  + ("" if all("core_ms" in row[name] for row in table["rows"] for name in names) else
+                     " An older run, one round and on the clock alone."), ""]
     return "\n".join(lines)
 
 
+def peered(scratch: Path, lengths: Sequence[int] = LENGTHS, **changes: Any) -> list[dict[str, Any]]:
+    """The rows of our session beside the peer, for the shape that the peer's builder takes."""
+    checkpoint = write_checkpoint(PEERED, scratch / "checkpoint", **changes)
+    return measure({OURS: make_ours(checkpoint, scratch / "ours"), PEER: make_theirs(checkpoint, scratch / "theirs")},
+                   gqa_models.shape(PEERED)["vocab_size"], lengths, ROUNDS)
+
+
+def beside_states(scratch: Path) -> list[dict[str, Any]]:
+    """The rows of a decoder with and without layers of attention."""
+    whole = write_checkpoint(OTHER, scratch / "other")
+    states = write_checkpoint(OTHER, scratch / "states", layer_types=["linear_attention"] * 24)
+    return measure({"18 and 6": make_ours(whole, scratch / "other-ours"),
+                    "24 and none": make_ours(states, scratch / "states-ours")}, gqa_models.shape(OTHER)["vocab_size"])
+
+
+TABLES: dict[str, tuple[str, Callable[[Path], list[dict[str, Any]]]]] = {
+    "wide": ("LFM2's kind: 16 layers of convolutions, 8 of attention", peered),
+    "narrow": ("The same at a width of 512 instead of 768",
+               lambda scratch: peered(scratch, LENGTHS[:2], **NARROW)),
+    "states": ("Qwen3.5's kind: 18 layers of linear attention and 6 of attention, and 24 of linear attention",
+               beside_states),
+}
+
+
 @click.command()
-@click.option("--scratch", required=True, type=click.Path(file_okay=False, path_type=Path))
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
-def main(scratch: Path, out: Path) -> None:
+@click.option("--scratch", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--only", multiple=True, type=click.Choice(list(TABLES)), help="A table; the others stay as they are.")
+@click.option("--round", "told", hidden=True, help="What `measure` tells a process of its own.")
+def main(scratch: Path | None, out: Path | None, only: tuple[str, ...], told: str | None) -> None:
     """Measure, print and write the result."""
-    shutil.rmtree(scratch, ignore_errors=True)
-    checkpoint = write_checkpoint(PEERED, scratch / "peered")
-    vocabulary = gqa_models.shape(PEERED)["vocab_size"]
-    runners: dict[str, Any] = {"gqa-export": Ours(checkpoint, scratch / "peered-ours"),
-                               PEER: Peer(checkpoint, scratch / "peered-theirs")}
-    tables = [{"what": "LFM2's kind: 16 layers of convolutions, 8 of attention",
-               "rows": measure(runners, vocabulary)}]
-    runners.clear()
-    whole = Ours(write_checkpoint(OTHER, scratch / "other"), scratch / "other-ours")
-    states = Ours(write_checkpoint(OTHER, scratch / "states", layer_types=["linear_attention"] * 24),
-                  scratch / "states-ours")
-    tables.append({"what": "Qwen3.5's kind: 18 layers of linear attention and 6 of attention, and 24 of linear "
-                           "attention",
-                   "rows": measure({"18 and 6": whole, "24 and none": states}, vocabulary)})
+    if told is not None:
+        bundles, *rest = json.loads(told)
+        click.echo(json.dumps(one_round({name: Path(place) for name, place in bundles.items()}, *rest)))
+        return
+    if scratch is None or out is None:
+        raise click.UsageError("give --scratch and --out")
+    file = out / "hybrid_decode.json"
+    kept = {table["name"]: table for table in json.loads(file.read_text(encoding="utf-8"))["tables"]} if only else {}
+    for name, (what, rows) in TABLES.items():
+        if not only or name in only:
+            shutil.rmtree(scratch, ignore_errors=True)
+            kept[name] = {"name": name, "what": what, "rows": rows(scratch),
+                          "load_average": round(os.getloadavg()[0], 1)}
     shutil.rmtree(scratch)
     result = {"date": date.today().isoformat(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
               "versions": {name: version(name) for name in VERSIONS},
-              "load_average": round(os.getloadavg()[0], 1),
-              "shapes": {name: gqa_models.shape(name) for name in (PEERED, OTHER)}, "tables": tables}
+              "shapes": {name: gqa_models.shape(name) for name in (PEERED, OTHER)}, "narrow": NARROW,
+              "tables": [kept[name] for name in TABLES]}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "hybrid_decode.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (out / "hybrid_decode.md").write_text(markdown(result), encoding="utf-8")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,11 @@ class LoraAdapter:
     folder: Path
     name: str
     modules: Mapping[str, LoraModule]
+
+    def part(self, weights: Container[str]) -> LoraAdapter:
+        """What it changes of these weights, given by name."""
+        return replace(self, modules={name: module for name, module in self.modules.items()
+                                      if f"{name}.weight" in weights})
 
 
 def _values(tensor: StoredTensor) -> np.ndarray:

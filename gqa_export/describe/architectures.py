@@ -114,8 +114,9 @@ def not_cut(rows: dict[str, Any]) -> list[str]:
         return []
     lines = ["", "## Over two devices", "",
              f"{len(rows) - len(refused)} of {len(rows)} architectures that keep keys and values only were cut over "
-             "two ranks (`--target trt-plugin --tensor-parallel 2`), opened as one merged graph and compared with "
-             "PyTorch, by `scripts/tensor_parallel.py`: [how](tensor-parallel.md). The others:", "",
+             "two ranks (`--target trt-plugin --tensor-parallel 2`; trt-native where the plugin cannot hold a layer), "
+             "opened as one merged graph and compared with PyTorch, by `scripts/tensor_parallel.py`: "
+             "[how](tensor-parallel.md). The others:", "",
              "| name | code | reason |", "|---|---|---|"]
     return lines + [f"| {name} | `{row.get('code', row['verdict'])}` | {escaped(row.get('reason', ''))} |"
                     for name, row in refused.items()]

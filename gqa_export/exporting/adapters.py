@@ -53,15 +53,16 @@ def read_adapters(options: ExportOptions, target: Target) -> tuple[tuple[LoraAda
 
 
 def refuse_quantized_adapters(quantized: bool) -> None:
-    """Refuse adapters for weights that are codes, in the checkpoint or in the bundle.
+    """Refuse adapters for a checkpoint that is stored quantized: PyTorch, which they are compared with, holds its
+    weights in layers of another kind, and an adapter trained on those is one of other weights than they stand for.
 
     Raises:
-        GqaExportError: the weights are quantized.
+        GqaExportError: the checkpoint is quantized.
     """
     if quantized:
-        raise GqaExportError("adapters are neither merged into quantized weights nor added beside them",
-                             "--lora, --merge-lora", "export the unquantized checkpoint, without --quantize",
-                             code="E-OPTION-LORA-QUANTIZED")
+        raise GqaExportError("adapters are neither merged into a checkpoint that is stored quantized nor added beside "
+                             "its weights", "--lora, --merge-lora", "export the unquantized checkpoint, with "
+                             "--quantize int4 or int8 if the bundle shall be quantized", code="E-OPTION-LORA-QUANTIZED")
 
 
 def weight_shapes(traced: Traced, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,7 +66,9 @@ class LongOptions:
         setting = replace(usual, leaf=or_usual(self.leaf, usual.leaf),
                           heavy_keys=or_usual(self.heavy, usual.heavy_keys),
                           samples=or_usual(self.samples, usual.samples), anchors=or_usual(self.anchors, usual.anchors))
-        return replace(setting, tile=min(setting.tile, setting.leaf), block=min(setting.block, setting.leaf),
+        if self.anchors is None:
+            setting = replace(setting, anchors=min(setting.anchors, setting.leaf))
+        return replace(setting, tile=min(setting.tile, setting.leaf), block=math.gcd(setting.block, setting.leaf),
                        score_rows=min(setting.score_rows, setting.tile, setting.leaf))
 
 

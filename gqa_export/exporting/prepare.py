@@ -137,7 +137,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         store = merge_weights(store, merge, traced, weight_shapes(traced, wanted_weights(traced)))
     quantizing = quantize.plan(checkpoint, traced, store, options, target, provider, say)
     if adapters or merge is not None:
-        refuse_quantized_adapters(quantizing is not None or bool(checkpoint.quantized))
+        refuse_quantized_adapters(bool(checkpoint.quantized))
     kv = cache_of(checkpoint, traced, options, target, say)
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider, kv=kv,
                             hidden=options.hidden_states, ragged_chunks=options.ragged_chunks,

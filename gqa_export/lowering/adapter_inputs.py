@@ -2,8 +2,8 @@
 
 An adapted module answers W x + B (A x). A and B are initializers that are inputs too, so that a runtime may replace
 them for a run (ONNX Runtime's `LoraAdapter`); as they stand in the graph their rank is 0, the sum over nothing is 0,
-and the answer is that of the base model. Where several modules are one product (packed query, key and value), their
-factors are one pair: the A side by side, the B on a diagonal of blocks.
+and the answer is that of the base model. They multiply in floats also where W is codes. Where several modules are one
+product (packed query, key and value), their factors are one pair: the A side by side, the B on a diagonal of blocks.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModel
 from ..graph_io import RECIPE
+from .quantized.parts import SEPARATOR
 
 if TYPE_CHECKING:
     import onnx
@@ -53,12 +54,16 @@ def add_adapter_inputs(model: onnx.ModelProto, modules: Collection[str], shapes:
             if name in wanted:
                 wanted.update(dict.fromkeys(group, wanted[name]))
     recipes = {tensor.name: _recipe(tensor) for tensor in model.graph.initializer}
-    transposed = {node.output[0]: node.input[0] for node in model.graph.node
-                  if node.op_type == "Transpose" and node.input[0] in recipes}
+    derived: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type in ("Transpose", "DequantizeLinear"):
+            source = derived.get(node.input[0], node.input[0])
+            if source in recipes:
+                derived[node.output[0]] = source
     slots, nodes = [], []
     for node in model.graph.node:
         nodes.append(node)
-        weight = _weight_of(node, transposed)
+        weight = _weight_of(node, derived)
         names = recipes.get(weight, ())
         if not any(name in wanted for name in names):
             continue
@@ -79,14 +84,16 @@ def add_adapter_inputs(model: onnx.ModelProto, modules: Collection[str], shapes:
 
 def _recipe(tensor: onnx.TensorProto) -> tuple[str, ...]:
     location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-    return tuple(location.removeprefix(RECIPE).split("+")) if location.startswith(RECIPE) else ()
+    parts = location.removeprefix(RECIPE).split("+") if location.startswith(RECIPE) else []
+    return tuple(part.partition(SEPARATOR)[0] for part in parts)
 
 
-def _weight_of(node: onnx.NodeProto, transposed: Mapping[str, str]) -> str:
-    """The weight [out, in] that a node multiplies x by; "" where it does something else."""
-    if node.op_type == "FusedMatMul":
-        return str(node.input[1])
-    return transposed.get(node.input[1], "") if node.op_type == "MatMul" else ""
+def _weight_of(node: onnx.NodeProto, derived: Mapping[str, str]) -> str:
+    """The weight [out, in], or its codes, that a node multiplies x by; "" where it does something else. derived: what
+    is a weight's transpose, or its codes as numbers."""
+    if node.op_type in ("FusedMatMul", "MatMulNBits"):
+        return derived.get(node.input[1], str(node.input[1]))
+    return derived.get(node.input[1], "") if node.op_type == "MatMul" else ""
 
 
 def _add(model: onnx.ModelProto, node: onnx.NodeProto, slot: AdapterSlot) -> list[onnx.NodeProto]:

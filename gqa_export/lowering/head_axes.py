@@ -85,7 +85,8 @@ def flat(graph: gs.Graph, tensor: gs.Tensor, layout: str, width: int, name: str)
     """`tensor`, laid out as `layout`, as [B, S, width]."""
     if layout == "BHSD":
         tensor = edit.add_node(graph, "Transpose", [tensor], name=f"{name}/Transpose", attrs={"perm": SWAP})[0]
-    if layout != "flat":
+    # a source of more axes (Falcon's groups of queries) is flat in memory, which the proof of a rotation relied on
+    if layout != "flat" or len(tensor.shape or ()) > 4:
         shape = edit.constant(f"{name}/shape", np.array([0, 0, width], np.int64))
         tensor = edit.add_node(graph, "Reshape", [tensor, shape], name=f"{name}/Reshape")[0]
     return tensor

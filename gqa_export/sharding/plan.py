@@ -70,7 +70,7 @@ def plan_sharding(typed: onnx.ModelProto, spec: ModelSpec, ranks: int) -> Plan:
     plan = Plan(View(typed), spec, ranks)
     cuts = Cuts(plan.view)
     _attention(plan, cuts)
-    _experts(plan, cuts)
+    cut_experts(plan, cuts)
     head = _head(plan)
     for node in plan.view.nodes:
         if node.op_type == "MatMul" and node is not head:
@@ -91,6 +91,7 @@ def _attention(plan: Plan, cuts: Cuts) -> None:
                                    f"layer {layer.layer}", "choose a --tensor-parallel that divides the query heads",
                                    code="E-MODEL-SHARD-HEADS")
         plan.heads[layer.layer] = held_heads(layer, plan.ranks)
+    seeds: list[tuple[AttentionSpec, dict[str, Cut]]] = []
     for node in plan.view.nodes:
         if not is_attention(node):
             continue
@@ -98,12 +99,25 @@ def _attention(plan: Plan, cuts: Cuts) -> None:
         for place in (1, 2):
             if all(held == tuple(range(layer.kv_num_heads)) for held in plan.heads[layer.layer]):
                 plan.shared |= _matrices_above(plan.view, node.input[place])
-        try:
-            cuts.spread(_seeds(plan, node, layer))
-        except CannotShard as reason:
-            raise UnsupportedModel(f"attention cannot be cut by heads: {reason.reason}",
-                                   f"layer {layer.layer}{f', {reason.node}' if reason.node else ''}", FIX,
-                                   code="E-MODEL-SHARD-RULE") from reason
+        seeds.append((layer, _seeds(plan, node, layer)))
+    # All at once: layers may share a tensor (slopes, positions), and a layer that another's cut comes to first would be
+    # taken apart before its own is known.
+    reason = cuts.attempt(*(each for _, each in seeds))
+    if reason is not None:
+        where, reason = _first_refusal(plan, seeds, reason)
+        raise UnsupportedModel(f"attention cannot be cut by heads: {reason.reason}",
+                               f"{where}{f', {reason.node}' if reason.node else ''}", FIX,
+                               code="E-MODEL-SHARD-RULE") from reason
+
+
+def _first_refusal(plan: Plan, seeds: list[tuple[AttentionSpec, dict[str, Cut]]],
+                   reason: CannotShard) -> tuple[str, CannotShard]:
+    """The first layer that cannot be cut even alone, and why; `reason` where none is."""
+    for layer, alone in seeds:
+        why = Cuts(plan.view).attempt(alone)
+        if why is not None:
+            return f"layer {layer.layer}", why
+    return "the layers together", reason
 
 
 def _matrices_above(view: View, name: str) -> set[str]:
@@ -152,23 +166,29 @@ def _seeds(plan: Plan, node: onnx.NodeProto, layer: AttentionSpec) -> dict[str, 
     return seeds
 
 
-def _experts(plan: Plan, cuts: Cuts) -> None:
-    """Matrices that are picked by a router's choice: each rank holds some of the experts, whole."""
+def cut_experts(plan: Plan, cuts: Cuts) -> None:
+    """Matrices that are picked by a router's choice: each rank holds some of the experts, whole.
+
+    Matrices of one choice are cut alike. Where one has more entries than another (LongCat's experts that compute
+    nothing), those are never picked: the index would not be one of the other's.
+    """
+    picked: dict[str, list[str]] = {}
     for node in plan.view.nodes:
-        if node.op_type not in ("Gather", "GatherND") or node.input[0] not in plan.view.initializers:
-            continue
-        shape = plan.view.shape(node.input[0])
-        if len(shape) < 2 or node.input[0] in cuts.known or not _chosen(plan.view, node.input[1]):
-            continue
-        experts = int(str(shape[0]))
-        if experts >= plan.ranks:
-            reason = cuts.attempt({node.input[0]: Cut(0, even(experts, plan.ranks))})
+        if node.op_type in ("Gather", "GatherND") and node.input[0] in plan.view.initializers \
+                and len(plan.view.shape(node.input[0])) > 1 and node.input[0] not in cuts.known:
+            choice = _choice(plan.view, node.input[1])
+            if choice is not None:
+                picked.setdefault(choice, []).append(node.input[0])
+    for matrices in picked.values():
+        experts = min(int(str(plan.view.size(name, 0))) for name in matrices)
+        for name in dict.fromkeys(matrices) if experts >= plan.ranks else ():
+            reason = None if name in cuts.known else cuts.attempt({name: Cut(0, even(experts, plan.ranks))})
             if reason is not None:
-                plan.whole[node.input[0]] = str(reason)
+                plan.whole[name] = str(reason)
 
 
-def _chosen(view: View, index: str) -> bool:
-    """Whether an index comes from a choice among experts."""
+def _choice(view: View, index: str) -> str | None:
+    """The choice among experts that an index comes from; None where it comes from none."""
     waiting, seen = [index], set[str]()
     while waiting:
         name = waiting.pop()
@@ -177,10 +197,10 @@ def _chosen(view: View, index: str) -> bool:
             continue
         seen.add(name)
         if node.op_type in CHOOSING:
-            return True
+            return name
         if node.op_type in BETWEEN:
             waiting += list(node.input)
-    return False
+    return None
 
 
 def _pair(plan: Plan, cuts: Cuts, node: onnx.NodeProto) -> None:

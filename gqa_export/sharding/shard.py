@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..lowering.context import Context, LowerOptions
 from ..lowering.prepare import prepare
 from ..targets import get_target
+from .entries import plain_entries
 from .flow import Flow, follow
 from .plan import Plan, plan_sharding
 from .products import plain_products
@@ -48,7 +49,7 @@ def shard(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions, ranks:
     Raises:
         UnsupportedModel: it cannot be cut; names the layer and the operator.
     """
-    model = plain_products(model)
+    model = plain_entries(plain_products(model))  # of a copy
     typed = prepare(model, (), Context(spec, get_target(options.target), options, model))
     plan = plan_sharding(typed, spec, ranks)
     return Sharded(model, plan, follow(plan))

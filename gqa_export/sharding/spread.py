@@ -25,16 +25,17 @@ class Cuts:
         self._added: list[str] = []
         self._apart: dict[tuple[str, int], None] = {}
 
-    def spread(self, seeds: dict[str, Cut]) -> None:
-        """Set the cuts of some tensors and all that follow.
+    def spread(self, *seeds: dict[str, Cut]) -> None:
+        """Set the cuts of some tensors and all that follow. seeds: by tensor.
 
         Raises:
             CannotShard: an operator has no rule, or two cuts of a tensor differ.
         """
         self._added = []
         waiting: deque[str] = deque()
-        for name, cut in seeds.items():
-            self._set(name, cut, None, waiting)
+        for each in seeds:
+            for name, cut in each.items():
+                self._set(name, cut, None, waiting)
         while waiting or self._apart:
             while waiting:
                 self._around(waiting.popleft(), waiting)
@@ -44,10 +45,10 @@ class Cuts:
                     self._set(whole, together, self.view.made_by.get(whole), waiting)
             self._apart.clear()
 
-    def attempt(self, seeds: dict[str, Cut]) -> CannotShard | None:
+    def attempt(self, *seeds: dict[str, Cut]) -> CannotShard | None:
         """As `spread`; where that cannot be, nothing is set, and the reason is given."""
         try:
-            self.spread(seeds)
+            self.spread(*seeds)
         except CannotShard as reason:
             for name in self._added:
                 del self.known[name]

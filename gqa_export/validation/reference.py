@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..bundle.graph_file import read_graph
 from ..bundle.manifest import Manifest
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.lora import merge_into
 from ..files.scratch import scratch_folder
 from ..progress import Progress
 from ..runtime.session import Session
@@ -90,9 +91,15 @@ def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dty
 
     checkpoint = open_for(manifest, against)
     session, eager, dtype = pytorch_sessions(checkpoint, manifest, ran_dtype, notes)
-    matrices = requantized(checkpoint, manifest, calibrate, folder)
+    # weights are quantized without an adapter that a bundle can switch to, which is added to what they stand for
+    beside = checkpoint.adapter if manifest.source.get("adapters") else None
+    base = checkpoint if beside is None else replace(checkpoint, adapter=None)
+    matrices = requantized(base, manifest, calibrate, folder)
     models: list[Any] = [session, *([eager] if eager is not None else [])]
     put_quantized((one.model for one in models), matrices)
+    if beside is not None:
+        for one in models:
+            merge_into(one.model, beside.part(matrices))
     return Reference(session, eager, dtype, session.model, observed_facts(session, str(against)),
                      checkpoint, model_digest(checkpoint), plain=manifest.kv_cache is None and not matrices)
 

@@ -77,13 +77,20 @@ def parts_of(kernel: str, setting: LongSetting, *, tiles: Tiles,
             tiles.stages if main else STAGES[kernel])
 
 
+def fuses(kernel: str) -> bool:
+    """Whether a kernel is compiled with fused multiply-adds. Not score: in a sum over threads each would keep its own
+    product unrounded and get its neighbour's rounded, and what is chosen would depend on which thread looks."""
+    return FP_FUSION and kernel != "score"
+
+
 def compiled_as(variant: Variant, setting: LongSetting,
-                capability: int) -> tuple[Any, Any, dict[str, Any], int, int, int]:
+                capability: int) -> tuple[Any, Any, dict[str, Any], int, int, int, bool]:
     """What a `cubin.Recipe` of a variant is made of."""
     tiles = long_launch.choose_tiles(setting, variant.group, variant.head, variant.value_head, variant.dtype,
                                      capability)
     made = parts_of(variant.kernel, setting, tiles=tiles, **{name: getattr(variant, name) for name in SHAPE})
-    return *made, tiles.rows if variant.kernel == "long_prefill" else variant.rows
+    rows = tiles.rows if variant.kernel == "long_prefill" else variant.rows
+    return *made, rows, fuses(variant.kernel)
 
 
 def attend_long(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor, past_lengths: torch.Tensor,
@@ -126,5 +133,5 @@ def attend_long(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.T
             kernel, setting, tiles=tiles, group=group, head=head, value_head=value_head, softcap=softcap > 0,
             sinks=sinks is not None, projections=tables.projections.shape[1])
         launched[grids[kernel]](*(values[name] for name, _ in arguments), **made_with, num_warps=warps,
-                                num_stages=stages, enable_fp_fusion=FP_FUSION)
+                                num_stages=stages, enable_fp_fusion=fuses(kernel))
     return laid_out

@@ -21,6 +21,7 @@ from evidence.staged_run import Results, Stage
 ESTIMATES = {"smoke": 20.0, "shipping path": 40.0, "correctness": 60.0, "bench core": 90.0, "real model": 60.0,
              "counters": gpu_tools.COUNTERS_S, "sanitizer": gpu_tools.SANITIZER_S, "bench rest": 90.0}
 """the whole check, in order, and how long each stage is expected to take"""
+TENSORRT = ("tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings")
 ENGINES_S = 120.0  # only where TensorRT or TensorRT for RTX is installed
 PARTS = {None: tuple(ESTIMATES), "correctness": ("smoke", "shipping path", "correctness", "sanitizer"),
          "bench": ("bench core", "counters", "bench rest"), "engines": ()}
@@ -169,8 +170,8 @@ def engines(options: Any, copy_gb_s: float) -> list[dict[str, Any]]:
 
 
 def has_tensorrt() -> bool:
-    """Whether either TensorRT is installed."""
-    return any(find_spec(name) is not None for name in ("tensorrt", "tensorrt_rtx"))
+    """Whether either TensorRT is installed, by whatever package."""
+    return any(find_spec(name) is not None for name in TENSORRT)
 
 
 def all_stages(options: Any, device: Any) -> list[Stage]:

@@ -101,7 +101,7 @@ def in_place_of_a_gpu(check: ModuleType, library: Path, *, cases: int = 3, pause
                            "check_far": lambda device: judged(short, device, 90)[0]}),
         (gpu_stages, {"the_gpu": lambda: (torch.device("cpu"), CARD, 90),
                       "CORE": {"decode": ((1, 32),), "prefill": ((1, 64),)},
-                      "get_context": lambda _: get_context("fork")}),
+                      "get_context": lambda _: get_context("fork"), "has_tensorrt": lambda: False}),
         (gpu_model, {"grouped_query_attention": reference, "SMALL": tiny, "LARGE": tiny, "LARGE_CAPACITY": 64,
                      "LARGE_PROMPT": 16, "capture": _capture, "clock": lambda run: clock([run])}),
         (driver_ctypes, {"opened": partial(driver_ctypes.opened, str(library))}),

@@ -9,6 +9,7 @@ from onnx import helper
 from refusal import refused
 
 from gqa_export.bundle.manifest import read_manifest
+from gqa_export.engine import inspect_build
 from gqa_export.engine.build_log import Layer, Log
 from gqa_export.engine.inspect_build import check_collectives
 from gqa_export.errors import GqaExportError
@@ -21,17 +22,38 @@ from .built import build
 pytestmark = pytest.mark.whole_model
 
 
-def test_every_rank_becomes_an_engine_that_meets_the_others_in_one_order(rtx, tmp_path) -> None:
-    checkpoint = write_tiny("llama", tmp_path / "ck", num_hidden_layers=1)
+SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+           "head_dim": 64}
+"""widths and heads of SmolLM2-135M, whose head is its embedding, as that of llama_tied is. All 30 layers and its
+vocabulary: scripts/benchmark_ranks.py, a minute of the processor"""
+LAYERS, RANKS, VOCABULARY = 2, 3, 6145
+
+
+def test_every_rank_of_smollm2s_shape_becomes_an_engine_with_the_collectives_in_one_order(rtx, tmp_path,
+                                                                                         monkeypatch) -> None:
+    """TensorRT's own log lists an all_reduce after every o_proj and down_proj, the gather of the head, and no other."""
+    listed_by_tensorrt = []
+
+    def check(model, log, profiles):
+        listed_by_tensorrt.append([log.collectives(number) for number in range(profiles)])
+        return check_collectives(model, log, profiles)
+
+    monkeypatch.setattr(inspect_build, "check_collectives", check)
+    checkpoint = write_tiny("llama_tied", tmp_path / "ck", num_hidden_layers=LAYERS, vocab_size=VOCABULARY, **SMOLLM2)
     export_onnx(checkpoint, tmp_path / "b", ExportOptions(target="trt-native", dtype="fp16", capacity=64,
-                                                          tensor_parallel=2))
+                                                          tensor_parallel=RANKS))
     built = build(tmp_path / "b", tmp_path / "e")
     manifest = read_manifest(built.folder)
     assert manifest.engine == built.facts
-    assert built.facts.build["collectives"] == ["all_reduce", "all_reduce", "all_gather"]
-    for kinds in built.facts.build["layers"].values():
-        assert {kind: count for kind, count in kinds.items() if kind.startswith("comm_")} == {
-            "comm_allreduce": 2, "comm_allgather": 1}
+    modules = [("all_reduce", f"model.layers.{layer}.{module}/") for layer in range(LAYERS)
+               for module in ("self_attn.o_proj", "mlp.down_proj")] + [("all_gather", "lm_head/")]
+    assert len(listed_by_tensorrt) == RANKS
+    for profiles in listed_by_tensorrt:
+        assert len(profiles) == 2
+        for found in profiles:
+            stems = [(kind, name[:len(module)]) for (kind, name), (_, module) in zip(found, modules, strict=True)]
+            assert stems == modules
+    assert built.facts.build["collectives"] == [kind for kind, _ in modules]
     for rank in manifest.parallel.ranks:
         engine = built.folder / rank.folder / "model.engine"
         assert manifest.files[f"{rank.folder}/model.engine"].size == engine.stat().st_size

@@ -215,3 +215,36 @@ def test_what_a_graph_for_long_prompts_does_not_go_with_is_refused_by_name(check
     assert "long" in found.error.what + found.error.where
     assert word in found.error.fix
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("leaf", [1, 7, 24, 40, 64, 100, 128, 384, 1024])
+def test_tiles_take_every_leaf_up_to_128_and_its_multiples(leaf) -> None:
+    setting = LongOptions("tiles", leaf=leaf).setting()
+    assert setting.problems(1 << 20) == []
+    assert leaf % setting.block == leaf % setting.tile == 0
+    assert setting.block == 32 or leaf % 32
+
+
+@pytest.mark.parametrize("leaf", [129, 200, 1000])
+def test_tiles_refuse_other_leaves_with_the_reason(leaf) -> None:
+    assert f"leaf {leaf} is not a multiple of tile 128" in LongOptions("tiles", leaf=leaf).setting().problems(1 << 20)
+
+
+def test_a_hybrid_keeps_its_states_beside_it(tmp_path) -> None:
+    """Layers that keep a state of fixed size read no keys: they are as in the exact graph, and pass states on."""
+    checkpoint = write_tiny("qwen3_next", tmp_path / "hybrid")
+    bundle = gqa.export(checkpoint, tmp_path / "out", long_attention=replace(HYPER, layers="all"))
+    spec = bundle.manifest.spec
+    assert spec.states
+    assert set(bundle.manifest.long.plan.layers).isdisjoint(state.layer for state in spec.states)
+    verdict = bundle.validate(checkpoint, steps=1)
+    assert verdict.passed
+    assert {"long_prompt", "long_ragged", "long_leaf"} <= {case.name for case in verdict.cases}
+
+
+def test_hidden_states_are_an_output_of_both_graphs(checkpoint, tmp_path) -> None:
+    folder = gqa.export(checkpoint, tmp_path / "out", hidden_states=True, long_attention=TILES).folder
+    exact, long = (OrtSession.load(folder, "cpu", approximate=flag).step(IDS[:1]) for flag in (False, True))
+    assert exact.hidden.shape == long.hidden.shape
+    assert np.abs(exact.hidden - long.hidden)[:, :64].max() <= 1e-4, "rows of the first leaf see no key outside of it"
+    assert np.abs(exact.hidden - long.hidden).max() > 1e-2, "nothing was approximated"

@@ -77,6 +77,28 @@ def test_onnx_runtime_computes_what_the_reference_does(name: str, call: str, gro
         assert np.array_equal(value[b, :, : past + new], handed[2][b, :, : past + new].float().numpy())
 
 
+ODD = {"hyper, leaves of one": LongSetting("hyper", leaf=1, heavy_keys=512, samples=3, anchors=1, exact_steps=0),
+       "hyper, more of all than there are keys": LongSetting("hyper", leaf=32, heavy_keys=512, samples=900, anchors=9),
+       "tiles, more of all than there are keys": LongSetting("tiles", leaf=32, heavy_keys=800, samples=900, anchors=9,
+                                                             tile=32, block=4),
+       "tiles, nothing a power of two": LongSetting("tiles", leaf=36, heavy_keys=9, samples=7, anchors=0, tile=6,
+                                                    block=3, score_rows=1, exact_steps=1),
+       "tiles, blocks of one": LongSetting("tiles", leaf=5, heavy_keys=3, samples=1, anchors=2, tile=5, block=1,
+                                           score_rows=5, exact_steps=0)}
+
+
+@pytest.mark.parametrize("call", ["prompt", "ragged", "chunks"])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_settings(name: str, call: str) -> None:
+    given, setting = feeds(*CALLS[call]), ODD[name]
+    output, *_, selection = session(model(setting, H, K, D, E)).run(None, {**given, **tables(setting, K, D)})
+    handed = by_reference(given, setting, handed=torch.from_numpy(selection) if selection.shape[2] else None)
+    assert np.abs(output - handed[0].numpy()).max() <= 5e-6
+    if "than there are keys" in name and call == "prompt":  # nothing is left out: the keys of a leaf and all before
+        exact = by_reference(given, replace(setting, exact_steps=1 << 20))
+        assert np.abs(output - exact[0].numpy()).max() <= 5e-6
+
+
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("attributes", [{"softcap": 3.0}, {"window": 40}], ids=str)
 def test_soft_cap_and_window(name: str, attributes: dict[str, Any]) -> None:

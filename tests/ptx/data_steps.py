@@ -35,6 +35,8 @@ def make(instruction: Instruction, approximate: bool) -> Step | None:
     if base in ("mov", "setp", "selp", "cvt", "shl", "shr", "shf", "bfe", "prmt", "not"):
         return {"mov": _move, "setp": _compare, "selp": _select, "cvt": _convert, "shl": _shift, "shr": _shift,
                 "shf": _funnel_shift, "bfe": _extract, "prmt": _permute, "not": _not}[base](instruction)
+    if base == "popc":
+        return _simple(instruction, _ones, [f"u{kind[1:]}"])
     if base in BITWISE:
         return _simple(instruction, BITWISE[base], [kind, kind])
     if kind == "f32x2":
@@ -46,6 +48,11 @@ def make(instruction: Instruction, approximate: bool) -> Step | None:
     if base in ("div", "rem"):
         return _simple(instruction, _quotient if base == "div" else _remainder, [kind, kind])
     return None
+
+
+def _ones(value: Array) -> Array:
+    """How many bits are set."""
+    return np.asarray(np.bitwise_count(value), np.int32)
 
 
 def _simple(instruction: Instruction, function: Callable[..., Array], kinds: list[str]) -> Step:

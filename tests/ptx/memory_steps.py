@@ -21,7 +21,7 @@ def make(instruction: Instruction, _approximate: bool) -> Step | None:
     opcode = instruction.opcode
     for prefix, maker in (("ld.param", _parameter), ("ld.", _load), ("st.", _store), ("ldmatrix", _load_matrix),
                           ("stmatrix", _store_matrix), ("shfl", _shuffle),
-                          ("redux.sync.add", _sum_of_warp), ("cp.async.commit_group", _commit),
+                          ("redux.sync", _reduction_of_warp), ("cp.async.commit_group", _commit),
                           ("cp.async.wait_group", _wait), ("cp.async.c", _copy), ("bar.sync", _barrier),
                           ("barrier.sync", _barrier)):
         if opcode.startswith(prefix):
@@ -134,13 +134,14 @@ def _shuffle(instruction: Instruction) -> Step:
     return step
 
 
-def _sum_of_warp(instruction: Instruction) -> Step:
+def _reduction_of_warp(instruction: Instruction) -> Step:
     values = read(instruction.operands[1], "s32")
+    reduce = {"add": np.sum, "min": np.min, "max": np.max}[instruction.parts[2]]
 
     def step(block: Block, mask: Array | None) -> None:
-        _everyone(block, mask, "a sum over a warp")
-        sums = values(block).reshape(-1, 32).astype(np.int64).sum(1).astype(np.int32)
-        write(block, instruction.operands[0], np.repeat(sums, 32), None)
+        _everyone(block, mask, "a reduction over a warp")
+        reduced = reduce(values(block).reshape(-1, 32).astype(np.int64), axis=1).astype(np.int32)
+        write(block, instruction.operands[0], np.repeat(reduced, 32), None)
 
     return step
 

@@ -55,6 +55,23 @@ def test_no_register_is_spilled_up_to_head_size_128(capability: int, head: int, 
         assert not assembled.serialised, one.name
 
 
+@pytest.mark.parametrize("capability", [86, 87, 103, 121])
+def test_no_register_is_spilled_on_the_capabilities_beside_those(capability: int, tmp_path: Path) -> None:
+    """Where most registers are wanted: head size 128 with window, soft cap and sinks."""
+    for number, kernel in enumerate(("prefill", "decode")):
+        one = variant(kernel, ("bf16", "fp16")[(number + capability) % 2], 128, True)
+        assembled = assemble(one, capability, tmp_path)
+        assert assembled.stack_bytes == assembled.spilled_bytes == 0, f"{one.name}: {assembled}"
+        assert not assembled.serialised, one.name
+
+
+def test_every_capability_is_looked_at() -> None:
+    looked_at = {number for test in (test_no_register_is_spilled_up_to_head_size_128,
+                                     test_no_register_is_spilled_on_the_capabilities_beside_those)
+                 for mark in test.pytestmark if mark.args[0] == "capability" for number in mark.args[1]}
+    assert looked_at == set(plan.CAPABILITIES)
+
+
 def order(chosen: Variant, folder: Path) -> str:
     """Products (G), exponentials (e), waits for products (W) and branches (|) of a kernel for 9.0, as they are in the
     machine code."""

@@ -33,7 +33,7 @@ from .test_trt import TOLERANCE
 ROWS = 4
 # new tokens of each row: prompts of different lengths, chunks over pasts of different lengths, rows that rest, one that
 # is empty until the last step
-STEPS = ((5, 9, 2, 0), (3, 1, 7, 0), (1, 0, 1, 0), (2, 20, 3, 0), (3, 2, 4, 6), (1, 0, 1, 1))
+STEPS = ((5, 9, 2, 0), (3, 1, 7, 0), (1, 0, 1, 0), (2, 14, 3, 0), (3, 2, 4, 6), (1, 0, 1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,21 @@ def test_ragged_chunks_over_pasts_are_one_call_and_equal_pytorch_row_by_row(ragg
     for got, expected in zip(drive(session), drive(TorchSession(model, CAPACITY, "fp64")), strict=True):
         np.testing.assert_allclose(got, expected, atol=TOLERANCE, rtol=0)
     assert calls == [ROWS] * len(STEPS)
+
+
+def test_a_step_that_is_mostly_padding_runs_row_by_row_on_a_cpu(ragged, model) -> None:
+    """Three rows of one token beside one of 30: 87 tokens of padding take longer than reading the weights three times
+    more. On a GPU they do not."""
+    session, reference = OrtSession.load(ragged().folder, "cpu"), TorchSession(model, CAPACITY, "fp64")
+    calls = counted(session)
+    for each in (session, reference):
+        each.reset(ROWS)
+        each.step(np.full((ROWS, 2), 7))
+    ids, new = np.random.default_rng(3).integers(3, VOCABULARY, (ROWS, 30)), np.array([1, 30, 1, 1])
+    got, expected = (each.step(ids, new).logits for each in (session, reference))
+    for b, count in enumerate(new):
+        np.testing.assert_allclose(got[b, :count], expected[b, :count], atol=TOLERANCE, rtol=0)
+    assert calls == [ROWS, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("cache", ["growing", "static"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from benchmark_ranks import markdown
 from evidence.tensor_parallel_check import FAMILIES, RANKS
 
 COMMITTED = Path(__file__).parents[2] / "docs" / "benchmarks" / "tensor-parallel-families.json"
@@ -36,3 +37,17 @@ def test_the_graphs_of_eight_ranks_of_a_large_model_cost_little():
     assert large["cpu_s"] <= 90
     assert large["peak_gb"] <= 2.5
     assert large["columns_share"] < 0.36
+
+
+def test_smollm2_over_three_ranks_was_built_with_one_list_of_collectives():
+    """As tests/engine/test_rtx_ranks.py builds two layers of its shape: the same names, after the same products."""
+    small = json.loads((COMMITTED.parent / "tensor-parallel.json").read_text())["smollm2"]
+    assert (small["ranks"], small["layers"], len(small["engine_mb"])) == (3, 30, 3)
+    assert small["collectives"] == [
+        *(f"all_reduce sum of 3: model.layers.{layer}.{module}/MatMul_0/all_reduce" for layer in range(30)
+          for module in ("self_attn.o_proj", "mlp.down_proj")), "all_gather none of 3: lm_head/MatMul_0/all_gather"]
+    assert small["engine_collectives"] == [each.split()[0] for each in small["collectives"]]
+    assert small["logits"][0] <= small["logits"][1]
+    assert small["cases"] > 3
+    page = (COMMITTED.parent / "tensor-parallel.md").read_text()
+    assert page == markdown(json.loads((COMMITTED.parent / "tensor-parallel.json").read_text())), "the script wrote it"

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from evidence.tensor_parallel_check import write_family
-from gqa_models import write_tiny
+from gqa_models import save_random, write_tiny
 from refusal import refused
 
 from gqa_export.bundle.manifest import MANIFEST, MODEL, read_manifest
@@ -225,3 +225,44 @@ def test_a_vocabulary_that_does_not_divide_is_gathered_without_its_overlap(tmp_p
         sizes += [tensor.dims[0] for tensor in graph.initializer if tensor.name == "head/rows"]
     assert sizes == [80] * 4  # NCCL gathers equal counts: the last rank begins three rows earlier
     assert validate(bundle, checkpoint, steps=2).passed
+
+
+def test_a_packed_matrix_of_groups_is_cut_by_its_groups(tmp_path):
+    """Falcon's new decoder: each group's queries, key and value lie together, and the key is repeated for each query.
+    The plugin rotates, and once read the groups as they lay there, with an axis too many."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model("falcon", num_attention_heads=8, num_kv_heads=4, hidden_size=64,
+                                               vocab_size=130, num_hidden_layers=1, new_decoder_architecture=True)
+    checkpoint = save_random(config, tmp_path / "ck")
+    bundle = exported(checkpoint, tmp_path / "b", 2, target="trt-plugin")
+    verdict = validate(bundle, checkpoint, steps=2)
+    assert verdict.passed, verdict.first
+
+
+@pytest.mark.parametrize(("options", "code"), [({"quantize": "int4"}, "E-MODEL-QUANTIZED-RANKS"),
+                                               ({"lora": ("adapter",)}, "E-TARGET-LORA")])
+def test_what_ranks_do_not_hold_is_refused_by_name(options, code, llama, tmp_path):
+    with refused(code, GqaExportError):
+        exported(llama, tmp_path / "b", 2, weights="copy", **options)
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_adapter_is_merged_before_the_weights_are_cut(llama, tmp_path):
+    """Rows of all ranks, one below the other, are those of the merged model; columns beside one another."""
+    import transformers
+    from lora.adapters import write_adapter
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    adapter = write_adapter(tmp_path / "adapter", model, ["q_proj", "o_proj"])
+    one = exported(llama, tmp_path / "one", 1, weights="copy", merge_lora=adapter)
+    two = exported(llama, tmp_path / "two", 2, weights="copy", merge_lora=adapter)
+    base = weights_of(exported(llama, tmp_path / "base", 1, weights="copy"))
+    whole, ranks = weights_of(one), [weights_of(two / f"rank{rank}") for rank in range(2)]
+    for module, axis in (("q_proj", 0), ("o_proj", 1)):
+        name = f"model.layers.1.self_attn.{module}.weight"
+        shape = (-1, 64) if axis == 0 else (64, -1)
+        parts = [np.frombuffer(rank[name], np.float32).reshape(shape) for rank in ranks]
+        merged = np.frombuffer(whole[name], np.float32).reshape(64, 64)
+        assert np.array_equal(np.concatenate(parts, axis), merged)
+        assert whole[name] != base[name]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
 
+from gqa_export.sharding.entries import plain_entries
 from gqa_export.sharding.facts import CannotShard, Cut, even
+from gqa_export.sharding.plan import Plan, cut_experts
 from gqa_export.sharding.spread import Cuts
 from gqa_export.sharding.view import View
 
@@ -113,3 +117,69 @@ def test_the_rules_name_operators_of_the_standard():
 
     known = {schema.name for schema in onnx.defs.get_all_schemas()}
     assert set(RULES) - known <= {"RMSNormalization", "Swish"}
+
+
+def test_layers_that_share_a_tensor_are_cut_together():
+    """The cut of one layer reaches the other's queries by the slopes that both read, before its values are known."""
+    nodes = [helper.make_node("Add", ["first", "slopes"], ["a"], name="a"),
+             helper.make_node("Split", ["packed", "sizes"], ["q", "v"], name="split", axis=2),
+             helper.make_node("MatMul", ["x", "t"], ["packed"], name="mm"),
+             helper.make_node("Transpose", ["w"], ["t"], name="t", perm=[1, 0]),
+             helper.make_node("Add", ["q", "slopes"], ["b"], name="b")]
+    shape = ["b", "s", 16]
+    there = view(nodes, {**dict.fromkeys(("a", "b", "q", "v"), shape), "packed": ["b", "s", 32], "x": ["b", "s", 6],
+                         "t": [6, 32]},
+                 [weight("w", 32, 6), weight("first", 1, 1, 16), weight("slopes", 1, 1, 16), numbers("sizes", 16, 16)])
+    halves = Cut(2, even(16, 2))
+    one_by_one = Cuts(there)
+    one_by_one.spread({"a": halves})
+    with pytest.raises(CannotShard, match="cut and whole at once"):
+        one_by_one.spread({"b": halves, "v": halves})
+    cuts = Cuts(there)
+    cuts.spread({"a": halves}, {"b": halves, "v": halves})
+    assert cuts.known["w"] == Cut(0, (((0, 8), (16, 24)), ((8, 16), (24, 32))))
+
+
+def picking(*indices):
+    """A packed tensor [B, S, 6, D] whose entries are picked after a Transpose, as Falcon's key and value are."""
+    nodes = [helper.make_node("Transpose", ["packed"], ["turned"], name="turn", perm=[2, 0, 1, 3])]
+    constants = []
+    for place, index in enumerate(indices):
+        constants.append(helper.make_tensor(f"i{place}", TensorProto.INT64, [len(index), 1], index))
+        nodes.append(helper.make_node("GatherND", ["turned", f"i{place}"], [f"o{place}"], name=f"pick{place}"))
+    infos = [helper.make_tensor_value_info(f"o{place}", TensorProto.FLOAT, None) for place in range(len(indices))]
+    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("packed", TensorProto.FLOAT, [2, 3, 6, 5])],
+                              infos, constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+
+
+def test_entries_picked_by_constants_are_slices_with_the_same_values():
+    model = picking([-2], [-1], [1, 2], [-3, -2])
+    packed = np.random.default_rng(3).standard_normal((2, 3, 6, 5)).astype(np.float32)
+    expected = ReferenceEvaluator(model).run(None, {"packed": packed})
+    plain = plain_entries(picking([-2], [-1], [1, 2], [-3, -2]))
+    assert [node.op_type for node in plain.graph.node] == ["Slice", "Transpose"] * 4
+    for found, wanted in zip(ReferenceEvaluator(plain).run(None, {"packed": packed}), expected, strict=True):
+        assert np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("indices", [[[2, 1]], [[-1, 0]], [[0], [3, 5]]], ids=["backwards", "around", "a gap"])
+def test_entries_that_are_no_slice_stay_as_they_are(indices):
+    before = picking(*indices).SerializeToString()
+    assert plain_entries(picking(*indices)).SerializeToString() == before
+
+
+def test_matrices_of_one_choice_are_cut_by_the_same_experts():
+    """One has two entries more, which are never picked: LongCat's experts that compute nothing."""
+    nodes = [helper.make_node("TopK", ["scores", "two"], ["best", "index"], name="topk"),
+             helper.make_node("Unsqueeze", ["index", "last"], ["a"], name="a"),
+             helper.make_node("Clip", ["index"], ["clip"], name="clip"),
+             helper.make_node("Unsqueeze", ["clip", "last"], ["b"], name="b"),
+             helper.make_node("GatherND", ["up", "a"], ["u"], name="u"),
+             helper.make_node("GatherND", ["down", "b"], ["d"], name="d")]
+    there = view(nodes, {"scores": ["t", 6], "best": ["t", 2], "index": ["t", 2], "clip": ["t", 2], "a": ["t", 2, 1],
+                         "b": ["t", 2, 1], "u": ["t", 2, 8, 4], "d": ["t", 2, 4, 8]},
+                 [weight("up", 6, 8, 4), weight("down", 4, 4, 8), numbers("two", 2), numbers("last", -1)])
+    plan, cuts = Plan(there, None, 2), Cuts(there)
+    cut_experts(plan, cuts)
+    assert cuts.known == dict.fromkeys(("up", "down"), Cut(0, even(4, 2)))

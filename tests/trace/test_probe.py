@@ -73,3 +73,11 @@ def test_an_unknown_rotary_type_is_refused(config_of):
     with refused("E-MODEL-ROPE-UNKNOWN", UnsupportedModel) as refusal:
         probe(config)
     assert "`spiral`" in refusal.error.what
+
+
+def test_a_hybrid_whose_layers_all_have_attention_keeps_no_states():
+    """Dense Granite 4: its mask for recurrent layers looks at values, of which the probe has none."""
+    from gqa_models.shrink import small_config
+
+    dense = probe(small_config("granitemoehybrid", layer_types=["attention"] * 5, num_local_experts=0))
+    assert (len(dense.layers), dense.states) == (5, ())

@@ -23,7 +23,9 @@ Answer = tuple[np.ndarray, list[Any], np.ndarray | None]
 
 
 class Backend(Protocol):
-    """Calls the graph and owns the memory of the cache."""
+    """Calls the graph and owns the memory of the cache. device: "cpu" or "cuda"."""
+
+    device: str
 
     def upload(self, array: np.ndarray) -> Any:
         """A tensor with this content. On a CPU it may share the array's memory."""
@@ -45,6 +47,8 @@ class Backend(Protocol):
 class ArrayBackend:
     """Cache tensors are numpy arrays; `infer` runs the graph on a dict of arrays. states: how many of the tensors, the
     last, are states of fixed size. hidden: the graph gives hidden states."""
+
+    device = "cpu"
 
     def __init__(self, infer: Infer, past_names: Sequence[str], present_names: Sequence[str], states: int = 0,
                  hidden: bool = False) -> None:
@@ -119,14 +123,14 @@ class BindingBackend:
     def __init__(self, session: Any, device: str, dtype: str, past_names: Sequence[str],
                  present_names: Sequence[str], states: int = 0, hidden: bool = False) -> None:
         self._answers = [HIDDEN_STATES, LOGITS] if hidden else [LOGITS]
-        self._session, self._device, self._past, self._present = session, device, past_names, present_names
+        self._session, self.device, self._past, self._present = session, device, past_names, present_names
         self._ort = import_onnxruntime()
         self._dtype = numpy_dtype(dtype)
         self._cached = len(past_names) - states
         self._kept: dict[tuple[Any, ...], Any] = {}
         self._spare: list[DeviceTensor] = []
         self._adapter: Adapter | None = None
-        self._logits = _Logits.of(session)
+        self._logits = _Logits.of(session) if len(self._answers) == 1 else None
         # ONNX's number for bfloat16, which numpy does not know
         self._element: Any = 16 if dtype == "bfloat16" else self._dtype.type
 
@@ -134,14 +138,14 @@ class BindingBackend:
         """On a CPU the array's own memory; elsewhere a copy on the device."""
         fp32 = array.dtype == np.float32 and self._dtype != np.float32
         array = np.ascontiguousarray(array, dtype=np.float32 if fp32 else self._dtype)
-        if self._device == "cpu":
+        if self.device == "cpu":
             return DeviceTensor(array, array.ctypes.data, array.shape, fp32)
         if self._element == 16 and not fp32:
             host = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.int16), 16)
-            value = self._ort.OrtValue.ortvalue_from_shape_and_type(array.shape, 16, self._device)
+            value = self._ort.OrtValue.ortvalue_from_shape_and_type(array.shape, 16, self.device)
             value.update_inplace(host.numpy())
         else:
-            value = self._ort.OrtValue.ortvalue_from_numpy(array, self._device)
+            value = self._ort.OrtValue.ortvalue_from_numpy(array, self.device)
         return DeviceTensor(value, value.data_ptr(), array.shape, fp32)
 
     def download(self, tensor: DeviceTensor) -> np.ndarray:
@@ -178,23 +182,23 @@ class BindingBackend:
         binding = self._bound(past, spare, inplace)
         for name, array in feed.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        logits = self._logits.room(feed[INPUT_IDS].shape) if inplace and self._logits else None
-        for name in self._answers[:-1] if logits is not None else self._answers:
-            binding.bind_output(name, "cpu")  # bound after the cache, and so the last of the outputs
-        if logits is not None:  # get_outputs makes an object of every output, 0.4 ms for thirty
-            binding.bind_output(LOGITS, "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
+        room = self._logits.room(feed[INPUT_IDS].shape) if inplace and self._logits else None
+        if room is None:
+            for name in self._answers:  # bound after the cache, and so the last of the outputs
+                binding.bind_output(name, "cpu")
+        else:  # asking for the outputs of a binding makes an object of every one of them, 0.4 ms for thirty
+            binding.bind_output(LOGITS, "cpu", 0, room.dtype.type, room.shape, room.ctypes.data)
         self._session.run_with_iobinding(binding)
         # the next step may write where this one read
         states = past[self._cached:]
         self._spare = [] if any(tensor.part for tensor in states) else list(states)
-        several = len(self._answers) > 1
-        if logits is not None and not several:
-            return logits, [*past[: self._cached], *spare], None
+        if room is not None:
+            return room, [*past[: self._cached], *spare], None
         outputs = binding.get_outputs()
-        hidden = self._host(outputs[-2]) if several else None
+        hidden = self._host(outputs[-2]) if len(self._answers) > 1 else None
         cached = past[: self._cached] if inplace else [
             DeviceTensor(v, v.data_ptr(), tuple(v.shape())) for v in outputs[: self._cached]]
-        return self._host(outputs[-1]) if logits is None else logits, [*cached, *spare], hidden
+        return self._host(outputs[-1]), [*cached, *spare], hidden
 
     def _spare_states(self, states: Sequence[DeviceTensor]) -> list[DeviceTensor]:
         """Memory for the new states, other than that of the old ones: what the step before read, where it fits."""
@@ -214,7 +218,7 @@ class BindingBackend:
         for name, tensor in zip(self._past, past):
             element = np.float32 if tensor.fp32 else self._element
             if tensor.pointer:
-                binding.bind_input(name, self._device, 0, element, tensor.shape, tensor.pointer)
+                binding.bind_input(name, self.device, 0, element, tensor.shape, tensor.pointer)
             else:  # an empty tensor on a device has no address
                 binding.bind_ortvalue_input(name, tensor.owner)
         for name, value in (self._adapter.values if self._adapter else {}).items():
@@ -222,9 +226,9 @@ class BindingBackend:
         for name, tensor in zip(self._present, [*past[: self._cached], *spare]):
             if inplace or name in self._present[self._cached:]:
                 element = np.float32 if tensor.fp32 else self._element
-                binding.bind_output(name, self._device, 0, element, tensor.shape, tensor.pointer)
+                binding.bind_output(name, self.device, 0, element, tensor.shape, tensor.pointer)
             else:
-                binding.bind_output(name, self._device)
+                binding.bind_output(name, self.device)
         if inplace:
             self._kept = {**dict(list(self._kept.items())[-1:]), key: binding} if spare else {key: binding}
         return binding

@@ -13,10 +13,15 @@ from ...targets import Target
 from ..rows import RowSlots, longest_after, move_row, resized
 from .backend import Backend
 
+TOKENS_A_CALL = 16
+"""tokens whose products take about as long on a CPU as reading the weights for a call: of SmolLM2 in fp32, one thread
+(scripts/benchmark_sessions.py measures what follows from it)"""
+
 
 class OrtRowSlots(RowSlots):
     """What `OrtSession` has beside its steps. `_past`: the `_cached` tensors of the cache, then those of states."""
 
+    manifest: Manifest
     spec: ModelSpec
     _backend: Backend
     _target: Target
@@ -34,6 +39,13 @@ class OrtRowSlots(RowSlots):
                 self._static and (self._lengths[idle] >= self.capacity).any()):
             return new
         return np.maximum(new, 1)
+
+    def _padding_costs_more(self, fed: np.ndarray, sequence: int) -> bool:
+        """Whether rows that could run together are faster one by one: a call for all reads the weights once, and
+        computes padding. Only where the graph takes both ways, and on a CPU."""
+        if not self.manifest.ragged_chunks or self._backend.device != "cpu" or not self._lengths.any():
+            return False
+        return len(fed) * sequence > int(fed.sum()) + TOKENS_A_CALL * (len(fed) - 1)
 
     def _has_states(self) -> bool:
         return bool(self.spec.states)

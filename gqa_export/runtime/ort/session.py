@@ -175,6 +175,7 @@ class OrtSession(OrtRowSlots):
         fed = new if new_lengths is None else self._ridden(new, sequence)
         alone = must_run_alone(before, fed, sequence, capacity=self.capacity if padded else None,
                                chunks_alone=self._target.chunks_alone, empty_alone=self._target.empty_alone)
+        alone = alone or self._padding_costs_more(fed, sequence)
         answers = self._each_row(ids, new) if alone else self._whole(ids, fed, new)
         self._lengths = before + new
         logits, hidden = (each if each is None or each.dtype == np.float32 else each.astype(np.float32)

@@ -1,6 +1,7 @@
 // gqa_load and gqa_load_rank: what of the C interface needs TensorRT's headers.
 #include <exception>
 #include <memory>
+#include <string>
 #include <utility>
 
 #include "gqa/c/handle.h"
@@ -18,7 +19,7 @@ gqa::Options options_of(gqa_options const* options) {
     return wanted;
 }
 
-char const* needed(char const* folder) {
+std::string checked(char const* folder) {
     if (!folder) throw gqa::Error("the folder is NULL", "gqa_load", "give the folder of an engine bundle");
     return folder;
 }
@@ -39,7 +40,7 @@ gqa_session* guarded(Make make) {
 }  // namespace
 
 gqa_session* gqa_load(const char* folder, const gqa_options* options) {
-    return guarded([&] { return gqa::Session::load(needed(folder), options_of(options)); });
+    return guarded([&] { return gqa::Session::load(checked(folder), options_of(options)); });
 }
 
 gqa_session* gqa_load_rank(const char* folder, const gqa_options* options, void* communicator, double timeout_s) {
@@ -48,6 +49,6 @@ gqa_session* gqa_load_rank(const char* folder, const gqa_options* options, void*
         double const seconds = timeout_s > 0 ? timeout_s : gqa::Communicator::kTimeoutSeconds;
         wanted.communicator = std::make_shared<gqa::Communicator>(static_cast<ncclComm*>(communicator), seconds);
         if (!options) wanted.device = wanted.communicator->device();
-        return gqa::Session::load(needed(folder), wanted);
+        return gqa::Session::load(checked(folder), wanted);
     });
 }
