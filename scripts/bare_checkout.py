@@ -38,9 +38,10 @@ ABSENT = ("onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnx_graphsurgeon", "
 """what it lacks, or what is not to be relied on there"""
 BROUGHT = ("pydantic", "pydantic_core")
 """dependencies of dependencies that newer releases bring and the machine does not have: removed"""
-SOURCES = ("scripts/gpu_check.py", "scripts/bare_checkout.py", "scripts/evidence/checkout.py",
-           "scripts/evidence/gpu_*.py", "scripts/evidence/shipping_path.py", "scripts/evidence/staged_run.py",
-           "scripts/evidence/stub_gpu.py", "plugins/grouped_attention/gpu_*.py", "plugins/grouped_attention/driver*.py")
+SOURCES = ("scripts/gpu_check.py", "scripts/evidence/checkout.py", "scripts/evidence/gpu_*.py",
+           "scripts/evidence/shipping_path.py", "scripts/evidence/staged_run.py",
+           "scripts/evidence/stub_gpu.py", "plugins/grouped_attention/gpu_*.py",
+           "plugins/grouped_attention/driver_ctypes.py")
 """the files whose change makes the stages' result old; that of the kernels is old when their code is (ptx_cases)"""
 STAGES = """
 import os, signal, sys, time
@@ -71,8 +72,8 @@ KILLED_IN = (0, 2, 5)
 
 
 def sources_digest() -> str:
-    """Of the files that the stages run."""
-    digest = hashlib.sha256()
+    """Of the program and the files that the stages run."""
+    digest = hashlib.sha256(STAGES.encode())
     for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
         digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -67,7 +67,7 @@ def test_no_register_is_spilled_for_long_prompts_at_head_size_128(method: str, c
     assert assembled.stack_bytes == assembled.spilled_bytes == 0, assembled
 
 
-@pytest.mark.parametrize("capability", [86, 87, 103, 121])
+@pytest.mark.parametrize("capability", [86, 87, 103, 110, 121])
 def test_no_register_is_spilled_on_the_capabilities_beside_those(capability: int, tmp_path: Path) -> None:
     """Where most registers are wanted: head size 128 with window, soft cap and sinks."""
     for number, kernel in enumerate(("prefill", "decode")):

@@ -56,7 +56,10 @@ int64_t gqa_length(const gqa_session* session, size_t row) {
 }
 
 int gqa_shared_seed(gqa_session* session, uint64_t seed, uint64_t* shared) {
-    return guarded([&] { *shared = session->session.shared_seed(seed); });
+    return guarded(session, [&] {
+        need(shared, "shared");
+        *shared = session->session.shared_seed(seed);
+    });
 }
 
 int gqa_open(gqa_session* session, size_t rows) {
