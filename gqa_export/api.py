@@ -32,6 +32,7 @@ from .objects.choices import (
     Provider,
     Target,
     Weights,
+    WindowCaches,
     check_choices,
     check_counts,
     refuse_revision,
@@ -65,7 +66,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
            quantize: Place = "keep", activations: Activations | None = None, head: Head = "int8", block: int = 32,
            calibrate: Place | None = None, tensor_parallel: int = 1, kv_cache: KvCodes | None = None,
            long_attention: LongOptions | None = None, lora: Sequence[Place] = (), merge_lora: Place | None = None,
-           hidden_states: bool = False, ragged_chunks: bool = False, progress: Progress | None = None) -> Bundle:
+           window_cache: WindowCaches = "full", prompt_chunk: int | None = None, hidden_states: bool = False,
+           ragged_chunks: bool = False, progress: Progress | None = None) -> Bundle:
     """Export a decoder to ONNX. Nothing is compared yet: `Bundle.validate` does that.
 
     Args:
@@ -100,6 +102,9 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
         long_attention: write a second graph for long prompts, with approximate attention, beside the exact one.
         lora: folders of LoRA adapters, as PEFT saves them, that the bundle can switch between (`Session.use_adapter`);
             without one it is the base model. merge_lora: the folder of one that becomes part of the weights.
+        window_cache: "small": a layer with a window keeps window + prompt_chunk tokens in place of the capacity, where
+            that is less; the cache is static then. prompt_chunk: new tokens of a sequence that one call may bring then
+            (sessions cut longer prompts); None is 512.
         hidden_states: the last hidden state of every new token is an output too (`Session.hidden_states`).
         ragged_chunks: for target `ort`: rows of a batch may bring several tokens each, over a past, in one call; needs
             onnxruntime 1.32.
@@ -112,7 +117,7 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
     options = export_options(target, dtype, cache, capacity, weights, logits, provider, revision, full_hash, max_ram,
                               text_only, force, path_of(dump_passes), ignore_unused, trace_cache, stamping,
                               quantize, activations, head, block, calibrate, tensor_parallel, kv_cache, long_attention,
-                              lora, merge_lora, hidden_states, ragged_chunks)
+                              lora, merge_lora, hidden_states, ragged_chunks, window_cache, prompt_chunk)
     _refuse_tokenizer(source, tokenizer)
     if not isinstance(source, str | Path):
         refuse_revision(revision, type(source).__name__, "a model in memory")
@@ -129,7 +134,8 @@ def plan_export(source: Place | PreTrainedModel, output: Place | None = None, *,
                 quantize: Place = "keep", activations: Activations | None = None, head: Head = "int8", block: int = 32,
                 calibrate: Place | None = None, tensor_parallel: int = 1, kv_cache: KvCodes | None = None,
                 long_attention: LongOptions | None = None, lora: Sequence[Place] = (), merge_lora: Place | None = None,
-                hidden_states: bool = False, ragged_chunks: bool = False, progress: Progress | None = None) -> Plan:
+                window_cache: WindowCaches = "full", prompt_chunk: int | None = None, hidden_states: bool = False,
+                ragged_chunks: bool = False, progress: Progress | None = None) -> Plan:
     """Do all of an export but the writing: what it would write, its size, time and memory. Arguments as of `export`."""
     from .exporting.dry_run import dry_run
 
@@ -137,7 +143,8 @@ def plan_export(source: Place | PreTrainedModel, output: Place | None = None, *,
                               text_only, False, ignore_unused=ignore_unused, trace_cache=trace_cache,
                               quantize=quantize, activations=activations, head=head, block=block, calibrate=calibrate,
                               tensor_parallel=tensor_parallel, kv_cache=kv_cache, long=long_attention, lora=lora,
-                              merge_lora=merge_lora, hidden_states=hidden_states, ragged_chunks=ragged_chunks)
+                              merge_lora=merge_lora, hidden_states=hidden_states, ragged_chunks=ragged_chunks,
+                              window_cache=window_cache, prompt_chunk=prompt_chunk)
     with pickles_allowed(allow_pickle), opened(source, text_only=text_only) as place:
         return dry_run(place, options, path_of(output), progress)
 

@@ -9,6 +9,9 @@ R rotary size, T the length of the present axis (growing: P + S; static: C), M r
 
 Token t of sequence b lies at index t of the cache in both modes: new tokens are written at
 past_lengths[b] .. past_lengths[b] + new_lengths[b] - 1. What lies beyond is unspecified.
+
+A static cache may be a ring (`growing` is RING): P slots, at least `window`, and token t of a sequence in slot t mod P.
+A call then brings at most P - window + 1 tokens to a sequence, so that none displaces what one of its rows sees.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from typing import Literal
 DOMAIN = "gqa"
 OP = "GroupedQueryAttention"
 VERSION = 1
+RING = 2
+"""the value of `growing` of a cache whose slots are used again"""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,8 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     Attribute("window", "int",
               "tokens visible including the current one; 0 is all; -N: those of its chunk of N positions"),
     Attribute("rotary_interleaved", "int", "1: rotate pairs (2i, 2i + 1); 0: rotate (i, i + R/2)"),
-    Attribute("growing", "int", "1: the present axis is P + S; 0: it is C, the same memory as past"),
+    Attribute("growing", "int", "1: the present axis is P + S; 0: it is C, the same memory as past; 2: the same, "
+              "as a ring: token t is in slot t mod C"),
 )
 
 INPUT_NAMES = tuple(port.name for port in INPUTS)

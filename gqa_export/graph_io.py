@@ -2,8 +2,8 @@
 
 `ort`, `onnx`, `portable` take `input_ids` [batch, sequence] and `attention_mask` [batch, past + sequence] (1 is a
 real token); `trt-*` take `input_ids`, `past_lengths` and `new_lengths`. Then the cache, layer by layer, key before
-value; then the states of fixed size. K, D and E are literal in every shape, for `trt-*` the capacity too; the other
-axes are named. Cache layout is BNSH: [B, K, T, D].
+value; then the states of fixed size. K, D and E are literal in every shape, the slots of a ring and for `trt-*` the
+capacity too; the other axes are named. Cache layout is BNSH: [B, K, T, D].
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from .spec import STRICT, Count, KvCache, Limits, ModelSpec, StateSpec, Text
+from .spec import STRICT, Count, KvCache, Limits, ModelSpec, StateSpec, Text, WindowCache
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
@@ -98,27 +98,28 @@ def present_state(state: StateSpec) -> str:
 
 
 def cache_inputs(spec: ModelSpec, dtype: str, cache: str, capacity: int | str = CAPACITY,
-                 kv: KvCache | None = None) -> tuple[TensorFact, ...]:
+                 kv: KvCache | None = None, windows: WindowCache | None = None) -> tuple[TensorFact, ...]:
     """Cache inputs of all layers and the states, in graph order. Arguments as of `graph_inputs`."""
     axis = PAST if cache == "growing" else capacity
-    return (*_cache_facts(spec, dtype, axis, past_names, kv), *_state_facts(spec, past_state))
+    return (*_cache_facts(spec, dtype, axis, past_names, kv, windows), *_state_facts(spec, past_state))
 
 
 def cache_outputs(spec: ModelSpec, dtype: str, cache: str, capacity: int | str = CAPACITY,
-                  kv: KvCache | None = None) -> tuple[TensorFact, ...]:
+                  kv: KvCache | None = None, windows: WindowCache | None = None) -> tuple[TensorFact, ...]:
     """Cache outputs of all layers and the states, in graph order. Arguments as of `graph_inputs`."""
     axis = TOTAL if cache == "growing" else capacity
-    return (*_cache_facts(spec, dtype, axis, present_names, kv), *_state_facts(spec, present_state))
+    return (*_cache_facts(spec, dtype, axis, present_names, kv, windows), *_state_facts(spec, present_state))
 
 
-def _cache_facts(spec: ModelSpec, dtype: str, axis: int | str,
-                 names: Callable[[int], tuple[str, str]], kv: KvCache | None) -> tuple[TensorFact, ...]:
+def _cache_facts(spec: ModelSpec, dtype: str, axis: int | str, names: Callable[[int], tuple[str, str]],
+                 kv: KvCache | None, windows: WindowCache | None) -> tuple[TensorFact, ...]:
     facts = []
     element, width = (dtype, int) if kv is None else (kv.dtype, kv.width)
     for layer in spec.layers:
         key, value = names(layer.layer)
-        facts.append(TensorFact(key, element, (BATCH, layer.kv_num_heads, axis, width(layer.head_size))))
-        facts.append(TensorFact(value, element, (BATCH, layer.kv_num_heads, axis, width(layer.value_head_size))))
+        tokens = windows.slots(layer) or axis if windows else axis
+        facts.append(TensorFact(key, element, (BATCH, layer.kv_num_heads, tokens, width(layer.head_size))))
+        facts.append(TensorFact(value, element, (BATCH, layer.kv_num_heads, tokens, width(layer.value_head_size))))
     return tuple(facts)
 
 
@@ -127,7 +128,8 @@ def _state_facts(spec: ModelSpec, name: Callable[[StateSpec], str]) -> tuple[Ten
 
 
 def graph_inputs(spec: ModelSpec, dtype: str, cache: str, interface: str = "mask",
-                 capacity: int | str = CAPACITY, kv: KvCache | None = None) -> tuple[TensorFact, ...]:
+                 capacity: int | str = CAPACITY, kv: KvCache | None = None,
+                 windows: WindowCache | None = None) -> tuple[TensorFact, ...]:
     """All inputs of a bundle's graph, in order.
 
     Args:
@@ -137,17 +139,19 @@ def graph_inputs(spec: ModelSpec, dtype: str, cache: str, interface: str = "mask
         interface: "mask" (`ort`, `onnx`, `portable`) or "lengths" (`trt-*`, all int32).
         capacity: tokens of a static cache where that is literal (`trt-*`); the named axis where it is not.
         kv: how the cache is quantized; None: it is not.
+        windows: layers whose cache is a ring of fewer slots; None: no layer's is.
     """
     if interface == "mask":
         head = [TensorFact(INPUT_IDS, "int64", (BATCH, SEQUENCE)), TensorFact(ATTENTION_MASK, "int64", (BATCH, TOTAL))]
     else:
         head = [TensorFact(INPUT_IDS, "int32", (BATCH, SEQUENCE)),
                 *(TensorFact(name, "int32", (BATCH,)) for name in (PAST_LENGTHS, NEW_LENGTHS))]
-    return (*head, *cache_inputs(spec, dtype, cache, capacity, kv))
+    return (*head, *cache_inputs(spec, dtype, cache, capacity, kv, windows))
 
 
 def graph_outputs(spec: ModelSpec, dtype: str, cache: str, logits: str, capacity: int | str = CAPACITY,
-                  kv: KvCache | None = None, hidden: bool = False) -> tuple[TensorFact, ...]:
+                  kv: KvCache | None = None, hidden: bool = False,
+                  windows: WindowCache | None = None) -> tuple[TensorFact, ...]:
     """All outputs of a bundle's graph, in order.
 
     Args:
@@ -155,10 +159,10 @@ def graph_outputs(spec: ModelSpec, dtype: str, cache: str, logits: str, capacity
         dtype: of logits and cache, a numpy name such as "float32".
         cache: "growing" or "static".
         logits: "all" gives [batch, sequence, vocabulary], "last" [batch, 1, vocabulary].
-        capacity, kv: as of `graph_inputs`.
+        capacity, kv, windows: as of `graph_inputs`.
         hidden: the last hidden states are an output too, [batch, sequence, hidden size], whatever `logits` is.
     """
     rows: int | str = SEQUENCE if logits == "all" else 1
     states = (TensorFact(HIDDEN_STATES, dtype, (BATCH, SEQUENCE, spec.hidden_size)),) if hidden else ()
     return (TensorFact(LOGITS, dtype, (BATCH, rows, spec.vocabulary)), *states,
-            *cache_outputs(spec, dtype, cache, capacity, kv))
+            *cache_outputs(spec, dtype, cache, capacity, kv, windows))

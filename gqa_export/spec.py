@@ -7,7 +7,7 @@ from what it really passes to its convolutions and recurrences, never from a mod
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Annotated, Any, ClassVar
@@ -128,6 +128,32 @@ class KvCache:
     def width(self, size: int) -> int:
         """Last dimension of a cache tensor whose heads have this size."""
         return size * self.bits // 8
+
+
+@dataclass(frozen=True)
+class WindowCache:
+    """Layers with a window whose static cache is a ring of `window + chunk` slots in place of the whole capacity: token
+    t lies in slot t modulo the slots, and no row can see what it displaces.
+
+    Attributes:
+        chunk: new tokens of a sequence that one call may bring; sessions cut longer prompts into pieces.
+        layers: their numbers, ascending.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    chunk: Size
+    layers: Annotated[tuple[Layer, ...], Limits(min_length=1, max_length=MOST_LAYERS, fail_fast=True)]
+
+    def slots(self, layer: AttentionSpec) -> int:
+        """Slots of a layer's ring; 0 for a layer that keeps the whole capacity."""
+        return layer.window + self.chunk if layer.layer in self.layers else 0
+
+    @classmethod
+    def of(cls, layers: Iterable[AttentionSpec], capacity: int, chunk: int) -> WindowCache | None:
+        """The ring of every layer that keeps less by it than `capacity` tokens; None where no layer does."""
+        numbers = tuple(sorted(each.layer for each in layers if each.window > 0 and each.window + chunk < capacity))
+        return cls(chunk, numbers) if numbers else None
 
 
 @dataclass(frozen=True)

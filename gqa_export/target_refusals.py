@@ -54,6 +54,19 @@ def refuse_long(target: Target) -> None:
                              code="E-TARGET-LONG")
 
 
+def refuse_windows(target: Target) -> None:
+    """Refuse caches of window + chunk slots where a target has none and nothing to fall back to.
+
+    Raises:
+        GqaExportError: with the reason, and the targets that have them.
+    """
+    if target.windows_missing:
+        raise GqaExportError(f"target {target.name} does not support --window-cache small: {target.windows_missing}",
+                             "--window-cache", "use --target " + " or ".join(
+                                 row.name for row in TARGETS.values()
+                                 if not row.windows_missing and not row.windows_instead), code="E-TARGET-WINDOW-CACHE")
+
+
 def refuse_long_with_codes(kv_cache: str) -> None:
     """Refuse a graph for long prompts beside one whose cache holds codes: their caches are the same tensors.
 

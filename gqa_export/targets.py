@@ -103,6 +103,10 @@ class Target:
     """why no graph for long prompts, with approximate attention, is written beside the exact one; "" if it can be"""
     states_missing: str = ""
     """why the target cannot hold layers that keep a state of fixed size; "" if it can"""
+    windows_missing: str = ""
+    """why windowed layers cannot keep a ring of window + chunk slots in place of the capacity; "" if they can"""
+    windows_instead: str = ""
+    """why they keep the whole capacity where that was asked for; "" if they keep a ring"""
     kv_bits: tuple[int, ...] = ()
     """bits of the codes that a quantized cache may have"""
     kv_missing: str = ""
@@ -145,6 +149,8 @@ _NO_STATES = ("TensorRT has no operator for them; TensorRT-RTX reads LinearAtten
 _NO_FUNCTION = "the standard operator Attention reads every key, and the target is for graphs of it alone"
 _NO_CODES = ("its graph updates the cache with operators for which no quantized form is written yet")
 
+_NO_RING = "the standard operators' graph takes a token's place in the cache for its position"
+
 _ROWS = (
     Target(name="ort", dialect="ort.passes", attention="com.microsoft::GroupQueryAttention",
            fallback="gqa::GroupedQueryAttention", opset=23, ir_version=10, caches=("growing", "static"),
@@ -155,6 +161,8 @@ _ROWS = (
                                        "CausalConv": "com.microsoft::CausalConvWithState"}),
            state_ops_since_first=("com.microsoft::LinearAttention", "com.microsoft::CausalConvWithState"),
            whole_row_masks=True, lowest_opset=True, nbits=True, kv_bits=(8, 4),
+           windows_instead="GroupQueryAttention's own cache of a window (sliding_window_cache, ONNX Runtime 1.32) "
+           "keeps tokens in an order of its own, which is not written yet",
            kv_missing="GroupQueryAttention's CPU kernel takes caches of int8 and int4 codes",
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")})),
     Target(name="onnx", dialect="onnx.passes", attention="Attention", fallback="gqa::GroupedQueryAttention",
@@ -163,7 +171,7 @@ _ROWS = (
            # softcap: until 2026 the standard capped after the mask, which leaks masked tokens (onnx/onnx#7865, mended
            # in place by #7867); what a runtime does depends on its age
            nan_tail_safe=False, shares_buffer=True, lowest_opset=True, long_missing=_NO_FUNCTION,
-           kv_missing=_NO_CODES,
+           kv_missing=_NO_CODES, windows_missing=_NO_RING,
            state_ops=MappingProxyType({"LinearAttention": "ai.onnx::LinearAttention"}),
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="portable", dialect="portable", attention="gqa::GroupedQueryAttention", fallback="",
@@ -180,7 +188,7 @@ _ROWS = (
            opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            softcap=False, sinks=False, value_head_size_differs=False, nan_tail_safe=False, shares_buffer=True,
            literal_capacity=True, runs_in_onnxruntime=False, states_missing=_NO_STATES, zero_points=False,
-           quantized_blocks=(16, 32, 64, 128), long_missing=_NO_FUNCTION,
+           quantized_blocks=(16, 32, 64, 128), long_missing=_NO_FUNCTION, windows_missing=_NO_RING,
            kv_missing="TensorRT's own cache update takes floating-point tensors only, so that codes need trt-plugin, "
            "whose kernels do not hold them yet",
            dtypes=MappingProxyType({"tensorrt": FLOATS})),

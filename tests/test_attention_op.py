@@ -114,7 +114,7 @@ def test_kernels_entry_takes_every_input_and_attribute_by_its_name() -> None:
     from gqa_plugins.grouped_attention import grouped_query_attention
 
     parameters = set(inspect.signature(grouped_query_attention).parameters)
-    beside = {"max_length", "backend"}  # of the host, not of the op; the entry is always static: no `growing`
+    beside = {"max_length", "backend", "ring"}  # not of the op; the entry is static: of `growing`, whether it is a ring
     assert parameters - beside == set(ALL) - {"growing"}
 
 

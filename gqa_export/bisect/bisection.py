@@ -79,7 +79,7 @@ def bisect(bundle: Path, against: str | Path, ignore_unused: bool = False) -> Bi
     Raises:
         InvalidBundle: the bundle is damaged.
         InvalidCheckpoint: the checkpoint has tensors that its model does not use.
-        UnsupportedModel: its layers keep states of fixed size.
+        UnsupportedModel: its layers keep states of fixed size, or rings in place of the whole capacity.
         GqaExportError: it holds an engine, or the names of its nodes do not tell the layers.
         NotCheckedHere: PyTorch does not fit in memory.
     """
@@ -98,6 +98,9 @@ def bisect(bundle: Path, against: str | Path, ignore_unused: bool = False) -> Bi
         raise UnsupportedModel("bisect does not know the states of fixed size that layers of this model keep",
                                str(bundle), "validate it: the verdict names the first layer whose state differs",
                                code="E-VALIDATE-BISECT-STATES")
+    if manifest.window_cache is not None:
+        raise UnsupportedModel("bisect feeds whole prompts, which caches that are rings do not take", str(bundle),
+                               "export with --window-cache full and bisect that", code="E-VALIDATE-BISECT-RINGS")
     check_files(bundle, manifest)
     check_claims(bundle, manifest)
     with ExitStack() as stack:

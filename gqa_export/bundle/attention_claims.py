@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .. import attention_op
 from ..errors import InvalidBundle
 from ..graph_io import layer_of_cache
-from ..spec import AttentionSpec
+from ..spec import AttentionSpec, WindowCache
 from .graph_file import read_graph
 from .manifest import MODEL, Manifest
 
@@ -24,6 +24,22 @@ if TYPE_CHECKING:
 FIELDS = {"scale": "scale", "softcap": "softcap", "window": "window", "local_window_size": "window",
           "num_heads": "num_heads", "kv_num_heads": "kv_num_heads", "q_num_heads": "num_heads"}
 """attribute of an attention node -> field of `AttentionSpec`"""
+
+
+def check_rings(model: onnx.ModelProto, windows: WindowCache | None, where: str) -> None:
+    """Hold the layers whose slots a graph uses again against those of its manifest.
+
+    Raises:
+        InvalidBundle: a layer is a ring in one of the two only; names the first.
+    """
+    found = {number for node in model.graph.node if node.domain == attention_op.DOMAIN
+             and any(a.name == "growing" and a.i == attention_op.RING for a in node.attribute)
+             for name in node.output if (number := layer_of_cache(name)) is not None}
+    for number in sorted(found.symmetric_difference(windows.layers if windows else ())):
+        side = "the graph" if number in found else "the manifest"
+        raise InvalidBundle(f"layer {number} uses the slots of its cache again in {side} only", where,
+                            "model.onnx and gqa_export.json belong to different exports: export again",
+                            code="E-BUNDLE-CLAIM")
 
 
 def attention_facts(model: onnx.ModelProto) -> dict[int, dict[str, Any]]:
@@ -49,6 +65,7 @@ def check_claims(folder: Path, manifest: Manifest) -> None:
         InvalidBundle: an attribute has another value than the manifest; names layer and attribute.
     """
     if manifest.parallel is None:
+        check_rings(read_graph(folder), manifest.window_cache, str(folder / MODEL))
         _check_graph(folder, manifest.spec.layers)
     else:
         for rank in manifest.parallel.ranks:

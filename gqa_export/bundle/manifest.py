@@ -33,10 +33,11 @@ from ..spec import (
     OneOf,
     Size,
     Text,
+    WindowCache,
 )
 from .engine_facts import EngineFacts
 from .long_facts import LongFacts
-from .manifest_rules import check_names, check_tensors
+from .manifest_rules import check_names, check_tensors, check_windows
 from .parallel import ParallelFacts
 from .quantization import Quantization
 
@@ -116,6 +117,8 @@ class Manifest:
             where there is none.
         verify_width: new tokens of one step over a past whose logits the suite compares, each: what speculation may
             check at once. 1 where the logits are those of the last token, 0 in a manifest that does not know.
+        window_cache: layers whose cache is a ring of fewer slots than the capacity; None, and not in the file, where
+            there is none.
         format: of the manifest.
     """
 
@@ -144,13 +147,14 @@ class Manifest:
     verify_width: Count = 0
     format: Annotated[int, OneOf(FORMAT)] = FORMAT
     long: LongFacts | None = None
+    window_cache: WindowCache | None = None
     ragged_chunks: bool = False
     needs: Annotated[dict[Text, Version], FAIL_FAST] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Stable, readable JSON."""
         facts = asdict(self)
-        for name in ("parallel", "long", "ragged_chunks", "needs"):
+        for name in ("parallel", "long", "ragged_chunks", "needs", "window_cache"):
             if not facts[name]:
                 del facts[name]
         return json.dumps(facts, indent=1) + "\n"
@@ -182,7 +186,9 @@ class Manifest:
             raise InvalidBundle(f"not a valid bundle manifest: {first_error(error)}", where, EXPORT_AGAIN,
                                 code="E-BUNDLE-MANIFEST") from error
         check_names(manifest.files, manifest.engine.file if manifest.engine else "", where)
-        check_tensors(manifest.spec, manifest.dtype, manifest.inputs, manifest.outputs, where, manifest.kv_cache)
+        check_tensors(manifest.spec, manifest.dtype, manifest.inputs, manifest.outputs, where, manifest.kv_cache,
+                      manifest.window_cache)
+        check_windows(manifest.window_cache, manifest.spec, manifest.cache, manifest.capacity, where)
         problem = manifest.long.problem(manifest.spec.layers, manifest.capacity) if manifest.long else ""
         if problem:
             raise InvalidBundle(f"not a valid bundle manifest: {problem}", where, EXPORT_AGAIN,

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 
 from ..errors import InvalidBundle
 from ..graph_io import HIDDEN_STATES, TensorFact, past_names, past_state, present_names, present_state
-from ..spec import DTYPES, KvCache, ModelSpec
+from ..spec import DTYPES, KvCache, ModelSpec, WindowCache
 
 Tensors = tuple[TensorFact, ...]
 FIX = "export the bundle again with this version of gqa-export"
@@ -40,17 +40,39 @@ def check_names(files: Iterable[str], engine_file: str, where: str) -> None:
 
 
 def check_tensors(spec: ModelSpec, dtype: str, inputs: Tensors, outputs: Tensors, where: str,
-                  kv: KvCache | None = None) -> None:
+                  kv: KvCache | None = None, windows: WindowCache | None = None) -> None:
     """Hold the layers of a manifest and the tensors of its graph against one another. kv: how the cache is quantized.
+    windows: layers whose cache is a ring.
 
     Raises:
         InvalidBundle: heads do not divide, a name occurs twice, or the cache tensors are not those of the layers.
     """
     for message in (_layers(spec), _twice("inputs", inputs), _twice("outputs", outputs),
-                    _scales(spec, kv), _cache(spec, dtype, "inputs", inputs, kv),
-                    _cache(spec, dtype, "outputs", outputs, kv), _hidden(spec, dtype, outputs)):
+                    _scales(spec, kv), _cache(spec, dtype, "inputs", inputs, kv, windows),
+                    _cache(spec, dtype, "outputs", outputs, kv, windows), _hidden(spec, dtype, outputs)):
         if message:
             raise InvalidBundle(f"not a valid bundle manifest: {message}", where, FIX, code="E-BUNDLE-MANIFEST")
+
+
+def check_windows(windows: WindowCache | None, spec: ModelSpec, cache: str, capacity: int, where: str) -> None:
+    """Check that rings are those of layers with a window, and that they keep less than the capacity.
+
+    Raises:
+        InvalidBundle: a ring's layer is unknown, has no window, or its ring is no smaller than the whole cache.
+    """
+    if windows is None:
+        return
+    layers = {layer.layer: layer for layer in spec.layers}
+    wrong = "" if cache == "static" else f"a {cache} cache has no rings"
+    if list(windows.layers) != sorted(set(windows.layers)):
+        wrong = "its layers are not in order, each once"
+    for number in windows.layers:
+        if number not in layers or layers[number].window < 1:
+            wrong = f"layer {number} has no window"
+        elif windows.slots(layers[number]) >= capacity:
+            wrong = f"layer {number} would keep {windows.slots(layers[number])} slots of a capacity of {capacity}"
+    if wrong:
+        raise InvalidBundle(f"not a valid bundle manifest: window_cache: {wrong}", where, FIX, code="E-BUNDLE-MANIFEST")
 
 
 def _layers(spec: ModelSpec) -> str:
@@ -92,7 +114,8 @@ def _hidden(spec: ModelSpec, dtype: str, outputs: Tensors) -> str:
     return ""
 
 
-def _cache(spec: ModelSpec, dtype: str, field: str, tensors: Tensors, kv: KvCache | None) -> str:
+def _cache(spec: ModelSpec, dtype: str, field: str, tensors: Tensors, kv: KvCache | None,
+           windows: WindowCache | None) -> str:
     """What is wrong with the cache tensors among `tensors`, held against the layers; "" where nothing is."""
     if not tensors:
         return ""
@@ -109,6 +132,9 @@ def _cache(spec: ModelSpec, dtype: str, field: str, tensors: Tensors, kv: KvCach
             if len(fact.shape) != 4 or (fact.shape[1], fact.shape[3]) != (layer.kv_num_heads, size) or found != dtype:
                 return (f"{name} of {field} is {found} {list(fact.shape)}, its layer needs {dtype}, heads and size "
                         f"{[layer.kv_num_heads, size]}")
+            slots = windows.slots(layer) if windows else 0
+            if slots and fact.shape[2] != slots:
+                return f"{name} of {field} is {list(fact.shape)}, window_cache gives its layer {slots} slots"
     name_of = past_state if field == "inputs" else present_state
     for state in spec.states:
         fact = facts.get(name_of(state))

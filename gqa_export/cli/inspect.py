@@ -129,12 +129,28 @@ def rank_table(ranks: tuple[RankCost, ...], found: Inspection) -> list[str]:
         ("", "kv heads", "cache", "less than whole", "weights", "less than whole"), rows)]
 
 
+def window_lines(found: Inspection) -> list[str]:
+    """What each kind of windowed layer keeps in place of the whole capacity."""
+    manifest = found.manifest
+    assert manifest is not None
+    assert manifest.window_cache is not None
+    windows, lines = manifest.window_cache, []
+    for group in found.groups:
+        slots = windows.slots(group.attention)
+        if slots:
+            lines.append(f"window cache: layers {numbers(group.layers)} keep {slots} tokens of {manifest.capacity}: a "
+                         f"window of {group.attention.window} and a prompt chunk of {windows.chunk}")
+    return lines
+
+
 def bundle_lines(found: Inspection) -> list[str]:
     """Target, inputs and outputs, fallbacks, versions."""
     manifest = found.manifest
     assert manifest is not None
     lines = [f"target {manifest.target}, dtype {manifest.dtype}, cache {manifest.cache}, capacity {manifest.capacity}, "
              f"logits {manifest.logits}, weights {manifest.weights}"]
+    if manifest.window_cache is not None:
+        lines += window_lines(found)
     for title, facts in (("inputs", manifest.inputs), ("outputs", manifest.outputs)):
         shown = facts if len(facts) <= 6 else facts[:4] + facts[-2:]
         rows = [(fact.name, fact.dtype, "[" + ", ".join(map(str, fact.shape)) + "]") for fact in shown]

@@ -80,6 +80,11 @@ if TYPE_CHECKING:
               help="A UTF-8 text: with --quantize weighs errors by its activations, with --kv-cache chooses scales.")
 @click.option("--kv-cache", type=click.Choice(["int8", "int4"]), default=None,
               help="Hold the cache as codes of 8 or 4 bits; needs --calibrate.")
+@click.option("--window-cache", type=click.Choice(["full", "small"]), default="full", show_default=True,
+              help="Let a layer with a window keep the whole capacity, or a ring of window + prompt chunk tokens.")
+@click.option("--prompt-chunk", type=click.IntRange(1), default=None, metavar="N",
+              help="With --window-cache small: new tokens that one call may bring; longer prompts are cut.  "
+                   "[default: 512]")
 @click.option("--verbose", is_flag=True, help="Print the whole table of a comparison that passed.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, its size, time and memory; write nothing.")
 @revision_option

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import GqaExportError
 from ..spec import ModelSpec
-from .cases import LOGIT_ELEMENTS, Case, Plan, TokenIds, plan_cases
+from .cases import GARBAGE, LOGIT_ELEMENTS, Case, Plan, TokenIds, plan_cases
 
 LEVELS = ("quick", "full")
 STEPS = {"quick": 32, "full": 32}
@@ -36,8 +36,8 @@ class Setting:
     names, and the ends of the first two chunks of positions where attention is in chunks. switch: tokens beyond which
     another rotary table serves (longrope), 0: one table. special: ids that the case `special` feeds. avoided: those
     that random prompts avoid; None is `special`. largest: ids whose embeddings are largest. literal: the capacity is a
-    number in the graph. whole_row_masks: the bundle takes masks that have all ones of a row first. text: ids of a text
-    that the user gave."""
+    number in the graph. rings: (slots, window) of caches whose slots are used again. whole_row_masks: the bundle takes
+    masks that have all ones of a row first. text: ids of a text that the user gave."""
 
     spec: ModelSpec
     capacity: int
@@ -53,6 +53,7 @@ class Setting:
     literal: bool = False
     whole_row_masks: bool = False
     avoided: tuple[int, ...] | None = None
+    rings: tuple[tuple[int, int], ...] = ()
     notes: list[str] = field(default_factory=list)
     core: dict[str, Case] = field(default_factory=dict)
     ids: TokenIds = field(init=False)
@@ -119,6 +120,26 @@ def _windows(s: Setting) -> Iterable[Case]:
                        ((1,),) * 3, s.chunk)
         else:
             s.notes.append(f"no prompt of four windows of {window}: {min(s.capacity, FARTHEST)} tokens at most")
+
+
+def _ring(s: Setting) -> Iterable[Case]:
+    for slots, window in s.rings:
+        length = slots + min(window, 64) + 9
+        if length + 8 > min(s.capacity, FARTHEST):
+            s.notes.append(f"the ring of {slots} slots was not passed: {min(s.capacity, FARTHEST)} tokens at most")
+            continue
+        garbage = (*GARBAGE, float("nan")) if s.nan_tail_safe else GARBAGE
+        yield Case(f"ring {slots}", f"batch 2, one row decodes across the seam of a ring of {slots} slots, the other "
+                   "is past it; what no row sees filled with garbage", (s.ids(slots - 3), s.ids(length)),
+                   ((1, 1),) * 3 + ((1, 0), (3, 2)) + ((1, 1),) * 2, max(16, s.chunk // 2), garbage=garbage)
+
+
+def _far_ring(s: Setting) -> Iterable[Case]:
+    for slots, window in s.rings:
+        length = min(slots + 4 * window, s.capacity - 8, FARTHEST)
+        if length > slots:
+            yield Case(f"ring {slots} x 4", f"batch 1, {length} tokens through a ring of {slots} slots, then 8 more",
+                       (s.ids(length),), ((1,),) * 8, s.chunk)
 
 
 def _permuted(s: Setting) -> Iterable[Case]:
@@ -233,6 +254,8 @@ SUITE: tuple[Entry, ...] = (
     Entry("switch", "quick", "the wrong one of longrope's two tables, before, at or after the original length",
           _switch),
     Entry("text", "quick", "quality lost on real text (with --text)", _text),
+    Entry("ring N", "quick", "a slot of a ring used again too early, a stale one read, a wrong modulus", _ring),
+    Entry("ring N x 4", "full", "the same, four windows past the end of the ring", _far_ring),
     Entry("window W", "full", "the edges of every window, and of attention in chunks: W - 1, W, W + 1 and 4 W",
           _windows),
     Entry("permuted", "full", "rows of a batch influencing each other", _permuted),

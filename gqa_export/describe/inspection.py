@@ -1,7 +1,8 @@
 """What a decoder's attention and states are made of and what they cost: figures from a `ModelSpec`, no weights read.
 
 Bytes of a cache: per layer K * (D + E) * element size for every token of every sequence (dimensions as in
-`gqa_export.attention_op`). All layers keep all tokens, windowed ones too: that is what the exported graphs do.
+`gqa_export.attention_op`). All layers keep all tokens, windowed ones too, unless they keep rings of fewer slots
+(`--window-cache small`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..bundle.graph_file import read_graph
 from ..bundle.graph_safety import stored_bytes
 from ..bundle.manifest import Manifest
 from ..bundle.rank_view import ranks_of
-from ..spec import FLOATS, SHORT_DTYPES, AttentionSpec, ModelSpec
+from ..spec import FLOATS, SHORT_DTYPES, AttentionSpec, ModelSpec, WindowCache
 from ..weights.dtypes import itemsize
 
 COMMON_CONTEXTS = (1024, 4096)
@@ -97,14 +98,20 @@ def with_kv_heads(spec: ModelSpec, shared: bool) -> ModelSpec:
                                       for layer in spec.layers))
 
 
-def cache_costs(spec: ModelSpec, element_dtype: str, longest: int, bits: int = 0) -> tuple[CacheCost, ...]:
+def cache_costs(spec: ModelSpec, element_dtype: str, longest: int, bits: int = 0,
+                windows: WindowCache | None = None) -> tuple[CacheCost, ...]:
     """The cost of one token, of the common contexts below `longest`, and of `longest`. bits: of a code of a quantized
-    cache; 0: it holds numbers of `element_dtype`."""
+    cache; 0: it holds numbers of `element_dtype`. windows: layers that keep rings."""
     bits = bits or 8 * itemsize(FLOATS[element_dtype])
-    own, mha, mqa = (model.cache_bytes_per_token(bits) // 8 for model in
-                     (spec, with_kv_heads(spec, shared=False), with_kv_heads(spec, shared=True)))
+    models = spec, with_kv_heads(spec, shared=False), with_kv_heads(spec, shared=True)
     counts = [1, *(count for count in COMMON_CONTEXTS if count < longest), *([longest] if longest > 1 else [])]
-    return tuple(CacheCost(count, count * own, count * mha, count * mqa) for count in counts)
+    return tuple(CacheCost(count, *(cache_bytes(model, bits, count, windows) for model in models)) for count in counts)
+
+
+def cache_bytes(spec: ModelSpec, bits: int, tokens: int, windows: WindowCache | None = None) -> int:
+    """Bytes of the cache of one sequence of `tokens`, whose elements have so many bits."""
+    kept = [(layer, min(tokens, windows.slots(layer) or tokens) if windows else tokens) for layer in spec.layers]
+    return sum(layer.cache_bytes_per_token(bits) * count for layer, count in kept) // 8
 
 
 def kind_of_attention(layer: AttentionSpec) -> str:
@@ -142,7 +149,8 @@ def inspect_bundle(folder: Path, manifest: Manifest) -> Inspection:
     parameters, weight_bytes = stored_in_graph(*(place for _, place, _ in ranks_of(folder, manifest)))
     dtype, longest = SHORT_DTYPES.get(manifest.dtype, manifest.dtype), manifest.capacity or spec.max_positions
     return Inspection(str(folder), "bundle", spec, dtype, layer_groups(spec.layers),
-                      cache_costs(spec, dtype, longest, manifest.kv_cache.bits if manifest.kv_cache else 0),
+                      cache_costs(spec, dtype, longest, manifest.kv_cache.bits if manifest.kv_cache else 0,
+                                  manifest.window_cache),
                       parameters, weight_bytes, manifest)
 
 

@@ -15,12 +15,20 @@ USUAL_PROMPT = 512
 
 
 def make_profiles(manifest: Manifest, max_batch: int, max_prompt: int) -> tuple[ProfileFacts, ...]:
-    """decode: S = 1; prefill: S = 1 .. max_prompt (0: the capacity, at most 4096); both for 1 .. max_batch.
+    """decode: S = 1; prefill: S = 1 .. max_prompt (0: the capacity, at most 4096, or, where windowed layers keep rings,
+    the prompt chunk); both for 1 .. max_batch.
 
     A runtime cuts a longer prompt into pieces, which a longrope model would rotate by different tables: its engine
     takes the whole capacity at once.
     """
-    switch = manifest.spec.rope_switch
+    switch, windows = manifest.spec.rope_switch, manifest.window_cache
+    if windows is not None and max_prompt > windows.chunk:
+        raise GqaExportError(f"prompts of {max_prompt} tokens at once are more than the prompt chunk of "
+                             f"{windows.chunk} that the caches of windowed layers were made for", "--max-prompt",
+                             f"use --max-prompt {windows.chunk} or less (longer prompts are fed in pieces), or export "
+                             f"the bundle with --prompt-chunk {max_prompt}", code="E-ENGINE-PROMPT")
+    if windows is not None:
+        max_prompt = max_prompt or min(windows.chunk, MOST_PROMPT)
     longest = max_prompt or (manifest.capacity if switch else min(manifest.capacity, MOST_PROMPT))
     if switch and longest < manifest.capacity:
         raise GqaExportError(f"prompts of more than {longest} tokens would be fed in pieces, and a longrope model "

@@ -23,6 +23,8 @@ class ExportOptions:
     calibrate: a text by whose activations errors are weighed, and from which a quantized cache's scales are chosen.
     tensor_parallel: devices over which the model is cut; 1 is a bundle of one graph.
     kv_cache: "int8" or "int4" codes in the cache, "" for numbers.
+    window_cache: "small" keeps windowed layers' caches as rings of window + prompt_chunk slots, "full" the capacity.
+    prompt_chunk: new tokens of a sequence that one call may bring then; 0 is PROMPT_CHUNK.
     long: a second graph for long prompts is written beside the exact one. lora: folders of adapters that the bundle can
     switch between. merge_lora: of one that becomes part of the weights. hidden_states: the last hidden states are an
     output too. ragged_chunks: rows of a batch may bring several tokens each, over a past, in one call; needs a newer
@@ -56,3 +58,5 @@ class ExportOptions:
     ragged_chunks: bool = False
     lora: tuple[Path, ...] = ()
     merge_lora: Path | None = None
+    window_cache: str = "full"
+    prompt_chunk: int = 0

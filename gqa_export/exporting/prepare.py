@@ -17,7 +17,7 @@ from ..checkpoint.unused_tensors import unused_notes
 from ..environment.onnxruntime_ops import state_ops_of_runtime
 from ..errors import GqaExportError, UnsupportedModel
 from ..progress import Progress
-from ..spec import DEFAULT_CAPACITY, DTYPES, KvCache, ModelSpec
+from ..spec import DEFAULT_CAPACITY, DTYPES, KvCache, ModelSpec, WindowCache
 from ..weights.memory_budget import Budget
 from ..weights.sources import WeightStore
 from . import quantize
@@ -28,6 +28,7 @@ from .options import ExportOptions
 from .ranks import lower_ranks, refuse_quantized_ranks, refuse_ranks
 from .tokenizer_files import check_tokenizer
 from .weight_store import used_names, wanted_weights, weight_store
+from .window_plan import check_window_options, window_plan
 
 if TYPE_CHECKING:
     from ..bundle.quantization import Quantization
@@ -69,6 +70,8 @@ class Prepared:
     """the graph for long prompts, where one is written"""
     importance: Mapping[str, Any] = field(default_factory=dict)
     """by what the scales of quantized weights were chosen, with a calibration text"""
+    windows: WindowCache | None = None
+    """layers whose cache is a ring of fewer slots than the capacity"""
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -95,8 +98,10 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     from ..targets import get_target
 
     target = get_target(options.target)
-    options = replace(options, cache=options.cache or target.caches[0], logits=options.logits or target.logits[0])
+    default = "static" if options.window_cache == "small" else target.caches[0]
+    options = replace(options, cache=options.cache or default, logits=options.logits or target.logits[0])
     refuse_options(target, options.cache, options.logits)
+    check_window_options(options, target)
     refuse_ragged_chunks(target, options.ragged_chunks, bool(options.long))
     quantize.check_options(options)
     refuse_ranks(options, target)
@@ -139,8 +144,9 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     if adapters or merge is not None:
         refuse_quantized_adapters(bool(checkpoint.quantized))
     kv = cache_of(checkpoint, traced, options, target, say)
+    rings = window_plan(options, target, traced.spec, traced.capacity)
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider, kv=kv,
-                            hidden=options.hidden_states, ragged_chunks=options.ragged_chunks,
+                            windows=rings.windows, hidden=options.hidden_states, ragged_chunks=options.ragged_chunks,
                             packed=options.weights == "copy",
                             runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None,
                             quantized=quantizing.facts if quantizing else {},
@@ -154,6 +160,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         lowered = ranks.lowered[0]
     else:
         lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
+        lowered = replace(lowered, fallbacks=(*lowered.fallbacks, *rings.fallbacks))
     slots: tuple[AdapterSlot, ...] = ()
     if adapters:
         lowered, slots = add_slots(lowered, traced, adapters, weight_shapes(traced, wanted_weights(traced)))
@@ -174,8 +181,8 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
             quantize.fill(quantizing, each, store)
         recorded = quantize.record(quantizing, lowered, dtype)
     return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store, adapters, slots,
-                    (*checkpoint.notes, *notes), recorded, ranks, kv, plan, prefill,
-                    quantizing.importance if quantizing else {})
+                    (*checkpoint.notes, *notes, *rings.notes), recorded, ranks, kv, plan, prefill,
+                    quantizing.importance if quantizing else {}, rings.windows)
 
 
 def tensor_parallel_plan(checkpoint: Checkpoint) -> dict[str, str]:

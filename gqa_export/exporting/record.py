@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..bundle.writer import BundleWriter
     from ..checkpoint.checkpoint import Checkpoint
     from ..lowering.context import Lowered
-    from ..spec import KvCache
+    from ..spec import KvCache, WindowCache
     from ..trace.traced import Traced
     from ..weights.layout import Placement
 
@@ -29,26 +29,28 @@ RECORDED = ("gqa-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscrip
 
 
 def manifest_of(checkpoint: Checkpoint, traced: Traced, lowered: Lowered, options: ExportOptions, dtype: str,
-                has_tokenizer: bool, quantization: Quantization | None = None, kv: KvCache | None = None) -> Manifest:
+                has_tokenizer: bool, quantization: Quantization | None = None, kv: KvCache | None = None,
+                windows: WindowCache | None = None) -> Manifest:
     """The manifest of an export; the writer adds the files."""
     target = get_target(options.target)
     axis = traced.capacity if target.literal_capacity else graph_io.CAPACITY
     return Manifest(
         target=options.target, dtype=dtype, cache=options.cache, capacity=traced.capacity, logits=options.logits,
         weights=options.weights, spec=traced.spec,
-        inputs=graph_io.graph_inputs(traced.spec, dtype, options.cache, target.interface, axis, kv),
+        inputs=graph_io.graph_inputs(traced.spec, dtype, options.cache, target.interface, axis, kv, windows),
         outputs=graph_io.graph_outputs(traced.spec, dtype, options.cache, options.logits, axis, kv,
-                                       options.hidden_states),
+                                       options.hidden_states, windows),
         fallbacks=lowered.fallbacks,
         source={"checkpoint": checkpoint.source, "kind": "memory" if checkpoint.model is not None else checkpoint.kind,
                 "revision": checkpoint.revision, "dtype": checkpoint.stored_dtype,
                 "rope_regime": traced.rope_regime, "traced_layers": traced.traced_layers,
                 "text_only": checkpoint.text_only},
         tokens=cast(Tokens, {**token_ids(checkpoint), "tokenizer": has_tokenizer}),
-        versions=versions(RECORDED, absent="unknown"), quantization=quantization, kv_cache=kv,
+        versions=versions(RECORDED, absent="unknown"), quantization=quantization, kv_cache=kv, window_cache=windows,
         ragged_chunks=options.ragged_chunks,
         needs={"onnxruntime": target.ragged_chunks_need} if options.ragged_chunks else {},
-        verify_width=min(VERIFY_WIDTH, traced.capacity) if options.logits == "all" else 1)
+        verify_width=min(VERIFY_WIDTH, traced.capacity, windows.chunk if windows else VERIFY_WIDTH)
+        if options.logits == "all" else 1)
 
 
 def with_bytes(manifest: Manifest, placement: Placement) -> Manifest:

@@ -2,7 +2,8 @@
 
 Any ONNX runtime can run it. One body, without branches, serves both cache modes: it gathers the present cache out
 of [past | new | one row of zeros] by index, so token t of sequence b lands at t, and whatever is not a valid token
-becomes zero, be it NaN before. Queries of a group share their key/value head by a reshape, nothing is repeated.
+becomes zero, be it NaN before. A third mode, a ring, is in `ring_function`. Queries of a group share their key/value
+head by a reshape, nothing is repeated.
 Arithmetic is fp32 whatever the model's type. Dimensions as in `gqa_export.attention_op`, and G = H / K.
 
 A model with attention in chunks has a few nodes more in the body, for the first key of a chunk; no other model has.
@@ -17,6 +18,7 @@ import onnx
 
 from .. import attention_op
 from ..errors import UnsupportedModel
+from .ring_function import with_ring
 
 REQUIRED = tuple(name for name in attention_op.INPUT_NAMES if name not in ("cos", "sin"))
 """inputs that a call of the function must give; cos and sin must be absent"""
@@ -192,10 +194,10 @@ _BODY = """
 """
 
 
-def function_proto(opset: int, chunks: bool = False) -> onnx.FunctionProto:
+def function_proto(opset: int, chunks: bool = False, ring: bool = False) -> onnx.FunctionProto:
     """The function, at the opset of the model it goes into: onnx's checker refuses a mixture. chunks: with what a call
-    of attention in chunks needs."""
-    text = _BODY.format(domain=attention_op.DOMAIN, op=attention_op.OP, opset=opset,
+    of attention in chunks needs. ring: a call's cache is a ring."""
+    text = (with_ring(_BODY) if ring else _BODY).format(domain=attention_op.DOMAIN, op=attention_op.OP, opset=opset,
                         before=IN_CHUNKS if chunks else BEFORE,
                         attributes=", ".join(attention_op.ATTRIBUTE_NAMES), inputs=", ".join(attention_op.INPUT_NAMES),
                         outputs=", ".join(attention_op.OUTPUT_NAMES))
@@ -214,6 +216,11 @@ def in_chunks(call: onnx.NodeProto) -> bool:
     return any(attribute.name == "window" and attribute.i < 0 for attribute in call.attribute)
 
 
+def is_ring(call: onnx.NodeProto) -> bool:
+    """Whether the cache of a call is a ring."""
+    return any(attribute.name == "growing" and attribute.i == attention_op.RING for attribute in call.attribute)
+
+
 def attach_function(model: onnx.ModelProto) -> None:
     """Give the model the body of the op, in place, and a domain import; a body already there is replaced.
 
@@ -230,7 +237,7 @@ def attach_function(model: onnx.ModelProto) -> None:
                                                                                             attention_op.OP)]
     del model.functions[:]
     model.functions.extend(kept)
-    model.functions.append(function_proto(opset_of(model), any(map(in_chunks, calls))))
+    model.functions.append(function_proto(opset_of(model), any(map(in_chunks, calls)), any(map(is_ring, calls))))
     if not any(entry.domain == attention_op.DOMAIN for entry in model.opset_import):
         model.opset_import.add(domain=attention_op.DOMAIN, version=attention_op.VERSION)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .. import graph_io
 from ..graph.passes import NearMiss, PassLog
 from ..long_attention_op import LongPlan
-from ..spec import AttentionSpec, Fallback, KvCache, ModelSpec
+from ..spec import AttentionSpec, Fallback, KvCache, ModelSpec, WindowCache
 from ..targets import Target, by_reason
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class LowerOptions:
         quantized: facts of the weights that are quantized, by name; a plain model has none.
         exact: quantized products do not round their inputs (accuracy level 0 of ONNX Runtime).
         kv: how the cache is quantized; None: it is not.
+        windows: layers whose static cache is a ring of fewer slots; None: no layer's is.
     """
 
     target: str
@@ -48,6 +49,7 @@ class LowerOptions:
     quantized: Mapping[str, MatrixFacts] = field(default_factory=dict)
     exact: bool = False
     kv: KvCache | None = None
+    windows: WindowCache | None = None
     hidden: bool = False
     """the last hidden states are an output too"""
     ragged_chunks: bool = False

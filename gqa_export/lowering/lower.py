@@ -56,6 +56,8 @@ def lower(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions,
         model = prepare(model, dialect.PREPARE, context)
     say("lowering")
     graph = edit.load(model)
+    if options.windows is not None:
+        run_passes(graph, import_module(".window_cache", __package__).PASSES, context, context.log)
     run_passes(graph, dialect.PASSES, context, context.log)
     if options.quantized:
         run_passes(graph, import_module(".quantized.passes", __package__).PASSES, context, context.log)
@@ -84,5 +86,7 @@ def interface(model: onnx.ModelProto, spec: ModelSpec, target: Target,
     element = next(value.type.tensor_type.elem_type for value in model.graph.output if value.name == graph_io.LOGITS)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(element).name
     capacity = options.capacity if target.literal_capacity else graph_io.CAPACITY
-    return (graph_io.graph_inputs(spec, dtype, options.cache, target.interface, capacity, options.kv),
-            graph_io.graph_outputs(spec, dtype, options.cache, options.logits, capacity, options.kv, options.hidden))
+    return (graph_io.graph_inputs(spec, dtype, options.cache, target.interface, capacity, options.kv,
+                                  options.windows),
+            graph_io.graph_outputs(spec, dtype, options.cache, options.logits, capacity, options.kv, options.hidden,
+                                   options.windows))

@@ -21,6 +21,7 @@ Method = Literal["mean", "first", "random", "svd", "calibrated"]
 Grouping = Literal["contiguous", "similarity"]
 Activations = Literal["int8", "exact"]
 KvCodes = Literal["int8", "int4"]
+WindowCaches = Literal["full", "small"]
 Head = Literal["int8", "same", "none"]
 Speculate = Literal["ngram"]
 Place = str | Path
@@ -30,7 +31,8 @@ SETS: dict[str, Any] = {
     "target": Target, "dtype": Dtype, "cache": Cache, "weights": Weights, "logits": Logits, "provider": Provider,
     "level": Level, "flavor": Flavor, "attention": Attention, "method": Method, "grouping": Grouping,
     "as_dtype": Literal["fp32"], "activations": Activations, "head": Head,
-    "kv_cache": KvCodes, "block": Literal[16, 32, 64, 128, 256], "speculate": Speculate}
+    "kv_cache": KvCodes, "block": Literal[16, 32, 64, 128, 256], "speculate": Speculate,
+    "window_cache": WindowCaches}
 """the closed set of each option that has one"""
 
 

@@ -17,6 +17,7 @@ from .choices import (
     Provider,
     Target,
     Weights,
+    WindowCaches,
     check_choices,
     check_counts,
 )
@@ -35,17 +36,19 @@ def export_options(target: Target, dtype: Dtype, cache: Cache | None, capacity: 
                    activations: Activations | None = None, head: Head = "int8", block: int = 32,
                    calibrate: Place | None = None, tensor_parallel: int = 1,
                    kv_cache: KvCodes | None = None, long: LongOptions | None = None,
-                   lora: Sequence[Place] = (), merge_lora: Place | None = None,
-                   hidden_states: bool = False, ragged_chunks: bool = False) -> ExportOptions:
+                   lora: Sequence[Place] = (), merge_lora: Place | None = None, hidden_states: bool = False,
+                   ragged_chunks: bool = False, window_cache: WindowCaches = "full",
+                   prompt_chunk: int | None = None) -> ExportOptions:
     """The options of an export from the arguments of `gqa_export.export`; a value that is not one is refused."""
     from ..exporting.options import ExportOptions
     from ..weights.memory_budget import parse_size
 
     check_choices(target=target, dtype=dtype, cache=cache, weights=weights, logits=logits, provider=provider,
-                  activations=activations, head=head, block=block, kv_cache=kv_cache)
-    check_counts(capacity=capacity, tensor_parallel=tensor_parallel)
+                  activations=activations, head=head, block=block, kv_cache=kv_cache, window_cache=window_cache)
+    check_counts(capacity=capacity, tensor_parallel=tensor_parallel, prompt_chunk=prompt_chunk)
     most = parse_size(max_ram) if isinstance(max_ram, str) else max_ram or 0
     return ExportOptions(target, dtype, cache or "", capacity or 0, weights, logits or "", provider, force, full_hash,
                          most, text_only, revision, dump_passes, ignore_unused, trace_cache, stamping, str(quantize),
                          activations or "", head, block, path_of(calibrate), tensor_parallel, kv_cache or "",
-                         long, hidden_states, ragged_chunks, tuple(map(Path, lora)), path_of(merge_lora))
+                         long, hidden_states, ragged_chunks, tuple(map(Path, lora)), path_of(merge_lora), window_cache,
+                         prompt_chunk or 0)

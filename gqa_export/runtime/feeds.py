@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import GqaExportError
 from ..graph_io import ATTENTION_MASK, INPUT_IDS, NEW_LENGTHS, PAST_LENGTHS
+from .session import Step
 
 
 def check_feed(input_ids: np.ndarray, new_lengths: np.ndarray | None, lengths: np.ndarray, capacity: int,
@@ -112,9 +113,35 @@ def must_run_alone(lengths: np.ndarray, new: np.ndarray, sequence: int, *, capac
 
 
 def written_rows(present_BKTD: np.ndarray, lengths: np.ndarray, new: np.ndarray, sequence: int) -> np.ndarray:
-    """[B, K, S, D]: what a step wrote at lengths[b] .. lengths[b] + new[b] - 1; zeros in the padding."""
-    batch, heads, _, size = present_BKTD.shape
+    """[B, K, S, D]: what a step wrote at lengths[b] .. lengths[b] + new[b] - 1; zeros in the padding. Of a ring, whose
+    axis is shorter than what its rows hold, at those places modulo the axis."""
+    batch, heads, axis, size = present_BKTD.shape
     rows = np.zeros((batch, heads, sequence, size), dtype=present_BKTD.dtype)
     for b, (start, count) in enumerate(zip(lengths.tolist(), new.tolist())):
-        rows[b, :, :count] = present_BKTD[b, :, start: start + count]
+        if start + count <= axis:
+            rows[b, :, :count] = present_BKTD[b, :, start: start + count]
+        else:
+            rows[b, :, :count] = present_BKTD[b][:, (start + np.arange(count)) % axis]
     return rows
+
+
+def chunks_of(sequence: int, chunk: int, new: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
+    """How a step of `sequence` new tokens is cut: (first, last + 1, new tokens of each row) of every piece."""
+    return [(start, min(start + chunk, sequence), np.clip(new - start, 0, chunk))
+            for start in range(0, sequence, chunk)]
+
+
+def joined(steps: list[Step], news: list[np.ndarray], last_only: bool) -> Step:
+    """What the pieces of a step gave, as if it had come at once. last_only: one row of logits for each piece, that of
+    a row's last token."""
+    logits = steps[0].logits
+    for step, new in zip(steps[1:], news[1:], strict=True):
+        logits = (np.where((new > 0)[:, None, None], step.logits, logits) if last_only
+                  else np.concatenate([logits, step.logits], axis=1))
+    parts = [step.hidden for step in steps if step.hidden is not None]
+    hidden = np.concatenate(parts, axis=1) if parts else None
+    if steps[0].keys is None:
+        return Step(logits, hidden=hidden)
+    keys, values = (tuple(np.concatenate([(getattr(step, kind) or ())[i] for step in steps], axis=2)
+                          for i in range(len(steps[0].keys))) for kind in ("keys", "values"))
+    return Step(logits, keys, values, steps[-1].states, hidden)

@@ -2,7 +2,8 @@
 
 This is what a scheduler with continuous batching needs of a session. A row's cache is valid up to its length, and
 nothing beyond is ever read; so a row goes back by a smaller length. A state of fixed size is the sum of all that was
-read and cannot go back: such a session returns to the lengths that `mark_row` kept the states of.
+read and cannot go back: such a session returns to the lengths that `mark_row` kept the states of. A ring
+(`WindowCache`) has room for few tokens behind its window: a row goes back a prompt chunk and no farther, or to 0.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import GqaExportError
-from ..spec import ModelSpec
+from ..spec import ModelSpec, WindowCache
+from .rings import first_length
 
 
 class RowSlots:
@@ -21,10 +23,13 @@ class RowSlots:
     capacity: int
     _lengths: np.ndarray
     _marks: list[dict[int, Any]]
+    _windows: WindowCache | None = None
+    """the layers whose cache is a ring, where there are some"""
 
     def _begin_rows(self, batch: int) -> None:
         """What a session does in `reset`: all rows empty."""
         self._lengths = np.zeros(batch, dtype=np.int64)
+        self._ends = np.zeros(batch, dtype=np.int64)  # of what each row ever wrote: a ring keeps what went back, too
         self._marks = [{} for _ in range(batch)]
 
     def reset_row(self, row: int) -> None:
@@ -44,11 +49,13 @@ class RowSlots:
         Args:
             row: 0 .. batch - 1.
             length: tokens to keep, at most what the row holds. Where the model keeps states of fixed size: 0, what it
-                holds, or a length that was marked by `mark_row`.
+                holds, or a length that was marked by `mark_row`. Where windowed layers keep rings: 0, or at most a
+                prompt chunk less than the row ever held.
 
         Raises:
-            GqaExportError: there is no such row, it holds fewer tokens, its states at that length are not known, or
-                the tokens that stay were rotated for a longer text (longrope).
+            GqaExportError: there is no such row, it holds fewer tokens, its states at that length are not known, what
+                its windowed layers would see was displaced, or the tokens that stay were rotated for a longer text
+                (longrope).
         """
         self.copy_row(row, row, length)
 
@@ -76,6 +83,12 @@ class RowSlots:
             raise GqaExportError(f"the first {wanted} tokens of row {source} may have been rotated for a text of more "
                                  f"than {switch} tokens, and alone they would not be", f"row {source}: {held} tokens",
                                  "reset the row and feed its tokens again", code="E-RUN-ROW-ROPE")
+        least = self._least(source)
+        if 0 < wanted < least:
+            raise GqaExportError(f"what row {source} would see at {wanted} tokens is no longer there: its windowed "
+                                 f"layers keep a window and {self._chunk()} tokens more", f"row {source}: {held} "
+                                 "tokens", f"keep 0, or {least} to {held} tokens, or export without --window-cache "
+                                 "small", code="E-RUN-ROW-WINDOW")
         marks = self._marks[source]
         states: Any = None
         if self._has_states() and wanted > 0:
@@ -89,6 +102,7 @@ class RowSlots:
             return
         self._keep(source, destination, wanted, states)
         self._lengths[destination] = wanted
+        self._ends[destination] = self._ends[source] if wanted else 0
         self._marks[destination] = {mark: kept for mark, kept in marks.items() if mark <= wanted}
 
     def mark_row(self, row: int) -> int:
@@ -127,9 +141,24 @@ class RowSlots:
             return held
         if 0 < length <= switch < held:
             return 0
+        if length < self._least(row):
+            return 0
         if not self._has_states():
             return max(0, length)
-        return max((mark for mark in self._marks[row] if mark <= length), default=0)
+        return max((mark for mark in self._marks[row] if self._least(row) <= mark <= length), default=0)
+
+    def _least(self, row: int) -> int:
+        """The least length, beside 0, to which a row can go back as far as rings are concerned."""
+        session: Any = self
+        return first_length(self._windows, session.spec.layers, int(self._ends[row])) if self._windows else 0
+
+    def _chunk(self) -> int:
+        return self._windows.chunk if self._windows else 0
+
+    def _grow(self, new: np.ndarray, written: np.ndarray | None = None) -> None:
+        """The rows hold `new` tokens more. written: tokens that were written behind their lengths; None: those."""
+        self._ends = np.maximum(self._ends, self._lengths + (new if written is None else written))
+        self._lengths = self._lengths + new
 
     def _check_row(self, row: int) -> None:
         batch = len(self._lengths)

@@ -81,7 +81,8 @@ def _compare(first: _Opened, other: _Opened, level: str, steps: int, notes: list
     setting.nan_tail_safe, setting.whole_row_masks = other.nan_tail_safe, other.whole_row_masks
     setting.literal = setting.literal or setting_of(first.manifest, first.folder, 1).literal
     plan = plan_suite(setting, level)
-    logs = run_cases(Sessions(first.session, None, other.session, other.fill_garbage), plan,
+    windows = tuple(one.manifest.window_cache for one in (first, other) if one.manifest.window_cache)
+    logs = run_cases(Sessions(first.session, None, other.session, other.fill_garbage, windows=windows), plan,
                      last_only=any(logits_of_last_token(one.manifest, str(one.folder)) for one in (first, other)),
                      report=report)
     dtype = max(first.ran_dtype, other.ran_dtype, key=EPSILON.__getitem__)

@@ -37,6 +37,9 @@ def check_target(manifest: Manifest, target: Target) -> None:
         raise GqaExportError(f"files for Polygraphy cannot be written for this bundle: {why}", "--polygraphy",
                              "export with --target ort, onnx or portable and --dtype fp32 for it",
                              code="E-OPTION-POLYGRAPHY")
+    if manifest.window_cache is not None:
+        raise GqaExportError("files for Polygraphy cannot be written for this bundle: its windowed layers keep rings",
+                             "--polygraphy", "export with --window-cache full for it", code="E-OPTION-POLYGRAPHY")
 
 
 def write_files(folder: Path, reference: Session, manifest: Manifest, seed: int = 11) -> float:

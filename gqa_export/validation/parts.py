@@ -39,7 +39,8 @@ class Comparison:
         """The three that walk in step. follow: as `Sessions` has it, where the cache is quantized."""
         return Sessions(self.known.session, self.known.eager, session, fill_garbage,
                         beside=self.manifest.engine is None and is_large(self.manifest), alike=self.known.alike,
-                        follow=follow and self.manifest.kv_cache is not None)
+                        follow=follow and self.manifest.kv_cache is not None,
+                        windows=(self.manifest.window_cache,) if self.manifest.window_cache else ())
 
     def exact(self, session: Session, fill_garbage: FillGarbage | None,
               part: str) -> tuple[tuple[CaseVerdict, ...], str]:

@@ -92,14 +92,15 @@ def run_case(sessions: Sessions, case: Case, last_only: bool, tick: Callable[[],
     from .session_runner import SessionRunner
 
     began = time.perf_counter()
-    bundle = SessionRunner(sessions.bundle, BUNDLE, last_only=last_only, single=case.single, alike=sessions.alike)
+    shared: dict[str, Any] = {"last_only": last_only, "alike": sessions.alike, "windows": sessions.windows,
+                              "seen": bool(case.garbage)}
+    bundle = SessionRunner(sessions.bundle, BUNDLE, single=case.single, **shared)
     others, leader = [bundle], bundle if sessions.follow else None
     if sessions.eager is not None:
-        others.insert(0, SessionRunner(sessions.eager, EAGER, free=False, last_only=last_only,
-                                       alike=sessions.alike, follows=leader))
+        others.insert(0, SessionRunner(sessions.eager, EAGER, free=False, follows=leader, **shared))
     pairs = [(0, 1)] if len(others) == 1 else [(0, 1), (1, 2), (0, 2)]
-    first = SessionRunner(sessions.reference, REFERENCE, last_only=last_only, alike=sessions.alike, follows=leader,
-                          beside=others if sessions.beside and leader is None else ())
+    first = SessionRunner(sessions.reference, REFERENCE, follows=leader,
+                          beside=others if sessions.beside and leader is None else (), **shared)
     runners = [first, *others]
     if leader is not None:  # called first: the others look at what it wrote
         runners = [runners.pop(), *runners]

@@ -29,8 +29,9 @@ from ..bundle.manifest import Manifest
 from ..graph_io import ATTENTION_MASK, HIDDEN_STATES, INPUT_IDS, NEW_LENGTHS, PAST_LENGTHS, past_names
 from ..runtime.ort.backend import Infer
 from ..runtime.ort.loading import open_session
+from ..runtime.rings import dead_slots, kept_from
 from ..runtime.session import Session, Step
-from ..spec import AttentionSpec, ModelSpec
+from ..spec import AttentionSpec, ModelSpec, WindowCache
 
 
 class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
@@ -39,17 +40,21 @@ class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
     step one by one. beside: runners that the Comparator calls next, for the same feed: they begin at once, in threads,
     so that some wait for memory while others interpret Python. alike: numbers of the layers whose caches are compared,
     None for all; never the manifest's `cached_alike`, which could switch the comparison off. follows: the runner,
-    called before, whose codes of a quantized cache are taken where they are as right as its own."""
+    called before, whose codes of a quantized cache are taken where they are as right as its own. windows: rings of the
+    sessions that are compared; of their layers' caches, what a ring holds no longer is zero on every side, and with
+    `seen` all that no later row sees."""
 
     def __init__(self, session: Session, name: str, *, free: bool = True, last_only: bool = False,
                  single: bool = False, beside: Sequence[SessionRunner] = (),
-                 alike: Collection[int] | None = None, follows: SessionRunner | None = None) -> None:
+                 alike: Collection[int] | None = None, follows: SessionRunner | None = None,
+                 windows: Sequence[WindowCache] = (), seen: bool = False) -> None:
         super().__init__(name=name)
         self._session, self._free, self._last_only, self._single = session, free, last_only, single
         self._own = np.zeros(0, np.int64)
         self._beside, self._compared = beside, alike
         self._begun: Future[OrderedDict[str, np.ndarray]] | None = None
         self._follows, self.written = follows, Step(np.zeros(0))
+        self._windows, self._seen = windows, seen
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         """Names, types and shapes of a feed."""
@@ -104,7 +109,12 @@ class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
             pairs = self._session.cache()
             for number, layer in self._alike():
                 for kind, array in zip(("key", "value"), pairs[number]):
-                    outputs[f"cache.{layer.layer}.{kind}"] = _blank(array[:, :, :longest], self._session.lengths, 2)
+                    held = _blank(array[:, :, :longest], self._session.lengths, 2)
+                    for windows in self._windows:
+                        first_B = kept_from(windows, layer, self._session.lengths, self._seen)
+                        held = np.where((np.arange(longest) >= first_B[:, None])[:, None, :, None], held,
+                                        np.zeros((), held.dtype))
+                    outputs[f"cache.{layer.layer}.{kind}"] = held
         self.inference_time = time.perf_counter() - began
         return outputs
 
@@ -176,10 +186,11 @@ def garbage(values: tuple[float, ...], dtype: np.dtype) -> np.ndarray:
 
 class GarbageTail:
     """Wraps an `infer`: whatever the cache holds beyond the valid tokens is replaced by the values of `fill`, in turn
-    (none: left as it is), and the ids of padding by the last one of the vocabulary."""
+    (none: left as it is), and the ids of padding by the last one of the vocabulary. windows: in their layers' rings,
+    what lies behind every later window is replaced."""
 
-    def __init__(self, infer: Infer, spec: ModelSpec) -> None:
-        self._infer, self._spec = infer, spec
+    def __init__(self, infer: Infer, spec: ModelSpec, windows: WindowCache | None = None) -> None:
+        self._infer, self._spec, self._windows = infer, spec, windows
         self._values: tuple[float, ...] = ()
 
     def fill(self, values: tuple[float, ...]) -> None:
@@ -204,6 +215,8 @@ class GarbageTail:
                 past_BKPD = feed[name]
                 positions_P = np.arange(past_BKPD.shape[2])
                 garbage_P = np.resize(garbage(self._values, past_BKPD.dtype), len(positions_P))
-                tail_BP = positions_P >= lengths_B[:, None]
+                slots = self._windows.slots(layer) if self._windows else 0
+                tail_BP = (dead_slots(slots, layer.window, np.asarray(lengths_B)) if slots
+                           else positions_P >= lengths_B[:, None])
                 feed[name] = np.where(tail_BP[:, None, :, None], garbage_P[None, None, :, None], past_BKPD)
         return self._infer(feed)

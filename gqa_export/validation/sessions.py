@@ -18,6 +18,7 @@ from ..errors import GqaExportError, InvalidCheckpoint, NotCheckedHere
 from ..graph_io import HIDDEN_STATES
 from ..quantized.kv_codes import TIE, limits
 from ..runtime.session import Session
+from ..spec import WindowCache
 
 FillGarbage = Callable[[tuple[float, ...]], None]
 """fills the part of the cache beyond the lengths with these values before every later call; (): leaves it as it is"""
@@ -42,6 +43,8 @@ class Sessions:
     """numbers of the layers whose keys, values and cache are compared (`cached_layers`); None: all"""
     follow: bool = False
     """the cache is quantized: PyTorch takes the bundle's codes where they are as right as its own"""
+    windows: tuple[WindowCache, ...] = ()
+    """rings of the bundles: what they hold no longer is not compared"""
 
 
 def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
@@ -208,5 +211,5 @@ def bundle_session(folder: Path, manifest: Manifest, provider: str, notes: list[
         return
     threads = 0 if is_large(manifest) else 1
     with onnxrt_infer(folder, manifest, provider, threads, config) as infer:
-        tail = GarbageTail(infer, manifest.spec)
+        tail = GarbageTail(infer, manifest.spec, manifest.window_cache)
         yield OrtSession.load(folder, provider, infer=tail, target=target), tail.fill

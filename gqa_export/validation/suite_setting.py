@@ -45,7 +45,14 @@ def setting_of(manifest: Manifest, folder: Path, steps: int, text: Path | None =
     return Setting(manifest.spec, manifest.capacity, steps, tuple(_windows(config)), _original_positions(config),
                    switch, special, _largest_embeddings(model, avoided) if model is not None else (),
                    encoded(folder, SAMPLE), read_text(folder, text) if text is not None else None,
-                   literal=get_target(manifest.target).literal_capacity, avoided=avoided)
+                   literal=get_target(manifest.target).literal_capacity, avoided=avoided, rings=rings_of(manifest))
+
+
+def rings_of(manifest: Manifest) -> tuple[tuple[int, int], ...]:
+    """(slots, window) of every kind of ring among a bundle's caches."""
+    windows = manifest.window_cache
+    return tuple(sorted({(windows.slots(layer), layer.window) for layer in manifest.spec.layers
+                         if windows.slots(layer)})) if windows else ()
 
 
 def _special(manifest: Manifest) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ def grouped_query_attention(
     past_value: torch.Tensor, past_lengths: torch.Tensor, *, num_heads: int, kv_num_heads: int, scale: float,
     softcap: float = 0.0, window: int = 0, new_lengths: torch.Tensor | None = None, cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None, sinks: torch.Tensor | None = None, rotary_interleaved: bool = False,
-    max_length: int | None = None, backend: str | None = None,
+    max_length: int | None = None, backend: str | None = None, ring: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attend with S new tokens per sequence to the static cache, which is updated in place.
 
@@ -39,6 +39,8 @@ def grouped_query_attention(
     cache; past_key [B, K, C, D], past_value [B, K, C, E], contiguous; past_lengths [B] int32, tokens in the cache;
     new_lengths [B] int32, valid new tokens (absent: S); cos and sin [M, R/2]: rotate queries and new keys here;
     sinks [H]: one more logit per head in the denominator; window: tokens visible including the current one, 0 = all.
+    ring: the caches are rings of C slots, token t in slot t mod C; a sequence may be longer than C, but brings at most
+    C - window + 1 new tokens.
     max_length: the host's bound on past + new; given, nothing is read from the device. Absent: the capacity C, and
     lengths are read once for the capacity check, except while a CUDA graph is captured or the call is compiled: then
     a sequence that does not fit gives NaN rows.
@@ -50,17 +52,17 @@ def grouped_query_attention(
     name = choose_backend(query.device, backend)
     sizes = validate.check(query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin, sinks,
                            num_heads=num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap, window=window,
-                           max_length=max_length, reference=name == "reference")
+                           max_length=max_length, reference=name == "reference", ring=ring)
     wanted = [t for t in (query, key, value, past_key, past_value, sinks) if t is not None and t.requires_grad]
     if wanted and torch.is_grad_enabled():
         raise GqaExportError("a gradient is wanted through a cache that is written in place",
                              where="grouped_query_attention",
                              fix="call it under torch.no_grad(), or use gqa_plugins.grouped_attention.attend",
                              code="E-RUN-GRADIENT")
-    _check_lengths_where_possible(past_lengths, new_lengths, sizes, cos, max_length)
+    _check_lengths_where_possible(past_lengths, new_lengths, sizes, cos, max_length, window if ring else 0)
     output = ops.attend_in_place(query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin, sinks,
                                  num_heads, kv_num_heads, scale, softcap, window, rotary_interleaved,
-                                 sizes.C if max_length is None else max_length, name)
+                                 sizes.C if max_length is None else min(max_length, sizes.C), name, ring)
     return output, past_key, past_value
 
 
@@ -89,9 +91,9 @@ def attend(
 
 def _check_lengths_where_possible(past_lengths: torch.Tensor, new_lengths: torch.Tensor | None,
                                   sizes: validate.Dimensions, cos: torch.Tensor | None,
-                                  max_length: int | None) -> None:
+                                  max_length: int | None, ring_window: int = 0) -> None:
     if max_length is not None or torch.compiler.is_compiling():
         return
     if past_lengths.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    validate.check_lengths(past_lengths, new_lengths, sizes, cos)
+    validate.check_lengths(past_lengths, new_lengths, sizes, cos, ring_window)

@@ -50,8 +50,9 @@ def append_kernel(query_ptr, key_ptr, value_ptr, past_key_ptr, past_value_ptr, p
                   cos_ptr, sin_ptr, rotated_ptr, kv_heads, steps, capacity, max_position,
                   GROUP: tl.constexpr, HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr,
                   BLOCK_VALUE: tl.constexpr, BLOCK_STEPS: tl.constexpr, HALF: tl.constexpr,
-                  INTERLEAVED: tl.constexpr, HAS_NEW: tl.constexpr):
-    """HALF is R/2, 0 for no rotation. Tokens whose position would be at or past the capacity are dropped."""
+                  INTERLEAVED: tl.constexpr, HAS_NEW: tl.constexpr, RING: tl.constexpr):
+    """HALF is R/2, 0 for no rotation. Tokens whose position would be at or past the capacity are dropped. RING: the
+    capacity is slots, used again; more new tokens than slots are dropped, all of them."""
     sequence = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1)
     step = tl.program_id(0) * BLOCK_STEPS + tl.arange(0, BLOCK_STEPS)
@@ -64,9 +65,14 @@ def append_kernel(query_ptr, key_ptr, value_ptr, past_key_ptr, past_value_ptr, p
     if HAS_NEW:
         query_head = head - kv_heads
         if head < kv_heads:
-            fits = step < tl.minimum(new, capacity - past)
+            place = row_positions
+            if RING:
+                fits = step < tl.where(new > capacity, 0, new)
+                place = row_positions % capacity
+            else:
+                fits = step < tl.minimum(new, capacity - past)
             source = token * kv_heads + head
-            target = (sequence * kv_heads + head) * capacity + row_positions
+            target = (sequence * kv_heads + head) * capacity + place
             if HALF:
                 key = load_rotated(key_ptr, source * HEAD, row_positions, fits, cos_ptr, sin_ptr, max_position, HEAD,
                                    BLOCK_HEAD, HALF, INTERLEAVED)
@@ -84,20 +90,21 @@ def append_kernel(query_ptr, key_ptr, value_ptr, past_key_ptr, past_value_ptr, p
 
 
 def constants(*, group: int, head: int, value_head: int, rotary_half: int, interleaved: bool,
-              has_new: bool) -> dict[str, Any]:
+              has_new: bool, ring: bool = False) -> dict[str, Any]:
     """The kernel's compile-time arguments."""
     return {"GROUP": group, "HEAD": head, "VALUE_HEAD": value_head, "BLOCK_HEAD": block(head),
             "BLOCK_VALUE": block(value_head), "BLOCK_STEPS": APPEND_STEPS, "HALF": rotary_half,
-            "INTERLEAVED": bool(interleaved and rotary_half), "HAS_NEW": has_new}
+            "INTERLEAVED": bool(interleaved and rotary_half), "HAS_NEW": has_new, "RING": ring}
 
 
 def append(query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None, past_key: torch.Tensor,
            past_value: torch.Tensor, past_lengths: torch.Tensor, new_lengths: torch.Tensor | None,
-           cos: torch.Tensor | None, sin: torch.Tensor | None, *, num_heads: int, interleaved: bool) -> torch.Tensor:
+           cos: torch.Tensor | None, sin: torch.Tensor | None, *, num_heads: int, interleaved: bool,
+           ring: bool = False) -> torch.Tensor:
     """Write key and value (if given) into the caches; return the query, rotated if cos and sin are given.
 
-    Tensors as in the contract, contiguous; new_lengths: None for S new tokens in every sequence. Launches at most one
-    kernel.
+    Tensors as in the contract, contiguous; new_lengths: None for S new tokens in every sequence. ring: the caches are.
+    Launches at most one kernel.
     """
     batch, steps, _ = query.shape
     kv_heads, capacity, head = past_key.shape[1:]
@@ -111,6 +118,7 @@ def append(query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | 
         new_lengths, absent if cos is None else cos, absent if sin is None else sin, rotated, kv_heads, steps, capacity,
         1 if cos is None else cos.shape[0],
         **constants(group=num_heads // kv_heads, head=head, value_head=past_value.shape[3],
-                    rotary_half=0 if cos is None else cos.shape[1], interleaved=interleaved, has_new=key is not None),
+                    rotary_half=0 if cos is None else cos.shape[1], interleaved=interleaved, has_new=key is not None,
+                    ring=ring),
         num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=FP_FUSION)
     return rotated

@@ -44,12 +44,13 @@ def check_cubin(cubin: Cubin, layer: Layer, sizes: Sizes) -> None:
     """Refuse a kernel that was compiled for another layer."""
     expected = {"GROUP": layer.group, "HEAD": sizes.head, "VALUE_HEAD": sizes.value_head, "HALF": sizes.rotary_half,
                 "HAS_WINDOW": int(layer.window > 0), "HAS_SOFTCAP": int(layer.softcap > 0),
-                "HAS_SINKS": layer.has_sinks, "HAS_NEW": layer.has_new,
+                "HAS_SINKS": layer.has_sinks, "HAS_NEW": layer.has_new, "RING": int(layer.ring),
                 "INTERLEAVED": int(bool(layer.rotary_interleaved and layer.has_rotary)),
                 **(long_launch.compiled_in(layer.long, sizes.projections) if layer.long else {})}
+    constants = {"RING": "0", **cubin.constants}  # files of before there were rings do not name it
     for name, value in expected.items():
-        if name in cubin.constants and int(cubin.constants[name]) != value:
-            raise InvalidBundle(f"kernel {cubin.kernel} was compiled for {name} = {cubin.constants[name]}, "
+        if name in constants and int(constants[name]) != value:
+            raise InvalidBundle(f"kernel {cubin.kernel} was compiled for {name} = {constants[name]}, "
                                 f"the layer has {value}", "the engine's attention layers", REBUILD,
                                  code="E-ENGINE-KERNEL-MISMATCH")
     kinds = dict(cubin.arguments)

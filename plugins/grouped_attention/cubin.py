@@ -46,8 +46,7 @@ class Variant:
     """What a kernel is compiled for. Fields that a kernel does not use are left at their defaults.
 
     rows: S * (H / K) that decides the row tile: the group size for decode steps, anything >= 128 for prefill. ahead: of
-    prefill, that it works ahead where `plan.works_ahead`; False: nowhere. long, projections: of the kernels for long
-    prompts, and bits of a code.
+    prefill, that it works ahead where `plan.works_ahead`. ring: over rings. long, projections: for long prompts.
     """
 
     kernel: str
@@ -63,6 +62,7 @@ class Variant:
     interleaved: bool = False
     has_new: bool = True
     ahead: bool = True
+    ring: bool = False
     long: LongSetting | None = None
     projections: int = 0
 
@@ -72,7 +72,7 @@ class Variant:
         flags = [word for word, on in (("window", self.window), ("softcap", self.softcap), ("sinks", self.sinks),
                                        (f"rotary{2 * self.rotary_half}", self.rotary_half > 0),
                                        ("interleaved", self.interleaved), ("readonly", not self.has_new),
-                                       ("in-turn", not self.ahead)) if on]
+                                       ("in-turn", not self.ahead), ("ring", self.ring)) if on]
         if self.long is not None:
             flags.append("-".join(map(str, (*astuple(self.long), self.projections))))
         rows = [f"r{self.rows}"] if self.rows else []
@@ -191,10 +191,10 @@ def recipe(variant: Variant, capability: int) -> Recipe:
 
     tiles = plan.choose_tiles(max(1, variant.rows), variant.head, variant.value_head, variant.dtype, capability)
     shape = {"group": variant.group, "head": variant.head, "value_head": variant.value_head}
-    attention = {**shape, "tiles": tiles, "window": variant.window, "softcap": variant.softcap}
+    attention = {**shape, "tiles": tiles, "window": variant.window, "softcap": variant.softcap, "ring": variant.ring}
     if variant.kernel == "append":
         values = append.constants(**shape, rotary_half=variant.rotary_half, interleaved=variant.interleaved,
-                                  has_new=variant.has_new)
+                                  has_new=variant.has_new, ring=variant.ring)
         return Recipe(append.append_kernel, append.ARGUMENTS, values, append.WARPS, append.STAGES, plan.APPEND_STEPS)
     if variant.kernel == "prefill":
         ahead = variant.ahead and plan.works_ahead(tiles, variant.head, variant.value_head, variant.dtype, capability)
@@ -205,7 +205,7 @@ def recipe(variant: Variant, capability: int) -> Recipe:
         values = decode.constants(**attention)
         return Recipe(decode.decode_kernel, decode.ARGUMENTS, values, tiles.warps, tiles.stages, tiles.rows)
     if variant.kernel == "combine":
-        values = decode.combine_constants(group=variant.group, value_head=variant.value_head, sinks=variant.sinks)
+        values = decode.combine_constants(**{name: getattr(variant, name) for name in decode.JOINED})
         return Recipe(decode.combine_kernel, decode.COMBINE_ARGUMENTS, values, decode.COMBINE_WARPS,
                       decode.COMBINE_STAGES, 1, decode.COMBINE_FP_FUSION)
     if variant.kernel in long_launch.KERNELS and variant.long is not None:

@@ -43,49 +43,52 @@ COMBINE_ARGUMENTS = (
     ("new_lengths_ptr", "*i32"), ("sinks_ptr", "*T"), ("output_ptr", "*T"), ("kv_heads", "i32"), ("steps", "i32"),
     ("capacity", "i32"),
 )
+JOINED = ("group", "value_head", "sinks", "ring")  # what combine's constants follow from
 COMBINE_WARPS, COMBINE_STAGES, COMBINE_FP_FUSION = 4, 1, False
 
 
 @triton.jit
 def sequence_tiles(past_lengths_ptr, new_lengths_ptr, sequence, steps, capacity, window, HAS_WINDOW: tl.constexpr,
-                   BLOCK_KEYS: tl.constexpr):
+                   BLOCK_KEYS: tl.constexpr, RING: tl.constexpr):
     """(past, new, low, high, tiles) of one sequence or of several: what its steps see, and in how many tiles (64 bits).
 
     None where nothing is new or the lengths are broken."""
-    past, new, broken = sequence_lengths(past_lengths_ptr, new_lengths_ptr, sequence, steps, capacity)
+    past, new, broken = sequence_lengths(past_lengths_ptr, new_lengths_ptr, sequence, steps, capacity, RING)
     low, high = key_range(past, new, broken, past * 0, steps - 1, window, HAS_WINDOW)
     return past, new, low, high, tl.cdiv(high - low, BLOCK_KEYS).to(tl.int64)
 
 
 @triton.jit
 def block_tiles(past_lengths_ptr, new_lengths_ptr, first, sequences, steps, capacity, window,
-                HAS_WINDOW: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr):
+                HAS_WINDOW: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr,
+                RING: tl.constexpr):
     """Tiles of the sequences first .. first + BLOCK_SEQUENCES - 1; none of those past the last."""
     index = first + tl.arange(0, BLOCK_SEQUENCES)
     _, _, _, _, tiles = sequence_tiles(past_lengths_ptr, new_lengths_ptr, tl.minimum(index, sequences - 1), steps,
-                                       capacity, window, HAS_WINDOW, BLOCK_KEYS)
+                                       capacity, window, HAS_WINDOW, BLOCK_KEYS, RING)
     return tl.where(index < sequences, tiles, 0)
 
 
 @triton.jit
 def count_tiles(past_lengths_ptr, new_lengths_ptr, sequences, steps, capacity, window, HAS_WINDOW: tl.constexpr,
-                BLOCK_KEYS: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr):
+                BLOCK_KEYS: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr, RING: tl.constexpr):
     """Tiles of all sequences, each counted for one work."""
     counted = tl.zeros([BLOCK_SEQUENCES], dtype=tl.int64)
     for first in range(0, sequences, BLOCK_SEQUENCES):
         counted += block_tiles(past_lengths_ptr, new_lengths_ptr, first, sequences, steps, capacity, window,
-                               HAS_WINDOW, BLOCK_KEYS, BLOCK_SEQUENCES)
+                               HAS_WINDOW, BLOCK_KEYS, BLOCK_SEQUENCES, RING)
     return tl.sum(counted, 0)
 
 
 @triton.jit
 def find_sequence(past_lengths_ptr, new_lengths_ptr, sequences, steps, capacity, window, works, tile,
-                  HAS_WINDOW: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr):
+                  HAS_WINDOW: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr,
+                  RING: tl.constexpr):
     """(sequence that holds this tile of the whole batch, tiles of those before it, counted for one work)."""
     sequence, before, counted = tile * 0, tile * 0, tile * 0
     for first in range(0, sequences, BLOCK_SEQUENCES):
         tiles = block_tiles(past_lengths_ptr, new_lengths_ptr, first, sequences, steps, capacity, window, HAS_WINDOW,
-                            BLOCK_KEYS, BLOCK_SEQUENCES)
+                            BLOCK_KEYS, BLOCK_SEQUENCES, RING)
         up_to = counted + tl.cumsum(tiles, 0)
         passed = up_to * works <= tile
         sequence += tl.sum(passed.to(tl.int64), 0)
@@ -100,30 +103,36 @@ def decode_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_p
                   GROUP: tl.constexpr, HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr,
                   BLOCK_VALUE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
                   BLOCK_SEQUENCES: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-                  PRECISION: tl.constexpr):
-    """least_keys: a share is at least so long, because a shorter one costs more in partial results than it hides."""
+                  RING: tl.constexpr, PRECISION: tl.constexpr):
+    """least_keys: a share is at least so long, because a shorter one costs more in partial results than it hides.
+    RING: the capacity is slots, used again."""
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
     row_tiles = tl.cdiv(steps * GROUP, BLOCK_ROWS)
     works = kv_heads * row_tiles  # of one sequence
     meetings = programs + sequences.to(tl.int64) * works
+    room = capacity
+    slots = None
+    if RING:
+        room = capacity - window + 1
+        slots = capacity
 
-    every = works * count_tiles(past_lengths_ptr, new_lengths_ptr, sequences, steps, capacity, window, HAS_WINDOW,
-                                BLOCK_KEYS, BLOCK_SEQUENCES)
+    every = works * count_tiles(past_lengths_ptr, new_lengths_ptr, sequences, steps, room, window, HAS_WINDOW,
+                                BLOCK_KEYS, BLOCK_SEQUENCES, RING)
     share = tl.maximum(tl.cdiv(every, programs), tl.cdiv(least_keys, BLOCK_KEYS))
     begin = program * share
     left = tl.minimum(share, every - begin).to(tl.int32)
-    next_sequence, before = find_sequence(past_lengths_ptr, new_lengths_ptr, sequences, steps, capacity, window, works,
-                                          begin, HAS_WINDOW, BLOCK_KEYS, BLOCK_SEQUENCES)
+    next_sequence, before = find_sequence(past_lengths_ptr, new_lengths_ptr, sequences, steps, room, window, works,
+                                          begin, HAS_WINDOW, BLOCK_KEYS, BLOCK_SEQUENCES, RING)
     inside = begin - before * works  # of the sequence's tiles, those that are done
     while left > 0:
-        past, new, low, high, tiles = sequence_tiles(past_lengths_ptr, new_lengths_ptr, next_sequence, steps, capacity,
-                                                     window, HAS_WINDOW, BLOCK_KEYS)
+        past, new, low, high, tiles = sequence_tiles(past_lengths_ptr, new_lengths_ptr, next_sequence, steps, room,
+                                                     window, HAS_WINDOW, BLOCK_KEYS, RING)
         while tiles * works <= inside:
             inside -= tiles * works
             next_sequence += 1
             past, new, low, high, tiles = sequence_tiles(past_lengths_ptr, new_lengths_ptr, next_sequence, steps,
-                                                         capacity, window, HAS_WINDOW, BLOCK_KEYS)
+                                                         room, window, HAS_WINDOW, BLOCK_KEYS, RING)
         work = (inside // tiles).to(tl.int32)
         from_tile = (inside - work * tiles).to(tl.int32)
         to_tile = tl.minimum(tiles.to(tl.int32), from_tile + left)
@@ -152,7 +161,7 @@ def decode_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_p
         acc, top, total = attend(acc, top, total, query, key_ptr + cache_head * HEAD,
                                  value_ptr + cache_head * VALUE_HEAD, past + step, start, stop, stop, stop, window,
                                  scale, softcap, HEAD, VALUE_HEAD, BLOCK_HEAD, BLOCK_VALUE, BLOCK_ROWS, BLOCK_KEYS,
-                                 HAS_WINDOW, HAS_SOFTCAP, PRECISION, True)
+                                 HAS_WINDOW, HAS_SOFTCAP, PRECISION, True, slots)
 
         # A row that sees anything has a weight of 1 at its top. Not `top`: on a GPU max drops a NaN, a sum keeps it.
         seen = total != 0.0
@@ -170,8 +179,10 @@ def decode_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_p
 def combine_kernel(partial_ptr, logsum_ptr, ranges_ptr, past_lengths_ptr, new_lengths_ptr, sinks_ptr, output_ptr,
                    kv_heads, steps, capacity,
                    GROUP: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-                   BLOCK_PARTS: tl.constexpr, ALL_PARTS: tl.constexpr, HAS_SINKS: tl.constexpr):
-    """One program per (sequence, step, query head), the rows of the output in order.
+                   BLOCK_PARTS: tl.constexpr, ALL_PARTS: tl.constexpr, HAS_SINKS: tl.constexpr,
+                   RING: tl.constexpr):
+    """One program per (sequence, step, query head), the rows of the output in order. RING: capacity is how many new
+    tokens the ring takes.
 
     Compiled without fusion of a * b + c: in a sum over threads each would keep its own product unrounded and get its
     neighbour's rounded, so that threads that hold the same sum would hold different last bits of it.
@@ -180,7 +191,7 @@ def combine_kernel(partial_ptr, logsum_ptr, ranges_ptr, past_lengths_ptr, new_le
     heads = kv_heads * GROUP
     head, token = (head_row % heads).to(tl.int32), head_row // heads
     sequence, step = token // steps, (token % steps).to(tl.int32)
-    _, new, broken = sequence_lengths(past_lengths_ptr, new_lengths_ptr, sequence, steps, capacity)
+    _, new, broken = sequence_lengths(past_lengths_ptr, new_lengths_ptr, sequence, steps, capacity, RING)
     written = (step < new) & (broken == 0)
 
     row = (sequence * kv_heads + head // GROUP) * (steps * GROUP) + step * GROUP + head % GROUP
@@ -216,26 +227,29 @@ def combine_kernel(partial_ptr, logsum_ptr, ranges_ptr, past_lengths_ptr, new_le
              mask=columns < VALUE_HEAD)
 
 
-def constants(*, group: int, head: int, value_head: int, tiles: Tiles, window: bool, softcap: bool) -> dict[str, Any]:
+def constants(*, group: int, head: int, value_head: int, tiles: Tiles, window: bool, softcap: bool,
+              ring: bool = False) -> dict[str, Any]:
     """The compile-time arguments of decode."""
     return {"GROUP": group, "HEAD": head, "VALUE_HEAD": value_head, "BLOCK_HEAD": block(head),
             "BLOCK_VALUE": block(value_head), "BLOCK_ROWS": tiles.rows, "BLOCK_KEYS": tiles.keys,
-            "BLOCK_SEQUENCES": SEQUENCES, "HAS_WINDOW": window, "HAS_SOFTCAP": softcap, "PRECISION": "ieee"}
+            "BLOCK_SEQUENCES": SEQUENCES, "HAS_WINDOW": window, "HAS_SOFTCAP": softcap, "RING": ring,
+            "PRECISION": "ieee"}
 
 
-def combine_constants(*, group: int, value_head: int, sinks: bool) -> dict[str, Any]:
+def combine_constants(*, group: int, value_head: int, sinks: bool, ring: bool = False) -> dict[str, Any]:
     """The compile-time arguments of combine."""
     return {"GROUP": group, "VALUE_HEAD": value_head, "BLOCK_VALUE": block(value_head), "BLOCK_PARTS": COMBINE_PARTS,
-            "ALL_PARTS": MOST_PARTS, "HAS_SINKS": sinks}
+            "ALL_PARTS": MOST_PARTS, "HAS_SINKS": sinks, "RING": ring}
 
 
 def decode(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor, past_lengths: torch.Tensor,
            new_lengths: torch.Tensor | None, sinks: torch.Tensor | None, output: torch.Tensor, *,
-           num_heads: int, scale: float, softcap: float, window: int, tiles: Tiles, programs: int) -> None:
+           num_heads: int, scale: float, softcap: float, window: int, tiles: Tiles, programs: int,
+           ring: bool = False) -> None:
     """Write output [B, S, H*E] from query [B, S, H*D] and caches that hold the new tokens already. Two launches.
 
-    new_lengths: None for S new tokens in every sequence. The workspace's size depends on shapes, tiles and programs
-    alone.
+    new_lengths: None for S new tokens in every sequence. ring: the caches are. The workspace's size depends on shapes,
+    tiles and programs alone.
     """
     batch, steps, _ = query.shape
     kv_heads, capacity, head = past_key.shape[1:]
@@ -246,9 +260,11 @@ def decode(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor
     decode_kernel[(programs,)](
         query, past_key, past_value, past_lengths, new_lengths, partial, logsum, ranges, batch, kv_heads, steps,
         capacity, plan.LEAST_KEYS, window, scale, softcap,
-        **constants(group=group, head=head, value_head=value_head, tiles=tiles, window=window > 0, softcap=softcap > 0),
+        **constants(group=group, head=head, value_head=value_head, tiles=tiles, window=window > 0, softcap=softcap > 0,
+                    ring=ring),
         num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=FP_FUSION)
     combine_kernel[(batch * steps * num_heads,)](
         partial, logsum, ranges, past_lengths, new_lengths, query if sinks is None else sinks, output, kv_heads, steps,
-        capacity, **combine_constants(group=group, value_head=value_head, sinks=sinks is not None),
+        capacity - window + 1 if ring else capacity,
+        **combine_constants(group=group, value_head=value_head, sinks=sinks is not None, ring=ring),
         num_warps=COMBINE_WARPS, num_stages=COMBINE_STAGES, enable_fp_fusion=COMBINE_FP_FUSION)

@@ -10,6 +10,9 @@ with a method and S > exact_steps, score, select and long_prefill (`choose`, `lo
     decode    otherwise, by plan.choose_programs(B, K, ceil(rows / decode.tile_rows), keys, min(SMs, 256)) programs
               where keys = min(C, window + S - 1) if window else C
 
+A ring (growing 2) has C slots, and takes C - window + 1 new tokens of a sequence at once; combine is told that number
+in place of its capacity.
+
 The bound on the cache is its capacity, never a length: a captured CUDA graph serves every length. Grids are those of
 docs/kernels.md. Workspace, each part aligned to 256 bytes, in this order: rotated queries [B, S, H*D] T (has_rotary),
 partial outputs, their log-sum-exp, and where each row's begin and end (`decode`).
@@ -27,6 +30,7 @@ from gqa_plugins.grouped_attention.cubin import Cubin, Variant
 from gqa_plugins.grouped_attention.fields import CREATION_OF, PLUGIN_VERSION, REBUILD
 from gqa_plugins.grouped_attention.limits import find_excess
 
+from gqa_export.attention_op import RING
 from gqa_export.errors import InvalidBundle
 from gqa_export.long_attention_op import LongSetting
 
@@ -64,8 +68,10 @@ class Layer:
         wrong = ""
         if layer.kv_num_heads < 1 or layer.num_heads < 1 or layer.num_heads % layer.kv_num_heads:
             wrong = f"{layer.num_heads} query heads cannot be grouped over {layer.kv_num_heads} key/value heads"
-        elif layer.growing:
-            wrong = "the plugin writes into a static cache, and growing is 1"
+        elif layer.growing not in (0, RING):
+            wrong = f"the plugin writes into a static cache or a ring, and growing is {layer.growing}"
+        elif layer.growing == RING and layer.window < 1:
+            wrong = "a ring holds what a window sees, and this layer has none"
         elif layer.window < 0 or layer.softcap < 0:
             wrong = "window and softcap are 0 or more"
         if wrong:
@@ -77,6 +83,11 @@ class Layer:
     def group(self) -> int:
         """Query heads per key/value head."""
         return self.num_heads // self.kv_num_heads
+
+    @property
+    def ring(self) -> bool:
+        """Whether its cache's slots are used again."""
+        return self.growing == RING
 
     @property
     def long(self) -> LongSetting | None:
@@ -133,14 +144,15 @@ def variants(layer: Layer, sizes: Sizes) -> dict[str, Variant]:
     shape = (sizes.dtype, layer.group, sizes.head, sizes.value_head)
     window, softcap, sinks = layer.window > 0, layer.softcap > 0, bool(layer.has_sinks)
     wanted = {
-        "prefill": Variant("prefill", *shape, plan.LONG_ROWS, window, softcap, sinks, ahead=layer.scale >= 0),
-        "decode": Variant("decode", *shape, layer.group, window, softcap),
-        "combine": Variant("combine", *shape, sinks=sinks),
+        "prefill": Variant("prefill", *shape, plan.LONG_ROWS, window, softcap, sinks, ahead=layer.scale >= 0,
+                           ring=layer.ring),
+        "decode": Variant("decode", *shape, layer.group, window, softcap, ring=layer.ring),
+        "combine": Variant("combine", *shape, sinks=sinks, ring=layer.ring),
     }
     if layer.has_new or layer.has_rotary:
         wanted["append"] = Variant("append", *shape, rotary_half=sizes.rotary_half,
                                    interleaved=bool(layer.rotary_interleaved and layer.has_rotary),
-                                   has_new=bool(layer.has_new))
+                                   has_new=bool(layer.has_new), ring=layer.ring)
     if layer.long is not None:
         wanted |= {kernel: Variant(kernel, *shape, long_launch.rows_of(kernel, layer.long, layer.group),
                                    softcap=softcap, sinks=sinks, long=layer.long, projections=sizes.projections)
@@ -246,6 +258,7 @@ def launches(layer: Layer, sizes: Sizes, cubins: Mapping[str, Cubin], pointers: 
                  "sin_ptr": pointers.get("sin", absent), "rotated_ptr": rotated, "max_position": sizes.max_position}
     attending = {**common, "query_ptr": rotated, "sinks_ptr": pointers.get("sinks", rotated),
                  "key_ptr": pointers["past_key"], "value_ptr": pointers["past_value"]}
+    joining = {**attending, "capacity": sizes.capacity - layer.window + 1} if layer.ring else attending
     wanted = ["append"] if layer.has_new or layer.has_rotary else []
     if layer.long is not None and kind == "long":
         scratch = partial + _long_bytes(layer, sizes)[0]
@@ -254,7 +267,8 @@ def launches(layer: Layer, sizes: Sizes, cubins: Mapping[str, Cubin], pointers: 
         grids |= long_launch.grids(layer.long, **_shape(layer, sizes), score_rows=cubins["score"].tile_rows,
                                    prefill_rows=cubins["long_prefill"].tile_rows)
     wanted += {"decode": ["decode", "combine"], "prefill": ["prefill"], "long": [*long_launch.KERNELS]}[kind]
-    return [_launch(cubins[name], grids[name], appending if name == "append" else attending) for name in wanted]
+    of = {"append": appending, "combine": joining}
+    return [_launch(cubins[name], grids[name], of.get(name, attending)) for name in wanted]
 
 
 def _launch(cubin: Cubin, grid: tuple[int, int, int], values: Mapping[str, int | float]) -> Launch:

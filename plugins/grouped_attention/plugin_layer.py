@@ -146,6 +146,8 @@ def check_shapes(state: State, dims: Sequence[Sequence[int]]) -> None:
              if name in shapes and shapes[name][2] != size]
     if found_heads != kv_heads:
         wrong.append(f"past_key has {found_heads} heads, expected {kv_heads}")
+    if state.layer.ring and shapes["past_key"][2] < state.layer.window:
+        wrong.append(f"a ring of {shapes['past_key'][2]} slots cannot hold a window of {state.layer.window}")
     if state.layer.long is not None:
         bits = shapes["projections"][1]
         tables = {"fractions": (kv_heads, state.layer.long.samples), "projections": (head, bits),

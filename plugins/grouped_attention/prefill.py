@@ -36,16 +36,22 @@ def prefill_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_
                    GROUP: tl.constexpr, HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr,
                    BLOCK_VALUE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
                    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-                   SPLIT_BAND: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr):
+                   SPLIT_BAND: tl.constexpr, AHEAD: tl.constexpr, RING: tl.constexpr, PRECISION: tl.constexpr):
     """SPLIT_BAND: a loop of its own, unmasked, for the inside of the band. Not for fp32, bound by its products.
 
     AHEAD: that loop works out the next tile's products beside this tile's softmax (`attend_ahead`); not for a negative
     scale. (To turn the query's sign instead would put it through registers, and ptxas then waits before the softmax.)
+    RING: the capacity is slots, used again.
     """
     sequence = tl.program_id(2).to(tl.int64)
     kv_head = tl.program_id(1)
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_ROWS
-    past, new, broken = sequence_lengths(past_lengths_ptr, new_lengths_ptr, sequence, steps, capacity)
+    room = capacity
+    slots = None
+    if RING:
+        room = capacity - window + 1
+        slots = capacity
+    past, new, broken = sequence_lengths(past_lengths_ptr, new_lengths_ptr, sequence, steps, room, RING)
 
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     step, member = rows // GROUP, rows % GROUP
@@ -76,14 +82,14 @@ def prefill_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_
     if AHEAD:
         acc, top, total = attend_ahead(acc, top, total, query, key_base, value_base, full_low,
                                        (full_high - full_low) // BLOCK_KEYS, scale, softcap, HEAD, VALUE_HEAD,
-                                       BLOCK_HEAD, BLOCK_VALUE, BLOCK_ROWS, BLOCK_KEYS, HAS_SOFTCAP, PRECISION)
+                                       BLOCK_HEAD, BLOCK_VALUE, BLOCK_ROWS, BLOCK_KEYS, HAS_SOFTCAP, PRECISION, slots)
     elif SPLIT_BAND:
         acc, top, total = attend(acc, top, total, query, key_base, value_base, row_positions, full_low, full_high,
                                  full_high, full_high, window, scale, softcap, HEAD, VALUE_HEAD, BLOCK_HEAD,
-                                 BLOCK_VALUE, BLOCK_ROWS, BLOCK_KEYS, HAS_WINDOW, HAS_SOFTCAP, PRECISION, False)
+                                 BLOCK_VALUE, BLOCK_ROWS, BLOCK_KEYS, HAS_WINDOW, HAS_SOFTCAP, PRECISION, False, slots)
     acc, top, total = attend(acc, top, total, query, key_base, value_base, row_positions, low, high, full_low,
                              full_high, window, scale, softcap, HEAD, VALUE_HEAD, BLOCK_HEAD, BLOCK_VALUE, BLOCK_ROWS,
-                             BLOCK_KEYS, HAS_WINDOW, HAS_SOFTCAP, PRECISION, True)
+                             BLOCK_KEYS, HAS_WINDOW, HAS_SOFTCAP, PRECISION, True, slots)
 
     output = acc / tl.where(total == 0, 1.0, total)[:, None]
     output = tl.where(broken, float("nan"), output)
@@ -92,21 +98,22 @@ def prefill_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_
 
 
 def constants(*, group: int, head: int, value_head: int, tiles: Tiles, window: bool, softcap: bool,
-              sinks: bool, split_band: bool, ahead: bool) -> dict[str, Any]:
+              sinks: bool, split_band: bool, ahead: bool, ring: bool = False) -> dict[str, Any]:
     """The kernel's compile-time arguments."""
     return {"GROUP": group, "HEAD": head, "VALUE_HEAD": value_head, "BLOCK_HEAD": block(head),
             "BLOCK_VALUE": block(value_head), "BLOCK_ROWS": tiles.rows, "BLOCK_KEYS": tiles.keys,
             "HAS_WINDOW": window, "HAS_SOFTCAP": softcap, "HAS_SINKS": sinks, "SPLIT_BAND": split_band,
-            "AHEAD": ahead, "PRECISION": "ieee"}
+            "AHEAD": ahead, "RING": ring, "PRECISION": "ieee"}
 
 
 def prefill(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor, past_lengths: torch.Tensor,
             new_lengths: torch.Tensor | None, sinks: torch.Tensor | None, output: torch.Tensor, *,
-            num_heads: int, scale: float, softcap: float, window: int, tiles: Tiles, ahead: bool = False) -> None:
+            num_heads: int, scale: float, softcap: float, window: int, tiles: Tiles, ahead: bool = False,
+            ring: bool = False) -> None:
     """Write output [B, S, H*E] from query [B, S, H*D] and caches that hold the new tokens already. One launch.
 
     new_lengths: None for S new tokens in every sequence. ahead: work out the next tile's products beside this tile's
-    softmax, where there are tiles that every row sees (not in fp32, nor for a negative scale).
+    softmax, where there are tiles that every row sees (not in fp32, nor for a negative scale). ring: the caches are.
     """
     batch, steps, _ = query.shape
     kv_heads, capacity, head = past_key.shape[1:]
@@ -117,5 +124,5 @@ def prefill(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tenso
         steps, capacity, window, scale, softcap,
         **constants(group=group, head=head, value_head=past_value.shape[3], tiles=tiles, window=window > 0,
                     softcap=softcap > 0, sinks=sinks is not None, split_band=narrow,
-                    ahead=ahead and narrow and scale >= 0),
+                    ahead=ahead and narrow and scale >= 0, ring=ring),
         num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=FP_FUSION)

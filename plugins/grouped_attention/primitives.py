@@ -53,10 +53,11 @@ def tanh(x):
 
 
 @triton.jit
-def sequence_lengths(past_lengths_ptr, new_lengths_ptr, sequence, steps, capacity):
+def sequence_lengths(past_lengths_ptr, new_lengths_ptr, sequence, steps, capacity, RING: tl.constexpr = False):
     """(past, new, broken) of one sequence: new is cut to 0 .. steps; broken lengths give NaN rows, no bad access.
 
     new_lengths_ptr: None where every sequence has `steps` new tokens; then no tensor is filled for it at every call.
+    RING: capacity is how many new tokens the ring takes, whatever the past.
     """
     past = tl.load(past_lengths_ptr + sequence)
     if new_lengths_ptr is None:
@@ -64,7 +65,10 @@ def sequence_lengths(past_lengths_ptr, new_lengths_ptr, sequence, steps, capacit
     else:
         new = tl.load(new_lengths_ptr + sequence)
     # capacity - new does not overflow where past + new could.
-    broken = (past < 0) | (new > steps) | (past > capacity - tl.maximum(new, 0))
+    if RING:
+        broken = (past < 0) | (new > steps) | (new > capacity)
+    else:
+        broken = (past < 0) | (new > steps) | (past > capacity - tl.maximum(new, 0))
     return past, tl.minimum(tl.maximum(new, 0), steps), broken
 
 
@@ -90,11 +94,19 @@ def load_rows(base_ptr, offsets, valid, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.con
 
 
 @triton.jit
-def load_cache(base_ptr, positions, limit, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, MASKED: tl.constexpr):
+def load_cache(base_ptr, positions, limit, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, MASKED: tl.constexpr,
+               first=None, slots=None):
     """[keys, BLOCK_WIDTH] of one head's cache. MASKED: positions at or past limit read as zero, so that a NaN in the
-    cache's tail cannot meet a zero weight (0 x NaN is NaN). base_ptr is 64 bits; positions * WIDTH fits 32."""
+    cache's tail cannot meet a zero weight (0 x NaN is NaN). base_ptr is 64 bits; places * WIDTH fits 32.
+
+    slots: of a ring, None for a cache that keeps all; then positions below limit are first .. first + slots - 1."""
     columns = tl.arange(0, BLOCK_WIDTH)
-    pointers = base_ptr + positions[:, None] * WIDTH + columns[None, :]
+    if slots is None:
+        places = positions
+    else:  # one remainder for all of them, and at most one seam among them
+        places = positions - first // slots * slots
+        places = tl.where(places >= slots, places - slots, places)
+    pointers = base_ptr + places[:, None] * WIDTH + columns[None, :]
     if MASKED:
         mask = (positions < limit)[:, None]
         if WIDTH != BLOCK_WIDTH:
@@ -135,8 +147,8 @@ def online_softmax_update(scores, value, acc, top, total, PRECISION: tl.constexp
 def attend(acc, top, total, query, key_ptr, value_ptr, row_positions, start, stop, skip_from, skip_to, window, scale,
            softcap, HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_VALUE: tl.constexpr,
            BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-           PRECISION: tl.constexpr, MASKED: tl.constexpr):
-    """Attend to cache positions start .. stop - 1 without skip_from .. skip_to - 1, a tile at a time.
+           PRECISION: tl.constexpr, MASKED: tl.constexpr, slots=None):
+    """Attend to cache positions start .. stop - 1 without skip_from .. skip_to - 1, a tile at a time. slots: of a ring.
 
     skip_from is a whole number of tiles past start, or stop. One loop on both sides of the gap: half the code.
     Not MASKED: every valid row sees all of the positions, and all of them are valid.
@@ -146,14 +158,14 @@ def attend(acc, top, total, query, key_ptr, value_ptr, row_positions, start, sto
     for tile in range(0, tiles):
         gap = tl.where(tile < before, 0, skip_to - skip_from)
         positions = start + gap + tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-        key = load_cache(key_ptr, positions, stop, HEAD, BLOCK_HEAD, MASKED)
+        key = load_cache(key_ptr, positions, stop, HEAD, BLOCK_HEAD, MASKED, start, slots)
         scores = scores_base2(query, key, scale, softcap, HAS_SOFTCAP, PRECISION, BLOCK_ROWS, BLOCK_KEYS)
         if MASKED:
             visible = (positions[None, :] <= row_positions[:, None]) & (positions < stop)[None, :]
             if HAS_WINDOW:
                 visible = visible & (positions[None, :] > row_positions[:, None] - window)
             scores = tl.where(visible, scores, float("-inf"))
-        value = load_cache(value_ptr, positions, stop, VALUE_HEAD, BLOCK_VALUE, MASKED)
+        value = load_cache(value_ptr, positions, stop, VALUE_HEAD, BLOCK_VALUE, MASKED, start, slots)
         acc, top, total = online_softmax_update(scores, value, acc, top, total, PRECISION)
     return acc, top, total
 
@@ -171,7 +183,7 @@ def store_rows(base_ptr, offsets, tile, valid, WIDTH: tl.constexpr, BLOCK_WIDTH:
 def attend_ahead(acc, top, total, query, key_ptr, value_ptr, start, tiles, scale, softcap, HEAD: tl.constexpr,
                  VALUE_HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_VALUE: tl.constexpr,
                  BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-                 PRECISION: tl.constexpr):
+                 PRECISION: tl.constexpr, slots=None):
     """Attend to whole tiles that every row sees. The next tile's products are under way while this tile's softmax is
     worked out (Shah et al., 2024, arXiv:2407.08608, section 3.2, within a warpgroup). scale is not negative.
 
@@ -181,11 +193,11 @@ def attend_ahead(acc, top, total, query, key_ptr, value_ptr, start, tiles, scale
     zero = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], dtype=tl.float32)
     stop = start + tiles * BLOCK_KEYS
     columns = tl.arange(0, BLOCK_KEYS)
-    key = load_cache(key_ptr, start + columns, stop, HEAD, BLOCK_HEAD, True)
+    key = load_cache(key_ptr, start + columns, stop, HEAD, BLOCK_HEAD, True, start, slots)
     products = dot(query, tl.trans(key), zero, PRECISION)
     for tile in range(0, tiles):
         here = start + tile * BLOCK_KEYS + columns
-        key = load_cache(key_ptr, here + BLOCK_KEYS, stop, HEAD, BLOCK_HEAD, True)
+        key = load_cache(key_ptr, here + BLOCK_KEYS, stop, HEAD, BLOCK_HEAD, True, start, slots)
         following = dot(query, tl.trans(key), zero, PRECISION)
         if HAS_SOFTCAP:
             factor = 1.0
@@ -200,7 +212,7 @@ def attend_ahead(acc, top, total, query, key_ptr, value_ptr, start, tiles, scale
         weights = tl.exp2(products * factor - reference[:, None])
         shrink = tl.exp2(top - reference)
         total = total * shrink + tl.sum(weights, 1)
-        value = load_cache(value_ptr, here, stop, VALUE_HEAD, BLOCK_VALUE, False)
+        value = load_cache(value_ptr, here, stop, VALUE_HEAD, BLOCK_VALUE, False, start, slots)
         acc = dot(narrow(weights, value.dtype), value, acc * shrink[:, None], PRECISION)
         top = new_top
         products = following

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from gqa_export.attention_op import RING
+
 
 def rotate(x_BSND: torch.Tensor, cos_MR: torch.Tensor, sin_MR: torch.Tensor, positions_BS: torch.Tensor,
            interleaved: bool) -> torch.Tensor:
@@ -26,6 +28,23 @@ def rotate(x_BSND: torch.Tensor, cos_MR: torch.Tensor, sin_MR: torch.Tensor, pos
         first, second = turned[..., :half], turned[..., half:]
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return torch.cat((turned, rest), dim=-1)
+
+
+def write_ring(past_BKND: torch.Tensor, new_BSKD: torch.Tensor, past_lengths_B: torch.Tensor,
+               new_lengths_B: torch.Tensor) -> torch.Tensor:
+    """Return the present ring: token t of sequence b in slot t mod N. Of more than N new tokens the last N stay."""
+    present, slots = past_BKND.clone(), past_BKND.shape[2]
+    for b in range(len(past_BKND)):
+        start, count = int(past_lengths_B[b]), min(int(new_lengths_B[b]), new_BSKD.shape[1])
+        for step in range(max(0, count - slots), count if start >= 0 else 0):
+            present[b, :, (start + step) % slots] = new_BSKD[b, step]
+    return present
+
+
+def ring_positions(slots: int, total_B: torch.Tensor) -> torch.Tensor:
+    """[B, N]: the token that each slot of a ring holds after `total` tokens; negative where it never held one."""
+    last_B1 = total_B[:, None] - 1
+    return last_B1 - (last_B1 - torch.arange(slots, device=total_B.device)) % slots
 
 
 def write_cache(past_BKPD: torch.Tensor, new_BSKD: torch.Tensor, past_lengths_B: torch.Tensor,
@@ -56,8 +75,8 @@ class RowWeights:
 
 def row_weights(query_BSHD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTE: torch.Tensor,
                 past_lengths_B: torch.Tensor, new_lengths_B: torch.Tensor, sinks_H: torch.Tensor | None, *,
-                scale: float, softcap: float, window: int, first_step: int = 0) -> RowWeights:
-    """Weights of steps first_step .. first_step + S - 1 over caches that hold the new tokens.
+                scale: float, softcap: float, window: int, first_step: int = 0, ring: bool = False) -> RowWeights:
+    """Weights of steps first_step .. first_step + S - 1 over caches that hold the new tokens. ring: the caches are.
 
     In fp32, or fp64 if the inputs are. What lies past the valid tokens, in the cache or in the query, is set to zero
     before it can meet a zero weight.
@@ -68,8 +87,12 @@ def row_weights(query_BSHD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTE: to
     steps_S = first_step + torch.arange(new, device=query_BSHD.device)
     positions_BS = past_lengths_B[:, None] + steps_S
     row_BS = steps_S < new_lengths_B[:, None]
-    cache_T = torch.arange(capacity, device=query_BSHD.device)
-    valid_BT = cache_T < (past_lengths_B + new_lengths_B)[:, None]
+    total_B = past_lengths_B + new_lengths_B
+    cache_BT = (ring_positions(capacity, total_B) if ring
+                else torch.arange(capacity, device=query_BSHD.device).expand(batch, capacity))
+    valid_BT = (cache_BT >= 0) & (cache_BT < total_B[:, None])
+    if ring:  # what no row sees, because it lies behind the first one's window, may be anything
+        valid_BT &= cache_BT > past_lengths_B[:, None] - window
     acc = torch.float64 if query_BSHD.dtype == torch.float64 else torch.float32
     keys = key_BKTD.to(acc).masked_fill(~valid_BT[:, None, :, None], 0)
     values = value_BKTE.to(acc).masked_fill(~valid_BT[:, None, :, None], 0)
@@ -77,11 +100,11 @@ def row_weights(query_BSHD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTE: to
     capped = torch.einsum("bskgd,bktd->bkgst", queries, keys) * scale
     if softcap:
         capped = softcap * torch.tanh(capped / softcap)
-    visible_BST = (cache_T <= positions_BS[..., None]) & valid_BT[:, None]
+    visible_BST = (cache_BT[:, None] <= positions_BS[..., None]) & valid_BT[:, None]
     if window > 0:
-        visible_BST &= cache_T > positions_BS[..., None] - window
+        visible_BST &= cache_BT[:, None] > positions_BS[..., None] - window
     elif window < 0:  # chunks of -window positions
-        visible_BST &= cache_T >= positions_BS[..., None] // -window * -window
+        visible_BST &= cache_BT[:, None] >= positions_BS[..., None] // -window * -window
     visible_BST &= row_BS[..., None]
     scores = capped.masked_fill(~visible_BST[:, None, None], float("-inf"))
     sink_KG = (torch.full((heads,), float("-inf"), dtype=acc, device=query_BSHD.device) if sinks_H is None
@@ -107,9 +130,16 @@ def grouped_query_attention(
 
     Nothing is mutated. A row that sees nothing, and rows at or past new_lengths, are zero. A sequence whose
     past_lengths + new_lengths exceeds a static capacity gives NaN rows for that sequence, as do lengths that cannot
-    be (past_lengths below 0, new_lengths above S); what is unspecified in the cache (even NaN) never reaches an output.
+    be (past_lengths below 0, new_lengths above S) and, in a ring, more new tokens than it has slots for; what is
+    unspecified in the cache (even NaN) never reaches an output.
+
+    Raises:
+        ValueError: a ring has fewer slots than its window, or no window.
     """
     batch, new, _ = query.shape
+    ring, slots = growing == RING, past_key.shape[2]
+    if ring and not 0 < window <= slots:
+        raise ValueError(f"a ring of {slots} slots cannot hold a window of {window}")
     past_lengths, new_lengths = past_lengths.long(), new_lengths.long()
     steps_S = torch.arange(new, device=query.device)
     positions_BS = past_lengths[:, None] + steps_S
@@ -121,14 +151,19 @@ def grouped_query_attention(
         if cos is not None and sin is not None:
             key_BSKD = rotate(key_BSKD, cos, sin, positions_BS, bool(rotary_interleaved))
         value_BSKE = value.reshape(batch, new, kv_num_heads, past_value.shape[-1])
-        present_key = write_cache(past_key, key_BSKD, past_lengths, new_lengths, bool(growing))
-        present_value = write_cache(past_value, value_BSKE, past_lengths, new_lengths, bool(growing))
+        if ring:
+            present_key = write_ring(past_key, key_BSKD, past_lengths, new_lengths)
+            present_value = write_ring(past_value, value_BSKE, past_lengths, new_lengths)
+        else:
+            present_key = write_cache(past_key, key_BSKD, past_lengths, new_lengths, bool(growing))
+            present_value = write_cache(past_value, value_BSKE, past_lengths, new_lengths, bool(growing))
     else:
         present_key, present_value = past_key.clone(), past_value.clone()
     rows = row_weights(query_BSHD, present_key, present_value, past_lengths, new_lengths, sinks, scale=scale,
-                       softcap=softcap, window=window)
+                       softcap=softcap, window=window, ring=ring)
     output = torch.einsum("bkgst,bkte->bskge", rows.weights_BKGST, rows.values_BKTE).reshape(batch, new, -1)
-    broken_B = (past_lengths + new_lengths > present_key.shape[2]) | (past_lengths < 0) | (new_lengths > new)
+    excess_B = new_lengths > slots - window + 1 if ring else past_lengths + new_lengths > present_key.shape[2]
+    broken_B = excess_B | (past_lengths < 0) | (new_lengths > new)
     broken_BS = broken_B[:, None] & (steps_S < new_lengths[:, None])
     output = torch.where(broken_BS[..., None], output.new_full((), float("nan")), output)
     return output.to(query.dtype), present_key, present_value

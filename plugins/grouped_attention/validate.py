@@ -99,10 +99,11 @@ def check(query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | N
           past_value: torch.Tensor, past_lengths: torch.Tensor, new_lengths: torch.Tensor | None,
           cos: torch.Tensor | None, sin: torch.Tensor | None, sinks: torch.Tensor | None, *, num_heads: int,
           kv_num_heads: int, scale: float, softcap: float, window: int, max_length: int | None,
-          reference: bool = False) -> Dimensions:
+          reference: bool = False, ring: bool = False) -> Dimensions:
     """Check everything that shapes, types, devices and strides tell; return the sizes.
 
-    reference: the plain PyTorch backend runs it, so fp64 and any head size are fine. Raises GqaExportError.
+    reference: the plain PyTorch backend runs it, so fp64 and any head size are fine. ring: the caches are. Raises
+    GqaExportError.
     """
     check_attributes(num_heads=num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap, window=window)
     if (key is None) != (value is None):
@@ -140,8 +141,11 @@ def check(query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | N
         excess = find_excess(B, K, C, D, E)
         if excess is not None:
             raise _refuse(excess.argument, excess.message, excess.fix)
+    if ring and not 0 < window <= C:
+        raise _refuse("window", f"{window} with a ring of C = {C} slots",
+                      "a ring needs a window and at least as many slots")
     if max_length is not None:
-        if not 0 <= max_length <= C:
+        if not 0 <= max_length <= (2**31 - 1 if ring else C):
             raise _refuse("max_length",
                           f"{max_length} is outside 0 .. C = {C}, the capacity of past_key {_shape(past_key)}",
                           "allocate a larger cache, or stop generating: past + new must fit")
@@ -168,8 +172,9 @@ def check_table(cos: torch.Tensor | None, longest: int) -> None:
 
 
 def check_lengths(past_lengths: torch.Tensor, new_lengths: torch.Tensor | None, sizes: Dimensions,
-                  cos: torch.Tensor | None) -> None:
-    """Read the lengths (a synchronisation on CUDA) and refuse what would not fit, naming the sequence."""
+                  cos: torch.Tensor | None, ring_window: int = 0) -> None:
+    """Read the lengths (a synchronisation on CUDA) and refuse what would not fit, naming the sequence. ring_window: of
+    caches that are rings, 0 where they are not."""
     past = past_lengths.tolist()
     new = [sizes.S] * sizes.B if new_lengths is None else new_lengths.tolist()
     for b, (before, fresh) in enumerate(zip(past, new, strict=True)):
@@ -178,7 +183,11 @@ def check_lengths(past_lengths: torch.Tensor, new_lengths: torch.Tensor | None, 
         if not 0 <= fresh <= sizes.S:
             raise _refuse("new_lengths", f"sequence {b} has {fresh}, outside 0 .. S = {sizes.S}",
                           "new_lengths counts the valid tokens of a right-padded row")
-        if before + fresh > sizes.C:
+        most = sizes.C - ring_window + 1
+        if ring_window and fresh > most:
+            raise _refuse("new_lengths", f"sequence {b} has {fresh}: a ring of {sizes.C} slots and a window of "
+                          f"{ring_window} takes at most {most} new tokens", "feed them in pieces")
+        if not ring_window and before + fresh > sizes.C:
             raise _refuse("past_lengths",
                           f"sequence {b}: past {before} + new {fresh} exceeds the capacity C = {sizes.C}",
                           "allocate a larger cache, or stop generating")

@@ -12,6 +12,7 @@ from gqa_plugins.grouped_attention.fields import Key
 from gqa_plugins.grouped_attention.launch import Layer, Sizes, variants
 from gqa_plugins.grouped_attention.long_layer import LongLayer
 
+from gqa_export.attention_op import RING
 from gqa_export.long_attention_op import LongSetting
 
 ATTENTION = ("query_ptr", "key_ptr", "value_ptr", "past_lengths_ptr", "new_lengths_ptr", "kv_heads", "steps",
@@ -58,6 +59,8 @@ def make_cubin(variant: Variant, capability: int, chance: random.Random) -> Cubi
     name = f"{variant.kernel}_{capability}_{chance.randrange(10**6)}"
     code = " ".join([name, *(kind for _, kind in arguments)]).encode() + b"\0"
     constants = {"GROUP": variant.group, "HEAD": variant.head, "VALUE_HEAD": variant.value_head}
+    if variant.ring or chance.randrange(2):  # files of before there were rings do not name it
+        constants |= {"RING": int(variant.ring)}
     if variant.kernel == "append":
         constants |= {"HALF": variant.rotary_half, "INTERLEAVED": int(variant.interleaved),
                       "HAS_NEW": int(variant.has_new)}
@@ -97,6 +100,8 @@ def random_layer(chance: random.Random) -> tuple[Layer, Sizes]:
                   softcap=chance.choice((0.0, 30.0)), window=chance.choice((0, 0, 128, 4096)),
                   rotary_interleaved=chance.randrange(2), growing=0, has_rotary=has_rotary,
                   has_sinks=chance.randrange(2), has_new=chance.choice((1, 1, 1, 0)))
+    if layer.window and chance.randrange(2):
+        layer = replace(layer, growing=RING)
     head = chance.choice((32, 64, 80, 128, 256))
     sizes = Sizes(batch=chance.choice((1, 1, 2, 5, 16)), steps=chance.choice((1, 1, 1, 2, 17, 64, 129, 1000)),
                   capacity=chance.choice((16, 256, 1000, 4096, 131072)), head=head,
@@ -114,7 +119,7 @@ def random_long_layer(chance: random.Random) -> tuple[LongLayer, Sizes]:
                     tile=chance.choice((64, 128)), block=32, score_rows=chance.choice((4, 8)), exact_steps=16),
         LongSetting("hyper", leaf=1024, heavy_keys=256, samples=chance.choice((16, 128)), anchors=0, exact_steps=1)))
     own = setting.attributes() if chance.random() < 0.8 else dict.fromkeys(setting.attributes(), 0)
-    given = {**asdict(layer), "window": 0}
+    given = {**asdict(layer), "window": 0, "growing": 0}
     return LongLayer(**given, **own), replace(sizes, projections=7 if own["method"] else 0)
 
 

@@ -14,6 +14,7 @@ from gqa_plugins.grouped_attention import choose_kernels, fields, launch, plan
 from gqa_plugins.grouped_attention.cubin import Cubin, Variant
 from gqa_plugins.grouped_attention.fields import Key
 
+from gqa_export.attention_op import RING
 from gqa_export.errors import GqaExportError
 from gqa_export.long_attention_op import INPUT_NAMES
 
@@ -132,13 +133,13 @@ def check_all(cubins: Iterable[Cubin], layer: launch.Layer, sizes: launch.Sizes)
         choose_kernels.check_cubin(cubin, layer, sizes)
 
 
-@pytest.mark.parametrize("change", ["group", "head", "dtype", "window", "sinks", "rotary"])
+@pytest.mark.parametrize("change", ["group", "head", "dtype", "window", "sinks", "rotary", "ring"])
 def test_kernel_of_another_layer_is_refused_in_the_same_words(programs: Programs, chance: random.Random,
                                                               tmp_path: Path, change: str) -> None:
     layer = launch.Layer(8, 2, 0.125, 0.0, 128, 0, 0, 1, 1, 1)
     sizes = launch.Sizes(1, 1, 256, 64, 64, "fp16", 32, 256)
-    other_layer = launch.Layer(6 if change == "group" else 8, 2, 0.125, 0.0, 0 if change == "window" else 128, 0, 0, 1,
-                               0 if change == "sinks" else 1, 1)
+    other_layer = launch.Layer(6 if change == "group" else 8, 2, 0.125, 0.0, 0 if change == "window" else 128, 0,
+                               RING if change == "ring" else 0, 1, 0 if change == "sinks" else 1, 1)
     other = launch.Sizes(1, 1, 256, 32 if change == "head" else 64, 64, "bf16" if change == "dtype" else "fp16",
                          16 if change == "rotary" else 32, 256)
     keys, cubins, container = make_kernels(other_layer, other, (89,), chance)

@@ -82,7 +82,7 @@ def test_every_field_that_cpp_reads_is_in_the_schema_with_that_type():
 
 def test_what_cpp_asks_for_with_has_is_in_the_schema():
     names = re.findall(r'(\w+)(?:\.at\("(\w+)"\))?\.has\("(\w+)"\)', SOURCE.read_text(encoding="utf-8"))
-    assert {name for _, _, name in names} == {"format", "target", "engine", "parallel", "eos"}
+    assert {name for _, _, name in names} == {"format", "target", "engine", "parallel", "eos", "window_cache"}
     assert all(types_at((*VARIABLES[variable], *([inner] if inner else []), name)) for variable, inner, name in names)
 
 

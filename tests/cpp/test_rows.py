@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from gqa_export.spec import WindowCache
+
 from .conftest import Programs
 from .test_session import Played
-from .toy_bundle import CAPACITY, VOCABULARY, answer
+from .toy_bundle import CAPACITY, LAYERS, PROMPT, VOCABULARY, WINDOW, answer, engine_facts, manifest
 
 SLOTS = 4
 
 
-def schedule(operations: int, seed: int) -> tuple[list[str], list[str], dict[str, int]]:
+def schedule(operations: int, seed: int, ring: bool = False) -> tuple[list[str], list[str], dict[str, int]]:
     """(lines of a script, what each must print, how often each operation occurs) of joins, leaves, rewinds, copies and
     steps in which some rows bring nothing."""
     draw = random.Random(seed)
     rows: list[list[int]] = [[] for _ in range(SLOTS)]
+    ends = [0] * SLOTS  # of what each row ever wrote
     lines, expected = [f"open {SLOTS}"], ["0 0 0 0"]
     count = dict.fromkeys(("join", "leave", "rewind", "copy"), 0)
 
@@ -28,13 +32,20 @@ def schedule(operations: int, seed: int) -> tuple[list[str], list[str], dict[str
     def extend(new: dict[int, list[int]]) -> None:
         for row, tokens in new.items():
             rows[row] += tokens
+            ends[row] = max(ends[row], len(rows[row]))
         if all(len(tokens) == 1 for tokens in new.values()):
             lines.append("step " + ",".join(str(new[r][0]) if r in new else "-1" for r in range(SLOTS)))
         else:
             # a script's last row needs its semicolon where it is empty
             text = ";".join(",".join(map(str, new.get(r, ()))) for r in range(SLOTS))
             lines.append("extend " + text + (";" if SLOTS - 1 not in new and not text.endswith(";") else ""))
-        expected.append(" ".join(str(answer(rows[r])) if r in new else "0" for r in range(SLOTS)))
+        expected.append(" ".join(str(answer(rows[r], ring=ring)) if r in new else "0" for r in range(SLOTS)))
+
+    def back(row: int) -> int:
+        """A length to which a row can go back: of a ring of 7 slots what the window of 3 sees must be there."""
+        held = [length for length in range(len(rows[row]) + 1) if not ring or length == 0 or set(
+            range(max(0, length - WINDOW + 1), length)) <= set(range(max(0, ends[row] - WINDOW - PROMPT), ends[row]))]
+        return draw.choice(held)
 
     def drawn(most: int) -> list[int]:
         return [draw.randrange(VOCABULARY - 1) for _ in range(draw.randint(1, most))]
@@ -45,16 +56,18 @@ def schedule(operations: int, seed: int) -> tuple[list[str], list[str], dict[str
         if kind == "join" and not rows[row]:
             extend({row: drawn(9)})
         elif kind == "leave" and rows[row]:
-            rows[row] = []
+            rows[row], ends[row] = [], 0
             lines.append(f"reset {row}")
             expected.append(lengths())
         elif kind == "rewind" and rows[row]:
-            rows[row] = rows[row][: draw.randint(0, len(rows[row]))]
+            rows[row] = rows[row][: back(row)]
+            ends[row] = ends[row] if rows[row] else 0
             lines.append(f"rewind {row} {len(rows[row])}")
             expected.append(lengths())
         elif kind == "copy" and rows[other]:
-            kept = draw.choice([-1, draw.randint(0, len(rows[other]))])
+            kept = draw.choice([-1, back(other)])
             rows[row] = list(rows[other]) if kept < 0 else rows[other][:kept]
+            ends[row] = ends[other] if rows[row] else 0
             lines.append(f"copy {other} {row} {kept}")
             expected.append(lengths())
         elif kind in ("decode", "chunk"):
@@ -76,6 +89,47 @@ def test_rows_of_a_random_schedule_are_as_if_each_were_alone(programs: Programs,
     assert min(count.values()) > 20
     played = Played(programs, tmp_path, *lines, dtype="float32", plugin=plugin, batch=SLOTS)
     assert played.said == expected
+
+
+def test_rows_over_a_ring_are_as_if_each_were_alone(programs: Programs, tmp_path: Path) -> None:
+    """The last layer has 7 slots for a capacity of 16: rows pass the end of their ring twice."""
+    lines, expected, count = schedule(200, seed=4, ring=True)
+    assert min(count.values()) > 20
+    assert Played(programs, tmp_path, *lines, dtype="float32", batch=SLOTS, ring=True).said == expected
+
+
+def test_a_row_over_a_ring_goes_back_a_prompt_chunk_and_no_farther(programs: Programs, tmp_path: Path) -> None:
+    """Of 12 tokens the ring of 7 has 5 .. 11. At length 7 a row sees 5 and 6; at length 6 it would see 4."""
+    tokens = list(range(3, 15))
+    played = Played(programs, tmp_path, "prefill " + ",".join(map(str, tokens)), "rewind 0 6", "copy 0 0 1",
+                    "rewind 0 9", "rewind 0 6", "rewind 0 7", "step 1", "reset 0", "step 5", ring=True,
+                    dtype="float32")
+    assert played.said[0] == str(answer(tokens, ring=True))
+    refused = ("what row 0 would see at {} tokens is no longer there: its windowed layers keep a window and 4 tokens "
+               "more")
+    for line, length, held in ((1, 6, 12), (2, 1, 12), (4, 6, 9)):
+        assert played.said[line].split("|")[:2] == ["error", refused.format(length)]
+        assert f"keep 0, or 7 to {held} tokens" in played.said[line]
+    assert played.said[5:] == ["7", str(answer([*tokens[:7], 1], ring=True)), "0", str(answer([5], ring=True))]
+
+
+def test_a_row_whose_run_failed_after_it_displaced_tokens_must_be_read_again(programs: Programs,
+                                                                          tmp_path: Path) -> None:
+    tokens = ",".join(str(3 + i) for i in range(8))
+    played = Played(programs, tmp_path, "open 1", "extend 1,2", f"extend {tokens},{VOCABULARY - 1}", "lengths",
+                    "step 3", "reset 0", "step 4", ring=True, dtype="float32")
+    assert played.said[2].startswith("error|row 0's logits are not numbers")
+    assert played.said[3] == "2"
+    assert played.said[4].split("|")[1] == "a run of row 0 failed after it had displaced what its windowed layers see"
+    assert played.said[5:] == ["0", str(answer([4], ring=True))]
+
+
+def test_an_engine_that_takes_more_at_once_than_its_rings_hold_is_refused(programs: Programs, tmp_path: Path) -> None:
+    path = tmp_path / "gqa_export.json"
+    made = manifest(engine_facts(True), ring=True)
+    path.write_text(replace(made, window_cache=WindowCache(PROMPT - 1, (LAYERS - 1,))).to_json())
+    said = programs.run("session_on_toy", path, expect=2)
+    assert "takes 4 new tokens at once, and its windowed layers keep room for 3" in said
 
 
 def test_a_row_that_overflowed_leaves_nothing_behind_in_native_attention(programs: Programs, tmp_path: Path) -> None:

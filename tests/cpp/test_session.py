@@ -19,9 +19,10 @@ class Played:
 
     def __init__(self, programs: Programs, folder: Path, *lines: str, dtype: str = "float16", plugin: bool = True,
                  graph: bool = True, expect: int = 0, batch: int = BATCH, rope_switch: int = 0, hidden: bool = False,
-                 **environment: str) -> None:
+                 ring: bool = False, **environment: str) -> None:
         path, log = folder / "gqa_export.json", folder / "log"
-        path.write_text(manifest(engine_facts(plugin, batch), dtype, rope_switch=rope_switch, hidden=hidden).to_json())
+        path.write_text(manifest(engine_facts(plugin, batch), dtype, rope_switch=rope_switch, hidden=hidden,
+                                 ring=ring).to_json())
         log.write_text("")
         output = programs.run("session_on_toy", path, *([] if graph else ["no-graph"]), stdin="\n".join(lines) + "\n",
                               expect=expect, GQA_STUB_LOG=log, **environment)

@@ -11,21 +11,26 @@ from gqa_export.bundle.engine_facts import ENGINE, EngineFacts, PluginFacts, Pro
 from gqa_export.bundle.manifest import MANIFEST, FileFact, Manifest
 from gqa_export.bundle.parallel import HeldHeads, ParallelFacts, RankFacts, order_sha256, rank_folder
 from gqa_export.graph_io import TensorFact
-from gqa_export.spec import ModelSpec
+from gqa_export.spec import ModelSpec, WindowCache
 
 LAYERS, CAPACITY, VOCABULARY, BATCH, PROMPT, HEAD = 2, 16, 50, 3, 4, 2
+WINDOW = 3
+"""of the last layer, where it keeps a ring of WINDOW + PROMPT slots"""
 CACHE = [f".{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")]
 
 
-def tensors(dtype: str, hidden: bool = False, heads: int = 1) -> tuple[tuple[TensorFact, ...], tuple[TensorFact, ...]]:
-    """(inputs, outputs), as `graph_io` names them."""
-    row = ("batch", heads, CAPACITY, HEAD)
+def tensors(dtype: str, hidden: bool = False, heads: int = 1,
+            ring: bool = False) -> tuple[tuple[TensorFact, ...], tuple[TensorFact, ...]]:
+    """(inputs, outputs), as `graph_io` names them. ring: the last layer's cache is one."""
+    def row(tail: str) -> tuple[str | int, ...]:
+        return ("batch", heads, WINDOW + PROMPT if ring and tail.startswith(f".{LAYERS - 1}.") else CAPACITY, HEAD)
+
     inputs = (TensorFact("input_ids", "int32", ("batch", "sequence")), TensorFact("past_lengths", "int32", ("batch",)),
               TensorFact("new_lengths", "int32", ("batch",)),
-              *(TensorFact(f"past_key_values{tail}", dtype, row) for tail in CACHE))
+              *(TensorFact(f"past_key_values{tail}", dtype, row(tail)) for tail in CACHE))
     states = (TensorFact("hidden_states", dtype, ("batch", "sequence", 3)),) if hidden else ()
     outputs = (TensorFact("logits", dtype, ("batch", 1, VOCABULARY)), *states,
-               *(TensorFact(f"present{tail}", dtype, row) for tail in CACHE))
+               *(TensorFact(f"present{tail}", dtype, row(tail)) for tail in CACHE))
     return inputs, outputs
 
 
@@ -46,13 +51,14 @@ def engine_facts(plugin: bool = False, batch: int = BATCH) -> EngineFacts:
 
 
 def manifest(facts: EngineFacts, dtype: str = "float16", engine: bytes = b"",
-             rope_switch: int = 0, hidden: bool = False) -> Manifest:
-    inputs, outputs = tensors(dtype, hidden)
+             rope_switch: int = 0, hidden: bool = False, ring: bool = False) -> Manifest:
+    inputs, outputs = tensors(dtype, hidden, ring=ring)
     spec = ModelSpec("toy", "Toy", VOCABULARY, 3 if hidden else 8, CAPACITY, "", (), rope_switch=rope_switch)
     return Manifest(target="trt-plugin", dtype=dtype, cache="static", capacity=CAPACITY, logits="last", weights="copy",
                     spec=spec, inputs=inputs, outputs=outputs,
                     files={ENGINE: FileFact(len(engine), hashlib.sha256(engine).hexdigest())},
-                    tokens={"eos": [2, 7], "bos": 1, "pad": None}, engine=facts)
+                    tokens={"eos": [2, 7], "bos": 1, "pad": None}, engine=facts,
+                    window_cache=WindowCache(PROMPT, (LAYERS - 1,)) if ring else None)
 
 
 def write_bundle(folder: Path, *, plugin: bool = False, dtype: str = "float16",
@@ -91,9 +97,11 @@ def write_rank_bundle(folder: Path, ranks: int, held: int = 2, dtype: str = "flo
     return folder
 
 
-def answer(tokens: Sequence[int], ranks: int = 0) -> int:
-    """What the toy says after these tokens: every layer's sum over the cache, and the length. Rank r of several has
-    r + 1 times the sum."""
+def answer(tokens: Sequence[int], ranks: int = 0, ring: bool = False) -> int:
+    """What the toy says after these tokens: every layer's sum over the cache, a ring's over its window, and the length.
+    Rank r of several has r + 1 times the sum."""
+    if ring:
+        return ((sum(tokens) * (LAYERS - 1) + sum(tokens[-WINDOW:])) * 7 + len(tokens)) % VOCABULARY
     return (LAYERS * sum(tokens) * 7 * (ranks * (ranks + 1) // 2 or 1) + len(tokens)) % VOCABULARY
 
 

@@ -54,6 +54,8 @@ public:
         call_.vocabulary = manifest.vocabulary;
         call_.max_batch = manifest.max_batch;
         call_.max_prompt = manifest.max_prompt;
+        call_.slots = manifest.prompt_chunk ? manifest.least_slots : 0;
+        call_.window = call_.slots - manifest.prompt_chunk;
         for (auto const& output : manifest.outputs) {
             call_.half = output.number == gqa::Number::fp16;
             call_.hidden = call_.hidden || output.name == "hidden_states";

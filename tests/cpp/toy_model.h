@@ -28,6 +28,7 @@ struct ToyCall {
     bool half = false;   // fp16, else fp32
     bool hidden = false;  // hidden_states [B, S, 3] are an output too, each the token's own
     int profile = 0;     // 0 decode, 1 prefill
+    std::int64_t slots = 0, window = 0;  // of the last layer, a ring that adds up a window alone; 0: it keeps all
     int rank = 0;        // counted from 1; 0: one device
     std::int64_t heads = 1;
     void* communicator = nullptr;
@@ -66,7 +67,9 @@ struct ToyCall {
         }
         for (std::string const& name : names(true, false)) {
             if (name.rfind("past_key_values", 0) != 0) continue;
-            if (tensors.at(name).shape != std::vector<std::int64_t>{ids[0], heads, capacity, kHead}) return name + ": shape";
+            bool const ring = name.find('.' + std::to_string(kLayers - 1) + '.') != std::string::npos && slots;
+            std::int64_t const axis = ring ? slots : capacity;
+            if (tensors.at(name).shape != std::vector<std::int64_t>{ids[0], heads, axis, kHead}) return name + ": shape";
             std::string const present = "present" + name.substr(std::strlen("past_key_values"));
             if (tensors.at(present).address != tensors.at(name).address) return present + " is not " + name;
         }
@@ -88,6 +91,15 @@ struct ToyCall {
             double sum = 0;
             for (int layer = 0; layer < kLayers; ++layer) {
                 std::string const key = "past_key_values." + std::to_string(layer) + ".key";
+                if (slots && layer == kLayers - 1) {
+                    for (std::int64_t i = 0; i < fresh; ++i) {
+                        set(key, (row * slots + (past + i) % slots) * kHead, static_cast<float>(ids[row * steps + i]));
+                    }
+                    for (std::int64_t t = past + fresh - 1; t >= 0 && t > past + fresh - 1 - window; --t) {
+                        sum += get(key, (row * slots + t % slots) * kHead);
+                    }
+                    continue;
+                }
                 for (std::int64_t i = 0; i < fresh; ++i) {
                     set(key, (row * heads * capacity + past + i) * kHead, static_cast<float>(ids[row * steps + i]));
                 }

@@ -11,7 +11,7 @@ import random
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 
 import torch
@@ -118,16 +118,18 @@ def make(case: Case) -> Problem:
 
 
 def run_kernels(problem: Problem, kind: str, tiles: Tiles = SMALL, programs: int = 3,
-                least_keys: int = 1, ahead: bool = False) -> torch.Tensor:
-    """Append, then prefill or decode and combine, through their launchers; outputs and workspace begin as NaN."""
+                least_keys: int = 1, ahead: bool = False, ring: bool = False) -> torch.Tensor:
+    """Append, then prefill or decode and combine, through their launchers; outputs and workspace begin as NaN. ring:
+    the caches are (`ring_of`)."""
     from gqa_plugins.grouped_attention import append, decode, prefill
 
     case = problem.case
     output = guarded(torch.full((len(case.lengths), case.steps, case.heads * case.value_head), torch.nan,
                                 dtype=DTYPES[case.dtype]), problem.guards)
-    rotated = append.append(*problem.tensors()[:9], num_heads=case.heads, interleaved=case.interleaved)
+    rotated = append.append(*problem.tensors()[:9], num_heads=case.heads, interleaved=case.interleaved,
+                            ring=ring)
     attributes = {"num_heads": case.heads, "scale": case.head**-0.5, "softcap": case.softcap, "window": case.window,
-                  "tiles": tiles}
+                  "tiles": tiles, "ring": ring}
     arguments = (rotated, problem.past_key, problem.past_value, problem.past_lengths, problem.new_lengths,
                  problem.sinks, output)
     if kind == "prefill":
@@ -156,6 +158,35 @@ def guarded_workspace(module, guards: list) -> Iterator[None]:
         yield
     finally:
         module.torch = original
+
+
+def ring_of(problem: Problem, slots: int) -> Problem:
+    """The same problem over rings of so many slots: what no new row sees is NaN, the tokens between included."""
+    guards: list = []
+    rings = []
+    for cache in (problem.past_key, problem.past_value):
+        ring = torch.full((*cache.shape[:2], slots, cache.shape[3]), torch.nan, dtype=cache.dtype)
+        for b, (past, _) in enumerate(problem.case.lengths):
+            for token in range(max(0, past - problem.case.window + 1), past):
+                ring[b, :, token % slots] = cache[b, :, token]
+        rings.append(guarded(ring, guards))
+    return replace(problem, past_key=rings[0], past_value=rings[1], guards=guards)
+
+
+def assert_ring_holds_new_tokens(ring: Problem, before: Problem, whole: Problem) -> None:
+    """Token t lies in slot t mod N (values bit for bit), every other slot is bit for bit as it was."""
+    case, slots = ring.case, ring.past_key.shape[2]
+    _, present_key, present_value = truth(whole)
+    rounding = {"fp16": 2**-10, "bf16": 2**-7, "fp32": 2**-22}[case.dtype] * 4 if case.rotary else 0
+    for b, (past, new) in enumerate(case.lengths):
+        places = [token % slots for token in range(past, past + new)]
+        for now, then, expected, tolerance in ((ring.past_key, before.past_key, present_key, rounding),
+                                               (ring.past_value, before.past_value, present_value, 0)):
+            error = now[b][:, places].double() - expected[b, :, past: past + new]
+            assert (error.abs() <= tolerance).all(), case
+            rest = [slot for slot in range(slots) if slot not in places]
+            assert torch.equal(now[b][:, rest].nan_to_num(9), then[b][:, rest].nan_to_num(9)), case
+    assert_guards(ring.guards)
 
 
 def truth(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

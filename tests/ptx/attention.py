@@ -21,13 +21,25 @@ from gqa_plugins.grouped_attention import launch, plan
 from gqa_plugins.grouped_attention.cubin import Cubin, Variant, compile_to_ptx
 from gqa_plugins.grouped_attention.launch import Layer, Sizes
 
+from gqa_export.attention_op import RING
+
 from .global_memory import GlobalMemory
 from .machine import Machine
 
 PLUGIN_TESTS = str(Path(__file__).resolve().parent.parent / "plugins")
 if PLUGIN_TESTS not in sys.path:  # that folder is not a package: its modules import each other by name
     sys.path.append(PLUGIN_TESTS)
-from attention_cases import DTYPES, Case, Problem, assert_cache_holds_new_tokens, eager, make, truth  # noqa: E402
+from attention_cases import (  # noqa: E402
+    DTYPES,
+    Case,
+    Problem,
+    assert_cache_holds_new_tokens,
+    assert_ring_holds_new_tokens,
+    eager,
+    make,
+    ring_of,
+    truth,
+)
 
 SM_COUNT = 4
 Compiled = tuple[Cubin, Machine]
@@ -37,7 +49,8 @@ Library = Callable[[Variant, int], Compiled]
 @dataclass(frozen=True)
 class Run:
     """A case on one capability. rows: that the tile is chosen for (0: as an engine's kernels are compiled); programs:
-    of decode; has_new: False for a layer that reads another layer's cache."""
+    of decode; has_new: False for a layer that reads another layer's cache; slots: of a ring, 0 where the cache keeps
+    all."""
 
     case: Case
     capability: int
@@ -46,6 +59,7 @@ class Run:
     least_keys: int = 1
     has_new: bool = True
     rows: int = 0
+    slots: int = 0
 
 
 @functools.cache
@@ -58,10 +72,10 @@ def compiled(variant: Variant, capability: int, approximate: bool = False) -> Co
 def layer_of(run: Run) -> tuple[Layer, Sizes]:
     """The plugin's layer and the shapes of its call."""
     case = run.case
-    layer = Layer(case.heads, case.kv_heads, case.head**-0.5, case.softcap, case.window, int(case.interleaved), 0,
-                  int(case.rotary > 0), int(case.sinks), int(run.has_new))
-    return layer, Sizes(len(case.lengths), case.steps, case.capacity, case.head, case.value_head, case.dtype,
-                        case.rotary // 2, case.capacity if case.rotary else 1)
+    layer = Layer(case.heads, case.kv_heads, case.head**-0.5, case.softcap, case.window, int(case.interleaved),
+                  RING if run.slots else 0, int(case.rotary > 0), int(case.sinks), int(run.has_new))
+    return layer, Sizes(len(case.lengths), case.steps, run.slots or case.capacity, case.head, case.value_head,
+                        case.dtype, case.rotary // 2, case.capacity if case.rotary else 1)
 
 
 def variants_of(run: Run) -> dict[str, Variant]:
@@ -157,11 +171,15 @@ def check(run: Run, library: Library = compiled) -> Result:
     before_key, before_value = problem.past_key.clone(), problem.past_value.clone()
     expected, present_key, present_value = truth(problem)
     allowed = 2 * (eager(problem, present_key, present_value).double() - expected).abs().max().item() + 1e-6
-    output = attend(run, problem, library).double()
+    held = ring_of(problem, run.slots) if run.slots else problem
+    before = ring_of(problem, run.slots) if run.slots else None
+    output = attend(run, held, library).double()
     assert torch.equal(output.isnan(), expected.isnan()), "NaN in other places than in fp64"
     for b, (_, new) in enumerate(run.case.lengths):
         assert (output[b, new:] == 0).all(), f"a padded row of sequence {b} is not zero"
-    if run.has_new:
+    if before is not None:
+        assert_ring_holds_new_tokens(held, before, problem)
+    elif run.has_new:
         assert_cache_holds_new_tokens(problem, before_key, before_value)
     else:
         for now, then in ((problem.past_key, before_key), (problem.past_value, before_value)):

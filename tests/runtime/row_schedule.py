@@ -30,9 +30,10 @@ class Alone:
 
 
 def play(session: Any, alone: Alone, operations: int, *, seed: int, vocabulary: int, longest: int,
-         marks: bool) -> dict[str, int]:
+         marks: bool, rings: bool = False) -> dict[str, int]:
     """Lead `session` through `operations` joins, leaves, rewinds and copies, with steps in between, and hold every
-    answer against `alone`. marks: rows go back only to lengths that they were marked at. How often each happened."""
+    answer against `alone`. marks: rows go back only to lengths that they were marked at, rings: to those that the
+    session still has. How often each happened."""
     random = np.random.default_rng(seed)
     session.reset(SLOTS)
     rows: list[list[int]] = [[] for _ in range(SLOTS)]
@@ -41,7 +42,10 @@ def play(session: Any, alone: Alone, operations: int, *, seed: int, vocabulary: 
 
     def places(row: int) -> list[int]:
         """To which lengths a row may go back."""
-        return sorted(marked[row] | {0, len(rows[row])}) if marks else list(range(len(rows[row]) + 1))
+        if marks:
+            return sorted(marked[row] | {0, len(rows[row])})
+        return [length for length in range(len(rows[row]) + 1)
+                if not rings or session.nearest_length(row, length) == length]
 
     def step(new: dict[int, list[int]]) -> None:
         width = max(map(len, new.values()))

@@ -289,7 +289,7 @@ def wrong_plugin(**changes) -> dict:
     ({"profiles": ()}, "", "decode profile"),
     ({"profiles": (ProfileFacts("decode", {}),)}, "E-ENGINE-PROFILE", "input_ids"),
     ({"plugin": None}, "E-ENGINE-PLUGIN-MISSING", ""),
-    (wrong_plugin(version="2"), "E-ENGINE-PLUGIN", "gqa::GroupedQueryAttention version 1"),
+    (wrong_plugin(version="3"), "E-ENGINE-PLUGIN", "gqa::GroupedQueryAttention version 1"),
     (wrong_plugin(namespace="other"), "E-ENGINE-PLUGIN", "other::"),
     (wrong_plugin(contract_version=2), "", "version 2"),
     (wrong_plugin(), "E-ENGINE-KERNELS", "")])
@@ -422,3 +422,57 @@ def test_what_the_plugin_refused_comes_out_of_a_run_that_failed(engine, gpu) -> 
     with refused("E-ENGINE-OF-THE-PLUGIN"):
         session.step(np.array([[4, 5]]))
     assert session.lengths.tolist() == [0]
+
+
+@pytest.fixture(scope="session")
+def ringed(checkpoint, tmp_path_factory):
+    """(manifest of a bundle whose layers keep rings of 24 slots, folder with its graph as ONNX Runtime runs it)."""
+    import gqa_export as gqa
+
+    folder = gqa.export(checkpoint, tmp_path_factory.mktemp("rings") / "bundle", target="trt-plugin",
+                        capacity=CAPACITY, window_cache="small", prompt_chunk=8).folder
+    place = tmp_path_factory.mktemp("interpreted") / "rings"
+    with _interpreted(folder, read_manifest(folder), []) as (_, graph):
+        shutil.copytree(graph, place)
+    return read_manifest(folder), place
+
+
+def test_an_engine_over_rings_says_what_the_model_says(ringed, gpu, model, tmp_path) -> None:
+    manifest, graph = ringed
+    session, truth = gpu(write_engine(tmp_path / "engine", graph, manifest)), TorchSession(model, CAPACITY)
+    assert {tensor.shape[2] for tensor in session.backend.caches} == {24}
+    for garbage in ((), (1e4, float("nan"))):
+        session.fill_garbage(garbage)
+        random = np.random.default_rng(12)
+        session.reset(3)
+        truth.reset(3)
+        for width, new in ((30, (30, 7, 1)), *STEPS[1:6]):
+            ids = random.integers(0, VOCABULARY, (3, width))
+            step, expected = (each.step(ids, np.array(new), want_cache=True) for each in (session, truth))
+            np.testing.assert_allclose(step.logits[:, 0], last_rows(expected.logits, new), atol=TOLERANCE)
+            for mine, theirs in zip((*step.keys, *step.values), (*expected.keys, *expected.values), strict=True):
+                np.testing.assert_allclose(mine, theirs, atol=TOLERANCE)
+    session.fill_garbage(())
+    key, expected = session.cache()[0][0], truth.cache()[0][0]
+    for b, length in enumerate(session.lengths.tolist()):  # what garbage may lie behind every later window is not kept
+        kept = slice(max(0, length - 15), length)
+        np.testing.assert_allclose(key[b, :, kept], expected[b, :, kept], atol=TOLERANCE)
+
+
+def test_rows_of_an_engine_over_rings_are_as_if_each_were_alone(ringed, gpu, tmp_path) -> None:
+    manifest, graph = ringed
+    folder = write_engine(tmp_path / "engine", graph, manifest, max_batch=4)
+    session = gpu(folder)
+    count = play(session, Alone(gpu(folder)), 60, seed=8, vocabulary=VOCABULARY, longest=CAPACITY - 4, marks=False,
+                 rings=True)
+    assert min(count.values()) > 5
+    session.reset(1)
+    session.step(np.full((1, 40), 7))
+    with refused("E-RUN-ROW-WINDOW"):
+        session.rewind_row(0, 30)
+
+
+def test_an_engine_that_takes_more_at_once_than_its_rings_hold_is_refused(ringed, gpu, tmp_path) -> None:
+    manifest, graph = ringed
+    with refused("E-ENGINE-PROFILE", InvalidBundle):
+        gpu(write_engine(tmp_path / "engine", graph, manifest, max_prompt=9))

@@ -20,10 +20,18 @@ def refuse_layers(graph: gs.Graph, context: Context) -> int:
     return 0
 
 
+def number_of_rings(context: Context) -> int:
+    """Layers whose cache has fewer slots than the capacity."""
+    return len(context.options.windows.layers) if context.options.windows else 0
+
+
 def literal_capacity(graph: gs.Graph, context: Context) -> Rewritten:
-    """Put the number for the named axis of every cache input and output; counts them."""
+    """Put the number for the named axis of every cache input and output but those of rings; counts them."""
     count, misses = 0, []
+    rings = context.options.windows.layers if context.options.windows else ()
     for tensor in (*graph.inputs, *graph.outputs):
+        if graph_io.layer_of_cache(tensor.name) in rings:
+            continue
         if graph_io.CAPACITY in (tensor.shape or ()):
             tensor.shape = [context.options.capacity if axis == graph_io.CAPACITY else axis for axis in tensor.shape]
             count += 1
@@ -36,5 +44,5 @@ PREPARE: list[Pass[onnx_ir.Model, Context]] = []
 FIRST: list[Pass[gs.Graph, Context]] = [
     Pass("refuse_layers", refuse_layers),
     Pass("literal_capacity", literal_capacity, requires=("infer_shapes",),
-         expect=lambda context: 4 * len(context.spec.layers)),
+         expect=lambda context: 4 * (len(context.spec.layers) - number_of_rings(context))),
 ]

@@ -1,4 +1,5 @@
-"""Rows as slots in ONNX Runtime: how tensors of caches and states are moved for the operations of `RowSlots`."""
+"""Rows as slots in ONNX Runtime: how tensors of caches and states are read, and moved for the operations of `RowSlots`.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from ...bundle.manifest import Manifest
-from ...spec import ModelSpec
+from ...quantized.kv_codes import decode
+from ...spec import AttentionSpec, KvCache, ModelSpec
 from ...targets import Target
+from ..rings import unrolled
 from ..rows import RowSlots, longest_after, move_row, resized
 from .backend import Backend
 
@@ -28,6 +31,33 @@ class OrtRowSlots(RowSlots):
     _static: bool
     _cached: int
     _past: list[Any]
+    _kv: KvCache | None
+
+    def _room(self, layer: AttentionSpec) -> int:
+        """Tokens of a layer's new cache."""
+        slots = self._windows.slots(layer) if self._windows else 0
+        return slots or (self.capacity if self._static else 0)
+
+    def states(self) -> list[np.ndarray]:
+        """Per state of fixed size [B, *shape], copies."""
+        return [np.array(self._backend.download(t)) for t in self._past[self._cached:]]
+
+    def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Per layer (key [B, K, T, D], value [B, K, T, E]), copies; T is the capacity of a static cache, the longest
+        row where it is a ring, of which displaced tokens are zeros. Numbers."""
+        tensors = self._numbers([np.array(self._backend.download(t)) for t in self._past[: self._cached]])
+        if self._windows is not None:
+            rings = [bool(self._windows.slots(layer)) for layer in self.spec.layers for _ in range(2)]
+            tensors = [unrolled(tensor, self._lengths, self._ends) if ring else tensor
+                       for tensor, ring in zip(tensors, rings, strict=True)]
+        return list(zip(tensors[0::2], tensors[1::2]))
+
+    def _numbers(self, tensors: list[np.ndarray]) -> list[np.ndarray]:
+        """Cache tensors, key and value in turn, as numbers."""
+        if self._kv is None:
+            return tensors
+        scales = [scale for each in self._kv.scales for scale in (each.key, each.value)]
+        return [decode(tensor, scale, self._kv.bits) for tensor, scale in zip(tensors, scales, strict=True)]
 
     def _ridden(self, new: np.ndarray, sequence: int) -> np.ndarray:
         """What each row is fed. Where the attention takes no row without a token, and the others bring one each (or

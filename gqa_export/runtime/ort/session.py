@@ -20,10 +20,9 @@ from ...bundle.long_facts import PREFILL
 from ...bundle.manifest import MODEL, Manifest, read_manifest
 from ...errors import GqaExportError, cause_of
 from ...graph_io import ATTENTION_MASK, HIDDEN_STATES, INPUT_IDS, past_names, past_state, present_names, present_state
-from ...quantized.kv_codes import decode
 from ...spec import DTYPES
 from ...targets import Target, get_target
-from ..feeds import check_feed, must_run_alone, step_feed, written_rows
+from ..feeds import check_feed, chunks_of, joined, must_run_alone, step_feed, written_rows
 from ..session import Step
 from .adapters import adapter_names, load_adapter
 from .backend import ArrayBackend, Backend, BindingBackend, Infer, numpy_dtype
@@ -63,6 +62,7 @@ class OrtSession(OrtRowSlots):
         self._static, self._cached = manifest.cache == "static", 2 * len(manifest.spec.layers)
         self._inplace = self._static and target.writes_in_place(manifest.fallbacks)
         self._dtype = numpy_dtype(DTYPES.get(manifest.dtype, manifest.dtype))
+        self._windows = manifest.window_cache
         self._kv, self._cache_dtype = manifest.kv_cache, np.dtype(getattr(manifest.kv_cache, "dtype", self._dtype))
         self.reset(1)
 
@@ -159,25 +159,32 @@ class OrtSession(OrtRowSlots):
             raise GqaExportError(f"batch size must be at least 1, got {batch}", "reset", "give at least one sequence",
                                  code="E-RUN-BATCH")
         self._begin_rows(batch)
-        room = self.capacity if self._static else 0
         width = self._kv.width if self._kv else int
-        sizes = [(layer.kv_num_heads, width(size)) for layer in self.spec.layers
-                 for size in (layer.head_size, layer.value_head_size)]
-        self._past = [self._backend.upload(np.zeros((batch, heads, room, size), self._cache_dtype))
-                      for heads, size in sizes]
+        self._past = [self._backend.upload(np.zeros((batch, layer.kv_num_heads, self._room(layer), width(size)),
+                                                    self._cache_dtype))
+                      for layer in self.spec.layers for size in (layer.head_size, layer.value_head_size)]
         self._past += [self._backend.upload(np.zeros((batch, *state.shape), state.dtype)) for state in self.spec.states]
 
     def step(self, input_ids: np.ndarray, new_lengths: np.ndarray | None = None, *, want_cache: bool = False) -> Step:
         """See `Session.step`."""
         ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.spec.vocabulary)
+        if self._windows is None or ids.shape[1] <= self._windows.chunk:
+            return self._piece(ids, new, want_cache, new_lengths is None)
+        pieces = chunks_of(ids.shape[1], self._windows.chunk, new)
+        return joined([self._piece(ids[:, start:stop], part, want_cache, new_lengths is None)
+                       for start, stop, part in pieces], [part for _, _, part in pieces],
+                      self.manifest.logits == "last")
+
+    def _piece(self, ids: np.ndarray, new: np.ndarray, want_cache: bool, even: bool) -> Step:
+        """One call of the graph, or one for each row. ids, new: checked. even: no row is padded."""
         before, sequence = self._lengths, ids.shape[1]
         padded = self._target.writes_padding and (self._static or self.manifest.ragged_chunks)
-        fed = new if new_lengths is None else self._ridden(new, sequence)
+        fed = new if even else self._ridden(new, sequence)
         alone = must_run_alone(before, fed, sequence, capacity=self.capacity if padded else None,
                                chunks_alone=self._target.chunks_alone, empty_alone=self._target.empty_alone)
         alone = alone or self._padding_costs_more(fed, sequence)
         answers = self._each_row(ids, new) if alone else self._whole(ids, fed, new)
-        self._lengths = before + new
+        self._grow(new, fed)
         logits, hidden = (each if each is None or each.dtype == np.float32 else each.astype(np.float32)
                           for each in answers)
         assert logits is not None
@@ -186,22 +193,6 @@ class OrtSession(OrtRowSlots):
         tensors = self._numbers([written_rows(self._backend.download(t), before, new, sequence)
                                  for t in self._past[: self._cached]])
         return Step(logits, tuple(tensors[0::2]), tuple(tensors[1::2]), tuple(self.states()), hidden)
-
-    def states(self) -> list[np.ndarray]:
-        """Per state of fixed size [B, *shape], copies."""
-        return [np.array(self._backend.download(t)) for t in self._past[self._cached:]]
-
-    def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Per layer (key [B, K, T, D], value [B, K, T, E]), copies; T is the capacity of a static cache. Numbers."""
-        tensors = self._numbers([np.array(self._backend.download(t)) for t in self._past[: self._cached]])
-        return list(zip(tensors[0::2], tensors[1::2]))
-
-    def _numbers(self, tensors: list[np.ndarray]) -> list[np.ndarray]:
-        """Cache tensors, key and value in turn, as numbers."""
-        if self._kv is None:
-            return tensors
-        scales = [scale for each in self._kv.scales for scale in (each.key, each.value)]
-        return [decode(tensor, scale, self._kv.bits) for tensor, scale in zip(tensors, scales, strict=True)]
 
     def left_padded(self) -> np.ndarray | None:
         """What the graph itself answers to a row padded on the left, [1, 3, V]: NaN if it is sound. None where the

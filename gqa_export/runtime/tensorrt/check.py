@@ -76,6 +76,10 @@ def facts_of(manifest: Manifest, where: str) -> EngineFacts:
         if lacking:
             raise InvalidBundle(f"the {name} profile does not name {lacking[0]}", where, REBUILD,
                                 code="E-ENGINE-PROFILE")
+    windows = manifest.window_cache
+    if windows is not None and facts.max_prompt > windows.chunk:
+        raise InvalidBundle(f"the engine takes {facts.max_prompt} new tokens at once, and its windowed layers keep "
+                            f"room for {windows.chunk}", where, REBUILD, code="E-ENGINE-PROFILE")
     _check_plugin(facts, where)
     return facts
 

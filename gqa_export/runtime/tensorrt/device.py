@@ -17,6 +17,8 @@ from ...bundle.engine_facts import DECODE, PREFILL, REBUILD
 from ...bundle.manifest import Manifest
 from ...errors import GqaExportError, cause_of
 from ...graph_io import HIDDEN_STATES, INPUT_IDS, LOGITS, NEW_LENGTHS, PAST_LENGTHS, past_names, present_names
+from ...spec import AttentionSpec
+from ..rings import dead_slots
 
 ALIGNMENT = 256  # bytes; TensorRT takes no tensor at another address. CUDA's own allocations begin at such a one
 
@@ -78,10 +80,9 @@ class DeviceBackend:
                 tensor.zero_()
             return
         self._graph, self._warm, self._batch = None, False, batch
-        sizes = [(layer.kv_num_heads, size) for layer in spec.layers
-                 for size in (layer.head_size, layer.value_head_size)]
-        self.caches = [torch.zeros((batch, heads, self._manifest.capacity, size), dtype=self._dtype,
-                                   device=self.device) for heads, size in sizes]
+        self.caches = [torch.zeros((batch, layer.kv_num_heads, self._slots(layer) or self._manifest.capacity, size),
+                                   dtype=self._dtype, device=self.device)
+                       for layer in spec.layers for size in (layer.head_size, layer.value_head_size)]
         self._ids = torch.zeros((batch, 1), dtype=torch.int32, device=self.device)
         self._past, self._new = (torch.zeros(batch, dtype=torch.int32, device=self.device) for _ in range(2))
         self._logits = torch.zeros((batch, 1, spec.vocabulary), dtype=self._dtype, device=self.device)
@@ -214,9 +215,16 @@ class DeviceBackend:
 
     def fill_tail(self, lengths: np.ndarray, values: tuple[float, ...]) -> None:
         """See `EngineBackend.fill_tail`."""
-        torch = self._torch
-        places_C = torch.arange(self._manifest.capacity, device=self.device)
-        tail_B1C1 = (places_C >= torch.as_tensor(lengths, device=self.device)[:, None])[:, None, :, None]
-        fill_C = torch.as_tensor(np.resize(np.array(values), self._manifest.capacity), device=self.device)
-        for tensor in self.caches:
+        torch, layers = self._torch, self._manifest.spec.layers
+        for layer, tensor in zip((layer for layer in layers for _ in range(2)), self.caches, strict=True):
+            slots, axis = self._slots(layer), tensor.shape[2]
+            tail_BC = (dead_slots(slots, layer.window, lengths) if slots
+                       else np.arange(axis) >= np.asarray(lengths)[:, None])
+            tail_B1C1 = torch.as_tensor(tail_BC, device=self.device)[:, None, :, None]
+            fill_C = torch.as_tensor(np.resize(np.array(values), axis), device=self.device)
             tensor.copy_(torch.where(tail_B1C1, fill_C.to(self._dtype)[None, None, :, None], tensor))
+
+    def _slots(self, layer: AttentionSpec) -> int:
+        """Slots of a layer's ring, 0 where it keeps the whole capacity."""
+        windows = self._manifest.window_cache
+        return windows.slots(layer) if windows else 0

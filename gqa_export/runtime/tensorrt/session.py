@@ -15,14 +15,16 @@ from ...bundle.manifest import Manifest
 from ...errors import GqaExportError
 from ...graph_io import HIDDEN_STATES
 from ...targets import get_target
-from ..feeds import check_feed, must_run_alone, written_rows
+from ..feeds import check_feed, chunks_of, joined, must_run_alone, written_rows
+from ..rings import unrolled
 from ..rows import RowSlots
 from ..session import Step
 from .check import check_bundle, check_device, facts_of, import_flavor
 
 
 class EngineBackend(Protocol):
-    """Runs the engine and owns the memory of the cache, [B, K, C, D] and [B, K, C, E] for every layer."""
+    """Runs the engine and owns the memory of the cache, [B, K, C, D] and [B, K, C, E] for every layer; C is a ring's
+    slots where it is one."""
 
     def allocate(self, batch: int) -> None:
         """An empty, zeroed cache for `batch` sequences."""
@@ -47,7 +49,7 @@ class EngineBackend(Protocol):
         """Zero what lies at or beyond `length` in a row."""
 
     def fill_tail(self, lengths: np.ndarray, values: tuple[float, ...]) -> None:
-        """Overwrite what lies at or beyond lengths [B] with `values` in turn."""
+        """Overwrite what lies at or beyond lengths [B], and what no later row sees of a ring, with `values` in turn."""
 
 
 class EngineSession(RowSlots):
@@ -61,7 +63,7 @@ class EngineSession(RowSlots):
         """pieces of a prompt that end at multiples of this are approximated as the whole would be; 0: none is"""
         self._most = self.max_prompt // self.leaf * self.leaf if self.max_prompt > self.leaf > 0 else self.max_prompt
         self.backend = backend
-        target = get_target(manifest.target)
+        target, self._windows = get_target(manifest.target), manifest.window_cache
         self._pads, self._clears = target.writes_padding, not target.nan_tail_safe
         self._gives_hidden = any(fact.name == HIDDEN_STATES for fact in manifest.outputs)
         self._garbage: tuple[float, ...] = ()
@@ -108,22 +110,26 @@ class EngineSession(RowSlots):
     def step(self, input_ids: np.ndarray, new_lengths: np.ndarray | None = None, *, want_cache: bool = False) -> Step:
         """See `Session.step`. Logits are [B, 1, V]; zeros for a row that brings nothing."""
         ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.spec.vocabulary)
-        before, sequence = self._lengths.copy(), ids.shape[1]
+        pieces = chunks_of(ids.shape[1], self._most, new)
+        return joined([self._part(ids[:, start:stop], part, want_cache) for start, stop, part in pieces],
+                      [part for _, _, part in pieces], True)
+
+    def _part(self, ids: np.ndarray, new: np.ndarray, want_cache: bool) -> Step:
+        """As many new tokens per row as the engine takes at once; nothing runs where there are none."""
+        before, width = self._lengths.copy(), int(new.max())
         logits = np.zeros((len(new), 1, self.spec.vocabulary), np.float32)
-        whole = np.zeros((len(new), sequence, self.spec.hidden_size), np.float32) if self._gives_hidden else None
-        for start in range(0, sequence, self._most):
-            part = np.clip(new - start, 0, self._most)
-            width = int(part.max())
-            if width:
-                answer, hidden = self._piece(ids[:, start: start + width], part)
-                logits = np.where((part > 0)[:, None, None], answer, logits)
-                if whole is not None:
-                    whole[:, start: start + width] = hidden
+        hidden = np.zeros((*ids.shape, self.spec.hidden_size), np.float32) if self._gives_hidden else None
+        if width:
+            answer, found = self._piece(ids[:, :width], new)
+            logits = np.where((new > 0)[:, None, None], answer, logits)
+            if hidden is not None:
+                hidden[:, :width] = found
         if not want_cache:
-            return Step(logits, hidden=whole)
-        pairs = self.cache()
-        keys, values = (tuple(written_rows(pair[place], before, new, sequence) for pair in pairs) for place in (0, 1))
-        return Step(logits, keys, values, hidden=whole)
+            return Step(logits, hidden=hidden)
+        pairs = self.backend.cache()
+        keys, values = (tuple(written_rows(pair[place], before, new, ids.shape[1]) for pair in pairs)
+                        for place in (0, 1))
+        return Step(logits, keys, values, hidden=hidden)
 
     def decode(self, token_ids: Any) -> Any:
         """One new token for every row, without leaving the device: token_ids int32 [B, 1], where the backend keeps
@@ -137,7 +143,7 @@ class EngineSession(RowSlots):
                                  "pass one new token for every sequence of the batch", code="E-RUN-SHAPE")
         check_feed(np.zeros((len(one), 1), np.int64), one, self._lengths, self.capacity, self.spec.vocabulary)
         self._last = self.backend.run(token_ids, self._lengths.astype(np.int32), one.astype(np.int32), 0)
-        self._lengths = self._lengths + 1
+        self._grow(one)
         return self._last
 
     @property
@@ -150,8 +156,14 @@ class EngineSession(RowSlots):
         return []
 
     def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Per layer (key [B, K, C, D], value [B, K, C, E]), copies."""
-        return self.backend.cache()
+        """Per layer (key [B, K, C, D], value [B, K, C, E]), copies; of a ring the longest row, with zeros for what it
+        holds no longer."""
+        pairs = self.backend.cache()
+        if self._windows is None:
+            return pairs
+        return [(unrolled(key, self._lengths, self._ends), unrolled(value, self._lengths, self._ends))
+                if self._windows.slots(layer) else (key, value)
+                for layer, (key, value) in zip(self.spec.layers, pairs, strict=True)]
 
     def fill_garbage(self, values: tuple[float, ...]) -> None:
         """Fill the cache beyond the lengths with these values, in turn, before every later call; (): leave it."""
@@ -180,7 +192,7 @@ class EngineSession(RowSlots):
                     hidden[b, : new[b]] = found[0]
         else:
             logits, hidden = self._run(ids, self._lengths, new, 0)
-        self._lengths = self._lengths + new
+        self._grow(new)
         return logits, hidden
 
     def _run(self, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray,

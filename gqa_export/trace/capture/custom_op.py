@@ -36,7 +36,7 @@ def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, past_key:
           rotary_interleaved: int, growing: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, new, _ = query.shape
     value_size = past_value.shape[-1]
-    total = past_key.shape[2] + new if growing else past_key.shape[2]
+    total = past_key.shape[2] + new if growing == 1 else past_key.shape[2]
     return (query.new_empty(batch, new, num_heads * value_size),
             past_key.new_empty(past_key.shape[0], kv_num_heads, total, past_key.shape[-1]),
             past_value.new_empty(past_value.shape[0], kv_num_heads, total, value_size))

@@ -57,11 +57,14 @@ void check_cubin(Cubin const& cubin, Layer const& layer, Sizes const& sizes) {
         {"HAS_SINKS", layer.has_sinks},
         {"HAS_NEW", layer.has_new},
         {"INTERLEAVED", layer.interleaved()},
+        {"RING", layer.ring()},
     };
     for (auto const& [name, value] : of_all) expected.emplace(name, value);
+    std::map<std::string, std::string> constants = cubin.constants;
+    constants.emplace("RING", "0");  // files of before there were rings do not name it
     for (auto const& [name, value] : expected) {
-        auto const found = cubin.constants.find(name);
-        if (found == cubin.constants.end() || number(found->second) == value) continue;
+        auto const found = constants.find(name);
+        if (found == constants.end() || number(found->second) == value) continue;
         throw Error("kernel " + cubin.kernel + " was compiled for " + name + " = " + found->second +
                         ", the layer has " + std::to_string(value), kWhere, kRebuild);
     }

@@ -136,6 +136,8 @@ Launches::Launches(Layer const& layer, Sizes const& sizes, Kernels const& kernel
     attending_.set(Slot::sinks_ptr, layer.has_sinks ? input(Input::sinks) : rotated);
     attending_.set(Slot::key_ptr, input(Input::past_key));
     attending_.set(Slot::value_ptr, input(Input::past_value));
+    joining_ = attending_;  // combine asks only how many new tokens there may be
+    if (layer.ring()) joining_.set(Slot::capacity, static_cast<std::int32_t>(sizes.capacity - layer.window + 1));
 
     std::int64_t const rows = sizes.steps * layer.group();
     if (layer.appends()) {
@@ -158,7 +160,7 @@ Launches::Launches(Layer const& layer, Sizes const& sizes, Kernels const& kernel
         add(kernels.long_prefill, grids.long_prefill, layer.kv_num_heads, sizes.batch, attending_);
     } else if (decode) {
         add(kernels.decode, programs, 1, 1, attending_);
-        add(kernels.combine, sizes.batch * sizes.steps * layer.num_heads, 1, 1, attending_);
+        add(kernels.combine, sizes.batch * sizes.steps * layer.num_heads, 1, 1, joining_);
     } else {
         add(kernels.prefill, ceil_div(rows, kernels.prefill.cubin->tile_rows), layer.kv_num_heads, sizes.batch,
             attending_);

@@ -76,7 +76,7 @@ public:
 private:
     void add(Kernel const& kernel, std::int64_t x, std::int64_t y, std::int64_t z, Arguments const& arguments);
 
-    Arguments appending_, attending_;
+    Arguments appending_, attending_, joining_;
     std::array<Launch, 4> list_{};
     std::size_t count_ = 0;
 };

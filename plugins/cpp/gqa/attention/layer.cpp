@@ -43,8 +43,10 @@ void check_layer(Layer const& layer) {
     if (layer.kv_num_heads < 1 || layer.num_heads < 1 || layer.num_heads % layer.kv_num_heads) {
         wrong = std::to_string(layer.num_heads) + " query heads cannot be grouped over " +
                 std::to_string(layer.kv_num_heads) + " key/value heads";
-    } else if (layer.growing) {
-        wrong = "the plugin writes into a static cache, and growing is 1";
+    } else if (layer.growing && !layer.ring()) {
+        wrong = "the plugin writes into a static cache or a ring, and growing is " + std::to_string(layer.growing);
+    } else if (layer.ring() && layer.window < 1) {
+        wrong = "a ring holds what a window sees, and this layer has none";
     } else if (layer.window < 0 || layer.softcap < 0) {
         wrong = "window and softcap are 0 or more";
     } else {

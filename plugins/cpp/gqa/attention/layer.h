@@ -19,6 +19,7 @@ constexpr std::array<char const*, 2> kPluginVersions{"1", "2"};  // 2: with the 
 inline char const* version_text(std::int32_t version) { return kPluginVersions[static_cast<std::size_t>(version - 1)]; }
 constexpr char kPluginNamespace[] = "gqa";
 constexpr std::int32_t kContractVersion = 1;
+constexpr std::int32_t kRing = 2;  // of `growing`: a cache whose slots are used again, token t in slot t modulo C
 inline bool knows_version(std::string const& version) {
     for (char const* known : kPluginVersions) {
         if (version == known) return true;
@@ -37,6 +38,7 @@ struct Layer {
 
     std::int64_t group() const { return num_heads / kv_num_heads; }
     bool appends() const { return has_new || has_rotary; }
+    bool ring() const { return growing == kRing; }
     bool interleaved() const { return rotary_interleaved && has_rotary; }
 };
 

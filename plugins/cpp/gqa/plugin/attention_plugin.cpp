@@ -58,6 +58,11 @@ void check_shapes(Layer const& layer, std::vector<Input> const& inputs, Dims con
         throw Error("past_key has " + std::to_string(find(Input::past_key)->d[1]) + " heads, expected " +
                         std::to_string(layer.kv_num_heads), "attention layer", kExportAgain);
     }
+    std::int64_t const slots = find(Input::past_key)->d[2];
+    if (layer.ring() && slots < layer.window) {
+        throw Error("a ring of " + std::to_string(slots) + " slots cannot hold a window of " +
+                        std::to_string(layer.window), "attention layer", kExportAgain);
+    }
     if (!layer.method) return;
     Dims const &fractions = *find(Input::fractions), &projections = *find(Input::projections);
     std::int64_t const bits = projections.d[1];

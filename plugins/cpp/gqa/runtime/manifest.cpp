@@ -130,6 +130,21 @@ void check_tensors(Manifest& manifest, std::string const& where) {
     }
 }
 
+// The rings of windowed layers, where the manifest has some: token t of a row lies in slot t modulo a ring's slots.
+void read_rings(Json const& root, Manifest& manifest, std::string const& where) {
+    if (!root.has("window_cache") || root.at("window_cache").is_null()) return;
+    manifest.prompt_chunk = root.at("window_cache").at("chunk").integer();
+    manifest.least_slots = manifest.capacity;
+    for (TensorFact const& input : manifest.inputs) {
+        if (input.row.size() == 3) manifest.least_slots = std::min(manifest.least_slots, input.row[1]);
+    }
+    if (manifest.max_prompt > manifest.prompt_chunk) {
+        throw Error("the engine takes " + std::to_string(manifest.max_prompt) +
+                        " new tokens at once, and its windowed layers keep room for " +
+                        std::to_string(manifest.prompt_chunk), where, kRebuild);
+    }
+}
+
 }  // namespace
 
 Manifest parse_manifest(std::string const& text, std::string const& where, int rank) {
@@ -153,6 +168,7 @@ Manifest parse_manifest(std::string const& text, std::string const& where, int r
     manifest.outputs = read_tensors(root.at("outputs"));
     read_engine(root.at("engine"), manifest, where);
     check_tensors(manifest, where);
+    read_rings(root, manifest, where);
     if (leaves_folder(manifest.engine_file)) throw Error("the engine's file lies outside the bundle", where, kRebuild);
     if (root.has("parallel") && !root.at("parallel").is_null()) {
         read_rank(root.at("parallel"), manifest, rank, where);

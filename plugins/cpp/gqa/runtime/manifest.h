@@ -32,6 +32,8 @@ struct Manifest {
     bool stripped = false;  // the weights are not inside
     std::int64_t capacity = 0, max_batch = 0, max_prompt = 0, vocabulary = 0;
     std::int64_t rope_switch = 0;  // a row of more tokens is rotated by another table (longrope); 0: one table for all
+    // Where windowed layers keep rings: new tokens that a run may bring to a row, and the slots of the smallest ring.
+    std::int64_t prompt_chunk = 0, least_slots = 0;  // 0: every layer keeps the whole capacity
     int decode_profile = 0, prefill_profile = 0;
     std::vector<TensorFact> inputs, outputs;
     std::map<std::string, std::string> aliases;  // present tensor -> the past tensor whose memory it is

@@ -68,8 +68,14 @@ void Session::Rows::check_fits(std::vector<std::int64_t> const& before, std::vec
 void Session::Rows::forget(std::size_t rows) {
     if (device_) device_->make_current();
     lengths_.assign(rows, 0);
+    ends_.assign(rows, 0);
     // TensorRT's own attention multiplies what lies beyond the lengths by 0, and 0 times NaN is NaN.
     if (!manifest_.plugin) runner_.zero_cache();
+}
+
+std::int64_t Session::Rows::least_length(std::size_t row) const {
+    if (manifest_.prompt_chunk == 0 || ends_[row] <= manifest_.least_slots) return 0;
+    return ends_[row] - manifest_.prompt_chunk - 1;
 }
 
 void Session::Rows::keep(std::size_t from, std::size_t to, std::int64_t length) {
@@ -88,14 +94,26 @@ void Session::Rows::keep(std::size_t from, std::size_t to, std::int64_t length) 
                         " may have been rotated for a text of more than " + std::to_string(manifest_.rope_switch) +
                         " tokens", "Session", "reset the row and feed its tokens again");
     }
+    if (length > 0 && length < least_length(from)) {
+        throw Error("what " + row_name(from) + " would see at " + std::to_string(length) +
+                        " tokens is no longer there: its windowed layers keep a window and " +
+                        std::to_string(manifest_.prompt_chunk) + " tokens more", "Session",
+                    "keep 0, or " + std::to_string(least_length(from)) + " to " + std::to_string(held) + " tokens");
+    }
     if (device_) device_->make_current();
     auto const source = static_cast<std::int64_t>(from), destination = static_cast<std::int64_t>(to);
     if (from != to && length > 0) runner_.copy_row(source, destination, length);
     if (!manifest_.plugin) runner_.zero_row(destination, length);  // see forget: a row that overflowed leaves NaN
     lengths_[to] = length;
+    ends_[to] = length > 0 ? ends_[from] : 0;
 }
 
 Logits Session::Rows::extend(std::vector<Tokens> const& more) {
+    for (std::size_t row = 0; row < more.size(); ++row) {
+        if (more[row].empty() || lengths_[row] == 0 || lengths_[row] >= least_length(row)) continue;
+        throw Error("a run of " + row_name(row) + " failed after it had displaced what its windowed layers see",
+                    "Session", "reset the row and feed its tokens again");
+    }
     if (device_) device_->make_current();
     Logits logits(more.size(), static_cast<std::size_t>(manifest_.vocabulary));
     std::vector<std::int64_t> lengths = lengths_;
@@ -104,6 +122,9 @@ Logits Session::Rows::extend(std::vector<Tokens> const& more) {
     auto const part = static_cast<std::size_t>(manifest_.max_prompt);
     for (std::size_t begin = 0; begin < longest; begin += part) {
         Feed const feed = cut_out(more, begin, std::min(part, longest - begin), lengths);
+        for (std::size_t row = 0; row < more.size(); ++row) {
+            ends_[row] = std::max(ends_[row], lengths[row] + feed.new_lengths[row]);
+        }
         void const* const raw = run(feed);
         for (std::size_t row = 0; row < more.size(); ++row) {
             lengths[row] += feed.new_lengths[row];

@@ -33,6 +33,8 @@ public:
     Logits extend(std::vector<Tokens> const& more);
 
 private:
+    // The least length, beside 0, at which all that a row would see is there: rings keep a window and a prompt chunk.
+    std::int64_t least_length(std::size_t row) const;
     void const* run(Feed const& feed);
     Feed cut_out(std::vector<Tokens> const& more, std::size_t begin, std::size_t steps,
                  std::vector<std::int64_t> const& lengths) const;
@@ -43,6 +45,7 @@ private:
     std::shared_ptr<Communicator> communicator_;   // of a bundle that is cut over ranks; else null
     Runner runner_;
     std::vector<std::int64_t> lengths_;
+    std::vector<std::int64_t> ends_;  // of what each row ever wrote: a ring holds what went back, too
 };
 
 std::function<void(std::string const&)> log_of(Options const& options);

@@ -118,8 +118,9 @@ void Runner::copy_row(std::int64_t from, std::int64_t to, std::int64_t tokens) {
     each_cache(0, [&](cuda::Address first, std::size_t heads, std::size_t head, std::size_t token) {
         for (std::size_t i = 0; i < heads; ++i) {
             cuda::check(cuda::driver().on_device(first + (size(to) * heads + i) * head,
-                                                 first + (size(from) * heads + i) * head, size(tokens) * token,
-                                                 stream_.get()), "copying a row of the cache");
+                                                 first + (size(from) * heads + i) * head,
+                                                 std::min(size(tokens) * token, head), stream_.get()),
+                        "copying a row of the cache");
         }
     });
     stream_.wait();

@@ -38,7 +38,7 @@ public:
     Number logits_number() const { return logits_number_; }
 
     void zero_cache();
-    // The first `tokens` tokens of every cache, from one row to another.
+    // The first `tokens` tokens of every cache, from one row to another; of a shorter one, a ring, all.
     void copy_row(std::int64_t from, std::int64_t to, std::int64_t tokens);
     // Zeroes a row's caches from token `begin` on.
     void zero_row(std::int64_t row, std::int64_t begin);

@@ -87,7 +87,8 @@ public:
     void open(std::size_t rows);
     // Empties one row; the others stay as they are.
     void reset_row(std::size_t row);
-    // Keeps the first `length` tokens of a row and forgets the others; nothing is run again.
+    // Keeps the first `length` tokens of a row and forgets the others; nothing is run again. Where windowed layers keep
+    // rings (manifest().prompt_chunk), it goes back to 0, or a prompt chunk behind its farthest token and no farther.
     void rewind_row(std::size_t row, std::int64_t length);
     // Lets row `to` begin with the first `length` tokens of row `from` (whole_row: all of them).
     static constexpr std::int64_t whole_row = -1;
