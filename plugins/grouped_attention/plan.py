@@ -102,7 +102,7 @@ def choose_programs(sequences: int, kv_heads: int, row_tiles: int, keys: int, sm
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch of attention. `kind`: a later approximate kernel for very long contexts would be a third one.
+    """One launch of exact attention; those of long prompts are in `long_launch`.
 
     programs: of decode. ahead: of prefill, whether it works ahead.
     """
