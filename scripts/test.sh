@@ -26,9 +26,15 @@ step() {
 # Two threads per worker would only make two workers wait for each other.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 step ruff "$BIN/ruff" check .
-step mypy "$BIN/mypy"
+# mypy has one thread: it runs beside the kernels, and is waited for behind them.
+types="$(mktemp)"
+"$BIN/mypy" >"$types" 2>&1 &
+mypy=$!
 # Kernels in a process of their own: Triton reads TRITON_INTERPRET once, when it is imported.
 step kernels env TRITON_INTERPRET=1 "$BIN/python" -m pytest tests/plugins -q -n 2 -m "$marks"
+step mypy bash -c 'tail --pid="$1" -f /dev/null; cat "$2"' - "$mypy" "$types"
+wait "$mypy" || failed="$failed mypy"
+rm -f "$types"
 # The compiled kernels' PTX, on an interpreter of our own: Triton compiles here, so it must not interpret.
 step ptx "$BIN/python" -m pytest tests/ptx -q -n 2 -m "$marks"
 # A file stays with one worker: what its tests share is then made once. tests/conftest.py puts long files first.

@@ -39,7 +39,9 @@ CHANGED: tuple[tuple[str, str], ...] = (
     # what lies behind every row's window may be NaN, which a weight of 0 does not remove
     ("    value_f = Cast <to: int = 1> (present_value)", """    value_32 = Cast <to: int = 1> (present_value)
     unseen_B1 = Sub (past_B1, reach)
-    in_sight_BT = Greater (token_BT, unseen_B1)
+    in_window_BT = Greater (token_BT, unseen_B1)
+    whole_cache = Not (is_ring)
+    in_sight_BT = Or (in_window_BT, whole_cache)
     in_sight_B1T1 = Unsqueeze (in_sight_BT, axes_1_3)
     value_f = Where (in_sight_B1T1, value_32, zero_f)"""),
 )

@@ -68,12 +68,25 @@ class Session:
         Args:
             row: 0 .. batch - 1.
             length: tokens to keep, at most what the row holds. A model with states of fixed size cannot go back but to
-                0 and to lengths that `mark_row` has kept.
+                0 and to lengths that `mark_row` has kept. With `window_cache` small a row goes back a prompt chunk and
+                one token behind the farthest that it held, or to 0; `nearest_length` tells.
 
         Raises:
             GqaExportError: there is no such row, it holds fewer tokens, or its states at that length are not known.
         """
         self.inner.rewind_row(row, length)
+
+    def nearest_length(self, row: int, length: int) -> int:
+        """The largest length, at most `length`, to which a row can go back.
+
+        Args:
+            row: 0 .. batch - 1.
+            length: tokens.
+
+        Raises:
+            GqaExportError: there is no such row.
+        """
+        return self.inner.nearest_length(row, length)
 
     def copy_row(self, source: int, destination: int, length: int | None = None) -> None:
         """Let row `destination` begin with the first `length` tokens of row `source` (None: all of them): a prefix that

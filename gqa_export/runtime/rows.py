@@ -3,7 +3,7 @@
 This is what a scheduler with continuous batching needs of a session. A row's cache is valid up to its length, and
 nothing beyond is ever read; so a row goes back by a smaller length. A state of fixed size is the sum of all that was
 read and cannot go back: such a session returns to the lengths that `mark_row` kept the states of. A ring
-(`WindowCache`) has room for few tokens behind its window: a row goes back a prompt chunk and no farther, or to 0.
+(`WindowCache`) has room for few tokens behind its window: a row goes back a prompt chunk and one token, or to 0.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class RowSlots:
             row: 0 .. batch - 1.
             length: tokens to keep, at most what the row holds. Where the model keeps states of fixed size: 0, what it
                 holds, or a length that was marked by `mark_row`. Where windowed layers keep rings: 0, or at most a
-                prompt chunk less than the row ever held.
+                prompt chunk and one token less than the row ever held.
 
         Raises:
             GqaExportError: there is no such row, it holds fewer tokens, its states at that length are not known, what

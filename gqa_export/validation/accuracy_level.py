@@ -98,12 +98,15 @@ class RoundedInput:
         order: `[K]`: column j of the codes is column `order[j]` of the weight. None: they are in order.
         shift: `[N, blocks]`, what is added for each block besides the symmetric codes, times the sum of the block's
             inputs, which are not rounded for it. None: nothing is.
+        beside: `[N, K]`, the product of an adapter that can be switched, which the weight here contains and the graph
+            computes beside it, of inputs that are not rounded. None: there is none.
     """
 
     block: int
     scale: torch.Tensor | None = None
     order: torch.Tensor | None = None
     shift: torch.Tensor | None = None
+    beside: torch.Tensor | None = None
 
     def product(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What torch.nn.functional.linear (`func`) is by this rule."""
@@ -114,6 +117,8 @@ class RoundedInput:
         back = near if self.order is None else torch.empty_like(near).index_copy_(-1, self.order, near)
         back = back if self.scale is None else back / self.scale.to(values.dtype)
         found = func(back, *args[1:], **(kwargs or {}))
+        if self.beside is not None:
+            found = found + (values - back) @ self.beside.to(values.dtype).T
         if self.shift is None:
             return found
         lost = torch.nn.functional.pad(seen - near, (0, -seen.shape[-1] % self.block))
@@ -129,12 +134,22 @@ def rounded_inputs(manifest: Manifest, checkpoint: Checkpoint, model: Any) -> di
         return found
     names = {name for name, _ in model.named_parameters()}
     kept = parameters_of(checkpoint, names)[0] if quantization.method == KEEP else {}
+    switched = _switched(manifest, checkpoint)
     for weight in quantization.weights:
         if weight.block and {PRODUCT, "DequantizeLinear"} & {name.strip() for name in weight.operator.split(",")}:
             matrix = kept.get(weight.name)
-            found[id(model.get_parameter(weight.name))] = RoundedInput(weight.block) if matrix is None else \
+            rule = RoundedInput(weight.block) if matrix is None else \
                 _input_of(matrix, weight.block, get_target(manifest.target))
+            found[id(model.get_parameter(weight.name))] = replace(rule, beside=switched.get(weight.name))
     return found
+
+
+def _switched(manifest: Manifest, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Name of a weight -> what the checkpoint's adapter adds to it, where the bundle's adapters can be switched."""
+    if checkpoint.adapter is None or not manifest.source.get("adapters"):
+        return {}
+    pairs = {name: module.factors() for name, module in checkpoint.adapter.modules.items()}
+    return {f"{name}.weight": torch.from_numpy(up @ down) for name, (down, up) in pairs.items()}
 
 
 def _input_of(matrix: QuantizedMatrix, block: int, target: Target) -> RoundedInput:

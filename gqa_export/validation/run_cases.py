@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,9 @@ def run_cases(sessions: Sessions, plan: Plan, *, last_only: bool = False, report
                 report(f"comparing: {name}", done, total)
 
         if case.garbage and sessions.fill_garbage is None:
-            continue
+            if case.entry != "ring N":
+                continue
+            case = replace(case, garbage=())  # the seam of the ring is passed all the same
         if sessions.fill_garbage is not None:
             sessions.fill_garbage(case.garbage)
         with limited(sessions, case.capacity), masked(sessions.bundle, case.whole_row_mask):
@@ -93,7 +96,7 @@ def run_case(sessions: Sessions, case: Case, last_only: bool, tick: Callable[[],
 
     began = time.perf_counter()
     shared: dict[str, Any] = {"last_only": last_only, "alike": sessions.alike, "windows": sessions.windows,
-                              "seen": bool(case.garbage)}
+                              "seen": bool(case.garbage), "hidden": sessions.hidden}
     bundle = SessionRunner(sessions.bundle, BUNDLE, single=case.single, **shared)
     others, leader = [bundle], bundle if sessions.follow else None
     if sessions.eager is not None:

@@ -42,19 +42,19 @@ class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
     None for all; never the manifest's `cached_alike`, which could switch the comparison off. follows: the runner,
     called before, whose codes of a quantized cache are taken where they are as right as its own. windows: rings of the
     sessions that are compared; of their layers' caches, what a ring holds no longer is zero on every side, and with
-    `seen` all that no later row sees."""
+    `seen` all that no later row sees. hidden: hidden states are compared where the session gives them."""
 
     def __init__(self, session: Session, name: str, *, free: bool = True, last_only: bool = False,
                  single: bool = False, beside: Sequence[SessionRunner] = (),
                  alike: Collection[int] | None = None, follows: SessionRunner | None = None,
-                 windows: Sequence[WindowCache] = (), seen: bool = False) -> None:
+                 windows: Sequence[WindowCache] = (), seen: bool = False, hidden: bool = True) -> None:
         super().__init__(name=name)
         self._session, self._free, self._last_only, self._single = session, free, last_only, single
         self._own = np.zeros(0, np.int64)
         self._beside, self._compared = beside, alike
         self._begun: Future[OrderedDict[str, np.ndarray]] | None = None
         self._follows, self.written = follows, Step(np.zeros(0))
-        self._windows, self._seen = windows, seen
+        self._windows, self._seen, self._hidden = windows, seen, hidden
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         """Names, types and shapes of a feed."""
@@ -97,7 +97,7 @@ class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
             outputs[f"layer.{layer.layer}.value"] = _blank(values[number], counts, 2)
         for state, array in zip(self._session.spec.states, step.states or ()):
             outputs[f"layer.{state.layer}.{state.name}"] = array.reshape(len(array), -1, 1, state.shape[-1])
-        if step.hidden is not None:
+        if step.hidden is not None and self._hidden:
             outputs[HIDDEN_STATES] = _blank(step.hidden, counts, 1, every=True)
         logits = _blank(step.logits, counts, 1)
         last = logits[np.arange(len(ids)), np.maximum(counts - 1, 0)] if logits.shape[1] > 1 else logits[:, 0]

@@ -45,6 +45,8 @@ class Sessions:
     """the cache is quantized: PyTorch takes the bundle's codes where they are as right as its own"""
     windows: tuple[WindowCache, ...] = ()
     """rings of the bundles: what they hold no longer is not compared"""
+    hidden: bool = True
+    """hidden states are compared where the sessions give them"""
 
 
 def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,

@@ -46,7 +46,7 @@ def check_cubin(cubin: Cubin, layer: Layer, sizes: Sizes) -> None:
                 "HAS_WINDOW": int(layer.window > 0), "HAS_SOFTCAP": int(layer.softcap > 0),
                 "HAS_SINKS": layer.has_sinks, "HAS_NEW": layer.has_new, "RING": int(layer.ring),
                 "INTERLEAVED": int(bool(layer.rotary_interleaved and layer.has_rotary)),
-                **(long_launch.compiled_in(layer.long, sizes.projections) if layer.long else {})}
+                **(long_launch.compiled_in(layer.long, sizes.projections, layer.group) if layer.long else {})}
     constants = {"RING": "0", **cubin.constants}  # files of before there were rings do not name it
     for name, value in expected.items():
         if name in constants and int(constants[name]) != value:
@@ -54,6 +54,10 @@ def check_cubin(cubin: Cubin, layer: Layer, sizes: Sizes) -> None:
                                 f"the layer has {value}", "the engine's attention layers", REBUILD,
                                  code="E-ENGINE-KERNEL-MISMATCH")
     kinds = dict(cubin.arguments)
+    if layer.long and cubin.kernel in ("score", "select") and \
+            ("masses_ptr" in kinds) != (layer.long.method == "tiles"):
+        raise InvalidBundle(f"kernel {cubin.kernel} was compiled for another method than {layer.long.method}",
+                            "the engine's attention layers", REBUILD, code="E-ENGINE-KERNEL-MISMATCH")
     for name in ("query_ptr", "output_ptr"):
         if kinds.get(name, f"*{sizes.dtype}") != f"*{sizes.dtype}":
             raise InvalidBundle(f"kernel {cubin.kernel} was compiled for {kinds[name][1:]}, the layer has "

@@ -106,10 +106,10 @@ def scratch_elements(setting: LongSetting, *, batch: int, steps: int, capacity: 
             heads * (levels * capacity + leaves_of(steps, setting.leaf) * group * setting.leaf))
 
 
-def compiled_in(setting: LongSetting, projections: int) -> dict[str, int]:
+def compiled_in(setting: LongSetting, projections: int, group: int) -> dict[str, int]:
     """What the kernels' constants must be; those that a kernel lacks are not its own."""
     of_tiles = {"TILE": setting.tile, "BLOCK": setting.block, "CHOSEN": setting.heavy_keys // setting.block,
-                "SCORE_ROWS": setting.score_rows}
+                "SCORE_ROWS": setting.score_rows, "PARTS": vote_parts(setting, group)}
     of_hyper = {"HEAVY": setting.heavy_keys, "PROJECTIONS": projections, "BINS": 1 << projections}
     return {"LEAF": setting.leaf, "SAMPLES": setting.samples, "ANCHORS": setting.anchors,
             **(of_tiles if setting.method == "tiles" else of_hyper)}

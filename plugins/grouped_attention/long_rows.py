@@ -63,7 +63,8 @@ def sampled(fractions_ptr, kv_head, tile, width, SAMPLES: tl.constexpr, BLOCK_KE
     number = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     present = number < count
     fraction = tl.load(fractions_ptr + kv_head * SAMPLES + number, mask=present, other=0)
-    index = (number * STEPS + fraction).to(tl.int64) * width // (count.to(tl.int64) * STEPS)
+    place = number.to(tl.int64) * STEPS + fraction  # beyond 32 bits from 32,768 samples on
+    index = place * width // (count.to(tl.int64) * STEPS)
     weight = tl.log2(width.to(tl.float32) / count.to(tl.float32))
     return tl.where(present, index, 0).to(tl.int32), present, weight
 

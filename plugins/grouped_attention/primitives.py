@@ -3,8 +3,8 @@
 Rows: the H/K query heads of a group and the S new tokens of a sequence share one tile; row r is token r // GROUP,
 head r % GROUP of the group. That is how each key and value is read once for the whole group, at any group size.
 
-Which keys a tile visits is decided by `key_range` alone, an interval of positions. Kernels for long prompts read lists of
-keys instead (`long_attend`).
+Which keys a tile visits is decided by `key_range` alone, an interval of positions. Kernels for long prompts read lists
+of keys instead (`long_attend`).
 
 Source of the recurrence: Milakov and Gimelshein, 2018 (arXiv:1805.02867); Dao, 2023 (arXiv:2307.08691).
 """

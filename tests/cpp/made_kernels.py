@@ -69,7 +69,7 @@ def make_cubin(variant: Variant, capability: int, chance: random.Random) -> Cubi
     if variant.kernel in ("prefill", "combine"):
         constants |= {"HAS_SINKS": int(variant.sinks)}
     if variant.long is not None:
-        named = long_launch.compiled_in(variant.long, variant.projections)
+        named = long_launch.compiled_in(variant.long, variant.projections, variant.group)
         constants |= {key: named[key] for key in chance.sample(sorted(named), chance.randrange(1, len(named) + 1))}
     return Cubin(variant.kernel, name, capability, chance.choice((0, 1024, 70000)), chance.choice((128, 256)),
                  chance.choice((16, 32, 64, 128)), arguments, {key: str(value) for key, value in constants.items()},

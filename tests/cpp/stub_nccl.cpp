@@ -3,7 +3,7 @@
 // as NCCL puts its kernels, and waits there until every rank's file is there, or the communicator is aborted.
 //
 // Environment: GQA_STUB_LOG (as of the stand-in for CUDA), GQA_STUB_NCCL_SILENT (other ranks do not learn of an abort, as
-// between GPUs of one machine).
+// between GPUs of one machine), GQA_STUB_NCCL_STUCK (destroying a communicator never returns).
 #include <unistd.h>
 
 #include <atomic>
@@ -125,6 +125,8 @@ STUB int ncclCommAbort(ncclComm* communicator) {
 }
 STUB int ncclCommDestroy(ncclComm* communicator) {
     gqa_stub_log("nccl destroy");
+    // as NCCL does for a rank of the same machine that is gone
+    while (std::getenv("GQA_STUB_NCCL_STUCK")) std::this_thread::sleep_for(std::chrono::milliseconds(10));
     delete communicator;
     return kSuccess;
 }

@@ -90,6 +90,13 @@ def test_every_rank_joins_with_all_its_contexts_before_any_runs(programs: Progra
     assert not (tmp_path / "meeting").exists(), "rank 0 removes the file"
 
 
+def test_a_session_ends_though_destroying_its_communicator_never_does(programs: Programs, tmp_path: Path) -> None:
+    """NCCL destroys together: a rank that is gone would be waited for without an end."""
+    played = Played(programs, tmp_path, "prefill 3,1,4", timeout_s=SHORT, GQA_STUB_NCCL_STUCK="1")
+    assert set(played.ended.values()) == {0}
+    assert played.said[0] == [str(answer([3, 1, 4], RANKS))]
+
+
 def test_ranks_draw_with_the_seed_of_the_first(programs: Programs, tmp_path: Path) -> None:
     lines = {rank: (f"seed {rank + 5}", f"sample 8 {rank + 11} 5.0 1,2,3") for rank in range(RANKS)}
     played = Played(programs, tmp_path, lines_of=lines)

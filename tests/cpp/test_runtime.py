@@ -147,7 +147,7 @@ def test_machine_that_does_not_fit_is_refused_with_the_fix(programs: Programs, t
 
 
 def test_plugin_of_another_version_is_refused(programs: Programs, tmp_path: Path) -> None:
-    for changes in ({"version": "2"}, {"contract_version": 2}, {"namespace": "other"}):
+    for changes in ({"version": "3"}, {"contract_version": 2}, {"namespace": "other"}):
         facts = engine_facts(plugin=True)
         folder = write_bundle(tmp_path / next(iter(changes)),
                               facts=replace(facts, plugin=replace(facts.plugin, **changes)))

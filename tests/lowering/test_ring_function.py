@@ -157,3 +157,16 @@ def test_a_ring_without_a_window_or_smaller_than_it_is_refused():
 def test_a_body_whose_lines_changed_is_not_patched_in_silence():
     with pytest.raises(ValueError, match="expected 1"):
         ring_function.with_ring("    grown = Mul (S, growing_)\n")
+
+
+@pytest.mark.parametrize("window", [0, 5, -4])
+def test_beside_a_ring_every_other_call_reads_its_whole_cache(window: int) -> None:
+    """One body serves all calls of a graph. A window of -4 is attention in chunks of 4 positions."""
+    attributes = Attributes(window=window, growing=0)
+    model = op_model(attributes)
+    attention_function.attach_function(model)
+    del model.functions[:]
+    model.functions.append(attention_function.function_proto(23, chunks=True, ring=True))
+    feeds = fresh_inputs(attributes, [3, 6], [6, 2], axis=12, steps=6)
+    got, expected = session(model).run(None, feeds)[0], truth(attributes, feeds)[0]
+    np.testing.assert_allclose(got, expected, atol=FP32_ATOL, rtol=0)

@@ -129,7 +129,11 @@ def test_the_kernels_have_the_constants_that_a_layer_compares() -> None:
         for kernel in long_launch.KERNELS:
             named |= set(made[kernel].constants)
             choose_kernels.check_cubin(made[kernel], layer, sizes)
-        assert set(long_launch.compiled_in(setting, 7)) <= named
+        assert set(long_launch.compiled_in(setting, 7, layer.group)) <= named
+        another = long_layer(next(one for name, one in SETTINGS.items() if name != method))
+        for kernel in ("score", "select"):
+            with refused("E-ENGINE-KERNEL-MISMATCH"):
+                choose_kernels.check_cubin(made[kernel], another, sizes)
         other = {"tiles": {"samples": 25}, "hyper": {"anchors": 4}}[method]
         with refused("E-ENGINE-KERNEL-MISMATCH"):
             choose_kernels.check_cubin(made["long_prefill"], replace(layer, **other), sizes)

@@ -223,3 +223,28 @@ def test_a_model_with_states_and_a_graph_for_long_prompts_refuse_it(checkpoint, 
         gqa.export(hybrid, tmp_path / "bundle", ragged_chunks=True)
     with refused("E-OPTION-RAGGED-CHUNKS", GqaExportError):
         gqa.export(checkpoint, tmp_path / "bundle", ragged_chunks=True, long_attention=LongOptions())
+
+
+def test_masks_with_all_ones_first_let_rows_run_alone_where_they_do_not_tell_new_tokens(ragged, model) -> None:
+    """12 ones of 13 columns are a past of 9 with 3 new tokens as well as one of 8 with 4."""
+    session, reference = OrtSession.load(ragged().folder, "cpu"), TorchSession(model, CAPACITY, "fp64")
+    session.whole_row_masks = True
+    random = np.random.default_rng(5)
+    for each in (session, reference):
+        each.reset(2)
+    for counts in ((9, 8), (4, 4), (1, 1), (3, 5)):
+        ids = random.integers(3, VOCABULARY, (2, max(counts)))
+        got, expected = (each.step(ids, np.array(counts)).logits for each in (session, reference))
+        for b, count in enumerate(counts):
+            np.testing.assert_allclose(got[b, :count], expected[b, :count], atol=TOLERANCE, rtol=0)
+
+
+def test_a_row_that_is_full_rests_while_another_goes_on(ragged, model) -> None:
+    """A row that brings nothing is fed a token that is not kept; a full one has no place for it."""
+    session, reference = OrtSession.load(ragged().folder, "cpu"), TorchSession(model, CAPACITY, "fp64")
+    for each in (session, reference):
+        each.reset(2)
+        each.step(np.full((2, CAPACITY), 7), np.array([CAPACITY, 3]))
+    for token in (9, 12):
+        got, expected = (each.step(np.full((2, 1), token), np.array([0, 1])).logits for each in (session, reference))
+        np.testing.assert_allclose(got[1], expected[1], atol=TOLERANCE, rtol=0)

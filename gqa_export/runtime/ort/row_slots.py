@@ -66,7 +66,7 @@ class OrtRowSlots(RowSlots):
         idle = new == 0
         chunks = sequence > 1 and self._target.chunks_alone
         if not self._target.empty_alone or chunks or self._has_states() or idle.all() or (
-                self._static and (self._lengths[idle] >= self.capacity).any()):
+                self._lengths[idle] >= self.capacity).any():
             return new
         return np.maximum(new, 1)
 

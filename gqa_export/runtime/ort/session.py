@@ -53,6 +53,7 @@ class OrtSession(OrtRowSlots):
     def __init__(self, manifest: Manifest, backend: Backend, target: Target, capacity: int,
                  open_long: Callable[[], Backend] | None = None, folder: Path = Path()) -> None:
         self.manifest, self.spec, self.capacity = manifest, manifest.spec, capacity
+        self._gives_hidden = any(fact.name == HIDDEN_STATES for fact in manifest.outputs)
         self._plan = manifest.long.plan if manifest.long and open_long else None
         self._open_long = open_long
         self._long: Backend | None = None
@@ -183,6 +184,8 @@ class OrtSession(OrtRowSlots):
         alone = must_run_alone(before, fed, sequence, capacity=self.capacity if padded else None,
                                chunks_alone=self._target.chunks_alone, empty_alone=self._target.empty_alone)
         alone = alone or self._padding_costs_more(fed, sequence)
+        # all ones first do not tell how many of several columns over a past are new
+        alone = alone or (self.whole_row_masks and sequence > 1 and len(new) > 1 and bool(before.any()))
         answers = self._each_row(ids, new) if alone else self._whole(ids, fed, new)
         self._grow(new, fed)
         logits, hidden = (each if each is None or each.dtype == np.float32 else each.astype(np.float32)
@@ -264,7 +267,7 @@ class OrtSession(OrtRowSlots):
         width = ids.shape[1] if self.manifest.logits == "all" else 1
         hidden = {b: row.hidden[0] for b, row in ran.items() if row.hidden is not None}
         return self._joined({b: row.logits[0] for b, row in ran.items()}, len(new), width, self.spec.vocabulary), (
-            self._joined(hidden, len(new), ids.shape[1], self.spec.hidden_size) if hidden else None)
+            self._joined(hidden, len(new), ids.shape[1], self.spec.hidden_size) if self._gives_hidden else None)
 
     def _row(self, tensor: Any, b: int, length: int) -> Any:
         if self._static:

@@ -68,6 +68,13 @@ void check_cubin(Cubin const& cubin, Layer const& layer, Sizes const& sizes) {
         throw Error("kernel " + cubin.kernel + " was compiled for " + name + " = " + found->second +
                         ", the layer has " + std::to_string(value), kWhere, kRebuild);
     }
+    if (layer.method && (cubin.kernel == "score" || cubin.kernel == "select")) {
+        bool masses = false;
+        for (auto const& argument : cubin.arguments) masses = masses || argument.first == "masses_ptr";
+        if (masses != (layer.method == kTiles)) {
+            throw Error("kernel " + cubin.kernel + " was compiled for another method than the layer's", kWhere, kRebuild);
+        }
+    }
     std::string const wanted = std::string("*") + name_of(sizes.kind);
     for (auto const& [name, kind] : cubin.arguments) {
         if ((name != "query_ptr" && name != "output_ptr") || kind == wanted) continue;

@@ -109,6 +109,7 @@ std::map<std::string, std::int64_t> long_constants(Layer const& layer, Sizes con
         expected["BLOCK"] = layer.block;
         expected["CHOSEN"] = layer.heavy_keys / layer.block;
         expected["SCORE_ROWS"] = layer.score_rows;
+        expected["PARTS"] = vote_parts(layer);
     } else {
         expected["HEAVY"] = layer.heavy_keys;
         expected["PROJECTIONS"] = sizes.projections;

@@ -49,6 +49,7 @@ gqa_session* gqa_load_rank(const char* folder, const gqa_options* options, void*
         double const seconds = timeout_s > 0 ? timeout_s : gqa::Communicator::kTimeoutSeconds;
         wanted.communicator = std::make_shared<gqa::Communicator>(static_cast<ncclComm*>(communicator), seconds);
         if (!options) wanted.device = wanted.communicator->device();
+        if (!folder) wanted.communicator->leave();  // the others wait for an answer
         return gqa::Session::load(checked(folder), wanted);
     });
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <fstream>
@@ -56,6 +57,15 @@ std::shared_ptr<Outcome> start(std::function<void()> work) {
     return outcome;
 }
 
+// What a gathering needs; owned by the thread that makes the call too, which may end later than it is waited for.
+struct Exchange {
+    Exchange(std::size_t bytes, std::size_t ranks)
+        : own(bytes, stream.get()), all(bytes * ranks, stream.get()), there(bytes), back(bytes * ranks) {}
+    cuda::OwnedStream stream;
+    cuda::DeviceMemory own, all;
+    cuda::PinnedMemory there, back;
+};
+
 std::string others(double seconds) { return "the other ranks were not there within " + text_of(seconds); }
 
 }  // namespace
@@ -69,8 +79,20 @@ Communicator::Communicator(ncclComm* taken, double timeout_seconds)
     nccl::check(nccl.device(taken, &device_), "asking the communicator for its GPU");
 }
 
+// Destroying waits for the other ranks of this machine, and one of them may be gone.
 Communicator::~Communicator() {
-    if (ncclComm* const last = communicator_.exchange(nullptr)) nccl::functions().destroy(last);
+    ncclComm* const last = communicator_.exchange(nullptr);
+    if (!last) return;
+    auto const done = std::make_shared<std::atomic<bool>>(false);
+    try {
+        std::thread([last, done] {
+            nccl::functions().destroy(last);
+            *done = true;
+        }).detach();
+    } catch (...) {  // no thread can be made: what is left belongs to the process
+        return;
+    }
+    for (auto const began = Clock::now(); !*done && seconds_since(began) < timeout_seconds_;) pause(began);
 }
 
 Communicator::Id Communicator::make_id() {
@@ -82,6 +104,8 @@ Communicator::Id Communicator::make_id() {
 }
 
 std::shared_ptr<Communicator> Communicator::join(Id const& id, int rank, int size, double timeout_seconds) {
+    // Ranks connect here, where they are waited for with a limit, and not in their first collective (NCCL 2.22 and later).
+    ::setenv("NCCL_RUNTIME_CONNECT", "0", 0);
     nccl::UniqueId wanted{};
     std::copy(id.begin(), id.end(), std::begin(wanted.internal));
     auto const& nccl = nccl::functions();
@@ -172,22 +196,23 @@ void Communicator::call(std::function<void()> work, std::string const& doing) {
 
 std::vector<std::string> Communicator::gather(std::string const& mine, std::string const& doing) {
     cuda::DeviceContext const device(device_);
-    cuda::OwnedStream const stream;
-    auto const& driver = cuda::driver();
     std::size_t const bytes = mine.size(), ranks = static_cast<std::size_t>(size_);
-    cuda::DeviceMemory const own(bytes, stream.get()), all(bytes * ranks, stream.get());
-    cuda::PinnedMemory const there(bytes), back(bytes * ranks);
-    std::memcpy(there.as<void>(), mine.data(), bytes);
-    cuda::check(driver.to_device(own.address(), there.as<void>(), bytes, stream.get()), doing.c_str());
+    auto const here = std::make_shared<Exchange>(bytes, ranks);
+    std::memcpy(here->there.as<void>(), mine.data(), bytes);
     auto const communicator = static_cast<ncclComm*>(get());
-    auto const pointer = [](cuda::DeviceMemory const& memory) { return reinterpret_cast<void*>(memory.address()); };
-    auto const from = pointer(own), into = pointer(all);
-    auto const& nccl = nccl::functions();
-    nccl::check(nccl.all_gather(from, into, bytes, nccl::kUint8, communicator, stream.get()), doing);
-    cuda::check(driver.to_host(back.as<void>(), all.address(), bytes * ranks, stream.get()), doing.c_str());
-    wait([&] { return stream.done(); }, doing);
+    // The first collective of a communicator may connect the ranks: it returns when they are there.
+    call([=] {
+        auto const& driver = cuda::driver();
+        auto const pointer = [](cuda::DeviceMemory const& memory) { return reinterpret_cast<void*>(memory.address()); };
+        cuda::Stream const stream = here->stream.get();
+        cuda::check(driver.to_device(here->own.address(), here->there.as<void>(), bytes, stream), doing.c_str());
+        nccl::check(nccl::functions().all_gather(pointer(here->own), pointer(here->all), bytes, nccl::kUint8, communicator,
+                                                 stream), doing);
+        cuda::check(driver.to_host(here->back.as<void>(), here->all.address(), bytes * ranks, stream), doing.c_str());
+    }, doing);
+    wait([&] { return here->stream.done(); }, doing);
     std::vector<std::string> found;
-    for (std::size_t rank = 0; rank < ranks; ++rank) found.emplace_back(back.as<char>() + rank * bytes, bytes);
+    for (std::size_t rank = 0; rank < ranks; ++rank) found.emplace_back(here->back.as<char>() + rank * bytes, bytes);
     return found;
 }
 
