@@ -153,7 +153,7 @@ def test_plugin_of_another_version_is_refused(programs: Programs, tmp_path: Path
                               facts=replace(facts, plugin=replace(facts.plugin, **changes)))
         said = read_manifest(programs, folder)
         assert said.startswith("error|the engine needs plugin ")
-        assert "this program knows gqa::GroupedQueryAttention version 1 (contract 1)" in said
+        assert "this program knows gqa::GroupedQueryAttention version 1 to 2 (contract 1)" in said
 
 
 def test_engine_file_altered_missing_or_stripped_is_refused(programs: Programs, tmp_path: Path) -> None:

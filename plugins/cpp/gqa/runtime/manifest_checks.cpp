@@ -57,8 +57,8 @@ void check_plugin(Manifest const& manifest, std::string const& library, std::str
         plugin.contract_version != kContractVersion) {
         throw Error("the engine needs plugin " + plugin.space + "::" + plugin.name + " version " + plugin.version +
                         " (contract " + std::to_string(plugin.contract_version) + "), this program knows " +
-                        kPluginNamespace + "::" + kPluginName + " version " + kPluginVersions.front() + " to " + kPluginVersions.back() + " (contract " +
-                        std::to_string(kContractVersion) + ")", folder,
+                        kPluginNamespace + "::" + kPluginName + " version " + kPluginVersions.front() + " to " +
+                        kPluginVersions.back() + " (contract " + std::to_string(kContractVersion) + ")", folder,
                     "build the engine with the version of gqa-export that this program was built from");
     }
     if (library.empty()) {
