@@ -42,7 +42,7 @@ def bundles(checkpoint: str, scratch: Path, tokens: int, how: LongOptions = OPTI
         folder = scratch / layers.replace(":", "-")
         shutil.rmtree(folder, ignore_errors=True)
         export_onnx(checkpoint, folder, ExportOptions(
-            target="ort", dtype="fp32", capacity=tokens, long=replace(how, layers=layers)))
+            target="ort", dtype="fp32", quantize="dequantize", capacity=tokens, long=replace(how, layers=layers)))
         made[layers] = folder
     return made
 
@@ -83,7 +83,7 @@ def table(result: dict[str, Any]) -> str:
     setting = ", ".join(f"{name} {value}" for name, value in result["setting"].items() if name != "method")
     lines = ["# A whole long prompt on a CPU", "",
              f"SmolLM2-135M in fp32, one thread, a prompt of {result['tokens']} tokens read as `gqa-export run` does: "
-             "products, , attention, selection, all logits. Seconds of the process, the fastest of "
+             "products, attention, selection, all logits. Seconds of the process, the fastest of "
              f"{len(result['seconds'][EXACT])} runs in turn.", "",
              "Made by `scripts/benchmark_long_prefill.py`.", "",
              "| layers by method tiles | seconds | times as fast as exact |", "|---|---|---|",

@@ -34,7 +34,7 @@ def test_both_decoders_write_the_same_tokens_and_ours_is_as_fast() -> None:
         assert row["same_tokens"]
     assert all(row["ratio"] >= 0.95 for row in ROWS["wide"])
     # at the smaller width a step costs more beside its matrices; rounds differ by more than is left, either way
-    assert all(row["ratio"] >= 0.9 and len(row["ratio_rounds"]) == SCRIPT["ROUNDS"] for row in ROWS["narrow"])
+    assert all(row["ratio"] >= 0.95 and len(row["ratio_rounds"]) == SCRIPT["ROUNDS"] for row in ROWS["narrow"])
 
 
 def test_layers_with_states_cost_the_same_at_any_length() -> None:
