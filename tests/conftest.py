@@ -26,8 +26,9 @@ import pytest
 SEED = 20260101
 LONGEST = (
     "evidence/test_architecture_slice.py", "engine/test_rtx_plugin.py", "exporting/test_export.py", "test_docs.py",
-    "engine/test_rtx_ranks.py", "hostile/test_manifest_fields.py", "exporting/test_chunks.py", "engine/test_rtx_long.py",
-    "systems/test_other_systems.py", "exporting/test_hidden_states.py", "engine/test_rtx_rings.py",
+    "engine/test_rtx_ranks.py", "hostile/test_manifest_fields.py", "exporting/test_chunks.py",
+    "engine/test_rtx_long.py", "systems/test_other_systems.py", "exporting/test_hidden_states.py",
+    "engine/test_rtx_rings.py",
     "evidence/test_mutation_table.py", "engine/test_rtx_smollm2.py", "lowering/test_trt.py",
     "compare/test_mutations.py", "conversion/test_cli.py", "lowering/test_ort.py", "validation/test_bundles.py",
     "trace/test_stamp.py", "trace/test_capture.py", "report/test_pytest_plugin.py", "report/test_polygraphy.py",
