@@ -183,15 +183,14 @@ _ROWS = (
            opset=23, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            rotary_inside=True, head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
            writes_padding=False, states_missing=_NO_STATES, zero_points=False, quantized_blocks=(16, 32, 64, 128),
-           long_inside=True, kv_missing="the plugin's kernels read and write floating-point caches only",
+           long_inside=True, kv_bits=(8,), kv_missing="the plugin's kernels read and write one code a byte",
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
     Target(name="trt-native", dialect="tensorrt.native", attention="Attention", fallback="",
            opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            softcap=False, sinks=False, value_head_size_differs=False, nan_tail_safe=False, shares_buffer=True,
            literal_capacity=True, runs_in_onnxruntime=False, states_missing=_NO_STATES, zero_points=False,
            quantized_blocks=(16, 32, 64, 128), long_missing=_NO_FUNCTION, windows_missing=_NO_RING,
-           kv_missing="TensorRT's own cache update takes floating-point tensors only, so that codes need trt-plugin, "
-           "whose kernels do not hold them yet",
+           kv_missing="TensorRT's own cache update takes floating-point tensors only, so that codes need trt-plugin",
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
 )
 

@@ -153,3 +153,22 @@ def test_a_cache_that_is_no_pair_of_codes_with_scales_is_refused() -> None:
         grouped_query_attention(*mixed.tensors()[:6], **attributes, key_scale=1.0, value_scale=1.0)
     with pytest.raises(GqaExportError, match="their scales are missing"):
         attend(*problem.tensors()[:6], **attributes)
+
+
+@pytest.mark.parametrize("fault", ["scales exchanged", "clipped at -127"])
+def test_the_comparison_sees_exchanged_scales_and_a_narrower_end(fault: str) -> None:
+    """What the tests above would let pass, they would not show."""
+    plain = make(Case(((20, 3),), 3, capacity=30))
+    plain.key.mul_(2)
+    problem = coded(plain, "int8")
+    before = problem.past_key.clone(), problem.past_value.clone()
+    if fault == "scales exchanged":
+        run_kernels(replace(problem, scales=problem.scales[::-1]), "decode")
+    else:
+        run_kernels(problem, "decode")
+        assert_cache_holds_new_codes(problem, before)
+        least = problem.past_key[:, :, 20:23] == -128
+        assert least.any()
+        problem.past_key[:, :, 20:23][least] = -127
+    with pytest.raises(AssertionError):
+        assert_cache_holds_new_codes(problem, before)
