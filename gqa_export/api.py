@@ -98,7 +98,7 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
             scale: 16, 32, 64, 128 or 256. calibrate: a UTF-8 text by whose
             activations errors are weighed, and from which the scales of a quantized cache are chosen.
         tensor_parallel: devices over which a model is cut, for the TensorRT targets: a graph for each, one manifest.
-        kv_cache: "int8" or "int4": the cache holds codes of so many bits; None: numbers.
+        kv_cache: "int8" or "int4": the cache holds codes of so many bits; "fp8": 8-bit floats; None: numbers.
         long_attention: write a second graph for long prompts, with approximate attention, beside the exact one.
         lora: folders of LoRA adapters, as PEFT saves them, that the bundle can switch between (`Session.use_adapter`);
             without one it is the base model. merge_lora: the folder of one that becomes part of the weights.

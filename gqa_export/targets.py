@@ -109,6 +109,8 @@ class Target:
     """why they keep the whole capacity where that was asked for; "" if they keep a ring"""
     kv_bits: tuple[int, ...] = ()
     """bits of the codes that a quantized cache may have"""
+    kv_fp8: bool = False
+    """a quantized cache may hold 8-bit floats too"""
     kv_missing: str = ""
     """why there are no others"""
     dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -183,7 +185,8 @@ _ROWS = (
            opset=23, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            rotary_inside=True, head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
            writes_padding=False, states_missing=_NO_STATES, zero_points=False, quantized_blocks=(16, 32, 64, 128),
-           long_inside=True, kv_bits=(8,), kv_missing="the plugin's kernels read and write one code a byte",
+           long_inside=True, kv_bits=(8,), kv_fp8=True,
+           kv_missing="the plugin's kernels read and write one code a byte",
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
     Target(name="trt-native", dialect="tensorrt.native", attention="Attention", fallback="",
            opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,

@@ -30,7 +30,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": {"heads": 9, "kv_heads": 3, "head": 64},
 }
 DTYPES = ("bf16", "fp16", "fp32")
-SOURCES = ("append", "decode", "prefill", "primitives", "plan", "cubin")
+CODED_MODEL, CODED_DTYPE = "Llama-3-8B", "bf16"
+"""what is compiled with a cache of codes too"""
+SOURCES = ("append", "decode", "prefill", "primitives", "plan", "cubin", "recipes")
 """modules of gqa_plugins.grouped_attention that decide what is compiled"""
 LONG_MODELS = (("Llama-3-8B", "bf16"), ("SmolLM2-135M", "fp16"))
 LONG_SOURCES = ("long_attend", "long_launch", "long_prefill", "long_rows", "long_select", "primitives", "plan")
@@ -45,13 +47,15 @@ def sources_sha256(long: bool = False) -> str:
 
 def wanted(long: bool) -> list[tuple[str, str, list[Any]]]:
     """(model, dtype, variants) of every row of the page."""
-    from gqa_plugins.grouped_attention import cubin, long_launch
+    from gqa_plugins.grouped_attention import cubin, long_launch, plan
 
     from gqa_export.long_attention_op import DEFAULTS, PROJECTIONS
 
     if not long:
-        return [(model, dtype, cubin.model_variants(dtype=dtype, **sizes)) for model, sizes in MODELS.items()
-                for dtype in DTYPES]
+        plain = [(model, dtype, cubin.model_variants(dtype=dtype, **sizes)) for model, sizes in MODELS.items()
+                 for dtype in DTYPES]
+        return plain + [(f"{CODED_MODEL}, {cache} cache", CODED_DTYPE, cubin.model_variants(
+            dtype=CODED_DTYPE, cache=cache, **MODELS[CODED_MODEL])) for cache in plan.CACHE_KINDS]
     found = []
     for (model, dtype), (method, setting) in itertools.product(LONG_MODELS, DEFAULTS.items()):
         group, head = MODELS[model]["heads"] // MODELS[model]["kv_heads"], MODELS[model]["head"]
@@ -68,6 +72,8 @@ def compile_all(jobs: int, long: bool) -> dict[str, Any]:
     rows = []
     for model, dtype, variants in wanted(long):
         for capability in plan.CAPABILITIES:
+            if variants[0].cache == "fp8" and capability < plan.FP8_CAPABILITY:
+                continue
             built = cubin.build(variants, [capability], jobs)
             made = [cubin.Cubin.from_bytes(data, model) for data in built.values()]
             rows.append({"model": model, "dtype": dtype, "capability": capability, "kernels": len(made),
@@ -94,9 +100,11 @@ def page(report: dict[str, Any]) -> str:
              "(scripts/gpu_check.py).", "",
              f"| model | type | kernels | {' | '.join(spoken)} |", "|---" * (3 + len(capabilities)) + "|"]
     for model, dtype in dict.fromkeys((row["model"], row["dtype"]) for row in report["rows"]):
-        some = [found[model, dtype, capability] for capability in capabilities]
-        cells = [f"{row['code_bytes'] / 1024:.0f} ({row['most_shared_bytes'] / 1024:.0f})" for row in some]
-        lines.append(f"| {model} | {dtype} | {some[0]['kernels']} | {' | '.join(cells)} |")
+        some = [found.get((model, dtype, capability)) for capability in capabilities]
+        cells = [f"{row['code_bytes'] / 1024:.0f} ({row['most_shared_bytes'] / 1024:.0f})" if row else "refused"
+                 for row in some]
+        kernels = next(row["kernels"] for row in some if row)
+        lines.append(f"| {model} | {dtype} | {kernels} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

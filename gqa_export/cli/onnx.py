@@ -78,8 +78,8 @@ if TYPE_CHECKING:
               help="Cut the model over N devices: a graph for each, one manifest; for trt-native and trt-plugin.")
 @click.option("--calibrate", type=click.Path(path_type=Path), default=None, metavar="TEXT",
               help="A UTF-8 text: with --quantize weighs errors by its activations, with --kv-cache chooses scales.")
-@click.option("--kv-cache", type=click.Choice(["int8", "int4"]), default=None,
-              help="Hold the cache as codes of 8 or 4 bits; needs --calibrate.")
+@click.option("--kv-cache", type=click.Choice(["int8", "int4", "fp8"]), default=None,
+              help="Hold the cache as codes of 8 or 4 bits, or 8-bit floats; needs --calibrate.")
 @click.option("--window-cache", type=click.Choice(["full", "small"]), default="full", show_default=True,
               help="Let a layer with a window keep the whole capacity, or a ring of window + prompt chunk tokens.")
 @click.option("--prompt-chunk", type=click.IntRange(1), default=None, metavar="N",

@@ -35,20 +35,26 @@ def cache_of(checkpoint: Checkpoint, traced: Traced, options: ExportOptions, tar
     """How an export's cache is quantized; None where it holds numbers. Raises as `refuse_kv` and `calibrate_cache`."""
     if not options.kv_cache:
         return None
-    bits = int(options.kv_cache.removeprefix("int"))
-    refuse_kv(target, bits, traced.spec.layers)
-    return calibrate_cache(checkpoint, traced.spec, bits, options.calibrate, traced.capacity, say)
+    fp8 = options.kv_cache == "fp8"
+    bits = 8 if fp8 else int(options.kv_cache.removeprefix("int"))
+    refuse_kv(target, bits, traced.spec.layers, fp8)
+    return calibrate_cache(checkpoint, traced.spec, bits, options.calibrate, traced.capacity, say, fp8)
 
 
-def refuse_kv(target: Target, bits: int, layers: Iterable[AttentionSpec]) -> None:
+def refuse_kv(target: Target, bits: int, layers: Iterable[AttentionSpec], fp8: bool = False) -> None:
     """Refuse a quantized cache that a target does not have, or that a layer of the model cannot use.
 
     Args:
-        target: the row. bits: of a code. layers: of the model.
+        target: the row. bits: of a code. layers: of the model. fp8: codes are 8-bit floats.
 
     Raises:
         UnsupportedModel: the target's reason, or the layer.
     """
+    if fp8 and not target.kv_fp8:
+        others = [row.name for row in TARGETS.values() if row.kv_fp8]
+        raise UnsupportedModel(f"target {target.name} does not hold a cache of fp8 codes: {target.kv_missing}",
+                               "--kv-cache fp8", f"leave out --kv-cache, or use --target {' or '.join(others)}"
+                               + (" or --kv-cache int8" if 8 in target.kv_bits else ""), code="E-TARGET-KV")
     others = [row.name for row in TARGETS.values() if bits in row.kv_bits]
     if bits not in target.kv_bits:
         raise UnsupportedModel(f"target {target.name} does not hold a cache of {bits}-bit codes: {target.kv_missing}",
@@ -65,7 +71,7 @@ def refuse_kv(target: Target, bits: int, layers: Iterable[AttentionSpec]) -> Non
 
 
 def calibrate_cache(checkpoint: Checkpoint, spec: ModelSpec, bits: int, text: Path | None, capacity: int,
-                    say: Progress) -> KvCache:
+                    say: Progress, fp8: bool = False) -> KvCache:
     """The scales of every layer, one for its keys and one for its values.
 
     Args:
@@ -73,13 +79,15 @@ def calibrate_cache(checkpoint: Checkpoint, spec: ModelSpec, bits: int, text: Pa
         text: a UTF-8 file; None is refused, because scales without a text would be a guess.
         capacity: of the bundle, in tokens.
         say: called with what is done.
+        fp8: codes are 8-bit floats.
 
     Raises:
         GqaExportError: there is no text, or it is too short.
         UnsupportedModel: PyTorch's own cache does not hold what a layer's attention gets, or a state beside it.
     """
     if text is None:
-        raise GqaExportError("the scales of a quantized cache are chosen from a text", f"--kv-cache int{bits}",
+        raise GqaExportError("the scales of a quantized cache are chosen from a text",
+                             f"--kv-cache {'fp8' if fp8 else f'int{bits}'}",
                              "give a UTF-8 file of text like the one that will be processed: --calibrate FILE",
                              code="E-OPTION-CALIBRATE")
     apart = [layer.layer for layer in spec.layers if not layer.cached_alike]
@@ -105,7 +113,7 @@ def calibrate_cache(checkpoint: Checkpoint, spec: ModelSpec, bits: int, text: Pa
             for list_, array in zip(kept, pair, strict=True):
                 list_.append(array.reshape(-1))
         say("choosing the cache's scales", min(start + length, len(ids)), len(ids))
-    chosen = [[choose_scale(np.concatenate(arrays), bits) for arrays in kept] for kept in found]
+    chosen = [[choose_scale(np.concatenate(arrays), bits, fp8) for arrays in kept] for kept in found]
     scales = tuple(KvScales(layer.layer, key, value, key_clip, value_clip)
                    for layer, ((key, key_clip), (value, value_clip)) in zip(spec.layers, chosen, strict=True))
-    return KvCache(bits, scales, hashlib.sha256(ids.tobytes()).hexdigest(), len(ids))
+    return KvCache(bits, scales, hashlib.sha256(ids.tobytes()).hexdigest(), len(ids), "fp8" if fp8 else "int")

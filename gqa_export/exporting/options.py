@@ -22,7 +22,7 @@ class ExportOptions:
     own. head: bits of head and embedding, "int8", "same" or "none". block: columns that share a scale.
     calibrate: a text by whose activations errors are weighed, and from which a quantized cache's scales are chosen.
     tensor_parallel: devices over which the model is cut; 1 is a bundle of one graph.
-    kv_cache: "int8" or "int4" codes in the cache, "" for numbers.
+    kv_cache: "int8", "int4" or "fp8" codes in the cache, "" for numbers.
     window_cache: "small" keeps windowed layers' caches as rings of window + prompt_chunk slots, "full" the capacity.
     prompt_chunk: new tokens of a sequence that one call may bring then; 0 is PROMPT_CHUNK.
     long: a second graph for long prompts is written beside the exact one. lora: folders of adapters that the bundle can

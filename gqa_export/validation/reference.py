@@ -127,5 +127,10 @@ def _interpreted(folder: Path, manifest: Manifest, notes: list[str]) -> Iterator
     count = interpret(model)
     how = f"{count} plugin nodes interpreted by the op's function body" if count else "as it is"
     notes.append(f"the ONNX graph was run in fp32 by ONNX Runtime, {how}: no TensorRT engine was built or run")
+    if manifest.kv_cache is not None and manifest.kv_cache.codes == "fp8":  # its cache is of numbers there
+        coded = manifest.kv_cache.dtype
+        wide = [tuple(replace(fact, dtype="float32") if fact.dtype == coded else fact for fact in facts)
+                for facts in (manifest.inputs, manifest.outputs)]
+        manifest = replace(manifest, kv_cache=None, inputs=wide[0], outputs=wide[1])
     with stand_in(folder, manifest, model, "interpreted") as found:
         yield found

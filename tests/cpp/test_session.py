@@ -19,10 +19,10 @@ class Played:
 
     def __init__(self, programs: Programs, folder: Path, *lines: str, dtype: str = "float16", plugin: bool = True,
                  graph: bool = True, expect: int = 0, batch: int = BATCH, rope_switch: int = 0, hidden: bool = False,
-                 ring: bool = False, **environment: str) -> None:
+                 ring: bool = False, codes: str = "", **environment: str) -> None:
         path, log = folder / "gqa_export.json", folder / "log"
         path.write_text(manifest(engine_facts(plugin, batch), dtype, rope_switch=rope_switch, hidden=hidden,
-                                 ring=ring).to_json())
+                                 ring=ring, codes=codes).to_json())
         log.write_text("")
         output = programs.run("session_on_toy", path, *([] if graph else ["no-graph"]), stdin="\n".join(lines) + "\n",
                               expect=expect, GQA_STUB_LOG=log, **environment)
@@ -151,6 +151,17 @@ def test_cache_is_allocated_once_zeroed_and_given_back(programs: Programs, tmp_p
     assert played.count(f"allocated {cache}") == 2 * LAYERS
     assert sum(line.startswith("allocated") for line in played.log) == played.count("freed") == 2 * LAYERS + 4
     assert played.log[-1] == "context released"
+
+
+@pytest.mark.parametrize("codes", ["int8", "float8_e4m3fn"])
+def test_a_cache_of_codes_has_a_byte_a_number_and_its_rows_are_copied_as_they_are(programs: Programs, tmp_path: Path,
+                                                                                 codes: str) -> None:
+    """The toy writes its tokens as bytes of either type. Row 0 is copied to row 2, and goes back."""
+    played = Played(programs, tmp_path, "prefill 3,1,4;2;7,7", "step 1,8,6", "copy 0 2 3", "rewind 0 2", "step 5,8,9",
+                    codes=codes)
+    assert played.count(f"allocated {3 * CAPACITY * HEAD}") == 2 * LAYERS
+    assert played.said[0] == f"{answer([3, 1, 4])} {answer([2])} {answer([7, 7])}"
+    assert played.said[-1] == f"{answer([3, 1, 5])} {answer([2, 8, 8])} {answer([3, 1, 4, 9])}"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -19,18 +19,18 @@ WINDOW = 3
 CACHE = [f".{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")]
 
 
-def tensors(dtype: str, hidden: bool = False, heads: int = 1,
-            ring: bool = False) -> tuple[tuple[TensorFact, ...], tuple[TensorFact, ...]]:
-    """(inputs, outputs), as `graph_io` names them. ring: the last layer's cache is one."""
+def tensors(dtype: str, hidden: bool = False, heads: int = 1, ring: bool = False,
+            codes: str = "") -> tuple[tuple[TensorFact, ...], tuple[TensorFact, ...]]:
+    """(inputs, outputs), as `graph_io` names them. ring: the last layer's cache is one. codes: type of the cache."""
     def row(tail: str) -> tuple[str | int, ...]:
         return ("batch", heads, WINDOW + PROMPT if ring and tail.startswith(f".{LAYERS - 1}.") else CAPACITY, HEAD)
 
     inputs = (TensorFact("input_ids", "int32", ("batch", "sequence")), TensorFact("past_lengths", "int32", ("batch",)),
               TensorFact("new_lengths", "int32", ("batch",)),
-              *(TensorFact(f"past_key_values{tail}", dtype, row(tail)) for tail in CACHE))
+              *(TensorFact(f"past_key_values{tail}", codes or dtype, row(tail)) for tail in CACHE))
     states = (TensorFact("hidden_states", dtype, ("batch", "sequence", 3)),) if hidden else ()
     outputs = (TensorFact("logits", dtype, ("batch", 1, VOCABULARY)), *states,
-               *(TensorFact(f"present{tail}", dtype, row(tail)) for tail in CACHE))
+               *(TensorFact(f"present{tail}", codes or dtype, row(tail)) for tail in CACHE))
     return inputs, outputs
 
 
@@ -51,8 +51,8 @@ def engine_facts(plugin: bool = False, batch: int = BATCH) -> EngineFacts:
 
 
 def manifest(facts: EngineFacts, dtype: str = "float16", engine: bytes = b"",
-             rope_switch: int = 0, hidden: bool = False, ring: bool = False) -> Manifest:
-    inputs, outputs = tensors(dtype, hidden, ring=ring)
+             rope_switch: int = 0, hidden: bool = False, ring: bool = False, codes: str = "") -> Manifest:
+    inputs, outputs = tensors(dtype, hidden, ring=ring, codes=codes)
     spec = ModelSpec("toy", "Toy", VOCABULARY, 3 if hidden else 8, CAPACITY, "", (), rope_switch=rope_switch)
     return Manifest(target="trt-plugin", dtype=dtype, cache="static", capacity=CAPACITY, logits="last", weights="copy",
                     spec=spec, inputs=inputs, outputs=outputs,

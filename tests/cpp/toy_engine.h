@@ -57,11 +57,12 @@ public:
         call_.slots = manifest.prompt_chunk ? manifest.least_slots : 0;
         call_.window = call_.slots - manifest.prompt_chunk;
         for (auto const& output : manifest.outputs) {
-            call_.half = output.number == gqa::Number::fp16;
+            if (output.name == "logits") call_.half = output.number == gqa::Number::fp16;
             call_.hidden = call_.hidden || output.name == "hidden_states";
         }
         for (auto const& input : manifest.inputs) {
             if (input.row.size() == 3) call_.heads = input.row[0];
+            call_.coded = call_.coded || input.number == gqa::Number::int8 || input.number == gqa::Number::fp8;
         }
         if (manifest.ranks > 1) call_.rank = manifest.rank + 1;
     }

@@ -26,6 +26,7 @@ struct ToyCall {
     std::map<std::string, ToyTensor> tensors;
     std::int64_t capacity = 0, vocabulary = 0, max_batch = 0, max_prompt = 0;
     bool half = false;   // fp16, else fp32
+    bool coded = false;  // the cache holds codes of a byte, whose scale is 1
     bool hidden = false;  // hidden_states [B, S, 3] are an output too, each the token's own
     int profile = 0;     // 0 decode, 1 prefill
     std::int64_t slots = 0, window = 0;  // of the last layer, a ring that adds up a window alone; 0: it keeps all
@@ -138,6 +139,10 @@ private:
     }
     // Tokens are small whole numbers: fp16 of them is written and read by hand, without a half type.
     void set(std::string const& name, std::int64_t index, float value) const {
+        if (coded && name.rfind("past_key_values", 0) == 0) {
+            static_cast<std::int8_t*>(tensors.at(name).address)[index] = static_cast<std::int8_t>(value);
+            return;
+        }
         if (!half) {
             static_cast<float*>(tensors.at(name).address)[index] = value;
             return;
@@ -149,6 +154,7 @@ private:
             value == 0 ? 0 : static_cast<std::uint16_t>(exponent << 10 | (bits >> 13 & 0x3ff));
     }
     float get(std::string const& name, std::int64_t index) const {
+        if (coded) return static_cast<std::int8_t*>(tensors.at(name).address)[index];
         if (!half) return static_cast<float*>(tensors.at(name).address)[index];
         std::uint32_t const bits = static_cast<std::uint16_t*>(tensors.at(name).address)[index];
         if (bits == 0) return 0;

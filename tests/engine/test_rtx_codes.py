@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
 from gqa_models import write_tiny
+from refusal import refused
 from small_text import SENTENCES, byte_tokenizer
 
 import gqa_export as gqa
-from gqa_export.bundle.manifest import read_manifest
+from gqa_export.bundle.manifest import MODEL, read_manifest
+from gqa_export.engine.kernels import compile_kernels, wanted_variants
+from gqa_export.errors import GqaExportError
 
-from .built import build, check_plugin
+from .built import CAPABILITIES, build, check_plugin
 
 pytestmark = pytest.mark.whole_model
 
@@ -35,14 +39,27 @@ def bundle(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_an_engine_keeps_int8_codes_in_place(rtx, bundle, tmp_path) -> None:
-    """TensorRT's network has int8 inputs and outputs on the same memory (`inspect_build.check` holds their types
+@pytest.mark.parametrize(("codes", "capabilities"), [("int8", CAPABILITIES), ("fp8", (89, 120))])
+def test_an_engine_keeps_codes_in_place(rtx, bundle, tmp_path, codes, capabilities) -> None:
+    """TensorRT's network has inputs and outputs of the codes' type on the same memory (`inspect_build.check` holds them
     against the manifest), and nothing copies or converts them."""
-    built = build(bundle("int8"), tmp_path / "engine")
-    check_plugin(built, bundle("int8"), variants=4)
+    asked = tuple(f"{number // 10}.{number % 10}" for number in capabilities)
+    built = build(bundle(codes), tmp_path / "engine", capabilities=asked)
+    check_plugin(built, bundle(codes), variants=4, capabilities=capabilities)
     manifest = read_manifest(built.folder)
-    assert {fact.dtype for fact in manifest.inputs if "past_key_values" in fact.name} == {"int8"}
-    assert {fact.dtype for fact in manifest.outputs if "present" in fact.name} == {"int8"}
-    assert manifest.kv_cache == read_manifest(bundle("int8")).kv_cache
-    assert b"gqa-cubins 1\n" in (built.folder / manifest.engine.file).read_bytes()
+    dtype = {"int8": "int8", "fp8": "float8_e4m3fn"}[codes]
+    assert {fact.dtype for fact in manifest.inputs if "past_key_values" in fact.name} == {dtype}
+    assert {fact.dtype for fact in manifest.outputs if "present" in fact.name} == {dtype}
+    assert manifest.kv_cache == read_manifest(bundle(codes)).kv_cache
     assert (manifest.engine.plugin.version, manifest.engine.plugin.contract_version) == ("3", 2)
+
+
+def test_fp8_for_a_gpu_that_does_not_convert_it_is_refused_by_its_capability(bundle) -> None:
+    folder = bundle("fp8")
+    manifest = read_manifest(folder)
+    variants = wanted_variants(onnx.load(str(folder / MODEL), load_external_data=False), manifest.capacity,
+                               manifest.dtype)
+    assert {variant.cache for variant in variants} == {"fp8"}
+    with refused("E-ENGINE-KERNEL-FP8", GqaExportError) as found:
+        compile_kernels(variants, (80,), lambda *_: None)
+    assert "needs compute capability 8.9, and 8.0" in found.error.what

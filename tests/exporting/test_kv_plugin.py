@@ -23,7 +23,7 @@ from gqa_export.errors import InvalidBundle, UnsupportedModel
 
 pytestmark = pytest.mark.whole_model
 TYPES = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
-CODES = ["int8"]
+CODES = ["int8", "fp8"]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_nodes_are_of_version_3_with_the_scales_and_their_cache_tensors_are_code
     assert {fact.dtype for fact in bundle.manifest.inputs if "past" in fact.name and "." in fact.name} == {kv.dtype}
 
 
-@pytest.mark.parametrize(("name", "codes"), [("llama", "int8"), ("gpt_oss", "int8")])
+@pytest.mark.parametrize(("name", "codes"), [("llama", "int8"), ("gpt_oss", "int8"), ("llama", "fp8")])
 def test_the_graph_computes_the_rule_and_holds_equal_codes(name, codes, bundles, checkpoints) -> None:
     """Also with a window and sinks. A code more or less would be a thousand times as much as is allowed."""
     bundle = bundles(name, codes)
@@ -147,11 +147,13 @@ def test_what_does_not_go_with_a_cache_of_codes_is_refused(option, code, checkpo
     assert not (tmp_path / "b").exists()
 
 
-def test_int4_is_refused_and_trt_native_names_trt_plugin(checkpoints, text, tmp_path) -> None:
-    for target, codes, named in (("trt-plugin", "int4", "one code a byte"), ("trt-native", "int8", "trt-plugin")):
+def test_what_a_target_lacks_is_refused_and_trt_native_names_trt_plugin(checkpoints, text, tmp_path) -> None:
+    for target, codes, named in (("trt-plugin", "int4", "one code a byte"), ("trt-native", "int8", "trt-plugin"),
+                                 ("trt-native", "fp8", "trt-plugin"), ("ort", "fp8", "fp8 codes")):
         with refused("E-TARGET-KV", UnsupportedModel) as found:
             gqa.export(checkpoints("llama"), tmp_path / "b", target=target, kv_cache=codes, calibrate=text, capacity=64)
         assert named in found.error.what
+        assert codes != "fp8" or "--target trt-plugin" in found.error.fix
     with refused("E-OPTION-LONG-CODES"):
         gqa.export(checkpoints("llama"), tmp_path / "b", target="trt-plugin", kv_cache="int8", calibrate=text,
                    capacity=64, long_attention=gqa.LongOptions(layers=(0,)))

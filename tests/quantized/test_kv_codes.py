@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gqa_export.quantized.kv_codes import choose_scale, decode, encode, limits, pack, unpack
+from gqa_export.quantized.kv_codes import choose_scale, decode, encode, encode_fp8, limits, pack, unpack
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -49,3 +49,22 @@ def test_a_tensor_of_zeros_has_a_scale():
     scale, clipped = choose_scale(np.zeros(7), 8)
     assert scale > 0
     assert clipped == 0
+
+
+def test_fp8_codes_are_the_nearest_floats_and_end_at_448():
+    values = np.array([0, 0.3, -1.0625, 1.1875, 447, 500, 1e9, -1e9], np.float32)
+    assert encode_fp8(values, 1.0).astype(np.float32).tolist() == [0, 0.3125, -1, 1.25, 448, 448, 448, -448]
+    assert np.isnan(encode_fp8(np.array([np.nan], np.float32), 1.0).astype(np.float32)).all()
+
+
+def test_the_scale_of_fp8_loses_less_than_that_of_int8_where_few_numbers_are_large():
+    """Keys with a few large features, as attention has them."""
+    values = np.random.default_rng(9).normal(0, 1, 60_000).astype(np.float32)
+    values[::500] *= 60
+    losses = []
+    for fp8 in (True, False):
+        scale, clipped = choose_scale(values, 8, fp8)
+        codes = encode_fp8(values, scale) if fp8 else encode(values, scale, 8)
+        losses.append(float(((decode(codes, scale, 8) - values) ** 2)[np.abs(values) < 4].mean()))
+        assert clipped < 0.01
+    assert losses[0] < 0.5 * losses[1]

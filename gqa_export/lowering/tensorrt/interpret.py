@@ -4,14 +4,16 @@ This is how the ONNX of an engine is checked where no TensorRT can run: the plug
 becomes ai.onnx RotaryEmbedding at the positions past_lengths + 0 .. S - 1, absent sinks become -inf; a node that
 approximates becomes a call of the op for long prompts, its selection an output. Where the cache holds codes, new keys
 and values are quantized by a standard operator before the call, whose body reads codes as numbers; the scale of the
-keys is a factor of its scores, that of the values one of its output. fp32 graphs only: others are widened first
-(`validation.fp32_twin`). Dimensions as in `gqa_export.attention_op`.
+keys is a factor of its scores, that of the values one of its output. ONNX Runtime has few operators of fp8: there the
+cache of the interpreted graph holds the numbers that codes stand for, in fp32. fp32 graphs only: others are widened
+first (`validation.fp32_twin`). Dimensions as in `gqa_export.attention_op`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -68,9 +70,11 @@ def interpret(model: onnx.ModelProto) -> int:
         if "sinks" not in inputs:
             inputs["sinks"] = _no_sinks(model.graph, attributes["num_heads"])
         contract = long_attention_op if attributes.get("method", 0) else attention_op
-        outputs, coded = list(node.output), bool(attributes.get("cache_codes", 0))
+        outputs, codes = list(node.output), attributes.get("cache_codes", 0)
+        fp8, coded = codes == attention_op.CACHE_CODES["fp8"], codes == attention_op.CACHE_CODES["int8"]
+        if codes:
+            nodes += _quantized(model.graph, node, inputs, attributes, fp8)
         if coded:
-            nodes += _quantized(model.graph, node, inputs, attributes)
             outputs[0] = f"{node.name}.of_codes"
         if contract is long_attention_op:
             outputs.append(SELECTION.format(graph_io.layer_of_cache(inputs["past_key"])))
@@ -85,6 +89,9 @@ def interpret(model: onnx.ModelProto) -> int:
             next(each for each in call.attribute if each.name == "scale").f *= attributes["key_scale"]
             factor = _constant(model.graph, f"{node.name}.value_scale", np.array(attributes["value_scale"], np.float32))
             nodes.append(helper.make_node("Mul", [outputs[0], factor], [node.output[0]], name=f"{node.name}.output"))
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT8E4M3FN:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     for tensor in model.graph.initializer:
@@ -96,15 +103,18 @@ def interpret(model: onnx.ModelProto) -> int:
 
 
 def _quantized(graph: onnx.GraphProto, node: onnx.NodeProto, inputs: dict[str, str],
-               attributes: dict[str, Any]) -> list[onnx.NodeProto]:
-    """What makes codes of a call's new keys and values, which the inputs then are."""
+               attributes: dict[str, Any], fp8: bool) -> list[onnx.NodeProto]:
+    """What makes codes of a call's new keys and values, which the inputs then are; of fp8, what they stand for."""
     made = []
-    zero = _constant(graph, "interpreted/zero_code", np.array(0, np.int8))
+    zero = _constant(graph, "interpreted/zero_code", np.array(0, ml_dtypes.float8_e4m3fn if fp8 else np.int8))
     for name in ("key", "value"):
         scale = _constant(graph, f"{node.name}.{name}_step", np.array(attributes[f"{name}_scale"], np.float32))
         codes = f"{node.name}.{name}.codes"
         made.append(helper.make_node("QuantizeLinear", [inputs[name], scale, zero], [codes], name=codes))
         inputs[name] = codes
+        if fp8:
+            inputs[name] = f"{codes}.numbers"
+            made.append(helper.make_node("DequantizeLinear", [codes, scale, zero], [inputs[name]], name=inputs[name]))
     return made
 
 

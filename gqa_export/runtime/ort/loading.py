@@ -178,6 +178,6 @@ def _onnx_fact(port: Any) -> TensorFact:
     kind = port.type.tensor_type
     names = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16",
              TensorProto.INT64: "int64", TensorProto.INT32: "int32", TensorProto.DOUBLE: "float64",
-             TensorProto.INT8: "int8", TensorProto.UINT8: "uint8"}
+             TensorProto.INT8: "int8", TensorProto.UINT8: "uint8", TensorProto.FLOAT8E4M3FN: "float8_e4m3fn"}
     shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim)
     return TensorFact(port.name, names.get(kind.elem_type, str(kind.elem_type)), shape)
