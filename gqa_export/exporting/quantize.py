@@ -99,7 +99,8 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
         return Plan("dequantize", True, stored=stored, plain=dict.fromkeys(held, "--quantize dequantize"),
                     weights=weights) if held else None
     if options.quantize == "keep":
-        kept = {name: matrix for name, matrix in held.items() if not matrix.transposed}
+        kept = {name: matrix for name, matrix in held.items() if not matrix.transposed
+                or matrix.kind in target.float_codes}
         plain = {name: "it is stored with its axes exchanged" for name in held if name not in kept}
         return Plan("keep", exact, kept, {name: facts_of(matrix) for name, matrix in kept.items()}, stored, plain,
                     weights) if held else None
@@ -152,9 +153,9 @@ def record(plan: Plan, lowered: Lowered, dtype: str) -> Quantization:
             for part_form, part in held.parts.values():
                 packer = packers.setdefault(part_form.key, Packer(plan.matrices[weight.name], part_form))
                 size += packer.nbytes(part)
-            entry = replace(entry, bits=form.bits, block=form.block, bytes=size, reason="",
+            entry = replace(entry, bits=form.bits, block=form.block, bytes=size, reason="", kind=form.kind,
                             lossless=plan.facts[weight.name].lossless and (
-                                plan.facts[weight.name].half or dtype == "float32"),
+                                plan.facts[weight.name].half or dtype == "float32" or form.kind != "int"),
                             operator=", ".join(dict.fromkeys(each.operator for each in held.forms)))
         weights.append(entry)
     return Quantization(plan.method, "exact" if plan.exact else "int8", tuple(weights), plan.calibration,
