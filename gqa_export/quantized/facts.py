@@ -187,7 +187,7 @@ def float_form(facts: MatrixFacts) -> Form | str:
         per, block = ("tensor" if facts.row_block >= rows else "row"), columns
     else:
         per, block = "block", math.gcd(facts.block, columns)
-        if block < min(LEAST_BLOCK, facts.block):
+        if block < LEAST_BLOCK:
             return f"no operator takes blocks of {facts.block} of {columns} columns"
     if facts.kind == "e2m1" and columns % 2:
         return f"two codes share a byte, and a row has {columns}"

@@ -54,10 +54,10 @@ def quantize_rows(values: Array, bits: int, block: int, name: str, importance: A
     blocks = -(-columns // block)
     codes, scales = np.empty((count, columns), np.int8), np.empty((count, blocks), np.float32)
     step = max(1, PIECE // max(columns, 1))
-    weight = None if importance is None else _by_block(importance[None].astype(np.float32), block, blocks)
+    weight = None if importance is None else by_block(importance[None].astype(np.float32), block, blocks)
     for start in range(0, count, step):
         piece = values[start : start + step].astype(np.float32, copy=False)
-        across = _by_block(piece, block, blocks)  # [block, rows * blocks]: sums over a block are sums of whole rows
+        across = by_block(piece, block, blocks)  # [block, rows * blocks]: sums over a block are sums of whole rows
         repeated = None if weight is None else np.tile(weight, (1, len(piece)))
         scale, found = _search(across, bits, repeated, name)
         scales[start : start + step] = scale.reshape(len(piece), blocks)
@@ -65,7 +65,7 @@ def quantize_rows(values: Array, bits: int, block: int, name: str, importance: A
     return Stripe(codes, scales)
 
 
-def _by_block(rows: Array, block: int, blocks: int) -> Array:
+def by_block(rows: Array, block: int, blocks: int) -> Array:
     """`[rows, K]` -> `[block, rows * blocks]`, columns that are missing in the last block 0."""
     missing = blocks * block - rows.shape[1]
     if missing:

@@ -48,6 +48,7 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
         InvalidBundle: the manifest names a weight that the checkpoint's model does not have.
     """
     from ..checkpoint.load_model import load_model
+    from ..quantizing.floats import quantize_floats
     from ..quantizing.rtn import quantize_matrix
 
     quantization = manifest.quantization
@@ -72,6 +73,10 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
         def rows(start: int, stop: int, values: Any = values) -> Any:
             return values[start:stop]
 
+        if weight.kind != "int":
+            found[weight.name] = quantize_floats(rows, values.shape, weight.kind, weight.block, weight.name,
+                                                 importance.get(weight.name))
+            continue
         found[weight.name] = quantize_matrix(rows, values.shape, weight.bits, weight.block, weight.name,
                                              importance.get(weight.name))
     return found
