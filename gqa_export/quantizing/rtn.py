@@ -17,9 +17,10 @@ from ..quantized.matrix import QuantizedMatrix, Stripe
 
 Array = Any
 """a numpy array"""
-FACTORS = {8: (1.0,), 4: tuple(0.6 + 0.04 * step for step in range(14)),
+FACTORS = {8: tuple(1 + 0.01 * step for step in range(8)), 4: tuple(0.6 + 0.04 * step for step in range(14)),
            2: tuple(0.3 + 0.06 * step for step in range(16))}
-"""bits -> the largest code's part of the block's largest number: what is tried. Beyond 8 bits' rounding nothing pays"""
+"""bits -> the largest code's part of the block's largest number: what is tried. With 8 bits clipping does not pay, but
+where the numbers of a block lie between codes differs from scale to scale by luck: a sixth less squared error"""
 PIECE = 1 << 16
 """numbers quantized at once: they stay in the processor's cache"""
 
