@@ -121,7 +121,7 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
             label, read = f"{name} ({stored[name]})", rows_of(sources[name])
             if each.kind == "int":
                 matrices[name] = quantize_matrix(read, (rows, columns), each.bits, each.block, label,
-                                                 importance.get(name))
+                                                 importance.get(name), each.bits == 8 and target.positive_scales)
                 continue
             say(f"reading {name}", len(matrices), len(decisions))
             matrices[name] = quantize_floats(read, (rows, columns), each.kind, each.block, label,
@@ -168,7 +168,7 @@ def record(plan: Plan, lowered: Lowered, dtype: str) -> Quantization:
                 size += packer.nbytes(part)
             entry = replace(entry, bits=form.bits, block=form.block, bytes=size, reason="", kind=form.kind,
                             lossless=plan.facts[weight.name].lossless and (
-                                plan.facts[weight.name].half or dtype == "float32" or form.kind != "int"),
+                                form.half or dtype == "float32" or form.kind != "int"),
                             operator=", ".join(dict.fromkeys(each.operator for each in held.forms)))
         weights.append(entry)
     return Quantization(plan.method, "exact" if plan.exact else "int8", tuple(weights), plan.calibration,

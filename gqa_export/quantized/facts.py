@@ -109,6 +109,7 @@ class Form:
         scales: where the codes are floating-point numbers, the type in which scales are stored: "float32", "float16",
             "bfloat16"; or "float8_e4m3fn", with a second scale of the whole matrix beside them.
         per: what has one scale: a "block" of columns, a "row", or the whole "tensor".
+        positive: no scale is 0 or below: codes have the other sign instead.
     """
 
     operator: str
@@ -122,6 +123,7 @@ class Form:
     kind: str = "int"
     scales: str = ""
     per: str = "block"
+    positive: bool = False
 
     @property
     def key(self) -> str:
@@ -153,8 +155,8 @@ def nbits_form(facts: MatrixFacts) -> Form | str:
     return Form("MatMulNBits", bits, block, zeros, facts.offset != "none" and not zeros, facts.half)
 
 
-def dequantize_form(facts: MatrixFacts, *, zeros: bool, blocks: tuple[int, ...] = (),
-                    columns_first: bool = True) -> Form | str:
+def dequantize_form(facts: MatrixFacts, *, zeros: bool, blocks: tuple[int, ...] = (), columns_first: bool = True,
+                    positive: bool = False) -> Form | str:
     """How DequantizeLinear holds a matrix, or why it does not.
 
     Args:
@@ -162,6 +164,7 @@ def dequantize_form(facts: MatrixFacts, *, zeros: bool, blocks: tuple[int, ...] 
         zeros: the target takes zero points that are not 0.
         blocks: the block sizes that the target takes; () for all.
         columns_first: the target has it `[K, N]`, blocks along axis 0.
+        positive: the target takes codes of eight bits with scales above 0 alone.
     """
     if len(facts.shape) != 2:
         return f"it is a stack of {facts.shape[0]} matrices"
@@ -172,8 +175,10 @@ def dequantize_form(facts: MatrixFacts, *, zeros: bool, blocks: tuple[int, ...] 
         return f"no operator takes blocks of {facts.block} of {facts.columns} columns"
     bits = 8 if facts.kind == "e2m1" else max(4, WIDER[facts.bits])
     held = zeros and facts.offset == "zero" and facts.zeros_fit
-    return Form("DequantizeLinear", bits, block, held, facts.offset != "none" and not held, facts.half,
-                not held, columns_first)
+    shift, positive = facts.offset != "none" and not held, positive and bits == 8
+    # a graph that computes shifts needs the scales as they are
+    return Form("DequantizeLinear", bits, block, held, shift, facts.half and not (positive and shift), not held,
+                columns_first, positive=positive)
 
 
 def float_form(facts: MatrixFacts) -> Form | str:
@@ -191,7 +196,8 @@ def float_form(facts: MatrixFacts) -> Form | str:
             return f"no operator takes blocks of {facts.block} of {columns} columns"
     if facts.kind == "e2m1" and columns % 2:
         return f"two codes share a byte, and a row has {columns}"
-    return Form("DequantizeLinear", facts.bits, block, kind=facts.kind, scales=facts.scales, per=per)
+    return Form("DequantizeLinear", facts.bits, block, kind=facts.kind, scales=facts.scales, per=per,
+                positive=facts.scales != E4M3)
 
 
 def gather_form(facts: MatrixFacts, form: Form) -> Form | str:

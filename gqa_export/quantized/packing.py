@@ -22,6 +22,10 @@ PARTS = ("codes", "scale", "zero", "shift", "minimum", "global")
 STRIPE_BYTES = 4 << 20
 BITS = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "float16": 16, "bfloat16": 16, "float32": 32}
 """of an element of a type; of any other 8"""
+SIGN = {"e4m3": np.uint8(128), "e2m1": np.uint8(8)}
+"""kind -> the bit of a code that is its sign"""
+SMALLEST = np.float32(2.0**-24)
+"""in place of a scale of 0: a number of float16 and bfloat16"""
 _DOUBLED = np.rint(2 * LEVELS["e2m1"]).astype(np.int16)
 
 
@@ -113,7 +117,8 @@ class Packer:
     def pack(self, found: Stripe, part: str) -> Any:
         """One part of a stripe, as an array of bytes or numbers, rows first."""
         if self.form.kind != "int":
-            return packed(found.codes, self.form.bits) if part == "codes" else self._number_scale(found)
+            return packed(self._turned(found.codes, found), self.form.bits) if part == "codes" else \
+                self._number_scale(found)
         if part == "codes":
             return self._codes(found)
         if part == "zero":
@@ -125,7 +130,7 @@ class Packer:
         if self.matrix.kind == "e2m1":
             scale = scale / 2
         if part == "scale":
-            return self._stored(self._per_block(scale), part)
+            return self._stored(self._per_block(self._above_zero(scale)), part)
         if part == "minimum":
             assert found.minimum is not None
             return self._stored(self._per_block(found.minimum), part)
@@ -143,7 +148,7 @@ class Packer:
         scale = found.scale
         if self.form.scales != E4M3 and self.matrix.global_scale != 1.0:
             scale = (scale.astype(np.float64) * self.matrix.global_scale).astype(np.float32)
-        return self._stored(self._per_block(scale), "scale")
+        return self._stored(self._per_block(self._above_zero(scale)), "scale")
 
     def _stored(self, values: Any, part: str) -> Any:
         dtype = self.dtype(part)
@@ -188,7 +193,26 @@ class Packer:
             codes = codes.astype(np.int16) + middle
         elif self.form.signed and not around_zero:
             codes = codes.astype(np.int16) - middle
-        return codes.astype(np.uint8)
+        return self._turned(codes, found).astype(np.uint8)
+
+    def _above_zero(self, scale: Any) -> Any:
+        """Scales as the form takes them."""
+        return np.where(scale == 0, SMALLEST, np.abs(scale)).astype(np.float32) if self.form.positive else scale
+
+    def _turned(self, codes: Any, found: Stripe) -> Any:
+        """Codes `[rows, K]` with the other sign where their scale is below 0, and 0 where it is 0."""
+        if not self.form.positive or (found.scale > 0).all():
+            return codes
+        below, none = (np.repeat(each, self.matrix.block, axis=1)[:, : codes.shape[1]]
+                       for each in (found.scale < 0, found.scale == 0))
+        if self.form.kind != "int":
+            return np.where(none, 0, np.where(below, codes ^ SIGN[self.form.kind], codes)).astype(np.uint8)
+        codes = codes.astype(np.int16)
+        if (below & (codes == -128)).any():
+            raise InvalidCheckpoint(f"{self.matrix.label} has the code -128 under a scale below 0, and the target "
+                                    "takes neither that scale nor 128", ", ".join(self.matrix.tensors[:1]),
+                                    "use --quantize dequantize", code="E-WEIGHTS-SIGN")
+        return np.where(none, 0, np.where(below, -codes, codes))
 
     def _zero_points(self, found: Stripe) -> Any:
         if found.zero is None or self.form.shift:

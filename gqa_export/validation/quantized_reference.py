@@ -78,7 +78,8 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
                                                  importance.get(weight.name))
             continue
         found[weight.name] = quantize_matrix(rows, values.shape, weight.bits, weight.block, weight.name,
-                                             importance.get(weight.name))
+                                             importance.get(weight.name),
+                                             weight.bits == 8 and get_target(manifest.target).positive_scales)
     return found
 
 
@@ -89,7 +90,8 @@ def form_of(matrix: QuantizedMatrix, target: Target) -> Form | str:
         return float_form(facts)
     if target.nbits:
         return nbits_form(facts)
-    return dequantize_form(facts, zeros=target.zero_points, blocks=target.quantized_blocks, columns_first=False)
+    return dequantize_form(facts, zeros=target.zero_points, blocks=target.quantized_blocks, columns_first=False,
+                           positive=target.positive_scales)
 
 
 def kept_codes(checkpoint: Checkpoint, manifest: Manifest, names: Collection[str]) -> dict[str, QuantizedMatrix]:

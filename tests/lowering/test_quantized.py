@@ -11,7 +11,9 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
+from refusal import refused
 
+from gqa_export.errors import InvalidCheckpoint
 from gqa_export.graph import edit
 from gqa_export.graph.passes import run_passes
 from gqa_export.lowering.context import Context, LowerOptions
@@ -31,12 +33,12 @@ NUMPY = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 
 
 def made(seed: int, rows: int, columns: int, bits: int = 4, block: int = 32, kind: str = "int", offset: str = "none",
-         half: bool = False, **fields: object) -> QuantizedMatrix:
-    """A matrix of random codes, scales and offsets."""
+         half: bool = False, signs: tuple[int, ...] = (-1, 1), **fields: object) -> QuantizedMatrix:
+    """A matrix of random codes, scales and offsets. signs: of the scales."""
     rng, blocks = np.random.default_rng(seed), -(-columns // block)
     low = -(1 << (bits - 1)) if kind == "int" and offset == "none" else 0
     codes = rng.integers(low, low + (1 << bits), (rows, columns)).astype(np.int8 if low else np.uint8)
-    scale = rng.choice([-1, 1], (rows, blocks)) * rng.uniform(0.01, 0.1, (rows, blocks))
+    scale = rng.choice(signs, (rows, blocks)) * rng.uniform(0.01, 0.1, (rows, blocks))
     zero = rng.integers(0, 1 << bits, (rows, blocks)) if offset == "zero" else None
     minimum = rng.uniform(-0.5, 0.5, (rows, blocks)) if offset == "minimum" else None
     scale, minimum = (None if each is None else each.astype(np.float16 if half else np.float32).astype(np.float32)
@@ -133,7 +135,8 @@ FORMS = {
 @pytest.mark.parametrize("target", ["ort", "onnx", "trt-native"])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_product_is_that_of_the_dequantized_matrix(form: str, target: str, tmp_path: Path) -> None:
-    got, wanted, ops, context = run({"w": made(0, 40, 96, **FORMS[form])}, target, tmp_path)
+    signs = (1,) if target == "trt-native" else (-1, 1)  # of eight bits; negative ones there have a test of their own
+    got, wanted, ops, context = run({"w": made(0, 40, 96, **FORMS[form], signs=signs)}, target, tmp_path)
     close(got, wanted)
     assert ops.count("MatMulNBits" if target == "ort" else "DequantizeLinear") == 1
     assert not context.held["w"].reason
@@ -245,6 +248,35 @@ def test_float8_and_float4_are_looked_up(form: str, tmp_path: Path) -> None:
                                   lookup=True)
     close(got, wanted)
     assert len(context.held["w"].forms) == 1  # the product and the lookup read one tensor
+
+
+@pytest.mark.parametrize("form", ["8 bits", "5 bits", "minimum of 5 bits", "zero points 8", "a scale a row", "FP8",
+                                  "MXFP4"])
+def test_tensorrt_gets_scales_above_zero_for_eight_bits_and_floats(form: str, tmp_path: Path) -> None:
+    """Its parser refuses others, of 4-bit integers aside: codes change their sign, and are 0 where the scale is."""
+    matrix = numbers(0, (40, 96), "e4m3", 32) if form == "FP8" else numbers(0, (40, 96), "e2m1", 32) \
+        if form == "MXFP4" else made(0, 40, 96, **FORMS[form])
+    whole = matrix.stripe()
+    scale = whole.scale * np.random.default_rng(1).choice([-1, 1], whole.scale.shape)
+    scale[3:5] = 0
+    least = {np.dtype(np.int8): -127, np.dtype(np.uint8): 1 if matrix.kind == "int" else 0}[whole.codes.dtype]
+    codes = np.maximum(whole.codes, np.array(least, whole.codes.dtype))
+    odd = replace(whole, scale=scale.astype(np.float32), codes=codes)
+    odd_matrix = replace(matrix, read=lambda a, b: odd.rows(slice(a, b)))
+    got, wanted, _, context = run({"w": odd_matrix}, "trt-native", tmp_path)
+    close(got, wanted)
+    model = onnx.load(tmp_path / "m.onnx")
+    scales = [onnx.numpy_helper.to_array(each) for each in model.graph.initializer if each.name.endswith(".scale")]
+    assert len(scales) == 1
+    assert (scales[0] > 0).all()
+    assert context.held["w"].forms[0].positive
+
+
+def test_a_code_without_an_opposite_under_a_scale_below_zero_is_refused(tmp_path: Path) -> None:
+    matrix = made(0, 40, 96, bits=8)
+    whole = replace(matrix.stripe(), codes=np.full((40, 96), -128, np.int8), scale=np.full((40, 3), -0.1, np.float32))
+    with refused("E-WEIGHTS-SIGN", InvalidCheckpoint):
+        run({"w": replace(matrix, read=lambda a, b: whole.rows(slice(a, b)))}, "trt-native", tmp_path)
 
 
 def test_a_last_block_that_is_not_full_is_cut_into_smaller_ones() -> None:

@@ -24,7 +24,7 @@ CT, FLOAT = "compressed-tensors", {"type": "float", "group_size": None, "num_bit
 NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
 FORMATS = {
     "FP8, blocks that do not fill the matrix": (others.fp8(40, 24), others.fp8_blocks(40, 24), "e4m3"),
-    "FP8, powers of two": (others.fp8(32, 32), others.fp8_blocks(32, 32, "uint8"), "e4m3"),
+    "MXFP8": ({"quant_method": "modelopt", "quant_algo": "MXFP8", "group_size": 32}, others.mxfp8, "e4m3"),
     "FP8, one scale": ({"quant_method": "modelopt", "quant_algo": "FP8"}, others.modelopt_fp8(lambda *_: ()), "e4m3"),
     "FP8, a scale a row": (compressed.entry("float-quantized", **FLOAT, strategy="channel"),
                            compressed.float8(lambda rows, _: (rows, 1)), "e4m3"),
@@ -46,9 +46,9 @@ def kept(folder: Path, form: str, target: str, dtype: str) -> Export:
 
 @pytest.mark.parametrize(("form", "target", "dtype"), [
     ("FP8, blocks that do not fill the matrix", "trt-native", "bf16"), ("FP8, one scale", "trt-plugin", "fp16"),
-    ("FP8, powers of two", "trt-native", "fp32"), ("FP8, a scale a row", "trt-native", "fp16"),
+    ("FP8, a scale a row", "trt-native", "fp16"),
     ("NVFP4 of ModelOpt", "trt-plugin", "bf16"), ("NVFP4 of compressed-tensors", "trt-native", "fp16"),
-    ("MXFP4", "trt-native", "bf16"), ("GPTQ with zero points", "trt-native", "fp16"),
+    ("MXFP4", "trt-native", "bf16"), ("MXFP8", "trt-native", "fp16"), ("GPTQ with zero points", "trt-native", "fp16"),
     ("bf16 scales in an fp16 graph", "trt-plugin", "fp16")])
 def test_codes_are_kept_and_the_graph_means_them(tmp_path: Path, form: str, target: str, dtype: str) -> None:
     """The reference has the values of the codes in fp64: they are not rounded to bf16 or fp16 as plain weights are."""

@@ -12,6 +12,8 @@ from .stored import E4M3, E8M0, Rows, Stored, floats
 
 Array = Any
 """a numpy array"""
+MX_BLOCK = 32
+"""columns that share an exponent in the OCP microscaling formats (MXFP8, MXFP4)"""
 
 
 class Scales(NamedTuple):
@@ -53,6 +55,9 @@ def scales_of(stored: Stored, name: str, tensor: StoredTensor, shape: tuple[int,
         InvalidCheckpoint: the shape of the tensor is not one of these.
     """
     rows, columns = prod(shape[:-1]), shape[-1]
+    mx = columns % MX_BLOCK == 0 and tensor.shape == (*shape[:-1], columns // MX_BLOCK)
+    if mx and tensor.dtype in ("uint8", E8M0):  # scales of rectangles have fewer rows, whatever a description says
+        group, rectangle = MX_BLOCK, None
     if rectangle is not None and prod(tensor.shape) != 1:
         return _rectangles(stored, name, tensor, shape, rectangle)
     if prod(tensor.shape) == 1:

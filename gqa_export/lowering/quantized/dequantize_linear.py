@@ -50,7 +50,7 @@ def quantize_graph(graph: gs.Graph, context: Context) -> Rewritten:
                     del plain[name]
             continue
         form = dequantize_form(facts, zeros=target.zero_points, blocks=target.quantized_blocks,
-                               columns_first=name not in looked_up)
+                               columns_first=name not in looked_up, positive=target.positive_scales)
         if isinstance(form, Form) and name in looked_up and (
                 form.shift or facts.column_order is not None or facts.column_scale is not None):
             form = "its rows are looked up, and its blocks have minima or its columns an order of their own"
