@@ -244,6 +244,17 @@ def test_zeros_and_exact_grids_lose_nothing(bits: int) -> None:
     assert np.array_equal(matrix.dequantize(), values)
 
 
+def test_scales_above_zero_lose_as_little_and_take_every_code() -> None:
+    """TensorRT's parser takes no others with eight bits."""
+    values = np.random.default_rng(0).normal(0, 0.02, (64, 256)).astype(np.float32)
+
+    def matrix(positive: bool):
+        return quantize_matrix(lambda start, stop: values[start:stop], values.shape, 8, 32, "x", positive=positive)
+
+    assert (matrix(True).stripe().scale > 0).all()
+    assert error(matrix(True).dequantize(), values) < 1.02 * error(matrix(False).dequantize(), values)
+
+
 @pytest.mark.parametrize(("value", "code"), [(np.nan, "E-MODEL-QUANTIZE-VALUE"), (np.inf, "E-MODEL-QUANTIZE-VALUE"),
                                              (1e7, "E-MODEL-QUANTIZE-SCALE"), (1e-8, "E-MODEL-QUANTIZE-SCALE")])
 def test_values_that_codes_cannot_hold_are_refused(value: float, code: str) -> None:
