@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from gqa_plugins.grouped_attention import codes as codec
 from gqa_plugins.grouped_attention import grouped_query_attention, reference
 from gqa_plugins.grouped_attention.append import append
 from gqa_plugins.grouped_attention.decode import decode
-from gqa_plugins.grouped_attention.plan import choose_tiles
+from gqa_plugins.grouped_attention.plan import FP8_CAPABILITY, Tiles, choose_tiles
 from gqa_plugins.grouped_attention.prefill import prefill
 from gqa_plugins.grouped_attention.validate import DTYPES
+
+CODED_HEAD = 128  # cases of this head size run over caches of codes too
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,42 @@ def check(case: Case, device: torch.device, capability: int) -> list[dict[str, A
         else:
             decode(*arguments, **attributes, tiles=tiles, programs=5 * len(case.lengths))
         rows.append(judge(case, kernel, output, problem))
+    for cache in ("int8", "fp8") if case.head == CODED_HEAD else ():
+        if cache == "int8" or capability >= FP8_CAPABILITY:
+            rows += check_codes(case, given, cache, tiles)
+    return rows
+
+
+def check_codes(case: Case, given: dict[str, torch.Tensor | None], cache: str, tiles: Tiles) -> list[dict[str, Any]]:
+    """Both kernels over a cache of codes, against fp64 over the codes that append wrote: a row each. The codes of
+    values, which nothing rotates, are the rule's."""
+    kind = next(dtype for dtype, name in codec.CACHES.items() if name == cache)
+    scales = (4 / 127, 4 / 127) if cache == "int8" else (4 / 448, 4 / 448)
+    caches = [codec.encode(given[name].double().nan_to_num(1e9), scale, kind)  # type: ignore[union-attr]
+              for name, scale in zip(("past_key", "past_value"), scales, strict=True)]
+    plain = [given[name] for name in ("query", "key", "value")]
+    codes = codec.Codes.of(plain[0], case.kv_heads, *scales, has_new=True)  # type: ignore[arg-type]
+    rest = list(given.values())[5:]  # lengths, tables, sinks
+    rotated = append(*plain, *caches, *rest[:4], num_heads=case.heads, interleaved=False,  # type: ignore[arg-type]
+                     codes=codes)
+    held = [codec.decode(codes_there, scale, torch.float64) for codes_there, scale in zip(caches, scales, strict=True)]
+    wide = [t.double() if t is not None and t.is_floating_point() else t for t in rest]
+    expected, *_ = reference.grouped_query_attention(
+        plain[0].double(), None, None, *held, *wide,  # type: ignore[union-attr, arg-type]
+        kv_num_heads=case.kv_heads, rotary_interleaved=0, growing=0, **attributes_of(case))
+    allowed = 2 * (_eager(case, given, *held).double() - expected).abs().max().item() + 1e-6
+    wanted = codec.encode(plain[2].float(), scales[1], kind)  # type: ignore[union-attr]
+    wanted = wanted.view(*wanted.shape[:2], case.kv_heads, -1).view(torch.int8)
+    right = all(torch.equal(caches[1][b, :, past:past + new].view(torch.int8).transpose(0, 1), wanted[b, :new])
+                for b, (past, new) in enumerate(case.lengths))
+    problem = Problem(given, expected, *held, allowed)
+    rows = []
+    for kernel, run, more in (("prefill", prefill, {}), ("decode", decode, {"programs": 5 * len(case.lengths)})):
+        output = torch.full_like(expected, torch.nan, dtype=case.dtype)
+        run(rotated, *caches, *rest[:2], given["sinks"], output, **attributes_of(case), tiles=tiles, codes=codes,
+            **more)
+        row = judge(case, kernel, output, problem)
+        rows.append({**row, "kernel": f"{kernel}, {cache} cache", "passed": row["passed"] and right})
     return rows
 
 

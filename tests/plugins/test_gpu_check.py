@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -138,6 +139,27 @@ def test_json_and_markdown_are_written_whole(results, tmp_path) -> None:
     decode = text.split("## Decode")[1].split("##")[0]
     widths = {line.count("|") for line in decode.splitlines() if line.startswith("|")}
     assert len(widths) == 1
+
+
+@pytest.mark.kernels
+def test_correctness_part_runs_over_caches_of_codes_where_the_gpu_converts_them(monkeypatch) -> None:
+    from gqa_plugins.grouped_attention import gpu_correctness
+
+    monkeypatch.setattr(gpu_correctness, "CODED_HEAD", 16)
+    case = gpu_correctness.Case(2, 1, 16, 8, torch.float32, ((20, 2), (0, 1)), 2, rotary=8)
+    for capability, caches in ((80, ["int8"]), (89, ["int8", "fp8"])):
+        rows = gpu_correctness.check(case, torch.device("cpu"), capability)
+        assert [row["kernel"] for row in rows] == ["prefill", "decode", *(
+            f"{kernel}, {cache} cache" for cache in caches for kernel in ("prefill", "decode"))]
+        assert all(row["passed"] for row in rows)
+    original = gpu_correctness.append
+
+    def halved(*arguments, codes=None, **options):
+        wrong = codes and dataclasses.replace(codes, value_scale=codes.value_scale / 2)
+        return original(*arguments, **options, codes=wrong)
+
+    monkeypatch.setattr(gpu_correctness, "append", halved)
+    assert not any(row["passed"] for row in gpu_correctness.check(case, torch.device("cpu"), 80)[2:])
 
 
 @pytest.mark.kernels
