@@ -129,7 +129,7 @@ def as_held(matrix: QuantizedMatrix, form: Form, dtype: str) -> QuantizedMatrix:
         scale = exact.astype(np.float32) if form.half else rounded(exact.astype(np.float32))
         if exact_offset:
             return replace(stripe, scale=scale)
-        middle = float(1 << (form.bits - 1))
+        middle = float(1 << (matrix.bits - 1))
         offset: Any = stripe.minimum if stripe.zero is None else -stripe.zero * stripe.scale.astype(np.float64)
         offset = offset * matrix.global_scale
         shift = rounded((offset + middle * exact).astype(np.float32))

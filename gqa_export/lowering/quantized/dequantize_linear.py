@@ -151,7 +151,7 @@ def _product(graph: gs.Graph, context: Context, product: Product, form: Form, we
     if form.shift:
         symmetric = gs.Variable(f"{node.name}.symmetric")
         node.outputs[0] = symmetric
-        shift = weights.parts.shift((name,), form, facts.offset, weights.scale(name, form), weights.blocks(name, form))
+        shift = weights.parts.shift((name,), form, facts, weights.scale(name, form), weights.blocks(name, form))
         if not form.columns_first:
             shift = builder("shift_swapped", "Transpose", shift, perm=[1, 0])
         added = builder("shift", "MatMul", inputs.sums(x, facts.columns, form.block, scope), shift)

@@ -83,7 +83,7 @@ def _product(graph: gs.Graph, context: Context, product: Product, form: Form, pa
                   attrs={"K": columns, "N": rows, "bits": form.bits, "block_size": form.block,
                          "accuracy_level": 0 if context.options.exact else 4})
     if form.shift:
-        shift = parts.shift(names, form, facts.offset, scale, [rows, blocks])
+        shift = parts.shift(names, form, facts, scale, [rows, blocks])
         sums = inputs.sums(x, columns, form.block, scope)
         added = edit.add_node(graph, "FusedMatMul", [sums, shift], name=f"{scope}/shift_{number}/FusedMatMul",
                               domain=CONTRIB, attrs={"alpha": 1.0, "transA": 0, "transB": 1, "transBatchA": 0,
@@ -108,7 +108,7 @@ def _lookup(graph: gs.Graph, context: Context, lookup: Lookup, held: Form, parts
                   domain=CONTRIB, outputs=[symmetric],
                   attrs={"bits": form.bits, "block_size": form.block, "quantize_axis": 1, "gather_axis": 0})
     if form.shift:
-        shift = parts.shift(names, held, facts.offset, scale, [rows, blocks])
+        shift = parts.shift(names, held, facts, scale, [rows, blocks])
         _shift_lookup(Nodes(graph, f"{scope}/shift"), lookup.ids, symmetric, shift, form.block, columns, out)
 
 
