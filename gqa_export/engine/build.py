@@ -248,8 +248,12 @@ def _facts(manifest: Manifest, kind: str, choice: Choice, profiles: tuple[Profil
         notes.append("the build log lists no layers: copies of the cache could not be looked for")
     plugin = None
     if compiled is not None:
-        version = LONG_PLUGIN_VERSION if manifest.long else str(attention_op.VERSION)
-        plugin = PluginFacts(attention_op.OP, version, attention_op.DOMAIN, attention_op.VERSION, compiled.sha256)
+        version, contract = str(attention_op.VERSION), attention_op.VERSION
+        if manifest.long:
+            version = LONG_PLUGIN_VERSION
+        elif manifest.kv_cache:
+            version, contract = attention_op.CODES_PLUGIN_VERSION, attention_op.CODES_VERSION
+        plugin = PluginFacts(attention_op.OP, version, attention_op.DOMAIN, contract, compiled.sha256)
     build = {"seconds": round(built.seconds, 1), "log_read": bool(listed.layers),
              "layers": {profile.name: listed.kinds(number) for number, profile in enumerate(profiles)},
              "kernel_bytes": len(compiled.container) if compiled else 0, "workspace_mb": job.workspace_bytes >> 20,

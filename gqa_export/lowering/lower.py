@@ -62,6 +62,8 @@ def lower(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions,
     if options.windows is not None:
         run_passes(graph, import_module(".window_cache", __package__).PASSES, context, context.log)
     run_passes(graph, dialect.PASSES, context, context.log)
+    if options.kv is not None and not target.engine:  # where they are within the target's own nodes
+        run_passes(graph, import_module(".kv_codes", __package__).PASSES, context, context.log)
     if options.quantized:
         run_passes(graph, import_module(".quantized.passes", __package__).PASSES, context, context.log)
     lowered = edit.save(graph)

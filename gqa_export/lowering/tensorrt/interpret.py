@@ -2,9 +2,11 @@
 
 This is how the ONNX of an engine is checked where no TensorRT can run: the plugin's own code is not in it. Rotation
 becomes ai.onnx RotaryEmbedding at the positions past_lengths + 0 .. S - 1, absent sinks become -inf; a node that
-approximates becomes a call of the op for long prompts, its selection an output. fp32 graphs only: others are widened
-first (`validation.fp32_twin`). Codes of four bits that are floating-point numbers, for which ONNX Runtime has no kernel
-on a CPU, are unpacked and looked up by standard ops, from the same bytes. Dimensions as in `gqa_export.attention_op`.
+approximates becomes a call of the op for long prompts, its selection an output. Where the cache holds codes, new keys
+and values are quantized by a standard operator before the call, whose body reads codes as numbers; the scale of the
+keys is a factor of its scores, that of the values one of its output. fp32 graphs only: others are widened first
+(`validation.fp32_twin`). Weights of four bits that are floating-point codes, for which ONNX Runtime has no kernel on a
+CPU, are unpacked and looked up by standard ops, from the same bytes. Dimensions as in `gqa_export.attention_op`.
 """
 
 from __future__ import annotations
@@ -72,7 +74,10 @@ def interpret(model: onnx.ModelProto) -> int:
         if "sinks" not in inputs:
             inputs["sinks"] = _no_sinks(model.graph, attributes["num_heads"])
         contract = long_attention_op if attributes.get("method", 0) else attention_op
-        outputs = list(node.output)
+        outputs, coded = list(node.output), bool(attributes.get("cache_codes", 0))
+        if coded:
+            nodes += _quantized(model.graph, node, inputs, attributes)
+            outputs[0] = f"{node.name}.of_codes"
         if contract is long_attention_op:
             outputs.append(SELECTION.format(graph_io.layer_of_cache(inputs["past_key"])))
             wide |= {inputs["fractions"], inputs["code_order"]}
@@ -82,6 +87,10 @@ def interpret(model: onnx.ModelProto) -> int:
             call.input.pop()
         call.attribute.extend(each for each in node.attribute if each.name in contract.ATTRIBUTE_NAMES)
         nodes.append(call)
+        if coded:
+            next(each for each in call.attribute if each.name == "scale").f *= attributes["key_scale"]
+            factor = _constant(model.graph, f"{node.name}.value_scale", np.array(attributes["value_scale"], np.float32))
+            nodes.append(helper.make_node("Mul", [outputs[0], factor], [node.output[0]], name=f"{node.name}.output"))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     for tensor in model.graph.initializer:
@@ -90,6 +99,19 @@ def interpret(model: onnx.ModelProto) -> int:
     attach_function(model)
     attach_long_function(model)
     return count
+
+
+def _quantized(graph: onnx.GraphProto, node: onnx.NodeProto, inputs: dict[str, str],
+               attributes: dict[str, Any]) -> list[onnx.NodeProto]:
+    """What makes codes of a call's new keys and values, which the inputs then are."""
+    made = []
+    zero = _constant(graph, "interpreted/zero_code", np.array(0, np.int8))
+    for name in ("key", "value"):
+        scale = _constant(graph, f"{node.name}.{name}_step", np.array(attributes[f"{name}_scale"], np.float32))
+        codes = f"{node.name}.{name}.codes"
+        made.append(helper.make_node("QuantizeLinear", [inputs[name], scale, zero], [codes], name=codes))
+        inputs[name] = codes
+    return made
 
 
 def _given(node: onnx.NodeProto) -> dict[str, str]:
