@@ -152,8 +152,8 @@ def check_belongs(spec: ModelSpec, shown: Mapping[str, object], where: str) -> N
     Args:
         spec: the bundle's model.
         shown: facts of the checkpoint's model as it runs: `model_type`, `vocabulary`, `layers` (how many have
-            attention), `layer numbers`, `states` (layer, name and shape of each), `alike`
-            (numbers of the layers whose keys and values its own cache holds), and per entry i of its cache `key {i}`,
+            attention), `layer numbers`, `caches read` (of each layer, whose), `states` (layer, name and shape of each),
+            `alike` (numbers of the layers whose keys and values its own cache holds), and per entry i of its cache `key {i}`,
             `value {i}`: (heads, size).
         where: the checkpoint.
 
@@ -163,9 +163,10 @@ def check_belongs(spec: ModelSpec, shown: Mapping[str, object], where: str) -> N
     stated: dict[str, object] = {"model_type": spec.model_type, "vocabulary": spec.vocabulary,
                                  "layers": len(spec.layers),
                                  "layer numbers": tuple(layer.layer for layer in spec.layers),
+                                 "caches read": tuple(layer.cache for layer in spec.layers),
                                  "states": tuple((state.layer, state.name, state.shape) for state in spec.states)}
     alike: Any = shown.get("alike")
-    for number, layer in enumerate(spec.layers):
+    for number, layer in enumerate(spec.owners):
         if alike is not None and layer.layer not in alike:
             continue  # the checkpoint's own facts decide: a manifest could switch the comparison off
         stated[f"key {number}"] = (layer.kv_num_heads, layer.head_size)
