@@ -113,9 +113,9 @@ def page(report: dict[str, Any]) -> str:
         lines.append(f"| {name} | {row['windowed']} of {row['layers']} | {row['window']} | "
                      f"{readable_bytes(row['whole'])} | {' | '.join(small)} |")
     lines += ["", "## Layers that share caches", "",
-              "The last layers of these models read the keys and values of a layer before them. A bundle keeps one "
-              "cache for", "each layer that has keys and values of its own; it used to keep a copy in every layer. The last "
-              "column is with", f"`--window-cache small` and a prompt chunk of {PROMPT_CHUNK}.", "",
+              "The last layers of these models read the keys and values of a layer before them. A bundle keeps one",
+              "cache for each layer that has keys and values of its own; it used to keep a copy in every layer. The",
+              f"last column is with `--window-cache small` and a prompt chunk of {PROMPT_CHUNK}.", "",
               "| model | caches of layers | a copy in every layer | one cache an owner | rings of owners |",
               "|---|---|---|---|---|"]
     for name, row in report["sharing"].items():

@@ -56,7 +56,8 @@ def attention_facts(model: onnx.ModelProto, kv: KvCache | None = None) -> dict[i
         if "window" in facts:  # com.microsoft writes none as -1, the op of ours chunks as less than none
             facts["chunk"] = max(-facts["window"], 0) if node.domain == attention_op.DOMAIN else 0
             facts["window"] = max(facts["window"], 0)
-        if "scale" in facts and node.domain == attention_op.DOMAIN:
+        inside = any(a.name == "cache_codes" and a.i for a in node.attribute)  # the plugin multiplies by itself
+        if "scale" in facts and node.domain == attention_op.DOMAIN and not inside:
             facts["scale"] /= codes.get(layer, 1.0)
         found[layer] = facts
     return found
@@ -70,6 +71,7 @@ def check_claims(folder: Path, manifest: Manifest) -> None:
     """
     if manifest.parallel is None:
         check_rings(read_graph(folder), manifest.window_cache, str(folder / MODEL))
+        check_codes(read_graph(folder), manifest.kv_cache, str(folder / MODEL))
         _check_graph(folder, manifest.spec.layers, manifest.kv_cache)
     else:
         for rank in manifest.parallel.ranks:
@@ -77,6 +79,28 @@ def check_claims(folder: Path, manifest: Manifest) -> None:
             _check_graph(folder / rank.folder, tuple(
                 replace(layer, num_heads=held[layer.layer].queries, kv_num_heads=len(held[layer.layer].kv))
                 for layer in manifest.spec.layers))
+
+
+def check_codes(model: onnx.ModelProto, kv: KvCache | None, where: str) -> None:
+    """Hold the codes that a graph's plugin nodes write against those of its manifest.
+
+    Raises:
+        InvalidBundle: a node has another type of codes or another scale; names layer and attribute.
+    """
+    stated = {scales.layer: {"cache_codes": attention_op.CACHE_CODES.get(kv.kind, 0), "key_scale": scales.key,
+                             "value_scale": scales.value} for scales in kv.scales} if kv else {}
+    for node in model.graph.node:
+        layer = next((number for name in node.output if (number := layer_of_cache(name)) is not None), None)
+        given = {a.name: a.f if a.type == 1 else a.i for a in node.attribute
+                 if a.name in attention_op.CODE_ATTRIBUTE_NAMES}
+        if layer is None or not given:
+            continue
+        for name, value in given.items():
+            wanted = stated.get(layer, {}).get(name, 0)
+            if not math.isclose(value, wanted, rel_tol=1e-6):
+                raise InvalidBundle(f"layer {layer}: {name} is {value:g} in the graph, {wanted:g} in the manifest",
+                                    where, "model.onnx and gqa_export.json belong to different exports: export again",
+                                    code="E-BUNDLE-CLAIM")
 
 
 def _check_graph(folder: Path, layers: Iterable[AttentionSpec], kv: KvCache | None = None) -> None:

@@ -157,7 +157,7 @@ def test_sessions_give_numbers_and_generation_runs(bundles, checkpoints):
 
 
 @pytest.mark.parametrize(("target", "codes"), [
-    ("trt-native", "int8"), ("trt-plugin", "int8"), ("trt-plugin", "int4"), ("onnx", "int4"), ("portable", "int4")])
+    ("trt-native", "int8"), ("trt-plugin", "int4"), ("onnx", "int4"), ("portable", "int4")])
 def test_targets_without_it_refuse_by_name(target, codes, checkpoints, text, tmp_path):
     with refused("E-TARGET-KV", UnsupportedModel) as found:
         gqa.export(checkpoints("llama"), tmp_path / "b", target=target, kv_cache=codes, calibrate=text, capacity=64)

@@ -26,7 +26,7 @@ from gqa_export.spec import AttentionSpec, WindowCache
 
 pytestmark = pytest.mark.whole_model
 OWNERS = [None, None, 0, 1]
-"""of the tiny Gemma 3n and 4: a windowed layer and a whole one, and one of each kind that reads the first one's cache"""
+"""of the tiny Gemma 3n and 4: a windowed layer and a whole one, and one of each kind that reads the cache of that"""
 
 
 @pytest.fixture(scope="module")
