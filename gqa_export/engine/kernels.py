@@ -53,7 +53,9 @@ def wanted_variants(model: onnx.ModelProto, capacity: int, dtype: str) -> tuple[
     from onnx.helper import get_attribute_value
 
     graph = model.graph
-    shapes = {tensor.name: [axis.dim_value for axis in tensor.type.tensor_type.shape.dim] for tensor in graph.input}
+    # a layer without a cache reads what another's node gives the graph
+    shapes = {tensor.name: [axis.dim_value for axis in tensor.type.tensor_type.shape.dim]
+              for tensor in (*graph.output, *graph.input)}
     producers = {output: node for node in graph.node for output in node.output}
     tables = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     found: dict[Variant, None] = {}

@@ -54,6 +54,9 @@ class LowerOptions:
     """the last hidden states are an output too"""
     ragged_chunks: bool = False
     """attention is given each row's number of new tokens (`Target.ragged_chunks_need`)"""
+    reads_caches: bool = True
+    """a layer without a cache reads its owner's present and adds nothing (`Target.shared_caches_need`); where the
+    runtime's operator cannot, it reads its owner's past, adds what its owner adds and drops the copy"""
     long: LongPlan | None = None
     """layers that become the op for long prompts; None in the graph that is exact"""
 
