@@ -20,7 +20,7 @@ DISABLED = "disabled"
 away from a function"""
 
 SWITCH = "GQA_EXPORT_STAND_INS"
-"""environment variable; "off" imports everything as ever"""
+"""environment variable: "off" imports everything as ever, names of modules (with commas) these"""
 NATIVE = "native code"
 """who looks into a module where the Python code that runs does not"""
 
@@ -54,7 +54,8 @@ class Row:
 
     def applies(self) -> bool:
         """Whether the installed version is one that this row was measured with, and nobody switched the table off."""
-        if os.environ.get(SWITCH, "").lower() in ("off", "0"):
+        off = os.environ.get(SWITCH, "").split(",")
+        if self.module in off or off[0].lower() in ("off", "0"):
             return False
         installed = _installed(self.package)
         return any(installed == known or installed.startswith((f"{known}.", f"{known}+")) for known in self.versions)

@@ -64,6 +64,9 @@ def test_another_version_of_the_upstream_is_imported_as_ever(monkeypatch):
 def test_the_table_can_be_switched_off(monkeypatch):
     monkeypatch.setenv(stand_in_rows.SWITCH, "off")
     assert not any(row.applies() for row in TABLE)
+    monkeypatch.setenv(stand_in_rows.SWITCH, "accelerate,accelerate.hooks")
+    assert [row.module for row in APPLY if not row.applies()] == [
+        row.module for row in APPLY if row.module in ("accelerate", "accelerate.hooks")]
 
 
 def test_a_program_that_imports_the_package_is_left_as_it_is():
