@@ -28,6 +28,7 @@ class QuantizedWeight:
             two operators read, "MatMulNBits, GatherBlockQuantized".
         bytes: of its codes, scales, zero points and corrections.
         reason: why it is not quantized, or not as it was stored; "" otherwise.
+        kind: what a code in the graph is: "int", or a number of float8 "e4m3" or float4 "e2m1".
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -40,6 +41,7 @@ class QuantizedWeight:
     operator: Text
     bytes: Annotated[int, Limits(ge=0, le=1 << 53)]
     reason: Text = ""
+    kind: Annotated[str, OneOf("int", "e4m3", "e2m1")] = "int"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Quantization:
         groups: dict[tuple[str, ...], list[QuantizedWeight]] = {}
         for weight in self.weights:
             held = weight.operator if weight.operator == PLAIN else f"{weight.operator}, block {weight.block}"
+            held += "" if weight.kind == "int" else f", {weight.kind}"
             groups.setdefault((_LAYER.sub(".*.", weight.name, count=1), weight.stored, str(weight.bits), held,
                                "lossless" if weight.lossless else "rounded", weight.reason), []).append(weight)
         for (name, stored, bits, held, loss, reason), members in groups.items():

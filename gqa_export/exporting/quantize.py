@@ -13,9 +13,11 @@ from ..progress import Progress
 from ..quantized.facts import MatrixFacts, facts_of
 from ..quantized.matrix import QuantizedMatrix
 from ..quantized.packing import Packer
+from ..quantizing.floats import quantize_floats
 from ..quantizing.matrices import Weight, weights_of
 from ..quantizing.rtn import quantize_matrix
-from ..quantizing.rules import METHODS, Decision, decide, read_rules
+from ..quantizing.rules import KINDS, METHODS, Decision, decide, read_rules
+from ..target_refusals import refuse_codes
 from ..weights.dtypes import itemsize
 from ..weights.packed import add_packed
 from ..weights.rows import rows_of
@@ -60,12 +62,14 @@ class Plan:
     importance: Mapping[str, Any] = field(default_factory=dict)
 
 
-def check_options(options: ExportOptions) -> None:
-    """Refuse a value of `--quantize` that is neither a method nor a file.
+def check_options(options: ExportOptions, target: Target) -> None:
+    """Refuse a value of `--quantize` that is neither a method nor a file, or whose codes the target does not hold.
 
     Raises:
         GqaExportError: with the methods; or a calibration text is given and nothing is quantized.
     """
+    if options.quantize in KINDS:
+        refuse_codes(target, KINDS[options.quantize])
     known = (*KEEP, *METHODS)
     if options.calibrate is not None and options.quantize in KEEP and not options.kv_cache:
         raise GqaExportError("a calibration text chooses scales, and nothing is quantized", "--calibrate",
@@ -99,19 +103,29 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
         return Plan("dequantize", True, stored=stored, plain=dict.fromkeys(held, "--quantize dequantize"),
                     weights=weights) if held else None
     if options.quantize == "keep":
-        kept = {name: matrix for name, matrix in held.items() if not matrix.transposed}
+        kept = {name: matrix for name, matrix in held.items() if not matrix.transposed
+                or matrix.kind in target.float_codes}
         plain = {name: "it is stored with its axes exchanged" for name in held if name not in kept}
         return Plan("keep", exact, kept, {name: facts_of(matrix) for name, matrix in kept.items()}, stored, plain,
                     weights) if held else None
     rules = read_rules(Path(options.quantize)) if options.quantize not in METHODS else ()
-    decisions = decide(weights, METHODS.get(options.quantize, 0), options.block, options.head, rules)
+    decisions = decide(weights, METHODS.get(options.quantize, 0), options.block, options.head, rules,
+                       KINDS.get(options.quantize, "int"))
+    for kind in sorted({each.kind for each in decisions}):
+        refuse_codes(target, kind)
     importance, sha256, tokens = _importance(checkpoint, options, decisions, say)
     matrices = {}
     for each in decisions:
         if each.bits:
             name, (rows, columns) = each.weight.name, each.weight.shape
-            matrices[name] = quantize_matrix(rows_of(sources[name]), (rows, columns), each.bits, each.block,
-                                             f"{name} ({stored[name]})", importance.get(name))
+            label, read = f"{name} ({stored[name]})", rows_of(sources[name])
+            if each.kind == "int":
+                matrices[name] = quantize_matrix(read, (rows, columns), each.bits, each.block, label,
+                                                 importance.get(name), each.bits == 8 and target.positive_scales)
+                continue
+            say(f"reading {name}", len(matrices), len(decisions))
+            matrices[name] = quantize_floats(read, (rows, columns), each.kind, each.block, label,
+                                             importance.get(name))
     return Plan("rules" if rules else options.quantize, exact, matrices,
                 {name: facts_of(matrix, lossless=False) for name, matrix in matrices.items()}, stored,
                 {each.weight.name: each.reason for each in decisions if not each.bits}, weights, sha256, tokens,
@@ -152,9 +166,9 @@ def record(plan: Plan, lowered: Lowered, dtype: str) -> Quantization:
             for part_form, part in held.parts.values():
                 packer = packers.setdefault(part_form.key, Packer(plan.matrices[weight.name], part_form))
                 size += packer.nbytes(part)
-            entry = replace(entry, bits=form.bits, block=form.block, bytes=size, reason="",
+            entry = replace(entry, bits=form.bits, block=form.block, bytes=size, reason="", kind=form.kind,
                             lossless=plan.facts[weight.name].lossless and (
-                                plan.facts[weight.name].half or dtype == "float32"),
+                                form.half or dtype == "float32" or form.kind != "int"),
                             operator=", ".join(dict.fromkeys(each.operator for each in held.forms)))
         weights.append(entry)
     return Quantization(plan.method, "exact" if plan.exact else "int8", tuple(weights), plan.calibration,
