@@ -28,6 +28,8 @@ class QuantizedWeight:
             two operators read, "MatMulNBits, GatherBlockQuantized".
         bytes: of its codes, scales, zero points and corrections.
         reason: why it is not quantized, or not as it was stored; "" otherwise.
+        experts: matrices that are stacked in it; 0: it is one. Each has blocks and an operator of its own.
+        transposed: blocks of such a stack lie along the last axis of the parameter but one.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -40,6 +42,8 @@ class QuantizedWeight:
     operator: Text
     bytes: Annotated[int, Limits(ge=0, le=1 << 53)]
     reason: Text = ""
+    experts: Annotated[int, Limits(ge=0, le=1 << 16)] = 0
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Quantization:
         groups: dict[tuple[str, ...], list[QuantizedWeight]] = {}
         for weight in self.weights:
             held = weight.operator if weight.operator == PLAIN else f"{weight.operator}, block {weight.block}"
+            held += f", {weight.experts} experts" if weight.experts else ""
             groups.setdefault((_LAYER.sub(".*.", weight.name, count=1), weight.stored, str(weight.bits), held,
                                "lossless" if weight.lossless else "rounded", weight.reason), []).append(weight)
         for (name, stored, bits, held, loss, reason), members in groups.items():

@@ -12,12 +12,11 @@ from ..errors import GqaExportError
 from ..progress import Progress
 from ..quantized.facts import MatrixFacts, facts_of
 from ..quantized.matrix import QuantizedMatrix
-from ..quantized.packing import Packer
 from ..quantizing.matrices import Weight, weights_of
 from ..quantizing.rtn import quantize_matrix
 from ..quantizing.rules import METHODS, Decision, decide, read_rules
 from ..weights.dtypes import itemsize
-from ..weights.packed import add_packed
+from ..weights.packed import add_packed, packers_of
 from ..weights.rows import rows_of
 from ..weights.source_kinds import DequantizedSource
 from ..weights.sources import WeightStore
@@ -99,7 +98,8 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
         return Plan("dequantize", True, stored=stored, plain=dict.fromkeys(held, "--quantize dequantize"),
                     weights=weights) if held else None
     if options.quantize == "keep":
-        kept = {name: matrix for name, matrix in held.items() if not matrix.transposed}
+        stacks = {weight.name for weight in weights if weight.experts}
+        kept = {name: matrix for name, matrix in held.items() if name in stacks or not matrix.transposed}
         plain = {name: "it is stored with its axes exchanged" for name in held if name not in kept}
         return Plan("keep", exact, kept, {name: facts_of(matrix) for name, matrix in kept.items()}, stored, plain,
                     weights) if held else None
@@ -109,9 +109,11 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
     matrices = {}
     for each in decisions:
         if each.bits:
-            name, (rows, columns) = each.weight.name, each.weight.shape
-            matrices[name] = quantize_matrix(rows_of(sources[name]), (rows, columns), each.bits, each.block,
-                                             f"{name} ({stored[name]})", importance.get(name))
+            name, shape = each.weight.name, each.weight.matrix_shape
+            stack = shape if each.weight.experts else ()
+            rows = rows_of(sources[name], stack, transposed=each.weight.transposed)
+            matrices[name] = quantize_matrix(rows, shape, each.bits, each.block, f"{name} ({stored[name]})",
+                                             importance.get(name), transposed=each.weight.transposed)
     return Plan("rules" if rules else options.quantize, exact, matrices,
                 {name: facts_of(matrix, lossless=False) for name, matrix in matrices.items()}, stored,
                 {each.weight.name: each.reason for each in decisions if not each.bits}, weights, sha256, tokens,
@@ -142,18 +144,13 @@ def record(plan: Plan, lowered: Lowered, dtype: str) -> Quantization:
         count = 1
         for size in weight.shape:
             count *= size
-        entry = QuantizedWeight(weight.name, plan.stored[weight.name], 8 * itemsize(dtype), 0,
-                                weight.name not in plan.matrices or plan.method == "keep", PLAIN,
+        entry = QuantizedWeight(weight.name, plan.stored[weight.name], 8 * itemsize(dtype), 0, True, PLAIN,
                                 count * itemsize(dtype), held.reason if held else plan.plain.get(weight.name, ""))
         if held is not None and held.forms:
             form = held.forms[0]
-            packers: dict[str, Packer] = {}
-            size = 0
-            for part_form, part in held.parts.values():
-                packer = packers.setdefault(part_form.key, Packer(plan.matrices[weight.name], part_form))
-                size += packer.nbytes(part)
-            entry = replace(entry, bits=form.bits, block=form.block, bytes=size, reason="",
-                            lossless=plan.facts[weight.name].lossless and (
+            size = sum(packer.nbytes(part) for _, packer, part in packers_of(plan.matrices[weight.name], held.parts))
+            entry = replace(entry, bits=form.bits, block=form.block, bytes=size, reason="", experts=weight.experts,
+                            transposed=weight.transposed, lossless=plan.facts[weight.name].lossless and (
                                 plan.facts[weight.name].half or dtype == "float32"),
                             operator=", ".join(dict.fromkeys(each.operator for each in held.forms)))
         weights.append(entry)

@@ -28,7 +28,9 @@ def reordered(matrix: QuantizedMatrix, order: Array) -> QuantizedMatrix:
 
 def some_rows(matrix: QuantizedMatrix, start: int, stop: int) -> QuantizedMatrix:
     """The rows [start, stop) as a matrix."""
-    return reordered(matrix, np.arange(start, stop))
+    return replace(matrix, shape=(stop - start, matrix.columns), in_place="",
+                   read=lambda first, last: matrix.stripe(start + first, start + last),
+                   row_block=matrix.row_block if matrix.row_block >= matrix.rows or not start % matrix.row_block else 1)
 
 
 def joinable(parts: Sequence[QuantizedMatrix]) -> bool:

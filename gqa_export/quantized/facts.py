@@ -12,6 +12,10 @@ from .matrix import QuantizedMatrix
 BLOCKS = (128, 64, 32, 16, 256)
 """columns that may share a scale in MatMulNBits, the ones to prefer first. 256 is last: at 2 bits it is slow."""
 WIDER = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}
+FLOAT32 = 1
+"""ONNX's number of float32"""
+SEPARATOR = "@"
+"""between a weight's name and its form and part, in a recipe"""
 BNB4 = {"fp4": 0, "nf4": 1}
 """kind -> quant_type of MatMulBnb4"""
 
@@ -110,8 +114,6 @@ def nbits_form(facts: MatrixFacts) -> Form | str:
     Source: onnxruntime docs/ContribOperators.md and runs of 1.31: bits 2, 4, 8; blocks 16 to 256; zero points packed
     along a row's blocks.
     """
-    if len(facts.shape) != 2:
-        return f"it is a stack of {facts.shape[0]} matrices"
     if facts.kind in BNB4:
         if facts.block in (16, 32, 64, 128) and facts.columns % facts.block == 0 and facts.column_order is None:
             return Form("MatMulBnb4", 4, facts.block)
@@ -126,6 +128,11 @@ def nbits_form(facts: MatrixFacts) -> Form | str:
     return Form("MatMulNBits", bits, block, zeros, facts.offset != "none" and not zeros, facts.half)
 
 
+def bnb4_misfit(form: Form, element: int) -> str:
+    """Why a form does not go with the graph's floating-point numbers (their ONNX type); "" if it does."""
+    return "MatMulBnb4 takes float32 alone" if form.operator == "MatMulBnb4" and element != FLOAT32 else ""
+
+
 def dequantize_form(facts: MatrixFacts, *, zeros: bool, blocks: tuple[int, ...] = (),
                     columns_first: bool = True) -> Form | str:
     """How DequantizeLinear holds a matrix, or why it does not.
@@ -136,8 +143,6 @@ def dequantize_form(facts: MatrixFacts, *, zeros: bool, blocks: tuple[int, ...] 
         blocks: the block sizes that the target takes; () for all.
         columns_first: the target has it `[K, N]`, blocks along axis 0.
     """
-    if len(facts.shape) != 2:
-        return f"it is a stack of {facts.shape[0]} matrices"
     if facts.kind not in ("int", "e2m1"):
         return f"it has {facts.kind} codes"
     block = _block(facts)

@@ -4,15 +4,19 @@ dequantized in fp64."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..bundle.quantization import PLAIN, Quantization
+from ..bundle.quantization import PLAIN, Quantization, QuantizedWeight
 from ..errors import GqaExportError, InvalidBundle
 from ..progress import silent
 from ..quantizing.importance import FILE, read_importance
+from ..quantizing.matrices import stack_shape
+from ..weights.rows import rows_of
+from ..weights.source_kinds import MemorySource
 
 if TYPE_CHECKING:
     from ..bundle.manifest import Manifest
@@ -59,14 +63,30 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
             raise InvalidBundle(f"the manifest names a quantized weight {weight.name}, which the checkpoint's model "
                                 "does not have", checkpoint.source, "validate against the checkpoint that was exported",
                                 code="E-BUNDLE-QUANTIZATION")
-        values = parameters[weight.name].detach().numpy()
-
-        def rows(start: int, stop: int, values: Any = values) -> Any:
-            return values[start:stop]
-
-        found[weight.name] = quantize_matrix(rows, values.shape, weight.bits, weight.block, weight.name,
-                                             importance.get(weight.name))
+        values = parameters[weight.name].detach()
+        shape = tuple(values.shape)
+        stack = _stack(shape, weight, checkpoint.source) if weight.experts else ()
+        rows = rows_of(MemorySource(partial(_as_it_is, values), "float32", shape), stack, transposed=weight.transposed)
+        found[weight.name] = quantize_matrix(rows, stack or shape, weight.bits, weight.block, weight.name,
+                                             importance.get(weight.name), transposed=weight.transposed)
     return found
+
+
+def _as_it_is(values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
+def _stack(shape: tuple[int, ...], weight: QuantizedWeight, where: str) -> tuple[int, ...]:
+    """`[E, N, K]` of a parameter's experts.
+
+    Raises:
+        InvalidBundle: the parameter does not have so many.
+    """
+    if len(shape) not in (2, 3) or (shape[0] != weight.experts if len(shape) == 3 else shape[0] % weight.experts):
+        raise InvalidBundle(f"the manifest names {weight.experts} experts in {weight.name}, whose shape in the "
+                            f"checkpoint's model is {list(shape)}", where,
+                            "validate against the checkpoint that was exported", code="E-BUNDLE-QUANTIZATION")
+    return stack_shape(shape, weight.experts, transposed=weight.transposed)
 
 
 def _importance(checkpoint: Checkpoint, quantization: Quantization, text: Path | None) -> dict[str, Any]:
@@ -98,7 +118,8 @@ def put_quantized(models: Iterable[Any], matrices: Mapping[str, QuantizedMatrix]
         values = torch.from_numpy(matrix.parameter())
         for model in models:
             parameter = model.get_parameter(name)
-            parameter.data = values.to(parameter.dtype)  # not into its memory, which may be the checkpoint's file
+            # not into its memory, which may be the checkpoint's file
+            parameter.data = values.reshape(parameter.shape).to(parameter.dtype)
 
 
 def _untie(model: Any, matrices: Mapping[str, QuantizedMatrix]) -> None:

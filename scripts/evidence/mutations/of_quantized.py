@@ -32,6 +32,28 @@ def _scales(broken: Broken, node: onnx.NodeProto) -> str:
     return broken.maker(name).input[0]
 
 
+def _expert(broken: Broken, number: int) -> onnx.NodeProto:
+    """The first product of an expert of layer 1."""
+    for node in broken.nodes:
+        if node.op_type == PRODUCT and "layers.1." in node.name and f"[{number}/" in node.name:
+            return node
+    raise NotHere("experts that are quantized")
+
+
+def experts_exchanged(broken: Broken) -> None:
+    """Codes and scales of two experts exchanged, as a wrong order of the stack would."""
+    first, second = _expert(broken, 0), _expert(broken, 1)
+    for one, other in ((first.input[1], second.input[1]), (_scales(broken, first), _scales(broken, second))):
+        values = broken.read(one)
+        broken.write(one, broken.read(other))
+        broken.write(other, values)
+
+
+def scale_of_another_expert(broken: Broken) -> None:
+    """An expert's codes with the scales of the next."""
+    broken.write(_scales(broken, _expert(broken, 0)), broken.read(_scales(broken, _expert(broken, 1))))
+
+
 def nibbles_swapped(broken: Broken) -> None:
     """The later code of a byte taken for the earlier one."""
     name = _product(broken).input[1]
