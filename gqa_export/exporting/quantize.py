@@ -94,15 +94,18 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
     sources = {weight.name: store.sources_of(weight.name)[0] for weight in weights}
     held = {name: source.matrix for name, source in sources.items() if isinstance(source, DequantizedSource)}
     stored = {name: held[name].label if name in held else source.dtype for name, source in sources.items()}
+    stored.update((name, label) for name, label in store.left.items() if name in stored)
     if options.quantize == "dequantize":
-        return Plan("dequantize", True, stored=stored, plain=dict.fromkeys(held, "--quantize dequantize"),
-                    weights=weights) if held else None
+        return Plan("dequantize", True, stored=stored, plain=dict.fromkeys([*held, *store.left],
+                                                                           "--quantize dequantize"),
+                    weights=weights) if held or store.left else None
     if options.quantize == "keep":
         stacks = {weight.name for weight in weights if weight.experts}
         kept = {name: matrix for name, matrix in held.items() if name in stacks or not matrix.transposed}
         plain = {name: "it is stored with its axes exchanged" for name in held if name not in kept}
+        plain |= dict.fromkeys(store.left, "its parts are stored in forms that are not one, or merged in another way")
         return Plan("keep", exact, kept, {name: facts_of(matrix) for name, matrix in kept.items()}, stored, plain,
-                    weights) if held else None
+                    weights) if held or store.left else None
     rules = read_rules(Path(options.quantize)) if options.quantize not in METHODS else ()
     decisions = decide(weights, METHODS.get(options.quantize, 0), options.block, options.head, rules)
     importance, sha256, tokens = _importance(checkpoint, options, decisions, say)

@@ -72,6 +72,36 @@ def joined(parts: Sequence[QuantizedMatrix], shape: tuple[int, ...] | None = Non
                    row_block=blocks.pop() if same else 1)
 
 
+def one_scale(matrix: QuantizedMatrix) -> QuantizedMatrix:
+    """The matrix without a second scale of the whole, which its scales contain, rounded to float32."""
+    if matrix.global_scale == 1.0:
+        return matrix
+
+    def read(start: int, stop: int) -> Stripe:
+        found = matrix.stripe(start, stop)
+        scale = (found.scale.astype(np.float64) * matrix.global_scale).astype(np.float32)
+        return replace(found, scale=scale)
+
+    return replace(matrix, global_scale=1.0, scale_dtype="float32", read=read)
+
+
+def stacked(experts: Sequence[Sequence[QuantizedMatrix]]) -> QuantizedMatrix | None:
+    """Experts `[E, N, K]`, each of matrices one below the other; None where their forms differ in more than the order
+    of an expert's columns. Their numbers of rows are those of the first."""
+    if not all(joinable(parts) for parts in experts):
+        return None
+    orders = [parts[0].column_order for parts in experts]
+    flat = [replace(part, column_order=None) for parts in experts for part in parts]
+    if not joinable(flat):
+        return None
+    columns = flat[0].columns
+    whole = joined(flat, (len(experts), sum(part.rows for part in experts[0]), columns))
+    if all(order is None for order in orders):
+        return whole
+    first = np.arange(columns, dtype=np.int32)
+    return replace(whole, column_order=np.stack([first if order is None else order for order in orders]))
+
+
 def _below(found: Sequence[Stripe]) -> Stripe:
     def together(name: str) -> Array | None:
         each = [getattr(stripe, name) for stripe in found]

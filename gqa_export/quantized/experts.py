@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from .combine import some_rows
 from .facts import MatrixFacts
@@ -41,10 +42,15 @@ def expert_of(name: str) -> tuple[str, int, int]:
     return (found[1], int(found[2]), int(found[3])) if found else (name, 0, 0)
 
 
-def expert_facts(facts: MatrixFacts, count: int) -> MatrixFacts:
-    """The facts of each of a stack's experts: a matrix `[N, K]`, codes along the columns that a product sums over."""
+def expert_facts(facts: MatrixFacts, number: int, count: int) -> MatrixFacts:
+    """The facts of one of a stack's experts: a matrix `[N, K]`, codes along the columns that a product sums over."""
     rows = facts.shape[-2] if len(facts.shape) > 2 else facts.shape[0] // count
-    return replace(facts, shape=(rows, facts.columns), transposed=False)
+    return replace(facts, shape=(rows, facts.columns), transposed=False,
+                   column_order=_order_of(facts.column_order, number))
+
+
+def _order_of(order: Any, number: int) -> Any:
+    return order[number] if order is not None and order.ndim == 2 else order
 
 
 def matrix_named(name: str, whole: QuantizedMatrix) -> QuantizedMatrix:
@@ -53,4 +59,5 @@ def matrix_named(name: str, whole: QuantizedMatrix) -> QuantizedMatrix:
     if not count:
         return whole
     rows = whole.rows // count
-    return replace(some_rows(whole, number * rows, (number + 1) * rows), transposed=False)
+    single = replace(whole, column_order=_order_of(whole.column_order, number))
+    return replace(some_rows(single, number * rows, (number + 1) * rows), transposed=False)

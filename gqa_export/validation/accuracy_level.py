@@ -96,7 +96,8 @@ class RoundedInput:
     Attributes:
         block: columns of a block, in the order of the codes.
         scale: `[K]`, what the input is multiplied by first. None: it is not.
-        order: `[K]`: column j of the codes is column `order[j]` of the weight. None: they are in order.
+        order: `[K]`: column j of the codes is column `order[j]` of the weight; `[E, K]` of experts that have one each.
+            None: they are in order.
         shift: `[N, blocks]`, what is added for each block besides the symmetric codes, times the sum of the block's
             inputs, which are not rounded for it. None: nothing is.
         beside: `[N, K]`, the product of an adapter that can be switched, which the weight here contains and the graph
@@ -114,7 +115,7 @@ class RoundedInput:
     def product(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What torch.nn.functional.linear (`func`) is by this rule."""
         values = args[0]
-        seen, near, back = self._rounded(values)
+        seen, near, back = self._rounded(values, self.order)
         found = func(back, *args[1:], **(kwargs or {}))
         if self.beside is not None:
             found = found + (values - back) @ self.beside.to(values.dtype).T
@@ -123,22 +124,29 @@ class RoundedInput:
     def expert_product(self, func: Any, args: Any, kwargs: Any, factor: ExpertFactor) -> Any:
         """What a product with experts is by this rule."""
         values = args[factor.place].movedim(factor.axis, -1)
-        seen, near, back = self._rounded(values)
+        index = factor.picked.index
+        order = self.order if self.order is None or self.order.ndim == 1 or index is None else self.order[index]
+        seen, near, back = self._rounded(values, order)
         factors = list(args)
         factors[factor.place] = back.movedim(-1, factor.axis)
         found = func(*factors, **(kwargs or {}))
         if self.shift is None:
             return found
         shift = self.shift.unflatten(0, (self.experts, -1)).to(values.dtype)
-        shift = shift if factor.picked.index is None else shift[factor.picked.index]
+        shift = shift if index is None else shift[index]
         return found + (self._lost(seen - near) @ shift.mT).movedim(-1, factor.axis)
 
-    def _rounded(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """An input `[.., K]` in the order and scale of the codes, that rounded, and the latter as the weight has it."""
+    def _rounded(self, values: torch.Tensor,
+                 order: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """An input `[.., K]` in the order and scale of the codes, that rounded, and the latter as the weight has it.
+        order: `[K]`, or `[.., K]` for rows `[.., rows, K]`."""
         seen = values if self.scale is None else values * self.scale.to(values.dtype)
-        seen = seen if self.order is None else seen[..., self.order]
+        places = None
+        if order is not None:
+            places = (order if order.ndim == 1 else order.unsqueeze(-2)).expand_as(seen)
+            seen = seen.gather(-1, places)
         near = rounded(seen, self.block)
-        back = near if self.order is None else torch.empty_like(near).index_copy_(-1, self.order, near)
+        back = near if places is None else torch.empty_like(near).scatter_(-1, places, near)
         return seen, near, back if self.scale is None else back / self.scale.to(values.dtype)
 
     def _lost(self, lost: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 from checkpoint.quantized import test_compressed_tensors as compressed
 from checkpoint.quantized.test_experts import write_gpt_oss, write_mixtral
+from checkpoint.quantized.test_gptq_awq import entry, gptq
 from evidence.mutations.mutation import break_bundle
 from evidence.mutations.of_quantized import experts_exchanged, scale_of_another_expert
 from gqa_models.shrink import write_small
@@ -97,6 +98,20 @@ def test_single_experts_of_a_quantized_checkpoint_are_kept(tmp_path: Path) -> No
     assert {(each.operator, each.bits, each.lossless) for each in experts_of(done).values()} == \
         {("DequantizeLinear", 4, True)}
     export(tmp_path / "ck", tmp_path / "plain", target="portable", quantize="dequantize")
+    got, wanted = logits(tmp_path / "b"), logits(tmp_path / "plain")
+    assert np.abs(got - wanted).max() < 2e-5 * np.abs(wanted).max()  # of fp32 sums in another order
+
+
+def test_codes_are_kept_beside_those_that_cannot_be_stacked(tmp_path: Path) -> None:
+    """Each expert has its columns in an order of its own; two that are joined have two orders in one matrix."""
+    write_mixtral(tmp_path / "ck", entry(), gptq(order=True))
+    done = export(tmp_path / "ck", tmp_path / "b", activations="exact")
+    found = experts_of(done)
+    joined, single = (found[f"model.layers.0.mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
+    assert (single.operator, single.bits, single.lossless) == ("MatMulNBits", 4, True)
+    assert (joined.operator, joined.stored) == (PLAIN, "GPTQ 4 bits, group 32")
+    assert "forms that are not one" in joined.reason
+    export(tmp_path / "ck", tmp_path / "plain", quantize="dequantize")
     got, wanted = logits(tmp_path / "b"), logits(tmp_path / "plain")
     assert np.abs(got - wanted).max() < 2e-5 * np.abs(wanted).max()  # of fp32 sums in another order
 

@@ -45,11 +45,11 @@ def spread_experts(graph: gs.Graph, context: Context) -> Rewritten:
         if reason or isinstance(products, str):
             keep_plain(context, name, reason)
             continue
-        single = expert_facts(facts, products[0].experts)
-        context.quantized.update({expert_name(name, number, products[0].experts): single
-                                  for number in range(products[0].experts)})
+        experts = products[0].experts
+        context.quantized.update({expert_name(name, number, experts): expert_facts(facts, number, experts)
+                                  for number in range(experts)})
         for product in products:
-            _spread(graph, context, product, single, rows)
+            _spread(graph, context, product, expert_facts(facts, 0, experts), rows)
         count += len(products)
     edit.tidy(graph)
     return Rewritten(count)
@@ -63,7 +63,7 @@ def _reason(context: Context, facts: MatrixFacts, products: list[ExpertProduct])
         return "its scales lie along the rows of its experts, and products sum over the columns"
     if len({each.experts for each in products}) > 1:
         return "its readers take it for different numbers of experts"
-    single, target = expert_facts(facts, products[0].experts), context.target
+    single, target = expert_facts(facts, 0, products[0].experts), context.target
     form = nbits_form(single) if target.nbits else \
         dequantize_form(single, zeros=target.zero_points, blocks=target.quantized_blocks)
     return bnb4_misfit(form, context.element) if isinstance(form, Form) else form

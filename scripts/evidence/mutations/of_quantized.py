@@ -194,6 +194,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("level 4 where 0 was promised", "activations rounded, and the manifest calls them exact", level_raised,
              -1),
     Mutation("NaN hidden by level 4", "a row that must not be read answered with plausible numbers", nan_hidden, -1),
+    Mutation("experts exchanged", "the matrices of two experts exchanged", experts_exchanged),
+    Mutation("scale of another expert", "an expert's codes with the next one's scales", scale_of_another_expert),
     Mutation("cache scales exchanged", "a layer's two scales of a quantized cache exchanged", cache_scales_exchanged),
     Mutation("cache code clipped", "codes of a quantized cache clipped at -127", cache_clipped, -1),
 )
