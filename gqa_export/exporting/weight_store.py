@@ -56,8 +56,8 @@ def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> Weig
     streamed = _converted(checkpoint, traced, wanted, budget) if streams else None
     if streamed is not None:
         return streamed
-    budget.need(_elements(wanted) * itemsize(checkpoint.stored_dtype), "loading the model (its tensors are dequantized, "
-                "or merged in a way that cannot be streamed)")
+    budget.need(_elements(wanted) * itemsize(checkpoint.stored_dtype), "loading the model (its tensors are "
+                "dequantized, or merged in a way that cannot be streamed)")
     return WeightStore.from_module(checkpoint, load_model(checkpoint, "auto"))
 
 
