@@ -60,7 +60,7 @@ class MatrixFacts:
 
 def facts_of(matrix: QuantizedMatrix, *, lossless: bool = True) -> MatrixFacts:
     """The facts of a matrix. Of one with zero points these are read, to learn whether they fit."""
-    half = matrix.scale_dtype == "float16" and matrix.global_scale == 1.0 and matrix.kind == "int"
+    half = matrix.scale_dtype == "float16" and matrix.global_scale == 1.0 and matrix.kind in ("int", "e2m1")
     return MatrixFacts(matrix.shape, matrix.bits, matrix.block, matrix.kind, matrix.offset, matrix.label, half,
                        _zeros_fit(matrix), lossless, matrix.transposed, matrix.column_order, matrix.column_scale)
 

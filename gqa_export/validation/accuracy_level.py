@@ -21,13 +21,13 @@ from torch.overrides import TorchFunctionMode
 
 from ..bundle.graph_file import read_graph
 from ..bundle.manifest import Manifest
+from ..checkpoint.expert_products import ExpertFactor, factor_of, follow
 from ..checkpoint.quantized.parameters import parameters_of
 from ..graph_io import EXACT_PRODUCTS
 from ..quantized.facts import Form, dequantize_form, facts_of, nbits_form
 from ..quantized.packing import Packer
 from ..runtime.ort.loading import session_config
 from ..targets import get_target
-from .rounded_experts import ExpertFactor, factor_of, follow
 from .stand_in import stand_in
 
 if TYPE_CHECKING:
