@@ -12,9 +12,11 @@ from ..errors import GqaExportError
 from ..progress import Progress
 from ..quantized.facts import MatrixFacts, facts_of
 from ..quantized.matrix import QuantizedMatrix
+from ..quantizing.floats import quantize_floats
 from ..quantizing.matrices import Weight, weights_of
 from ..quantizing.rtn import quantize_matrix
-from ..quantizing.rules import METHODS, Decision, decide, read_rules
+from ..quantizing.rules import KINDS, METHODS, Decision, decide, read_rules
+from ..target_refusals import refuse_codes
 from ..weights.dtypes import itemsize
 from ..weights.packed import add_packed, packers_of
 from ..weights.rows import rows_of
@@ -59,12 +61,14 @@ class Plan:
     importance: Mapping[str, Any] = field(default_factory=dict)
 
 
-def check_options(options: ExportOptions) -> None:
-    """Refuse a value of `--quantize` that is neither a method nor a file.
+def check_options(options: ExportOptions, target: Target) -> None:
+    """Refuse a value of `--quantize` that is neither a method nor a file, or whose codes the target does not hold.
 
     Raises:
         GqaExportError: with the methods; or a calibration text is given and nothing is quantized.
     """
+    if options.quantize in KINDS:
+        refuse_codes(target, KINDS[options.quantize])
     known = (*KEEP, *METHODS)
     if options.calibrate is not None and options.quantize in KEEP and not options.kv_cache:
         raise GqaExportError("a calibration text chooses scales, and nothing is quantized", "--calibrate",
@@ -101,22 +105,32 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
                     weights=weights) if held or store.left else None
     if options.quantize == "keep":
         stacks = {weight.name for weight in weights if weight.experts}
-        kept = {name: matrix for name, matrix in held.items() if name in stacks or not matrix.transposed}
+        kept = {name: matrix for name, matrix in held.items() if name in stacks or not matrix.transposed
+                or matrix.kind in target.float_codes}
         plain = {name: "it is stored with its axes exchanged" for name in held if name not in kept}
         plain |= dict.fromkeys(store.left, "its parts are stored in forms that are not one, or merged in another way")
         return Plan("keep", exact, kept, {name: facts_of(matrix) for name, matrix in kept.items()}, stored, plain,
                     weights) if held or store.left else None
     rules = read_rules(Path(options.quantize)) if options.quantize not in METHODS else ()
-    decisions = decide(weights, METHODS.get(options.quantize, 0), options.block, options.head, rules)
+    decisions = decide(weights, METHODS.get(options.quantize, 0), options.block, options.head, rules,
+                       KINDS.get(options.quantize, "int"))
+    for kind in sorted({each.kind for each in decisions}):
+        refuse_codes(target, kind)
     importance, sha256, tokens = _importance(checkpoint, options, decisions, say)
     matrices = {}
     for each in decisions:
         if each.bits:
             name, shape = each.weight.name, each.weight.matrix_shape
-            stack = shape if each.weight.experts else ()
-            rows = rows_of(sources[name], stack, transposed=each.weight.transposed)
-            matrices[name] = quantize_matrix(rows, shape, each.bits, each.block, f"{name} ({stored[name]})",
-                                             importance.get(name), transposed=each.weight.transposed)
+            label, stack = f"{name} ({stored[name]})", shape if each.weight.experts else ()
+            read = rows_of(sources[name], stack, transposed=each.weight.transposed)
+            if each.kind == "int":
+                matrices[name] = quantize_matrix(read, shape, each.bits, each.block, label, importance.get(name),
+                                                 each.bits == 8 and target.positive_scales,
+                                                 transposed=each.weight.transposed)
+                continue
+            say(f"reading {name}", len(matrices), len(decisions))
+            matrices[name] = quantize_floats(read, (shape[0], shape[1]), each.kind, each.block, label,
+                                             importance.get(name))
     return Plan("rules" if rules else options.quantize, exact, matrices,
                 {name: facts_of(matrix, lossless=False) for name, matrix in matrices.items()}, stored,
                 {each.weight.name: each.reason for each in decisions if not each.bits}, weights, sha256, tokens,
@@ -152,9 +166,10 @@ def record(plan: Plan, lowered: Lowered, dtype: str) -> Quantization:
         if held is not None and held.forms:
             form = held.forms[0]
             size = sum(packer.nbytes(part) for _, packer, part in packers_of(plan.matrices[weight.name], held.parts))
-            entry = replace(entry, bits=form.bits, block=form.block, bytes=size, reason="", experts=weight.experts,
-                            transposed=weight.transposed, lossless=plan.facts[weight.name].lossless and (
-                                plan.facts[weight.name].half or dtype == "float32"),
+            entry = replace(entry, bits=form.bits, block=form.block, bytes=size, reason="", kind=form.kind,
+                            experts=weight.experts, transposed=weight.transposed,
+                            lossless=plan.facts[weight.name].lossless and (
+                                form.half or dtype == "float32" or form.kind != "int"),
                             operator=", ".join(dict.fromkeys(each.operator for each in held.forms)))
         weights.append(entry)
     return Quantization(plan.method, "exact" if plan.exact else "int8", tuple(weights), plan.calibration,

@@ -40,5 +40,6 @@ def read_mxfp4(description: Description, stored: Stored) -> Iterator[tuple[str, 
         flat = type(packed)(packed.path, packed.offset, packed.nbytes, packed.dtype, (*shape[:-1], shape[-1] // 2))
         # half of one is what operators with whole codes take
         half = not powers.size or HALVES[0] <= powers.min() <= powers.max() <= HALVES[1]
-        scales = scales_of(stored, f"{name}_scales", scale, shape, group=BLOCK)._replace(half=half)
+        scales = scales_of(stored, f"{name}_scales", scale, shape, group=BLOCK)
+        scales = scales._replace(dtype="float16") if half else scales
         yield name, nibbles(flat, shape, "e2m1", scales, "MXFP4", (f"{name}_blocks", f"{name}_scales"), transposed=True)

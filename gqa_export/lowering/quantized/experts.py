@@ -21,7 +21,7 @@ from ...graph import edit
 from ...graph.node_builder import Nodes
 from ...graph.passes import Rewritten
 from ...quantized.experts import expert_facts, expert_name
-from ...quantized.facts import Form, MatrixFacts, bnb4_misfit, dequantize_form, nbits_form
+from ...quantized.facts import Form, MatrixFacts, bnb4_misfit, dequantize_form, float_form, nbits_form
 from .expert_readers import ExpertProduct, find_experts
 from .parts import keep_plain
 
@@ -38,8 +38,8 @@ def spread_experts(graph: gs.Graph, context: Context) -> Rewritten:
     rows, count = _Rows(graph), 0
     for name, facts in list(context.quantized.items()):
         products = found.get(name, "nothing in the graph reads this weight" if len(facts.shape) > 2 else [])
-        if not products:
-            continue
+        if not products or (facts.kind in context.target.float_codes and isinstance(float_form(facts), Form)):
+            continue  # one matrix, or a stack that the target dequantizes as it is
         reason = products if isinstance(products, str) else _reason(context, facts, products)
         del context.quantized[name]
         if reason or isinstance(products, str):
@@ -65,7 +65,8 @@ def _reason(context: Context, facts: MatrixFacts, products: list[ExpertProduct])
         return "its readers take it for different numbers of experts"
     single, target = expert_facts(facts, 0, products[0].experts), context.target
     form = nbits_form(single) if target.nbits else \
-        dequantize_form(single, zeros=target.zero_points, blocks=target.quantized_blocks)
+        dequantize_form(single, zeros=target.zero_points, blocks=target.quantized_blocks,
+                        positive=target.positive_scales)
     return bnb4_misfit(form, context.element) if isinstance(form, Form) else form
 
 
