@@ -11,11 +11,8 @@ import onnx_graphsurgeon as gs
 
 from ...graph import edit
 from ...graph.node_builder import Nodes
-from ...quantized.facts import Form, MatrixFacts
+from ...quantized.facts import SEPARATOR, Form, MatrixFacts
 from ..context import Context, Held
-
-SEPARATOR = "@"
-"""between a weight's name and its form and part, in a recipe"""
 
 
 def hold(context: Context, names: Sequence[str], form: Form) -> None:
