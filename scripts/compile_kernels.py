@@ -3,6 +3,8 @@
     python scripts/compile_kernels.py [--jobs N]      -> docs/benchmarks/kernels_compiled.json, .md
     python scripts/compile_kernels.py --long          -> docs/benchmarks/long_kernels_compiled.json, .md
 
+    python scripts/compile_kernels.py --only TEXT -> rows whose model has this text; the others stay as they are
+
 The second is of the kernels for long prompts, with the defaults of `--long-attention`. No GPU is needed. A result names
 the sha256 of the kernels' sources, so that a test can tell when it is stale.
 """
@@ -65,12 +67,12 @@ def wanted(long: bool) -> list[tuple[str, str, list[Any]]]:
     return found
 
 
-def compile_all(jobs: int, long: bool) -> dict[str, Any]:
-    """One row per model, dtype and capability."""
+def compile_all(jobs: int, long: bool, only: str = "") -> dict[str, Any]:
+    """One row per model, dtype and capability. only: of models whose name has this text."""
     from gqa_plugins.grouped_attention import cubin, plan
 
     rows = []
-    for model, dtype, variants in wanted(long):
+    for model, dtype, variants in (row for row in wanted(long) if only in row[0]):
         for capability in plan.CAPABILITIES:
             if variants[0].cache == "fp8" and capability < plan.FP8_CAPABILITY:
                 continue
@@ -111,9 +113,17 @@ def page(report: dict[str, Any]) -> str:
 @click.command()
 @click.option("--jobs", default=1, show_default=True, help="Compilations at a time.")
 @click.option("--long", is_flag=True, help="The kernels for long prompts, and no others.")
-def main(jobs: int, long: bool) -> None:
+@click.option("--only", default="", metavar="TEXT",
+              help="Compile models whose name has this text; keep the other rows of a report of the same sources.")
+def main(jobs: int, long: bool, only: str) -> None:
     """Compile everything; write the result."""
-    report, name = compile_all(jobs, long), LONG_NAME if long else NAME
+    report, name = compile_all(jobs, long, only), LONG_NAME if long else NAME
+    if only:
+        known = json.loads((OUT / f"{name}.json").read_text(encoding="utf-8"))
+        if known["sources_sha256"] != report["sources_sha256"]:
+            raise click.ClickException("the report is of other sources: compile everything, without --only")
+        made = {(row["model"], row["dtype"]) for row in report["rows"]}
+        report["rows"] = [row for row in known["rows"] if (row["model"], row["dtype"]) not in made] + report["rows"]
     (OUT / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (OUT / f"{name}.md").write_text(page(report), encoding="utf-8")
 
