@@ -42,7 +42,7 @@ class Row:
         module: the name of a module.
         package: the distribution it belongs to.
         versions: of the distribution, starts of those that the row was measured with; with another, nothing is done.
-        seconds: CPU seconds that an export spends more without this row and the rows that depend on it.
+        seconds: that importing the module took, with what it brings; 0 where another row counts it.
         until: when the row is to be deleted.
     """
 

@@ -59,7 +59,7 @@ def interpret(model: onnx.ModelProto) -> int:
         inputs, attributes = _given(node), {each.name: helper.get_attribute_value(each) for each in node.attribute}
         lost = [inputs[kind] for kind in ("past_key", "past_value") if inputs[kind] not in sizes]
         if lost:
-            raise InvalidBundle(f"a plugin node reads {lost[0]!r}, which is no cache", f"node {node.name!r}",
+            raise InvalidBundle(f"a plugin node reads {lost[0]!r}, which is not a cache", f"node {node.name!r}",
                                 "export the bundle again with this version of gqa-export",
                                 code="E-BUNDLE-PLUGIN-NODE")
         # a layer without a cache reads the present of another
