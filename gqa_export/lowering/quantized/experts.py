@@ -3,8 +3,8 @@ product with a weight, which the other passes know how to hold quantized.
 
 Rows are sorted by their expert and split; an expert that no row chose multiplies no rows, so its codes are not read;
 results are put back in order. That was measured on a CPU beside QMoE and beside picking codes by index
-(docs/quantization.md): it is as fast as the first, is right for every gate, bias and routing, and is an order of
-magnitude faster than the second.
+(docs/quantization.md): it is right for every gate, bias and routing, unlike the first, and many times faster than the
+second.
 
 Axes: E experts, P pairs of a token and an expert, T tokens, N and K rows and columns of an expert's matrix.
 """
