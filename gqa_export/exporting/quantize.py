@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bundle.quantization import PLAIN, Quantization, QuantizedWeight
+from ..bundle.quantization import PLAIN, BitsSearch, Quantization, QuantizedWeight
 from ..errors import GqaExportError
 from ..progress import Progress
 from ..quantized.facts import MatrixFacts, facts_of
 from ..quantized.matrix import QuantizedMatrix
 from ..quantized.packing import Packer
+from ..quantizing.errors_of_bits import Measured, measure
 from ..quantizing.matrices import Weight, weights_of
 from ..quantizing.rtn import quantize_matrix
 from ..quantizing.rules import METHODS, Decision, decide, read_rules
@@ -21,11 +22,13 @@ from ..weights.packed import add_packed
 from ..weights.rows import rows_of
 from ..weights.source_kinds import DequantizedSource
 from ..weights.sources import WeightStore
+from .limits import CHOICES, check_limits
 from .options import ExportOptions
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
     from ..lowering.context import Lowered
+    from ..quantizing.calibrate import TextRows
     from ..targets import Target
     from ..trace.traced import Traced
 
@@ -44,6 +47,9 @@ class Plan:
         stored: name of a weight -> what the checkpoint holds, for people.
         plain: name of a weight -> why it stays floating-point numbers.
         weights: of the model, in the order of the graph.
+        open: name of a weight whose bits are to be chosen -> what each number of bits would lose; `matrices` has it
+            with the lowest. apart: int64 `[rows, length]`, tokens to measure on; None without a limit that needs them.
+        errors: name -> bits -> error, where bits are chosen. search: how the bits were chosen.
         calibration: sha256 of the text that weighed errors. tokens: of it that were used. importance: name of a weight
             -> how much errors of its columns count.
     """
@@ -55,6 +61,10 @@ class Plan:
     stored: Mapping[str, str] = field(default_factory=dict)
     plain: Mapping[str, str] = field(default_factory=dict)
     weights: tuple[Weight, ...] = ()
+    open: Mapping[str, Measured] = field(default_factory=dict)
+    apart: Any = None
+    errors: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    search: BitsSearch | None = None
     calibration: str = ""
     tokens: int = 0
     importance: Mapping[str, Any] = field(default_factory=dict)
@@ -66,6 +76,7 @@ def check_options(options: ExportOptions) -> None:
     Raises:
         GqaExportError: with the methods; or a calibration text is given and nothing is quantized.
     """
+    check_limits(options)
     known = (*KEEP, *METHODS)
     if options.calibrate is not None and options.quantize in KEEP and not options.kv_cache:
         raise GqaExportError("a calibration text chooses scales, and nothing is quantized", "--calibrate",
@@ -104,29 +115,57 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
         return Plan("keep", exact, kept, {name: facts_of(matrix) for name, matrix in kept.items()}, stored, plain,
                     weights) if held else None
     rules = read_rules(Path(options.quantize)) if options.quantize not in METHODS else ()
-    decisions = decide(weights, METHODS.get(options.quantize, 0), options.block, options.head, rules)
-    importance, sha256, tokens = _importance(checkpoint, options, decisions, say)
-    matrices = {}
-    for each in decisions:
-        if each.bits:
-            name, (rows, columns) = each.weight.name, each.weight.shape
-            matrices[name] = quantize_matrix(rows_of(sources[name]), (rows, columns), each.bits, each.block,
-                                             f"{name} ({stored[name]})", importance.get(name))
+    bits = METHODS.get(options.quantize, CHOICES[0] if options.limited else 0)
+    decisions = decide(weights, bits, options.block, options.head, rules)
+    text = _text(checkpoint, options)
+    importance, sha256, tokens = _importance(checkpoint, text, decisions, say)
+    effects = _effects(checkpoint, text, decisions, importance, say) if text and options.limited else {}
+    matrices, measured = {}, {}
+    for number, each in enumerate(decisions):
+        if not each.bits:
+            continue
+        name, (rows, columns) = each.weight.name, each.weight.shape
+        label = f"{name} ({stored[name]})"
+        if options.limited and each.open:
+            say("measuring what fewer bits lose", number, len(decisions))
+            measured[name] = measure(rows_of(sources[name]), (rows, columns), CHOICES, each.block, label,
+                                     importance.get(name), effects.get(name))
+            matrices[name] = measured[name].quantized(CHOICES[0])
+        else:
+            matrices[name] = quantize_matrix(rows_of(sources[name]), (rows, columns), each.bits, each.block, label,
+                                             importance.get(name))
     return Plan("rules" if rules else options.quantize, exact, matrices,
                 {name: facts_of(matrix, lossless=False) for name, matrix in matrices.items()}, stored,
-                {each.weight.name: each.reason for each in decisions if not each.bits}, weights, sha256, tokens,
-                importance)
+                {each.weight.name: each.reason for each in decisions if not each.bits}, weights, measured,
+                text.apart if text else None, {}, None, sha256, tokens, importance)
 
 
-def _importance(checkpoint: Checkpoint, options: ExportOptions, decisions: Sequence[Decision],
+def _text(checkpoint: Checkpoint, options: ExportOptions) -> TextRows | None:
+    if options.calibrate is None:
+        return None
+    from ..quantizing.calibrate import rows_of_text
+
+    return rows_of_text(checkpoint, options.calibrate, hold_out=options.max_kl is not None)
+
+
+def _importance(checkpoint: Checkpoint, text: TextRows | None, decisions: Sequence[Decision],
                 say: Progress) -> tuple[Mapping[str, Any], str, int]:
     """How much errors of each matrix's columns count, the text's sha256 and its tokens; nothing without a text."""
-    if options.calibrate is None:
+    if text is None:
         return {}, "", 0
     from ..quantizing.calibrate import calibrate
 
-    found = calibrate(checkpoint, options.calibrate, {each.weight.name for each in decisions if each.bits}, say)
+    found = calibrate(checkpoint, text, {each.weight.name for each in decisions if each.bits}, say)
     return found.importance, found.sha256, found.tokens
+
+
+def _effects(checkpoint: Checkpoint, text: TextRows, decisions: Sequence[Decision], importance: Mapping[str, Any],
+             say: Progress) -> Mapping[str, Any]:
+    """What squared errors of each matrix's outputs do to predictions."""
+    from ..quantizing.sensitivity import sensitivities
+
+    return sensitivities(checkpoint, text.statistics, {each.weight.name for each in decisions if each.open},
+                         dict(importance), say)
 
 
 def fill(plan: Plan, lowered: Lowered, store: WeightStore) -> None:
@@ -155,7 +194,8 @@ def record(plan: Plan, lowered: Lowered, dtype: str) -> Quantization:
             entry = replace(entry, bits=form.bits, block=form.block, bytes=size, reason="",
                             lossless=plan.facts[weight.name].lossless and (
                                 plan.facts[weight.name].half or dtype == "float32"),
-                            operator=", ".join(dict.fromkeys(each.operator for each in held.forms)))
+                            operator=", ".join(dict.fromkeys(each.operator for each in held.forms)),
+                            errors={str(bits): error for bits, error in plan.errors.get(weight.name, {}).items()})
         weights.append(entry)
     return Quantization(plan.method, "exact" if plan.exact else "int8", tuple(weights), plan.calibration,
-                        plan.tokens)
+                        plan.tokens, plan.search)

@@ -24,6 +24,7 @@ from .matrices import Weight
 METHODS = {"int4": 4, "int8": 8}
 """--quantize -> bits of the matrices between embedding and head"""
 BITS = (0, 2, 4, 8)
+DEFAULT_HEAD = "int8"
 FIX = 'write [[rule]] with match = "NAME*", bits = 0, 2, 4 or 8 and, if you like, block = 32'
 
 
@@ -38,12 +39,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a weight. bits 0: it stays as it is, for a reason."""
+    """What becomes of a weight. bits 0: it stays as it is, for a reason. open: neither a rule nor an option names its
+    bits, so that they may be chosen by its error."""
 
     weight: Weight
     bits: int
     block: int
     reason: str = ""
+    open: bool = False
 
 
 def read_rules(path: Path) -> tuple[Rule, ...]:
@@ -96,7 +99,7 @@ def decide(weights: Sequence[Weight], bits: int, block: int, head: str, rules: S
         weights: of the model.
         bits: of matrices that no rule names; 0 leaves them.
         block: columns that share a scale.
-        head: of head and embedding: "int8", "same" as the others, or "none".
+        head: of head and embedding: "int8", "same" as the others, or "none"; "" is the first, and leaves them open.
         rules: the first whose pattern matches a weight's name decides.
 
     Raises:
@@ -109,13 +112,14 @@ def decide(weights: Sequence[Weight], bits: int, block: int, head: str, rules: S
         used.update([rule] if rule else [])
         own = bits
         if weight.role in ("head", "embedding"):
-            own = {"int8": 8 if bits else 0, "same": bits, "none": 0}[head]
+            own = {"int8": 8 if bits else 0, "same": bits, "none": 0}[head or DEFAULT_HEAD]
         own, reason = (rule.bits, f"a rule leaves it ({rule.match})") if rule else (own, f"--head {head}")
         if weight.role == "router" and not rule:
             own, reason = 0, "it chooses experts: a rounding would send tokens to others"
         if not weight.role:
             own, reason = 0, weight.reason
-        decisions.append(Decision(weight, own, (rule.block if rule else 0) or block, "" if own else reason))
+        is_open = bool(own) and not rule and (own == bits or not head)
+        decisions.append(Decision(weight, own, (rule.block if rule else 0) or block, "" if own else reason, is_open))
     unused = [rule.match for rule in rules if rule not in used]
     if unused:
         raise GqaExportError(f"the rule {unused[0]!r} matches no weight of this model", unused[0],

@@ -216,6 +216,14 @@ def _point(tensor: onnx.TensorProto, location: str, offset: int, length: int) ->
         entry.key, entry.value = key, value
 
 
+def point_at(stream: _Stream, location: str) -> None:
+    """Let the initializers of a stream read it from a file."""
+    for tensor in stream.tensors:
+        _point(tensor, location, stream.offset, stream.nbytes)
+    for tensor, start, nbytes in stream.inside:
+        _point(tensor, location, stream.offset + start, nbytes)
+
+
 def _write(plan: Arrangement, writer: BundleWriter, on_bytes: Callable[[int, int], None], inside: str) -> None:
     total, done = plan.bytes_copied, 0
     with writer.open(inside + DATA, _key(plan)) as file:
@@ -233,10 +241,7 @@ def _write(plan: Arrangement, writer: BundleWriter, on_bytes: Callable[[int, int
             else:
                 done += stream.nbytes
                 on_bytes(done, total)
-            for tensor in stream.tensors:
-                _point(tensor, DATA, stream.offset, stream.nbytes)
-            for tensor, start, nbytes in stream.inside:
-                _point(tensor, DATA, stream.offset + start, nbytes)
+            point_at(stream, DATA)
 
 
 def _key(plan: Arrangement) -> str:
