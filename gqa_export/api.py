@@ -93,7 +93,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
         stamping: trace two layers of each kind and copy them, where that is proved to be the same; False traces every
             layer.
         quantize: "keep" leaves quantized weights as the checkpoint stores them, "dequantize" makes floating-point
-            numbers of them; "int4", "int8" or a file of rules (.toml) quantizes. See docs/quantization.md.
+            numbers of them; "int4", "int8", for TensorRT also "fp8" and "nvfp4", or a file of rules (.toml) quantizes.
+            See docs/quantization.md.
         activations: quantized products round their inputs to int8 (faster), or stay exact; None is int8 on a CPU.
         head: bits of head and embedding: "int8", "same" as the other matrices, or "none"; None is "int8", or chosen
             where a limit is given. block: columns that share a

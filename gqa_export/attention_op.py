@@ -1,7 +1,7 @@
-"""The op `gqa::GroupedQueryAttention`, version 1: its ordered inputs, outputs and attributes, as data.
+"""The op `gqa::GroupedQueryAttention`, versions 1 and 2: its ordered inputs, outputs and attributes, as data.
 
 Every place that spells the op out (the torch op and its fake, the ONNX function body, the TensorRT plugin, the
-documentation) is held to these tables by `tests/test_attention_op.py`. A change of signature bumps `VERSION`.
+documentation) is held to these tables by `tests/test_attention_op.py`. A change of signature is a new version.
 
 Dimension key: B batch, S new tokens (padded on the right), P length of the past axis (growing: any; static: C),
 C cache capacity, H query heads, K key/value heads (H % K == 0), D head size of queries and keys, E of values,
@@ -12,6 +12,10 @@ past_lengths[b] .. past_lengths[b] + new_lengths[b] - 1. What lies beyond is uns
 
 A static cache may be a ring (`growing` is RING): P slots, at least `window`, and token t of a sequence in slot t mod P.
 A call then brings at most P - window + 1 tokens to a sequence, so that none displaces what one of its rows sees.
+
+Version 2 is version 1 with `CODE_ATTRIBUTES` after the others: past and present hold codes of `cache_codes` in place of
+numbers. It is used where a cache holds codes; every other call is of version 1, so that graphs and engines of before
+there was a version 2 mean what they meant.
 """
 
 from __future__ import annotations
@@ -22,6 +26,12 @@ from typing import Literal
 DOMAIN = "gqa"
 OP = "GroupedQueryAttention"
 VERSION = 1
+CODES_VERSION = 2
+"""of a call whose cache holds codes"""
+CODES_PLUGIN_VERSION = "3"
+"""of the TensorRT plugin whose nodes are such calls"""
+CACHE_CODES = {"int8": 1, "fp8": 2}
+"""name of a type of codes -> the value of `cache_codes`"""
 RING = 2
 """the value of `growing` of a cache whose slots are used again"""
 
@@ -77,9 +87,17 @@ ATTRIBUTES: tuple[Attribute, ...] = (
               "as a ring: token t is in slot t mod C"),
 )
 
+CODE_ATTRIBUTES: tuple[Attribute, ...] = (
+    Attribute("cache_codes", "int", "type of the cache: 1 int8, 2 fp8 (e4m3); 0: T, as in version 1"),
+    Attribute("key_scale", "float", "a cached key is its code times this, one number for the layer"),
+    Attribute("value_scale", "float", "a cached value is its code times this"),
+)
+"""of version 2, after those of version 1"""
+
 INPUT_NAMES = tuple(port.name for port in INPUTS)
 OUTPUT_NAMES = tuple(port.name for port in OUTPUTS)
 ATTRIBUTE_NAMES = tuple(attribute.name for attribute in ATTRIBUTES)
+CODE_ATTRIBUTE_NAMES = tuple(attribute.name for attribute in CODE_ATTRIBUTES)
 
 
 def input_index(name: str) -> int:

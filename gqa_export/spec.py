@@ -111,6 +111,7 @@ class KvCache:
         bits: of a code, 8 or 4.
         scales: of every layer, in the order of `ModelSpec.layers`; one for all keys of a layer, one for all values.
         calibration: sha256 of the token ids that the scales were chosen from. tokens: how many.
+        codes: whole numbers ("int") or 8-bit floats with 4 bits of exponent and 3 of mantissa ("fp8").
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -119,11 +120,17 @@ class KvCache:
     scales: Annotated[tuple[KvScales, ...], Limits(max_length=MOST_LAYERS, fail_fast=True)]
     calibration: Annotated[str, Limits(pattern="^[0-9a-f]{64}$")] = "0" * 64
     tokens: Count = 0
+    codes: Annotated[str, OneOf("int", "fp8")] = "int"
+
+    @property
+    def kind(self) -> str:
+        """As `--kv-cache` names it: "int8", "int4" or "fp8"."""
+        return "fp8" if self.codes == "fp8" else f"int{self.bits}"
 
     @property
     def dtype(self) -> str:
-        """Number format of the cache tensors: "int8", or "uint8" with two codes a byte."""
-        return "int8" if self.bits == 8 else "uint8"
+        """Number format of the cache tensors: "int8", "uint8" with two codes a byte, or "float8_e4m3fn"."""
+        return {"int8": "int8", "int4": "uint8", "fp8": "float8_e4m3fn"}[self.kind]
 
     def width(self, size: int) -> int:
         """Last dimension of a cache tensor whose heads have this size."""

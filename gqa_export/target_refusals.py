@@ -41,6 +41,25 @@ def refuse_layers(layers: Iterable[AttentionSpec], target: Target, states: Itera
                            fix, code="E-TARGET-LAYER")
 
 
+def refuse_codes(target: Target, kind: str) -> None:
+    """Refuse to quantize to codes of float8 or float4 where a target has no operator for them.
+
+    Args:
+        target: the row.
+        kind: of the codes, "int", "e4m3" or "e2m1".
+
+    Raises:
+        GqaExportError: with the targets that hold them.
+    """
+    if kind != "int" and kind not in target.float_codes:
+        name, instead = {"e4m3": ("FP8 (e4m3)", "int8"), "e2m1": ("NVFP4 (e2m1)", "int4")}[kind]
+        raise GqaExportError(f"target {target.name} does not quantize to {name}: ONNX Runtime has no fast product with "
+                             "such codes on a CPU, and integers of as many bits lose no more", "--quantize",
+                             f"use --quantize {instead}, or --target "
+                             + " or ".join(row.name for row in TARGETS.values() if kind in row.float_codes),
+                             code="E-TARGET-CODES")
+
+
 def refuse_long(target: Target) -> None:
     """Refuse approximate attention for long prompts where a target has none.
 

@@ -95,6 +95,11 @@ class Target:
     """quantized weights are held by MatMulNBits and GatherBlockQuantized; otherwise by DequantizeLinear"""
     zero_points: bool = True
     """DequantizeLinear takes zero points that are not 0"""
+    float_codes: tuple[str, ...] = ()
+    """kinds of codes (`QuantizedMatrix.kind`) that are numbers of float8 or float4, and that DequantizeLinear takes"""
+    positive_scales: bool = False
+    """DequantizeLinear takes codes of eight bits, and of float8 and float4, with scales above 0 alone (so TensorRT's
+    parser; with 4-bit integers it takes any)"""
     quantized_blocks: tuple[int, ...] = ()
     """columns that may share a scale in DequantizeLinear; () is any number"""
     long_inside: bool = False
@@ -147,7 +152,8 @@ _NO_STATES = ("TensorRT has no operator for them; TensorRT-RTX reads LinearAtten
               "plugins of a library that needs NVIDIA's driver to be loaded, so that nothing is known of its results")
 
 _NO_FUNCTION = "the standard operator Attention reads every key, and the target is for graphs of it alone"
-_NO_CODES = ("its graph updates the cache with operators for which no quantized form is written yet")
+_INT8_ALONE = ("its graph updates the cache with Concat, GatherND and TensorScatter, for which ONNX Runtime's CPU "
+               "provider has kernels of int8, but neither of int4 nor of 8-bit floats")
 
 _NO_RING = "the standard operators' graph takes a token's place in the cache for its position"
 
@@ -171,26 +177,27 @@ _ROWS = (
            # softcap: until 2026 the standard capped after the mask, which leaks masked tokens (onnx/onnx#7865, mended
            # in place by #7867); what a runtime does depends on its age
            nan_tail_safe=False, shares_buffer=True, lowest_opset=True, long_missing=_NO_FUNCTION,
-           kv_missing=_NO_CODES, windows_missing=_NO_RING,
+           kv_bits=(8,), kv_missing=_INT8_ALONE, windows_missing=_NO_RING,
            state_ops=MappingProxyType({"LinearAttention": "ai.onnx::LinearAttention"}),
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="portable", dialect="portable", attention="gqa::GroupedQueryAttention", fallback="",
            opset=23, ir_version=10, caches=("growing", "static"), interface="mask", function=True, chunks=True,
-           lowest_opset=True, kv_missing=_NO_CODES,
+           lowest_opset=True, kv_bits=(8,), kv_missing=_INT8_ALONE,
            dtypes=MappingProxyType({"cpu": ("float32", "float16"), "cuda": FLOATS})),
     Target(name="trt-plugin", dialect="tensorrt.plugin", attention="gqa::GroupedQueryAttention", fallback="",
            opset=23, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            rotary_inside=True, head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
-           writes_padding=False, states_missing=_NO_STATES, zero_points=False, quantized_blocks=(16, 32, 64, 128),
-           long_inside=True, kv_missing="the plugin's kernels read and write floating-point caches only",
+           writes_padding=False, states_missing=_NO_STATES, zero_points=False,
+           float_codes=("e4m3", "e2m1"), positive_scales=True, quantized_blocks=(16, 32, 64, 128), long_inside=True,
+           kv_bits=(8,), kv_missing="the plugin's kernels read and write one code a byte",
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
     Target(name="trt-native", dialect="tensorrt.native", attention="Attention", fallback="",
            opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            softcap=False, sinks=False, value_head_size_differs=False, nan_tail_safe=False, shares_buffer=True,
            literal_capacity=True, runs_in_onnxruntime=False, states_missing=_NO_STATES, zero_points=False,
-           quantized_blocks=(16, 32, 64, 128), long_missing=_NO_FUNCTION, windows_missing=_NO_RING,
-           kv_missing="TensorRT's own cache update takes floating-point tensors only, so that codes need trt-plugin, "
-           "whose kernels do not hold them yet",
+           float_codes=("e4m3", "e2m1"), positive_scales=True, quantized_blocks=(16, 32, 64, 128),
+           long_missing=_NO_FUNCTION, windows_missing=_NO_RING,
+           kv_missing="TensorRT's own cache update takes floating-point tensors only, so that codes need trt-plugin",
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
 )
 

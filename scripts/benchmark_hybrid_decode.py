@@ -8,8 +8,7 @@ Weights are random (shapes: models/shapes.toml). The shape that genai's builder 
 width, where what a step costs beside its matrices weighs more. Of the other shape a decoder is timed beside it whose
 layers all keep states of fixed size, which shows what those layers cost at any length. All runners of a table run in
 one process, one step of each in turn, one thread each. Where a session's weights come to lie in memory moves its speed
-by more than what is measured, either way, and in a process that has opened other sessions the same way each time; so
-there are several rounds, each in a process of its own, both sides opened first in turn. Speeds are compared by the time
+by more than what is measured; so there are several rounds (`evidence.decode_in_turn`). Speeds are compared by the time
 on a core. Writes hybrid_decode.json and hybrid_decode.md, with `--only` the other tables as they are there; takes some
 minutes.
 """
@@ -23,7 +22,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
@@ -32,23 +30,19 @@ from typing import Any
 
 import click
 import gqa_models
-import numpy as np
+from evidence.decode_in_turn import PEER, STEPS, Pair, for_one_thread, rounds, speeds
 
 import gqa_export as gqa
 from gqa_export.runtime.generate import PREFILL_PIECE
-from gqa_export.runtime.open_session import open_bundle
 
 LENGTHS = (128, 1024, 8192)
-STEPS = 48
-"""timed at each length, the first few left out"""
-WARM = 4
 ROUNDS = 4
 """processes in which both sides of the comparison are opened anew; beyond MANY tokens the first one is all"""
 MANY = 1024
 PEERED, OTHER = "lfm2-24l", "qwen3.5-24l"
 NARROW = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8}
 """what is changed in the shape PEERED for the smaller width; heads stay as wide"""
-OURS, PEER = "gqa-export", "onnxruntime-genai builder"
+OURS = "gqa-export"
 ROOM = LENGTHS[-1] + STEPS + PREFILL_PIECE
 VERSIONS = ("torch", "transformers", "onnxruntime", "onnxruntime-genai")
 
@@ -79,106 +73,21 @@ def make_theirs(checkpoint: Path, folder: Path) -> Path:
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(folder),
                "-p", "fp32", "-e", "cpu", "-c", str(folder.parent / "cache")]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    config = json.loads((folder / "genai_config.json").read_text())
-    config["model"]["decoder"]["session_options"].update(intra_op_num_threads=1)
-    config["model"]["eos_token_id"] = []
-    (folder / "genai_config.json").write_text(json.dumps(config))
-    return folder
-
-
-class Ours:
-    """A bundle of ours in our session, greedy."""
-
-    def __init__(self, bundle: Path) -> None:
-        self._session = open_bundle(bundle, "cpu", threads=1)
-        self._session.reset(1)
-        self.tokens: list[int] = []
-
-    def feed(self, ids: list[int]) -> None:
-        """A prompt, or more of it; nothing of it is timed."""
-        for start in range(0, len(ids), PREFILL_PIECE):
-            logits = self._session.step(np.array([ids[start : start + PREFILL_PIECE]], np.int64)).logits
-        self._next = int(logits[0, -1].argmax())
-
-    def step(self) -> None:
-        """One token."""
-        self.tokens.append(self._next)
-        self._next = int(self._session.step(np.array([[self._next]], np.int64)).logits[0, -1].argmax())
-
-
-class Peer:
-    """A bundle of the peer's in its own runtime, greedy."""
-
-    def __init__(self, folder: Path) -> None:
-        import onnxruntime_genai as genai
-
-        model = genai.Model(str(folder))
-        params = genai.GeneratorParams(model)
-        params.set_search_options(max_length=ROOM, do_sample=False)
-        self._generator = genai.Generator(model, params)
-        self.tokens: list[int] = []
-
-    def feed(self, ids: list[int]) -> None:
-        """As of Ours."""
-        for start in range(0, len(ids), PREFILL_PIECE):
-            self._generator.append_tokens(np.array([ids[start : start + PREFILL_PIECE]], np.int32))
-
-    def step(self) -> None:
-        """As of Ours: a token is chosen and its logits are computed."""
-        self._generator.generate_next_token()
-        self.tokens.append(int(self._generator.get_next_tokens()[0]))
-
-
-def timed(step: Callable[[], None]) -> tuple[float, float]:
-    """Milliseconds of one step: on the clock, and of this process on a core."""
-    began, worked = time.perf_counter(), time.process_time()
-    step()
-    return 1000 * (time.perf_counter() - began), 1000 * (time.process_time() - worked)
-
-
-Pair = tuple[float, float]
-
-
-def one_round(bundles: dict[str, Path], vocabulary: int, lengths: Sequence[int], seed: int) -> dict[str, Any]:
-    """Open every bundle in this process, and time steps of each in turn. bundles: by name; PEER's is the peer's.
-
-    Returns:
-        By length and name what each step took, and whether all runners wrote the same tokens.
-    """
-    runners: dict[str, Any] = {name: (Peer if name == PEER else Ours)(bundles[name])
-                               for name in sorted(bundles, reverse=bool(seed % 2))}
-    random, past = np.random.default_rng(seed), 0
-    found: dict[str, dict[str, list[Pair]]] = {}
-    for length in lengths:
-        more = random.integers(4, vocabulary, length - past).tolist()
-        for runner in runners.values():
-            runner.feed(more)
-        steps: dict[str, list[Pair]] = {name: [] for name in bundles}
-        for step in range(WARM + STEPS):
-            for name in sorted(runners, reverse=bool(step % 2)):
-                steps[name].append(timed(runners[name].step))
-        past = length + WARM + STEPS
-        found[str(length)] = {name: pairs[WARM:] for name, pairs in steps.items()}
-    return {"steps": found, "same": len({tuple(runner.tokens) for runner in runners.values()}) == 1}
+    return for_one_thread(folder)
 
 
 def measure(bundles: dict[str, Path], vocabulary: int, lengths: Sequence[int] = LENGTHS,
-            rounds: int = 1) -> list[dict[str, Any]]:
-    """A row for each length, of rounds that have a process each."""
-    done = []
-    for number in range(rounds):
-        told = json.dumps([{name: str(place) for name, place in bundles.items()}, vocabulary,
-                           [length for length in lengths if not number or length <= MANY], number])
-        ran = subprocess.run([sys.executable, __file__, "--round", told], check=True, stdout=subprocess.PIPE, text=True)
-        done.append(json.loads(ran.stdout.splitlines()[-1]))
-        click.echo(f"round {number + 1} of {rounds}")
+            count: int = 1) -> list[dict[str, Any]]:
+    """A row for each length, of so many rounds that have a process each."""
+    few = [[length for length in lengths if not number or length <= MANY] for number in range(count)]
+    done = rounds(bundles, vocabulary, few, ROOM, click.echo)
     return [row(length, [one for one in done if str(length) in one["steps"]]) for length in lengths]
 
 
-def row(length: int, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+def row(length: int, done: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians and quartiles over all rounds; where the peer is among them, our speed as a share of its."""
     made: dict[str, Any] = {"past": length}
-    steps = [one["steps"][str(length)] for one in rounds]
+    steps = [one["steps"][str(length)] for one in done]
     for name in steps[0]:
         clock, core = zip(*(pair for one in steps for pair in one[name]))
         quarter = statistics.quantiles(clock, n=4)
@@ -186,16 +95,16 @@ def row(length: int, rounds: list[dict[str, Any]]) -> dict[str, Any]:
                       "quartiles_ms": [round(quarter[0], 2), round(quarter[2], 2)],
                       "core_ms": round(statistics.median(core), 2)}
     if PEER in steps[0]:
-        each = [_ratio([one], 1) for one in steps]  # far apart: a median over all pairs would be that of some rounds
-        made |= {"ratio": round(statistics.geometric_mean(each), 3), "ratio_clock": _ratio(steps, 0),
-                 "ratio_rounds": each, "same_tokens": all(one["same"] for one in rounds)}
+        each = speeds(steps, OURS, PEER)  # far apart: a median over all pairs would be that of some rounds
+        made |= {"ratio": round(statistics.geometric_mean(each), 3), "ratio_clock": _clock(steps),
+                 "ratio_rounds": each, "same_tokens": all(one["same"] for one in done)}
     click.echo(json.dumps(made))
     return made
 
 
-def _ratio(rounds: list[dict[str, list[Pair]]], place: int) -> float:
-    """Median over pairs of steps of our speed as a share of theirs. place: 0 is the clock, 1 the core."""
-    return round(statistics.median(theirs[place] / ours[place] for one in rounds
+def _clock(steps: list[dict[str, list[Pair]]]) -> float:
+    """Median over all pairs of steps of our speed as a share of theirs, on the clock."""
+    return round(statistics.median(theirs[0] / ours[0] for one in steps
                                    for ours, theirs in zip(one[OURS], one[PEER])), 3)
 
 
@@ -257,18 +166,11 @@ TABLES: dict[str, tuple[str, Callable[[Path], list[dict[str, Any]]]]] = {
 
 
 @click.command()
-@click.option("--scratch", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--scratch", required=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--only", multiple=True, type=click.Choice(list(TABLES)), help="A table; the others stay as they are.")
-@click.option("--round", "told", hidden=True, help="What `measure` tells a process of its own.")
-def main(scratch: Path | None, out: Path | None, only: tuple[str, ...], told: str | None) -> None:
+def main(scratch: Path, out: Path, only: tuple[str, ...]) -> None:
     """Measure, print and write the result."""
-    if told is not None:
-        bundles, *rest = json.loads(told)
-        click.echo(json.dumps(one_round({name: Path(place) for name, place in bundles.items()}, *rest)))
-        return
-    if scratch is None or out is None:
-        raise click.UsageError("give --scratch and --out")
     file = out / "hybrid_decode.json"
     kept = {table["name"]: table for table in json.loads(file.read_text(encoding="utf-8"))["tables"]} if only else {}
     for name, (what, rows) in TABLES.items():

@@ -34,9 +34,14 @@ def tables(title: str, inputs: Iterable[Port | StatePort], outputs: Iterable[Por
 
 
 def attention() -> str:
-    """The tables of the attention op."""
-    return tables(f"`{attention_op.DOMAIN}::{attention_op.OP}`, version {attention_op.VERSION}.", attention_op.INPUTS,
-                  attention_op.OUTPUTS, attention_op.ATTRIBUTES)
+    """The tables of the attention op, and what its later version has beyond them."""
+    first = tables(f"`{attention_op.DOMAIN}::{attention_op.OP}`, version {attention_op.VERSION}.", attention_op.INPUTS,
+                   attention_op.OUTPUTS, attention_op.ATTRIBUTES)
+    lines = [f"Version {attention_op.CODES_VERSION}, where the cache holds [codes](#a-cache-of-codes), has after them:",
+             "", "| attribute | type | |", "|---|---|---|",
+             *(f"| `{attribute.name}` | {attribute.type} | {attribute.meaning} |"
+               for attribute in attention_op.CODE_ATTRIBUTES)]
+    return "\n".join([first, "", *lines])
 
 
 def long_attention() -> str:

@@ -50,7 +50,7 @@ def sources_of(kernel: Any) -> str:
 
 def code_of(run: Any) -> str:
     """What decides the compiled code of a run's kernels but Triton itself."""
-    from gqa_plugins.grouped_attention.cubin import recipe
+    from gqa_plugins.grouped_attention.recipes import recipe
     from ptx.attention import variants_of
 
     parts = []

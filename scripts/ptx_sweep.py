@@ -37,7 +37,7 @@ OPTIONS = ("window", "softcap", "sinks", "rotary", "interleaved")
 def code_of(number: int) -> str:
     """What decides the compiled code of a run's kernels, without compiling: their sources with whatever they call, what
     is compiled in, and the numbers that they are compiled with."""
-    from gqa_plugins.grouped_attention.cubin import recipe
+    from gqa_plugins.grouped_attention.recipes import recipe
     from ptx.attention import variants_of
     from ptx.cases import random_run
 

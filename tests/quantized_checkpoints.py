@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.unused_tensors import unused_notes
+from gqa_export.weights.dtypes import numpy_dtype
 
 Encoded = tuple[dict[str, torch.Tensor], np.ndarray]
 Encode = Callable[[np.random.Generator, int, int], Encoded]
@@ -90,7 +91,7 @@ def check(folder: Path, values: dict[str, np.ndarray], **exactly: float) -> dict
         np.testing.assert_array_equal(single[name].numpy(), matrix.parameter().astype(np.float32), err_msg=name)
         assert set(matrix.tensors) <= set(checkpoint.packed)
         scale = matrix.stripe().scale
-        assert matrix.scale_dtype == "float32" or np.array_equal(scale, scale.astype(np.float16))
+        assert np.array_equal(scale, scale.astype(numpy_dtype(matrix.scale_dtype)).astype(np.float32))
     return checkpoint.quantized
 
 

@@ -51,8 +51,11 @@ def test_every_attribute_of_the_contract_is_in_this_test() -> None:
 
 def test_reference_has_the_inputs_and_attributes_in_order() -> None:
     parameters = inspect.signature(reference.grouped_query_attention).parameters
-    assert tuple(parameters) == ALL
-    assert tuple(p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY) == attention_op.ATTRIBUTE_NAMES
+    both = (*attention_op.ATTRIBUTE_NAMES, *attention_op.CODE_ATTRIBUTE_NAMES)
+    assert tuple(parameters) == (*attention_op.INPUT_NAMES, *both)
+    assert tuple(p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY) == both
+    defaults = {name: parameters[name].default for name in attention_op.CODE_ATTRIBUTE_NAMES}
+    assert defaults == {"cache_codes": 0, "key_scale": 1.0, "value_scale": 1.0}, "a call of version 1 has none of them"
 
 
 def test_torch_op_has_the_inputs_and_attributes_in_order_without_defaults() -> None:
@@ -115,7 +118,8 @@ def test_kernels_entry_takes_every_input_and_attribute_by_its_name() -> None:
 
     parameters = set(inspect.signature(grouped_query_attention).parameters)
     beside = {"max_length", "backend", "ring"}  # not of the op; the entry is static: of `growing`, whether it is a ring
-    assert parameters - beside == set(ALL) - {"growing"}
+    # The type of the codes is that of the cache.
+    assert parameters - beside == set(ALL) - {"growing"} | {"key_scale", "value_scale"}
 
 
 def load_script(name: str):

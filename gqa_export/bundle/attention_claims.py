@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .. import attention_op
 from ..errors import InvalidBundle
 from ..graph_io import layer_of_cache
-from ..spec import AttentionSpec, WindowCache
+from ..spec import AttentionSpec, KvCache, WindowCache
 from .graph_file import read_graph
 from .manifest import MODEL, Manifest
 
@@ -42,9 +42,11 @@ def check_rings(model: onnx.ModelProto, windows: WindowCache | None, where: str)
                             code="E-BUNDLE-CLAIM")
 
 
-def attention_facts(model: onnx.ModelProto) -> dict[int, dict[str, Any]]:
+def attention_facts(model: onnx.ModelProto, kv: KvCache | None = None) -> dict[int, dict[str, Any]]:
     """The attributes of attention nodes by layer and by field of `AttentionSpec`, for every layer whose attention node
-    writes its present key itself."""
+    writes its present key itself. kv: the cache holds codes, and the scale of a call of ours has that of its keys as a
+    factor."""
+    codes = {scales.layer: scales.key for scales in kv.scales} if kv else {}
     found: dict[int, dict[str, Any]] = {}
     for node in model.graph.node:
         layer = next((number for name in node.output if (number := layer_of_cache(name)) is not None), None)
@@ -54,6 +56,9 @@ def attention_facts(model: onnx.ModelProto) -> dict[int, dict[str, Any]]:
         if "window" in facts:  # com.microsoft writes none as -1, the op of ours chunks as less than none
             facts["chunk"] = max(-facts["window"], 0) if node.domain == attention_op.DOMAIN else 0
             facts["window"] = max(facts["window"], 0)
+        inside = any(a.name == "cache_codes" and a.i for a in node.attribute)  # the plugin multiplies by itself
+        if "scale" in facts and node.domain == attention_op.DOMAIN and not inside:
+            facts["scale"] /= codes.get(layer, 1.0)
         found[layer] = facts
     return found
 
@@ -66,7 +71,8 @@ def check_claims(folder: Path, manifest: Manifest) -> None:
     """
     if manifest.parallel is None:
         check_rings(read_graph(folder), manifest.window_cache, str(folder / MODEL))
-        _check_graph(folder, manifest.spec.layers)
+        check_codes(read_graph(folder), manifest.kv_cache, str(folder / MODEL))
+        _check_graph(folder, manifest.spec.layers, manifest.kv_cache)
     else:
         for rank in manifest.parallel.ranks:
             held = {heads.layer: heads for heads in rank.heads}
@@ -75,8 +81,30 @@ def check_claims(folder: Path, manifest: Manifest) -> None:
                 for layer in manifest.spec.layers))
 
 
-def _check_graph(folder: Path, layers: Iterable[AttentionSpec]) -> None:
-    facts = attention_facts(read_graph(folder))
+def check_codes(model: onnx.ModelProto, kv: KvCache | None, where: str) -> None:
+    """Hold the codes that a graph's plugin nodes write against those of its manifest.
+
+    Raises:
+        InvalidBundle: a node has another type of codes or another scale; names layer and attribute.
+    """
+    stated = {scales.layer: {"cache_codes": attention_op.CACHE_CODES.get(kv.kind, 0), "key_scale": scales.key,
+                             "value_scale": scales.value} for scales in kv.scales} if kv else {}
+    for node in model.graph.node:
+        layer = next((number for name in node.output if (number := layer_of_cache(name)) is not None), None)
+        given = {a.name: a.f if a.type == 1 else a.i for a in node.attribute
+                 if a.name in attention_op.CODE_ATTRIBUTE_NAMES}
+        if layer is None or not given:
+            continue
+        for name, value in given.items():
+            wanted = stated.get(layer, {}).get(name, 0)
+            if not math.isclose(value, wanted, rel_tol=1e-6):
+                raise InvalidBundle(f"layer {layer}: {name} is {value:g} in the graph, {wanted:g} in the manifest",
+                                    where, "model.onnx and gqa_export.json belong to different exports: export again",
+                                    code="E-BUNDLE-CLAIM")
+
+
+def _check_graph(folder: Path, layers: Iterable[AttentionSpec], kv: KvCache | None = None) -> None:
+    facts = attention_facts(read_graph(folder), kv)
     for layer in layers:
         for name, value in facts.get(layer.layer, {}).items():
             stated = getattr(layer, name)

@@ -29,6 +29,7 @@ class QuantizedWeight:
         bytes: of its codes, scales, zero points and corrections.
         reason: why it is not quantized, or not as it was stored; "" otherwise.
         errors: where the bits were chosen: number of bits -> what they lose, in the search's unit.
+        kind: what a code in the graph is: "int", or a number of float8 "e4m3" or float4 "e2m1".
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -41,6 +42,7 @@ class QuantizedWeight:
     operator: Text
     bytes: Annotated[int, Limits(ge=0, le=1 << 53)]
     reason: Text = ""
+    kind: Annotated[str, OneOf("int", "e4m3", "e2m1")] = "int"
     errors: Annotated[dict[Text, Annotated[float, Limits(ge=0)]], Limits(max_length=8)] = field(default_factory=dict)
 
 
@@ -123,6 +125,7 @@ class Quantization:
         groups: dict[tuple[str, ...], list[QuantizedWeight]] = {}
         for weight in self.weights:
             held = weight.operator if weight.operator == PLAIN else f"{weight.operator}, block {weight.block}"
+            held += "" if weight.kind == "int" else f", {weight.kind}"
             groups.setdefault((_LAYER.sub(".*.", weight.name, count=1), weight.stored, str(weight.bits), held,
                                "lossless" if weight.lossless else "rounded", weight.reason), []).append(weight)
         for (name, stored, bits, held, loss, reason), members in groups.items():

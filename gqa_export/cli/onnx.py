@@ -67,8 +67,9 @@ if TYPE_CHECKING:
               help="Write the graph after each rewriting pass to DIR, without weights.")
 @click.option("--trace-cache/--no-trace-cache", default=True, show_default=True,
               help="Take the trace that an earlier export of this architecture kept, and keep this one.")
-@click.option("--quantize", default="keep", show_default=True, metavar="keep|dequantize|int4|int8|FILE.toml",
-              help="Keep quantized weights as they are stored, make floats of them, or quantize, by rules of a file.")
+@click.option("--quantize", default="keep", show_default=True, metavar="keep|dequantize|METHOD|FILE.toml",
+              help="Keep quantized weights as they are stored, make floats of them, quantize (int4, int8; for trt-* "
+                   "also fp8, nvfp4), or quantize by rules of a file.")
 @click.option("--activations", type=click.Choice(["int8", "exact"]), default=None,
               help="Quantized products round their inputs to int8 (faster), or do not.  [default: int8 on a CPU]")
 @click.option("--head", type=click.Choice(["int8", "same", "none"]), default=None,

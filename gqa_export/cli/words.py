@@ -31,12 +31,12 @@ class Words(click.Choice[str]):
         self.fail(f"{value!r} is not one of {', '.join(self.choices)}." + (f" {hint}" if hint else ""), param, ctx)
 
 
-QUANTIZED = ("Weights are quantized with --quantize int4 or int8; --dtype is the format of everything else: fp32, fp16 "
-             "or bf16")
+QUANTIZED = ("Weights are quantized with --quantize int4, int8, fp8 or nvfp4; --dtype is the format of everything "
+             "else: fp32, fp16 or bf16")
 DTYPE = Words(["auto", "fp32", "fp16", "bf16"],
               {"float32": "fp32", "float": "fp32", "f32": "fp32", "float16": "fp16", "half": "fp16", "f16": "fp16",
                "bfloat16": "bf16"},
-              dict.fromkeys(("int4", "int8", "fp8", "q4", "q8", "nf4"), QUANTIZED))
+              dict.fromkeys(("int4", "int8", "fp8", "nvfp4", "q4", "q8", "nf4"), QUANTIZED))
 """of `--dtype`"""
 TARGET = Words(["ort", "onnx", "portable", "trt-plugin", "trt-native"],
                {"onnxruntime": "ort", "trt_plugin": "trt-plugin", "trt_native": "trt-native"},

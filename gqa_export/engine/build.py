@@ -30,6 +30,7 @@ from . import inspect_build
 from .build_job import Built, Job, KernelFiles
 from .build_log import lacks_kernel, read_log
 from .choose_library import Choice, choose
+from .code_types import code_types_of, for_code_types
 from .inspect_build import check_alike
 from .kernels import Compiled, compile_kernels, wanted_variants, weight_bytes_read
 from .profiles import make_profiles
@@ -108,6 +109,11 @@ def check_bundle(bundle: Path, manifest: Manifest, options: EngineOptions) -> st
     return kind
 
 
+def is_named(options: EngineOptions, choice: Choice) -> bool:
+    """Whether the capabilities are those that were asked for, or of the GPU at hand, and not a default."""
+    return bool(options.capabilities) or choice.library.flavor == "tensorrt"
+
+
 def check_request(output: Path, options: EngineOptions, kind: str) -> Choice:
     """Check, before any work, the output folder, the flavour, the capabilities and the prompt's length.
 
@@ -151,6 +157,10 @@ def build_engine(bundle: Path, output: Path, options: EngineOptions | None = Non
     make_profiles(manifest, options.max_batch, options.max_prompt)  # refuses what does not fit before anything is read
     say("checking the bundle", None, None)
     check_files(bundle, manifest)
+    _, first, one = next(iter(ranks_of(bundle, manifest)))  # those of other ranks have the same types
+    choice = for_code_types(choice, code_types_of(read_graph(first / (PREFILL if one.long else MODEL))), str(bundle),
+                            kept=manifest.quantization is not None and manifest.quantization.method == "keep",
+                            named=is_named(options, choice))
     with writing_bundle(output, force=options.force) as writer:
         built = [_rank(place, one, inside, kind, choice, options, writer, say)
                  for inside, place, one in ranks_of(bundle, manifest)]
@@ -238,8 +248,12 @@ def _facts(manifest: Manifest, kind: str, choice: Choice, profiles: tuple[Profil
         notes.append("the build log lists no layers: copies of the cache could not be looked for")
     plugin = None
     if compiled is not None:
-        version = LONG_PLUGIN_VERSION if manifest.long else str(attention_op.VERSION)
-        plugin = PluginFacts(attention_op.OP, version, attention_op.DOMAIN, attention_op.VERSION, compiled.sha256)
+        version, contract = str(attention_op.VERSION), attention_op.VERSION
+        if manifest.long:
+            version = LONG_PLUGIN_VERSION
+        elif manifest.kv_cache:
+            version, contract = attention_op.CODES_PLUGIN_VERSION, attention_op.CODES_VERSION
+        plugin = PluginFacts(attention_op.OP, version, attention_op.DOMAIN, contract, compiled.sha256)
     build = {"seconds": round(built.seconds, 1), "log_read": bool(listed.layers),
              "layers": {profile.name: listed.kinds(number) for number, profile in enumerate(profiles)},
              "kernel_bytes": len(compiled.container) if compiled else 0, "workspace_mb": job.workspace_bytes >> 20,

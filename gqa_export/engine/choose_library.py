@@ -58,7 +58,7 @@ def choose(flavor: str, names: tuple[str, ...], *, plugin: bool) -> Choice:
     wanted = _wanted(names, here)
     if flavor == "tensorrt":
         if wanted and wanted != here:
-            raise GqaExportError(f"TensorRT builds for the GPU at hand, which has {_dotted(here)}",
+            raise GqaExportError(f"TensorRT builds for the GPU at hand, which has {dotted(here)}",
                                  "--compute-capability", "leave it out, or use --flavor rtx",
                                  code="E-OPTION-CAPABILITY")
         engine, capabilities = (), here
@@ -66,14 +66,14 @@ def choose(flavor: str, names: tuple[str, ...], *, plugin: bool) -> Choice:
         capabilities = wanted or RTX_DEFAULT
         unknown = [number for number in capabilities if number not in RTX_CAPABILITIES]
         if unknown and capabilities != here:
-            raise GqaExportError(f"TensorRT for RTX does not build for {_dotted(unknown)} ahead of time",
+            raise GqaExportError(f"TensorRT for RTX does not build for {dotted(unknown)} ahead of time",
                                  "--compute-capability",
-                                 f"use {_dotted(RTX_CAPABILITIES)}, or `{CURRENT}` on such a GPU",
+                                 f"use {dotted(RTX_CAPABILITIES)}, or `{CURRENT}` on such a GPU",
                                  code="E-OPTION-CAPABILITY")
         engine = () if unknown else capabilities
     if plugin and (missing := [number for number in capabilities if number not in KERNEL_CAPABILITIES]):
-        raise GqaExportError(f"the plugin has no kernels for {_dotted(missing)}", "--compute-capability",
-                             f"use {_dotted(KERNEL_CAPABILITIES)}, or --attention native",
+        raise GqaExportError(f"the plugin has no kernels for {dotted(missing)}", "--compute-capability",
+                             f"use {dotted(KERNEL_CAPABILITIES)}, or --attention native",
                              code="E-OPTION-CAPABILITY")
     return Choice(library, engine, capabilities)
 
@@ -94,5 +94,6 @@ def _number(text: str, where: str) -> int:
     return int(major) * 10 + int(minor) if dot else int(major)
 
 
-def _dotted(numbers: list[int] | tuple[int, ...]) -> str:
+def dotted(numbers: list[int] | tuple[int, ...]) -> str:
+    """Capabilities as people write them: 8.9, 12.0."""
     return ", ".join(f"{number // 10}.{number % 10}" for number in numbers)

@@ -20,7 +20,8 @@ from .build_log import Log
 if TYPE_CHECKING:
     import onnx
 
-TYPES = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32", "INT32": "int32", "INT64": "int64"}
+TYPES = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32", "INT32": "int32", "INT64": "int64", "INT8": "int8",
+         "FP8": "float8_e4m3fn"}
 FIX = "report it with the bundle's gqa_export.json: the engine was not kept"
 
 

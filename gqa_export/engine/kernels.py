@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 CACHE = "GQA_EXPORT_KERNEL_CACHE"
 SOURCES = ("append", "cubin", "decode", "long_attend", "long_launch", "long_prefill", "long_rows", "long_select",
-           "plan", "prefill", "primitives")
+           "plan", "prefill", "primitives", "recipes")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def wanted_variants(model: onnx.ModelProto, capacity: int, dtype: str) -> tuple[
     """Every variant that the plugin nodes of a graph launch, each once, in the graph's order."""
     from gqa_plugins.grouped_attention import fields
     from gqa_plugins.grouped_attention.launch import Sizes, variants
-    from gqa_plugins.grouped_attention.long_layer import LAYERS
+    from gqa_plugins.grouped_attention.layers import LAYERS
     from onnx.helper import get_attribute_value
 
     graph = model.graph

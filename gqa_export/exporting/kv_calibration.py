@@ -13,10 +13,11 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.load_model import load_model
 from ..checkpoint.tokenized_text import load_tokenizer, read_text, tokenize
 from ..errors import GqaExportError, UnsupportedModel
+from ..lowering.kv_codes import CODES_IN_BODY
 from ..progress import Progress
 from ..quantized.kv_codes import choose_scale
 from ..spec import AttentionSpec, KvCache, KvScales, ModelSpec
-from ..targets import Target, layers_label, reasons_against
+from ..targets import TARGETS, Target, layers_label, reasons_against
 from .options import ExportOptions
 
 if TYPE_CHECKING:
@@ -48,16 +49,19 @@ def refuse_kv(target: Target, bits: int, layers: Iterable[AttentionSpec]) -> Non
     Raises:
         UnsupportedModel: the target's reason, or the layer.
     """
-    fix = "leave out --kv-cache, or use --target ort"
+    others = [row.name for row in TARGETS.values() if bits in row.kv_bits]
     if bits not in target.kv_bits:
         raise UnsupportedModel(f"target {target.name} does not hold a cache of {bits}-bit codes: {target.kv_missing}",
-                               f"--kv-cache int{bits}", fix, code="E-TARGET-KV")
+                               f"--kv-cache int{bits}", "leave out --kv-cache, or use "
+                               + " or ".join([f"--target {' or '.join(others)}", *(
+                                   ["--kv-cache int8"] if 8 in target.kv_bits else [])]), code="E-TARGET-KV")
     layers = list(layers)
     reasons = reasons_against(layers, target)
     wide = [layer.layer for layer in layers if target.cannot_hold(layer)]
-    if reasons:
-        raise UnsupportedModel(f"only {target.attention} holds a quantized cache, and it cannot hold these layers: "
-                               f"{'; '.join(reasons)}", layers_label(wide), "leave out --kv-cache", code="E-TARGET-KV")
+    if reasons and bits not in CODES_IN_BODY:
+        raise UnsupportedModel(f"only {target.attention} holds a cache of {bits}-bit codes, and it cannot hold these "
+                               f"layers: {'; '.join(reasons)}", layers_label(wide),
+                               "leave out --kv-cache, or use --kv-cache int8", code="E-TARGET-KV")
 
 
 def calibrate_cache(checkpoint: Checkpoint, spec: ModelSpec, bits: int, text: Path | None, capacity: int,

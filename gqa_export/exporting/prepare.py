@@ -60,7 +60,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     refuse_options(target, options.cache, options.logits)
     check_window_options(options, target)
     refuse_ragged_chunks(target, options.ragged_chunks, bool(options.long))
-    quantize.check_options(options)
+    quantize.check_options(options, target)
     refuse_ranks(options, target)
     if options.long:
         refuse_long(target)

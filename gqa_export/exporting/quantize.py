@@ -14,9 +14,11 @@ from ..quantized.facts import MatrixFacts, facts_of
 from ..quantized.matrix import QuantizedMatrix
 from ..quantized.packing import Packer
 from ..quantizing.errors_of_bits import Measured, measure
+from ..quantizing.floats import quantize_floats
 from ..quantizing.matrices import Weight, weights_of
 from ..quantizing.rtn import quantize_matrix
-from ..quantizing.rules import METHODS, Decision, decide, read_rules
+from ..quantizing.rules import KINDS, METHODS, Decision, decide, read_rules
+from ..target_refusals import refuse_codes
 from ..weights.dtypes import itemsize
 from ..weights.packed import add_packed
 from ..weights.rows import rows_of
@@ -70,13 +72,15 @@ class Plan:
     importance: Mapping[str, Any] = field(default_factory=dict)
 
 
-def check_options(options: ExportOptions) -> None:
-    """Refuse a value of `--quantize` that is neither a method nor a file.
+def check_options(options: ExportOptions, target: Target) -> None:
+    """Refuse a value of `--quantize` that is neither a method nor a file, or whose codes the target does not hold.
 
     Raises:
         GqaExportError: with the methods; or a calibration text is given and nothing is quantized.
     """
     check_limits(options)
+    if options.quantize in KINDS:
+        refuse_codes(target, KINDS[options.quantize])
     known = (*KEEP, *METHODS)
     if options.calibrate is not None and options.quantize in KEEP and not options.kv_cache:
         raise GqaExportError("a calibration text chooses scales, and nothing is quantized", "--calibrate",
@@ -110,13 +114,16 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
         return Plan("dequantize", True, stored=stored, plain=dict.fromkeys(held, "--quantize dequantize"),
                     weights=weights) if held else None
     if options.quantize == "keep":
-        kept = {name: matrix for name, matrix in held.items() if not matrix.transposed}
+        kept = {name: matrix for name, matrix in held.items() if not matrix.transposed
+                or matrix.kind in target.float_codes}
         plain = {name: "it is stored with its axes exchanged" for name in held if name not in kept}
         return Plan("keep", exact, kept, {name: facts_of(matrix) for name, matrix in kept.items()}, stored, plain,
                     weights) if held else None
     rules = read_rules(Path(options.quantize)) if options.quantize not in METHODS else ()
     bits = METHODS.get(options.quantize, CHOICES[0] if options.limited else 0)
-    decisions = decide(weights, bits, options.block, options.head, rules)
+    decisions = decide(weights, bits, options.block, options.head, rules, KINDS.get(options.quantize, "int"))
+    for kind in sorted({each.kind for each in decisions}):
+        refuse_codes(target, kind)
     text = _text(checkpoint, options)
     importance, sha256, tokens = _importance(checkpoint, text, decisions, say)
     effects = _effects(checkpoint, text, decisions, importance, say) if text and options.limited else {}
@@ -125,14 +132,18 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
         if not each.bits:
             continue
         name, (rows, columns) = each.weight.name, each.weight.shape
-        label = f"{name} ({stored[name]})"
+        label, read = f"{name} ({stored[name]})", rows_of(sources[name])
         if options.limited and each.open:
             say("measuring what fewer bits lose", number, len(decisions))
-            measured[name] = measure(rows_of(sources[name]), (rows, columns), CHOICES, each.block, label,
-                                     importance.get(name), effects.get(name))
+            measured[name] = measure(read, (rows, columns), CHOICES, each.block, label, importance.get(name),
+                                     effects.get(name), target.positive_scales)
             matrices[name] = measured[name].quantized(CHOICES[0])
+        elif each.kind == "int":
+            matrices[name] = quantize_matrix(read, (rows, columns), each.bits, each.block, label,
+                                             importance.get(name), each.bits == 8 and target.positive_scales)
         else:
-            matrices[name] = quantize_matrix(rows_of(sources[name]), (rows, columns), each.bits, each.block, label,
+            say(f"reading {name}", number, len(decisions))
+            matrices[name] = quantize_floats(read, (rows, columns), each.kind, each.block, label,
                                              importance.get(name))
     return Plan("rules" if rules else options.quantize, exact, matrices,
                 {name: facts_of(matrix, lossless=False) for name, matrix in matrices.items()}, stored,
@@ -191,9 +202,9 @@ def record(plan: Plan, lowered: Lowered, dtype: str) -> Quantization:
             for part_form, part in held.parts.values():
                 packer = packers.setdefault(part_form.key, Packer(plan.matrices[weight.name], part_form))
                 size += packer.nbytes(part)
-            entry = replace(entry, bits=form.bits, block=form.block, bytes=size, reason="",
+            entry = replace(entry, bits=form.bits, block=form.block, bytes=size, reason="", kind=form.kind,
                             lossless=plan.facts[weight.name].lossless and (
-                                plan.facts[weight.name].half or dtype == "float32"),
+                                form.half or dtype == "float32" or form.kind != "int"),
                             operator=", ".join(dict.fromkeys(each.operator for each in held.forms)),
                             errors={str(bits): error for bits, error in plan.errors.get(weight.name, {}).items()})
         weights.append(entry)

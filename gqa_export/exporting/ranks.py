@@ -38,7 +38,7 @@ def refuse_ranks(options: ExportOptions, target: Target) -> None:
 
     Raises:
         GqaExportError: the target has no collectives, the graph was to be written beside the checkpoint's files, or
-            there was to be a graph for long prompts, or hidden states were to be an output.
+            there was to be a graph for long prompts or a cache of codes, or hidden states were to be an output.
     """
     if options.tensor_parallel < 1:
         raise GqaExportError(f"--tensor-parallel is {options.tensor_parallel}, expected 1 or more", "--tensor-parallel",
@@ -47,6 +47,9 @@ def refuse_ranks(options: ExportOptions, target: Target) -> None:
         return
     if options.long:
         raise GqaExportError("a graph for long prompts is not cut over ranks", "--tensor-parallel, --long-attention",
+                             "leave out one of them", code="E-OPTION-TENSOR-PARALLEL")
+    if options.kv_cache:
+        raise GqaExportError("a cache of codes is not cut over ranks", "--tensor-parallel, --kv-cache",
                              "leave out one of them", code="E-OPTION-TENSOR-PARALLEL")
     if not target.engine:
         raise GqaExportError(f"target {target.name} runs on one device: ONNX Runtime has no collectives in its wheels",

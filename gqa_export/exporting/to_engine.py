@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..bundle.manifest import MANIFEST
-from ..engine.build import EngineBuild, EngineOptions, build_engine, check_request
+from ..engine.build import EngineBuild, EngineOptions, build_engine, check_request, is_named
+from ..engine.code_types import code_types_of_kinds, for_code_types
 from ..errors import GqaExportError
 from ..files.resume import remove
 from ..files.staging import staging_folder
@@ -27,16 +28,19 @@ def make_engine(source: str, output: Path, options: EngineOptions, report: Progr
     from .to_onnx import export_onnx
 
     kind = options.attention or DEFAULT_ATTENTION
+    kinds: set[str] = set()
     if Path(source).exists() or HUB_ID.fullmatch(source) is None:
-        open_checkpoint(source)  # what is wrong with it is told before what this machine lacks
+        # what is wrong with it is told before what this machine lacks
+        kinds = {matrix.kind for matrix in open_checkpoint(source).quantized.values()}
     try:
-        check_request(output, options, kind)
+        choice = check_request(output, options, kind)
     except GqaExportError as error:
         if error.code != "E-ENV-TENSORRT":
             raise
         raise GqaExportError(f"{source} is a checkpoint, not a bundle; it would be exported first, and to build its "
                              f"engine {error.what}", error.where, f"{error.fix}; the export alone does not need it: "
                              f"gqa-export onnx {source} -o DIR --target trt-{kind}", code="E-ENV-TENSORRT") from error
+    for_code_types(choice, code_types_of_kinds(kinds), source, kept=True, named=is_named(options, choice))
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(output, output.absolute().parent) as (folder, left):
         remove(left)  # at once: a whole bundle that a killed run left

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ..graph_io import TensorFact
     from .dump import PassDump
 
+IR_VERSION = {23: 11}
+"""element type -> the first IR version that has it, where it is not old (float4e2m1)"""
+
 
 def lower(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions,
           progress: Callable[[str], None] | None = None, dump: PassDump | None = None) -> Lowered:
@@ -59,6 +62,8 @@ def lower(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions,
     if options.windows is not None:
         run_passes(graph, import_module(".window_cache", __package__).PASSES, context, context.log)
     run_passes(graph, dialect.PASSES, context, context.log)
+    if options.kv is not None and not target.engine:  # where they are within the target's own nodes
+        run_passes(graph, import_module(".kv_codes", __package__).PASSES, context, context.log)
     if options.quantized:
         run_passes(graph, import_module(".quantized.passes", __package__).PASSES, context, context.log)
     lowered = edit.save(graph)
@@ -68,7 +73,8 @@ def lower(model: onnx.ModelProto, spec: ModelSpec, options: LowerOptions,
         approximate(lowered, options.long, context)
     if hasattr(dialect, "finish"):
         lowered = dialect.finish(lowered, context)
-    lowered.ir_version = target.ir_version
+    lowered.ir_version = max(target.ir_version, *(IR_VERSION.get(tensor.data_type, 0)
+                                                  for tensor in lowered.graph.initializer), 0)
     if target.lowest_opset:
         settle_opset(lowered)
     inputs, outputs = interface(model, spec, target, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +15,11 @@ BLOCKS = (128, 64, 32, 16, 256)
 WIDER = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}
 BNB4 = {"fp4": 0, "nf4": 1}
 """kind -> quant_type of MatMulBnb4"""
+FLOAT_CODES = {"e4m3": "float8_e4m3fn", "e2m1": "float4_e2m1fn"}
+"""kind -> the number format of its codes, by the name that ml_dtypes has for it"""
+E4M3 = FLOAT_CODES["e4m3"]
+LEAST_BLOCK = 8
+"""columns: below, the scales are as large as the codes"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +29,7 @@ class MatrixFacts:
     Attributes:
         zeros_fit: zero points lie within the codes. It means nothing for other offsets.
         lossless: the values are those of the checkpoint.
+        scales: the smallest type that holds every scale of a block, the second scale of the whole matrix beside it.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +42,8 @@ class MatrixFacts:
     zeros_fit: bool = True
     lossless: bool = True
     transposed: bool = False
+    scales: str = "float32"
+    row_block: int = 1
     column_order: Any = field(default=None, repr=False)
     column_scale: Any = field(default=None, repr=False)
 
@@ -56,9 +65,19 @@ class MatrixFacts:
 
 def facts_of(matrix: QuantizedMatrix, *, lossless: bool = True) -> MatrixFacts:
     """The facts of a matrix. Of one with zero points these are read, to learn whether they fit."""
-    half = matrix.scale_dtype == "float16" and matrix.global_scale == 1.0 and matrix.kind == "int"
+    half = matrix.scale_dtype in ("float16", E4M3) and matrix.global_scale == 1.0 and matrix.kind == "int"
     return MatrixFacts(matrix.shape, matrix.bits, matrix.block, matrix.kind, matrix.offset, matrix.label, half,
-                       _zeros_fit(matrix), lossless, matrix.transposed, matrix.column_order, matrix.column_scale)
+                       _zeros_fit(matrix), lossless, matrix.transposed, _scales_of(matrix), matrix.row_block,
+                       matrix.column_order, matrix.column_scale)
+
+
+def _scales_of(matrix: QuantizedMatrix) -> str:
+    """e4m3 scales of e2m1 codes keep the matrix's second scale apart; others are multiplied by it."""
+    if matrix.kind == "e2m1" and matrix.scale_dtype == E4M3 and matrix.block < matrix.columns:
+        return E4M3
+    if matrix.global_scale != 1.0:
+        return "float32"
+    return "float16" if matrix.scale_dtype == E4M3 else matrix.scale_dtype
 
 
 def _zeros_fit(matrix: QuantizedMatrix) -> bool:
@@ -86,6 +105,11 @@ class Form:
         half: scales (and minima) are stored as float16.
         signed: codes are signed integers, not offset by 2^(bits - 1).
         columns_first: stored `[K, N]`.
+        kind: of the codes, as of `QuantizedMatrix`.
+        scales: where the codes are floating-point numbers, the type in which scales are stored: "float32", "float16",
+            "bfloat16"; or "float8_e4m3fn", with a second scale of the whole matrix beside them.
+        per: what has one scale: a "block" of columns, a "row", or the whole "tensor".
+        positive: no scale is 0 or below: codes have the other sign instead.
     """
 
     operator: str
@@ -96,12 +120,17 @@ class Form:
     half: bool = False
     signed: bool = False
     columns_first: bool = False
+    kind: str = "int"
+    scales: str = ""
+    per: str = "block"
+    positive: bool = False
 
     @property
     def key(self) -> str:
         """Tells forms of one matrix apart in recipes."""
         flags = zip("zshic", (self.zeros, self.shift, self.half, self.signed, self.columns_first))
-        return f"{self.operator.lower()}{self.bits}x{self.block}" + "".join(flag for flag, on in flags if on)
+        form = f"{self.operator.lower()}{self.bits}x{self.block}" + "".join(flag for flag, on in flags if on)
+        return form if self.kind == "int" else f"{form}.{self.kind}.{self.per}"
 
 
 def nbits_form(facts: MatrixFacts) -> Form | str:
@@ -126,8 +155,8 @@ def nbits_form(facts: MatrixFacts) -> Form | str:
     return Form("MatMulNBits", bits, block, zeros, facts.offset != "none" and not zeros, facts.half)
 
 
-def dequantize_form(facts: MatrixFacts, *, zeros: bool, blocks: tuple[int, ...] = (),
-                    columns_first: bool = True) -> Form | str:
+def dequantize_form(facts: MatrixFacts, *, zeros: bool, blocks: tuple[int, ...] = (), columns_first: bool = True,
+                    positive: bool = False) -> Form | str:
     """How DequantizeLinear holds a matrix, or why it does not.
 
     Args:
@@ -135,6 +164,7 @@ def dequantize_form(facts: MatrixFacts, *, zeros: bool, blocks: tuple[int, ...] 
         zeros: the target takes zero points that are not 0.
         blocks: the block sizes that the target takes; () for all.
         columns_first: the target has it `[K, N]`, blocks along axis 0.
+        positive: the target takes codes of eight bits with scales above 0 alone.
     """
     if len(facts.shape) != 2:
         return f"it is a stack of {facts.shape[0]} matrices"
@@ -145,8 +175,29 @@ def dequantize_form(facts: MatrixFacts, *, zeros: bool, blocks: tuple[int, ...] 
         return f"no operator takes blocks of {facts.block} of {facts.columns} columns"
     bits = 8 if facts.kind == "e2m1" else max(4, WIDER[facts.bits])
     held = zeros and facts.offset == "zero" and facts.zeros_fit
-    return Form("DequantizeLinear", bits, block, held, facts.offset != "none" and not held, facts.half,
-                not held, columns_first)
+    shift, positive = facts.offset != "none" and not held, positive and bits == 8
+    # a graph that computes shifts needs the scales as they are
+    return Form("DequantizeLinear", bits, block, held, shift, facts.half and not (positive and shift), not held,
+                columns_first, positive=positive)
+
+
+def float_form(facts: MatrixFacts) -> Form | str:
+    """How DequantizeLinear holds codes that are floating-point numbers, as such, or why it does not.
+
+    TensorRT-RTX 1.7 builds blocks of any number of columns that divides a row. It takes 200 columns with two scales for
+    blocks of 100, whatever `block_size` says, so a last block that is not full is cut into smaller ones.
+    """
+    rows, columns = math.prod(facts.shape[:-1]), facts.columns
+    if facts.block >= columns and len(facts.shape) == 2:
+        per, block = ("tensor" if facts.row_block >= rows else "row"), columns
+    else:
+        per, block = "block", math.gcd(facts.block, columns)
+        if block < LEAST_BLOCK:
+            return f"no operator takes blocks of {facts.block} of {columns} columns"
+    if facts.kind == "e2m1" and columns % 2:
+        return f"two codes share a byte, and a row has {columns}"
+    return Form("DequantizeLinear", facts.bits, block, kind=facts.kind, scales=facts.scales, per=per,
+                positive=facts.scales != E4M3)
 
 
 def gather_form(facts: MatrixFacts, form: Form) -> Form | str:

@@ -89,7 +89,8 @@ class QuantizedMatrix:
         input_scale: the static scale of the layer's input where the checkpoint was made for quantized activations.
             The weight does not depend on it. None: it has none.
         transposed: the model's parameter has the last two axes the other way round (GPT-OSS' experts).
-        scale_dtype: "float16" where every scale and every minimum is a number of that type, else "float32".
+        scale_dtype: the smallest type of which every scale and every minimum is a number: "float8_e4m3fn", "float16",
+            "bfloat16", else "float32".
         tensors: names of the stored tensors that it is made of.
         in_place: the name of a stored tensor whose bytes are the codes packed low bits first along K, each offset by
             2^(bits - 1); "" where none is.

@@ -1,7 +1,8 @@
 """From the one form of quantized matrices to the bytes of a target's operator, stripe by stripe.
 
 Parts of a packed matrix: `codes`; `scale`; `zero` points; `shift`, what each block adds to its columns beside the
-symmetric codes; `minimum`, from which the graph computes the shift itself.
+symmetric codes; `minimum`, from which the graph computes the shift itself; the `global` scale of a whole matrix, beside
+scales that are codes themselves.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ from typing import Any
 import numpy as np
 
 from ..errors import InvalidCheckpoint
-from .facts import Form
+from .facts import E4M3, FLOAT_CODES, Form
 from .matrix import LEVELS, QuantizedMatrix, Stripe
 
-PARTS = ("codes", "scale", "zero", "shift", "minimum")
+PARTS = ("codes", "scale", "zero", "shift", "minimum", "global")
 STRIPE_BYTES = 4 << 20
+BITS = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "float16": 16, "bfloat16": 16, "float32": 32}
+"""of an element of a type; of any other 8"""
+SIGN = {"e4m3": np.uint8(128), "e2m1": np.uint8(8)}
+"""kind -> the bit of a code that is its sign"""
+SMALLEST = np.float32(2.0**-24)
+"""in place of a scale of 0: a number of float16 and bfloat16"""
 _DOUBLED = np.rint(2 * LEVELS["e2m1"]).astype(np.int16)
 
 
@@ -44,6 +51,9 @@ class Packer:
     def shape(self, part: str) -> tuple[int, ...]:
         """The shape of a part in elements of `dtype`."""
         rows, blocks, bits = self.matrix.rows, self.blocks, self.form.bits
+        if self.form.kind != "int" and part != "codes":
+            return () if part == "global" or self.form.per == "tensor" else (rows,) if self.form.per == "row" else \
+                (rows, blocks)
         if self.form.columns_first:
             return (self.matrix.columns if part == "codes" else blocks, rows)
         if part == "codes":
@@ -60,6 +70,8 @@ class Packer:
 
     def dtype(self, part: str) -> str:
         """The numpy (ml_dtypes) name of a part's elements."""
+        if self.form.kind != "int":
+            return {"codes": FLOAT_CODES[self.form.kind], "scale": self.form.scales}.get(part, "float32")
         if part in ("codes", "zero"):
             if self.form.operator == "DequantizeLinear":
                 return f"{'' if self.form.signed else 'u'}int{self.form.bits}"
@@ -68,13 +80,19 @@ class Packer:
 
     def nbytes(self, part: str) -> int:
         """Bytes of a part as `chunks` gives them."""
-        bits = {"int4": 4, "uint4": 4, "float16": 16, "float32": 32}.get(self.dtype(part), 8)
+        bits = BITS.get(self.dtype(part), 8)
         return -(-math.prod(self.shape(part)) * bits // 8)
 
     def chunks(self, part: str) -> Iterator[memoryview]:
         """The bytes of a part, some rows at a time."""
         if self.form.columns_first:
             yield _bytes(self._across(part))
+            return
+        if part == "global":
+            yield _bytes(np.float32(self.matrix.global_scale))
+            return
+        if part == "scale" and self.form.per == "tensor":
+            yield _bytes(self.pack(self.matrix.stripe(0, 1), part)[0])
             return
         if part in self._kept:
             yield _bytes(self._kept.pop(part))
@@ -90,12 +108,17 @@ class Packer:
 
     def small_parts(self) -> tuple[str, ...]:
         """The parts beside the codes."""
+        if self.form.kind != "int":
+            return ("scale",)
         shift = () if not self.form.shift else ("minimum",) if self.form.half and self.matrix.offset == "minimum" \
             else ("shift",)
         return ("scale", *(("zero",) if self.form.zeros else ()), *shift)
 
     def pack(self, found: Stripe, part: str) -> Any:
         """One part of a stripe, as an array of bytes or numbers, rows first."""
+        if self.form.kind != "int":
+            return packed(self._turned(found.codes, found), self.form.bits) if part == "codes" else \
+                self._number_scale(found)
         if part == "codes":
             return self._codes(found)
         if part == "zero":
@@ -107,7 +130,7 @@ class Packer:
         if self.matrix.kind == "e2m1":
             scale = scale / 2
         if part == "scale":
-            return self._stored(self._per_block(scale), part)
+            return self._stored(self._per_block(self._above_zero(scale)), part)
         if part == "minimum":
             assert found.minimum is not None
             return self._stored(self._per_block(found.minimum), part)
@@ -120,15 +143,25 @@ class Packer:
             shift = (middle - found.zero) * exact
         return self._stored(self._per_block((shift * self.matrix.global_scale).astype(np.float32)), part)
 
+    def _number_scale(self, found: Stripe) -> Any:
+        """The scales of codes that are numbers, `[rows, blocks]`, in the form's type."""
+        scale = found.scale
+        if self.form.scales != E4M3 and self.matrix.global_scale != 1.0:
+            scale = (scale.astype(np.float64) * self.matrix.global_scale).astype(np.float32)
+        return self._stored(self._per_block(self._above_zero(scale)), "scale")
+
     def _stored(self, values: Any, part: str) -> Any:
-        if self.dtype(part) == "float32":
+        dtype = self.dtype(part)
+        if dtype == "float32":
             return np.ascontiguousarray(values, np.float32)
-        half = values.astype(np.float16)
-        if not np.array_equal(half.astype(np.float32), values):
-            raise InvalidCheckpoint(f"{part} of {self.matrix.label} has a value that float16 does not hold",
+        import ml_dtypes
+
+        held = values.astype(np.float16 if dtype == "float16" else getattr(ml_dtypes, dtype))
+        if not np.array_equal(held.astype(np.float32), values):
+            raise InvalidCheckpoint(f"{part} of {self.matrix.label} has a value that {dtype} does not hold",
                                     ", ".join(self.matrix.tensors[:1]), "report this checkpoint",
                                     code="E-WEIGHTS-SCALE")
-        return half
+        return held
 
     def _per_block(self, values: Any) -> Any:
         """Scales of the matrix's blocks as those of the form's, which are parts of them."""
@@ -160,7 +193,26 @@ class Packer:
             codes = codes.astype(np.int16) + middle
         elif self.form.signed and not around_zero:
             codes = codes.astype(np.int16) - middle
-        return codes.astype(np.uint8)
+        return self._turned(codes, found).astype(np.uint8)
+
+    def _above_zero(self, scale: Any) -> Any:
+        """Scales as the form takes them."""
+        return np.where(scale == 0, SMALLEST, np.abs(scale)).astype(np.float32) if self.form.positive else scale
+
+    def _turned(self, codes: Any, found: Stripe) -> Any:
+        """Codes `[rows, K]` with the other sign where their scale is below 0, and 0 where it is 0."""
+        if not self.form.positive or (found.scale > 0).all():
+            return codes
+        below, none = (np.repeat(each, self.matrix.block, axis=1)[:, : codes.shape[1]]
+                       for each in (found.scale < 0, found.scale == 0))
+        if self.form.kind != "int":
+            return np.where(none, 0, np.where(below, codes ^ SIGN[self.form.kind], codes)).astype(np.uint8)
+        codes = codes.astype(np.int16)
+        if (below & (codes == -128)).any():
+            raise InvalidCheckpoint(f"{self.matrix.label} has the code -128 under a scale below 0, and the target "
+                                    "takes neither that scale nor 128", ", ".join(self.matrix.tensors[:1]),
+                                    "use --quantize dequantize", code="E-WEIGHTS-SIGN")
+        return np.where(none, 0, np.where(below, -codes, codes))
 
     def _zero_points(self, found: Stripe) -> Any:
         if found.zero is None or self.form.shift:

@@ -28,6 +28,7 @@ class Measured:
     Attributes:
         relative: bits -> relative error.
         nats: bits -> what it does to predictions; empty where that is not known.
+        positive: 8 bits have no scale below 0.
         scales: bits -> float16 `[N, blocks]`, where finding them again would take a search.
     """
 
@@ -39,20 +40,22 @@ class Measured:
     relative: dict[int, float]
     nats: dict[int, float]
     scales: dict[int, Array] = field(repr=False)
+    positive: bool = False
 
     def quantized(self, bits: int) -> QuantizedMatrix:
         """The matrix with so many bits."""
         return quantize_matrix(self.rows, self.shape, bits, self.block, self.label, self.importance,
-                               self.scales.get(bits))
+                               bits == 8 and self.positive, self.scales.get(bits))
 
 
 def measure(rows: Callable[[int, int], Array], shape: tuple[int, int], bits: tuple[int, ...], block: int, label: str,
-            importance: Array | None, sensitivity: Array | None = None) -> Measured:
+            importance: Array | None, sensitivity: Array | None = None, positive: bool = False) -> Measured:
     """Quantize a matrix with each number of bits, and keep of it the errors and the scales alone.
 
     Args:
         rows, shape, block, label, importance: as of `quantize_matrix`.
         bits: to try.
+        positive: 8 bits have no scale below 0.
         sensitivity: float64 `[N]`, nats for a squared error of each output; None: not known.
 
     Raises:
@@ -67,7 +70,7 @@ def measure(rows: Callable[[int, int], Array], shape: tuple[int, int], bits: tup
         values = rows(start, stop)
         whole += squares(values, importance)
         for each in bits:
-            stripe, errors = measured_rows(values, each, block, label, importance)
+            stripe, errors = measured_rows(values, each, block, label, importance, each == 8 and positive)
             lost[each] += float(errors.sum())
             if sensitivity is not None:
                 nats[each] += float(errors @ sensitivity[start:stop])
@@ -75,7 +78,7 @@ def measure(rows: Callable[[int, int], Array], shape: tuple[int, int], bits: tup
                 scales[each][start:stop] = stripe.scale
     return Measured(rows, shape, block, label, importance,
                     {each: error / whole if whole else 0.0 for each, error in lost.items()},
-                    nats if sensitivity is not None else {}, scales)
+                    nats if sensitivity is not None else {}, scales, positive)
 
 
 def in_one_unit(measured: Mapping[str, Measured]) -> tuple[dict[str, dict[int, float]], str]:

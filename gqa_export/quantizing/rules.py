@@ -6,6 +6,7 @@ A file of rules is TOML:
     match = "model.layers.0.*"      # as in a shell; the first rule that matches a name decides
     bits = 8                        # 2, 4 or 8; 0 leaves the weight as it is
     block = 32                      # columns that share a scale
+    kind = "int"                    # or "e4m3" of 8 bits (FP8), "e2m1" of 4 (NVFP4)
 """
 
 from __future__ import annotations
@@ -21,31 +22,36 @@ from ..errors import GqaExportError, cause_of
 from ..quantized.facts import BLOCKS
 from .matrices import Weight
 
-METHODS = {"int4": 4, "int8": 8}
+METHODS = {"int4": 4, "int8": 8, "fp8": 8, "nvfp4": 4}
 """--quantize -> bits of the matrices between embedding and head"""
+KINDS = {"fp8": "e4m3", "nvfp4": "e2m1"}
+"""--quantize -> the kind of codes, where it is not "int" (`QuantizedMatrix.kind`)"""
 BITS = (0, 2, 4, 8)
+BITS_OF = {"int": BITS, "e4m3": (8,), "e2m1": (4,)}
 DEFAULT_HEAD = "int8"
-FIX = 'write [[rule]] with match = "NAME*", bits = 0, 2, 4 or 8 and, if you like, block = 32'
+FIX = 'write [[rule]] with match = "NAME*", bits = 0, 2, 4 or 8 and, if you like, block = 32 or kind = "e4m3"'
 
 
 @dataclass(frozen=True)
 class Rule:
-    """bits 0: stays as it is. block 0: that of the options."""
+    """bits 0: stays as it is. block 0: that of the options. kind: as of `QuantizedMatrix`."""
 
     match: str
     bits: int
     block: int = 0
+    kind: str = "int"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a weight. bits 0: it stays as it is, for a reason. open: neither a rule nor an option names its
-    bits, so that they may be chosen by its error."""
+    """What becomes of a weight. bits 0: it stays as it is, for a reason. kind: as of `QuantizedMatrix`. open: neither a
+    rule nor an option names its bits, so that they may be chosen by its error."""
 
     weight: Weight
     bits: int
     block: int
     reason: str = ""
+    kind: str = "int"
     open: bool = False
 
 
@@ -74,25 +80,28 @@ def _rule(entry: Any, where: str) -> Rule:
     wrong = _wrong(entry)
     if wrong:
         raise GqaExportError(f"not a valid rule: {wrong}", where, FIX, code="E-OPTION-QUANTIZE-FILE")
-    return Rule(entry["match"], entry["bits"], entry.get("block", 0))
+    return Rule(entry["match"], entry["bits"], entry.get("block", 0), entry.get("kind", "int"))
 
 
 def _wrong(entry: Any) -> str:
     if not isinstance(entry, dict):
         return "it is not a table"
-    unknown = sorted(set(entry) - {"match", "bits", "block"})
+    unknown = sorted(set(entry) - {"match", "bits", "block", "kind"})
     if unknown:
         return f"{unknown[0]!r} is not a field"
     if not isinstance(entry.get("match"), str):
         return "match is missing"
     if type(entry.get("bits")) is not int or entry["bits"] not in BITS:
         return f"bits is {entry.get('bits')!r}, expected {', '.join(map(str, BITS))}"
+    if "kind" in entry and (not isinstance(entry["kind"], str) or entry["bits"] not in BITS_OF.get(entry["kind"], ())):
+        return f"kind is {entry['kind']!r} of {entry['bits']} bits, expected \"int\", \"e4m3\" of 8 or \"e2m1\" of 4"
     if "block" in entry and (type(entry["block"]) is not int or entry["block"] not in BLOCKS):
         return f"block is {entry['block']!r}, expected {', '.join(map(str, sorted(BLOCKS)))}"
     return ""
 
 
-def decide(weights: Sequence[Weight], bits: int, block: int, head: str, rules: Sequence[Rule] = ()) -> list[Decision]:
+def decide(weights: Sequence[Weight], bits: int, block: int, head: str, rules: Sequence[Rule] = (),
+           kind: str = "int") -> list[Decision]:
     """What becomes of each weight.
 
     Args:
@@ -101,6 +110,7 @@ def decide(weights: Sequence[Weight], bits: int, block: int, head: str, rules: S
         block: columns that share a scale.
         head: of head and embedding: "int8", "same" as the others, or "none"; "" is the first, and leaves them open.
         rules: the first whose pattern matches a weight's name decides.
+        kind: of codes, of matrices that no rule names; a head of "int8" has integers.
 
     Raises:
         GqaExportError: a rule matches no weight.
@@ -110,16 +120,18 @@ def decide(weights: Sequence[Weight], bits: int, block: int, head: str, rules: S
     for weight in weights:
         rule = next((rule for rule in rules if fnmatchcase(weight.name, rule.match)), None)
         used.update([rule] if rule else [])
-        own = bits
+        own, own_kind = bits, rule.kind if rule else kind
         if weight.role in ("head", "embedding"):
             own = {"int8": 8 if bits else 0, "same": bits, "none": 0}[head or DEFAULT_HEAD]
+            own_kind = own_kind if rule or head == "same" else "int"
         own, reason = (rule.bits, f"a rule leaves it ({rule.match})") if rule else (own, f"--head {head}")
         if weight.role == "router" and not rule:
             own, reason = 0, "it chooses experts: a rounding would send tokens to others"
         if not weight.role:
             own, reason = 0, weight.reason
         is_open = bool(own) and not rule and (own == bits or not head)
-        decisions.append(Decision(weight, own, (rule.block if rule else 0) or block, "" if own else reason, is_open))
+        decisions.append(Decision(weight, own, (rule.block if rule else 0) or block, "" if own else reason,
+                                  own_kind if own else "int", is_open))
     unused = [rule.match for rule in rules if rule not in used]
     if unused:
         raise GqaExportError(f"the rule {unused[0]!r} matches no weight of this model", unused[0],

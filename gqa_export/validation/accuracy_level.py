@@ -23,10 +23,11 @@ from ..bundle.graph_file import read_graph
 from ..bundle.manifest import Manifest
 from ..checkpoint.quantized.parameters import parameters_of
 from ..graph_io import EXACT_PRODUCTS
-from ..quantized.facts import Form, dequantize_form, facts_of, nbits_form
+from ..quantized.facts import Form
 from ..quantized.packing import Packer
 from ..runtime.ort.loading import session_config
 from ..targets import get_target
+from .quantized_reference import form_of
 from .stand_in import stand_in
 
 if TYPE_CHECKING:
@@ -153,9 +154,7 @@ def _switched(manifest: Manifest, checkpoint: Checkpoint) -> dict[str, torch.Ten
 
 
 def _input_of(matrix: QuantizedMatrix, block: int, target: Target) -> RoundedInput:
-    facts = facts_of(matrix)
-    form = nbits_form(facts) if target.nbits else \
-        dequantize_form(facts, zeros=target.zero_points, blocks=target.quantized_blocks, columns_first=False)
+    form = form_of(matrix, target)
     order, scale = (None if values is None else torch.from_numpy(np.array(values))
                     for values in (matrix.column_order, matrix.column_scale))
     shift = None

@@ -3,21 +3,29 @@ dequantized in fp64."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..bundle.quantization import PLAIN, Quantization
+from ..checkpoint.quantized.parameters import parameters_of
 from ..errors import GqaExportError, InvalidBundle
 from ..progress import silent
+from ..quantized.facts import Form, dequantize_form, facts_of, float_form, nbits_form
+from ..quantized.matrix import Stripe
 from ..quantizing.importance import FILE, read_importance
+from ..targets import get_target
+from ..weights.dtypes import numpy_dtype
 
 if TYPE_CHECKING:
     from ..bundle.manifest import Manifest
     from ..checkpoint.checkpoint import Checkpoint
     from ..quantized.matrix import QuantizedMatrix
+    from ..targets import Target
 
 
 KEPT = ("keep", "dequantize")
@@ -40,6 +48,7 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
         InvalidBundle: the manifest names a weight that the checkpoint's model does not have.
     """
     from ..checkpoint.load_model import load_model
+    from ..quantizing.floats import quantize_floats
     from ..quantizing.rtn import quantize_matrix
 
     quantization = manifest.quantization
@@ -64,9 +73,70 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
         def rows(start: int, stop: int, values: Any = values) -> Any:
             return values[start:stop]
 
+        if weight.kind != "int":
+            found[weight.name] = quantize_floats(rows, values.shape, weight.kind, weight.block, weight.name,
+                                                 importance.get(weight.name))
+            continue
         found[weight.name] = quantize_matrix(rows, values.shape, weight.bits, weight.block, weight.name,
-                                             importance.get(weight.name))
+                                             importance.get(weight.name),
+                                             weight.bits == 8 and get_target(manifest.target).positive_scales)
     return found
+
+
+def form_of(matrix: QuantizedMatrix, target: Target) -> Form | str:
+    """How the operators of a target hold a matrix, or why they do not."""
+    facts = facts_of(matrix)
+    if facts.kind in target.float_codes:
+        return float_form(facts)
+    if target.nbits:
+        return nbits_form(facts)
+    return dequantize_form(facts, zeros=target.zero_points, blocks=target.quantized_blocks, columns_first=False,
+                           positive=target.positive_scales)
+
+
+def kept_codes(checkpoint: Checkpoint, manifest: Manifest, names: Collection[str]) -> dict[str, QuantizedMatrix]:
+    """What the fp32 twin of a bundle in fewer bits holds of a checkpoint's own codes: their values. They are not
+    rounded to the bundle's number format as plain weights are; scales and offsets that the graph has in it are.
+
+    Args:
+        checkpoint: that was exported. manifest: of the bundle. names: of the model's parameters.
+    """
+    quantization = manifest.quantization
+    if quantization is None or quantization.method != KEPT[0]:
+        return {}
+    target, stored = get_target(manifest.target), parameters_of(checkpoint, names)[0]
+    found = {}
+    for weight in quantization.weights:
+        matrix = stored.get(weight.name)
+        form = None if weight.operator == PLAIN or matrix is None else form_of(matrix, target)
+        if matrix is not None and isinstance(form, Form):
+            found[weight.name] = as_held(matrix, form, manifest.dtype)
+    return found
+
+
+def as_held(matrix: QuantizedMatrix, form: Form, dtype: str) -> QuantizedMatrix:
+    """A matrix with its scales and offsets rounded as a graph of a number format holds them."""
+    exact_offset = not form.shift or (form.half and matrix.offset == "minimum")
+    if form.kind != "int" or dtype == "float32" or (form.half and exact_offset):
+        return matrix
+
+    def rounded(values: Any) -> Any:
+        return values.astype(numpy_dtype(dtype)).astype(np.float32)
+
+    def read(start: int, stop: int) -> Stripe:
+        stripe = matrix.stripe(start, stop)
+        exact = stripe.scale.astype(np.float64) * matrix.global_scale
+        scale = exact.astype(np.float32) if form.half else rounded(exact.astype(np.float32))
+        if exact_offset:
+            return replace(stripe, scale=scale)
+        middle = float(1 << (form.bits - 1))
+        offset: Any = stripe.minimum if stripe.zero is None else -stripe.zero * stripe.scale.astype(np.float64)
+        offset = offset * matrix.global_scale
+        shift = rounded((offset + middle * exact).astype(np.float32))
+        return Stripe(stripe.codes, scale, minimum=(shift - middle * scale).astype(np.float32))
+
+    return replace(matrix, read=read, global_scale=1.0, in_place="", scale_dtype="float32",
+                   offset=matrix.offset if exact_offset else "minimum")
 
 
 def _importance(checkpoint: Checkpoint, quantization: Quantization, text: Path | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..files.scratch import scratch_folder
 from ..progress import Progress
 from ..runtime.session import Session
 from ..targets import get_target, on_cpu
-from .quantized_reference import put_quantized, requantized
+from .quantized_reference import kept_codes, put_quantized, requantized
 from .ranks import merged_bundle, with_held_heads
 from .sessions import observed_facts, pytorch_sessions
 from .stand_in import stand_in
@@ -97,6 +97,9 @@ def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dty
     matrices = requantized(base, manifest, calibrate, folder)
     models: list[Any] = [session, *([eager] if eager is not None else [])]
     put_quantized((one.model for one in models), matrices)
+    if ran_dtype != manifest.dtype:
+        names = {name for name, _ in session.model.named_parameters(remove_duplicate=False)}
+        put_quantized((one.model for one in models), kept_codes(base, manifest, names))
     if beside is not None:
         for one in models:
             merge_into(one.model, beside.part(matrices))

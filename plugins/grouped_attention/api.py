@@ -31,7 +31,8 @@ def grouped_query_attention(
     past_value: torch.Tensor, past_lengths: torch.Tensor, *, num_heads: int, kv_num_heads: int, scale: float,
     softcap: float = 0.0, window: int = 0, new_lengths: torch.Tensor | None = None, cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None, sinks: torch.Tensor | None = None, rotary_interleaved: bool = False,
-    max_length: int | None = None, backend: str | None = None, ring: bool = False,
+    max_length: int | None = None, backend: str | None = None, ring: bool = False, key_scale: float | None = None,
+    value_scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attend with S new tokens per sequence to the static cache, which is updated in place.
 
@@ -41,6 +42,9 @@ def grouped_query_attention(
     sinks [H]: one more logit per head in the denominator; window: tokens visible including the current one, 0 = all.
     ring: the caches are rings of C slots, token t in slot t mod C; a sequence may be longer than C, but brings at most
     C - window + 1 new tokens.
+    key_scale, value_scale: the caches are int8 and hold codes, a cached key being its code times key_scale; new tokens
+    are attended as they are stored. No code says that a number is a NaN or an infinity: from the first new token on
+    whose key or value has one, a head's rows are NaN in this call.
     max_length: the host's bound on past + new; given, nothing is read from the device. Absent: the capacity C, and
     lengths are read once for the capacity check, except while a CUDA graph is captured or the call is compiled: then
     a sequence that does not fit gives NaN rows.
@@ -52,7 +56,8 @@ def grouped_query_attention(
     name = choose_backend(query.device, backend)
     sizes = validate.check(query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin, sinks,
                            num_heads=num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap, window=window,
-                           max_length=max_length, reference=name == "reference", ring=ring)
+                           max_length=max_length, reference=name == "reference", ring=ring, key_scale=key_scale,
+                           value_scale=value_scale)
     wanted = [t for t in (query, key, value, past_key, past_value, sinks) if t is not None and t.requires_grad]
     if wanted and torch.is_grad_enabled():
         raise GqaExportError("a gradient is wanted through a cache that is written in place",
@@ -62,7 +67,8 @@ def grouped_query_attention(
     _check_lengths_where_possible(past_lengths, new_lengths, sizes, cos, max_length, window if ring else 0)
     output = ops.attend_in_place(query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin, sinks,
                                  num_heads, kv_num_heads, scale, softcap, window, rotary_interleaved,
-                                 sizes.C if max_length is None else min(max_length, sizes.C), name, ring)
+                                 sizes.C if max_length is None else min(max_length, sizes.C), name, ring,
+                                 key_scale or 0.0, value_scale or 0.0)
     return output, past_key, past_value
 
 

@@ -2,6 +2,9 @@
 
 Dimensions as in `gqa_export.attention_op`. Grid: (tiles of 16 new tokens, heads, B); heads are the K key/value heads
 (if there are new keys), then the H query heads (if there is a rotation). Bytes bound.
+
+A cache of codes gets them here. faults [B, K, tiles of 16 new tokens] (int32): the first token of each tile whose key
+or value is not finite, which no code says (`primitives.first_fault`).
 """
 
 from __future__ import annotations
@@ -11,14 +14,18 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from gqa_plugins.grouped_attention.codes import Codes
 from gqa_plugins.grouped_attention.plan import APPEND_STEPS, FP_FUSION, block
-from gqa_plugins.grouped_attention.primitives import load_rows, sequence_lengths, store_rows
+from gqa_plugins.grouped_attention.primitives import NO_FAULT, load_rows, sequence_lengths, store_rows
 
 ARGUMENTS = (
-    ("query_ptr", "*T"), ("key_ptr", "*T"), ("value_ptr", "*T"), ("past_key_ptr", "*T"), ("past_value_ptr", "*T"),
+    ("query_ptr", "*T"), ("key_ptr", "*T"), ("value_ptr", "*T"), ("past_key_ptr", "*C"), ("past_value_ptr", "*C"),
     ("past_lengths_ptr", "*i32"), ("new_lengths_ptr", "*i32"), ("cos_ptr", "*T"), ("sin_ptr", "*T"),
     ("rotated_ptr", "*T"), ("kv_heads", "i32"), ("steps", "i32"), ("capacity", "i32"), ("max_position", "i32"),
 )
+CODED_ARGUMENTS = (("key_scale", "fp32"), ("value_scale", "fp32"))
+"""what follows where the cache holds codes, and `FAULTS` after it where there are new keys"""
+FAULTS = (("faults_ptr", "*i32"),)
 WARPS, STAGES = 4, 1
 
 
@@ -45,14 +52,22 @@ def load_rotated(base_ptr, offsets, row_positions, valid, cos_ptr, sin_ptr, max_
     return load_rows(base_ptr, offsets, valid, WIDTH, BLOCK_WIDTH).to(tl.float32) * cos + sign[None, :] * other * sin
 
 
+@triton.jit
+def unlike_numbers(rows):
+    """Which rows hold a NaN or an infinity."""
+    return tl.max((tl.abs(rows) < float("inf")).to(tl.int32) ^ 1, 1) > 0
+
+
 @triton.jit(do_not_specialize=["kv_heads", "steps", "capacity", "max_position"])
 def append_kernel(query_ptr, key_ptr, value_ptr, past_key_ptr, past_value_ptr, past_lengths_ptr, new_lengths_ptr,
-                  cos_ptr, sin_ptr, rotated_ptr, kv_heads, steps, capacity, max_position,
+                  cos_ptr, sin_ptr, rotated_ptr, kv_heads, steps, capacity, max_position, key_scale, value_scale,
+                  faults_ptr,
                   GROUP: tl.constexpr, HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr,
                   BLOCK_VALUE: tl.constexpr, BLOCK_STEPS: tl.constexpr, HALF: tl.constexpr,
                   INTERLEAVED: tl.constexpr, HAS_NEW: tl.constexpr, RING: tl.constexpr):
     """HALF is R/2, 0 for no rotation. Tokens whose position would be at or past the capacity are dropped. RING: the
-    capacity is slots, used again; more new tokens than slots are dropped, all of them."""
+    capacity is slots, used again; more new tokens than slots are dropped, all of them. key_scale, value_scale and
+    faults_ptr are None where the cache holds numbers."""
     sequence = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1)
     step = tl.program_id(0) * BLOCK_STEPS + tl.arange(0, BLOCK_STEPS)
@@ -78,9 +93,14 @@ def append_kernel(query_ptr, key_ptr, value_ptr, past_key_ptr, past_value_ptr, p
                                    BLOCK_HEAD, HALF, INTERLEAVED)
             else:
                 key = load_rows(key_ptr, source * HEAD, fits, HEAD, BLOCK_HEAD).to(tl.float32)
-            store_rows(past_key_ptr, target * HEAD, key, fits, HEAD, BLOCK_HEAD)
+            store_rows(past_key_ptr, target * HEAD, key, fits, HEAD, BLOCK_HEAD, key_scale)
             value = load_rows(value_ptr, source * VALUE_HEAD, fits, VALUE_HEAD, BLOCK_VALUE).to(tl.float32)
-            store_rows(past_value_ptr, target * VALUE_HEAD, value, fits, VALUE_HEAD, BLOCK_VALUE)
+            store_rows(past_value_ptr, target * VALUE_HEAD, value, fits, VALUE_HEAD, BLOCK_VALUE, value_scale)
+            if faults_ptr is not None:
+                odd = unlike_numbers(key) | unlike_numbers(value)
+                fault = tl.min(tl.where(odd, step, NO_FAULT), 0)
+                place = (sequence * kv_heads + head) * tl.num_programs(0) + tl.program_id(0)
+                tl.store(faults_ptr + place, fault)
     if HALF:  # noqa: SIM102  (compile-time; the next is not)
         if query_head >= 0:
             row = (token * (kv_heads * GROUP) + query_head) * HEAD
@@ -100,11 +120,11 @@ def constants(*, group: int, head: int, value_head: int, rotary_half: int, inter
 def append(query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None, past_key: torch.Tensor,
            past_value: torch.Tensor, past_lengths: torch.Tensor, new_lengths: torch.Tensor | None,
            cos: torch.Tensor | None, sin: torch.Tensor | None, *, num_heads: int, interleaved: bool,
-           ring: bool = False) -> torch.Tensor:
+           ring: bool = False, codes: Codes | None = None) -> torch.Tensor:
     """Write key and value (if given) into the caches; return the query, rotated if cos and sin are given.
 
     Tensors as in the contract, contiguous; new_lengths: None for S new tokens in every sequence. ring: the caches are.
-    Launches at most one kernel.
+    codes: the caches hold them; its faults are written. Launches at most one kernel.
     """
     batch, steps, _ = query.shape
     kv_heads, capacity, head = past_key.shape[1:]
@@ -117,6 +137,7 @@ def append(query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | 
         query, absent if key is None else key, absent if value is None else value, past_key, past_value, past_lengths,
         new_lengths, absent if cos is None else cos, absent if sin is None else sin, rotated, kv_heads, steps, capacity,
         1 if cos is None else cos.shape[0],
+        *((None, None, None) if codes is None else (codes.key_scale, codes.value_scale, codes.faults)),
         **constants(group=num_heads // kv_heads, head=head, value_head=past_value.shape[3],
                     rotary_half=0 if cos is None else cos.shape[1], interleaved=interleaved, has_new=key is not None,
                     ring=ring),

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from gqa_plugins.grouped_attention.cubin import Cubin
     from gqa_plugins.grouped_attention.launch import Layer, Sizes
 
+CACHE_ARGUMENT = {"append": "past_key_ptr", "prefill": "key_ptr", "decode": "key_ptr"}
+LOOKS = ("append", "prefill", "combine")  # kernels that have faults_ptr where codes are written
 ARCHITECTURE_ONLY = 90  # from this capability on, a cubin runs on its own capability alone
 
 
@@ -40,6 +42,20 @@ def pick(keys: Iterable[Key], capability: int) -> dict[str, Key]:
     return chosen
 
 
+def _check_cache(cubin: Cubin, kinds: dict[str, str], layer: Layer, dtype: str) -> None:
+    """Refuse a kernel that was compiled for a cache of another type, or does not look for what codes cannot say."""
+    name = CACHE_ARGUMENT.get(cubin.kernel, "")
+    held = plan.CACHE_KINDS[layer.cache] if layer.cache else dtype
+    looks = "faults_ptr" in kinds
+    if kinds.get(name, f"*{held}") == f"*{held}" and (
+            cubin.kernel not in LOOKS or looks == bool(layer.cache and layer.has_new)):
+        return
+    found = kinds[name][1:] if name in kinds else "another type"
+    raise InvalidBundle(f"kernel {cubin.kernel} was compiled for a cache of {found}, the layer has one of {held}",
+                        "the engine's attention layers", REBUILD,
+                        code="E-ENGINE-KERNEL-MISMATCH")
+
+
 def check_cubin(cubin: Cubin, layer: Layer, sizes: Sizes) -> None:
     """Refuse a kernel that was compiled for another layer."""
     expected = {"GROUP": layer.group, "HEAD": sizes.head, "VALUE_HEAD": sizes.value_head, "HALF": sizes.rotary_half,
@@ -63,3 +79,4 @@ def check_cubin(cubin: Cubin, layer: Layer, sizes: Sizes) -> None:
             raise InvalidBundle(f"kernel {cubin.kernel} was compiled for {kinds[name][1:]}, the layer has "
                                 f"{sizes.dtype}", "the engine's attention layers", REBUILD,
                                  code="E-ENGINE-KERNEL-MISMATCH")
+    _check_cache(cubin, kinds, layer, sizes.dtype)

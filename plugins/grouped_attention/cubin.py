@@ -29,16 +29,15 @@ from dataclasses import astuple, dataclass, field
 from multiprocessing import get_context
 from typing import Any
 
-from gqa_plugins.grouped_attention import long_launch, plan
-from gqa_plugins.grouped_attention.plan import FP_FUSION
+from gqa_plugins.grouped_attention import plan
 from gqa_plugins.grouped_attention.ptx_parameters import SCRATCH_POINTERS, scratch_pointers
+from gqa_plugins.grouped_attention.recipes import recipe
 
 from gqa_export.errors import GqaExportError
 from gqa_export.long_attention_op import LongSetting
 
 MAGIC = "gqa-cubin 1"
 SUFFIX = ".gqacubin"
-KERNELS = ("append", "prefill", "decode", "combine")
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ class Variant:
     """What a kernel is compiled for. Fields that a kernel does not use are left at their defaults.
 
     rows: S * (H / K) that decides the row tile: the group size for decode steps, anything >= 128 for prefill. ahead: of
-    prefill, that it works ahead where `plan.works_ahead`. ring: over rings. long, projections: for long prompts.
+    prefill, that it works ahead where `plan.works_ahead`. ring: over rings. cache: of codes, a name of
+    `attention_op.CACHE_CODES`; "" where it holds numbers. long, projections: for long prompts.
     """
 
     kernel: str
@@ -63,6 +63,7 @@ class Variant:
     has_new: bool = True
     ahead: bool = True
     ring: bool = False
+    cache: str = ""
     long: LongSetting | None = None
     projections: int = 0
 
@@ -72,7 +73,8 @@ class Variant:
         flags = [word for word, on in (("window", self.window), ("softcap", self.softcap), ("sinks", self.sinks),
                                        (f"rotary{2 * self.rotary_half}", self.rotary_half > 0),
                                        ("interleaved", self.interleaved), ("readonly", not self.has_new),
-                                       ("in-turn", not self.ahead), ("ring", self.ring)) if on]
+                                       ("in-turn", not self.ahead), ("ring", self.ring),
+                                       (f"{self.cache}-cache", bool(self.cache))) if on]
         if self.long is not None:
             flags.append("-".join(map(str, (*astuple(self.long), self.projections))))
         rows = [f"r{self.rows}"] if self.rows else []
@@ -139,8 +141,9 @@ class Cubin:
 
 def model_variants(*, heads: int, kv_heads: int, head: int, dtype: str, value_head: int | None = None,
                    windows: Iterable[bool] = (False,), softcap: bool = False, sinks: bool = False,
-                   rotary_size: int = 0, interleaved: bool = False) -> list[Variant]:
-    """Every variant that a model's layers launch: append, decode and prefill (per kind of window), combine.
+                   rotary_size: int = 0, interleaved: bool = False, cache: str = "") -> list[Variant]:
+    """Every variant that a model's layers launch: append, decode and prefill (per kind of window), combine. cache: of
+    codes, "" for numbers.
 
     Decode is compiled for one new token per step, prefill for long prompts; both serve any number of new tokens.
     """
@@ -159,61 +162,13 @@ def model_variants(*, heads: int, kv_heads: int, head: int, dtype: str, value_he
                              "use an even size up to the head size, 0 for none", code="E-OPTION-ROTARY-SIZE")
     group = heads // kv_heads
     variants = [Variant("append", dtype, group, head, value_size, rotary_half=rotary_size // 2,
-                        interleaved=interleaved and rotary_size > 0)]
+                        interleaved=interleaved and rotary_size > 0, cache=cache)]
     for window in sorted(set(windows)):
-        variants.append(Variant("decode", dtype, group, head, value_size, group, window, softcap))
-        variants.append(Variant("prefill", dtype, group, head, value_size, plan.LONG_ROWS, window, softcap, sinks))
-    variants.append(Variant("combine", dtype, group, head, value_size, sinks=sinks))
+        variants.append(Variant("decode", dtype, group, head, value_size, group, window, softcap, cache=cache))
+        variants.append(Variant("prefill", dtype, group, head, value_size, plan.LONG_ROWS, window, softcap, sinks,
+                                cache=cache))
+    variants.append(Variant("combine", dtype, group, head, value_size, sinks=sinks, cache=cache))
     return variants
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a variant is compiled: the Triton function, its arguments, what is compiled in, and the options."""
-
-    kernel: Any
-    arguments: Sequence[tuple[str, str]]
-    constants: dict[str, Any]
-    warps: int
-    stages: int
-    tile_rows: int
-    fp_fusion: bool = FP_FUSION
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """As Triton's compiler takes them."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": self.fp_fusion}
-
-
-def recipe(variant: Variant, capability: int) -> Recipe:
-    """How a variant is compiled for one capability. Raises GqaExportError for an unknown kernel."""
-    from gqa_plugins.grouped_attention import append, decode, prefill
-
-    tiles = plan.choose_tiles(max(1, variant.rows), variant.head, variant.value_head, variant.dtype, capability)
-    shape = {"group": variant.group, "head": variant.head, "value_head": variant.value_head}
-    attention = {**shape, "tiles": tiles, "window": variant.window, "softcap": variant.softcap, "ring": variant.ring}
-    if variant.kernel == "append":
-        values = append.constants(**shape, rotary_half=variant.rotary_half, interleaved=variant.interleaved,
-                                  has_new=variant.has_new, ring=variant.ring)
-        return Recipe(append.append_kernel, append.ARGUMENTS, values, append.WARPS, append.STAGES, plan.APPEND_STEPS)
-    if variant.kernel == "prefill":
-        ahead = variant.ahead and plan.works_ahead(tiles, variant.head, variant.value_head, variant.dtype, capability)
-        values = prefill.constants(**attention, sinks=variant.sinks, split_band=plan.DTYPE_BYTES[variant.dtype] < 4,
-                                   ahead=ahead)
-        return Recipe(prefill.prefill_kernel, prefill.ARGUMENTS, values, tiles.warps, tiles.stages, tiles.rows)
-    if variant.kernel == "decode":
-        values = decode.constants(**attention)
-        return Recipe(decode.decode_kernel, decode.ARGUMENTS, values, tiles.warps, tiles.stages, tiles.rows)
-    if variant.kernel == "combine":
-        values = decode.combine_constants(**{name: getattr(variant, name) for name in decode.JOINED})
-        return Recipe(decode.combine_kernel, decode.COMBINE_ARGUMENTS, values, decode.COMBINE_WARPS,
-                      decode.COMBINE_STAGES, 1, decode.COMBINE_FP_FUSION)
-    if variant.kernel in long_launch.KERNELS and variant.long is not None:
-        from gqa_plugins.grouped_attention import long_attend
-
-        return Recipe(*long_attend.compiled_as(variant, variant.long, capability))
-    raise GqaExportError(f"kernel {variant.kernel!r} is unknown", "Variant.kernel", f"use one of {', '.join(KERNELS)}",
-                         code="E-ENGINE-KERNEL-UNKNOWN")
 
 
 def compile_variant(variant: Variant, capability: int) -> Cubin:
@@ -226,6 +181,10 @@ def compile_to_ptx(variant: Variant, capability: int) -> tuple[Cubin, str]:
     if capability not in plan.CAPABILITIES:
         raise GqaExportError(f"compute capability {capability} is not supported", "--capability",
                              f"use one of {', '.join(map(str, plan.CAPABILITIES))}", code="E-OPTION-CAPABILITY")
+    if variant.cache == "fp8" and capability < plan.FP8_CAPABILITY:
+        raise GqaExportError(f"a cache of fp8 codes needs compute capability 8.9, and {capability // 10}."
+                             f"{capability % 10} does not convert them", "--compute-capability",
+                             "leave this capability out, or export with --kv-cache int8", code="E-ENGINE-KERNEL-FP8")
     try:
         import triton
     except ImportError as error:
@@ -239,12 +198,14 @@ def compile_to_ptx(variant: Variant, capability: int) -> tuple[Cubin, str]:
                              "environment variable TRITON_INTERPRET", "unset it and start again",
                              code="E-ENV-TRITON-INTERPRET")
     made_as = recipe(variant, capability)
-    kinds = {name: kind.replace("T", variant.dtype) for name, kind in made_as.arguments}
+    held = plan.CACHE_KINDS[variant.cache] if variant.cache else variant.dtype
+    kinds = {name: kind.replace("T", variant.dtype).replace("C", held) for name, kind in made_as.arguments}
     signature = {name: kinds.get(name, "constexpr") for name in made_as.kernel.arg_names}
+    absent = {name: None for name in signature if name not in kinds and name not in made_as.constants}
     aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(kinds.values()) if kind[0] == "*"}
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True
-        compiled = triton.compile(ASTSource(made_as.kernel, signature, made_as.constants, aligned),
+        compiled = triton.compile(ASTSource(made_as.kernel, signature, {**absent, **made_as.constants}, aligned),
                                   target=GPUTarget("cuda", capability, 32), options=made_as.options)
     facts = compiled.metadata
     if facts.global_scratch_size or facts.profile_scratch_size or facts.shared > plan.SHARED_KIB[capability] * 1024:

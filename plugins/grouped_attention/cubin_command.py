@@ -34,6 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rotary-size", type=int, default=0,
                         help="features that append rotates (default 0: queries and keys come rotated)")
     parser.add_argument("--interleaved", action="store_true", help="rotary pairs are neighbours")
+    parser.add_argument("--cache", choices=tuple(plan.CACHE_KINDS), default="",
+                        help="codes that the cache holds (default: numbers)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time")
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
     return parser
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             heads=options.heads, kv_heads=options.kv_heads, head=options.head_size, value_head=options.value_head_size,
             dtype=options.dtype, windows={"none": (False,), "all": (True,), "some": (False, True)}[options.window],
             softcap=options.softcap, sinks=options.sinks, rotary_size=options.rotary_size,
-            interleaved=options.interleaved)
+            interleaved=options.interleaved, cache=options.cache)
         capabilities = [parse_capability(text) for text in options.capability or map(str, plan.CAPABILITIES)]
         files = build(variants, capabilities, options.jobs)
     except GqaExportError as error:

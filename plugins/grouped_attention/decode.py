@@ -21,10 +21,12 @@ import torch
 import triton
 import triton.language as tl
 from gqa_plugins.grouped_attention import plan
+from gqa_plugins.grouped_attention.codes import Codes
 from gqa_plugins.grouped_attention.plan import COMBINE_PARTS, FP_FUSION, MOST_PARTS, SEQUENCES, Tiles, block
 from gqa_plugins.grouped_attention.primitives import (
     LOG2E,
     attend,
+    first_fault,
     key_range,
     load_rows,
     narrow,
@@ -33,11 +35,13 @@ from gqa_plugins.grouped_attention.primitives import (
 )
 
 ARGUMENTS = (
-    ("query_ptr", "*T"), ("key_ptr", "*T"), ("value_ptr", "*T"), ("past_lengths_ptr", "*i32"),
+    ("query_ptr", "*T"), ("key_ptr", "*C"), ("value_ptr", "*C"), ("past_lengths_ptr", "*i32"),
     ("new_lengths_ptr", "*i32"), ("partial_ptr", "*fp32"), ("logsum_ptr", "*fp32"), ("ranges_ptr", "*i64"),
     ("sequences", "i32"), ("kv_heads", "i32"), ("steps", "i32"), ("capacity", "i32"), ("least_keys", "i32"),
     ("window", "i32"), ("scale", "fp32"), ("softcap", "fp32"),
 )
+CODED_ARGUMENTS = (("value_scale", "fp32"),)
+"""what follows where the cache holds codes; of combine `append.FAULTS` where there are new keys"""
 COMBINE_ARGUMENTS = (
     ("partial_ptr", "*fp32"), ("logsum_ptr", "*fp32"), ("ranges_ptr", "*i64"), ("past_lengths_ptr", "*i32"),
     ("new_lengths_ptr", "*i32"), ("sinks_ptr", "*T"), ("output_ptr", "*T"), ("kv_heads", "i32"), ("steps", "i32"),
@@ -99,13 +103,14 @@ def find_sequence(past_lengths_ptr, new_lengths_ptr, sequences, steps, capacity,
 
 @triton.jit(do_not_specialize=["sequences", "kv_heads", "steps", "capacity", "least_keys", "window"])
 def decode_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_ptr, partial_ptr, logsum_ptr, ranges_ptr,
-                  sequences, kv_heads, steps, capacity, least_keys, window, scale, softcap,
+                  sequences, kv_heads, steps, capacity, least_keys, window, scale, softcap, value_scale,
                   GROUP: tl.constexpr, HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr,
                   BLOCK_VALUE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
                   BLOCK_SEQUENCES: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
                   RING: tl.constexpr, PRECISION: tl.constexpr):
     """least_keys: a share is at least so long, because a shorter one costs more in partial results than it hides.
-    RING: the capacity is slots, used again."""
+    RING: the capacity is slots, used again. value_scale: of a cache of codes, None of one of numbers (that of its keys
+    is in scale)."""
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
     row_tiles = tl.cdiv(steps * GROUP, BLOCK_ROWS)
@@ -169,6 +174,8 @@ def decode_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_p
         meeting = row * meetings + (program + sequence * works + work)
         tl.store(logsum_ptr + meeting, logsum, mask=valid)
         partial = acc / tl.where(seen, total, 1.0)[:, None]
+        if value_scale is not None:
+            partial = partial * value_scale
         store_rows(partial_ptr, meeting * VALUE_HEAD, partial, valid & seen, VALUE_HEAD, BLOCK_VALUE)
         range_ptr = ranges_ptr + ((sequence * kv_heads + kv_head) * (steps * GROUP) + rows) * 2
         tl.store(range_ptr, meeting, mask=step < tl.where(from_tile == 0, new, 0))
@@ -177,12 +184,12 @@ def decode_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_p
 
 @triton.jit(do_not_specialize=["kv_heads", "steps", "capacity"])
 def combine_kernel(partial_ptr, logsum_ptr, ranges_ptr, past_lengths_ptr, new_lengths_ptr, sinks_ptr, output_ptr,
-                   kv_heads, steps, capacity,
+                   kv_heads, steps, capacity, faults_ptr,
                    GROUP: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_VALUE: tl.constexpr,
                    BLOCK_PARTS: tl.constexpr, ALL_PARTS: tl.constexpr, HAS_SINKS: tl.constexpr,
                    RING: tl.constexpr):
     """One program per (sequence, step, query head), the rows of the output in order. RING: capacity is how many new
-    tokens the ring takes.
+    tokens the ring takes. faults_ptr: as of `append`, None where no code is new.
 
     Compiled without fusion of a * b + c: in a sum over threads each would keep its own product unrounded and get its
     neighbour's rounded, so that threads that hold the same sum would hold different last bits of it.
@@ -221,6 +228,9 @@ def combine_kernel(partial_ptr, logsum_ptr, ranges_ptr, past_lengths_ptr, new_le
     if HAS_SINKS:
         total += tl.exp2(sink - reference)
     output = acc / tl.where(total == 0, 1.0, total)
+    if faults_ptr is not None:
+        fault = first_fault(faults_ptr, sequence * kv_heads + head // GROUP, steps, step)
+        output = tl.where(step >= fault, float("nan"), output)
     output = tl.where(broken, float("nan"), output)
     output = tl.where(step < new, output, 0.0)
     tl.store(output_ptr + head_row * VALUE_HEAD + columns, narrow(output, output_ptr.dtype.element_ty),
@@ -245,11 +255,11 @@ def combine_constants(*, group: int, value_head: int, sinks: bool, ring: bool = 
 def decode(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor, past_lengths: torch.Tensor,
            new_lengths: torch.Tensor | None, sinks: torch.Tensor | None, output: torch.Tensor, *,
            num_heads: int, scale: float, softcap: float, window: int, tiles: Tiles, programs: int,
-           ring: bool = False) -> None:
+           ring: bool = False, codes: Codes | None = None) -> None:
     """Write output [B, S, H*E] from query [B, S, H*D] and caches that hold the new tokens already. Two launches.
 
-    new_lengths: None for S new tokens in every sequence. ring: the caches are. The workspace's size depends on shapes,
-    tiles and programs alone.
+    new_lengths: None for S new tokens in every sequence. ring: the caches are. codes: the caches hold them. The
+    workspace's size depends on shapes, tiles and programs alone.
     """
     batch, steps, _ = query.shape
     kv_heads, capacity, head = past_key.shape[1:]
@@ -259,12 +269,13 @@ def decode(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor
         sizes, (torch.float32, torch.float32, torch.int64), strict=True))
     decode_kernel[(programs,)](
         query, past_key, past_value, past_lengths, new_lengths, partial, logsum, ranges, batch, kv_heads, steps,
-        capacity, plan.LEAST_KEYS, window, scale, softcap,
+        capacity, plan.LEAST_KEYS, window, scale if codes is None else scale * codes.key_scale, softcap,
+        None if codes is None else codes.value_scale,
         **constants(group=group, head=head, value_head=value_head, tiles=tiles, window=window > 0, softcap=softcap > 0,
                     ring=ring),
         num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=FP_FUSION)
     combine_kernel[(batch * steps * num_heads,)](
         partial, logsum, ranges, past_lengths, new_lengths, query if sinks is None else sinks, output, kv_heads, steps,
-        capacity - window + 1 if ring else capacity,
+        capacity - window + 1 if ring else capacity, None if codes is None else codes.faults,
         **combine_constants(group=group, value_head=value_head, sinks=sinks is not None, ring=ring),
         num_warps=COMBINE_WARPS, num_stages=COMBINE_STAGES, enable_fp_fusion=COMBINE_FP_FUSION)

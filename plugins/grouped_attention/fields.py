@@ -1,9 +1,10 @@
 """The plugin's identity and serialized fields, one definition for Python and C++. Standard library only.
 
-Identity: op `GroupedQueryAttention`, version "1" or "2", namespace "gqa". An ONNX node carries them as domain "gqa"
-(or the string attributes `plugin_version` and `plugin_namespace`). Version 2 is version 1 with the attributes and
-tables of `gqa::LongGroupedQueryAttention`; `method` 0 is exact attention, as in version 1. Both are registered side by
-side: an engine of version 1 runs as it did, and a graph that approximates nothing is still written in version 1.
+Identity: op `GroupedQueryAttention`, version "1", "2" or "3", namespace "gqa". An ONNX node carries them as domain
+"gqa" (or the string attributes `plugin_version` and `plugin_namespace`). Version 2 is version 1 with the attributes and
+tables of `gqa::LongGroupedQueryAttention`; `method` 0 is exact attention, as in version 1. Version 3 is version 1 with
+the attributes of version 2 of the op: its cache holds codes. All are registered side by side: an engine of version 1
+runs as it did, and a graph that neither approximates nor quantizes its cache is still written in version 1.
 
 **Node.** Inputs are those of `gqa_export.attention_op.INPUTS`, in that order, only the present ones (TensorRT refuses
 holes): `key` and `value` if has_new, `cos` and `sin` if has_rotary, `sinks` if has_sinks, then `fractions` and
@@ -14,7 +15,7 @@ holes): `key` and `value` if has_new, `cos` and `sin` if has_rotary, `sinks` if 
 
 **Serialized fields**: the creation fields, then `SERIALIZED_ONLY`, in this order:
 
-    contract_version  int32   1; any other value is refused
+    contract_version  int32   of the op: 1, and 2 for version 3 of the plugin; any other value is refused
     keys              char    the kernels this layer launches, ASCII, one line each:  KERNEL CAPABILITY SHA256\\n
                               KERNEL append | prefill | decode | combine | score | select | long_prefill;
                               CAPABILITY 89 is 8.9; SHA256 (64 lower-case hexadecimal digits) of the whole .gqacubin
@@ -44,29 +45,44 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from gqa_export import long_attention_op
-from gqa_export.attention_op import ATTRIBUTES, DOMAIN, OP, OUTPUT_NAMES, VERSION
+from gqa_export.attention_op import (
+    ATTRIBUTES,
+    CODE_ATTRIBUTES,
+    CODES_PLUGIN_VERSION,
+    CODES_VERSION,
+    DOMAIN,
+    OP,
+    OUTPUT_NAMES,
+    VERSION,
+    Attribute,
+)
 from gqa_export.errors import InvalidBundle
 
 NAME = OP
 PLUGIN_VERSION, LONG_VERSION = "1", "2"
 NAMESPACE = DOMAIN
-CONTRACT_VERSION = VERSION
 MAGIC = b"gqa-cubins 1"
 KERNELS = ("append", "prefill", "decode", "combine", "score", "select", "long_prefill")
 KEY_LINE = re.compile(rf"({'|'.join(KERNELS)}) ([0-9]+) ([0-9a-f]{{64}})")
 REBUILD = "build the engine again with `gqa-export trt`"
 
 FLAGS = ("has_rotary", "has_sinks", "has_new")
+
+
+def _fields_of(attributes: Iterable[Attribute]) -> tuple[tuple[str, str], ...]:
+    return tuple((attribute.name, "int32" if attribute.type == "int" else "float32") for attribute in attributes)
+
+
 # (name, "int32" | "float32" | "char"), in order.
-CREATION: tuple[tuple[str, str], ...] = (
-    *((attribute.name, "int32" if attribute.type == "int" else "float32") for attribute in ATTRIBUTES),
-    *((flag, "int32") for flag in FLAGS),
-)
+CREATION: tuple[tuple[str, str], ...] = (*_fields_of(ATTRIBUTES), *((flag, "int32") for flag in FLAGS))
 SERIALIZED_ONLY: tuple[tuple[str, str], ...] = (("contract_version", "int32"), ("keys", "char"), ("cubins", "char"))
 SERIALIZED = CREATION + SERIALIZED_ONLY
 LONG_CREATION = CREATION + tuple((name, "int32") for name in long_attention_op.OWN_ATTRIBUTES)
-CREATION_OF = {PLUGIN_VERSION: CREATION, LONG_VERSION: LONG_CREATION}
+CREATION_OF = {PLUGIN_VERSION: CREATION, LONG_VERSION: LONG_CREATION,
+               CODES_PLUGIN_VERSION: CREATION + _fields_of(CODE_ATTRIBUTES)}
 """version of the plugin -> its creation fields"""
+CONTRACT_OF = {PLUGIN_VERSION: VERSION, LONG_VERSION: VERSION, CODES_PLUGIN_VERSION: CODES_VERSION}
+"""version of the plugin -> of the op that it computes"""
 SERIALIZED_OF = {version: creation + SERIALIZED_ONLY for version, creation in CREATION_OF.items()}
 OPTIONAL = ("cubins",)
 FLAG_OF_INPUT = {"key": "has_new", "value": "has_new", "cos": "has_rotary", "sin": "has_rotary", "sinks": "has_sinks",
@@ -113,11 +129,12 @@ def parse_keys(data: bytes, where: str = "plugin field keys") -> tuple[Key, ...]
     return tuple(found)
 
 
-def check_contract_version(version: int, where: str = "plugin field contract_version") -> None:
-    """Refuse a layer that was serialized for another version of the op."""
-    if version != CONTRACT_VERSION:
+def check_contract_version(version: int, where: str = "plugin field contract_version",
+                           plugin_version: str = PLUGIN_VERSION) -> None:
+    """Refuse a layer that was serialized for another version of the op than a version of the plugin computes."""
+    if version != CONTRACT_OF[plugin_version]:
         raise InvalidBundle(f"the engine's attention layers follow version {version} of the op, this plugin follows "
-                            f"{CONTRACT_VERSION}", where,
+                            f"{CONTRACT_OF[plugin_version]}", where,
                             f"{REBUILD} of this version, or load it with the plugin it was built with",
                              code="E-ENGINE-OP-VERSION")
 

@@ -15,7 +15,9 @@ in place of its capacity.
 
 The bound on the cache is its capacity, never a length: a captured CUDA graph serves every length. Grids are those of
 docs/kernels.md. Workspace, each part aligned to 256 bytes, in this order: rotated queries [B, S, H*D] T (has_rotary),
-partial outputs, their log-sum-exp, and where each row's begin and end (`decode`).
+faults (where new tokens become codes, `append`), partial outputs, their log-sum-exp, and where each row's begin and end
+(`decode`). The step of a cache's codes goes into the scale of the scores and into the output, so that registers only
+convert.
 """
 
 from __future__ import annotations
@@ -29,19 +31,25 @@ from gqa_plugins.grouped_attention import long_launch, plan
 from gqa_plugins.grouped_attention.cubin import Cubin, Variant
 from gqa_plugins.grouped_attention.fields import CREATION_OF, PLUGIN_VERSION, REBUILD
 from gqa_plugins.grouped_attention.limits import find_excess
+from gqa_plugins.grouped_attention.workspace import (
+    faults_bytes,
+    long_bytes,
+    long_shape,
+    parts_bytes,
+    rotated_bytes,
+)
 
 from gqa_export.attention_op import RING
 from gqa_export.errors import InvalidBundle
 from gqa_export.long_attention_op import LongSetting
 
 SM_BOUND = 256  # more SMs than this are not filled by decode: the workspace is sized before the GPU is known
-ALIGNMENT = 256
 KINDS = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The creation fields of one plugin layer; those of version 2 are in `long_layer`."""
+    """The creation fields of one plugin layer; those of versions 2 and 3 are in `long_layer` and `coded_layer`."""
 
     version: ClassVar[str] = PLUGIN_VERSION
     num_heads: int
@@ -88,6 +96,16 @@ class Layer:
     def ring(self) -> bool:
         """Whether its cache's slots are used again."""
         return self.growing == RING
+
+    @property
+    def cache(self) -> str:
+        """Type of the codes in its cache, a name of `attention_op.CACHE_CODES`; "" where it holds numbers."""
+        return ""
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """What a code of a key and one of a value is multiplied by."""
+        return 1.0, 1.0
 
     @property
     def long(self) -> LongSetting | None:
@@ -143,16 +161,18 @@ def variants(layer: Layer, sizes: Sizes) -> dict[str, Variant]:
     """The kernels that a layer can need, by name: what is compiled into the engine."""
     shape = (sizes.dtype, layer.group, sizes.head, sizes.value_head)
     window, softcap, sinks = layer.window > 0, layer.softcap > 0, bool(layer.has_sinks)
+    same: dict[str, Any] = {"ring": layer.ring}
+    if layer.cache:  # with codes, whether there are new ones is compiled in
+        same |= {"cache": layer.cache, "has_new": bool(layer.has_new)}
     wanted = {
-        "prefill": Variant("prefill", *shape, plan.LONG_ROWS, window, softcap, sinks, ahead=layer.scale >= 0,
-                           ring=layer.ring),
-        "decode": Variant("decode", *shape, layer.group, window, softcap, ring=layer.ring),
-        "combine": Variant("combine", *shape, sinks=sinks, ring=layer.ring),
+        "prefill": Variant("prefill", *shape, plan.LONG_ROWS, window, softcap, sinks, ahead=layer.scale >= 0, **same),
+        "decode": Variant("decode", *shape, layer.group, window, softcap, **same),
+        "combine": Variant("combine", *shape, sinks=sinks, **same),
     }
     if layer.has_new or layer.has_rotary:
         wanted["append"] = Variant("append", *shape, rotary_half=sizes.rotary_half,
                                    interleaved=bool(layer.rotary_interleaved and layer.has_rotary),
-                                   has_new=bool(layer.has_new), ring=layer.ring)
+                                   **{**same, "has_new": bool(layer.has_new)})
     if layer.long is not None:
         wanted |= {kernel: Variant(kernel, *shape, long_launch.rows_of(kernel, layer.long, layer.group),
                                    softcap=softcap, sinks=sinks, long=layer.long, projections=sizes.projections)
@@ -176,24 +196,6 @@ def choose(layer: Layer, sizes: Sizes, decode_rows: int, sm_count: int) -> tuple
     return "decode", programs
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _rotated_bytes(layer: Layer, sizes: Sizes) -> int:
-    if not layer.has_rotary:
-        return 0
-    return _aligned(sizes.batch * sizes.steps * layer.num_heads * sizes.head * plan.DTYPE_BYTES[sizes.dtype])
-
-
-def _parts_bytes(layer: Layer, sizes: Sizes, tile_rows: int, programs: int) -> tuple[int, int, int]:
-    """Of partial outputs, their log-sum-exp, and where a row's begin and end. No less for a longer tile, whose rows are
-    padded: tiles are powers of two."""
-    partial, logsum, ranges = plan.workspace_elements(sizes.batch, sizes.steps, layer.num_heads, layer.kv_num_heads,
-                                                      sizes.value_head, tile_rows, programs)
-    return _aligned(4 * partial), _aligned(4 * logsum), _aligned(8 * ranges)
-
-
 def workspace_bytes(layer: Layer, largest: Sizes) -> int:
     """Enough for every batch up to B and every S up to S of `largest`, on every GPU."""
     most = 0
@@ -205,21 +207,9 @@ def workspace_bytes(layer: Layer, largest: Sizes) -> int:
         keys = _visible(layer, largest, steps)
         programs = plan.choose_programs(1, 1, works, keys, SM_BOUND)
         tile_rows = plan.row_block(layer.group)
-        most = max(most, sum(_parts_bytes(layer, replace(largest, steps=steps), tile_rows, programs)))
-    return _rotated_bytes(layer, largest) + max(most, sum(_long_bytes(layer, largest)))
-
-
-def _long_bytes(layer: Layer, sizes: Sizes) -> tuple[int, int]:
-    """Of the selection, and of masses or orders: numbers of 4 bytes."""
-    if layer.long is None:
-        return 0, 0
-    selection, scratch = long_launch.scratch_elements(layer.long, **_shape(layer, sizes))
-    return _aligned(4 * selection), _aligned(4 * scratch)
-
-
-def _shape(layer: Layer, sizes: Sizes) -> dict[str, int]:
-    return {"batch": sizes.batch, "steps": sizes.steps, "capacity": sizes.capacity, "kv_heads": layer.kv_num_heads,
-            "group": layer.group}
+        most = max(most, sum(parts_bytes(layer, replace(largest, steps=steps), tile_rows, programs)))
+    return (rotated_bytes(layer, largest) + faults_bytes(layer, largest)
+            + max(most, sum(long_bytes(layer, largest))))
 
 
 def launches(layer: Layer, sizes: Sizes, cubins: Mapping[str, Cubin], pointers: Mapping[str, int], workspace: int,
@@ -231,8 +221,9 @@ def launches(layer: Layer, sizes: Sizes, cubins: Mapping[str, Cubin], pointers: 
     """
     decode_rows = cubins["decode"].tile_rows
     kind, programs = choose(layer, sizes, decode_rows, sm_count)
-    partial = workspace + _rotated_bytes(layer, sizes)
-    partial_bytes, logsum_bytes, _ = _parts_bytes(layer, sizes, decode_rows, programs)
+    faults = workspace + rotated_bytes(layer, sizes)
+    partial = faults + faults_bytes(layer, sizes)
+    partial_bytes, logsum_bytes, _ = parts_bytes(layer, sizes, decode_rows, programs)
     absent = pointers["query"]  # a valid address that the kernel never reads
     rotated = workspace if layer.has_rotary else pointers["query"]
     common: dict[str, int | float] = {
@@ -258,13 +249,17 @@ def launches(layer: Layer, sizes: Sizes, cubins: Mapping[str, Cubin], pointers: 
                  "sin_ptr": pointers.get("sin", absent), "rotated_ptr": rotated, "max_position": sizes.max_position}
     attending = {**common, "query_ptr": rotated, "sinks_ptr": pointers.get("sinks", rotated),
                  "key_ptr": pointers["past_key"], "value_ptr": pointers["past_value"]}
+    if layer.cache:
+        key_scale, value_scale = layer.scales
+        appending |= {"key_scale": key_scale, "value_scale": value_scale, "faults_ptr": faults}
+        attending |= {"scale": layer.scale * key_scale, "value_scale": value_scale, "faults_ptr": faults}
     joining = {**attending, "capacity": sizes.capacity - layer.window + 1} if layer.ring else attending
     wanted = ["append"] if layer.has_new or layer.has_rotary else []
     if layer.long is not None and kind == "long":
-        scratch = partial + _long_bytes(layer, sizes)[0]
+        scratch = partial + long_bytes(layer, sizes)[0]
         attending |= {f"{name}_ptr": pointers[name] for name in ("fractions", "projections", "code_order")}
         attending |= {"selection_ptr": partial, "masses_ptr": scratch, "order_ptr": scratch}
-        grids |= long_launch.grids(layer.long, **_shape(layer, sizes), score_rows=cubins["score"].tile_rows,
+        grids |= long_launch.grids(layer.long, **long_shape(layer, sizes), score_rows=cubins["score"].tile_rows,
                                    prefill_rows=cubins["long_prefill"].tile_rows)
     wanted += {"decode": ["decode", "combine"], "prefill": ["prefill"], "long": [*long_launch.KERNELS]}[kind]
     of = {"append": appending, "combine": joining}

@@ -85,7 +85,7 @@ def fuses(kernel: str) -> bool:
 
 def compiled_as(variant: Variant, setting: LongSetting,
                 capability: int) -> tuple[Any, Any, dict[str, Any], int, int, int, bool]:
-    """What a `cubin.Recipe` of a variant is made of."""
+    """What a `recipes.Recipe` of a variant is made of."""
     tiles = long_launch.choose_tiles(setting, variant.group, variant.head, variant.value_head, variant.dtype,
                                      capability)
     made = parts_of(variant.kernel, setting, tiles=tiles, **{name: getattr(variant, name) for name in SHAPE})

@@ -56,7 +56,3 @@ class LongLayer(Layer):
             return None
         own = {name: getattr(self, name) for name in OWN_ATTRIBUTES}
         return LongSetting(**{**own, "method": NAMES[self.method]})
-
-
-LAYERS: dict[str, type[Layer]] = {Layer.version: Layer, LONG_VERSION: LongLayer}
-"""version of the plugin -> its layers"""

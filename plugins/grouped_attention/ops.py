@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import torch
 from gqa_plugins.grouped_attention import backward, plan, reference
+from gqa_plugins.grouped_attention.codes import CACHES, Codes
 from gqa_plugins.grouped_attention.validate import DTYPES
 from torch import Tensor
 
-from gqa_export.attention_op import RING
+from gqa_export.attention_op import CACHE_CODES, RING
 
 INTERPRETED_SMS, INTERPRETED_CAPABILITY = 4, 80
 
@@ -29,7 +30,7 @@ def device_facts(tensor: Tensor) -> tuple[int, int]:
 def launch(query: Tensor, key: Tensor | None, value: Tensor | None, past_key: Tensor, past_value: Tensor,
            past_lengths: Tensor, new_lengths: Tensor | None, cos: Tensor | None, sin: Tensor | None,
            sinks: Tensor | None, *, num_heads: int, scale: float, softcap: float, window: int, interleaved: bool,
-           bound: int, ring: bool = False) -> Tensor:
+           bound: int, ring: bool = False, key_scale: float = 0.0, value_scale: float = 0.0) -> Tensor:
     """Append, then attend (prefill, or decode and combine): at most three launches, nothing read from the device."""
     from gqa_plugins.grouped_attention.append import append
     from gqa_plugins.grouped_attention.decode import decode
@@ -44,17 +45,18 @@ def launch(query: Tensor, key: Tensor | None, value: Tensor | None, past_key: Te
     sm_count, capability = device_facts(query)
     chosen = plan.plan(sequences=batch, steps=steps, heads=num_heads, kv_heads=kv_heads, head=head,
                        value_head=value_head, dtype=DTYPES[query.dtype], window=window, bound=bound,
-                       sm_count=sm_count, capability=capability)
+                       sm_count=sm_count, capability=capability, cache=CACHES.get(past_key.dtype, ""))
+    codes = Codes.of(query, kv_heads, key_scale, value_scale, key is not None) if key_scale else None
     rotated = append(query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin,
-                     num_heads=num_heads, interleaved=interleaved, ring=ring)
+                     num_heads=num_heads, interleaved=interleaved, ring=ring, codes=codes)
     if chosen.kind == "decode":
         decode(rotated, past_key, past_value, past_lengths, new_lengths, sinks, output, num_heads=num_heads,
                scale=scale, softcap=softcap, window=window, tiles=chosen.tiles, programs=chosen.programs,
-               ring=ring)
+               ring=ring, codes=codes)
     else:
         prefill(rotated, past_key, past_value, past_lengths, new_lengths, sinks, output, num_heads=num_heads,
                 scale=scale, softcap=softcap, window=window, tiles=chosen.tiles, ahead=chosen.ahead,
-                ring=ring)
+                ring=ring, codes=codes)
     return output
 
 
@@ -66,13 +68,17 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 def attend_in_place(query: Tensor, key: Tensor | None, value: Tensor | None, past_key: Tensor, past_value: Tensor,
                     past_lengths: Tensor, new_lengths: Tensor | None, cos: Tensor | None, sin: Tensor | None,
                     sinks: Tensor | None, num_heads: int, kv_num_heads: int, scale: float, softcap: float, window: int,
-                    rotary_interleaved: bool, bound: int, backend: str, ring: bool = False) -> Tensor:
-    """Write the new tokens into the caches and return output [B, S, H*E]. ring: the caches are."""
+                    rotary_interleaved: bool, bound: int, backend: str, ring: bool = False, key_scale: float = 0.0,
+                    value_scale: float = 0.0) -> Tensor:
+    """Write the new tokens into the caches and return output [B, S, H*E]. ring: the caches are. key_scale, value_scale:
+    of caches of codes; 0: they hold numbers."""
     if backend == "reference":
         output, present_key, present_value = reference.grouped_query_attention(
             query, key, value, past_key, past_value, past_lengths, _new_lengths(query, new_lengths), cos, sin, sinks,
             num_heads=num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap, window=window,
-            rotary_interleaved=int(rotary_interleaved), growing=RING if ring else 0)
+            rotary_interleaved=int(rotary_interleaved), growing=RING if ring else 0,
+            cache_codes=CACHE_CODES[CACHES[past_key.dtype]] if key_scale else 0, key_scale=key_scale,
+            value_scale=value_scale)
         if key is not None:
             past_key.copy_(present_key)
             past_value.copy_(present_value)
@@ -82,7 +88,8 @@ def attend_in_place(query: Tensor, key: Tensor | None, value: Tensor | None, pas
         return launch(query.contiguous(), _contiguous(key), _contiguous(value), past_key, past_value,
                       past_lengths.contiguous(), _contiguous(new_lengths), _contiguous(cos), _contiguous(sin),
                       _contiguous(sinks), num_heads=num_heads, scale=scale, softcap=softcap, window=window,
-                      interleaved=rotary_interleaved, bound=bound, ring=ring)
+                      interleaved=rotary_interleaved, bound=bound, ring=ring, key_scale=key_scale,
+                      value_scale=value_scale)
 
 
 def _new_lengths(query: Tensor, new_lengths: Tensor | None) -> Tensor:
@@ -97,7 +104,7 @@ def _output_like(query: Tensor, past_value: Tensor, num_heads: int) -> Tensor:
 
 @attend_in_place.register_fake
 def _(query, key, value, past_key, past_value, past_lengths, new_lengths, cos, sin, sinks, num_heads, kv_num_heads,
-      scale, softcap, window, rotary_interleaved, bound, backend, ring=False):
+      scale, softcap, window, rotary_interleaved, bound, backend, ring=False, key_scale=0.0, value_scale=0.0):
     return _output_like(query, past_value, num_heads)
 
 

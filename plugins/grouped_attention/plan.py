@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 DTYPE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+CACHE_KINDS = {"int8": "i8", "fp8": "fp8e4nv"}
+"""type of a cache of codes (`attention_op.CACHE_CODES`) -> as a kernel's argument is declared"""
+FP8_CAPABILITY = 89  # from which on a GPU converts fp8
 LEAST_KEYS = 256  # of a decode program's share: fewer, and the partial results cost more than they hide
 APPEND_STEPS = 16
 COMBINE_PARTS, MOST_PARTS = 16, 128  # partial results that combine adds up, and looks through, at a time
@@ -83,10 +86,10 @@ def choose_tiles(rows: int, head: int, value_head: int, dtype: str, capability: 
     return Tiles(tile_rows, 16, 4, 1)
 
 
-def works_ahead(tiles: Tiles, head: int, value_head: int, dtype: str, capability: int) -> bool:
+def works_ahead(tiles: Tiles, head: int, value_head: int, dtype: str, capability: int, cache: str = "") -> bool:
     """Whether prefill works out the next tile's products beside this tile's softmax: where products run on their own
-    beside the threads (wgmma) and both tiles' scores fit in registers: `ptxas -v` shows what spills."""
-    return (capability == 90 and tiles.rows == LONG_ROWS and DTYPE_BYTES[dtype] == 2
+    beside the threads (wgmma) and both tiles' scores fit in registers: `ptxas -v` shows what spills (fp8 codes do)."""
+    return (cache != "fp8" and capability == 90 and tiles.rows == LONG_ROWS and DTYPE_BYTES[dtype] == 2
             and block(head) == block(value_head) and block(head) in (64, 128))
 
 
@@ -114,11 +117,13 @@ class Plan:
 
 
 def plan(*, sequences: int, steps: int, heads: int, kv_heads: int, head: int, value_head: int, dtype: str,
-         window: int, bound: int, sm_count: int, capability: int) -> Plan:
+         window: int, bound: int, sm_count: int, capability: int, cache: str = "") -> Plan:
     """The launch for a batch of `sequences` with `steps` new tokens each and at most `bound` positions in sight.
 
     A cache long enough to be shared out, and either one row tile a head, so that lengths alone decide who has how much
     to do, or too few row tiles to fill the SMs: equal shares (decode). Else one program per row tile (prefill).
+
+    cache: of codes, a name of `CACHE_KINDS`.
     """
     rows = steps * (heads // kv_heads)
     tiles = choose_tiles(rows, head, value_head, dtype, capability)
@@ -126,7 +131,7 @@ def plan(*, sequences: int, steps: int, heads: int, kv_heads: int, head: int, va
     keys = min(bound, window + steps - 1) if window else bound
     few = row_tiles == 1 or 2 * sequences * kv_heads * row_tiles <= sm_count * BLOCKS_PER_SM
     if keys < 2 * LEAST_KEYS or not few:
-        return Plan("prefill", tiles, ahead=works_ahead(tiles, head, value_head, dtype, capability))
+        return Plan("prefill", tiles, ahead=works_ahead(tiles, head, value_head, dtype, capability, cache))
     return Plan("decode", tiles, choose_programs(sequences, kv_heads, row_tiles, keys, sm_count))
 
 

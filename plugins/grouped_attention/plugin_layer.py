@@ -13,8 +13,8 @@ from typing import Any
 from gqa_plugins.grouped_attention import fields, launch
 from gqa_plugins.grouped_attention.fields import Key
 from gqa_plugins.grouped_attention.launch import Layer, Sizes
+from gqa_plugins.grouped_attention.layers import LAYERS
 from gqa_plugins.grouped_attention.long_launch import problem
-from gqa_plugins.grouped_attention.long_layer import LAYERS
 
 from gqa_export.errors import InvalidBundle
 
@@ -69,7 +69,7 @@ class State:
     def to_fields_by_name(self) -> dict[str, Any]:
         """name -> value of the same."""
         carried = {"cubins": self.container} if self.container else {}
-        return {**asdict(self.layer), "contract_version": fields.CONTRACT_VERSION,
+        return {**asdict(self.layer), "contract_version": fields.CONTRACT_OF[self.layer.version],
                 "keys": fields.keys_text(self.keys), **carried}
 
     @classmethod
@@ -81,7 +81,7 @@ class State:
         if missing:
             raise InvalidBundle(f"the attention layer lacks {', '.join(missing)}", where, fields.REBUILD,
                                  code="E-ENGINE-LAYER-FIELDS")
-        fields.check_contract_version(int(left.pop("contract_version")), where)
+        fields.check_contract_version(int(left.pop("contract_version")), where, version)
         keys = fields.parse_keys(left.pop("keys"), where)
         container = left.pop("cubins", b"")
         if "cubins" in values:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from gqa_plugins.grouped_attention.codes import Codes
 from gqa_plugins.grouped_attention.plan import FP_FUSION, Tiles, block
 from gqa_plugins.grouped_attention.primitives import (
     LOG2E,
     attend,
     attend_ahead,
+    first_fault,
     key_range,
     load_rows,
     sequence_lengths,
@@ -24,15 +26,17 @@ from gqa_plugins.grouped_attention.primitives import (
 )
 
 ARGUMENTS = (
-    ("query_ptr", "*T"), ("key_ptr", "*T"), ("value_ptr", "*T"), ("past_lengths_ptr", "*i32"),
+    ("query_ptr", "*T"), ("key_ptr", "*C"), ("value_ptr", "*C"), ("past_lengths_ptr", "*i32"),
     ("new_lengths_ptr", "*i32"), ("sinks_ptr", "*T"), ("output_ptr", "*T"), ("kv_heads", "i32"), ("steps", "i32"),
     ("capacity", "i32"), ("window", "i32"), ("scale", "fp32"), ("softcap", "fp32"),
 )
+CODED_ARGUMENTS = (("value_scale", "fp32"),)
+"""what follows where the cache holds codes, and `append.FAULTS` after it where there are new keys"""
 
 
 @triton.jit(do_not_specialize=["kv_heads", "steps", "capacity", "window"])
 def prefill_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_ptr, sinks_ptr, output_ptr,
-                   kv_heads, steps, capacity, window, scale, softcap,
+                   kv_heads, steps, capacity, window, scale, softcap, value_scale, faults_ptr,
                    GROUP: tl.constexpr, HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr,
                    BLOCK_VALUE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
                    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
@@ -41,7 +45,8 @@ def prefill_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_
 
     AHEAD: that loop works out the next tile's products beside this tile's softmax (`attend_ahead`); not for a negative
     scale. (To turn the query's sign instead would put it through registers, and ptxas then waits before the softmax.)
-    RING: the capacity is slots, used again.
+    RING: the capacity is slots, used again. value_scale: of a cache of codes, None of one of numbers (that of its keys
+    is in scale); faults_ptr: as of `append`, None where no code is new.
     """
     sequence = tl.program_id(2).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -92,6 +97,11 @@ def prefill_kernel(query_ptr, key_ptr, value_ptr, past_lengths_ptr, new_lengths_
                              BLOCK_KEYS, HAS_WINDOW, HAS_SOFTCAP, PRECISION, True, slots)
 
     output = acc / tl.where(total == 0, 1.0, total)[:, None]
+    if value_scale is not None:
+        output = output * value_scale
+    if faults_ptr is not None:
+        fault = first_fault(faults_ptr, sequence * kv_heads + kv_head, steps, last_step)
+        output = tl.where((step >= fault)[:, None], float("nan"), output)
     output = tl.where(broken, float("nan"), output)
     output = tl.where(valid[:, None], output, 0.0)
     store_rows(output_ptr, head_row * VALUE_HEAD, output, step < steps, VALUE_HEAD, BLOCK_VALUE)
@@ -109,11 +119,12 @@ def constants(*, group: int, head: int, value_head: int, tiles: Tiles, window: b
 def prefill(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor, past_lengths: torch.Tensor,
             new_lengths: torch.Tensor | None, sinks: torch.Tensor | None, output: torch.Tensor, *,
             num_heads: int, scale: float, softcap: float, window: int, tiles: Tiles, ahead: bool = False,
-            ring: bool = False) -> None:
+            ring: bool = False, codes: Codes | None = None) -> None:
     """Write output [B, S, H*E] from query [B, S, H*D] and caches that hold the new tokens already. One launch.
 
     new_lengths: None for S new tokens in every sequence. ahead: work out the next tile's products beside this tile's
     softmax, where there are tiles that every row sees (not in fp32, nor for a negative scale). ring: the caches are.
+    codes: the caches hold them.
     """
     batch, steps, _ = query.shape
     kv_heads, capacity, head = past_key.shape[1:]
@@ -121,7 +132,8 @@ def prefill(query: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tenso
     group = num_heads // kv_heads
     prefill_kernel[(-(-steps * group // tiles.rows), kv_heads, batch)](
         query, past_key, past_value, past_lengths, new_lengths, query if sinks is None else sinks, output, kv_heads,
-        steps, capacity, window, scale, softcap,
+        steps, capacity, window, scale if codes is None else scale * codes.key_scale, softcap,
+        *((None, None) if codes is None else (codes.value_scale, codes.faults)),
         **constants(group=group, head=head, value_head=past_value.shape[3], tiles=tiles, window=window > 0,
                     softcap=softcap > 0, sinks=sinks is not None, split_band=narrow,
                     ahead=ahead and narrow and scale >= 0, ring=ring),

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from gqa_plugins.grouped_attention.plan import interpreting
+from gqa_plugins.grouped_attention.plan import APPEND_STEPS, interpreting
 
 INTERPRETED = tl.constexpr(interpreting())
 LOG2E = tl.constexpr(1.4426950408889634)
+NO_FAULT = tl.constexpr(2**31 - 1)
+FAULT_STEPS = tl.constexpr(APPEND_STEPS)  # new tokens whose faults are one number
 
 
 @triton.jit
@@ -94,6 +96,61 @@ def load_rows(base_ptr, offsets, valid, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.con
 
 
 @triton.jit
+def encode(x, scale, TYPE: tl.constexpr):
+    """fp32 as codes of a cache, to nearest, ties to even, ends for what lies beyond. A NaN is a NaN of fp8, and some
+    code of int8.
+
+    int8: the sum with 1.5 * 2^23 leaves no bit for a fraction, and has the code, in two's complement, in its last byte.
+    """
+    exact = tl.div_rn(x, tl.full(x.shape, scale, dtype=tl.float32))
+    if TYPE == tl.int8:  # noqa: SIM300
+        exact = tl.minimum(tl.maximum(exact, -128.0), 127.0)
+        codes = (exact + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    elif INTERPRETED:
+        codes = to_fp8_by_hand(exact)
+    else:
+        codes = exact.to(TYPE)
+    return codes
+
+
+@triton.jit
+def to_fp8_by_hand(x):
+    """fp32 to e4m3, to nearest, ties to even, ends for what lies beyond: the interpreter's own conversion does not."""
+    size = tl.minimum(tl.abs(x), 448.0)
+    bits = size.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
+    # 1.5 * 2^14: the last bit of the sum is 2^-9, the least of e4m3
+    small = (size + 24576.0) - 24576.0
+    rounded = tl.where(size < 0.015625, small, normal)
+    codes = tl.where(x < 0, -rounded, rounded).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    return tl.where(x != x, 127, codes).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def as_type(tile, TYPE: tl.constexpr):
+    """What a cache holds as TYPE, in which every code is exact. A cache of numbers is of that type already."""
+    if INTERPRETED and tile.dtype != TYPE:
+        wide = tile.to(tl.float32)
+        if tile.dtype == tl.float8e4nv:  # whose NaN it takes for a number
+            wide = tl.where((tile.to(tl.uint8, bitcast=True) & 127) == 127, float("nan"), wide)
+        tile = wide
+    return tile.to(TYPE)
+
+
+@triton.jit
+def first_fault(faults_ptr, head, steps, last_step):
+    """First new token, of those up to last_step's tile, whose key or value in this head (sequence * K + head) is not
+    finite: a code cannot say it, so rows from there on are NaN. NO_FAULT: there is none."""
+    tiles = tl.cdiv(steps, FAULT_STEPS)
+    needed = last_step // FAULT_STEPS + 1
+    found = tl.full([64], NO_FAULT, dtype=tl.int32)
+    for first in range(0, needed, 64):
+        tile = first + tl.arange(0, 64)
+        found = tl.minimum(found, tl.load(faults_ptr + head * tiles + tile, mask=tile < needed, other=NO_FAULT))
+    return tl.min(found, 0)
+
+
+@triton.jit
 def load_cache(base_ptr, positions, limit, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, MASKED: tl.constexpr,
                first=None, slots=None):
     """[keys, BLOCK_WIDTH] of one head's cache. MASKED: positions at or past limit read as zero, so that a NaN in the
@@ -158,7 +215,7 @@ def attend(acc, top, total, query, key_ptr, value_ptr, row_positions, start, sto
     for tile in range(0, tiles):
         gap = tl.where(tile < before, 0, skip_to - skip_from)
         positions = start + gap + tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-        key = load_cache(key_ptr, positions, stop, HEAD, BLOCK_HEAD, MASKED, start, slots)
+        key = as_type(load_cache(key_ptr, positions, stop, HEAD, BLOCK_HEAD, MASKED, start, slots), query.dtype)
         scores = scores_base2(query, key, scale, softcap, HAS_SOFTCAP, PRECISION, BLOCK_ROWS, BLOCK_KEYS)
         if MASKED:
             visible = (positions[None, :] <= row_positions[:, None]) & (positions < stop)[None, :]
@@ -166,16 +223,21 @@ def attend(acc, top, total, query, key_ptr, value_ptr, row_positions, start, sto
                 visible = visible & (positions[None, :] > row_positions[:, None] - window)
             scores = tl.where(visible, scores, float("-inf"))
         value = load_cache(value_ptr, positions, stop, VALUE_HEAD, BLOCK_VALUE, MASKED, start, slots)
+        value = as_type(value, query.dtype)
         acc, top, total = online_softmax_update(scores, value, acc, top, total, PRECISION)
     return acc, top, total
 
 
 @triton.jit
-def store_rows(base_ptr, offsets, tile, valid, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Write fp32 [rows, BLOCK_WIDTH] as the pointer's type at 64-bit element offsets, where valid and below WIDTH."""
+def store_rows(base_ptr, offsets, tile, valid, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, code_scale=None):
+    """Write fp32 [rows, BLOCK_WIDTH] as the pointer's type at 64-bit element offsets, where valid and below WIDTH.
+    code_scale: write codes, of this scale."""
     columns = tl.arange(0, BLOCK_WIDTH)
     mask = valid[:, None] & (columns < WIDTH)[None, :]
-    narrowed = narrow(tile, base_ptr.dtype.element_ty)
+    if code_scale is None:
+        narrowed = narrow(tile, base_ptr.dtype.element_ty)
+    else:
+        narrowed = encode(tile, code_scale, base_ptr.dtype.element_ty)
     tl.store(base_ptr + offsets[:, None] + columns[None, :], narrowed, mask=mask)
 
 
@@ -193,11 +255,11 @@ def attend_ahead(acc, top, total, query, key_ptr, value_ptr, start, tiles, scale
     zero = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], dtype=tl.float32)
     stop = start + tiles * BLOCK_KEYS
     columns = tl.arange(0, BLOCK_KEYS)
-    key = load_cache(key_ptr, start + columns, stop, HEAD, BLOCK_HEAD, True, start, slots)
+    key = as_type(load_cache(key_ptr, start + columns, stop, HEAD, BLOCK_HEAD, True, start, slots), query.dtype)
     products = dot(query, tl.trans(key), zero, PRECISION)
     for tile in range(0, tiles):
         here = start + tile * BLOCK_KEYS + columns
-        key = load_cache(key_ptr, here + BLOCK_KEYS, stop, HEAD, BLOCK_HEAD, True, start, slots)
+        key = as_type(load_cache(key_ptr, here + BLOCK_KEYS, stop, HEAD, BLOCK_HEAD, True, start, slots), query.dtype)
         following = dot(query, tl.trans(key), zero, PRECISION)
         if HAS_SOFTCAP:
             factor = 1.0
@@ -212,7 +274,7 @@ def attend_ahead(acc, top, total, query, key_ptr, value_ptr, start, tiles, scale
         weights = tl.exp2(products * factor - reference[:, None])
         shrink = tl.exp2(top - reference)
         total = total * shrink + tl.sum(weights, 1)
-        value = load_cache(value_ptr, here, stop, VALUE_HEAD, BLOCK_VALUE, False, start, slots)
+        value = as_type(load_cache(value_ptr, here, stop, VALUE_HEAD, BLOCK_VALUE, False, start, slots), query.dtype)
         acc = dot(narrow(weights, value.dtype), value, acc * shrink[:, None], PRECISION)
         top = new_top
         products = following

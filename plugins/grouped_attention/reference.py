@@ -1,7 +1,7 @@
 """The truth of `gqa::GroupedQueryAttention` in plain PyTorch, any dtype up to fp64.
 
 Written for clarity, not speed: scores of all T cache positions are formed, masked, and normalised in fp32 (or
-fp64 if the inputs are). Dimensions as in `gqa_export.attention_op`. Source: design of the op (contract version 1);
+fp64 if the inputs are). Dimensions as in `gqa_export.attention_op`. Source: design of the op (contract versions 1, 2);
 grouped-query attention is Ainslie et al., 2023 (arXiv:2305.13245).
 """
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from gqa_plugins.grouped_attention.codes import CACHES, decode, encode, first_faults
 
-from gqa_export.attention_op import RING
+from gqa_export.attention_op import CACHE_CODES, RING
 
 
 def rotate(x_BSND: torch.Tensor, cos_MR: torch.Tensor, sin_MR: torch.Tensor, positions_BS: torch.Tensor,
@@ -124,7 +125,7 @@ def grouped_query_attention(
     past_lengths: torch.Tensor, new_lengths: torch.Tensor,
     cos: torch.Tensor | None = None, sin: torch.Tensor | None = None, sinks: torch.Tensor | None = None, *,
     num_heads: int, kv_num_heads: int, scale: float, softcap: float, window: int, rotary_interleaved: int,
-    growing: int,
+    growing: int, cache_codes: int = 0, key_scale: float = 1.0, value_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op, functionally: (output [B, S, H*E], present_key [B, K, T, D], present_value [B, K, T, E]).
 
@@ -133,9 +134,15 @@ def grouped_query_attention(
     be (past_lengths below 0, new_lengths above S) and, in a ring, more new tokens than it has slots for; what is
     unspecified in the cache (even NaN) never reaches an output.
 
+    cache_codes: the caches hold codes, and new tokens are attended as they are stored. A head's rows are NaN from the
+    first new token on whose key or value is not finite.
+
     Raises:
-        ValueError: a ring has fewer slots than its window, or no window.
+        ValueError: a ring has fewer slots than its window, or no window; the caches are of another type than
+            cache_codes says.
     """
+    if cache_codes and CACHE_CODES.get(CACHES.get(past_key.dtype, "")) != cache_codes:
+        raise ValueError(f"a cache of {past_key.dtype} holds no codes of kind {cache_codes}")
     batch, new, _ = query.shape
     ring, slots = growing == RING, past_key.shape[2]
     if ring and not 0 < window <= slots:
@@ -151,6 +158,10 @@ def grouped_query_attention(
         if cos is not None and sin is not None:
             key_BSKD = rotate(key_BSKD, cos, sin, positions_BS, bool(rotary_interleaved))
         value_BSKE = value.reshape(batch, new, kv_num_heads, past_value.shape[-1])
+        if cache_codes:
+            faults_BK = torch.minimum(first_faults(key_BSKD, new_lengths), first_faults(value_BSKE, new_lengths))
+            key_BSKD = encode(key_BSKD, key_scale, past_key.dtype)
+            value_BSKE = encode(value_BSKE, value_scale, past_value.dtype)
         if ring:
             present_key = write_ring(past_key, key_BSKD, past_lengths, new_lengths)
             present_value = write_ring(past_value, value_BSKE, past_lengths, new_lengths)
@@ -159,9 +170,17 @@ def grouped_query_attention(
             present_value = write_cache(past_value, value_BSKE, past_lengths, new_lengths, bool(growing))
     else:
         present_key, present_value = past_key.clone(), past_value.clone()
-    rows = row_weights(query_BSHD, present_key, present_value, past_lengths, new_lengths, sinks, scale=scale,
+    held_key, held_value = present_key, present_value
+    if cache_codes:
+        held_key, held_value = (decode(codes, step, query.dtype) for codes, step in
+                                ((present_key, key_scale), (present_value, value_scale)))
+    rows = row_weights(query_BSHD, held_key, held_value, past_lengths, new_lengths, sinks, scale=scale,
                        softcap=softcap, window=window, ring=ring)
-    output = torch.einsum("bkgst,bkte->bskge", rows.weights_BKGST, rows.values_BKTE).reshape(batch, new, -1)
+    output_BSKGE = torch.einsum("bkgst,bkte->bskge", rows.weights_BKGST, rows.values_BKTE)
+    if cache_codes and key is not None:
+        faulty_BSK = (steps_S[:, None] >= faults_BK[:, None]) & (steps_S < new_lengths[:, None])[..., None]
+        output_BSKGE = output_BSKGE.masked_fill(faulty_BSK[..., None, None], float("nan"))
+    output = output_BSKGE.reshape(batch, new, -1)
     excess_B = new_lengths > slots - window + 1 if ring else past_lengths + new_lengths > present_key.shape[2]
     broken_B = excess_B | (past_lengths < 0) | (new_lengths > new)
     broken_BS = broken_B[:, None] & (steps_S < new_lengths[:, None])

@@ -1,13 +1,13 @@
-"""The TensorRT plugin `gqa::GroupedQueryAttention`, versions 1 and 2, for TensorRT and TensorRT-RTX, from Python.
+"""The TensorRT plugin `gqa::GroupedQueryAttention`, versions 1 to 3, for TensorRT and TensorRT-RTX, from Python.
 
     register(trt, kernels)     once per process, before an ONNX file with the node is parsed
     register(trt)              once per process, before an engine is deserialized
 
 Inputs, outputs, attributes and serialized fields as `fields` says; dimensions as in `gqa_export.attention_op`. The
 present tensors are the memory of the past ones (aliased outputs). fp16, bf16 or fp32 for everything but the lengths
-(int32) and the tables of version 2, linear layout. Building needs no GPU: the kernels are compiled before (`Kernels`);
-running launches them through the CUDA driver. Raises nothing silently: TensorRT swallows what a callback raises, so the
-first error is kept in `failure`. """
+(int32), the tables of version 2 and the cache of version 3 (INT8 or FP8), linear layout. Building needs no GPU: the
+kernels are compiled before (`Kernels`); running launches them through the CUDA driver. Raises nothing silently:
+TensorRT swallows what a callback raises, so the first error is kept in `failures`. """
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from typing import Any
 
 from gqa_plugins.grouped_attention import choose_kernels, driver, fields, launch
 from gqa_plugins.grouped_attention.launch import Sizes
-from gqa_plugins.grouped_attention.long_layer import LAYERS
+from gqa_plugins.grouped_attention.layers import LAYERS
 from gqa_plugins.grouped_attention.plugin_layer import Carriers, Carrying, Kernels, State, check_shapes
 
 from gqa_export.errors import GqaExportError, InvalidBundle
 
 LENGTHS = ("past_lengths", "new_lengths", "fractions", "code_order")  # int32
 ALIAS = {"present_key": "past_key", "present_value": "past_value"}
+CACHES = (*ALIAS, *ALIAS.values())
 MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 failures: list[GqaExportError] = []
 """What callbacks refused, oldest first: TensorRT itself only says that something failed."""
@@ -126,6 +127,7 @@ def _plugin_class(trt: ModuleType, kinds: Mapping[str, Any]) -> type:
     import numpy as np
 
     dtypes = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16", trt.DataType.FLOAT: "fp32"}
+    codes = {"int8": trt.DataType.INT8, "fp8": trt.DataType.FP8}
     numbers = {"int32": np.int32, "float32": np.float32}
 
     class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
@@ -159,7 +161,8 @@ def _plugin_class(trt: ModuleType, kinds: Mapping[str, Any]) -> type:
             return -1 if name is None else self.state.inputs.index(name)
 
         def get_output_data_types(self, types: Sequence[Any]) -> list[Any]:
-            return [types[0]] * self.num_outputs
+            of = dict(zip(self.state.inputs, types, strict=True))
+            return [of[ALIAS.get(name, "query")] for name in self.state.outputs]
 
         @noted
         def get_output_shapes(self, inputs: Sequence[Any], _shapes: Any, build: Any) -> list[Any]:
@@ -178,6 +181,8 @@ def _plugin_class(trt: ModuleType, kinds: Mapping[str, Any]) -> type:
             names = (*self.state.inputs, *self.state.outputs)
             if names[position] in LENGTHS:
                 return tensor.type == trt.DataType.INT32
+            if self.state.layer.cache and names[position] in CACHES:
+                return tensor.type == codes[self.state.layer.cache]
             if names[position] == "projections":
                 return tensor.type == trt.DataType.FLOAT
             return tensor.type in dtypes and tensor.type == tensors[0].desc.type

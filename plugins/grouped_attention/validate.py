@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from gqa_plugins.grouped_attention.codes import CACHES
 from gqa_plugins.grouped_attention.limits import find_excess
 
 from gqa_export.errors import GqaExportError
@@ -65,7 +66,16 @@ def check_attributes(*, num_heads: int, kv_num_heads: int, scale: float, softcap
         raise _refuse("window", f"{window} is out of range", "tokens visible including the current one; 0 for all")
 
 
-def _check_kinds(tensors: dict[str, torch.Tensor], reference: bool) -> None:
+def check_scales(key_scale: float | None, value_scale: float | None) -> None:
+    """Refuse scales of codes that are not a pair of positive numbers."""
+    for name, scale, other in (("key_scale", key_scale, value_scale), ("value_scale", value_scale, key_scale)):
+        if scale is None and other is not None:
+            raise _refuse(name, "is absent, but its pair is given", "pass both, or neither for caches of numbers")
+        if scale is not None and not (math.isfinite(scale) and scale > 0):
+            raise _refuse(name, f"{scale} is not a positive number", "pass the step between two codes")
+
+
+def _check_kinds(tensors: dict[str, torch.Tensor], reference: bool, coded: bool) -> None:
     query = tensors["query"]
     allowed = {**DTYPES, torch.float64: "fp64"} if reference else DTYPES
     if query.dtype not in allowed:
@@ -76,6 +86,14 @@ def _check_kinds(tensors: dict[str, torch.Tensor], reference: bool) -> None:
         if name in ("past_lengths", "new_lengths"):
             if tensor.dtype != torch.int32:
                 raise _refuse(name, f"dtype {tensor.dtype}, expected torch.int32", f"pass {name}.to(torch.int32)")
+        elif name in ("past_key", "past_value") and (coded or tensor.dtype in CACHES):
+            if not coded:
+                raise _refuse(name, f"holds codes ({tensor.dtype}), and their scales are missing",
+                              "pass key_scale and value_scale to grouped_query_attention")
+            if tensor.dtype not in CACHES or tensor.dtype != tensors["past_key"].dtype:
+                raise _refuse(name, f"dtype {tensor.dtype}, but key_scale and value_scale are of codes",
+                              f"allocate both caches as {' or '.join(str(dtype) for dtype in CACHES)}, or leave the "
+                              "scales out")
         elif tensor.dtype != query.dtype:
             raise _refuse(name, f"dtype {tensor.dtype}, but query is {query.dtype}", f"pass {name}.to({query.dtype})")
         if tensor.device != query.device:
@@ -99,11 +117,12 @@ def check(query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | N
           past_value: torch.Tensor, past_lengths: torch.Tensor, new_lengths: torch.Tensor | None,
           cos: torch.Tensor | None, sin: torch.Tensor | None, sinks: torch.Tensor | None, *, num_heads: int,
           kv_num_heads: int, scale: float, softcap: float, window: int, max_length: int | None,
-          reference: bool = False, ring: bool = False) -> Dimensions:
+          reference: bool = False, ring: bool = False, key_scale: float | None = None,
+          value_scale: float | None = None) -> Dimensions:
     """Check everything that shapes, types, devices and strides tell; return the sizes.
 
-    reference: the plain PyTorch backend runs it, so fp64 and any head size are fine. ring: the caches are. Raises
-    GqaExportError.
+    reference: the plain PyTorch backend runs it, so fp64 and any head size are fine. ring: the caches are. key_scale,
+    value_scale: of caches of codes; None: they hold numbers. Raises GqaExportError.
     """
     check_attributes(num_heads=num_heads, kv_num_heads=kv_num_heads, scale=scale, softcap=softcap, window=window)
     if (key is None) != (value is None):
@@ -118,7 +137,8 @@ def check(query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | N
     for name, item in given.items():
         if item is not None and not isinstance(item, torch.Tensor):
             raise _refuse(name, f"is a {type(item).__name__}, not a tensor", f"pass {name} as a torch.Tensor")
-    _check_kinds({name: item for name, item in given.items() if item is not None}, reference)
+    check_scales(key_scale, value_scale)
+    _check_kinds({name: item for name, item in given.items() if item is not None}, reference, key_scale is not None)
     _rank("query", query, 3, "[B, S, H*D]")
     _rank("past_key", past_key, 4, "[B, K, C, D]")
     _rank("past_value", past_value, 4, "[B, K, C, E]")

@@ -146,8 +146,9 @@ class _Answers:
 
     def files_of(self, layer: Any, sizes: Any, capability: int, folder: Path | None) -> tuple[dict[str, bytes], str]:
         """Compiled files, or what their facts would be, with the text that the stand-in's modules are as their code."""
-        from gqa_plugins.grouped_attention.cubin import Cubin, Variant, recipe
+        from gqa_plugins.grouped_attention.cubin import Cubin, Variant
         from gqa_plugins.grouped_attention.launch import variants
+        from gqa_plugins.grouped_attention.recipes import recipe
 
         def made_up(variant: Variant) -> Cubin:
             facts = recipe(variant, capability)

@@ -6,7 +6,8 @@ import random
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from gqa_plugins.grouped_attention import fields, long_launch
+from gqa_plugins.grouped_attention import fields, long_launch, plan
+from gqa_plugins.grouped_attention.coded_layer import CodedLayer
 from gqa_plugins.grouped_attention.cubin import Cubin, Variant
 from gqa_plugins.grouped_attention.fields import Key
 from gqa_plugins.grouped_attention.launch import Layer, Sizes, variants
@@ -39,23 +40,36 @@ LONG_ARGUMENTS = {
 WHOLE_NUMBERS = ("fractions_ptr", "code_order_ptr", "selection_ptr", "order_ptr")
 
 
+CODED = {"append": ("key_scale", "value_scale"), "prefill": ("value_scale",), "decode": ("value_scale",), "combine": ()}
+CACHE = {"append": ("past_key_ptr", "past_value_ptr"), "prefill": ("key_ptr", "value_ptr"),
+         "decode": ("key_ptr", "value_ptr")}
+
+
 def kind_of(name: str, dtype: str) -> str:
     if name in ("partial_ptr", "logsum_ptr", "masses_ptr", "projections_ptr"):
         return "*fp32"
+    if name == "faults_ptr":
+        return "*i32"
     if name == "ranges_ptr":
         return "*i64"
     if name.endswith("lengths_ptr") or name in WHOLE_NUMBERS:
         return "*i32"
     if name.endswith("_ptr"):
         return f"*{dtype}"
-    return "fp32" if name in ("scale", "softcap") else "i32"
+    return "fp32" if name in ("scale", "softcap", "key_scale", "value_scale") else "i32"
 
 
 def make_cubin(variant: Variant, capability: int, chance: random.Random) -> Cubin:
     """A kernel of this variant that takes its arguments in an order of its own."""
     known = LONG_ARGUMENTS[variant.long.method] if variant.long else ARGUMENTS
-    names = chance.sample(known[variant.kernel], len(known[variant.kernel]))
-    arguments = tuple((name, kind_of(name, variant.dtype)) for name in names)
+    needed = known[variant.kernel]
+    if variant.cache:
+        faults = ("faults_ptr",) if variant.has_new and variant.kernel != "decode" else ()
+        needed += CODED[variant.kernel] + faults
+    names = chance.sample(needed, len(needed))
+    held = f"*{plan.CACHE_KINDS[variant.cache]}" if variant.cache else f"*{variant.dtype}"
+    arguments = tuple((name, held if name in CACHE.get(variant.kernel, ()) else kind_of(name, variant.dtype))
+                      for name in names)
     name = f"{variant.kernel}_{capability}_{chance.randrange(10**6)}"
     code = " ".join([name, *(kind for _, kind in arguments)]).encode() + b"\0"
     constants = {"GROUP": variant.group, "HEAD": variant.head, "VALUE_HEAD": variant.value_head}
@@ -121,6 +135,13 @@ def random_long_layer(chance: random.Random) -> tuple[LongLayer, Sizes]:
     own = setting.attributes() if chance.random() < 0.8 else dict.fromkeys(setting.attributes(), 0)
     given = {**asdict(layer), "window": 0, "growing": 0}
     return LongLayer(**given, **own), replace(sizes, projections=7 if own["method"] else 0)
+
+
+def random_coded_layer(chance: random.Random) -> tuple[CodedLayer, Sizes]:
+    """The same of version 3: over a cache of int8 or fp8 codes."""
+    layer, sizes = random_layer(chance)
+    return CodedLayer(**asdict(layer), cache_codes=chance.choice((1, 2)), key_scale=chance.choice((0.5, 0.03125)),
+                      value_scale=chance.choice((0.25, 0.0625))), sizes
 
 
 def write(folder: Path, name: str, data: bytes) -> Path:

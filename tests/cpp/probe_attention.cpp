@@ -19,9 +19,9 @@ std::string read(std::string const& path) {
 }
 
 void print_identity() {
-    for (std::int32_t version : {1, 2}) {
-        std::cout << kPluginName << " " << version_text(version) << " " << kPluginNamespace << " " << kContractVersion
-                  << "\n";
+    for (std::int32_t version : {1, 2, 3}) {
+        std::cout << kPluginName << " " << version_text(version) << " " << kPluginNamespace << " "
+                  << contract_of(version) << "\n";
         for (auto const& field : creation_of(version)) {
             std::cout << field.name << " " << (field.integer ? "int32" : "float32") << "\n";
         }

@@ -121,6 +121,7 @@ public:
         if (command == "creator") print_creator();
         if (command == "outputs") print_outputs();
         if (command == "formats") print_formats();
+        if (command == "types") print_types();
         if (command == "configure") configure(data_type(first), read_dims(second));
         if (command == "serialize") serialize();
         if (command == "context") setenv("GQA_STUB_CONTEXT_ID", first.c_str(), 1);  // another, at the same address
@@ -162,8 +163,20 @@ private:
         std::cout << std::endl;
     }
 
+    void print_types() {
+        std::vector<DataType> inputs(7, DataType::kHALF), outputs(3);
+        build().getOutputDataTypes(outputs.data(), build().getNbOutputs(), inputs.data(), 7);
+        for (int32_t i = 0; i < build().getNbOutputs(); ++i) {
+            DataType const type = outputs[static_cast<std::size_t>(i)];
+            std::cout << (i ? " " : "")
+                      << (type == DataType::kINT8 ? "int8" : type == DataType::kFP8 ? "fp8" : "query's");
+        }
+        std::cout << std::endl;
+    }
+
     void print_formats() {
-        static constexpr DataType kTypes[] = {DataType::kHALF, DataType::kBF16, DataType::kFLOAT, DataType::kINT32};
+        static constexpr DataType kTypes[] = {DataType::kHALF, DataType::kBF16, DataType::kFLOAT, DataType::kINT32,
+                                              DataType::kINT8, DataType::kFP8};
         std::vector<DynamicPluginTensorDesc> all(16);
         for (auto& one : all) one.desc.type = DataType::kHALF, one.desc.format = TensorFormat::kLINEAR;
         for (int32_t position = 0; position < 7 + build().getNbOutputs(); ++position) {
@@ -245,7 +258,7 @@ int main(int, char** words) {
     int32_t count = 0;
     auto const* const creators =
         library.function<IPluginCreatorInterface* const*(int32_t&)>("getCreators")(count);
-    if (count != 2) return 1;
+    if (count != 3) return 1;
     std::size_t const version = words[2] ? std::stoul(words[2]) : 1;
     gqa::cuda::Context context = nullptr;
     gqa::cuda::driver().primary_context_retain(&context, 0);

@@ -19,7 +19,7 @@ from gqa_export.errors import GqaExportError
 from gqa_export.long_attention_op import INPUT_NAMES
 
 from .conftest import Programs
-from .made_kernels import make_cubin, make_kernels, random_layer, random_long_layer, write
+from .made_kernels import make_cubin, make_kernels, random_coded_layer, random_layer, random_long_layer, write
 
 GPUS = ((80, 108), (86, 84), (89, 128), (90, 132), (90, 300), (120, 170), (121, 48))  # 300: more than are filled
 OUTPUT, WORKSPACE = 1 << 20, 1 << 24
@@ -41,7 +41,7 @@ def test_identity_fields_and_node_inputs_are_those_of_python(programs: Programs)
     lines = programs.run("probe_attention", "identity").splitlines()
     expected = []
     for version, creation in fields.CREATION_OF.items():
-        expected.append(f"{fields.NAME} {version} {fields.NAMESPACE} {fields.CONTRACT_VERSION}")
+        expected.append(f"{fields.NAME} {version} {fields.NAMESPACE} {fields.CONTRACT_OF[version]}")
         expected += [f"{name} {kind}" for name, kind in creation]
     expected += [f"{name} {kind}" for name, kind in fields.SERIALIZED_ONLY]
     for number in range(16):
@@ -93,7 +93,8 @@ def logged_launch(line: str) -> tuple[str, tuple[float, ...]]:
 
 
 @pytest.mark.parametrize(("make", "capability", "sm_count"), [
-    *((random_layer, *gpu) for gpu in GPUS), *((random_long_layer, *gpu) for gpu in GPUS[1:4])])
+    *((random_layer, *gpu) for gpu in GPUS), *((random_long_layer, *gpu) for gpu in GPUS[1:4]),
+    *((random_coded_layer, *gpu) for gpu in GPUS[2:5])])
 def test_launches_equal_pythons_on_random_layers(programs: Programs, chance: random.Random, tmp_path: Path,
                                                  make: Callable, capability: int, sm_count: int) -> None:
     """Kernels picked, grids, arguments in the file's order, workspace: what reaches the driver is Python's, number by

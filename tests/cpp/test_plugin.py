@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 from gqa_plugins.grouped_attention import fields, launch
+from gqa_plugins.grouped_attention.coded_layer import CodedLayer
 from gqa_plugins.grouped_attention.fields import Key
 from gqa_plugins.grouped_attention.launch import Layer, Sizes
 from gqa_plugins.grouped_attention.long_layer import LongLayer
 from gqa_plugins.grouped_attention.tensorrt import State
+from refusal import refused
 
+from gqa_export.attention_op import CACHE_CODES
 from gqa_export.long_attention_op import OWN_ATTRIBUTES, LongSetting
 
 from .conftest import Programs
-from .made_kernels import make_kernels, random_layer, random_long_layer
+from .made_kernels import make_kernels, random_coded_layer, random_layer, random_long_layer
 from .test_attention import expected_launch, logged_launch
 
 LAYER = Layer(8, 2, 0.125, 0.0, 0, 0, 0, 0, 0, 1)
@@ -104,20 +107,51 @@ def test_creator_and_node_are_those_of_python(tensorrt_programs: Programs, tmp_p
         *field_lines(attributes(no_new)), "create build", "outputs"]).said
     creation = " ".join(f"{name}:{kind}" for name, kind in fields.CREATION)
     inputs = fields.node_inputs(asdict(LAYER))
-    half, lengths = "1000", "0001"
+    half, lengths = "100000", "000100"
     # Query alone may be of any type; all others are of the query's, the lengths int32; linear layout only.
-    formats = ["1110", *(lengths if name.endswith("lengths") else half for name in inputs[1:]), half, half, half, "0"]
+    formats = ["111000", *(lengths if name.endswith("lengths") else half for name in inputs[1:]), half, half, half, "0"]
     assert said == [f"{fields.NAME} {fields.PLUGIN_VERSION} {fields.NAMESPACE} {creation}", "made",
                     f"3 -1 {inputs.index('past_key')} {inputs.index('past_value')}", " ".join(formats), "made", "1 -1"]
 
 
-@pytest.mark.parametrize(("version", "make"), [("1", random_layer), ("2", random_long_layer)])
+@pytest.mark.parametrize(("cache", "taken"), [("int8", "000010"), ("fp8", "000001")])
+def test_a_layer_of_version_3_takes_codes_where_its_cache_is_and_nowhere_else(
+        tensorrt_programs: Programs, tmp_path: Path, cache: str, taken: str) -> None:
+    layer = CodedLayer(**asdict(LAYER), cache_codes=CACHE_CODES[cache], key_scale=0.5, value_scale=0.25)
+    made = [(name, kind, getattr(layer, name)) for name, kind in fields.CREATION_OF["3"]]
+    said = Driven(tensorrt_programs, tmp_path, ["creator", *field_lines(made), "create build", "types", "formats"],
+                  "3").said
+    half, lengths = "100000", "000100"
+    of = {"past_lengths": lengths, "new_lengths": lengths, "past_key": taken, "past_value": taken}
+    inputs = fields.node_inputs(asdict(layer))
+    assert said[0].startswith(f"{fields.NAME} 3 {fields.NAMESPACE} ")
+    assert said[1:3] == ["made", f"query's {cache} {cache}"]
+    assert said[3].split()[1:] == [*(of.get(name, half) for name in inputs[1:]), half, taken, taken, "0"]
+
+
+def test_a_creator_of_version_3_refuses_what_no_codes_have(tensorrt_programs: Programs, tmp_path: Path) -> None:
+    layer = CodedLayer(**asdict(LAYER), cache_codes=1, key_scale=0.5, value_scale=0.25)
+    wrong = {"cache_codes": 0}, {"cache_codes": 3}, {"key_scale": 0.0}, {"value_scale": float("nan")}, {"growing": 1}
+    lines = []
+    for change in ({}, *wrong):
+        made = [(name, kind, {**asdict(layer), **change}[name]) for name, kind in fields.CREATION_OF["3"]]
+        lines += [*field_lines(made), "create build"]
+    every = Driven(tensorrt_programs, tmp_path, lines, "3").said
+    assert [line for line in every if line in ("made", "refused")] == ["made", *["refused"] * len(wrong)]
+    for change in wrong[:4]:
+        with refused("E-ENGINE-LAYER-VALUES"):
+            CodedLayer.from_fields({**asdict(layer), **change})
+
+
+@pytest.mark.parametrize(("version", "make"), [
+    ("1", random_layer), ("2", random_long_layer), ("3", random_coded_layer)])
 def test_layers_that_python_serialized_launch_what_python_launches(tensorrt_programs: Programs, tmp_path: Path,
                                                                    chance: random.Random, version: str,
                                                                    make: Callable) -> None:
-    """Fields of the one, enqueue of the other: 40 random layers of either version, their kernels carried by another
+    """Fields of the one, enqueue of the other: 40 random layers of each version, their kernels carried by another
     layer, which is restored before them or after."""
-    other = LAYER if version == "1" else LongLayer(**asdict(LAYER), **dict.fromkeys(OWN_ATTRIBUTES, 0))
+    other = {"1": LAYER, "2": LongLayer(**asdict(LAYER), **dict.fromkeys(OWN_ATTRIBUTES, 0)),
+             "3": CodedLayer(**asdict(LAYER), cache_codes=1, key_scale=1.0, value_scale=1.0)}[version]
     lines, launched = [], []
     for _ in range(40):
         layer, sizes = make(chance)

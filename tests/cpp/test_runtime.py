@@ -147,13 +147,14 @@ def test_machine_that_does_not_fit_is_refused_with_the_fix(programs: Programs, t
 
 
 def test_plugin_of_another_version_is_refused(programs: Programs, tmp_path: Path) -> None:
-    for changes in ({"version": "3"}, {"contract_version": 2}, {"namespace": "other"}):
+    for number, changes in enumerate(({"version": "4"}, {"contract_version": 2}, {"version": "3"},
+                                      {"namespace": "other"})):
         facts = engine_facts(plugin=True)
-        folder = write_bundle(tmp_path / next(iter(changes)),
+        folder = write_bundle(tmp_path / str(number),
                               facts=replace(facts, plugin=replace(facts.plugin, **changes)))
         said = read_manifest(programs, folder)
         assert said.startswith("error|the engine needs plugin ")
-        assert "this program knows gqa::GroupedQueryAttention version 1 to 2 (contract 1)" in said
+        assert "this program knows gqa::GroupedQueryAttention version 1 to 3 (contract 1, of version 3 2)" in said
 
 
 def test_engine_file_altered_missing_or_stripped_is_refused(programs: Programs, tmp_path: Path) -> None:

@@ -26,13 +26,13 @@ def build(bundle: Path, output: Path, **options) -> EngineBuild:
     return build_engine(bundle, output, EngineOptions(max_batch=BATCH, max_prompt=PROMPT, **options))
 
 
-def check(built: EngineBuild, bundle: Path, attention: str) -> None:
+def check(built: EngineBuild, bundle: Path, attention: str, capabilities: tuple[int, ...] = CAPABILITIES) -> None:
     """Everything that holds for every engine."""
     manifest, facts = read_manifest(built.folder), built.facts
     assert manifest.engine == facts
     assert facts.flavor == "rtx"
     assert facts.version.startswith("1.")
-    assert facts.compute_capabilities == CAPABILITIES
+    assert facts.compute_capabilities == capabilities
     assert facts.attention == attention
     layers = manifest.spec.layers
     pairs = [zip(present_names(layer.layer), past_names(layer.layer)) for layer in layers]
@@ -53,19 +53,20 @@ def check(built: EngineBuild, bundle: Path, attention: str) -> None:
     assert not list(built.folder.parent.glob(".*partial*"))
 
 
-def check_plugin(built: EngineBuild, bundle: Path, variants: int) -> None:
+def check_plugin(built: EngineBuild, bundle: Path, variants: int,
+                 capabilities: tuple[int, ...] = CAPABILITIES) -> None:
     """What holds with the plugin: which one, and its kernels once."""
-    check(built, bundle, "plugin")
+    check(built, bundle, "plugin", capabilities)
     facts, data = built.facts, (built.folder / ENGINE).read_bytes()
     assert facts.plugin is not None
     named = (facts.plugin.namespace, facts.plugin.name, facts.plugin.version)
-    assert named == (attention_op.DOMAIN, attention_op.OP, "1")
+    assert named == (attention_op.DOMAIN, attention_op.OP, "3" if built.manifest.kv_cache else "1")
     assert facts.plugin_layers == len(built.manifest.spec.layers)
     assert data.count(fields.MAGIC + b"\n") == 1
     start = data.index(fields.MAGIC + b"\n")
     container = data[start:start + facts.build["kernel_bytes"]]
     files = fields.unpack(container)
     assert hashlib.sha256(container).hexdigest() == facts.plugin.sha256
-    assert len(files) == variants * len(CAPABILITIES)
+    assert len(files) == variants * len(capabilities)
     for name in files:  # every layer of both profiles names the kernels that it launches
         assert data.count(name.encode()) >= 1 + 2

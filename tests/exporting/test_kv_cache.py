@@ -1,5 +1,5 @@
-"""Quantized caches on target `ort`: what the graph computes is the rule in fp64, and everything that runs a bundle
-holds the codes."""
+"""Quantized caches on targets `ort`, `onnx` and `portable`: what the graph computes is the rule in fp64, and everything
+that runs a bundle holds the codes."""
 
 from __future__ import annotations
 
@@ -76,11 +76,13 @@ def change(bundle: gqa.Bundle, folder: Path, edit) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "codes", "cache"), [
-    ("llama", "int8", "growing"), ("llama", "int4", "static"), ("gpt_oss", "int8", "static"),
-    ("gpt_oss", "int4", "growing")])
-def test_a_bundle_computes_the_rule_and_holds_equal_codes(name, codes, cache, bundles, checkpoints):
-    bundle = bundles(name, codes, cache=cache)
+@pytest.mark.parametrize(("target", "name", "codes", "cache"), [
+    ("ort", "llama", "int8", "growing"), ("ort", "llama", "int4", "static"), ("ort", "gpt_oss", "int8", "static"),
+    ("ort", "gpt_oss", "int4", "growing"), ("onnx", "llama", "int8", "growing"), ("onnx", "llama", "int8", "static"),
+    ("onnx", "gpt_oss", "int8", "static"), ("portable", "gpt_oss", "int8", "growing"),
+    ("portable", "llama", "int8", "static")])
+def test_a_bundle_computes_the_rule_and_holds_equal_codes(target, name, codes, cache, bundles, checkpoints):
+    bundle = bundles(name, codes, cache=cache, target=target)
     verdict = bundle.validate(checkpoints(name), steps=4).check()
     assert {"new keys and values", "cache", "best tokens"} <= set(verdict.compared)
     kv = bundle.manifest.kv_cache
@@ -92,8 +94,41 @@ def test_a_bundle_computes_the_rule_and_holds_equal_codes(name, codes, cache, bu
                 assert kind.bound < 0.05 * min(each.key for each in kv.scales)
 
 
-def test_fp16_may_round_to_either_neighbour_and_no_farther(checkpoints, bundles):
-    bundles("llama", "int8", dtype="fp16").validate(checkpoints("llama"), steps=3).check()
+@pytest.mark.parametrize("target", ["ort", "onnx", "portable"])
+def test_fp16_may_round_to_either_neighbour_and_no_farther(target, checkpoints, bundles):
+    bundles("llama", "int8", dtype="fp16", target=target).validate(checkpoints("llama"), steps=3).check()
+
+
+@pytest.mark.parametrize(("target", "cache", "writer"), [
+    ("onnx", "growing", "GatherND"), ("onnx", "static", "TensorScatter"),
+    ("portable", "static", "GroupedQueryAttention")])
+def test_codes_are_written_as_they_are_and_new_tokens_quantized_once(target, cache, writer, bundles):
+    graph = onnx.load(str(bundles(target=target, cache=cache).folder / MODEL), load_external_data=False).graph
+    made = {name: node for node in graph.node for name in node.output}
+    for fact in graph.output[1:]:
+        assert fact.type.tensor_type.elem_type == onnx.TensorProto.INT8
+        assert made[fact.name].op_type == writer
+    ops = [node.op_type for node in graph.node]
+    assert ops.count("QuantizeLinear") == 4  # keys and values of two layers
+    assert ops.count("DequantizeLinear") == (4 if target == "onnx" else 0)
+
+
+def test_the_cache_of_every_target_is_a_quarter_and_its_codes_are_the_same(bundles):
+    ids, found = np.array([[5, 6, 7, 8, 9, 10]]), {}
+    for target, cache in (("ort", "growing"), ("onnx", "growing"), ("onnx", "static"), ("portable", "static")):
+        bundle = bundles(target=target, cache=cache)
+        facts = [fact for fact in bundle.manifest.inputs if "key" in fact.name or "value" in fact.name]
+        assert {fact.dtype for fact in facts} == {"int8"}
+        session = bundle.session()
+        session.step(ids[:, :4])
+        session.step(ids[:, 4:])
+        found[target, cache] = [array[:, :, :6] / np.float32(scale) for scales, pair in zip(
+            bundle.manifest.kv_cache.scales, session.inner.cache(), strict=True)
+            for scale, array in zip((scales.key, scales.value), pair, strict=True)]
+    first = found.pop(("ort", "growing"))
+    for codes in found.values():
+        for one, other in zip(first, codes, strict=True):  # no number of these lies at the middle between two codes
+            assert np.array_equal(np.rint(one), np.rint(other))
 
 
 def test_the_cache_takes_a_quarter_and_an_eighth_of_the_bytes(bundles):
@@ -121,12 +156,14 @@ def test_sessions_give_numbers_and_generation_runs(bundles, checkpoints):
     assert bundle.benchmark(prompt_tokens=4, new_tokens=3, repeat=1).decode_tokens_per_s > 0
 
 
-@pytest.mark.parametrize(("target", "codes"), [("trt-native", "int8"), ("trt-plugin", "int8"), ("trt-plugin", "int4")])
+@pytest.mark.parametrize(("target", "codes"), [
+    ("trt-native", "int8"), ("trt-plugin", "int4"), ("onnx", "int4"), ("portable", "int4")])
 def test_targets_without_it_refuse_by_name(target, codes, checkpoints, text, tmp_path):
     with refused("E-TARGET-KV", UnsupportedModel) as found:
         gqa.export(checkpoints("llama"), tmp_path / "b", target=target, kv_cache=codes, calibrate=text, capacity=64)
     assert target in found.error.what
     assert target != "trt-native" or "trt-plugin" in found.error.what
+    assert target not in ("onnx", "portable") or "--target ort or --kv-cache int8" in found.error.fix
     assert not (tmp_path / "b").exists()
 
 
@@ -139,22 +176,50 @@ def test_scales_are_not_guessed(checkpoints, tmp_path):
                    calibrate=tmp_path / "short.txt")
 
 
-def test_a_layer_that_the_operator_cannot_hold_is_refused(text, tmp_path):
+def test_a_layer_that_the_operator_cannot_hold_keeps_codes_of_8_bits_and_is_refused_with_4(text, tmp_path):
     odd = write_tiny("llama", tmp_path / "odd", num_hidden_layers=2, head_dim=12)
     byte_tokenizer(odd)
     with refused("E-TARGET-KV", UnsupportedModel) as found:
-        gqa.export(odd, tmp_path / "b", kv_cache="int8", calibrate=text, capacity=64)
+        gqa.export(odd, tmp_path / "b", kv_cache="int4", calibrate=text, capacity=64)
     assert "layers 0-1" in found.error.where
+    assert "int8" in found.error.fix
+    bundle = gqa.export(odd, tmp_path / "b", kv_cache="int8", calibrate=text, capacity=64)
+    assert [fallback.layer for fallback in bundle.manifest.fallbacks] == [0, 1]
+    bundle.validate(odd, steps=2).check()
 
 
-def test_exchanged_scales_are_caught(bundles, checkpoints, tmp_path):
-    def exchange(graph):
-        node = next(node for node in graph.node if node.op_type == "GroupQueryAttention")
-        node.input[12], node.input[13] = node.input[13], node.input[12]
+def exchange_in_the_operator(graph):
+    node = next(node for node in graph.node if node.op_type == "GroupQueryAttention")
+    node.input[12], node.input[13] = node.input[13], node.input[12]
 
-    verdict = gqa.open_bundle(change(bundles(), tmp_path / "b", exchange)).validate(checkpoints("llama"), steps=2)
+
+def exchange_in_the_nodes_around(graph):
+    for op in ("QuantizeLinear", "DequantizeLinear"):
+        key, value = [node for node in graph.node if node.op_type == op and "layers.0." in node.name] or [None, None]
+        if key:
+            key.input[1], value.input[1] = value.input[1], key.input[1]
+
+
+@pytest.mark.parametrize(("target", "exchange"), [
+    ("ort", exchange_in_the_operator), ("onnx", exchange_in_the_nodes_around),
+    ("portable", exchange_in_the_nodes_around)])
+def test_exchanged_scales_are_caught(target, exchange, bundles, checkpoints, tmp_path):
+    broken = change(bundles(target=target), tmp_path / "b", exchange)
+    verdict = gqa.open_bundle(broken).validate(checkpoints("llama"), steps=2)
     assert not verdict.passed
     assert verdict.first.output == "layer 0 key"
+
+
+def test_a_call_whose_scale_is_without_that_of_its_codes_contradicts_its_manifest(bundles, checkpoints, tmp_path):
+    def forget(graph):
+        node = next(node for node in graph.node if node.op_type == "GroupedQueryAttention")
+        scale = next(attribute for attribute in node.attribute if attribute.name == "scale")
+        scale.f = 16 ** -0.5
+
+    bundle = bundles(target="portable")
+    assert bundle.manifest.spec.layers[0].scale == 16 ** -0.5
+    with refused("E-BUNDLE-CLAIM", InvalidBundle):
+        gqa.open_bundle(change(bundle, tmp_path / "b", forget)).validate(checkpoints("llama"), steps=2)
 
 
 def test_a_manifest_whose_scales_are_not_the_layers_is_refused(bundles):

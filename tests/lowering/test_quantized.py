@@ -11,12 +11,15 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
+from refusal import refused
 
+from gqa_export.errors import InvalidCheckpoint
 from gqa_export.graph import edit
 from gqa_export.graph.passes import run_passes
 from gqa_export.lowering.context import Context, LowerOptions
 from gqa_export.lowering.quantized.passes import PASSES
-from gqa_export.quantized.facts import facts_of
+from gqa_export.lowering.tensorrt.interpret import interpret
+from gqa_export.quantized.facts import Form, facts_of, float_form
 from gqa_export.quantized.matrix import LEVELS, QuantizedMatrix, Stripe
 from gqa_export.quantized.packing import packed
 from gqa_export.spec import ModelSpec
@@ -30,12 +33,12 @@ NUMPY = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 
 
 def made(seed: int, rows: int, columns: int, bits: int = 4, block: int = 32, kind: str = "int", offset: str = "none",
-         half: bool = False, **fields: object) -> QuantizedMatrix:
-    """A matrix of random codes, scales and offsets."""
+         half: bool = False, signs: tuple[int, ...] = (-1, 1), **fields: object) -> QuantizedMatrix:
+    """A matrix of random codes, scales and offsets. signs: of the scales."""
     rng, blocks = np.random.default_rng(seed), -(-columns // block)
     low = -(1 << (bits - 1)) if kind == "int" and offset == "none" else 0
     codes = rng.integers(low, low + (1 << bits), (rows, columns)).astype(np.int8 if low else np.uint8)
-    scale = rng.choice([-1, 1], (rows, blocks)) * rng.uniform(0.01, 0.1, (rows, blocks))
+    scale = rng.choice(signs, (rows, blocks)) * rng.uniform(0.01, 0.1, (rows, blocks))
     zero = rng.integers(0, 1 << bits, (rows, blocks)) if offset == "zero" else None
     minimum = rng.uniform(-0.5, 0.5, (rows, blocks)) if offset == "minimum" else None
     scale, minimum = (None if each is None else each.astype(np.float16 if half else np.float32).astype(np.float32)
@@ -75,12 +78,14 @@ def run(matrices: dict[str, QuantizedMatrix], target: str, folder: Path, element
     loaded = edit.load(model)
     run_passes(loaded, PASSES, context)
     lowered = edit.save(loaded)
+    operators = [node.op_type for node in lowered.graph.node]
     store = WeightStore({name: DequantizedSource(matrix) for name, matrix in matrices.items()})
     add_packed(store, matrices, {name: held.parts for name, held in context.held.items()})
     with open(folder / "data", "wb") as file:
         for tensor in lowered.graph.initializer:
             if tensor.data_location == TensorProto.EXTERNAL:
                 _write(tensor, store, file)
+    interpret(lowered)
     onnx.save(lowered, folder / "m.onnx")
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
@@ -91,7 +96,7 @@ def run(matrices: dict[str, QuantizedMatrix], target: str, folder: Path, element
     got = session.run(None, {"x": values, **({"ids": places} if lookup else {})})[0]
     dense = np.concatenate([each.dequantize() for each in matrices.values()])
     wanted = values.astype(np.float64) @ dense.T + (dense[places].sum() if lookup else 0)
-    return got, wanted, [node.op_type for node in lowered.graph.node], context
+    return got, wanted, operators, context
 
 
 def _write(tensor: TensorProto, store: WeightStore, file) -> None:
@@ -130,7 +135,8 @@ FORMS = {
 @pytest.mark.parametrize("target", ["ort", "onnx", "trt-native"])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_product_is_that_of_the_dequantized_matrix(form: str, target: str, tmp_path: Path) -> None:
-    got, wanted, ops, context = run({"w": made(0, 40, 96, **FORMS[form])}, target, tmp_path)
+    signs = (1,) if target == "trt-native" else (-1, 1)  # of eight bits; negative ones there have a test of their own
+    got, wanted, ops, context = run({"w": made(0, 40, 96, **FORMS[form], signs=signs)}, target, tmp_path)
     close(got, wanted)
     assert ops.count("MatMulNBits" if target == "ort" else "DequantizeLinear") == 1
     assert not context.held["w"].reason
@@ -188,6 +194,106 @@ def test_lookups_of_standard_operators(target: str, tmp_path: Path) -> None:
     got, wanted, ops, _ = run({"w": made(0, 40, 96)}, target, tmp_path, lookup=True)
     close(got, wanted)
     assert ops.count("DequantizeLinear") == 1
+
+
+def numbers(seed: int, shape: tuple[int, ...], kind: str, block: int, scale_dtype: str = "float32",
+            row_block: int = 1, **fields: object) -> QuantizedMatrix:
+    """A matrix whose codes are floating-point numbers: all of them, with scales of a type."""
+    rng, rows, columns = np.random.default_rng(seed), int(np.prod(shape[:-1])), shape[-1]
+    codes = rng.permuted(np.resize(np.arange(16 if kind == "e2m1" else 256), rows * columns)).astype(np.uint8)
+    codes[codes & 127 == 127] = 0 if kind == "e4m3" else 127
+    scale = rng.uniform(0.01, 0.1, (-(-rows // row_block), -(-columns // block)))
+    if scale_dtype == "float8_e4m3fn":
+        scale = LEVELS["e4m3"][rng.integers(1, 127, scale.shape)]
+    elif scale_dtype == "bfloat16":
+        scale = 2.0 ** rng.integers(-12, 3, scale.shape)
+    scale = scale.astype(np.float16 if scale_dtype == "float16" else np.float32).astype(np.float32)
+    whole = Stripe(codes.reshape(rows, columns), np.repeat(scale, row_block, axis=0)[:rows])
+    return QuantizedMatrix(shape, 4 if kind == "e2m1" else 8, block, kind, "none", "test",
+                           lambda a, b: whole.rows(slice(a, b)), scale_dtype=scale_dtype, row_block=row_block, **fields)
+
+
+NUMBERS = {
+    "FP8, one scale": ("e4m3", 96, {"row_block": 40}), "FP8, a scale a row": ("e4m3", 96, {}),
+    "FP8, a float16 scale a row": ("e4m3", 96, {"scale_dtype": "float16"}),
+    "FP8, rectangles that do not fill the matrix": ("e4m3", 64, {"row_block": 16}),
+    "FP8, blocks of 128 in 96 columns": ("e4m3", 96, {"row_block": 128}),
+    "FP8, powers of two": ("e4m3", 32, {"scale_dtype": "bfloat16"}),
+    "FP8 with a second scale": ("e4m3", 96, {"global_scale": 0.37, "scale_dtype": "float16"}),
+    "NVFP4": ("e2m1", 16, {"scale_dtype": "float8_e4m3fn", "global_scale": 3.7e-5}),
+    "NVFP4 without a second scale": ("e2m1", 16, {"scale_dtype": "float8_e4m3fn"}),
+    "e2m1 of one block": ("e2m1", 96, {"scale_dtype": "float8_e4m3fn", "global_scale": 0.5}),
+    "MXFP4": ("e2m1", 32, {"scale_dtype": "bfloat16"}),
+    "NVFP4, ordered columns": ("e2m1", 16, {"scale_dtype": "float8_e4m3fn", "column_order": ORDER}),
+    "NVFP4, scaled columns": ("e2m1", 16, {"scale_dtype": "float8_e4m3fn",
+                                           "column_scale": np.linspace(0.5, 2, 96, dtype=np.float32)}),
+}
+
+
+@pytest.mark.parametrize("form", NUMBERS)
+def test_float8_and_float4_are_codes_for_tensorrt(form: str, tmp_path: Path) -> None:
+    kind, block, fields = NUMBERS[form]
+    got, wanted, ops, context = run({"w": numbers(0, (40, 96), kind, block, **fields)}, "trt-native", tmp_path)
+    close(got, wanted)
+    held = context.held["w"].forms[0]
+    assert held.kind == kind
+    assert ops.count("DequantizeLinear") == (2 if held.scales == "float8_e4m3fn" else 1)
+    assert "Cast" not in ops or held.scales in ("float16", "bfloat16")
+
+
+@pytest.mark.parametrize("form", [name for name in NUMBERS if "columns" not in name])
+def test_float8_and_float4_are_looked_up(form: str, tmp_path: Path) -> None:
+    kind, block, fields = NUMBERS[form]
+    got, wanted, _, context = run({"w": numbers(0, (40, 96), kind, block, **fields)}, "trt-native", tmp_path,
+                                  lookup=True)
+    close(got, wanted)
+    assert len(context.held["w"].forms) == 1  # the product and the lookup read one tensor
+
+
+@pytest.mark.parametrize("form", ["8 bits", "5 bits", "minimum of 5 bits", "zero points 8", "a scale a row", "FP8",
+                                  "MXFP4"])
+def test_tensorrt_gets_scales_above_zero_for_eight_bits_and_floats(form: str, tmp_path: Path) -> None:
+    """Its parser refuses others, of 4-bit integers aside: codes change their sign, and are 0 where the scale is."""
+    matrix = numbers(0, (40, 96), "e4m3", 32) if form == "FP8" else numbers(0, (40, 96), "e2m1", 32) \
+        if form == "MXFP4" else made(0, 40, 96, **FORMS[form])
+    whole = matrix.stripe()
+    scale = whole.scale * np.random.default_rng(1).choice([-1, 1], whole.scale.shape)
+    scale[3:5] = 0
+    least = {np.dtype(np.int8): -127, np.dtype(np.uint8): 1 if matrix.kind == "int" else 0}[whole.codes.dtype]
+    codes = np.maximum(whole.codes, np.array(least, whole.codes.dtype))
+    odd = replace(whole, scale=scale.astype(np.float32), codes=codes)
+    odd_matrix = replace(matrix, read=lambda a, b: odd.rows(slice(a, b)))
+    got, wanted, _, context = run({"w": odd_matrix}, "trt-native", tmp_path)
+    close(got, wanted)
+    model = onnx.load(tmp_path / "m.onnx")
+    scales = [onnx.numpy_helper.to_array(each) for each in model.graph.initializer if each.name.endswith(".scale")]
+    assert len(scales) == 1
+    assert (scales[0] > 0).all()
+    assert context.held["w"].forms[0].positive
+
+
+def test_a_code_without_an_opposite_under_a_scale_below_zero_is_refused(tmp_path: Path) -> None:
+    matrix = made(0, 40, 96, bits=8)
+    whole = replace(matrix.stripe(), codes=np.full((40, 96), -128, np.int8), scale=np.full((40, 3), -0.1, np.float32))
+    with refused("E-WEIGHTS-SIGN", InvalidCheckpoint):
+        run({"w": replace(matrix, read=lambda a, b: whole.rows(slice(a, b)))}, "trt-native", tmp_path)
+
+
+def test_a_last_block_that_is_not_full_is_cut_into_smaller_ones() -> None:
+    """TensorRT-RTX 1.7 takes 200 columns with two scales for blocks of 100."""
+    for columns, block, found in ((200, 128, 8), (576, 128, 64), (96, 128, 96), (512, 128, 128), (160, 128, 32)):
+        form = float_form(facts_of(numbers(0, (8, columns), "e4m3", min(block, columns))))
+        assert isinstance(form, Form)
+        assert form.block == found
+    assert isinstance(float_form(facts_of(numbers(0, (8, 132), "e4m3", 128))), str)
+
+
+@pytest.mark.parametrize(("kind", "block", "fields"), [
+    ("e2m1", 16, {"scale_dtype": "float8_e4m3fn", "global_scale": 2.0**-9}), ("e4m3", 96, {"scale_dtype": "float16"})])
+def test_float8_and_float4_in_float16_graphs(kind: str, block: int, fields: dict, tmp_path: Path) -> None:
+    got, wanted, _, _ = run({"w": numbers(0, (40, 96), kind, block, **fields)}, "trt-native", tmp_path,
+                            TensorProto.FLOAT16)
+    close(got, wanted, 2e-3)  # of float16: 2^-11, and the sums
 
 
 def test_what_no_operator_holds_stays_numbers_and_is_said(tmp_path: Path) -> None:

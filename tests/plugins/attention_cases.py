@@ -15,11 +15,15 @@ from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 
 import torch
+from gqa_plugins.grouped_attention import codes as codec
 from gqa_plugins.grouped_attention import plan, reference
 from gqa_plugins.grouped_attention.plan import Tiles
 
+from gqa_export.attention_op import CACHE_CODES
+
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 GUARD = 64
+SCALES = {"int8": (0.021, 0.034), "fp8": (0.0052, 0.0037)}  # numbers of the cases beyond 2.7 and 4.3, 2.3 and 1.7 clip
 SMALL = Tiles(rows=16, keys=16, warps=4, stages=1)  # edges at 16, so that short (fast) sequences cross them
 
 
@@ -64,6 +68,7 @@ class Problem:
     sin: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
     guards: list = field(default_factory=list)
+    scales: tuple[float, float] | None = None
 
     def tensors(self) -> tuple:
         return (self.query, self.key, self.value, self.past_key, self.past_value, self.past_lengths, self.new_lengths,
@@ -72,7 +77,7 @@ class Problem:
 
 def guarded(tensor: torch.Tensor, guards: list) -> torch.Tensor:
     """The same values between two fences; `assert_guards` sees a write to either side."""
-    fence = 12345 if not tensor.is_floating_point() else 777.0
+    fence = 777.0 if tensor.is_floating_point() else 99 if tensor.dtype == torch.int8 else 12345
     flat = torch.full((tensor.numel() + 2 * GUARD,), fence, dtype=tensor.dtype)
     inside = flat[GUARD: GUARD + tensor.numel()]
     inside.copy_(tensor.reshape(-1))
@@ -126,10 +131,15 @@ def run_kernels(problem: Problem, kind: str, tiles: Tiles = SMALL, programs: int
     case = problem.case
     output = guarded(torch.full((len(case.lengths), case.steps, case.heads * case.value_head), torch.nan,
                                 dtype=DTYPES[case.dtype]), problem.guards)
+    codes = None
+    if problem.scales:
+        codes = codec.Codes.of(problem.query, case.kv_heads, *problem.scales, has_new=problem.key is not None)
+        if codes.faults is not None:
+            codes = replace(codes, faults=guarded(torch.full_like(codes.faults, -7), problem.guards))
     rotated = append.append(*problem.tensors()[:9], num_heads=case.heads, interleaved=case.interleaved,
-                            ring=ring)
+                            ring=ring, codes=codes)
     attributes = {"num_heads": case.heads, "scale": case.head**-0.5, "softcap": case.softcap, "window": case.window,
-                  "tiles": tiles, "ring": ring}
+                  "tiles": tiles, "ring": ring, "codes": codes}
     arguments = (rotated, problem.past_key, problem.past_value, problem.past_lengths, problem.new_lengths,
                  problem.sinks, output)
     if kind == "prefill":
@@ -189,12 +199,73 @@ def assert_ring_holds_new_tokens(ring: Problem, before: Problem, whole: Problem)
     assert_guards(ring.guards)
 
 
+def coded(problem: Problem, cache: str) -> Problem:
+    """The same problem over caches of codes: those of its numbers, and the largest code in what is unspecified."""
+    guards: list = []
+    kind = {name: dtype for dtype, name in codec.CACHES.items()}[cache]
+    caches = []
+    for tensor, scale in zip((problem.past_key, problem.past_value), SCALES[cache], strict=True):
+        codes = codec.encode(tensor.double().nan_to_num(1e9), scale, kind)
+        caches.append(guarded(codes.view(torch.int8), guards).view(kind))
+    return replace(problem, past_key=caches[0], past_value=caches[1], guards=guards, scales=SCALES[cache])
+
+
+def assert_cache_holds_new_codes(problem: Problem, before: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Each new token's code is the one that fp64 gives, or, within 1e-3 of the middle between two (rotation in fp32 and
+    the quotient's rounding move it so far at most), the other; every other code is as it was."""
+    case, kind = problem.case, problem.past_key.dtype
+    held = replace(problem, past_key=before[0].clone(), past_value=before[1].clone())
+    _, *presents = truth(held)
+    exact = truth(replace(held, scales=None, **{
+        name: codec.decode(tensor, scale, torch.float64) for name, tensor, scale in
+        zip(("past_key", "past_value"), before, problem.scales, strict=True)}))[1:]
+    caches = (problem.past_key, problem.past_value)
+    for now, then, codes, numbers, scale in zip(caches, before, presents, exact, problem.scales, strict=True):
+        for b, (past, new) in enumerate(case.lengths):
+            written = slice(past, past + new)
+            found, wanted = now[b, :, written].double(), codes[b, :, written].double()
+            quotients = numbers[b, :, written] / torch.tensor(scale).double()
+            assert ((found == wanted) | tied(quotients, found, kind)).all(), case
+            rest = torch.ones(case.capacity, dtype=torch.bool)
+            rest[written] = False
+            assert torch.equal(now[b][:, rest].view(torch.int8), then[b][:, rest].view(torch.int8)), case
+    assert_guards(problem.guards)
+
+
+def tied(exact: torch.Tensor, codes: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+    """Whether a code is as near to a number as its step allows, and 1e-3 of the step more."""
+    step = torch.ones_like(exact)
+    if kind != torch.int8:
+        step = torch.ldexp(step, torch.frexp(exact.clamp(-448, 448))[1].clamp(min=-5) - 4)
+        exact = exact.clamp(-448, 448)
+    return (exact.clamp(-128 if kind == torch.int8 else -448, 127 if kind == torch.int8 else 448) - codes).abs() \
+        <= (0.5 + 1e-3) * step
+
+
+def truth_of_codes(problem: Problem) -> tuple[torch.Tensor, float]:
+    """(output in fp64 over the codes that the cache holds now, what a kernel's output may differ from it: twice eager's
+    error over the same, plus 1e-6). The new tokens' codes are there already."""
+    keys, values = (codec.decode(cache, scale, torch.float64) for cache, scale in
+                    zip((problem.past_key, problem.past_value), problem.scales, strict=True))
+    silent = replace(problem, key=None, value=None, past_key=keys, past_value=values, scales=None)
+    expected, *_ = truth(silent)
+    allowed = 2 * (eager(problem, keys, values).double() - expected).nan_to_num().abs().max().item() + 1e-6
+    if problem.key is not None:  # rows that a fault makes NaN
+        faulty = truth(replace(problem, past_key=problem.past_key.clone(), past_value=problem.past_value.clone()))[0]
+        expected = torch.where(faulty.isnan(), faulty, expected)
+    return expected, allowed
+
+
 def truth(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(output, present_key, present_value) in fp64 from the same rounded inputs."""
     case = problem.case
-    wide = [t.double() if t is not None and t.is_floating_point() else t for t in problem.tensors()]
+    wide = [t.double() if t is not None and t.dtype in DTYPES.values() else t for t in problem.tensors()]
+    coded = {}
+    if problem.scales:
+        coded = {"cache_codes": CACHE_CODES[codec.CACHES[problem.past_key.dtype]], "key_scale": problem.scales[0],
+                 "value_scale": problem.scales[1]}
     return reference.grouped_query_attention(*wide, **case.attributes, rotary_interleaved=int(case.interleaved),
-                                             growing=0)
+                                             growing=0, **coded)
 
 
 def eager(problem: Problem, present_key: torch.Tensor, present_value: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 
 
 class DataType(enum.Enum):
-    FLOAT, HALF, BF16, INT32, INT8 = range(5)
+    FLOAT, HALF, BF16, INT32, INT8, FP8 = range(6)
 
 
 class PluginFieldType(enum.Enum):

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from gqa_plugins.grouped_attention import append, cubin, decode, plan, prefill, ptx_parameters
+from gqa_plugins.grouped_attention import append, cubin, decode, plan, prefill, ptx_parameters, recipes
 from refusal import refused
 
 from gqa_export.errors import GqaExportError
@@ -53,7 +53,7 @@ SLICE = [("Llama-3-8B", 90, "bf16"), ("Qwen2.5-0.5B", 103, "fp16"), ("SmolLM2", 
 @pytest.mark.parametrize(("model", "capability", "dtype"), SLICE)
 def test_model_compiles_into_files_that_say_how_to_launch(tmp_path, model: str, capability: int, dtype: str) -> None:
     files = compiled(tmp_path, *shape(model), "--dtype", dtype, "--capability", str(capability))
-    assert sorted(one.kernel for one in files) == sorted(cubin.KERNELS)
+    assert sorted(one.kernel for one in files) == sorted(recipes.KERNELS)
     declared = {"append": append.ARGUMENTS, "prefill": prefill.ARGUMENTS, "decode": decode.ARGUMENTS,
                 "combine": decode.COMBINE_ARGUMENTS}
     for one in files:
@@ -102,12 +102,12 @@ def test_declared_arguments_are_the_kernels_arguments(kernel: str) -> None:
     wide = {"group": 2, "head": 16, "value_head": 16}
     attention = {**wide, "tiles": tiles, "window": True, "softcap": True}
     function, declared, constants = {
-        "append": (append.append_kernel, append.ARGUMENTS,
+        "append": (append.append_kernel, append.ARGUMENTS + append.CODED_ARGUMENTS + append.FAULTS,
                    append.constants(**wide, rotary_half=4, interleaved=False, has_new=True)),
-        "prefill": (prefill.prefill_kernel, prefill.ARGUMENTS,
+        "prefill": (prefill.prefill_kernel, prefill.ARGUMENTS + prefill.CODED_ARGUMENTS + append.FAULTS,
                     prefill.constants(**attention, sinks=True, split_band=True, ahead=False)),
-        "decode": (decode.decode_kernel, decode.ARGUMENTS, decode.constants(**attention)),
-        "combine": (decode.combine_kernel, decode.COMBINE_ARGUMENTS,
+        "decode": (decode.decode_kernel, decode.ARGUMENTS + decode.CODED_ARGUMENTS, decode.constants(**attention)),
+        "combine": (decode.combine_kernel, decode.COMBINE_ARGUMENTS + append.FAULTS,
                     decode.combine_constants(group=2, value_head=16, sinks=True)),
     }[kernel]
     assert function.arg_names == [*(name for name, _ in declared), *constants]
@@ -195,7 +195,7 @@ def test_unknown_kernel_capability_and_an_interpreting_process_are_refused() -> 
         cubin.compile_variant(variant, 90)
     assert "TRITON_INTERPRET" in caught.error.where
     with refused("E-ENGINE-KERNEL-UNKNOWN"):
-        cubin.recipe(cubin.Variant("sparse", "fp16", 4, 64, 64, 4), 90)
+        recipes.recipe(cubin.Variant("sparse", "fp16", 4, 64, 64, 4), 90)
 
 
 def test_command_line_refuses_in_three_lines_with_exit_code_2(tmp_path) -> None:

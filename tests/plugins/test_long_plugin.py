@@ -20,10 +20,12 @@ from gqa_plugins.grouped_attention import (
     long_select,
     plan,
     plugin_layer,
+    recipes,
 )
 from gqa_plugins.grouped_attention import tensorrt as plugin
 from gqa_plugins.grouped_attention.launch import Layer, Sizes
-from gqa_plugins.grouped_attention.long_layer import LAYERS, LongLayer
+from gqa_plugins.grouped_attention.layers import LAYERS
+from gqa_plugins.grouped_attention.long_layer import LongLayer
 from gqa_plugins.grouped_attention.plugin_layer import State
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,7 +53,7 @@ def long_cubins(layer: LongLayer, sizes: Sizes) -> dict[str, cubin.Cubin]:
     assert layer.long is not None
     for name, variant in launch.variants(layer, sizes).items():
         if name in long_launch.KERNELS:
-            made = cubin.recipe(variant, 80)
+            made = recipes.recipe(variant, 80)
             arguments = tuple((argument, kind.replace("T", sizes.dtype)) for argument, kind in made.arguments)
             constants = {key: str(int(value) if isinstance(value, bool) else value)
                          for key, value in made.constants.items()}
@@ -185,11 +187,11 @@ def trt() -> ModuleType:
     return fake.module()
 
 
-def test_both_versions_are_registered_and_each_takes_its_own_fields(trt) -> None:
+def test_all_versions_are_registered_and_each_takes_its_own_fields(trt) -> None:
     first = plugin.register(trt)
     creators = trt.get_plugin_registry().creators
     assert plugin.register(trt) is first
-    assert set(creators) == {(attention_op.OP, version, "gqa") for version in ("1", "2")}
+    assert set(creators) == {(attention_op.OP, version, "gqa") for version in ("1", "2", "3")}
     assert first is creators[attention_op.OP, "1", "gqa"]
     for version, creator in ((key[1], one) for key, one in creators.items()):
         assert [field.name for field in creator.field_names] == [name for name, _ in fields.CREATION_OF[version]]

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from gqa_plugins.grouped_attention import append, choose_kernels, decode, launch, plan, prefill
+from gqa_plugins.grouped_attention import append, choose_kernels, codes, decode, launch, plan, prefill
+from gqa_plugins.grouped_attention.coded_layer import CodedLayer
 from gqa_plugins.grouped_attention.cubin import Cubin
 from gqa_plugins.grouped_attention.fields import Key
 from gqa_plugins.grouped_attention.launch import Layer, Sizes
@@ -23,6 +24,8 @@ LAYERS = {
     "window, softcap, sinks": dataclasses.replace(LLAMA, window=40, softcap=30.0, has_sinks=1, has_rotary=0),
     "multi-query, reads only": dataclasses.replace(LLAMA, kv_num_heads=1, has_new=0, has_rotary=0),
     "interleaved, reads only": dataclasses.replace(LLAMA, rotary_interleaved=1, has_new=0),
+    "int8 codes": CodedLayer(*dataclasses.astuple(LLAMA), 1, 0.25, 0.0625),
+    "fp8 codes, reads only": CodedLayer(*dataclasses.astuple(dataclasses.replace(LLAMA, has_new=0)), 2, 0.5, 0.125),
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 WORKSPACE = 1 << 40  # an address no tensor has
@@ -30,8 +33,14 @@ WORKSPACE = 1 << 40  # an address no tensor has
 
 def cubins(layer: Layer, sizes: Sizes, capability: int = 80) -> dict[str, Cubin]:
     """Compiled files without code: what the launcher reads of them."""
+    faults = append.FAULTS if layer.cache and layer.has_new else ()
     declared = {"append": append.ARGUMENTS, "prefill": prefill.ARGUMENTS, "decode": decode.ARGUMENTS,
                 "combine": decode.COMBINE_ARGUMENTS}
+    if layer.cache:
+        declared = {"append": append.ARGUMENTS + append.CODED_ARGUMENTS + faults,
+                    "prefill": prefill.ARGUMENTS + prefill.CODED_ARGUMENTS + faults,
+                    "decode": decode.ARGUMENTS + decode.CODED_ARGUMENTS, "combine": decode.COMBINE_ARGUMENTS + faults}
+    held = plan.CACHE_KINDS[layer.cache] if layer.cache else sizes.dtype
     shape = {"group": layer.group, "head": sizes.head, "value_head": sizes.value_head}
     kinds = {"window": layer.window > 0, "softcap": layer.softcap > 0}
     found = {}
@@ -46,7 +55,8 @@ def cubins(layer: Layer, sizes: Sizes, capability: int = 80) -> dict[str, Cubin]
             "combine": lambda: decode.combine_constants(group=layer.group, value_head=sizes.value_head,
                                                         sinks=bool(layer.has_sinks)),
         }[name]()
-        arguments = tuple((argument, kind.replace("T", sizes.dtype)) for argument, kind in declared[name])
+        arguments = tuple((argument, kind.replace("T", sizes.dtype).replace("C", held))
+                          for argument, kind in declared[name])
         found[name] = Cubin(name, f"{name}_kernel", capability, 0, 128, tiles.rows, arguments,
                             {key: str(int(value) if isinstance(value, bool) else value)
                              for key, value in constants.items()}, b"")
@@ -79,7 +89,8 @@ def tensors(layer: Layer, sizes: Sizes) -> dict[str, torch.Tensor]:
         shapes |= {"cos": (sizes.max_position, sizes.rotary_half), "sin": (sizes.max_position, sizes.rotary_half)}
     if layer.has_sinks:
         shapes["sinks"] = (H,)
-    found = {name: torch.empty(shape, dtype=T) for name, shape in shapes.items()}
+    held = {name: dtype for dtype, name in codes.CACHES.items()}.get(layer.cache, T)
+    found = {name: torch.empty(shape, dtype=held if name.startswith("past") else T) for name, shape in shapes.items()}
     lengths = {name: torch.zeros(B, dtype=torch.int32) for name in ("past_lengths", "new_lengths")}
     return found | lengths
 
@@ -97,10 +108,14 @@ def test_launches_are_those_of_the_triton_launchers(monkeypatch, name: str, step
     recorders = {name: Recorder() for name in made}
     for module, attribute in ((append, "append"), (prefill, "prefill"), (decode, "decode"), (decode, "combine")):
         monkeypatch.setattr(module, f"{attribute}_kernel", recorders.get(attribute, Recorder()))
+    coded = None
+    if layer.cache:
+        coded = codes.Codes.of(given["query"], layer.kv_num_heads, *layer.scales, bool(layer.has_new))
     rotated = append.append(*(given.get(x) for x in ("query", "key", "value", "past_key", "past_value", "past_lengths",
                                                      "new_lengths", "cos", "sin")),
-                            num_heads=layer.num_heads, interleaved=bool(layer.rotary_interleaved))
-    attend = {"num_heads": layer.num_heads, "scale": layer.scale, "softcap": layer.softcap, "window": layer.window}
+                            num_heads=layer.num_heads, interleaved=bool(layer.rotary_interleaved), codes=coded)
+    attend = {"codes": coded, "num_heads": layer.num_heads, "scale": layer.scale, "softcap": layer.softcap,
+              "window": layer.window}
     rest = [given.get(x) for x in ("past_key", "past_value", "past_lengths", "new_lengths", "sinks", "output")]
     tiles = plan.Tiles(made[kind].tile_rows, 64, 4, 1)
     if kind == "decode":
@@ -118,11 +133,12 @@ def test_launches_are_those_of_the_triton_launchers(monkeypatch, name: str, step
     pointers = {name: tensor.data_ptr() for name, tensor in given.items()}
     ours = launch.launches(layer, sizes, made, pointers, WORKSPACE, 108)
     assert [one.cubin.kernel for one in ours] == [kernel for kernel, _, _ in expected]
-    private = {"partial_ptr", "logsum_ptr", "ranges_ptr", "rotated_ptr"}
+    private = {"partial_ptr", "logsum_ptr", "ranges_ptr", "rotated_ptr", "faults_ptr"}
     private |= {"query_ptr", "sinks_ptr"} if layer.has_rotary else set()  # rotated queries; absent sinks point there
     for one, (kernel, grid, arguments) in zip(ours, expected, strict=True):
         assert one.grid == (*grid, *(1 for _ in range(3 - len(grid)))), kernel
-        wanted = [argument.data_ptr() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+        wanted = [argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
+                  for argument in arguments if argument is not None]  # what a cache of numbers has no argument for
         for (argument, _), (kind_of, value), right in zip(one.cubin.arguments, one.arguments, wanted, strict=True):
             if argument in private and not (kernel == "append" and argument == "query_ptr"):
                 bound = launch.workspace_bytes(layer, sizes)
@@ -135,18 +151,21 @@ def test_launches_are_those_of_the_triton_launchers(monkeypatch, name: str, step
 @given(batch=st.integers(1, 9), steps=st.integers(1, 300), capacity=st.integers(16, 20000),
        heads=st.sampled_from([(9, 3), (32, 8), (8, 1), (4, 4), (71, 1), (256, 1)]), window=st.sampled_from([0, 1, 512]),
        value_head=st.sampled_from([8, 64, 256]), sms=st.sampled_from([1, 20, 108, 132, 188, 256, 400]),
-       largest=st.tuples(st.integers(0, 5), st.integers(0, 900)), rotary=st.booleans(),
+       largest=st.tuples(st.integers(0, 5), st.integers(0, 900)), rotary=st.booleans(), coded=st.booleans(),
        capability=st.sampled_from([80, 89, 120]), dtype=st.sampled_from(list(DTYPES)))
 def test_workspace_holds_every_smaller_call_on_every_gpu(batch, steps, capacity, heads, window, value_head, sms,
-                                                         largest, rotary, capability, dtype) -> None:
+                                                         largest, rotary, coded, capability, dtype) -> None:
     layer = dataclasses.replace(LLAMA, num_heads=heads[0], kv_num_heads=heads[1], window=window,
                                 has_rotary=int(rotary))
+    if coded:
+        layer = CodedLayer(*dataclasses.astuple(layer), 1, 1.0, 1.0)
     sizes = Sizes(batch, steps, capacity, 64, value_head, dtype, 32 if rotary else 0, capacity)
     bound = launch.workspace_bytes(layer, dataclasses.replace(sizes, batch=batch + largest[0],
                                                               steps=steps + largest[1]))
     rows = plan.choose_tiles(layer.group, 64, value_head, dtype, capability).rows
     kind, programs = launch.choose(layer, sizes, rows, sms)
     used = batch * steps * layer.num_heads * 64 * plan.DTYPE_BYTES[dtype] if rotary else 0
+    used += 4 * batch * layer.kv_num_heads * -(-steps // plan.APPEND_STEPS) if coded else 0
     if kind == "decode":
         assert 1 <= programs <= launch.SM_BOUND * plan.BLOCKS_PER_SM
         partial, logsum, ranges = plan.workspace_elements(batch, steps, layer.num_heads, layer.kv_num_heads, value_head,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +17,12 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from gqa_plugins.grouped_attention import launch, plan
+from gqa_plugins.grouped_attention import launch, plan, workspace
+from gqa_plugins.grouped_attention.coded_layer import CodedLayer
 from gqa_plugins.grouped_attention.cubin import Cubin, Variant, compile_to_ptx
 from gqa_plugins.grouped_attention.launch import Layer, Sizes
 
-from gqa_export.attention_op import RING
+from gqa_export.attention_op import CACHE_CODES, RING
 
 from .global_memory import GlobalMemory
 from .machine import Machine
@@ -31,14 +32,18 @@ if PLUGIN_TESTS not in sys.path:  # that folder is not a package: its modules im
     sys.path.append(PLUGIN_TESTS)
 from attention_cases import (  # noqa: E402
     DTYPES,
+    SCALES,
     Case,
     Problem,
+    assert_cache_holds_new_codes,
     assert_cache_holds_new_tokens,
     assert_ring_holds_new_tokens,
+    coded,
     eager,
     make,
     ring_of,
     truth,
+    truth_of_codes,
 )
 
 SM_COUNT = 4
@@ -50,7 +55,7 @@ Library = Callable[[Variant, int], Compiled]
 class Run:
     """A case on one capability. rows: that the tile is chosen for (0: as an engine's kernels are compiled); programs:
     of decode; has_new: False for a layer that reads another layer's cache; slots: of a ring, 0 where the cache keeps
-    all."""
+    all; cache: of codes, a name of CACHE_CODES."""
 
     case: Case
     capability: int
@@ -60,6 +65,7 @@ class Run:
     has_new: bool = True
     rows: int = 0
     slots: int = 0
+    cache: str = ""
 
 
 @functools.cache
@@ -74,6 +80,8 @@ def layer_of(run: Run) -> tuple[Layer, Sizes]:
     case = run.case
     layer = Layer(case.heads, case.kv_heads, case.head**-0.5, case.softcap, case.window, int(case.interleaved),
                   RING if run.slots else 0, int(case.rotary > 0), int(case.sinks), int(run.has_new))
+    if run.cache:
+        layer = CodedLayer(*astuple(layer), CACHE_CODES[run.cache], *SCALES[run.cache])
     return layer, Sizes(len(case.lengths), case.steps, run.slots or case.capacity, case.head, case.value_head,
                         case.dtype, case.rotary // 2, case.capacity if case.rotary else 1)
 
@@ -108,14 +116,14 @@ def attend(run: Run, problem: Problem, library: Library = compiled) -> torch.Ten
                         dtype=DTYPES[sizes.dtype])
     for name, tensor in (("past_key", problem.past_key), ("past_value", problem.past_value), ("output", output)):
         pointers[name] = memory.add(name, _bytes(tensor), readonly=name != "output" and not run.has_new)
-    workspace = _workspace(memory, layer, sizes, run, kernels["decode"][0].tile_rows if run.kind == "decode" else 1)
+    scratch = _workspace(memory, layer, sizes, run, kernels["decode"][0].tile_rows if run.kind == "decode" else 1)
     not_launched = SimpleNamespace(tile_rows=1)  # the plugin looks at the rows of both attention kernels
     cubins: dict[str, Any] = {"prefill": not_launched, "decode": not_launched,
                               **{name: cubin for name, (cubin, _) in kernels.items()}}
     programs = run.programs if run.kind == "decode" else 1
     with patch.object(launch, "choose", lambda *_: (run.kind, programs)), \
             patch.object(plan, "LEAST_KEYS", run.least_keys):
-        launched = launch.launches(layer, sizes, cubins, pointers, workspace, SM_COUNT)
+        launched = launch.launches(layer, sizes, cubins, pointers, scratch, SM_COUNT)
     for one in launched:
         machine = kernels[one.cubin.kernel][1]
         machine.launch(one.grid, [value for _, value in one.arguments], memory)
@@ -129,14 +137,15 @@ def _workspace(memory: GlobalMemory, layer: Layer, sizes: Sizes, run: Run, tile_
     rotated = sizes.batch * sizes.steps * layer.num_heads * sizes.head * size if layer.has_rotary else 0
     elements = plan.workspace_elements(sizes.batch, sizes.steps, layer.num_heads, layer.kv_num_heads, sizes.value_head,
                                        tile_rows, run.programs)
-    parts = {"rotated": rotated, "partial": 4 * elements[0], "logsum": 4 * elements[1], "ranges": 8 * elements[2]}
-    if run.kind != "decode":
-        parts = {"rotated": rotated}
-    address = start = memory.reserve(sum(map(launch._aligned, parts.values())))
+    faults = 4 * sizes.batch * layer.kv_num_heads * -(-sizes.steps // 16) if run.cache and run.has_new else 0
+    parts = {"rotated": rotated, "faults": faults}
+    if run.kind == "decode":
+        parts |= {"partial": 4 * elements[0], "logsum": 4 * elements[1], "ranges": 8 * elements[2]}
+    address = start = memory.reserve(sum(map(workspace.aligned, parts.values())))
     for name, part in parts.items():
         if part:
             memory.add(name, np.full(part, 0xFF, np.uint8), address=address)
-        address += launch._aligned(part)
+        address += workspace.aligned(part)
     return start
 
 
@@ -167,6 +176,8 @@ class Result:
 def check(run: Run, library: Library = compiled) -> Result:
     """Run it and compare: NaN exactly where fp64 has NaN, padded rows zero, the cache as it must be. Raises Fault or
     AssertionError."""
+    if run.cache:
+        return check_codes(run, library)
     problem = problem_of(run)
     before_key, before_value = problem.past_key.clone(), problem.past_value.clone()
     expected, present_key, present_value = truth(problem)
@@ -186,3 +197,17 @@ def check(run: Run, library: Library = compiled) -> Result:
             assert torch.equal(now.view(torch.int16 if now.element_size() == 2 else torch.int32),
                                then.view(torch.int16 if now.element_size() == 2 else torch.int32)), "cache changed"
     return Result((output - expected).abs().max().item(), allowed)
+
+
+def check_codes(run: Run, library: Library = compiled) -> Result:
+    """The same over a cache of codes: those that are written are the rule's but for ties, no other changes, and the
+    output is that of fp64 over the codes that are there."""
+    problem = coded(make(run.case), run.cache)
+    before = problem.past_key.clone(), problem.past_value.clone()
+    output = attend(run, problem, library).double()
+    assert_cache_holds_new_codes(problem, before)
+    expected, allowed = truth_of_codes(problem)
+    assert torch.equal(output.isnan(), expected.isnan()), "NaN in other places than in fp64"
+    for b, (_, new) in enumerate(run.case.lengths):
+        assert (output[b, new:] == 0).all(), f"a padded row of sequence {b} is not zero"
+    return Result((output - expected).nan_to_num().abs().max().item(), allowed)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
 import numpy as np
 
 from .block import Block, Read, Step, read, write
-from .numbers_of_ptx import COMPARISONS, TYPES, WORDS, Array, flush, made_up_error, narrow, widen
+from .numbers_of_ptx import (
+    COMPARISONS,
+    TYPES,
+    WORDS,
+    Array,
+    flush,
+    from_fp8,
+    made_up_error,
+    narrow,
+    to_fp8,
+    widen,
+)
 from .program import Instruction, number, registers
 
 EX2_ERROR, DIVISION_ERROR = 2.0**-22.5, 2.0**-22  # relative; the PTX manual's bounds for ex2.approx and div.full
@@ -41,6 +52,8 @@ def make(instruction: Instruction, approximate: bool) -> Step | None:
         return _simple(instruction, BITWISE[base], [kind, kind])
     if kind == "f32x2":
         return _pair(instruction)
+    if kind in ("f16x2", "bf16x2") and base in ("add", "sub", "mul"):
+        return _short_pair(instruction)
     if kind == "f32" and (base in FLOAT or (base, False) in EXTREMES):
         return _float(instruction, approximate)
     if base in INTEGER:
@@ -130,6 +143,18 @@ def _pair(instruction: Instruction) -> Step:
     return _simple(instruction, apply, ["b64"] * (len(instruction.operands) - 1))
 
 
+def _short_pair(instruction: Instruction) -> Step:
+    """Two f16 or bf16 in 32 bits: add, sub or mul of each, rounded once."""
+    function, kind = FLOAT[instruction.base], instruction.kind[:-2]
+    assert set(instruction.parts[1:-1]) <= {"rn"}, instruction
+
+    def apply(*values: Array) -> Array:
+        halves = [widen(np.ascontiguousarray(value).view(np.uint16), kind) for value in values]
+        return np.ascontiguousarray(narrow(function(*halves), kind)).view(np.uint32)
+
+    return _simple(instruction, apply, ["b32"] * (len(instruction.operands) - 1))
+
+
 def _compare(instruction: Instruction) -> Step:
     test, kind = instruction.parts[1], instruction.kind
     unordered = kind == "f32" and test.endswith("u") and test != "lu"
@@ -194,12 +219,14 @@ def _extract(instruction: Instruction) -> Step:
 
 def _permute(instruction: Instruction) -> Step:
     selector = number(instruction.operands[3])
-    chosen = [selector >> 4 * i & 0xF for i in range(4)]
-    assert max(chosen) < 8, instruction
+    chosen = [selector >> 4 * i & 0x7 for i in range(4)]
+    signs = np.array([selector >> 4 * i & 0x8 for i in range(4)], bool)  # there the byte's sign, eight times
 
     def apply(a: Array, b: Array) -> Array:
         both = np.concatenate([np.ascontiguousarray(x).view(np.uint8).reshape(-1, 4) for x in (a, b)], 1)
-        return np.ascontiguousarray(both[:, chosen]).view(np.uint32).reshape(-1)
+        taken = both[:, chosen]
+        taken = np.where(signs, (taken >> 7) * np.uint8(255), taken)
+        return np.ascontiguousarray(taken).view(np.uint32).reshape(-1)
 
     shorter = Instruction(instruction.opcode, instruction.operands[:3])
     return _simple(shorter, apply, ["b32", "b32"])
@@ -237,7 +264,11 @@ def _pack(target: str, names: list[str], size: int) -> Step:
 
 def _convert(instruction: Instruction) -> Step:
     modifiers, (to, source) = instruction.parts[1:-2], instruction.parts[-2:]
+    if "e4m3x2" in (to, source):
+        return _convert_fp8(instruction, modifiers, to, source)
     assert set(modifiers) <= {"rn", "ftz"}, instruction
+    if (to, source) == ("bf16", "f16"):
+        return _simple(instruction, lambda bits: narrow(widen(bits, "f16"), "bf16"), ["b16"])
     if to in ("bf16x2", "f16x2"):
         kind = to[:-2]
         return _simple(instruction, lambda high, low: narrow(low, kind).astype(np.uint32)
@@ -246,7 +277,21 @@ def _convert(instruction: Instruction) -> Step:
         assert to == "f32", instruction
         return _simple(instruction, lambda bits: widen(bits, source), ["b16"])
     if to in ("bf16", "f16"):
-        assert source == "f32", instruction
+        assert source in ("f32", "s16"), instruction
+        if source == "s16":
+            return _simple(instruction, lambda values: narrow(values.astype(np.float32), to), ["s16"])
         return _simple(instruction, lambda values: narrow(values, to), ["f32"])
     assert to == "f32" or source != "f32", instruction
     return _simple(instruction, lambda values: values.astype(TYPES[to]), [source])
+
+
+def _convert_fp8(instruction: Instruction, modifiers: Sequence[str], to: str, source: str) -> Step:
+    """Two e4m3 in 16 bits, the first operand (of numbers) or the high half (of codes) in the high byte."""
+    if to == "e4m3x2":
+        assert (source, set(modifiers)) == ("f32", {"rn", "satfinite"}), instruction
+        return _simple(instruction, lambda high, low: to_fp8(high).astype(np.uint16) << np.uint16(8)
+                       | to_fp8(low).astype(np.uint16), ["f32", "f32"])
+    assert (to in ("f16x2", "bf16x2"), set(modifiers)) == (True, {"rn"}), instruction
+    kind = to[:-2]
+    return _simple(instruction, lambda codes: narrow(from_fp8(codes & np.uint16(0xFF)), kind).astype(np.uint32)
+                   | narrow(from_fp8(codes >> np.uint16(8)), kind).astype(np.uint32) << np.uint32(16), ["b16"])

@@ -43,11 +43,12 @@ def _vector(instruction: Instruction) -> tuple[bool, int, int]:
 def _load(instruction: Instruction) -> Step:
     is_global, width, count = _vector(instruction)
     names, where = registers(instruction.operands[0]), address(instruction.operands[1])
+    kind = np.int8 if instruction.kind == "s8" else WORDS[width]  # whose sign fills the register
 
     def step(block: Block, mask: Array | None) -> None:
         memory = block.memory if is_global else block.shared
         raw = memory.load(where(block), width * count, block.everyone if mask is None else mask, block.warps)
-        columns = np.ascontiguousarray(raw).view(WORDS[width])
+        columns = np.ascontiguousarray(raw).view(kind)
         for i, name in enumerate(names):
             write(block, name, columns[:, i].copy(), mask)
 

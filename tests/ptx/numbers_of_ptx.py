@@ -42,6 +42,33 @@ def narrow(values: Array, kind: str) -> Array:
     return np.where(np.isnan(values), np.uint32(0x7FFF), rounded).astype(np.uint16)
 
 
+def _fp8_numbers() -> Array:
+    """What each code of e4m3 stands for: sign, 4 bits of exponent with bias 7, 3 of mantissa, no infinity."""
+    codes = np.arange(128)
+    exponent, mantissa = codes >> 3, codes & 7
+    sizes = np.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    sizes[127] = np.nan
+    return np.concatenate([sizes, -sizes]).astype(np.float32)
+
+
+FP8_NUMBERS = _fp8_numbers()
+_FP8_MIDDLES = (FP8_NUMBERS[1:127].astype(np.float64) + FP8_NUMBERS[:126]) / 2
+
+
+def from_fp8(codes: Array) -> Array:
+    """e4m3 codes to fp32, exactly."""
+    return FP8_NUMBERS[codes]
+
+
+def to_fp8(values: Array) -> Array:
+    """fp32 to e4m3 codes, to nearest, ties to even; beyond 448 the largest, NaN its own."""
+    size = np.abs(values.astype(np.float64))
+    below = np.searchsorted(_FP8_MIDDLES, size, side="left")  # the middle itself: the lower code
+    above = np.searchsorted(_FP8_MIDDLES, size, side="right")
+    codes = np.where(below % 2 == 0, below, above)
+    return np.where(np.isnan(values), 127, codes | np.signbit(values) << 7).astype(np.uint8)
+
+
 def flush(values: Array) -> Array:
     """Subnormal fp32 to zero of the same sign: the modifier .ftz."""
     return np.where(np.abs(values) < SMALLEST_NORMAL, np.copysign(np.float32(0), values), values).astype(np.float32)

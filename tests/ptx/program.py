@@ -8,6 +8,7 @@ from functools import cached_property
 
 OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s{}\[\]]+")
 INSTRUCTION = re.compile(r"(?:@(?P<negated>!?)(?P<guard>%p\d+)\s+)?(?P<opcode>\S+)\s*(?P<operands>.*)")
+LOCAL = re.compile(r"\.reg\s+\.\w+\s+([A-Za-z_]+)(?=[<;\s])")
 LABEL = re.compile(r"(\$\w+):")
 
 
@@ -73,6 +74,8 @@ def parse(text: str) -> Program:
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     lines = "\n".join(line.split("//")[0] for line in body.splitlines())
+    for local in set(LOCAL.findall(lines)):  # of inline assembly, whose registers have names of their own
+        lines = re.sub(rf"(?<![%\w.]){local}(\d*)\b(?!<)", rf"%{local}\1", lines)
     for raw in re.split(r"[;\n]", lines):
         line = raw.strip()
         if not line or line.startswith(".") or line in "{}":

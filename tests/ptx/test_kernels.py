@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from gqa_plugins.grouped_attention import decode, plan
-from gqa_plugins.grouped_attention.cubin import Variant, compile_to_ptx, recipe
+from gqa_plugins.grouped_attention.cubin import Variant, compile_to_ptx
+from gqa_plugins.grouped_attention.recipes import recipe
 
 from .attention import Case, Problem, Run, attend, check, compiled, problem_of, truth, variants_of
 from .cases import CAPABILITIES, RUNS, random_run

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from gqa_plugins.grouped_attention import launch, long_launch
+from gqa_plugins.grouped_attention import launch, long_launch, workspace
 from gqa_plugins.grouped_attention.launch import Layer, Sizes
 from gqa_plugins.grouped_attention.long_layer import LongLayer
 
@@ -42,12 +42,12 @@ def test_compiled_kernels_are_as_close_to_fp64_as_twice_eager(name: str) -> None
     pointers = {key: memory.add(key, _bytes(tensor.contiguous()), readonly=True) for key, tensor in read.items()}
     for key, tensor in (("past_key", problem.past_key), ("past_value", problem.past_value), ("output", output)):
         pointers[key] = memory.add(key, _bytes(tensor))
-    counts = long_launch.scratch_elements(SETTINGS[method], **launch._shape(layer, sizes))
-    address = start = memory.reserve(sum(launch._aligned(4 * count) for count in counts))
+    counts = long_launch.scratch_elements(SETTINGS[method], **workspace.long_shape(layer, sizes))
+    address = start = memory.reserve(sum(workspace.aligned(4 * count) for count in counts))
     parts = [np.full(4 * count, 0xFF, np.uint8) for count in counts]
     for key, part in zip(("selection", "scratch"), parts, strict=True):
         memory.add(key, part, address=address)
-        address += launch._aligned(len(part))
+        address += workspace.aligned(len(part))
     # The plugin looks at the rows of the decode kernel, which is not launched.
     launched = launch.launches(layer, sizes, {**cubins, "decode": cubins["long_prefill"], "prefill":
                                               cubins["long_prefill"]}, pointers, start, 4)

@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from gqa_models import write_tiny
 from gqa_plugins.grouped_attention import tensorrt as plugin
 from refusal import refused
+from small_text import SENTENCES, byte_tokenizer
 
 from gqa_export.bundle.engine_facts import PluginFacts, ProfileFacts
 from gqa_export.bundle.manifest import MANIFEST, read_manifest
+from gqa_export.checkpoint.load_model import load_model
+from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.cli import main
 from gqa_export.environment import tensorrt_libraries
 from gqa_export.errors import GqaExportError, InvalidBundle, NotCheckedHere
@@ -457,6 +461,50 @@ def test_an_engine_over_rings_says_what_the_model_says(ringed, gpu, model, tmp_p
     for b, length in enumerate(session.lengths.tolist()):  # what garbage may lie behind every later window is not kept
         kept = slice(max(0, length - 15), length)
         np.testing.assert_allclose(key[b, :, kept], expected[b, :, kept], atol=TOLERANCE)
+
+
+@pytest.fixture(scope="session")
+def coded(tmp_path_factory):
+    """codes -> (manifest of a bundle whose cache holds them, its graph's folder as ONNX Runtime runs it, the model)."""
+    import gqa_export as gqa
+
+    made: dict[str, tuple] = {}
+    checkpoint = write_tiny("llama", tmp_path_factory.mktemp("coded") / "checkpoint", num_hidden_layers=2)
+    byte_tokenizer(checkpoint)
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("".join(SENTENCES))
+
+    def get(codes: str) -> tuple:
+        if codes not in made:
+            folder = gqa.export(checkpoint, tmp_path_factory.mktemp("codes") / "bundle", target="trt-plugin",
+                                capacity=CAPACITY, kv_cache=codes, calibrate=text).folder
+            place = tmp_path_factory.mktemp("interpreted") / codes
+            with _interpreted(folder, read_manifest(folder), []) as (_, graph):
+                shutil.copytree(graph, place)
+            made[codes] = read_manifest(folder), place, load_model(open_checkpoint(checkpoint), "float32")
+        return made[codes]
+
+    return get
+
+
+@pytest.mark.parametrize("codes", ["int8"])
+def test_an_engine_over_codes_keeps_them_in_bytes_and_says_what_the_model_says(coded, gpu, tmp_path, codes) -> None:
+    """PyTorch rounds every key and value to the same codes. Garbage is the largest code and the least."""
+    manifest, graph, model = coded(codes)
+    session = gpu(write_engine(tmp_path / "engine", graph, manifest))
+    truth = TorchSession(model, CAPACITY, spec=manifest.spec, kv=manifest.kv_cache)
+    for garbage in ((), (1e4, -1e4)):
+        session.fill_garbage(garbage)
+        random = np.random.default_rng(12)
+        session.reset(3)
+        truth.reset(3)
+        for width, new in ((30, (30, 7, 1)), *STEPS[1:4]):
+            ids = random.integers(0, manifest.spec.vocabulary, (3, width))
+            step, expected = (each.step(ids, np.array(new), want_cache=True) for each in (session, truth))
+            np.testing.assert_allclose(step.logits[:, 0], last_rows(expected.logits, new), atol=TOLERANCE)
+            for mine, theirs in zip((*step.keys, *step.values), (*expected.keys, *expected.values), strict=True):
+                np.testing.assert_allclose(mine, theirs, atol=TOLERANCE)
+    assert {tensor.element_size() for tensor in session.backend.caches} == {1}
 
 
 def test_rows_of_an_engine_over_rings_are_as_if_each_were_alone(ringed, gpu, tmp_path) -> None:

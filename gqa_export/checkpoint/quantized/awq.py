@@ -15,7 +15,7 @@ from ..refusals import refuse_quantized
 from ..safetensors_header import StoredTensor
 from .codes import integers
 from .description import Description
-from .scales import Scales, fits_half
+from .scales import Scales, held_in
 from .stored import SCALES, Stored, floats, stored_array
 
 Array = Any
@@ -56,7 +56,7 @@ def _matrix(stored: Stored, module: str, told: int) -> QuantizedMatrix:
     scale = stored.take(f"{module}.scales", SCALES, (blocks, rows))
     zeros = stored.take(f"{module}.qzeros", ("int32",), (blocks, rows // 8))
     scales = Scales(lambda start, stop: np.ascontiguousarray(floats(scale, np.s_[:, start:stop]).T), group,
-                    half=fits_half(scale))
+                    dtype=held_in(scale))
     names = tuple(f"{module}.{part}" for part in ("qweight", "scales", "qzeros"))
     return integers(lambda start, stop: unpacked(codes, start, stop),
                     lambda start, stop: unpacked(zeros, start, stop).astype(np.int16), scales, (rows, columns), 4,

@@ -20,7 +20,7 @@ from ..safetensors_header import StoredTensor
 from .codes import integers
 from .description import Description
 from .groups import in_groups
-from .scales import Scales, fits_half
+from .scales import Scales, held_in
 from .stored import SCALES, Rows, Stored, floats, stored_array
 
 Array = Any
@@ -90,7 +90,7 @@ def _taken(description: Description, stored: Stored, name: str) -> _Module:
 def _matrix(stored: Stored, module: _Module, added: int | None) -> QuantizedMatrix:
     columns, rows = module.codes.shape[0] * 32 // module.bits, module.scale.shape[1]
     scales = Scales(lambda start, stop: np.ascontiguousarray(floats(module.scale, np.s_[:, start:stop]).T),
-                    module.group, half=fits_half(module.scale))
+                    module.group, dtype=held_in(module.scale))
     zeros = None if added is None else _zeros(module, added)
     names = tuple(name for name in (f"{module.name}.{part}" for part in ("qweight", "scales", "qzeros", "g_idx"))
                   if name in stored)

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..safetensors_header import StoredTensor
-from .stored import E4M3, Rows, Stored, floats
+from .stored import E4M3, E8M0, Rows, Stored, floats
 
 Array = Any
 """a numpy array"""
+MX_BLOCK = 32
+"""columns that share an exponent in the OCP microscaling formats (MXFP8, MXFP4)"""
 
 
 class Scales(NamedTuple):
@@ -21,23 +23,20 @@ class Scales(NamedTuple):
         read: (start, stop) -> float32 `[rows, blocks]`.
         block: columns that share one.
         row_block: rows that share one.
-        half: every one is a number of float16.
+        dtype: see `QuantizedMatrix.scale_dtype`.
     """
 
     read: Rows
     block: int
     row_block: int = 1
-    half: bool = False
-
-    @property
-    def dtype(self) -> str:
-        """See `QuantizedMatrix.scale_dtype`."""
-        return "float16" if self.half else "float32"
+    dtype: str = "float32"
 
 
-def fits_half(tensor: StoredTensor) -> bool:
-    """Whether the type of these scales has numbers of float16 only."""
-    return tensor.dtype in ("float16", E4M3)
+def held_in(tensor: StoredTensor) -> str:
+    """The smallest type that holds every number of these scales; exponents alone are numbers of bfloat16."""
+    if tensor.dtype in ("uint8", E8M0):
+        return "bfloat16"
+    return tensor.dtype if tensor.dtype in ("float16", "bfloat16", E4M3) else "float32"
 
 
 def scales_of(stored: Stored, name: str, tensor: StoredTensor, shape: tuple[int, ...], *, group: int = 0,
@@ -56,14 +55,17 @@ def scales_of(stored: Stored, name: str, tensor: StoredTensor, shape: tuple[int,
         InvalidCheckpoint: the shape of the tensor is not one of these.
     """
     rows, columns = prod(shape[:-1]), shape[-1]
+    mx = columns % MX_BLOCK == 0 and tensor.shape == (*shape[:-1], columns // MX_BLOCK)
+    if mx and tensor.dtype in ("uint8", E8M0):  # scales of rectangles have fewer rows, whatever a description says
+        group, rectangle = MX_BLOCK, None
     if rectangle is not None and prod(tensor.shape) != 1:
         return _rectangles(stored, name, tensor, shape, rectangle)
     if prod(tensor.shape) == 1:
         value = floats(tensor).reshape(1, 1)
         return Scales(lambda start, stop: np.repeat(value, stop - start, axis=0), columns, rows,
-                      fits_half(tensor))
+                      held_in(tensor))
     if tensor.shape in ((rows,), (*shape[:-1], 1)) and group in (0, -1, columns):
-        return Scales(lambda start, stop: floats(tensor).reshape(-1, 1)[start:stop], columns, 1, fits_half(tensor))
+        return Scales(lambda start, stop: floats(tensor).reshape(-1, 1)[start:stop], columns, 1, held_in(tensor))
     if tensor.shape[:-1] != shape[:-1]:
         raise stored.shape(name, f"which are not scales of a weight {shape}")
     blocks = tensor.shape[-1]
@@ -71,7 +73,7 @@ def scales_of(stored: Stored, name: str, tensor: StoredTensor, shape: tuple[int,
     if -(-columns // block) != blocks or (group <= 0 and columns % blocks):
         raise stored.shape(name, f"which are not scales of {block} columns each for a weight {shape}")
     flat = StoredTensor(tensor.path, tensor.offset, tensor.nbytes, tensor.dtype, (rows, blocks))
-    return Scales(lambda start, stop: floats(flat, slice(start, stop)), min(block, columns), 1, fits_half(tensor))
+    return Scales(lambda start, stop: floats(flat, slice(start, stop)), min(block, columns), 1, held_in(tensor))
 
 
 def _rectangles(stored: Stored, name: str, tensor: StoredTensor, shape: tuple[int, ...],
@@ -87,4 +89,4 @@ def _rectangles(stored: Stored, name: str, tensor: StoredTensor, shape: tuple[in
         row = np.arange(start, stop)
         return floats(flat)[row // rows * expected[-2] + row % rows // high]
 
-    return Scales(read, min(wide, columns), min(high, rows), fits_half(tensor))
+    return Scales(read, min(wide, columns), min(high, rows), held_in(tensor))

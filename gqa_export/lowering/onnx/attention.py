@@ -19,6 +19,7 @@ from ...graph import edit, match
 from ...graph.node_builder import INT64, Nodes, heads_first
 from ...graph.passes import Rewritten
 from ...spec import AttentionSpec
+from .. import kv_codes
 from ..attention_calls import attention_calls
 from ..context import Context
 
@@ -29,7 +30,8 @@ class Lengths:
     def __init__(self, graph: gs.Graph, call: gs.Node, context: Context) -> None:
         self.node = node = Nodes(graph, "lengths")
         self.growing = context.options.cache == "growing"
-        self.element = context.element
+        self.element, self.kv = context.element, context.options.kv
+        self.cached = self.element if self.kv is None else int(onnx.TensorProto.INT8)
         ids, past = match.only_input(graph, graph_io.INPUT_IDS), call.inputs[attention_op.input_index("past_key")]
         self.batch = node("batch", "Shape", ids, start=0, end=1)
         self.steps = node("steps", "Shape", ids, start=1, end=2)
@@ -109,11 +111,11 @@ class Lengths:
         return self._made[key]
 
     def zero_row(self, kv_heads: int, size: int) -> gs.Tensor:
-        """Zeros [B, K, 1, size]."""
+        """Zeros [B, K, 1, size], of what the cache holds."""
         key = ("zeros", kv_heads, size)
         if key not in self._made:
             label = f"zeros_{kv_heads}_{size}"
-            zeros = edit.constant(f"lengths/{label}/row", np.zeros((1, kv_heads, 1, size)), self.element)
+            zeros = edit.constant(f"lengths/{label}/row", np.zeros((1, kv_heads, 1, size)), self.cached)
             shape = self.node(f"{label}/shape", "Concat", self.batch, [1, 1, 1], axis=0)
             self._made[key] = self.node(label, "Expand", zeros, shape)
         return self._made[key]
@@ -160,14 +162,19 @@ def _lower_call(graph: gs.Graph, call: gs.Node, layer: AttentionSpec, lengths: L
     inputs, (flat_output, *present_outputs) = list(call.inputs), list(call.outputs)
     edit.remove(call)
     query = heads_first(node, "query", inputs[0], heads, layer.head_size)
-    present = []
+    present, code_scales = [], _code_scales(lengths, layer, inputs, present_outputs)
     for place, size in ((1, layer.head_size), (2, layer.value_head_size)):
         label = attention_op.INPUT_NAMES[place]
         new = heads_first(node, label, inputs[place], kv_heads, size)
+        if code_scales:
+            new = kv_codes.quantized(node, label, new, code_scales[place - 1], lengths.element)
         past = inputs[attention_op.input_index(f"past_{label}")]
         written = (_grow if lengths.growing else _scatter)(node, label, past, new, kv_heads, size, lengths)
         edit.replace_uses(graph, old := present_outputs[place - 1], written)
-        present.append(old if match.is_output(graph, old) else written)
+        held = old if match.is_output(graph, old) else written
+        if code_scales:
+            held = kv_codes.dequantized(node, label, held, code_scales[place - 1], lengths.element)
+        present.append(held)
     attrs: dict[str, Any] = {"scale": layer.scale}
     if lengths.element != onnx.TensorProto.FLOAT:
         attrs["softmax_precision"] = int(onnx.TensorProto.FLOAT)
@@ -176,6 +183,17 @@ def _lower_call(graph: gs.Graph, call: gs.Node, layer: AttentionSpec, lengths: L
     mixed_BSX = node("output/flat", "Reshape", mixed_BSHE, [0, 0, heads * layer.value_head_size])
     output = node("output", "Where", lengths.real_BS1, mixed_BSX, lengths.fill_BS1)
     edit.replace_uses(graph, flat_output, output)
+
+
+def _code_scales(lengths: Lengths, layer: AttentionSpec, inputs: list[gs.Tensor],
+                 presents: list[gs.Tensor]) -> list[float]:
+    """The scales of a layer's keys and values where its cache holds codes, which its tensors then are; else []."""
+    if lengths.kv is None:
+        return []
+    first = attention_op.input_index("past_key")
+    kv_codes.retype(lengths.kv, layer, inputs[first:first + 2], presents)
+    scales = kv_codes.scales_of(lengths.kv, layer.layer)
+    return [scales.key, scales.value]
 
 
 def _grow(node: Nodes, label: str, past: gs.Tensor, new: gs.Tensor, kv_heads: int, size: int,

@@ -15,9 +15,10 @@ from ... import attention_op, graph_io
 from ...graph import edit
 from ...graph.match import only_input
 from ...graph.passes import Rewritten
-from ...spec import AttentionSpec, KvCache
+from ...spec import KvCache
 from ..attention_calls import SINKS, attention_calls, has_sinks
 from ..context import Context
+from ..kv_codes import retype, scales_of
 from ..rotary.fold import tables
 
 DOMAIN = "com.microsoft"
@@ -51,7 +52,8 @@ def lower_attention(graph: gs.Graph, context: Context) -> Rewritten:
         inputs, outputs = list(node.inputs), list(node.outputs)
         scales = []
         if context.options.kv is not None:
-            scales = quantize_cache(context.options.kv, layer, inputs[PAST_VALUE - 1:PAST_VALUE + 1], outputs[1:])
+            retype(context.options.kv, layer, inputs[PAST_VALUE - 1:PAST_VALUE + 1], outputs[1:])
+            scales = _code_scales(context.options.kv, layer.layer)
             attrs |= {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR",
                       "kv_cache_bit_width": context.options.kv.bits}
         edit.remove(node)
@@ -62,15 +64,10 @@ def lower_attention(graph: gs.Graph, context: Context) -> Rewritten:
     return Rewritten(count, misses)
 
 
-def quantize_cache(kv: KvCache, layer: AttentionSpec, pasts: list[gs.Tensor],
-                   presents: list[gs.Tensor]) -> list[gs.Tensor]:
-    """Let a layer's cache tensors be codes; its two scales, as the op takes them."""
-    for tensors in (pasts, presents):
-        for tensor, size in zip(tensors, (layer.head_size, layer.value_head_size), strict=True):
-            tensor.dtype = np.dtype(kv.dtype)
-            tensor.shape = [*tensor.shape[:3], kv.width(size)]
-    scales = next(scales for scales in kv.scales if scales.layer == layer.layer)
-    return [edit.constant(f"layer.{layer.layer}/{name}_scale", np.array([scale], np.float32))
+def _code_scales(kv: KvCache, layer: int) -> list[gs.Tensor]:
+    """The two scales of a layer's codes, as the op takes them."""
+    scales = scales_of(kv, layer)
+    return [edit.constant(f"layer.{layer}/{name}_scale", np.array([scale], np.float32))
             for name, scale in (("key", scales.key), ("value", scales.value))]
 
 

@@ -2,7 +2,9 @@
 
 ONNX Runtime makes MatMulNBits of DequantizeLinear (axis 0 of a weight `[K, N]`) and MatMul when it loads a graph.
 TensorRT takes codes around 0 alone, so zero points and minima become sums of the input's blocks times what each block
-adds. Source: onnx docs/Operators.md (DequantizeLinear-21) and runs of ONNX Runtime 1.31 and TensorRT-RTX 1.7.
+adds. It takes codes of float8 and float4 as they are: they are dequantized in float32, with scales of float32 or, of
+NVFP4, of e4m3 under one of float32, and cast to the graph's type: the values are those of the checkpoint, rounded once.
+Source: onnx docs/Operators.md (DequantizeLinear-21) and runs of ONNX Runtime 1.31 and TensorRT-RTX 1.7.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ from __future__ import annotations
 import onnx
 import onnx_graphsurgeon as gs
 
-from ...graph import edit
+from ...graph import edit, match
 from ...graph.node_builder import Nodes
 from ...graph.passes import Rewritten
-from ...quantized.facts import Form, dequantize_form
+from ...quantized.facts import E4M3, Form, dequantize_form, float_form
 from ..context import Context
 from .inputs import Inputs
 from .nan_guards import behind
@@ -21,7 +23,10 @@ from .parts import Parts, hold, keep_plain
 from .readers import Product, find_readers
 
 ELEMENTS = {"int4": onnx.TensorProto.INT4, "uint4": onnx.TensorProto.UINT4, "int8": onnx.TensorProto.INT8,
-            "uint8": onnx.TensorProto.UINT8}
+            "uint8": onnx.TensorProto.UINT8, "e4m3": onnx.TensorProto.FLOAT8E4M3FN,
+            "e2m1": onnx.TensorProto.FLOAT4E2M1}
+SCALES = {E4M3: onnx.TensorProto.FLOAT8E4M3FN, "float16": onnx.TensorProto.FLOAT16,
+          "bfloat16": onnx.TensorProto.BFLOAT16, "float32": onnx.TensorProto.FLOAT}
 
 
 def quantize_graph(graph: gs.Graph, context: Context) -> Rewritten:
@@ -30,10 +35,22 @@ def quantize_graph(graph: gs.Graph, context: Context) -> Rewritten:
     readers = find_readers(graph, quantized)
     looked_up = {lookup.name for lookup in readers.lookups}
     forms: dict[str, Form] = {}
-    plain = dict(readers.misfits)
+    plain, others = dict(readers.misfits), {match.recipe(tensor): tensor for tensor in readers.others}
     for name, facts in quantized.items():
+        if facts.kind in target.float_codes:
+            numbers = float_form(facts)
+            own = facts.column_order is not None or facts.column_scale is not None
+            if isinstance(numbers, str):
+                plain.setdefault(name, numbers)
+            elif own and name in {*looked_up, *others}:
+                plain.setdefault(name, "its columns have an order or scales of their own")
+            else:
+                forms[name] = numbers
+                if name in others:
+                    del plain[name]
+            continue
         form = dequantize_form(facts, zeros=target.zero_points, blocks=target.quantized_blocks,
-                               columns_first=name not in looked_up)
+                               columns_first=name not in looked_up, positive=target.positive_scales)
         if isinstance(form, Form) and name in looked_up and (
                 form.shift or facts.column_order is not None or facts.column_scale is not None):
             form = "its rows are looked up, and its blocks have minima or its columns an order of their own"
@@ -52,8 +69,12 @@ def quantize_graph(graph: gs.Graph, context: Context) -> Rewritten:
     for lookup in lookups:
         hold(context, (lookup.name,), forms[lookup.name])
         lookup.node.inputs[0] = weights(lookup.name, forms[lookup.name])
+    others = {name: tensor for name, tensor in others.items() if name not in plain}
+    for name, tensor in others.items():
+        hold(context, (name,), forms[name])
+        edit.replace_uses(graph, tensor, weights(name, forms[name]))
     edit.tidy(graph)
-    return Rewritten(len(products) + len(lookups))
+    return Rewritten(len(products) + len(lookups) + len(others))
 
 
 class _Weights:
@@ -64,7 +85,10 @@ class _Weights:
         self._made: dict[str, gs.Tensor] = {}
 
     def __call__(self, name: str, form: Form) -> gs.Tensor:
-        """The weight as numbers of the model's type: `[K, N]` where the form has columns first, else `[N, K]`."""
+        """The weight as numbers of the model's type: `[K, N]` where the form has columns first, else `[N, K]`; as the
+        model has it where its codes are floating-point numbers."""
+        if name not in self._made and form.kind != "int":
+            self._made[name] = self._numbers(name, form)
         if name not in self._made:
             rows, columns = self.context.options.quantized[name].shape
             blocks = columns // form.block
@@ -79,6 +103,29 @@ class _Weights:
             self._made[name] = edit.add_node(self.graph, "DequantizeLinear", ins, name=f"{name}/DequantizeLinear",
                                              attrs={"axis": axis, "block_size": form.block})[0]
         return self._made[name]
+
+    def _numbers(self, name: str, form: Form) -> gs.Tensor:
+        """A weight whose codes are floating-point numbers, in the model's type and with the model's axes."""
+        facts, node = self.context.options.quantized[name], Nodes(self.graph, name)
+        shape = list(facts.shape)
+        scales = {"tensor": [], "row": shape[:-1], "block": [*shape[:-1], facts.columns // form.block]}[form.per]
+        codes = self.parts((name,), form, "codes", ELEMENTS[form.kind], shape)
+        scale = self.parts((name,), form, "scale", SCALES[form.scales], scales)
+        if form.scales == E4M3:
+            whole = self.parts((name,), form, "global", onnx.TensorProto.FLOAT, [])
+            scale = node("scale", "DequantizeLinear", scale, whole)
+        elif form.scales != "float32":
+            scale = node("scale", "Cast", scale, to=onnx.TensorProto.FLOAT)
+        axis = {"tensor": {}, "row": {"axis": 0},
+                "block": {"axis": len(shape) - 1, "block_size": form.block}}[form.per]
+        made = edit.add_node(self.graph, "DequantizeLinear", [codes, scale], name=f"{name}/DequantizeLinear",
+                             attrs=axis)[0]
+        if self.context.element != onnx.TensorProto.FLOAT:
+            made = node("cast", "Cast", made, to=self.context.element)
+        if facts.transposed:
+            last = len(shape) - 1
+            made = node("exchanged", "Transpose", made, perm=[*range(last - 1), last, last - 1])
+        return made
 
     def scale(self, name: str, form: Form) -> gs.Tensor:
         """Its scales."""

@@ -39,16 +39,18 @@ class Lookup:
 
 @dataclass
 class Readers:
-    """Every reader of quantized weights. misfits: name of a weight -> who reads it otherwise."""
+    """Every reader of quantized weights. misfits: name of a weight -> who reads it otherwise. others: the tensors of
+    single weights that are read otherwise."""
 
     products: list[Product]
     lookups: list[Lookup]
     misfits: dict[str, str]
+    others: list[gs.Tensor]
 
 
 def find_readers(graph: gs.Graph, quantized: Mapping[str, MatrixFacts]) -> Readers:
     """The readers of all weights in `quantized`."""
-    found = Readers([], [], {})
+    found = Readers([], [], {}, [])
     for tensor in {id(t): t for node in graph.nodes for t in node.inputs if match.is_weight(t)}.values():
         names = tuple(match.recipe(tensor).split("+"))
         known = [name for name in names if name in quantized]
@@ -62,6 +64,8 @@ def find_readers(graph: gs.Graph, quantized: Mapping[str, MatrixFacts]) -> Reade
             found_one = _reader(graph, node, tensor, names)
             if isinstance(found_one, str):
                 found.misfits.update((name, found_one) for name in names)
+                if len(names) == 1 and all(tensor is not known for known in found.others):
+                    found.others.append(tensor)
             elif isinstance(found_one, Lookup):
                 found.lookups.append(found_one)
             else:

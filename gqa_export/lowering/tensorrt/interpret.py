@@ -2,8 +2,11 @@
 
 This is how the ONNX of an engine is checked where no TensorRT can run: the plugin's own code is not in it. Rotation
 becomes ai.onnx RotaryEmbedding at the positions past_lengths + 0 .. S - 1, absent sinks become -inf; a node that
-approximates becomes a call of the op for long prompts, its selection an output. fp32 graphs only: others are widened
-first (`validation.fp32_twin`). Dimensions as in `gqa_export.attention_op`.
+approximates becomes a call of the op for long prompts, its selection an output. Where the cache holds codes, new keys
+and values are quantized by a standard operator before the call, whose body reads codes as numbers; the scale of the
+keys is a factor of its scores, that of the values one of its output. fp32 graphs only: others are widened first
+(`validation.fp32_twin`). Weights of four bits that are floating-point codes, for which ONNX Runtime has no kernel on a
+CPU, are unpacked and looked up by standard ops, from the same bytes. Dimensions as in `gqa_export.attention_op`.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ... import attention_op, graph_io, long_attention_op
 from ...errors import InvalidBundle
+from ...quantized.matrix import LEVELS
 from ..attention_function import attach_function, is_call
 from ..long_calls import SELECTION
 from ..long_function import attach_long_function
@@ -43,7 +47,11 @@ def interpret(model: onnx.ModelProto) -> int:
     casts = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
     known, wide = set[int](), set[str]()
     count = 0
+    packed = _as_bytes(model.graph)
     for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in packed:
+            nodes += _unpacked(model.graph, node, packed[node.input[0]])
+            continue
         if not is_call(node):
             nodes.append(node)
             continue
@@ -66,7 +74,10 @@ def interpret(model: onnx.ModelProto) -> int:
         if "sinks" not in inputs:
             inputs["sinks"] = _no_sinks(model.graph, attributes["num_heads"])
         contract = long_attention_op if attributes.get("method", 0) else attention_op
-        outputs = list(node.output)
+        outputs, coded = list(node.output), bool(attributes.get("cache_codes", 0))
+        if coded:
+            nodes += _quantized(model.graph, node, inputs, attributes)
+            outputs[0] = f"{node.name}.of_codes"
         if contract is long_attention_op:
             outputs.append(SELECTION.format(graph_io.layer_of_cache(inputs["past_key"])))
             wide |= {inputs["fractions"], inputs["code_order"]}
@@ -76,6 +87,10 @@ def interpret(model: onnx.ModelProto) -> int:
             call.input.pop()
         call.attribute.extend(each for each in node.attribute if each.name in contract.ATTRIBUTE_NAMES)
         nodes.append(call)
+        if coded:
+            next(each for each in call.attribute if each.name == "scale").f *= attributes["key_scale"]
+            factor = _constant(model.graph, f"{node.name}.value_scale", np.array(attributes["value_scale"], np.float32))
+            nodes.append(helper.make_node("Mul", [outputs[0], factor], [node.output[0]], name=f"{node.name}.output"))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     for tensor in model.graph.initializer:
@@ -84,6 +99,19 @@ def interpret(model: onnx.ModelProto) -> int:
     attach_function(model)
     attach_long_function(model)
     return count
+
+
+def _quantized(graph: onnx.GraphProto, node: onnx.NodeProto, inputs: dict[str, str],
+               attributes: dict[str, Any]) -> list[onnx.NodeProto]:
+    """What makes codes of a call's new keys and values, which the inputs then are."""
+    made = []
+    zero = _constant(graph, "interpreted/zero_code", np.array(0, np.int8))
+    for name in ("key", "value"):
+        scale = _constant(graph, f"{node.name}.{name}_step", np.array(attributes[f"{name}_scale"], np.float32))
+        codes = f"{node.name}.{name}.codes"
+        made.append(helper.make_node("QuantizeLinear", [inputs[name], scale, zero], [codes], name=codes))
+        inputs[name] = codes
+    return made
 
 
 def _given(node: onnx.NodeProto) -> dict[str, str]:
@@ -129,3 +157,43 @@ def _positions(graph: onnx.GraphProto, past_lengths: str, rows: int) -> list[onn
 
     return [helper.make_node(op, [full(name) for name in inputs], [f"{stem}/{label}" if label else stem],
                              name=f"{stem}/{op}", **attrs) for op, inputs, label, attrs in steps]
+
+
+def _as_bytes(graph: onnx.GraphProto) -> dict[str, list[int]]:
+    """Make every initializer of float4 one of bytes, the same ones; gives their shapes in codes."""
+    found = {}
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT4E2M1:
+            found[tensor.name] = list(tensor.dims)
+            tensor.data_type = TensorProto.UINT8
+            tensor.dims[-1] //= 2
+    return found
+
+
+def _unpacked(graph: onnx.GraphProto, node: onnx.NodeProto, shape: list[int]) -> list[onnx.NodeProto]:
+    """What a DequantizeLinear of float4 means. The first of two codes is in the low bits (onnx/onnx docs/docsgen,
+    "Float stored in 4 bits"); shape: `[..., K]`, of the codes."""
+    stem, (codes, scale), attributes = f"interpreted/{node.name}", node.input[:2], \
+        {each.name: each.i for each in node.attribute}
+    block = attributes.get("block_size", 0)
+    per_row = not block and "axis" in attributes
+    apart = [*shape[:-1], shape[-1] // block, block] if block else shape
+    low, bits = (_constant(graph, f"interpreted/{name}", np.array(value, np.uint8))
+                 for name, value in (("low", 15), ("bits", 4)))
+    table = _constant(graph, "interpreted/float4", LEVELS["e2m1"].astype(np.float32))
+    last = _constant(graph, "interpreted/last", np.array([-1]))
+    sizes, whole = (_constant(graph, f"{stem}/{name}", np.array(value, np.int64))
+                    for name, value in (("apart", apart), ("shape", shape)))
+    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
+        ("BitwiseAnd", [codes, low], "first", {}), ("BitShift", [codes, bits], "second", {"direction": "RIGHT"}),
+        ("Unsqueeze", [f"{stem}/first", last], "left", {}), ("Unsqueeze", [f"{stem}/second", last], "right", {}),
+        ("Concat", [f"{stem}/left", f"{stem}/right"], "pairs", {"axis": -1}),
+        ("Reshape", [f"{stem}/pairs", sizes], "codes", {}),
+        ("Cast", [f"{stem}/codes"], "places", {"to": TensorProto.INT32}),
+        ("Gather", [table, f"{stem}/places"], "numbers", {})]
+    if block or per_row:
+        steps.append(("Unsqueeze", [scale, last], "scale", {}))
+        scale = f"{stem}/scale"
+    steps += [("Mul", [f"{stem}/numbers", scale], "scaled", {}), ("Reshape", [f"{stem}/scaled", whole], "", {})]
+    return [helper.make_node(op, inputs, [f"{stem}/{label}" if label else node.output[0]],
+                             name=f"{stem}/{label or 'whole'}", **attrs) for op, inputs, label, attrs in steps]

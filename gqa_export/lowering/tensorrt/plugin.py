@@ -4,6 +4,9 @@ The node has the inputs that are present, in the order of the contract, and no h
 refuses; `has_new`, `has_rotary` and `has_sinks` say which those are. Rotary goes into the op where it is one that
 the op can do. The rest of the graph stays standard ops as traced: TensorRT fuses those itself.
 
+Where the cache holds codes, every node is of version 3 of the plugin: it has the attributes of version 2 of the op, and
+its cache tensors are of the codes' type.
+
 In the graph for long prompts every node is of version 2 of the plugin: the layers of the plan have the attributes and
 the tables of `gqa::LongGroupedQueryAttention`, the others have `method` 0, which is exact.
 """
@@ -13,15 +16,16 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from ... import attention_op, long_attention_op
+from ... import attention_op, graph_io, long_attention_op
 from ...bundle.long_facts import LONG_PLUGIN_VERSION
 from ...graph.match import is_op
 from ...graph.passes import NearMiss, Pass, Rewritten
 from ...long_attention_op import LongPlan
-from ...spec import AttentionSpec
+from ...spec import AttentionSpec, KvCache
 from .. import head_axes
 from ..attention_calls import attention_calls, has_sinks
 from ..context import Context
+from ..kv_codes import retype, scales_of
 from ..rotary.fold import fold_rotary, tables
 from .common import FIRST, PREPARE  # noqa: F401 PREPARE is this target's too
 
@@ -51,9 +55,20 @@ def lower_attention(graph: gs.Graph, context: Context) -> Rewritten:
         node.attrs["rotary_interleaved"] = int(rotation is not None and rotation.interleaved)
         node.attrs.update({flag: int(name in there) for flag, name in PRESENCE.items()})
         node.attrs.update(plugin_version=PLUGIN_VERSION, plugin_namespace=PLUGIN_NAMESPACE)
+        if context.options.kv is not None:
+            _hold_codes(node, layer, context.options.kv)
         if context.options.long is not None:
             _approximate(node, layer, context.options.long if context.is_long(layer) else None, shared)
     return Rewritten(len(calls), misses)
+
+
+def _hold_codes(node: gs.Node, layer: AttentionSpec, kv: KvCache) -> None:
+    """Make a node one of version 3: with the type of its codes and their scales."""
+    first = [tensor.name for tensor in node.inputs].index(graph_io.past_names(layer.layer)[0])
+    retype(kv, layer, node.inputs[first: first + 2], node.outputs[1:])
+    scales = scales_of(kv, layer.layer)
+    node.attrs.update(cache_codes=attention_op.CACHE_CODES[kv.kind], key_scale=float(np.float32(scales.key)),
+                      value_scale=float(np.float32(scales.value)), plugin_version=attention_op.CODES_PLUGIN_VERSION)
 
 
 def _approximate(node: gs.Node, layer: AttentionSpec, plan: LongPlan | None, known: dict[str, gs.Tensor]) -> None:

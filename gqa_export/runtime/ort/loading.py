@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ...bundle.manifest import MODEL, Manifest
 from ...errors import GqaExportError, InvalidBundle, NotCheckedHere, cause_of
 from ...graph_io import EXACT_PRODUCTS, TensorFact
 from ...spec import DTYPES
+from .huge_pages import for_what_is_filled
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 MOST_THREADS = 1024
@@ -89,7 +91,8 @@ def open_session(folder: Path | str, manifest: Manifest, provider: str, *, low_m
         options.add_session_config_entry(key, value)
     names = [PROVIDERS[provider]] + ([PROVIDERS["cpu"]] if provider != "cpu" else [])
     try:
-        session = ort.InferenceSession(str(folder / graph), options, providers=names)
+        with nullcontext() if low_memory else for_what_is_filled():
+            session = ort.InferenceSession(str(folder / graph), options, providers=names)
     except Exception as error:  # onnxruntime's own exceptions share no public base class
         raise InvalidBundle(f"ONNX Runtime cannot open the graph: {cause_of(error)}", str(folder / graph),
                             "export the bundle again, or try --target portable", code="E-BUNDLE-OPEN") from error

@@ -92,7 +92,8 @@ def _check_plugin(facts: EngineFacts, where: str) -> None:
     if facts.plugin is None:
         raise InvalidBundle("the manifest does not name the plugin that the engine's attention needs", where, REBUILD,
                             code="E-ENGINE-PLUGIN-MISSING")
-    fields.check_contract_version(facts.plugin.contract_version, where)
+    known = facts.plugin.version if facts.plugin.version in fields.CREATION_OF else fields.PLUGIN_VERSION
+    fields.check_contract_version(facts.plugin.contract_version, where, known)
     wanted = (facts.plugin.name, facts.plugin.version, facts.plugin.namespace)
     here = (fields.NAME, " and ".join(fields.CREATION_OF), fields.NAMESPACE)
     if wanted[1] not in fields.CREATION_OF or (wanted[0], wanted[2]) != (here[0], here[2]):

@@ -17,6 +17,7 @@ from ...bundle.engine_facts import DECODE, PREFILL, REBUILD
 from ...bundle.manifest import Manifest
 from ...errors import GqaExportError, cause_of
 from ...graph_io import HIDDEN_STATES, INPUT_IDS, LOGITS, NEW_LENGTHS, PAST_LENGTHS, past_names, present_names
+from ...quantized.kv_codes import decode
 from ...spec import AttentionSpec
 from ..rings import dead_slots
 
@@ -41,6 +42,8 @@ class DeviceBackend:
         self._torch, self._manifest, self._where = torch, manifest, str(folder / facts.file)
         self.device = device
         self._dtype = getattr(torch, manifest.dtype)
+        self._kv = manifest.kv_cache
+        self._cached = getattr(torch, self._kv.dtype) if self._kv else self._dtype
         self._use_graph = cuda_graph
         self._failures: list[Any] = []
         if facts.plugin is not None:
@@ -81,7 +84,7 @@ class DeviceBackend:
             return
         self._graph, self._warm, self._batch = None, False, batch
         self.caches = [torch.zeros((batch, layer.kv_num_heads, self._slots(layer) or self._manifest.capacity, size),
-                                   dtype=self._dtype, device=self.device)
+                                   dtype=self._cached, device=self.device)
                        for layer in spec.layers for size in (layer.head_size, layer.value_head_size)]
         self._ids = torch.zeros((batch, 1), dtype=torch.int32, device=self.device)
         self._past, self._new = (torch.zeros(batch, dtype=torch.int32, device=self.device) for _ in range(2))
@@ -198,9 +201,12 @@ class DeviceBackend:
         return self.host(self._hidden[: rows * tokens * size].view(rows, tokens, size))
 
     def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """See `EngineBackend.cache`. bf16 becomes fp32."""
-        low = self._dtype is self._torch.bfloat16
+        """See `EngineBackend.cache`. bf16 and codes become fp32."""
+        low = self._cached in (self._torch.bfloat16, self._torch.float8_e4m3fn)
         arrays = [(tensor.float() if low else tensor).cpu().numpy() for tensor in self.caches]
+        if self._kv is not None:
+            scales = [scale for each in self._kv.scales for scale in (each.key, each.value)]
+            arrays = [decode(codes, scale, 8) for codes, scale in zip(arrays, scales, strict=True)]
         return list(zip(arrays[0::2], arrays[1::2]))
 
     def copy_row(self, source: int, destination: int, length: int) -> None:
@@ -221,8 +227,12 @@ class DeviceBackend:
             tail_BC = (dead_slots(slots, layer.window, lengths) if slots
                        else np.arange(axis) >= np.asarray(lengths)[:, None])
             tail_B1C1 = torch.as_tensor(tail_BC, device=self.device)[:, None, :, None]
-            fill_C = torch.as_tensor(np.resize(np.array(values), axis), device=self.device)
-            tensor.copy_(torch.where(tail_B1C1, fill_C.to(self._dtype)[None, None, :, None], tensor))
+            fill_C = torch.as_tensor(np.resize(self._garbage(values), axis), device=self.device)
+            tensor.copy_(torch.where(tail_B1C1, fill_C.to(self._cached)[None, None, :, None], tensor))
+
+    def _garbage(self, values: tuple[float, ...]) -> np.ndarray:
+        """The values as the cache can hold them: of int8, the largest code and the least."""
+        return np.array([127, -128] if self._cached is self._torch.int8 else values)
 
     def _slots(self, layer: AttentionSpec) -> int:
         """Slots of a layer's ring, 0 where it keeps the whole capacity."""

@@ -40,7 +40,7 @@ class EngineBackend(Protocol):
         """The hidden states [rows, tokens, X] of the last call as fp32 on the host; None where there are none."""
 
     def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Copies of every layer's key and value cache; fp32 where numpy lacks the type."""
+        """Copies of every layer's key and value cache as numbers; fp32 where it holds codes or numpy lacks the type."""
 
     def copy_row(self, source: int, destination: int, length: int) -> None:
         """Overwrite the first `length` tokens of row `destination` with those of row `source`."""

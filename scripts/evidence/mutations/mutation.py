@@ -145,7 +145,7 @@ def break_bundle(bundle: Path, folder: Path, change: Callable[[Broken], None]) -
     change(broken)
     _raise_opset(broken.model)
     onnx.save(broken.model, str(folder / MODEL))
-    facts = attention_facts(broken.model)
+    facts = attention_facts(broken.model, broken.manifest.kv_cache)
     layers = tuple(replace(layer, **facts.get(layer.layer, {})) for layer in broken.manifest.spec.layers)
     sign(folder, replace(broken.manifest, spec=replace(broken.manifest.spec, layers=layers)))
     return folder

@@ -138,11 +138,17 @@ def nan_hidden(broken: Broken) -> None:
 
 
 def cache_scales_exchanged(broken: Broken) -> None:
-    """The scale of a layer's keys for its values."""
-    node = broken.attention(1)
-    if len(node.input) < 14 or not node.input[12]:
+    """The scale of a layer's keys for its values: in the operator, or in the nodes around what writes the cache."""
+    if broken.manifest.kv_cache is None:
         raise NotHere("a quantized cache")
-    node.input[12], node.input[13] = node.input[13], node.input[12]
+    around = [node for node in broken.nodes if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+              and "layers.1.self_attn" in node.name and len(node.input) > 2]
+    if not around:
+        node = broken.attention(1)
+        node.input[12], node.input[13] = node.input[13], node.input[12]
+    for op in {node.op_type for node in around}:
+        key, value = (node for node in around if node.op_type == op)
+        key.input[1], value.input[1] = value.input[1], key.input[1]
 
 
 def cache_clipped(broken: Broken) -> None:

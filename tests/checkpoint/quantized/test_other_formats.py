@@ -157,6 +157,20 @@ def modelopt_fp8(shape):
     return encode
 
 
+def mxfp8(rng, rows, columns):
+    weight, numbers = e4m3(rng, rows, columns)
+    powers = rng.integers(110, 126, (rows, columns // 32)).astype(np.uint8)
+    return {".weight": weight, ".weight_scale": torch.from_numpy(powers)}, numbers * spread(2.0 ** (powers - 127.0), 32,
+                                                                                           columns)
+
+
+@pytest.mark.parametrize("group", [32, None])
+def test_modelopt_mxfp8(tmp_path: Path, group: int | None) -> None:
+    fields = {"quant_method": "modelopt", "quant_algo": "MXFP8", **({"group_size": group} if group else {})}
+    for matrix in check(tmp_path, write_quantized(tmp_path, fields, mxfp8)).values():
+        assert (matrix.kind, matrix.block, matrix.row_block, matrix.scale_dtype) == ("e4m3", 32, 1, "bfloat16")
+
+
 @pytest.mark.parametrize("method", ["modelopt_fp4", "modelopt"])
 def test_modelopt_by_its_other_name(tmp_path: Path, method: str) -> None:
     values = write_quantized(tmp_path, {"quant_method": method}, nvfp4)

@@ -25,6 +25,29 @@ bool runs_on(int compiled, int gpu) {
            shared_kib_or_zero(compiled) <= shared_kib_or_zero(gpu);
 }
 
+// The argument in which a kernel gets the cache's keys; "" for one that does not read the cache.
+std::string cache_argument(std::string const& kernel) {
+    if (kernel == "append") return "past_key_ptr";
+    return kernel == "prefill" || kernel == "decode" ? "key_ptr" : "";
+}
+
+// Throws Error for a kernel of a cache of another type, or one that does not look for what codes cannot say.
+void check_cache(Cubin const& cubin, Layer const& layer, Sizes const& sizes) {
+    static constexpr char const* codes[] = {"", "i8", "fp8e4nv"};
+    std::string const held = layer.cache_codes ? codes[layer.cache_codes] : name_of(sizes.kind);
+    std::string const name = cache_argument(cubin.kernel);
+    std::string found;
+    bool looks = false;
+    for (auto const& [argument, kind] : cubin.arguments) {
+        if (argument == name) found = kind.substr(1);
+        looks = looks || argument == "faults_ptr";
+    }
+    bool const may_look = cubin.kernel == "append" || cubin.kernel == "prefill" || cubin.kernel == "combine";
+    if ((found.empty() || found == held) && (!may_look || looks == layer.writes_codes())) return;
+    throw Error("kernel " + cubin.kernel + " was compiled for a cache of " + (found.empty() ? "another type" : found) +
+                    ", the layer has one of " + held, kWhere, kRebuild);
+}
+
 }  // namespace
 
 std::map<std::string, Key> pick(std::vector<Key> keys, int capability) {
@@ -81,6 +104,7 @@ void check_cubin(Cubin const& cubin, Layer const& layer, Sizes const& sizes) {
         throw Error("kernel " + cubin.kernel + " was compiled for " + kind.substr(1) + ", the layer has " +
                         name_of(sizes.kind), kWhere, kRebuild);
     }
+    check_cache(cubin, layer, sizes);
 }
 
 }  // namespace gqa

@@ -19,12 +19,19 @@ constexpr std::array<std::string_view, kSlotCount> kSlotNames{
     "query_ptr", "key_ptr", "value_ptr", "past_key_ptr", "past_value_ptr", "past_lengths_ptr", "new_lengths_ptr",
     "cos_ptr", "sin_ptr", "rotated_ptr", "sinks_ptr", "output_ptr", "partial_ptr", "logsum_ptr",
     "ranges_ptr", "fractions_ptr", "projections_ptr", "code_order_ptr", "selection_ptr", "masses_ptr", "order_ptr",
-    "sequences", "kv_heads", "steps", "capacity", "least_keys", "window", "max_position", "scale", "softcap"};
+    "faults_ptr", "sequences", "kv_heads", "steps", "capacity", "least_keys", "window", "max_position", "scale",
+    "softcap", "key_scale", "value_scale"};
 
 std::int64_t aligned(std::int64_t size) { return ceil_div(size, kAlignment) * kAlignment; }
 
 std::int64_t rotated_bytes(Layer const& layer, Sizes const& s) {
     return layer.has_rotary ? aligned(s.batch * s.steps * layer.num_heads * s.head * bytes_of(s.kind)) : 0;
+}
+
+// Of the faults that append finds where it writes codes.
+std::int64_t faults_bytes(Layer const& layer, Sizes const& s) {
+    if (!layer.writes_codes()) return 0;
+    return aligned(4 * s.batch * layer.kv_num_heads * ceil_div(s.steps, kAppendSteps));
 }
 
 std::int64_t visible(Layer const& layer, std::int64_t capacity, std::int64_t steps) {
@@ -82,7 +89,8 @@ std::int64_t workspace_bytes(Layer const& layer, Sizes const& largest) {
         most = std::max(most, aligned(4 * e.partial) + aligned(4 * e.logsum) + aligned(8 * e.ranges));
     }
     auto const e = long_elements(layer, largest);
-    return rotated_bytes(layer, largest) + std::max(most, aligned(4 * e.selection) + aligned(4 * e.scratch));
+    return rotated_bytes(layer, largest) + faults_bytes(layer, largest) +
+           std::max(most, aligned(4 * e.selection) + aligned(4 * e.scratch));
 }
 
 void Launches::add(Kernel const& kernel, std::int64_t x, std::int64_t y, std::int64_t z, Arguments const& arguments) {
@@ -98,7 +106,8 @@ Launches::Launches(Layer const& layer, Sizes const& sizes, Kernels const& kernel
     auto const [decode, programs] = choose(layer, sizes, decode_rows, sm_count);
     auto const elements = workspace_elements(sizes.batch, sizes.steps, layer.num_heads, layer.kv_num_heads,
                                              sizes.value_head, decode_rows, programs);
-    std::uint64_t const partial = workspace + static_cast<std::uint64_t>(rotated_bytes(layer, sizes));
+    std::uint64_t const faults = workspace + static_cast<std::uint64_t>(rotated_bytes(layer, sizes));
+    std::uint64_t const partial = faults + static_cast<std::uint64_t>(faults_bytes(layer, sizes));
     auto input = [&pointers](Input which) {
         std::uint64_t const address = pointers[static_cast<std::size_t>(which)];
         return address ? address : pointers[0];  // the query's: a valid address that the kernel never reads
@@ -121,6 +130,9 @@ Launches::Launches(Layer const& layer, Sizes const& sizes, Kernels const& kernel
     common.set(Slot::window, layer.window);
     common.set(Slot::scale, layer.scale);
     common.set(Slot::softcap, layer.softcap);
+    common.set(Slot::faults_ptr, faults);
+    common.set(Slot::key_scale, layer.key_scale);
+    common.set(Slot::value_scale, layer.value_scale);
 
     appending_ = attending_ = common;
     appending_.set(Slot::query_ptr, input(Input::query));
@@ -136,6 +148,7 @@ Launches::Launches(Layer const& layer, Sizes const& sizes, Kernels const& kernel
     attending_.set(Slot::sinks_ptr, layer.has_sinks ? input(Input::sinks) : rotated);
     attending_.set(Slot::key_ptr, input(Input::past_key));
     attending_.set(Slot::value_ptr, input(Input::past_value));
+    if (layer.cache_codes) attending_.set(Slot::scale, layer.scale * layer.key_scale);  // registers only convert codes
     joining_ = attending_;  // combine asks only how many new tokens there may be
     if (layer.ring()) joining_.set(Slot::capacity, static_cast<std::int32_t>(sizes.capacity - layer.window + 1));
 

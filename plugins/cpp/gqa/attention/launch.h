@@ -21,10 +21,10 @@ namespace gqa {
 enum class Slot {
     query_ptr, key_ptr, value_ptr, past_key_ptr, past_value_ptr, past_lengths_ptr, new_lengths_ptr, cos_ptr, sin_ptr,
     rotated_ptr, sinks_ptr, output_ptr, partial_ptr, logsum_ptr, ranges_ptr,
-    fractions_ptr, projections_ptr, code_order_ptr, selection_ptr, masses_ptr, order_ptr,
-    sequences, kv_heads, steps, capacity, least_keys, window, max_position, scale, softcap
+    fractions_ptr, projections_ptr, code_order_ptr, selection_ptr, masses_ptr, order_ptr, faults_ptr,
+    sequences, kv_heads, steps, capacity, least_keys, window, max_position, scale, softcap, key_scale, value_scale
 };
-constexpr std::size_t kSlotCount = 30;
+constexpr std::size_t kSlotCount = 33;
 
 // The arguments' values, each in the first bytes of a word, as the driver wants to read them.
 class Arguments {

@@ -1,5 +1,7 @@
 #include "gqa/attention/layer.h"
 
+#include <cmath>
+
 #include "gqa/attention/long_launch.h"
 
 #include "gqa/core/error.h"
@@ -32,9 +34,36 @@ constexpr std::array<CreationField, 19> kCreation{{
     {"exact_steps", &Layer::exact_steps, nullptr},
 }};
 
+// Those of version 1, then those of version 3.
+constexpr std::array<CreationField, 3> kCodes{{
+    {"cache_codes", &Layer::cache_codes, nullptr},
+    {"key_scale", nullptr, &Layer::key_scale},
+    {"value_scale", nullptr, &Layer::value_scale},
+}};
+
+constexpr std::array<CreationField, kFieldsOfFirst + kCodes.size()> with_codes() {
+    std::array<CreationField, kFieldsOfFirst + kCodes.size()> all{};
+    for (std::size_t i = 0; i < all.size(); ++i) all[i] = i < kFieldsOfFirst ? kCreation[i] : kCodes[i - kFieldsOfFirst];
+    return all;
+}
+constexpr auto kCreationWithCodes = with_codes();
+
+std::string codes_problem(Layer const& layer) {
+    if (layer.version != kCodesVersion) return {};
+    if (layer.cache_codes != kInt8Codes && layer.cache_codes != kFp8Codes) {
+        return "cache_codes is " + std::to_string(layer.cache_codes) + ", expected one of 1, 2";
+    }
+    for (float scale : {layer.key_scale, layer.value_scale}) {
+        if (std::isfinite(scale) && scale > 0) continue;
+        return "the scale of codes is " + std::to_string(scale) + ", expected a positive number";
+    }
+    return {};
+}
+
 }  // namespace
 
 CreationFields creation_of(std::int32_t version) {
+    if (version == kCodesVersion) return {kCreationWithCodes.data(), kCreationWithCodes.size()};
     return {kCreation.data(), version == 1 ? kFieldsOfFirst : kCreation.size()};
 }
 
@@ -51,16 +80,17 @@ void check_layer(Layer const& layer) {
         wrong = "window and softcap are 0 or more";
     } else {
         wrong = long_problem(layer);
+        if (wrong.empty()) wrong = codes_problem(layer);
     }
     if (!wrong.empty()) {
         throw Error(wrong, "plugin fields", "export the bundle again: `gqa-export onnx --target trt-plugin`");
     }
 }
 
-void check_contract_version(std::int32_t version) {
-    if (version == kContractVersion) return;
-    throw Error("the engine's attention layers follow version " + std::to_string(version) +
-                    " of the op, this plugin follows " + std::to_string(kContractVersion),
+void check_contract_version(std::int32_t contract, std::int32_t version) {
+    if (contract == contract_of(version)) return;
+    throw Error("the engine's attention layers follow version " + std::to_string(contract) +
+                    " of the op, this plugin follows " + std::to_string(contract_of(version)),
                 "plugin field contract_version",
                 "build the engine again with `gqa-export trt` of this version, or load it with the plugin it was "
                 "built with");

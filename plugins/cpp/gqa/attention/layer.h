@@ -15,17 +15,23 @@
 namespace gqa {
 
 constexpr char kPluginName[] = "GroupedQueryAttention";
-constexpr std::array<char const*, 2> kPluginVersions{"1", "2"};  // 2: with the attributes of long prompts
+// 2: with the attributes of long prompts; 3: with those of a cache of codes.
+constexpr std::array<char const*, 3> kPluginVersions{"1", "2", "3"};
+constexpr std::int32_t kCodesVersion = 3;
 inline char const* version_text(std::int32_t version) { return kPluginVersions[static_cast<std::size_t>(version - 1)]; }
 constexpr char kPluginNamespace[] = "gqa";
-constexpr std::int32_t kContractVersion = 1;
+// The version of the op that a version of the plugin computes.
+constexpr std::int32_t contract_of(std::int32_t version) { return version == kCodesVersion ? 2 : 1; }
 constexpr std::int32_t kRing = 2;  // of `growing`: a cache whose slots are used again, token t in slot t modulo C
-inline bool knows_version(std::string const& version) {
-    for (char const* known : kPluginVersions) {
-        if (version == known) return true;
+// The number of a version of the plugin; 0 for one that is not known here.
+inline std::int32_t version_number(std::string const& version) {
+    for (std::size_t i = 0; i < kPluginVersions.size(); ++i) {
+        if (version == kPluginVersions[i]) return static_cast<std::int32_t>(i + 1);
     }
-    return false;
+    return 0;
 }
+// Type of a cache's codes, gqa_export/attention_op.py.
+constexpr std::int32_t kInt8Codes = 1, kFp8Codes = 2;
 
 struct Layer {
     std::int32_t num_heads = 0, kv_num_heads = 0;
@@ -34,16 +40,21 @@ struct Layer {
     // Of version 2, gqa_export/long_attention_op.py; method 0 is exact.
     std::int32_t method = 0, leaf = 0, heavy_keys = 0, samples = 0, anchors = 0, tile = 0, block = 0, score_rows = 0,
                  exact_steps = 0;
+    // Of version 3: a cached key is its code times key_scale; cache_codes 0 is a cache of numbers.
+    std::int32_t cache_codes = 0;
+    float key_scale = 1, value_scale = 1;
     std::int32_t version = 1;
 
     std::int64_t group() const { return num_heads / kv_num_heads; }
     bool appends() const { return has_new || has_rotary; }
     bool ring() const { return growing == kRing; }
+    bool writes_codes() const { return cache_codes && has_new; }
     bool interleaved() const { return rotary_interleaved && has_rotary; }
 };
 
 void check_layer(Layer const& layer);  // throws Error for what no kernel does
-void check_contract_version(std::int32_t version);
+// contract: that a layer of this version of the plugin was serialized with.
+void check_contract_version(std::int32_t contract, std::int32_t version);
 
 // A creation field: an integer or a float member of Layer.
 struct CreationField {

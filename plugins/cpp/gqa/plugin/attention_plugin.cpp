@@ -29,6 +29,10 @@ Kind kind_of(DataType type) {
     }
 }
 
+DataType type_of_codes(Layer const& layer) {
+    return layer.cache_codes == kInt8Codes ? DataType::kINT8 : DataType::kFP8;
+}
+
 bool holds_whole_numbers(Input input) {
     return input == Input::past_lengths || input == Input::new_lengths || input == Input::fractions ||
            input == Input::code_order;
@@ -99,6 +103,7 @@ int32_t AttentionPlugin::getAliasedInput(int32_t output) noexcept {
 int32_t AttentionPlugin::getOutputDataTypes(DataType* outputs, int32_t output_count, DataType const* inputs,
                                             int32_t) const noexcept {
     std::fill_n(outputs, output_count, inputs[0]);
+    if (state_.layer.cache_codes) std::fill_n(outputs + 1, output_count - 1, type_of_codes(state_.layer));
     return 0;
 }
 
@@ -131,6 +136,9 @@ bool AttentionPlugin::supportsFormatCombination(int32_t position, nvinfer1::Dyna
     if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
     auto const index = static_cast<std::size_t>(position);
     if (index < inputs_.size() && holds_whole_numbers(inputs_[index])) return tensor.type == DataType::kINT32;
+    bool const cached = index < inputs_.size() ? inputs_[index] == Input::past_key || inputs_[index] == Input::past_value
+                                               : index > inputs_.size();
+    if (cached && state_.layer.cache_codes) return tensor.type == type_of_codes(state_.layer);
     if (index < inputs_.size() && inputs_[index] == Input::projections) return tensor.type == DataType::kFLOAT;
     return is_supported(tensor.type) && tensor.type == tensors[0].desc.type;
 }

@@ -1,7 +1,8 @@
-// The TensorRT plugin gqa::GroupedQueryAttention, versions 1 and 2: one attention layer.
+// The TensorRT plugin gqa::GroupedQueryAttention, versions 1 to 3: one attention layer.
 //
 // The same plugin as plugins/grouped_attention/tensorrt.py: an engine built with either runs with either. fp16, bf16 or
-// fp32 for everything but the lengths (int32), and the tables of version 2 (int32, fp32), linear layout; present_key and present_value are the memory of the past.
+// fp32 for everything but the lengths (int32), the tables of version 2 (int32, fp32) and the cache of version 3 (int8 or
+// fp8), linear layout; present_key and present_value are the memory of the past.
 #pragma once
 
 #include <NvInferRuntime.h>

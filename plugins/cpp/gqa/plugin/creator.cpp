@@ -42,8 +42,8 @@ nvinfer1::IPluginV3* AttentionCreator::createPlugin(char const* name, nvinfer1::
 GQA_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { gqa::plugin::set_logger_finder(finder); }
 
 GQA_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-    static gqa::plugin::AttentionCreator first(1), second(2);
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&first, &second};
-    count = 2;
+    static gqa::plugin::AttentionCreator first(1), second(2), third(3);
+    static nvinfer1::IPluginCreatorInterface* const creators[] = {&first, &second, &third};
+    count = 3;
     return creators;
 }

@@ -99,7 +99,7 @@ Layer read_attributes(nvinfer1::PluginFieldCollection const& fields, std::int32_
 
 Serialized read_serialized(nvinfer1::PluginFieldCollection const& fields, std::int32_t version) {
     Reader reader(fields, "build the engine again with `gqa-export trt`");
-    check_contract_version(reader.integer(kContractVersionField));  // first: another version has other fields
+    check_contract_version(reader.integer(kContractVersionField), version);  // first: another version has other fields
     Serialized read;
     read.layer = reader.layer(version);
     read.keys = parse_keys(reader.text(kKeysField));
@@ -127,7 +127,8 @@ nvinfer1::PluginFieldCollection const* FieldsToSerialize::describe(Layer const& 
         fields_.emplace_back(field.name, data, type_of(field), 1);
     }
     auto const length = [](std::string const& text) { return static_cast<std::int32_t>(text.size()); };
-    fields_.emplace_back(kContractVersionField, &kContractVersion, PluginFieldType::kINT32, 1);
+    contract_ = contract_of(layer_.version);
+    fields_.emplace_back(kContractVersionField, &contract_, PluginFieldType::kINT32, 1);
     fields_.emplace_back(kKeysField, keys_.data(), PluginFieldType::kCHAR, length(keys_));
     if (!container_.empty()) {
         fields_.emplace_back(kCubinsField, container_.data(), PluginFieldType::kCHAR, length(container_));

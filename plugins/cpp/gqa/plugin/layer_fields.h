@@ -36,6 +36,7 @@ public:
 
 private:
     Layer layer_;
+    std::int32_t contract_ = 0;
     std::string keys_, container_;
     std::vector<nvinfer1::PluginField> fields_;
     nvinfer1::PluginFieldCollection collection_;

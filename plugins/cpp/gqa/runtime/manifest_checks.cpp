@@ -53,12 +53,14 @@ void check_capability(Manifest const& manifest, int capability, std::string cons
 void check_plugin(Manifest const& manifest, std::string const& library, std::string const& folder) {
     if (!manifest.plugin) return;
     PluginFact const& plugin = *manifest.plugin;
-    if (plugin.name != kPluginName || plugin.space != kPluginNamespace || !knows_version(plugin.version) ||
-        plugin.contract_version != kContractVersion) {
+    std::int32_t const version = version_number(plugin.version);
+    if (plugin.name != kPluginName || plugin.space != kPluginNamespace || !version ||
+        plugin.contract_version != contract_of(version)) {
         throw Error("the engine needs plugin " + plugin.space + "::" + plugin.name + " version " + plugin.version +
                         " (contract " + std::to_string(plugin.contract_version) + "), this program knows " +
                         kPluginNamespace + "::" + kPluginName + " version " + kPluginVersions.front() + " to " +
-                        kPluginVersions.back() + " (contract " + std::to_string(kContractVersion) + ")", folder,
+                        kPluginVersions.back() + " (contract " + std::to_string(contract_of(1)) + ", of version 3 " +
+                        std::to_string(contract_of(kCodesVersion)) + ")", folder,
                     "build the engine with the version of gqa-export that this program was built from");
     }
     if (library.empty()) {

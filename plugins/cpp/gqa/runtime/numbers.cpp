@@ -41,6 +41,7 @@ std::size_t bytes_of(Number number) {
     switch (number) {
         case Number::int64: return 8;
         case Number::int32: case Number::fp32: return 4;
+        case Number::int8: case Number::fp8: return 1;
         default: return 2;
     }
 }
@@ -49,7 +50,8 @@ Number number_from(std::string const& name, std::string const& where) {
     static std::map<std::string, Number> const names{{"int32", Number::int32},   {"int64", Number::int64},
                                                      {"float16", Number::fp16},  {"fp16", Number::fp16},
                                                      {"bfloat16", Number::bf16}, {"bf16", Number::bf16},
-                                                     {"float32", Number::fp32},  {"fp32", Number::fp32}};
+                                                     {"float32", Number::fp32},  {"fp32", Number::fp32},
+                                                     {"int8", Number::int8},     {"float8_e4m3fn", Number::fp8}};
     auto const found = names.find(name);
     if (found != names.end()) return found->second;
     throw Error("number format '" + name + "' is not known", where, "build the engine with this version of gqa-export");

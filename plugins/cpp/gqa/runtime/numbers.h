@@ -6,7 +6,7 @@
 
 namespace gqa {
 
-enum class Number { int32, int64, fp16, bf16, fp32 };
+enum class Number { int32, int64, fp16, bf16, fp32, int8, fp8 };  // the last two: codes of a cache
 
 std::size_t bytes_of(Number number);
 Number number_from(std::string const& name, std::string const& where);  // "int32", "float16", ...; throws Error

@@ -1,0 +1,157 @@
+"""A cache of codes on target `trt-plugin`: the graph's nodes and tensors, what it computes where ONNX Runtime
+interprets its nodes, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from gqa_models import write_tiny
+from onnx.helper import get_attribute_value
+from refusal import refused
+from small_text import SENTENCES, byte_tokenizer
+
+import gqa_export as gqa
+from gqa_export import attention_op
+from gqa_export.bundle.attention_claims import check_claims
+from gqa_export.bundle.manifest import MODEL, read_manifest
+from gqa_export.errors import InvalidBundle, UnsupportedModel
+
+pytestmark = pytest.mark.whole_model
+TYPES = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
+CODES = ["int8"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(SENTENCES))
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = write_tiny(name, tmp_path_factory.mktemp(name) / "checkpoint", num_hidden_layers=2)
+            byte_tokenizer(made[name])
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def bundles(checkpoints, text, tmp_path_factory):
+    made: dict[tuple, gqa.Bundle] = {}
+
+    def get(name: str = "llama", codes: str = "int8", **options) -> gqa.Bundle:
+        key = (name, codes, *sorted(options.items()))
+        if key not in made:
+            made[key] = gqa.export(checkpoints(name), tmp_path_factory.mktemp("b") / "bundle", target="trt-plugin",
+                                   capacity=64, kv_cache=codes, calibrate=text, **options)
+        return made[key]
+
+    return get
+
+
+def graph_of(folder: Path) -> onnx.GraphProto:
+    return onnx.load(str(folder / MODEL), load_external_data=False).graph
+
+
+def attributes(node: onnx.NodeProto) -> dict:
+    return {each.name: get_attribute_value(each) for each in node.attribute}
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_nodes_are_of_version_3_with_the_scales_and_their_cache_tensors_are_codes(codes, bundles) -> None:
+    bundle = bundles(codes=codes)
+    graph, kv = graph_of(bundle.folder), bundle.manifest.kv_cache
+    assert (kv.kind, len(kv.scales)) == (codes, 2)
+    nodes = [node for node in graph.node if node.op_type == attention_op.OP]
+    for node, scales in zip(nodes, kv.scales, strict=True):
+        found = attributes(node)
+        assert found["plugin_version"] == b"3"
+        assert found["cache_codes"] == attention_op.CACHE_CODES[codes]
+        assert (found["key_scale"], found["value_scale"]) == (np.float32(scales.key), np.float32(scales.value))
+    cached = [value for value in (*graph.input, *graph.output) if "key" in value.name or "value" in value.name]
+    assert len(cached) == 8
+    assert {value.type.tensor_type.elem_type for value in cached} == {TYPES[codes]}
+    assert {fact.dtype for fact in bundle.manifest.inputs if "past" in fact.name and "." in fact.name} == {kv.dtype}
+
+
+@pytest.mark.parametrize(("name", "codes"), [("llama", "int8"), ("gpt_oss", "int8")])
+def test_the_graph_computes_the_rule_and_holds_equal_codes(name, codes, bundles, checkpoints) -> None:
+    """Also with a window and sinks. A code more or less would be a thousand times as much as is allowed."""
+    bundle = bundles(name, codes)
+    verdict = bundle.validate(checkpoints(name), steps=4).check()
+    assert {"new keys and values", "cache"} <= set(verdict.compared)
+    for case in verdict.cases:
+        for kind in case.kinds:
+            if kind.kind in ("keys", "values", "cache"):
+                assert kind.max_abs < 1e-5
+
+
+def changed(bundle: gqa.Bundle, folder: Path, edit) -> Path:
+    """A copy whose nodes and manifest were changed alike, so that only a comparison can tell."""
+    shutil.copytree(bundle.folder, folder)
+    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    manifest = read_manifest(folder)
+    for node in (node for node in model.graph.node if node.op_type == attention_op.OP):
+        given = {each.name: each for each in node.attribute}
+        given["key_scale"].f, given["value_scale"].f = edit(given["key_scale"].f, given["value_scale"].f)
+    onnx.save(model, str(folder / MODEL))
+    assert manifest.kv_cache is not None
+    scales = tuple(replace(each, **dict(zip(("key", "value"), edit(each.key, each.value), strict=True)))
+                   for each in manifest.kv_cache.scales)
+    files = {**manifest.files, MODEL: replace(manifest.files[MODEL], size=(folder / MODEL).stat().st_size,
+                                              sha256=gqa_sha256(folder / MODEL))}
+    write_manifest(folder, replace(manifest, kv_cache=replace(manifest.kv_cache, scales=scales), files=files))
+    return folder
+
+
+def gqa_sha256(path: Path) -> str:
+    from gqa_export.files.sha256 import file_sha256
+
+    return file_sha256(path)
+
+
+def write_manifest(folder: Path, manifest) -> None:
+    from gqa_export.bundle.manifest import MANIFEST
+
+    (folder / MANIFEST).write_text(manifest.to_json())
+
+
+def test_scales_that_the_manifest_does_not_state_are_refused_by_layer_and_attribute(bundles, tmp_path) -> None:
+    folder = changed(bundles(), tmp_path / "b", lambda key, value: (value, key))
+    manifest = read_manifest(folder)
+    check_claims(folder, manifest)
+    with refused("E-BUNDLE-CLAIM", InvalidBundle) as found:
+        check_claims(folder, replace(manifest, kv_cache=bundles().manifest.kv_cache))
+    assert "layer 0: key_scale is" in found.error.what
+    with refused("E-BUNDLE-CLAIM", InvalidBundle):
+        check_claims(folder, replace(manifest, kv_cache=None))
+
+
+@pytest.mark.parametrize(("option", "code"), [
+    ({"tensor_parallel": 2}, "E-OPTION-TENSOR-PARALLEL"), ({"window_cache": "small"}, "E-OPTION-WINDOW-CACHE")])
+def test_what_does_not_go_with_a_cache_of_codes_is_refused(option, code, checkpoints, text, tmp_path) -> None:
+    with refused(code):
+        gqa.export(checkpoints("llama"), tmp_path / "b", target="trt-plugin", kv_cache="int8", calibrate=text,
+                   capacity=64, **option)
+    assert not (tmp_path / "b").exists()
+
+
+def test_int4_is_refused_and_trt_native_names_trt_plugin(checkpoints, text, tmp_path) -> None:
+    for target, codes, named in (("trt-plugin", "int4", "one code a byte"), ("trt-native", "int8", "trt-plugin")):
+        with refused("E-TARGET-KV", UnsupportedModel) as found:
+            gqa.export(checkpoints("llama"), tmp_path / "b", target=target, kv_cache=codes, calibrate=text, capacity=64)
+        assert named in found.error.what
+    with refused("E-OPTION-LONG-CODES"):
+        gqa.export(checkpoints("llama"), tmp_path / "b", target="trt-plugin", kv_cache="int8", calibrate=text,
+                   capacity=64, long_attention=gqa.LongOptions(layers=(0,)))
