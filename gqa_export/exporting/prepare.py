@@ -139,7 +139,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         recorded = None
         if quantizing:
             for each in (lowered, *((prefill,) if prefill else ())):
-                quantize.fill(quantizing, each, store)
+                quantize.fill(quantizing, each, store, checkpoint.packed if options.weights != "copy" else None)
             recorded = quantize.record(quantizing, lowered, dtype)
         return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store, adapters, slots,
                         (*checkpoint.notes, *notes, *rings.notes), recorded, ranks, kv, plan, prefill,

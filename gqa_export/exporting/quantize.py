@@ -29,6 +29,7 @@ from .options import ExportOptions
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
+    from ..checkpoint.safetensors_header import StoredTensor
     from ..lowering.context import Lowered
     from ..quantizing.calibrate import TextRows
     from ..targets import Target
@@ -179,9 +180,9 @@ def _effects(checkpoint: Checkpoint, text: TextRows, decisions: Sequence[Decisio
                          dict(importance), say)
 
 
-def fill(plan: Plan, lowered: Lowered, store: WeightStore) -> None:
-    """Make the packed parts that a lowered graph reads known to the store of weights."""
-    add_packed(store, plan.matrices, {name: held.parts for name, held in lowered.held.items()})
+def fill(plan: Plan, lowered: Lowered, store: WeightStore, stored: Mapping[str, StoredTensor] | None = None) -> None:
+    """Make the packed parts that a lowered graph reads known to the store of weights. stored: as of `add_packed`."""
+    add_packed(store, plan.matrices, {name: held.parts for name, held in lowered.held.items()}, stored)
 
 
 def record(plan: Plan, lowered: Lowered, dtype: str) -> Quantization:

@@ -172,7 +172,7 @@ def place(model: onnx.ModelProto, store: WeightStore, writer: BundleWriter, mode
 
 
 def _check_shape(tensor: onnx.TensorProto, sources: tuple[Source, ...]) -> None:
-    if all(isinstance(source, PackedSource) for source in sources) and \
+    if all(isinstance(source, PackedSource) or source.dtype == "uint8" for source in sources) and \
             math.prod(tensor.dims) == sum(math.prod(source.shape) for source in sources):
         return
     first, rows = sources[0].shape, sum(source.shape[0] if source.shape else 1 for source in sources)
