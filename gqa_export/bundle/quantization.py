@@ -30,6 +30,8 @@ class QuantizedWeight:
         reason: why it is not quantized, or not as it was stored; "" otherwise.
         errors: where the bits were chosen: number of bits -> what they lose, in the search's unit.
         kind: what a code in the graph is: "int", or a number of float8 "e4m3" or float4 "e2m1".
+        experts: matrices that are stacked in it; 0: it is one. Each has blocks and an operator of its own.
+        transposed: blocks of such a stack lie along the last axis of the parameter but one.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -43,6 +45,8 @@ class QuantizedWeight:
     bytes: Annotated[int, Limits(ge=0, le=1 << 53)]
     reason: Text = ""
     kind: Annotated[str, OneOf("int", "e4m3", "e2m1")] = "int"
+    experts: Annotated[int, Limits(ge=0, le=1 << 16)] = 0
+    transposed: bool = False
     errors: Annotated[dict[Text, Annotated[float, Limits(ge=0)]], Limits(max_length=8)] = field(default_factory=dict)
 
 
@@ -126,6 +130,7 @@ class Quantization:
         for weight in self.weights:
             held = weight.operator if weight.operator == PLAIN else f"{weight.operator}, block {weight.block}"
             held += "" if weight.kind == "int" else f", {weight.kind}"
+            held += f", {weight.experts} experts" if weight.experts else ""
             groups.setdefault((_LAYER.sub(".*.", weight.name, count=1), weight.stored, str(weight.bits), held,
                                "lossless" if weight.lossless else "rounded", weight.reason), []).append(weight)
         for (name, stored, bits, held, loss, reason), members in groups.items():

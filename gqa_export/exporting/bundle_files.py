@@ -54,7 +54,7 @@ def write_beside(
             not without,
             ready.quantization,
             ready.kv,
-            ready.windows,
+            ready.windows, ready.needs
         ),
         parallel=parallel,
     )

@@ -55,7 +55,7 @@ class _Fit:
 
     def _upgrade(self, name: str, looked_up: bool) -> Upgrade:
         found = self.plan.open[name]
-        rows, columns = found.shape
+        rows, columns = math.prod(found.shape[:-1]), found.shape[-1]
         blocks = -(-columns // found.block)
         codes = (blocks * found.block + (blocks if looked_up else 0)) * (CHOICES[1] - CHOICES[0]) // 8
         return Upgrade(rows * codes, self.lost(name, CHOICES[0]) - self.lost(name, CHOICES[1]))

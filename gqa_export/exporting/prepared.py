@@ -54,6 +54,8 @@ class Prepared:
     """by what the scales of quantized weights were chosen, with a calibration text"""
     windows: WindowCache | None = None
     """layers whose cache is a ring of fewer slots than the capacity"""
+    needs: str = ""
+    """the first onnxruntime that runs layers which share a cache; "" where every one does"""
 
     @property
     def remarks(self) -> tuple[str, ...]:

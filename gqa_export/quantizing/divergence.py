@@ -17,6 +17,7 @@ import torch
 from ..checkpoint.in_float import in_float
 from ..checkpoint.load_model import load_model
 from ..errors import InvalidCheckpoint
+from ..trace.skeleton import has_experts
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
@@ -40,7 +41,10 @@ class Divergence:
 
     def __init__(self, checkpoint: Checkpoint, rows: torch.Tensor, folder: Path) -> None:
         self.rows, self._folder = rows, folder
-        self._model: Any = load_model(checkpoint, "auto")
+        model: Any = load_model(checkpoint, "auto")
+        if has_experts(model):
+            model.set_experts_implementation("eager")  # an expert at a time: others copy a matrix for each token
+        self._model = model
         self._ran: set[int] = set()
         hooks = [
             module.register_forward_hook(lambda module, *_: self._ran.add(id(module)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class Measured:
     """
 
     rows: Callable[[int, int], Array] = field(repr=False)
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     block: int
     label: str
     importance: Array | None = field(repr=False)
@@ -41,19 +42,21 @@ class Measured:
     nats: dict[int, float]
     scales: dict[int, Array] = field(repr=False)
     positive: bool = False
+    transposed: bool = False
 
     def quantized(self, bits: int) -> QuantizedMatrix:
         """The matrix with so many bits."""
         return quantize_matrix(self.rows, self.shape, bits, self.block, self.label, self.importance,
-                               bits == 8 and self.positive, self.scales.get(bits))
+                               bits == 8 and self.positive, self.scales.get(bits), transposed=self.transposed)
 
 
-def measure(rows: Callable[[int, int], Array], shape: tuple[int, int], bits: tuple[int, ...], block: int, label: str,
-            importance: Array | None, sensitivity: Array | None = None, positive: bool = False) -> Measured:
+def measure(rows: Callable[[int, int], Array], shape: tuple[int, ...], bits: tuple[int, ...], block: int, label: str,
+            importance: Array | None, sensitivity: Array | None = None, positive: bool = False, *,
+            transposed: bool = False) -> Measured:
     """Quantize a matrix with each number of bits, and keep of it the errors and the scales alone.
 
     Args:
-        rows, shape, block, label, importance: as of `quantize_matrix`.
+        rows, shape, block, label, importance, transposed: as of `quantize_matrix`.
         bits: to try.
         positive: 8 bits have no scale below 0.
         sensitivity: float64 `[N]`, nats for a squared error of each output; None: not known.
@@ -61,12 +64,13 @@ def measure(rows: Callable[[int, int], Array], shape: tuple[int, int], bits: tup
     Raises:
         UnsupportedModel: a value is not finite, or a block's scale does not fit float16.
     """
-    block = min(block, shape[1])
+    count, columns = prod(shape[:-1]), shape[-1]
+    block = min(block, columns)
     lost, nats, whole = dict.fromkeys(bits, 0.0), dict.fromkeys(bits, 0.0), 0.0
-    scales = {each: np.empty((shape[0], -(-shape[1] // block)), np.float16) for each in bits if len(FACTORS[each]) > 1}
-    step = max(1, STRIPE_NUMBERS // max(shape[1], 1))
-    for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
+    scales = {each: np.empty((count, -(-columns // block)), np.float16) for each in bits if len(FACTORS[each]) > 1}
+    step = max(1, STRIPE_NUMBERS // max(columns, 1))
+    for start in range(0, count, step):
+        stop = min(start + step, count)
         values = rows(start, stop)
         whole += squares(values, importance)
         for each in bits:
@@ -78,7 +82,7 @@ def measure(rows: Callable[[int, int], Array], shape: tuple[int, int], bits: tup
                 scales[each][start:stop] = stripe.scale
     return Measured(rows, shape, block, label, importance,
                     {each: error / whole if whole else 0.0 for each, error in lost.items()},
-                    nats if sensitivity is not None else {}, scales, positive)
+                    nats if sensitivity is not None else {}, scales, positive, transposed)
 
 
 def in_one_unit(measured: Mapping[str, Measured]) -> tuple[dict[str, dict[int, float]], str]:

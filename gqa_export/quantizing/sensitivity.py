@@ -16,6 +16,7 @@ import torch
 
 from ..checkpoint.load_model import load_model
 from ..progress import Progress
+from ..trace.skeleton import has_experts
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
@@ -42,6 +43,8 @@ def sensitivities(checkpoint: Checkpoint, rows: torch.Tensor, names: Collection[
         Name -> float64 `[N]`. Empty where a gradient is not finite.
     """
     model: Any = load_model(checkpoint, "auto")
+    if has_experts(model):
+        model.set_experts_implementation("eager")  # an expert at a time: others copy a matrix for each token
     sums: dict[str, torch.Tensor] = {}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     model.requires_grad_(False)

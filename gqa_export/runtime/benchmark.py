@@ -12,7 +12,7 @@ import numpy as np
 
 from ..bundle.graph_file import read_graph
 from ..bundle.manifest import Manifest, read_manifest
-from ..engine.kernels import weight_bytes_read
+from ..engine.weight_bytes import weight_bytes_read
 from ..environment.machine import peak_bytes
 from ..errors import GqaExportError
 from ..progress import Progress, silent
@@ -107,7 +107,7 @@ def measure(folder: Path | str, *, prompt_tokens: int, new_tokens: int, batch: i
     return Speed(str(folder), manifest.target, manifest.dtype, manifest.cache, prompt_tokens, new_tokens, batch,
                  load_s, statistics.median(prefill), statistics.median(decode),
                  1000 * statistics.median(steps) if steps else 0.0, prefill, decode, before, loaded, peak_mib(),
-                 0 if manifest.engine else weight_bytes_read(read_graph(Path(folder))),
+                 0 if manifest.engine else weight_bytes_read(read_graph(Path(folder)), batch),
                  batch * cache_bytes_read(manifest, prompt_tokens + new_tokens - 1),
                  manifest.spec.cache_bytes_per_token(_cache_bits(manifest)) // 8,
                  manifest.kv_cache.kind if manifest.kv_cache else manifest.dtype)

@@ -19,6 +19,7 @@ from ..graph_io import HIDDEN_STATES
 from ..quantized.kv_codes import TIE, limits
 from ..runtime.session import Session
 from ..spec import WindowCache
+from .quantized_reference import KEPT
 
 FillGarbage = Callable[[tuple[float, ...]], None]
 """fills the part of the cache beyond the lengths with these values before every later call; (): leaves it as it is"""
@@ -67,15 +68,17 @@ def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
     if numbers * 8 > room:
         raise NotCheckedHere(f"the comparison needs {numbers * 8 / 1e9:.0f} GB of memory, {room / 1e9:.0f} are free",
                              checkpoint.source, "validate on a machine with more memory", code="E-VALIDATE-MEMORY")
-    # fp64 beside fp32, and the bundle's own weights
-    reference_dtype = "float64" if numbers * 16 <= room else "float32"
+    # fp64 shares what the checkpoint holds; matrices that are quantized once more are fp64 beside the baseline's fp32
+    quantized = manifest.quantization is not None and manifest.quantization.method not in KEPT
+    needed = numbers * (16 if quantized else 8)
+    reference_dtype = "float64" if needed <= room else "float32"
     kv = manifest.kv_cache
     tie = 0.0 if kv is None else max(TIE, limits(kv.bits)[1] * FLOOR_ULPS[ran_dtype] * EPSILON[ran_dtype])
     hidden = any(fact.name == HIDDEN_STATES for fact in manifest.outputs)
     reference = TorchSession(model, manifest.capacity, reference_dtype, spec=manifest.spec, kv=kv, tie=tie,
                              hidden=hidden)
     if reference_dtype == ran_dtype:
-        notes.append(f"no room for PyTorch in fp64 ({numbers * 16 / 1e9:.0f} GB): the reference is fp32, and the "
+        notes.append(f"no room for PyTorch in fp64 ({needed / 1e9:.0f} GB): the reference is fp32, and the "
                      "tolerance is assumed, not measured")
         return reference, None, reference_dtype
     if ran_dtype != "float32":
@@ -118,9 +121,10 @@ def observed_facts(reference: Any, where: str) -> dict[str, object]:
         raise InvalidCheckpoint("the checkpoint's own logits are NaN or infinite", where,
                                 "check its weights; there is nothing to compare with", code="E-CKPT-NAN")
     pairs = reference.cache()
-    numbers, alike = cached_layers(reference.model.config) or (tuple(range(len(pairs))), frozenset(range(len(pairs))))
+    every = tuple(range(len(pairs)))
+    numbers, alike, read = cached_layers(reference.model.config) or (every, frozenset(every), every)
     shown: dict[str, object] = {"model_type": reference.model.config.model_type, "vocabulary": logits.shape[-1],
-                                "layers": len(numbers), "layer numbers": numbers, "alike": alike}
+                                "layers": len(numbers), "layer numbers": numbers, "alike": alike, "caches read": read}
     for number, (key, value) in enumerate(pairs):
         shown[f"key {number}"] = (key.shape[1], key.shape[3])
         shown[f"value {number}"] = (value.shape[1], value.shape[3])
@@ -129,8 +133,9 @@ def observed_facts(reference: Any, where: str) -> dict[str, object]:
     return shown
 
 
-def cached_layers(config: Any) -> tuple[tuple[int, ...], frozenset[int]] | None:
-    """The attention layers of a model, and those whose keys and values its own cache holds as attention gets them.
+def cached_layers(config: Any) -> tuple[tuple[int, ...], frozenset[int], tuple[int, ...]] | None:
+    """The attention layers of a model, those whose keys and values its own cache holds as attention gets them, and of
+    each layer the one whose keys and values it reads, its own number mostly.
 
     Read from the model's code, run once without weights: a manifest's `cached_alike` is a claim of the bundle that is
     under test. None where the model cannot be run so; then all layers are compared.
@@ -140,7 +145,7 @@ def cached_layers(config: Any) -> tuple[tuple[int, ...], frozenset[int]] | None:
     from ..trace import attention_hook, skeleton
     from ..trace.patches import registry
     from ..trace.probe import rotary
-    from ..trace.probe.layer_probe import listen_with_cache
+    from ..trace.probe.layer_probe import listen_with_cache, owner_of
 
     try:
         with registry.applied(config):
@@ -149,7 +154,9 @@ def cached_layers(config: Any) -> tuple[tuple[int, ...], frozenset[int]] | None:
             calls, alike, _ = listen_with_cache(model)
     except GqaExportError:
         return None
-    return tuple(sorted(calls)), frozenset(alike)
+    owners = {number: owner_of(call, calls) for number, call in sorted(calls.items())}
+    return tuple(owners), frozenset(alike), tuple(
+        number if owner is None else owner for number, owner in owners.items())
 
 
 def choose_bundle_provider(manifest: Manifest, wanted: str, ran_dtype: str) -> str:
