@@ -168,7 +168,7 @@ def _within_kl(fit: _Fit, options: ExportOptions, most: frozenset[int], divergen
             f"the best choice{size} has a KL divergence of {high:.4g} (mean over {divergence.tokens} "
             f"tokens), --max-kl allows {limit:g}",
             "--max-kl",
-            f"allow {high:.2g} or more"
+            f"allow {1.01 * high:.3g} or more"
             + (
                 ", or a larger bundle"
                 if options.max_size
