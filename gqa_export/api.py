@@ -63,8 +63,9 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
            tokenizer: PreTrainedTokenizerBase | None = None, full_hash: bool = False, max_ram: int | str | None = None,
            text_only: bool = False, allow_pickle: bool = False, ignore_unused: bool = False, force: bool = False,
            dump_passes: Place | None = None, trace_cache: bool = True, stamping: bool = True,
-           quantize: Place = "keep", activations: Activations | None = None, head: Head = "int8", block: int = 32,
-           calibrate: Place | None = None, tensor_parallel: int = 1, kv_cache: KvCodes | None = None,
+           quantize: Place = "keep", activations: Activations | None = None, head: Head | None = None,
+           block: int = 32, calibrate: Place | None = None, max_size: int | str | None = None,
+           max_kl: float | None = None, tensor_parallel: int = 1, kv_cache: KvCodes | None = None,
            long_attention: LongOptions | None = None, lora: Sequence[Place] = (), merge_lora: Place | None = None,
            window_cache: WindowCaches = "full", prompt_chunk: int | None = None, hidden_states: bool = False,
            ragged_chunks: bool = False, progress: Progress | None = None) -> Bundle:
@@ -95,9 +96,13 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
             numbers of them; "int4", "int8", for TensorRT also "fp8" and "nvfp4", or a file of rules (.toml) quantizes.
             See docs/quantization.md.
         activations: quantized products round their inputs to int8 (faster), or stay exact; None is int8 on a CPU.
-        head: bits of head and embedding: "int8", "same" as the other matrices, or "none". block: columns that share a
+        head: bits of head and embedding: "int8", "same" as the other matrices, or "none"; None is "int8", or chosen
+            where a limit is given. block: columns that share a
             scale: 16, 32, 64, 128 or 256. calibrate: a UTF-8 text by whose
             activations errors are weighed, and from which the scales of a quantized cache are chosen.
+        max_size: bytes that all files of the bundle may have, or "100MB": each matrix gets 4 or 8 bits, so that the sum
+            of their errors is the least. max_kl: nats that rounding the weights may move predictions, measured on part
+            of the calibration text: the smallest such choice is taken.
         tensor_parallel: devices over which a model is cut, for the TensorRT targets: a graph for each, one manifest.
         kv_cache: "int8" or "int4": the cache holds codes of so many bits; "fp8": 8-bit floats; None: numbers.
         long_attention: write a second graph for long prompts, with approximate attention, beside the exact one.
@@ -118,7 +123,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
     options = export_options(target, dtype, cache, capacity, weights, logits, provider, revision, full_hash, max_ram,
                               text_only, force, path_of(dump_passes), ignore_unused, trace_cache, stamping,
                               quantize, activations, head, block, calibrate, tensor_parallel, kv_cache, long_attention,
-                              lora, merge_lora, hidden_states, ragged_chunks, window_cache, prompt_chunk)
+                              lora, merge_lora, hidden_states, ragged_chunks, window_cache, prompt_chunk,
+                              max_size, max_kl)
     _refuse_tokenizer(source, tokenizer)
     if not isinstance(source, str | Path):
         refuse_revision(revision, type(source).__name__, "a model in memory")
@@ -132,8 +138,9 @@ def plan_export(source: Place | PreTrainedModel, output: Place | None = None, *,
                 weights: Weights = "copy", logits: Logits | None = None, provider: Provider = "auto",
                 revision: str | None = None, max_ram: int | str | None = None, text_only: bool = False,
                 allow_pickle: bool = False, ignore_unused: bool = False, trace_cache: bool = True,
-                quantize: Place = "keep", activations: Activations | None = None, head: Head = "int8", block: int = 32,
-                calibrate: Place | None = None, tensor_parallel: int = 1, kv_cache: KvCodes | None = None,
+                quantize: Place = "keep", activations: Activations | None = None, head: Head | None = None,
+                block: int = 32, calibrate: Place | None = None, max_size: int | str | None = None,
+                max_kl: float | None = None, tensor_parallel: int = 1, kv_cache: KvCodes | None = None,
                 long_attention: LongOptions | None = None, lora: Sequence[Place] = (), merge_lora: Place | None = None,
                 window_cache: WindowCaches = "full", prompt_chunk: int | None = None, hidden_states: bool = False,
                 ragged_chunks: bool = False, progress: Progress | None = None) -> Plan:
@@ -145,7 +152,8 @@ def plan_export(source: Place | PreTrainedModel, output: Place | None = None, *,
                               quantize=quantize, activations=activations, head=head, block=block, calibrate=calibrate,
                               tensor_parallel=tensor_parallel, kv_cache=kv_cache, long=long_attention, lora=lora,
                               merge_lora=merge_lora, hidden_states=hidden_states, ragged_chunks=ragged_chunks,
-                              window_cache=window_cache, prompt_chunk=prompt_chunk)
+                              window_cache=window_cache, prompt_chunk=prompt_chunk, max_size=max_size,
+                              max_kl=max_kl)
     with pickles_allowed(allow_pickle), opened(source, text_only=text_only) as place:
         return dry_run(place, options, path_of(output), progress)
 

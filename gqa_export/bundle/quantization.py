@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from ..spec import STRICT, Limits, OneOf, Text
@@ -28,6 +28,7 @@ class QuantizedWeight:
             two operators read, "MatMulNBits, GatherBlockQuantized".
         bytes: of its codes, scales, zero points and corrections.
         reason: why it is not quantized, or not as it was stored; "" otherwise.
+        errors: where the bits were chosen: number of bits -> what they lose, in the search's unit.
         kind: what a code in the graph is: "int", or a number of float8 "e4m3" or float4 "e2m1".
         experts: matrices that are stacked in it; 0: it is one. Each has blocks and an operator of its own.
         transposed: blocks of such a stack lie along the last axis of the parameter but one.
@@ -46,6 +47,52 @@ class QuantizedWeight:
     kind: Annotated[str, OneOf("int", "e4m3", "e2m1")] = "int"
     experts: Annotated[int, Limits(ge=0, le=1 << 16)] = 0
     transposed: bool = False
+    errors: Annotated[dict[Text, Annotated[float, Limits(ge=0)]], Limits(max_length=8)] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BitsSearch:
+    """How bits were chosen, matrix by matrix, within a limit.
+
+    Attributes:
+        max_bytes: that all files of the bundle may have; 0: any number.
+        max_kl: nats that rounding the weights may move a prediction, on average; None: any number.
+        unit: of errors. "nats": of KL divergence that a matrix's rounding adds, by gradients of a text's tokens;
+            "relative": part of its output's energy, or of its own, and the head's counts as often as there are layers.
+        error: the sum of the matrices' errors with the bits that were chosen. least, most: with all bits, with fewest.
+        higher: matrices that have the higher number of bits. open: matrices whose bits were chosen.
+        kl: KL divergence of the model with rounded weights from the model without, PyTorch beside PyTorch with inputs
+            of products exact, mean over `kl_tokens` tokens of the calibration text that no scale was chosen with; None:
+            not measured.
+        evaluations: choices whose KL divergence was measured.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    max_bytes: Annotated[int, Limits(ge=0, le=1 << 53)]
+    max_kl: Annotated[float, Limits(gt=0)] | None
+    unit: Annotated[str, OneOf("nats", "relative")]
+    error: Annotated[float, Limits(ge=0)]
+    least: Annotated[float, Limits(ge=0)]
+    most: Annotated[float, Limits(ge=0)]
+    higher: Annotated[int, Limits(ge=0, le=MOST_MATRICES)]
+    open: Annotated[int, Limits(ge=0, le=MOST_MATRICES)]
+    kl: Annotated[float, Limits(ge=0)] | None = None
+    kl_tokens: Annotated[int, Limits(ge=0, le=1 << 31)] = 0
+    evaluations: Annotated[int, Limits(ge=0, le=1 << 31)] = 0
+
+    def lines(self) -> list[str]:
+        """For people."""
+        limits = [*([f"{self.max_bytes / 1e6:,.1f} MB for all files"] if self.max_bytes else []),
+                  *([f"KL {self.max_kl:g}"] if self.max_kl is not None else [])]
+        word = "expected KL" if self.unit == "nats" else "sum of errors"
+        lines = [f"bits chosen by error within {' and '.join(limits)}: {self.higher} of {self.open} matrices have 8 "
+                 f"bits, the others 4; {word} {self.error:.4g} (most with 8 bits {self.least:.4g}, all with 4 "
+                 f"{self.most:.4g})"]
+        if self.kl is not None:
+            lines.append(f"measured KL {self.kl:.4g}, of the weights alone, mean over {self.kl_tokens} tokens of the "
+                         f"text that no scale was chosen with; {self.evaluations} choices measured")
+        return lines
 
 
 @dataclass(frozen=True)
@@ -59,6 +106,7 @@ class Quantization:
         weights: every quantized matrix, and those that a quantized model has as floating-point numbers.
         calibration: sha256 of the text whose activations weighed the errors; "" where none did.
         tokens: of the calibration text that were used.
+        search: how the bits were chosen, where they were; None, and not in the file, where methods or rules say them.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -68,6 +116,7 @@ class Quantization:
     weights: Annotated[tuple[QuantizedWeight, ...], Limits(max_length=MOST_MATRICES, fail_fast=True)] = ()
     calibration: Annotated[str, Limits(pattern="^([0-9a-f]{64})?$")] = ""
     tokens: Annotated[int, Limits(ge=0, le=1 << 31)] = 0
+    search: BitsSearch | None = None
 
     def lines(self) -> list[str]:
         """For people: the whole, then each matrix; layers that are alike in all have one line."""
@@ -76,6 +125,7 @@ class Quantization:
         lines = [f"quantized weights: {label.get(self.method, f'quantized, {self.method}')}, {size / 1e6:,.1f} MB, "
                  f"inputs of products {'rounded to int8' if self.activations == 'int8' else 'exact'}"
                  + (f", scales chosen with {self.tokens} tokens of a text" if self.calibration else "")]
+        lines += [f"  {line}" for line in self.search.lines()] if self.search else []
         groups: dict[tuple[str, ...], list[QuantizedWeight]] = {}
         for weight in self.weights:
             held = weight.operator if weight.operator == PLAIN else f"{weight.operator}, block {weight.block}"
@@ -86,5 +136,19 @@ class Quantization:
         for (name, stored, bits, held, loss, reason), members in groups.items():
             count = f" ({len(members)} of them)" if len(members) > 1 else ""
             lines.append(f"  {name if len(members) > 1 else members[0].name}{count}: {stored} -> {bits} bits, {held}, "
-                         f"{loss}, {sum(each.bytes for each in members):,} bytes" + (f": {reason}" if reason else ""))
+                         f"{loss}, {sum(each.bytes for each in members):,} bytes" + (f": {reason}" if reason else "")
+                         + _errors(members, bits, self.search.unit if self.search else ""))
         return lines
+
+
+def _errors(members: list[QuantizedWeight], bits: str, unit: str) -> str:
+    """What the bits of alike matrices lose, and what the other number of bits would lose; "" where that was not
+    measured."""
+    said = []
+    for number in sorted(members[0].errors, key=lambda number: number != bits):
+        found = [(1 if unit == "nats" else 100) * each.errors[number] for each in members if number in each.errors]
+        least, most = f"{min(found):.3g}", f"{max(found):.3g}"
+        word = "nats" if unit == "nats" else "%"
+        said.append(f"error {least}{f' to {most}' if most != least else ''} {word}" + (
+            "" if number == bits else f" with {number} bits"))
+    return f"; {'; '.join(said)}" if said else ""

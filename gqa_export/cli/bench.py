@@ -65,6 +65,11 @@ def table(speed: Speed) -> Table:
     if speed.weight_bytes_per_token:
         shown.add_row("weights read", f"{speed.weight_bytes_per_token / 1e6:.1f} MB a step",
                       "of the graph; what a decode step cannot do without")
+    if speed.cache_bytes_per_step:
+        tokens = speed.prompt_tokens + speed.new_tokens - 1
+        shown.add_row("cache read", f"{speed.cache_bytes_per_step / 1e6:.3f} MB a step",
+                      f"{speed.cache_kind}, at {tokens} tokens of {speed.batch} sequences; a token of one adds "
+                      f"{speed.cache_bytes_per_token:,} bytes")
     shown.add_row("decode step", f"{speed.decode_step_ms:.2f} ms", runs)
     for name, size, how in (
         ("anonymous memory", speed.anonymous_mib, "resident after loading, backed by no file"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from ..environment.machine import large_blocks_apart
 from ..errors import EXIT_DIFFERENT, GqaExportError, InvalidCheckpoint, NotCheckedHere, UnsupportedModel
 from .long_options import METHOD, how_options, long_options
 from .trust_options import revision_option, trust_options
@@ -71,8 +72,15 @@ if TYPE_CHECKING:
                    "also fp8, nvfp4), or quantize by rules of a file.")
 @click.option("--activations", type=click.Choice(["int8", "exact"]), default=None,
               help="Quantized products round their inputs to int8 (faster), or do not.  [default: int8 on a CPU]")
-@click.option("--head", type=click.Choice(["int8", "same", "none"]), default="int8", show_default=True,
-              help="With --quantize: bits of head and embedding, the same as the others', or none.")
+@click.option("--head", type=click.Choice(["int8", "same", "none"]), default=None,
+              help="With --quantize: bits of head and embedding, the same as the others', or none.  [default: int8; "
+                   "chosen with --max-size, --max-kl]")
+@click.option("--max-size", default=None, metavar="SIZE",
+              help="With --quantize int4: most that all files of the bundle may have (100MB); bits of each matrix, 4 "
+                   "or 8, are chosen by their errors.")
+@click.option("--max-kl", type=float, default=None, metavar="NATS",
+              help="With --quantize int4 --calibrate TEXT: most that rounding the weights may move predictions, "
+                   "measured on a part of the text; the smallest such choice of bits is taken.")
 @click.option("--block", type=int, default=32, show_default=True,
               help="With --quantize: columns that share a scale: 16, 32, 64, 128 or 256.")
 @click.option("--tensor-parallel", type=click.IntRange(1), default=1, show_default=True, metavar="N",
@@ -103,6 +111,8 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, ve
     from .. import api
     from .progress import progress
 
+    if options["calibrate"] is not None:
+        large_blocks_apart()
     long = long_options(long_attention, options, text, long_from)
     options.update(provider=provider, revision=revision, allow_pickle=allow_pickle, long_attention=long)
     if dry_run and dump_passes:
@@ -165,6 +175,9 @@ def describe(bundle: Bundle) -> None:
     for line in (*(f"model: {words}" for layer, words in said if layer < 0),
                  *by_reason(entry for entry in said if entry[0] >= 0)):
         click.echo(f"  fallback: {line}")
+    search = manifest.quantization.search if manifest.quantization else None
+    for line in search.lines() if search else ():
+        click.echo(f"  {line}")
     for note in (*export.remarks, *export.notes):
         click.echo(f"  note: {note}")
 

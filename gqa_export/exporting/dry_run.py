@@ -19,7 +19,8 @@ from ..weights.layout import Arrangement, arrange
 from ..weights.memory_budget import Budget
 from ..weights.source_kinds import MemorySource
 from .options import ExportOptions
-from .prepare import Prepared, prepare
+from .prepare import prepare
+from .prepared import Prepared
 
 SAMPLE_BYTES = 48 << 20
 

@@ -19,7 +19,9 @@ class ExportOptions:
     stamping: False traces every layer, also those that are alike.
     quantize: "keep" leaves quantized weights as they are stored, "dequantize" makes floating-point numbers of them;
     a method ("int4", "int8", "fp8", "nvfp4") or a file of rules (.toml) quantizes. activations: "int8", "exact" or ""
-    for the target's own. head: bits of head and embedding, "int8", "same" or "none". block: columns that share a scale.
+    for the target's own. head: bits of head and embedding, "int8", "same" or "none"; "" is "int8", or with a limit what
+    it leaves room for. max_size: bytes of the whole bundle; 0: no limit. max_kl: nats that quantized weights may move
+    predictions, None: no limit. With either one, bits of each matrix are chosen. block: columns that share a scale.
     calibrate: a text by whose activations errors are weighed, and from which a quantized cache's scales are chosen.
     tensor_parallel: devices over which the model is cut; 1 is a bundle of one graph.
     kv_cache: "int8", "int4" or "fp8" codes in the cache, "" for numbers.
@@ -48,7 +50,7 @@ class ExportOptions:
     stamping: bool = True
     quantize: str = "keep"
     activations: str = ""
-    head: str = "int8"
+    head: str = ""
     block: int = 32
     calibrate: Path | None = None
     tensor_parallel: int = 1
@@ -60,3 +62,10 @@ class ExportOptions:
     merge_lora: Path | None = None
     window_cache: str = "full"
     prompt_chunk: int = 0
+    max_size: int = 0
+    max_kl: float | None = None
+
+    @property
+    def limited(self) -> bool:
+        """Whether bits of each matrix are chosen within a limit."""
+        return bool(self.max_size) or self.max_kl is not None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +15,17 @@ from ..checkpoint.tokenizer import token_ids
 from ..checkpoint.unused_tensors import unused_notes
 from ..environment.onnxruntime_ops import state_ops_of_runtime
 from ..errors import GqaExportError, UnsupportedModel
+from ..files.scratch import scratch_folder
 from ..progress import Progress
-from ..spec import DEFAULT_CAPACITY, DTYPES, KvCache, ModelSpec, WindowCache
+from ..spec import DEFAULT_CAPACITY, DTYPES, ModelSpec
 from ..weights.memory_budget import Budget
-from ..weights.sources import WeightStore
 from . import quantize
 from .adapters import add_slots, merge_weights, read_adapters, refuse_quantized_adapters, weight_shapes
+from .fit_bits import divergence_of, fitted
 from .kv_calibration import cache_of
 from .long_plan import long_plan, plan_notes
 from .options import ExportOptions
+from .prepared import Prepared, pick_provider
 from .ranks import lower_ranks, refuse_quantized_ranks, refuse_ranks
 from .shared_caches import first_version, reads_caches, refuse_long_with_shared
 from .tokenizer_files import check_tokenizer
@@ -32,56 +33,10 @@ from .weight_store import used_names, wanted_weights, weight_store
 from .window_plan import check_window_options, window_plan
 
 if TYPE_CHECKING:
-    from ..bundle.quantization import Quantization
-    from ..checkpoint.lora_adapter import LoraAdapter
-    from ..long_attention_op import LongPlan, LongSetting
+    from ..long_attention_op import LongSetting
     from ..lowering.adapter_inputs import AdapterSlot
-    from ..lowering.context import Lowered
     from ..targets import Target
     from ..trace.traced import Traced
-    from .ranks import Ranks
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything about an export that is known before a byte is written. Options are resolved. trace_file: of the trace
-    cache, where the trace lies there. trace_taken: it was there already."""
-
-    checkpoint: Checkpoint
-    options: ExportOptions
-    dtype: str
-    target: Target
-    traced: Traced
-    trace_file: Path | None
-    trace_taken: bool
-    lowered: Lowered
-    store: WeightStore
-    adapters: tuple[LoraAdapter, ...] = ()
-    slots: tuple[AdapterSlot, ...] = ()
-    notes: tuple[str, ...] = ()
-    """on the checkpoint: tensors that the model does not use"""
-    quantization: Quantization | None = None
-    """of the weights; None where all are floating-point numbers and the checkpoint's were too"""
-    ranks: Ranks | None = None
-    """of a model that is cut over several; `lowered` is rank 0's then"""
-    kv: KvCache | None = None
-    """how the cache is quantized"""
-    plan: LongPlan | None = None
-    prefill: Lowered | None = None
-    """the graph for long prompts, where one is written"""
-    importance: Mapping[str, Any] = field(default_factory=dict)
-    """by what the scales of quantized weights were chosen, with a calibration text"""
-    windows: WindowCache | None = None
-    """layers whose cache is a ring of fewer slots than the capacity"""
-    needs: str = ""
-    """the first onnxruntime that runs layers which share a cache; "" where every one does"""
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """What is right but slower than it could be: in the graph, with the layers it concerns, and in the tracing."""
-        slow = self.traced.slow_because
-        return (*self.lowered.remarks, *([f"traced by torch.export, three times slower than the light capture, which "
-                                          f"does not apply: {slow}"] if slow else []))
 
 
 def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progress, budget: Budget,
@@ -149,26 +104,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     kv = cache_of(checkpoint, traced, options, target, say)
     reads = reads_caches(traced.spec, target, options.ragged_chunks)
     rings = window_plan(options, target, traced.spec, traced.capacity)
-    lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider, kv=kv,
-                            windows=rings.windows, hidden=options.hidden_states, ragged_chunks=options.ragged_chunks,
-                            reads_caches=reads, packed=options.weights == "copy",
-                            runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None,
-                            quantized=quantizing.facts if quantizing else {},
-                            exact=quantizing is not None and quantizing.exact)
-    ranks = None
-    if options.tensor_parallel > 1:
-        refuse_quantized_ranks(checkpoint.source, options.quantize != "dequantize" and (
-            quantizing is not None or bool(checkpoint.quantized)))
-        ranks = lower_ranks(traced, lowering, options.tensor_parallel, tensor_parallel_plan(checkpoint),
-                            lambda stage: say(stage, None, None))
-        lowered = ranks.lowered[0]
-    else:
-        lowered = lower(traced.model, traced.spec, lowering, lambda stage: say(stage, None, None), dump)
-        lowered = replace(lowered, fallbacks=(*lowered.fallbacks, *rings.fallbacks))
-    slots: tuple[AdapterSlot, ...] = ()
-    if adapters:
-        lowered, slots = add_slots(lowered, traced, adapters, weight_shapes(traced, wanted_weights(traced)))
-    plan, prefill = None, None
+    plan = None
     if options.long:
         if quantizing is not None and not quantizing.exact:
             refuse_long_with_rounding()
@@ -176,19 +112,48 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         plan = long_plan(options.long, traced.spec, traced.capacity,
                          lambda setting: automatic_layers(checkpoint, options, traced.spec, setting, say),
                          inside=target.long_inside)
-        prefill = lower(traced.model, traced.spec, replace(lowering, long=plan),
-                        lambda stage: say(f"{stage} the graph for long prompts", None, None))
         notes = (*notes, *plan_notes(plan, traced.spec, target.long_inside))
-    budget.check("lowering")
-    recorded = None
-    if quantizing:
-        for each in (lowered, *((prefill,) if prefill else ())):
-            quantize.fill(quantizing, each, store)
-        recorded = quantize.record(quantizing, lowered, dtype)
-    return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store, adapters, slots,
-                    (*checkpoint.notes, *notes, *rings.notes), recorded, ranks, kv, plan, prefill,
-                    quantizing.importance if quantizing else {}, rings.windows,
-                    first_version(traced.spec, target, reads))
+    lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider, kv=kv,
+                            windows=rings.windows, hidden=options.hidden_states, ragged_chunks=options.ragged_chunks,
+                            reads_caches=reads, packed=options.weights == "copy",
+                            runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None)
+    if options.tensor_parallel > 1:
+        refuse_quantized_ranks(checkpoint.source, options.quantize != "dequantize" and (
+            quantizing is not None or bool(checkpoint.quantized)))
+
+    def lowered_with(quantizing: quantize.Plan | None, dump: PassDump | None = None) -> Prepared:
+        """All that depends on what becomes of each weight."""
+        own = replace(lowering, quantized=quantizing.facts if quantizing else {},
+                      exact=quantizing is not None and quantizing.exact)
+        ranks = None
+        if options.tensor_parallel > 1:
+            ranks = lower_ranks(traced, own, options.tensor_parallel, tensor_parallel_plan(checkpoint),
+                                lambda stage: say(stage, None, None))
+            lowered = ranks.lowered[0]
+        else:
+            lowered = lower(traced.model, traced.spec, own, lambda stage: say(stage, None, None), dump)
+            lowered = replace(lowered, fallbacks=(*lowered.fallbacks, *rings.fallbacks))
+        slots: tuple[AdapterSlot, ...] = ()
+        if adapters:
+            lowered, slots = add_slots(lowered, traced, adapters, weight_shapes(traced, wanted_weights(traced)))
+        prefill = lower(traced.model, traced.spec, replace(own, long=plan),
+                        lambda stage: say(f"{stage} the graph for long prompts", None, None)) if plan else None
+        budget.check("lowering")
+        recorded = None
+        if quantizing:
+            for each in (lowered, *((prefill,) if prefill else ())):
+                quantize.fill(quantizing, each, store, checkpoint.packed if options.weights != "copy" else None)
+            recorded = quantize.record(quantizing, lowered, dtype)
+        return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store, adapters, slots,
+                        (*checkpoint.notes, *notes, *rings.notes), recorded, ranks, kv, plan, prefill,
+                        quantizing.importance if quantizing else {}, rings.windows,
+                        first_version(traced.spec, target, reads))
+
+    if quantizing is None or not options.limited:
+        return lowered_with(quantizing, dump)
+    with scratch_folder("predictions") as scratch:
+        return fitted(lowered_with(quantizing), quantizing, lowered_with,
+                      lambda: divergence_of(checkpoint, quantizing, scratch), say, dump)
 
 
 def tensor_parallel_plan(checkpoint: Checkpoint) -> dict[str, str]:
@@ -256,16 +221,3 @@ def _capacity(asked: int, config: Any) -> int:
         raise GqaExportError(f"capacity {asked} is beyond the model's {longest} positions", "--capacity",
                              f"use --capacity {longest} or less", code="E-OPTION-CAPACITY")
     return asked or min(longest, DEFAULT_CAPACITY)
-
-
-def pick_provider(provider: str, dtype: str, target: Target) -> str:
-    """"cpu" or "cuda"; "auto" is CUDA where onnxruntime has it and the target's kernels there take this dtype."""
-    if provider != "auto":
-        return provider
-    from importlib.util import find_spec
-
-    if dtype not in target.dtypes.get("cuda", ()) or find_spec("onnxruntime") is None:
-        return "cpu"
-    import onnxruntime
-
-    return "cuda" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"

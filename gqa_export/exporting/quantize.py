@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bundle.quantization import PLAIN, Quantization, QuantizedWeight
+from ..bundle.quantization import PLAIN, BitsSearch, Quantization, QuantizedWeight
 from ..errors import GqaExportError
 from ..progress import Progress
 from ..quantized.facts import MatrixFacts, facts_of
 from ..quantized.matrix import QuantizedMatrix
+from ..quantizing.errors_of_bits import Measured, measure
 from ..quantizing.floats import quantize_floats
 from ..quantizing.matrices import Weight, weights_of
 from ..quantizing.rtn import quantize_matrix
@@ -22,11 +23,14 @@ from ..weights.packed import add_packed, packers_of
 from ..weights.rows import rows_of
 from ..weights.source_kinds import DequantizedSource
 from ..weights.sources import WeightStore
+from .limits import CHOICES, check_limits
 from .options import ExportOptions
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
+    from ..checkpoint.safetensors_header import StoredTensor
     from ..lowering.context import Lowered
+    from ..quantizing.calibrate import TextRows
     from ..targets import Target
     from ..trace.traced import Traced
 
@@ -45,6 +49,9 @@ class Plan:
         stored: name of a weight -> what the checkpoint holds, for people.
         plain: name of a weight -> why it stays floating-point numbers.
         weights: of the model, in the order of the graph.
+        open: name of a weight whose bits are to be chosen -> what each number of bits would lose; `matrices` has it
+            with the lowest. apart: int64 `[rows, length]`, tokens to measure on; None without a limit that needs them.
+        errors: name -> bits -> error, where bits are chosen. search: how the bits were chosen.
         calibration: sha256 of the text that weighed errors. tokens: of it that were used. importance: name of a weight
             -> how much errors of its columns count.
     """
@@ -56,6 +63,10 @@ class Plan:
     stored: Mapping[str, str] = field(default_factory=dict)
     plain: Mapping[str, str] = field(default_factory=dict)
     weights: tuple[Weight, ...] = ()
+    open: Mapping[str, Measured] = field(default_factory=dict)
+    apart: Any = None
+    errors: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    search: BitsSearch | None = None
     calibration: str = ""
     tokens: int = 0
     importance: Mapping[str, Any] = field(default_factory=dict)
@@ -67,6 +78,7 @@ def check_options(options: ExportOptions, target: Target) -> None:
     Raises:
         GqaExportError: with the methods; or a calibration text is given and nothing is quantized.
     """
+    check_limits(options)
     if options.quantize in KINDS:
         refuse_codes(target, KINDS[options.quantize])
     known = (*KEEP, *METHODS)
@@ -112,45 +124,70 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
         return Plan("keep", exact, kept, {name: facts_of(matrix) for name, matrix in kept.items()}, stored, plain,
                     weights) if held or store.left else None
     rules = read_rules(Path(options.quantize)) if options.quantize not in METHODS else ()
-    decisions = decide(weights, METHODS.get(options.quantize, 0), options.block, options.head, rules,
-                       KINDS.get(options.quantize, "int"))
+    bits = METHODS.get(options.quantize, CHOICES[0] if options.limited else 0)
+    decisions = decide(weights, bits, options.block, options.head, rules, KINDS.get(options.quantize, "int"))
     for kind in sorted({each.kind for each in decisions}):
         refuse_codes(target, kind)
-    importance, sha256, tokens = _importance(checkpoint, options, decisions, say)
-    matrices = {}
-    for each in decisions:
-        if each.bits:
-            name, shape = each.weight.name, each.weight.matrix_shape
-            label, stack = f"{name} ({stored[name]})", shape if each.weight.experts else ()
-            read = rows_of(sources[name], stack, transposed=each.weight.transposed)
-            if each.kind == "int":
-                matrices[name] = quantize_matrix(read, shape, each.bits, each.block, label, importance.get(name),
-                                                 each.bits == 8 and target.positive_scales,
-                                                 transposed=each.weight.transposed)
-                continue
-            say(f"reading {name}", len(matrices), len(decisions))
+    text = _text(checkpoint, options)
+    importance, sha256, tokens = _importance(checkpoint, text, decisions, say)
+    effects = _effects(checkpoint, text, decisions, importance, say) if text and options.limited else {}
+    matrices, measured = {}, {}
+    for number, each in enumerate(decisions):
+        if not each.bits:
+            continue
+        name, shape = each.weight.name, each.weight.matrix_shape
+        label, stack = f"{name} ({stored[name]})", shape if each.weight.experts else ()
+        read = rows_of(sources[name], stack, transposed=each.weight.transposed)
+        if options.limited and each.open:
+            say("measuring what fewer bits lose", number, len(decisions))
+            measured[name] = measure(read, shape, CHOICES, each.block, label, importance.get(name), effects.get(name),
+                                     target.positive_scales, transposed=each.weight.transposed)
+            matrices[name] = measured[name].quantized(CHOICES[0])
+        elif each.kind == "int":
+            matrices[name] = quantize_matrix(read, shape, each.bits, each.block, label, importance.get(name),
+                                             each.bits == 8 and target.positive_scales,
+                                             transposed=each.weight.transposed)
+        else:
+            say(f"reading {name}", number, len(decisions))
             matrices[name] = quantize_floats(read, (shape[0], shape[1]), each.kind, each.block, label,
                                              importance.get(name))
     return Plan("rules" if rules else options.quantize, exact, matrices,
                 {name: facts_of(matrix, lossless=False) for name, matrix in matrices.items()}, stored,
-                {each.weight.name: each.reason for each in decisions if not each.bits}, weights, sha256, tokens,
-                importance)
+                {each.weight.name: each.reason for each in decisions if not each.bits}, weights, measured,
+                text.apart if text else None, {}, None, sha256, tokens, importance)
 
 
-def _importance(checkpoint: Checkpoint, options: ExportOptions, decisions: Sequence[Decision],
+def _text(checkpoint: Checkpoint, options: ExportOptions) -> TextRows | None:
+    if options.calibrate is None:
+        return None
+    from ..quantizing.calibrate import rows_of_text
+
+    return rows_of_text(checkpoint, options.calibrate, hold_out=options.max_kl is not None)
+
+
+def _importance(checkpoint: Checkpoint, text: TextRows | None, decisions: Sequence[Decision],
                 say: Progress) -> tuple[Mapping[str, Any], str, int]:
     """How much errors of each matrix's columns count, the text's sha256 and its tokens; nothing without a text."""
-    if options.calibrate is None:
+    if text is None:
         return {}, "", 0
     from ..quantizing.calibrate import calibrate
 
-    found = calibrate(checkpoint, options.calibrate, {each.weight.name for each in decisions if each.bits}, say)
+    found = calibrate(checkpoint, text, {each.weight.name for each in decisions if each.bits}, say)
     return found.importance, found.sha256, found.tokens
 
 
-def fill(plan: Plan, lowered: Lowered, store: WeightStore) -> None:
-    """Make the packed parts that a lowered graph reads known to the store of weights."""
-    add_packed(store, plan.matrices, {name: held.parts for name, held in lowered.held.items()})
+def _effects(checkpoint: Checkpoint, text: TextRows, decisions: Sequence[Decision], importance: Mapping[str, Any],
+             say: Progress) -> Mapping[str, Any]:
+    """What squared errors of each matrix's outputs do to predictions."""
+    from ..quantizing.sensitivity import sensitivities
+
+    return sensitivities(checkpoint, text.statistics, {each.weight.name for each in decisions if each.open},
+                         dict(importance), say)
+
+
+def fill(plan: Plan, lowered: Lowered, store: WeightStore, stored: Mapping[str, StoredTensor] | None = None) -> None:
+    """Make the packed parts that a lowered graph reads known to the store of weights. stored: as of `add_packed`."""
+    add_packed(store, plan.matrices, {name: held.parts for name, held in lowered.held.items()}, stored)
 
 
 def record(plan: Plan, lowered: Lowered, dtype: str) -> Quantization:
@@ -170,7 +207,8 @@ def record(plan: Plan, lowered: Lowered, dtype: str) -> Quantization:
                             experts=weight.experts, transposed=weight.transposed,
                             lossless=plan.facts[weight.name].lossless and (
                                 form.half or dtype == "float32" or form.kind != "int"),
-                            operator=", ".join(dict.fromkeys(each.operator for each in held.forms)))
+                            operator=", ".join(dict.fromkeys(each.operator for each in held.forms)),
+                            errors={str(bits): error for bits, error in plan.errors.get(weight.name, {}).items()})
         weights.append(entry)
     return Quantization(plan.method, "exact" if plan.exact else "int8", tuple(weights), plan.calibration,
-                        plan.tokens)
+                        plan.tokens, plan.search)

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bundle.long_facts import PREFILL, LongFacts
+from ..bundle.long_facts import PREFILL
 from ..bundle.manifest import MODEL, Manifest
 from ..bundle.writer import check_output, writing_bundle
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.tokenizer import has_tokenizer
 from ..errors import GqaExportError
 from ..progress import Progress, silent
-from ..quantizing.importance import FILE as IMPORTANCE
-from ..quantizing.importance import importance_file
 from ..weights.layout import place
 from ..weights.memory_budget import Budget
-from .adapters import adapter_facts, write_adapters
+from .bundle_files import write_beside
+from .limits import refuse_larger
 from .options import ExportOptions
-from .prepare import pick_provider, prepare
+from .prepare import prepare
 from .ranks import write_ranks
-from .record import add_genai, manifest_of, with_bytes
-from .tokenizer_files import NO_TOKENIZER, add_tokenizer
 
 if TYPE_CHECKING:
     from ..trace.traced import Traced
@@ -88,23 +84,9 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
             writer.write(MODEL, lowered.model.SerializeToString())
             if ready.prefill:
                 writer.write(PREFILL, ready.prefill.model.SerializeToString())
-        if ready.importance:
-            writer.write(IMPORTANCE, importance_file(ready.importance))
-        if inplace:
-            without = "" if has_tokenizer(checkpoint) else NO_TOKENIZER
-        else:
-            without = add_tokenizer(checkpoint, writer)
-        notes = [*ready.notes, *writer.notes, *([without] if without else [])]
-        manifest = replace(manifest_of(checkpoint, traced, lowered, options, ready.dtype, not without,
-                                       ready.quantization, ready.kv, ready.windows, ready.needs),
-                           parallel=parallel)
-        write_adapters(writer, ready.adapters, ready.slots, ready.dtype)
-        if ready.plan:
-            manifest = replace(manifest, long=LongFacts(ready.plan, ready.plan.digest(traced.spec.layers)))
-        if ready.target.genai:
-            add_genai(writer, manifest, pick_provider(options.provider, ready.dtype, ready.target), notes)
-        manifest = replace(manifest, source={**manifest.source, **adapter_facts(options, ready.adapters)})
-        manifest = writer.finish(with_bytes(manifest, placement))
+        manifest, notes = write_beside(ready, writer, placement, parallel)
+        refuse_larger(options.max_size, writer, manifest)
+        manifest = writer.finish(manifest)
     notes += rotary_notes(traced)
     budget.check("exporting")
     return Export(Path(output), manifest, len(lowered.model.graph.node), traced.traced_layers, traced.whole_because,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import GqaExportError
 from .choices import (
     Activations,
     Cache,
@@ -33,12 +34,13 @@ def export_options(target: Target, dtype: Dtype, cache: Cache | None, capacity: 
                    max_ram: int | str | None, text_only: bool, force: bool,
                    dump_passes: Path | None = None, ignore_unused: bool = False,
                    trace_cache: bool = True, stamping: bool = True, quantize: Place = "keep",
-                   activations: Activations | None = None, head: Head = "int8", block: int = 32,
+                   activations: Activations | None = None, head: Head | None = None, block: int = 32,
                    calibrate: Place | None = None, tensor_parallel: int = 1,
                    kv_cache: KvCodes | None = None, long: LongOptions | None = None,
                    lora: Sequence[Place] = (), merge_lora: Place | None = None, hidden_states: bool = False,
                    ragged_chunks: bool = False, window_cache: WindowCaches = "full",
-                   prompt_chunk: int | None = None) -> ExportOptions:
+                   prompt_chunk: int | None = None, max_size: int | str | None = None,
+                   max_kl: float | None = None) -> ExportOptions:
     """The options of an export from the arguments of `gqa_export.export`; a value that is not one is refused."""
     from ..exporting.options import ExportOptions
     from ..weights.memory_budget import parse_size
@@ -49,6 +51,19 @@ def export_options(target: Target, dtype: Dtype, cache: Cache | None, capacity: 
     most = parse_size(max_ram) if isinstance(max_ram, str) else max_ram or 0
     return ExportOptions(target, dtype, cache or "", capacity or 0, weights, logits or "", provider, force, full_hash,
                          most, text_only, revision, dump_passes, ignore_unused, trace_cache, stamping, str(quantize),
-                         activations or "", head, block, path_of(calibrate), tensor_parallel, kv_cache or "",
+                         activations or "", head or "", block, path_of(calibrate), tensor_parallel, kv_cache or "",
                          long, hidden_states, ragged_chunks, tuple(map(Path, lora)), path_of(merge_lora), window_cache,
-                         prompt_chunk or 0)
+                         prompt_chunk or 0, _max_size(max_size), max_kl)
+
+
+def _max_size(given: int | str | None) -> int:
+    """Bytes of a limit of a bundle's size; 0: none is given."""
+    from ..weights.memory_budget import bytes_of
+
+    if given is None:
+        return 0
+    size = bytes_of(given) if isinstance(given, str) else int(given)
+    if not size or size < 0:
+        raise GqaExportError(f"invalid size {given!r}", "--max-size", "write it like 100MB, 1.5GB or 800MiB",
+                             code="E-OPTION-MAX-SIZE")
+    return size

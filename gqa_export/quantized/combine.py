@@ -23,7 +23,7 @@ def reordered(matrix: QuantizedMatrix, order: Array) -> QuantizedMatrix:
         return matrix.stripe(first, last).rows(rows - first)
 
     return replace(matrix, shape=(len(order), matrix.columns), read=read, in_place="",
-                   row_block=matrix.row_block if matrix.row_block >= matrix.rows else 1)
+                   scales_in_place="", row_block=matrix.row_block if matrix.row_block >= matrix.rows else 1)
 
 
 def some_rows(matrix: QuantizedMatrix, start: int, stop: int) -> QuantizedMatrix:
@@ -67,7 +67,7 @@ def joined(parts: Sequence[QuantizedMatrix], shape: tuple[int, ...] | None = Non
     blocks = {part.row_block for part in parts}
     same = len(blocks) == 1 and all(part.rows % part.row_block == 0 for part in parts)
     inputs = {part.input_scale for part in parts}
-    return replace(parts[0], shape=shape, read=read, tensors=names, in_place="",
+    return replace(parts[0], shape=shape, read=read, tensors=names, in_place="", scales_in_place="",
                    input_scale=inputs.pop() if len(inputs) == 1 else None,
                    row_block=blocks.pop() if same else 1)
 

@@ -93,8 +93,9 @@ class QuantizedMatrix:
         scale_dtype: the smallest type of which every scale and every minimum is a number: "float8_e4m3fn", "float16",
             "bfloat16", else "float32".
         tensors: names of the stored tensors that it is made of.
-        in_place: the name of a stored tensor whose bytes are the codes packed low bits first along K, each offset by
-            2^(bits - 1); "" where none is.
+        in_place: the name of a stored tensor whose bytes are the codes packed along K: of kind "int" low bits first,
+            each offset by 2^(bits - 1); of nf4 and fp4 the first of two in the high half. "" where none is.
+        scales_in_place: the name of a stored tensor of float16 that is the scales `[N, blocks]`; "" where none is.
     """
 
     shape: tuple[int, ...]
@@ -113,6 +114,7 @@ class QuantizedMatrix:
     scale_dtype: str = "float32"
     tensors: tuple[str, ...] = field(default=(), repr=False)
     in_place: str = ""
+    scales_in_place: str = ""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a form that does not exist: the mistake of a reader, not of a checkpoint."""

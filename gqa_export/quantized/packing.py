@@ -83,6 +83,18 @@ class Packer:
         bits = BITS.get(self.dtype(part), 8)
         return -(-math.prod(self.shape(part)) * bits // 8)
 
+    def in_place(self, part: str) -> str:
+        """The name of the stored tensor whose bytes are this very part, by their layout; "" where none is."""
+        matrix, form = self.matrix, self.form
+        bits = 4 if form.operator == "MatMulBnb4" else form.bits
+        if form.columns_first or form.operator == "DequantizeLinear" or bits != matrix.bits or \
+                matrix.columns % form.block:
+            return ""
+        if part == "codes":
+            return matrix.in_place
+        same = form.half and matrix.block == form.block and matrix.global_scale == 1.0
+        return matrix.scales_in_place if part == "scale" and same else ""
+
     def chunks(self, part: str) -> Iterator[memoryview]:
         """The bytes of a part, some rows at a time."""
         if self.form.columns_first:

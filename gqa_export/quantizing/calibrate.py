@@ -5,30 +5,36 @@ One pass over the text, row by row, in fp32; weights are read when their layer r
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
 from ..checkpoint.expert_products import factor_of, follow
 from ..checkpoint.in_float import in_float
+from ..checkpoint.load_config import load_config
 from ..checkpoint.load_model import load_model
 from ..checkpoint.tokenized_text import load_tokenizer, packed, read_text, spread, tokenize
+from ..errors import GqaExportError
 from ..progress import Progress
+from ..trace.probe.rotary import longest
 from ..trace.skeleton import has_experts
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..checkpoint.checkpoint import Checkpoint
 
 LENGTH = 512
+LEAST_LENGTH = 8
 TOKENS = 2048
 """used of a text"""
+APART = 1024
+"""tokens of a text that are kept apart at most, to measure on"""
 FLOOR = 1e-3
 """of the mean over all columns: a column that was silent in the text may not be silent in others"""
 
@@ -48,23 +54,63 @@ class Calibration:
     tokens: int
 
 
-def calibrate(checkpoint: Checkpoint, text: Path, names: Collection[str], report: Progress) -> Calibration:
-    """Run the checkpoint on a text.
+@dataclass(frozen=True)
+class TextRows:
+    """Tokens of a text. statistics, apart: int64 `[rows, length]`; no token is in both. sha256: of the text."""
+
+    statistics: torch.Tensor
+    apart: torch.Tensor
+    sha256: str
+
+
+def rows_of_text(checkpoint: Checkpoint, text: Path, *, hold_out: bool = False) -> TextRows:
+    """The tokens of a text that are used: rows of 512 tokens (of fewer, where the model has fewer positions or the text
+    is short), spread over it.
 
     Args:
         checkpoint: with a tokenizer.
-        text: a UTF-8 file; rows of 512 tokens are taken, spread over it.
-        names: of the parameters whose inputs are measured.
-        report: called with the rows done.
+        text: a UTF-8 file.
+        hold_out: keep rows apart, to measure on.
 
     Raises:
-        GqaExportError: the text cannot be read or is shorter than a row.
+        GqaExportError: the text cannot be read, or is shorter than it must be.
         InvalidCheckpoint: there is no tokenizer.
     """
     content = read_text(text)
-    ids = tokenize(load_tokenizer(checkpoint.folder), content)
-    length = min(LENGTH, max(len(ids), 1))
-    rows = torch.from_numpy(spread(packed(ids, length, str(text)), max(TOKENS // length, 1)).astype("int64"))
+    ids = tokenize(load_tokenizer(checkpoint.folder, checkpoint.gguf_file), content)
+    positions = longest(load_config(checkpoint).get_text_config()) or LENGTH
+    length = min(LENGTH, positions, max(len(ids), 1))
+    apart = np.zeros(0, int)
+    if hold_out:
+        length = min(length, len(ids) // 3)
+        if length < LEAST_LENGTH:
+            raise GqaExportError(
+                f"the text has {len(ids)} tokens; to measure on some of them, and to choose with others, it needs more",
+                str(text),
+                f"give a text of at least {3 * LEAST_LENGTH} tokens, better of some thousands",
+                code="E-FILE-TEXT-SHORT",
+            )
+    rows = packed(ids, length, str(text))
+    if hold_out:
+        count = max(min(APART // length, len(rows) // 3), 1)
+        apart = ((np.arange(count) + 0.5) * len(rows) / count).astype(int)
+    used = np.setdiff1d(np.arange(len(rows)), apart)
+    statistics = spread(rows[used], max(TOKENS // length, 1))
+    chosen, held = (torch.from_numpy(each.astype(np.int64)) for each in (statistics, rows[apart]))
+    return TextRows(chosen, held, hashlib.sha256(content.encode()).hexdigest())
+
+
+def calibrate(checkpoint: Checkpoint, text: Path | TextRows, names: Collection[str], report: Progress) -> Calibration:
+    """Run the checkpoint on a text.
+
+    Args:
+        checkpoint: that is quantized.
+        text: a file, or its tokens: see `rows_of_text`, which says what is raised.
+        names: of the parameters whose inputs are measured.
+        report: called with the rows done.
+    """
+    text = text if isinstance(text, TextRows) else rows_of_text(checkpoint, text)
+    rows = text.statistics
     model: Any = load_model(checkpoint, "auto")
     sums: dict[str, torch.Tensor] = {}
 
@@ -94,7 +140,9 @@ def calibrate(checkpoint: Checkpoint, text: Path, names: Collection[str], report
     count = rows.numel()
     found = {name: (total / count).clamp_min(FLOOR * float(total.mean()) / count).float().numpy()
              for name, total in sums.items()}
-    return Calibration(found, hashlib.sha256(content.encode()).hexdigest(), count)
+    del model, body, head, module, stacks
+    gc.collect()  # hooks and modules refer to one another, and an export does not collect by itself
+    return Calibration(found, text.sha256, count)
 
 
 def _stacks(model: Any, names: Collection[str]) -> dict[int, str]:

@@ -26,7 +26,7 @@ PIECE = 1 << 16
 
 
 def quantize_matrix(rows: Callable[[int, int], Array], shape: tuple[int, ...], bits: int, block: int, label: str,
-                    importance: Array | None = None, positive: bool = False, *,
+                    importance: Array | None = None, positive: bool = False, scales: Array | None = None, *,
                     transposed: bool = False) -> QuantizedMatrix:
     """A matrix to be quantized while it is read.
 
@@ -38,37 +38,67 @@ def quantize_matrix(rows: Callable[[int, int], Array], shape: tuple[int, ...], b
         label: what the values are quantized from, for people.
         importance: `[K]`, how much an error of each column counts; None: all the same.
         positive: no scale is below 0 (`Target.positive_scales`).
+        scales: float16 `[N, blocks]` that an earlier search over the same values found; None: they are searched for.
         transposed: the model's parameter has each expert as `[K, N]`.
     """
     block = min(block, shape[-1])
 
     def read(start: int, stop: int) -> Stripe:
-        return quantize_rows(rows(start, stop), bits, block, label, importance, positive)
+        return quantize_rows(rows(start, stop), bits, block, label, importance, positive,
+                             None if scales is None else scales[start:stop])
 
     return QuantizedMatrix(shape, bits, block, "int", "none", label, read, scale_dtype="float16",
                            transposed=transposed)
 
 
 def quantize_rows(values: Array, bits: int, block: int, name: str, importance: Array | None = None,
-                  positive: bool = False) -> Stripe:
+                  positive: bool = False, scales: Array | None = None) -> Stripe:
     """Quantize rows `[rows, K]`. Arguments as of `quantize_matrix`.
 
     Raises:
         UnsupportedModel: a value is not finite, or a block's scale does not fit float16.
     """
+    return _rows(values, bits, block, name, importance, positive, scales, None)
+
+
+def measured_rows(values: Array, bits: int, block: int, name: str, importance: Array | None,
+                  positive: bool = False) -> tuple[Stripe, Array]:
+    """`quantize_rows`, and the squared error of each row, float64 `[rows]`, columns weighed by their importance."""
+    found: list[Array] = []
+    return _rows(values, bits, block, name, importance, positive, None, found), np.concatenate(found)
+
+
+def _rows(values: Array, bits: int, block: int, name: str, importance: Array | None, positive: bool,
+          scales: Array | None, lost: list[Array] | None) -> Stripe:
+    """lost: takes the weighed squared errors of each piece's rows."""
     count, columns = values.shape
     blocks = -(-columns // block)
-    codes, scales = np.empty((count, columns), np.int8), np.empty((count, blocks), np.float32)
+    codes, scale = np.empty((count, columns), np.int8), np.empty((count, blocks), np.float32)
     step = max(1, PIECE // max(columns, 1))
     weight = None if importance is None else by_block(importance[None].astype(np.float32), block, blocks)
     for start in range(0, count, step):
         piece = values[start : start + step].astype(np.float32, copy=False)
         across = by_block(piece, block, blocks)  # [block, rows * blocks]: sums over a block are sums of whole rows
         repeated = None if weight is None else np.tile(weight, (1, len(piece)))
-        scale, found = _search(across, bits, repeated, name, positive)
-        scales[start : start + step] = scale.reshape(len(piece), blocks)
-        codes[start : start + step] = found.T.reshape(len(piece), blocks * block)[:, :columns]
-    return Stripe(codes, scales)
+        if scales is None:
+            half = _search(across, bits, repeated, name, positive)
+        else:
+            half = scales[start : start + step].reshape(-1).astype(np.float32)
+        found = codes_of(across, half, bits)
+        if lost is not None:
+            difference = across - found * half
+            weighed = difference if repeated is None else difference * repeated
+            lost.append(np.einsum("ij,ij->j", weighed, difference).reshape(-1, blocks).sum(1, np.float64))
+        scale[start : start + step] = half.reshape(len(piece), blocks)
+        codes[start : start + step] = found.astype(np.int8).T.reshape(len(piece), blocks * block)[:, :columns]
+    return Stripe(codes, scale)
+
+
+def squares(values: Array, importance: Array | None) -> float:
+    """The squares of rows `[rows, K]`, columns weighed by their importance."""
+    values = values.astype(np.float32, copy=False)
+    weighed = values if importance is None else values * importance
+    return float(np.einsum("ij,ij->i", weighed, values).sum(dtype=np.float64))
 
 
 def by_block(rows: Array, block: int, blocks: int) -> Array:
@@ -79,8 +109,17 @@ def by_block(rows: Array, block: int, blocks: int) -> Array:
     return np.ascontiguousarray(rows.reshape(-1, block).T)
 
 
-def _search(values: Array, bits: int, importance: Array | None, name: str, positive: bool) -> tuple[Array, Array]:
-    """Scales `[blocks]` and codes int8 `[block, blocks]` of `values` `[block, blocks]`."""
+def codes_of(values: Array, scale: Array, bits: int) -> Array:
+    """Codes, as float32, of `values` `[block, blocks]` by their scales `[blocks]`."""
+    with np.errstate(divide="ignore"):
+        inverse = np.where(scale == 0, 0, 1 / scale).astype(np.float32)
+    codes = np.empty_like(values)
+    _round(values, inverse, -(1 << (bits - 1)), (1 << (bits - 1)) - 1, codes)
+    return codes
+
+
+def _search(values: Array, bits: int, importance: Array | None, name: str, positive: bool) -> Array:
+    """Scales `[blocks]`, numbers of float16, of `values` `[block, blocks]`."""
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     least, most = values.min(axis=0), values.max(axis=0)
     extreme = np.where(most > -least, most, least)
@@ -115,9 +154,7 @@ def _search(values: Array, bits: int, importance: Array | None, name: str, posit
         raise UnsupportedModel(f"a block needs a scale of {worst:.3g}, which float16 does not hold", name,
                                "leave this matrix as it is with a rule: --quantize FILE.toml",
                                code="E-MODEL-QUANTIZE-SCALE")
-    with np.errstate(divide="ignore"):
-        _round(values, np.where(half == 0, 0, 1 / half).astype(np.float32), low, high, codes)
-    return half, codes.astype(np.int8)
+    return half
 
 
 def _round(values: Array, inverse: Array, low: int, high: int, out: Array) -> None:

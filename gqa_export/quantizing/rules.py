@@ -28,6 +28,7 @@ KINDS = {"fp8": "e4m3", "nvfp4": "e2m1"}
 """--quantize -> the kind of codes, where it is not "int" (`QuantizedMatrix.kind`)"""
 BITS = (0, 2, 4, 8)
 BITS_OF = {"int": BITS, "e4m3": (8,), "e2m1": (4,)}
+DEFAULT_HEAD = "int8"
 FIX = 'write [[rule]] with match = "NAME*", bits = 0, 2, 4 or 8 and, if you like, block = 32 or kind = "e4m3"'
 
 
@@ -43,13 +44,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a weight. bits 0: it stays as it is, for a reason. kind: as of `QuantizedMatrix`."""
+    """What becomes of a weight. bits 0: it stays as it is, for a reason. kind: as of `QuantizedMatrix`. open: neither a
+    rule nor an option names its bits, so that they may be chosen by its error."""
 
     weight: Weight
     bits: int
     block: int
     reason: str = ""
     kind: str = "int"
+    open: bool = False
 
 
 def read_rules(path: Path) -> tuple[Rule, ...]:
@@ -105,7 +108,7 @@ def decide(weights: Sequence[Weight], bits: int, block: int, head: str, rules: S
         weights: of the model.
         bits: of matrices that no rule names; 0 leaves them.
         block: columns that share a scale.
-        head: of head and embedding: "int8", "same" as the others, or "none".
+        head: of head and embedding: "int8", "same" as the others, or "none"; "" is the first, and leaves them open.
         rules: the first whose pattern matches a weight's name decides.
         kind: of codes, of matrices that no rule names; a head of "int8" has integers.
 
@@ -119,7 +122,7 @@ def decide(weights: Sequence[Weight], bits: int, block: int, head: str, rules: S
         used.update([rule] if rule else [])
         own, own_kind = bits, rule.kind if rule else kind
         if weight.role in ("head", "embedding"):
-            own = {"int8": 8 if bits else 0, "same": bits, "none": 0}[head]
+            own = {"int8": 8 if bits else 0, "same": bits, "none": 0}[head or DEFAULT_HEAD]
             own_kind = own_kind if rule or head == "same" else "int"
         own, reason = (rule.bits, f"a rule leaves it ({rule.match})") if rule else (own, f"--head {head}")
         if weight.role == "router" and not rule:
@@ -128,8 +131,9 @@ def decide(weights: Sequence[Weight], bits: int, block: int, head: str, rules: S
             own, reason = 0, f"experts are not rounded to {own_kind}: a checkpoint's own codes are kept"
         if not weight.role:
             own, reason = 0, weight.reason
+        is_open = bool(own) and not rule and (own == bits or not head)
         decisions.append(Decision(weight, own, (rule.block if rule else 0) or block, "" if own else reason,
-                                  own_kind if own else "int"))
+                                  own_kind if own else "int", is_open))
     unused = [rule.match for rule in rules if rule not in used]
     if unused:
         raise GqaExportError(f"the rule {unused[0]!r} matches no weight of this model", unused[0],

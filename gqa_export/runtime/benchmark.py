@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from ..bundle.graph_file import read_graph
-from ..bundle.manifest import read_manifest
+from ..bundle.manifest import Manifest, read_manifest
 from ..engine.weight_bytes import weight_bytes_read
 from ..environment.machine import peak_bytes
 from ..errors import GqaExportError
 from ..progress import Progress, silent
+from ..weights.dtypes import itemsize
 from .generate import generate
 from .open_session import open_bundle
 
@@ -48,6 +49,12 @@ class Speed:
     peak_mib: float | None
     weight_bytes_per_token: int = 0
     """weights that a decode step reads; 0 for an engine"""
+    cache_bytes_per_step: int = 0
+    """keys and values that the last decode step reads, of all sequences: those in sight, and codes where there are"""
+    cache_bytes_per_token: int = 0
+    """bytes of keys and values that one token of context adds to the cache of a sequence"""
+    cache_kind: str = ""
+    """what the cache holds: "float32", "int8", ..."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -100,7 +107,22 @@ def measure(folder: Path | str, *, prompt_tokens: int, new_tokens: int, batch: i
     return Speed(str(folder), manifest.target, manifest.dtype, manifest.cache, prompt_tokens, new_tokens, batch,
                  load_s, statistics.median(prefill), statistics.median(decode),
                  1000 * statistics.median(steps) if steps else 0.0, prefill, decode, before, loaded, peak_mib(),
-                 0 if manifest.engine else weight_bytes_read(read_graph(Path(folder)), batch))
+                 0 if manifest.engine else weight_bytes_read(read_graph(Path(folder)), batch),
+                 batch * cache_bytes_read(manifest, prompt_tokens + new_tokens - 1),
+                 manifest.spec.cache_bytes_per_token(_cache_bits(manifest)) // 8,
+                 manifest.kv_cache.kind if manifest.kv_cache else manifest.dtype)
+
+
+def cache_bytes_read(manifest: Manifest, tokens: int) -> int:
+    """Bytes of keys and values that a step reads of one sequence of so many tokens: of a layer with a window or chunks
+    those in sight, of a quantized cache its codes."""
+    bits = _cache_bits(manifest)
+    return sum(layer.cache_bytes_per_token(bits) * min(tokens, layer.window or tokens, layer.chunk or tokens)
+               for layer in manifest.spec.layers) // 8
+
+
+def _cache_bits(manifest: Manifest) -> int:
+    return manifest.kv_cache.bits if manifest.kv_cache else 8 * itemsize(manifest.dtype)
 
 
 def anonymous_mib() -> float | None:

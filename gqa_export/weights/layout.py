@@ -172,7 +172,7 @@ def place(model: onnx.ModelProto, store: WeightStore, writer: BundleWriter, mode
 
 
 def _check_shape(tensor: onnx.TensorProto, sources: tuple[Source, ...]) -> None:
-    if all(isinstance(source, PackedSource) for source in sources) and \
+    if all(isinstance(source, PackedSource) or source.dtype == "uint8" for source in sources) and \
             math.prod(tensor.dims) == sum(math.prod(source.shape) for source in sources):
         return
     first, rows = sources[0].shape, sum(source.shape[0] if source.shape else 1 for source in sources)
@@ -216,6 +216,14 @@ def _point(tensor: onnx.TensorProto, location: str, offset: int, length: int) ->
         entry.key, entry.value = key, value
 
 
+def point_at(stream: _Stream, location: str) -> None:
+    """Let the initializers of a stream read it from a file."""
+    for tensor in stream.tensors:
+        _point(tensor, location, stream.offset, stream.nbytes)
+    for tensor, start, nbytes in stream.inside:
+        _point(tensor, location, stream.offset + start, nbytes)
+
+
 def _write(plan: Arrangement, writer: BundleWriter, on_bytes: Callable[[int, int], None], inside: str) -> None:
     total, done = plan.bytes_copied, 0
     with writer.open(inside + DATA, _key(plan)) as file:
@@ -233,10 +241,7 @@ def _write(plan: Arrangement, writer: BundleWriter, on_bytes: Callable[[int, int
             else:
                 done += stream.nbytes
                 on_bytes(done, total)
-            for tensor in stream.tensors:
-                _point(tensor, DATA, stream.offset, stream.nbytes)
-            for tensor, start, nbytes in stream.inside:
-                _point(tensor, DATA, stream.offset + start, nbytes)
+            point_at(stream, DATA)
 
 
 def _key(plan: Arrangement) -> str:

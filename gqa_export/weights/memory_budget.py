@@ -18,10 +18,18 @@ def parse_size(text: str) -> int:
     Raises:
         GqaExportError: the text is anything else.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?\s*", text.upper())
-    if not match or (match.group(2) or "") not in {*UNITS, "B"}:
+    size = bytes_of(text)
+    if size is None:
         raise GqaExportError(f"invalid memory size {text!r}", "--max-ram", "write it like 1GB, 800MiB or 1000000000",
                              code="E-OPTION-MEMORY")
+    return size
+
+
+def bytes_of(text: str) -> int | None:
+    """Bytes of a size as people write it; None where the text is anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?\s*", text.upper())
+    if not match or (match.group(2) or "") not in {*UNITS, "B"}:
+        return None
     return int(float(match.group(1)) * UNITS.get(match.group(2) or "", 1))
 
 

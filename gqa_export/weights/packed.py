@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..quantized.experts import expert_of, matrix_named
 from ..quantized.facts import SEPARATOR
 from ..quantized.packing import Packer
-from .source_kinds import PackedSource
+from .source_kinds import PackedSource, StoredSource
 from .sources import WeightStore
 
 if TYPE_CHECKING:
+    from ..checkpoint.safetensors_header import StoredTensor
     from ..quantized.facts import Form
     from ..quantized.matrix import QuantizedMatrix
 
@@ -30,10 +32,21 @@ def packers_of(matrix: QuantizedMatrix, parts: Parts) -> Iterator[tuple[str, Pac
         yield recipe, packers[key], part
 
 
-def add_packed(store: WeightStore, matrices: Mapping[str, QuantizedMatrix], parts: Mapping[str, Parts]) -> None:
-    """Make the parts of packed weights known to a store. parts: by weight."""
+def add_packed(store: WeightStore, matrices: Mapping[str, QuantizedMatrix], parts: Mapping[str, Parts],
+               stored: Mapping[str, StoredTensor] | None = None) -> None:
+    """Make the parts of packed weights known to a store.
+
+    Args:
+        store: that learns them.
+        matrices: name of a weight -> what is packed.
+        parts: weight -> recipe name -> form and part.
+        stored: tensors of the checkpoint that a graph may point at, by name: a part whose bytes one of them is, in the
+            layout that the operator reads, is that tensor. None: every part is packed.
+    """
     for name, wanted in parts.items():
         missing = {recipe: part for recipe, part in wanted.items() if recipe not in store}
         # a second graph reads the same
         for recipe, packer, part in packers_of(matrices[name], missing) if missing else ():
-            store.add(recipe, PackedSource(packer, part))
+            there = stored.get(packer.in_place(part)) if stored else None
+            store.add(recipe, PackedSource(packer, part) if there is None else StoredSource(
+                replace(there, dtype=packer.dtype(part), shape=packer.shape(part))))

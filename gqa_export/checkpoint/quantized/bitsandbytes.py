@@ -73,7 +73,7 @@ def _four_bits(stored: Stored, name: str, kind: str) -> QuantizedMatrix:
     flat = type(packed)(packed.path, packed.offset, packed.nbytes, packed.dtype, (shape[0], shape[1] // 2))
     nested = ", scales quantized" if f"{name}.nested_absmax" in stored else ""
     return nibbles(flat, shape, kind, Scales(read, width), f"bitsandbytes {kind}, block {block}{nested}", names,
-                   high_first=True)
+                   high_first=True, in_place=name)
 
 
 def _state(stored: Stored, name: str) -> dict[str, Any]:

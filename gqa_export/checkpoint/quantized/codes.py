@@ -78,4 +78,5 @@ def sorted_by_group(matrix: QuantizedMatrix, order: Array) -> QuantizedMatrix:
         found = matrix.stripe(start, stop)
         return replace(found, codes=found.codes[:, order])
 
-    return replace(matrix, read=read, column_order=order.astype(np.int32), in_place="")
+    return replace(matrix, read=read, column_order=order.astype(np.int32), in_place="",
+                   scales_in_place="")

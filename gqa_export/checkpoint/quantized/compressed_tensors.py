@@ -74,7 +74,9 @@ def _packed(stored: Stored, name: str, schemes: list[dict[str, Any]]) -> Quantiz
     matrix = integers(lambda start, stop: unpack_bits(read(start, stop), bits, columns),
                       None if zero is None else _along_rows(zero, bits), scales, (rows, columns), bits,
                       f"{KIND} int{bits}, {_size(scales, columns)}{', asymmetric' if zero else ''}", names,
-                      in_place=f"{name}_packed" if direct else "", input_scale=_input(stored, name))
+                      in_place=f"{name}_packed" if direct else "",
+                      scales_in_place=f"{name}_scale" if direct and scale.dtype == "float16" and scale.shape == (
+                          rows, blocks) else "", input_scale=_input(stored, name))
     return in_groups(stored, f"{name}_g_idx", group_of, matrix)
 
 

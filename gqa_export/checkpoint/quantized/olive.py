@@ -46,4 +46,6 @@ def _matrix(stored: Stored, module: str, bits: int, group: int) -> QuantizedMatr
     label = f"Olive {bits} bits, group {scales.block}{'' if symmetric else ', asymmetric'}"
     return integers(lambda start, stop: unpack_bits(read(start, stop), bits, columns),
                     zeros and (lambda start, stop: unpack_bits(zeros(start, stop), bits, blocks).astype(np.int16)),
-                    scales, (rows, columns), bits, label, names, in_place=f"{module}.qweight" if symmetric else "")
+                    scales, (rows, columns), bits, label, names, in_place=f"{module}.qweight" if symmetric else "",
+                    scales_in_place=f"{module}.scales" if symmetric and scale.dtype == "float16" and scale.shape == (
+                        rows, blocks) else "")
