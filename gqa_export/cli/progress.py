@@ -46,13 +46,15 @@ class RichBar:
 
 @contextmanager
 def progress(text: str, total: float | None = None) -> Iterator[Bar]:
-    """Show `text` and, if `total` is known, a bar, until the block ends; the line disappears then."""
+    """Show `text` and, if `total` is known, a bar and the time that is left, until the block ends; then the line
+    disappears."""
     if not sys.stderr.isatty() or find_spec("rich") is None:  # `doctor` must work without rich
         yield SilentBar()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left:"),
+               TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         yield RichBar(bars, bars.add_task(text, total=total))

@@ -85,6 +85,7 @@ class CaseDriver:
         self.next_tokens = np.zeros(case.batch, np.int64)
         self._most: dict[str, float] = {}
         self._block = np.zeros((case.batch, 1), np.int64)
+        self._shown: list[dict[str, Any]] = []
 
     def feeds(self) -> Iterator[dict[str, np.ndarray]]:
         """All feeds of the case, each made when the one before was compared."""
@@ -103,6 +104,9 @@ class CaseDriver:
                 "input_ids": block, "new_lengths": self.new_lengths,
                 "flags": np.array([step == 0, self.free, step == len(schedule) - 1], np.int64),
             }
+            for arrays in self._shown:
+                arrays.clear()  # the Comparator would hold a step's arrays until the next one is there
+            self._shown = []
             self.lengths = self.lengths + self.new_lengths
             self.tick()
 
@@ -129,6 +133,7 @@ class CaseDriver:
 
     def compare(self, reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> OrderedDict[str, Any]:
         """Measure one runner against another. Polygraphy calls this for every pair at every step."""
+        self._shown += [side.dct for side in (reference, other) if hasattr(side, "dct")]
         pair = (reference.runner_name, other.runner_name)  # type: ignore[attr-defined]
         if pair == (EAGER, BUNDLE):
             found = difference(reference["logits"], other["logits"]).max_abs

@@ -22,6 +22,9 @@ RAGGED_REACH = 1024
 """longest row of the ragged case: three rows are run one by one through PyTorch, twice"""
 STATE_PROMPT = 73
 """prompt of a model that keeps states: past the chunk of 64 tokens in which transformers computes linear attention"""
+COMPUTED, ATTENDED = 24, 2048
+"""tokens whose products take as long as reading the weights once; tokens of past whose attention takes as long as the
+products of one: of a small model, on two cores"""
 GARBAGE = (1.0e4, -1.0e4)
 """content of the cache's tail in the case `garbage_tail`: far outside any real key, and still finite in fp16"""
 
@@ -56,6 +59,27 @@ class Case:
     def feeds(self) -> int:
         """Number of steps in all, prompt included."""
         return -(-max(len(prompt) for prompt in self.prompts) // self.chunk) + len(self.counts)
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """What each feed costs beside a step of one row and one token: what is left of a run is told by it."""
+        held, costs = [0] * self.batch, []
+        for piece in (*self._pieces(), *self.counts):
+            costs.append(sum(_cost(count, before, self.single) for count, before in zip(piece, held) if count))
+            held = [before + count for count, before in zip(piece, held)]
+        return tuple(costs)
+
+    def _pieces(self) -> list[tuple[int, ...]]:
+        """Tokens of each row in each piece of the prompt."""
+        lengths = [len(prompt) for prompt in self.prompts]
+        return [tuple(min(max(length - start, 0), self.chunk) for length in lengths)
+                for start in range(0, max(lengths), self.chunk)]
+
+
+def _cost(tokens: int, before: int, single: bool) -> float:
+    """Reading all weights once, and for each token its products and its attention; fed one by one, the weights are
+    read for each of them."""
+    return 1 + tokens / COMPUTED * (1 + (before + tokens / 2) / ATTENDED) + (tokens / 2 if single else 0)
 
 
 @dataclass(frozen=True)

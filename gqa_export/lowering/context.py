@@ -107,6 +107,7 @@ class Context:
         remarks: a layer's number and what is right there but not as fast as it could be.
         rotations: per layer, the rotation that a pass moved into the attention op.
         held: how quantized weights are held, as passes find out.
+        quantized: facts of what products read quantized: those of the options, an expert of a stack as a matrix.
     """
 
     spec: ModelSpec
@@ -118,6 +119,11 @@ class Context:
     remarks: list[tuple[int, str]] = field(default_factory=list)
     rotations: dict[int, Rotation] = field(default_factory=dict)
     held: dict[str, Held] = field(default_factory=dict)
+    quantized: dict[str, MatrixFacts] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Begin with what the options name."""
+        self.quantized.update(self.options.quantized)
 
     @cached_property
     def element(self) -> int:

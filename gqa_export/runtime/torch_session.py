@@ -24,6 +24,7 @@ from .feeds import check_feed, written_rows
 from .quantized_cache import follow, quantized_cache
 from .rows import RowSlots
 from .session import Step
+from .widened import widened
 
 DTYPES = {name: getattr(torch, full) for short, full in FLOATS.items() for name in (short, full)}
 """number formats by their short and by their full names"""
@@ -32,8 +33,9 @@ DTYPES = {name: getattr(torch, full) for short, full in FLOATS.items() for name 
 class TorchSession(RowSlots):
     """A `Session` over any causal language model of transformers.
 
-    model: the module; it is copied if `dtype` is not its own, and left as it is. dtype: a name such as "fp32" or a
-    torch dtype. fp64 means fp64 throughout: transformers computes norms and softmax in fp32 by explicit casts, and
+    model: the module; it is copied if `dtype` is not its own, and left as it is; in fp64 the copy shares its matrices
+    (`gqa_export.runtime.widened`). dtype: a name such as "fp32" or a torch dtype.
+    fp64 means fp64 throughout: transformers computes norms and softmax in fp32 by explicit casts, and
     those are widened too; only the rotary angles stay as the model defines them, in fp32.
     spec: what `session.spec` answers; not needed to run. kv: how the cache is quantized, None: it is not. tie: see
     `gqa_export.runtime.quantized_cache`. hidden: steps give the last hidden states too, as transformers gives them.
@@ -44,7 +46,7 @@ class TorchSession(RowSlots):
                  hidden: bool = False) -> None:
         wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
         if any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
-            model = copy.deepcopy(model).to(wanted)
+            model = widened(model) if wanted is torch.float64 else copy.deepcopy(model).to(wanted)
         model.eval()
         loose: Any = model  # its methods are transformers', not torch's
         self.model = loose
@@ -106,18 +108,22 @@ class TorchSession(RowSlots):
     def step(self, input_ids: np.ndarray, new_lengths: np.ndarray | None = None, *, want_cache: bool = False) -> Step:
         """See `Session.step`. Logits are fp64 for an fp64 session and fp32 otherwise."""
         ids, new = check_feed(input_ids, new_lengths, self._lengths, self.capacity, self.vocabulary)
-        before, rows = self._lengths, list[tuple[np.ndarray, ...] | None]()
+        before = self._lengths
+        sizes = [self.vocabulary, *([self.model.config.get_text_config().hidden_size] if self._hidden else [])]
+        answers: list[np.ndarray | None] = [None] * len(sizes)
         followed, self._followed = self._followed, None
         for b, count in enumerate(new.tolist()):
             if followed is not None:
                 follow(self._caches[b], *([each[b, :, :count] for each in side] for side in followed))
-            pieces = kept_states(self._states, int(before[b]), count)
-            answers = [self._row(ids[b: b + 1, start: stop], self._caches[b], int(before[b]) + start)
-                       for start, stop in pieces]
-            rows.append(tuple(map(np.concatenate, zip(*answers))) if answers else None)
+            pieces = [self._row(ids[b: b + 1, start: stop], self._caches[b], int(before[b]) + start)
+                      for start, stop in kept_states(self._states, int(before[b]), count)]
+            if pieces:
+                row = pieces[0] if len(pieces) == 1 else tuple(map(np.concatenate, zip(*pieces)))
+                answers = [self._placed(ids.shape, whole, b, part) for whole, part in zip(answers, row)]
         self._lengths = before + new
-        sizes = [self.vocabulary, *([self.model.config.get_text_config().hidden_size] if self._hidden else [])]
-        logits, *more = [self._joined(ids.shape, place, size, rows) for place, size in enumerate(sizes)]
+        dtype = np.float64 if self.dtype is torch.float64 else np.float32
+        logits, *more = [np.zeros((*ids.shape, size), dtype) if whole is None else whole
+                         for whole, size in zip(answers, sizes)]
         hidden = more[0] if more else None
         if not want_cache:
             return Step(logits, hidden=hidden)
@@ -126,15 +132,13 @@ class TorchSession(RowSlots):
                     tuple(written_rows(value, before, new, ids.shape[1]) for _, value in pairs), tuple(self.states()),
                     hidden)
 
-    def _joined(self, shape: tuple[int, ...], place: int, size: int,
-                rows: list[tuple[np.ndarray, ...] | None]) -> np.ndarray:
-        """Answer number `place` of every row as one array [batch, new, size]; zeros for a row without one."""
-        found = [None if row is None else row[place] for row in rows]
-        size = next((row.shape[-1] for row in found if row is not None), size)
-        whole = np.zeros((*shape, size), dtype=np.float64 if self.dtype is torch.float64 else np.float32)
-        for b, row in enumerate(found):
-            if row is not None:
-                whole[b, : len(row)] = row
+    def _placed(self, shape: tuple[int, ...], whole: np.ndarray | None, row: int, part: np.ndarray) -> np.ndarray:
+        """What a row [new, size] answered put into the array [batch, new, size] of all rows, made where there is none;
+        zeros for rows without an answer. The only row of a batch is not copied."""
+        if whole is None and shape[0] == 1 and len(part) == shape[1]:
+            return part[None]
+        whole = np.zeros((*shape, part.shape[-1]), part.dtype) if whole is None else whole
+        whole[row, : len(part)] = part
         return whole
 
     def follow(self, keys: tuple[np.ndarray, ...], values: tuple[np.ndarray, ...]) -> None:
@@ -199,6 +203,8 @@ class TorchSession(RowSlots):
     def _stack(self, layer: int, name: str, total: int) -> np.ndarray:
         found = [getattr(c.layers[layer], name) if len(c.layers) > layer else None for c in self._caches]
         rows = [None if tensor is None else _numpy(tensor[0]) for tensor in found]
+        if self._kv is None and len(rows) == 1 and rows[0] is not None and rows[0].shape[1] == total:
+            return rows[0][None]  # what a later step adds to is another tensor
         shape = next((row.shape for row in rows if row is not None), (0, 0, 0))
         dtype = next((row.dtype for row in rows if row is not None), np.dtype(np.float32))
         stacked = np.zeros((len(rows), shape[0], total, shape[2]), dtype=dtype)

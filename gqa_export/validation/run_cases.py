@@ -14,9 +14,12 @@ import numpy as np
 from ..compare.case_driver import BUNDLE, EAGER, REFERENCE, CaseDriver, CaseLog
 from ..compare.cases import Case, Plan
 from ..compare.judge import doubtful, judge
+from ..environment.heap import give_back
 from ..progress import Progress
 from .sessions import Sessions
 
+DEAR = 4.0
+"""cost of a feed (`Case.costs`) after which freed memory goes back: the next one's blocks have other sizes"""
 REDRAWS = (1, 2, 3)
 """seeds: a case that fails narrowly is held against the largest of four draws of PyTorch's rounding errors"""
 
@@ -26,18 +29,23 @@ def run_cases(sessions: Sessions, plan: Plan, *, last_only: bool = False, report
               notes: list[str] | None = None) -> list[CaseLog]:
     """Run every case of a plan through the Comparator and return what was measured. dtype: the format that is run;
     part: see `CaseVerdict`; notes: takes a line for every case whose baseline was measured again."""
-    total, done = sum(case.feeds for case in plan.cases), 0
+    cases = [case for case in plan.cases
+             if not case.garbage or sessions.fill_garbage is not None or case.entry == "ring N"]
+    total, done = sum(sum(case.costs) for case in cases), 0.0
     logs = []
-    for case in plan.cases:
-        def tick(name: str = case.name) -> None:
+    for case in cases:
+        costs = iter(case.costs)
+
+        def tick(name: str = case.name, costs: Iterator[float] = costs) -> None:
             nonlocal done
-            done += 1
+            cost = next(costs, 0.0)
+            done += cost
+            if cost > DEAR:
+                give_back()
             if report is not None:
                 report(f"comparing: {name}", done, total)
 
         if case.garbage and sessions.fill_garbage is None:
-            if case.entry != "ring N":
-                continue
             case = replace(case, garbage=())  # the seam of the ring is passed all the same
         if sessions.fill_garbage is not None:
             sessions.fill_garbage(case.garbage)

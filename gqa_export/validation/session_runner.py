@@ -33,6 +33,8 @@ from ..runtime.rings import dead_slots, kept_from
 from ..runtime.session import Session, Step
 from ..spec import AttentionSpec, ModelSpec, WindowCache
 
+NOTHING = np.zeros(0)
+
 
 class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
     """Runs a session. free: feed the session's own best token where the feed's second flag is set. last_only: show only
@@ -53,7 +55,9 @@ class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
         self._own = np.zeros(0, np.int64)
         self._beside, self._compared = beside, alike
         self._begun: Future[OrderedDict[str, np.ndarray]] | None = None
-        self._follows, self.written = follows, Step(np.zeros(0))
+        self._follows, self.written, self._followed = follows, Step(NOTHING), False
+        if follows is not None:
+            follows._followed = True
         self._windows, self._seen, self._hidden = windows, seen, hidden
 
     def get_input_metadata_impl(self) -> TensorMetadata:
@@ -89,7 +93,7 @@ class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
             follow: Any = self._session
             follow.follow(self._follows.written.keys, self._follows.written.values)
         step = self._one_by_one(ids, counts) if self._single else self._session.step(ids, counts, want_cache=True)
-        self.written = step
+        self.written = step if self._followed else Step(NOTHING)
         outputs: OrderedDict[str, np.ndarray] = OrderedDict()
         keys, values = step.keys or (), step.values or ()
         for number, layer in self._alike():

@@ -19,6 +19,7 @@ from ..graph_io import HIDDEN_STATES
 from ..quantized.kv_codes import TIE, limits
 from ..runtime.session import Session
 from ..spec import WindowCache
+from .quantized_reference import KEPT
 
 FillGarbage = Callable[[tuple[float, ...]], None]
 """fills the part of the cache beyond the lengths with these values before every later call; (): leaves it as it is"""
@@ -67,15 +68,17 @@ def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
     if numbers * 8 > room:
         raise NotCheckedHere(f"the comparison needs {numbers * 8 / 1e9:.0f} GB of memory, {room / 1e9:.0f} are free",
                              checkpoint.source, "validate on a machine with more memory", code="E-VALIDATE-MEMORY")
-    # fp64 beside fp32, and the bundle's own weights
-    reference_dtype = "float64" if numbers * 16 <= room else "float32"
+    # fp64 shares what the checkpoint holds; matrices that are quantized once more are fp64 beside the baseline's fp32
+    quantized = manifest.quantization is not None and manifest.quantization.method not in KEPT
+    needed = numbers * (16 if quantized else 8)
+    reference_dtype = "float64" if needed <= room else "float32"
     kv = manifest.kv_cache
     tie = 0.0 if kv is None else max(TIE, limits(kv.bits)[1] * FLOOR_ULPS[ran_dtype] * EPSILON[ran_dtype])
     hidden = any(fact.name == HIDDEN_STATES for fact in manifest.outputs)
     reference = TorchSession(model, manifest.capacity, reference_dtype, spec=manifest.spec, kv=kv, tie=tie,
                              hidden=hidden)
     if reference_dtype == ran_dtype:
-        notes.append(f"no room for PyTorch in fp64 ({numbers * 16 / 1e9:.0f} GB): the reference is fp32, and the "
+        notes.append(f"no room for PyTorch in fp64 ({needed / 1e9:.0f} GB): the reference is fp32, and the "
                      "tolerance is assumed, not measured")
         return reference, None, reference_dtype
     if ran_dtype != "float32":

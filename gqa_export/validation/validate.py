@@ -18,6 +18,7 @@ from ..bundle.manifest import Manifest, read_manifest
 from ..checkpoint.checkpoint import Checkpoint
 from ..compare.suite import STEPS, plan_suite
 from ..compare.verdict import Verdict
+from ..environment.heap import reused_memory
 from ..environment.versions import versions
 from ..errors import GqaExportError
 from ..progress import Progress, silent
@@ -89,6 +90,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
     provider = built.flavor if built else choose_bundle_provider(manifest, provider, ran_dtype)
     report("loading the checkpoint", None, None)
     with ExitStack() as stack:
+        stack.enter_context(reused_memory())
         stack.enter_context(torch_threads(manifest))
         ran, where, target = runnable(stack, folder, manifest, ran_dtype, notes, report)
         rounds = provider == "cpu" and not built and rounds_activations(where, ran)

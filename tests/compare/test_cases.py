@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -115,3 +117,18 @@ def test_the_tail_is_filled_with_nan_only_where_that_is_promised():
     assert np.isnan(safe).any()
     assert np.isfinite(unsafe).all()
     assert max(unsafe) == 1e4
+
+
+def test_every_feed_has_a_cost_and_dear_ones_cost_more():
+    """What is left of a run is told by them."""
+    cases = by_name(plan_cases(spec(16), 128, steps=8))
+    for case in cases.values():
+        assert len(case.costs) == case.feeds
+    ragged = cases["ragged"]
+    lengths = [len(prompt) for prompt in ragged.prompts]
+    assert ragged.costs[0] > max(ragged.costs[1:])  # the prompts
+    assert ragged.costs[1] > len(lengths)  # a step of every row reads the weights once for each
+    # fed one by one, its tokens read the weights once for each
+    alone = replace(ragged, prompts=(ragged.prompts[0],), counts=((1,), (0,)))
+    assert alone.costs[1] > 1 > alone.costs[2] == 0
+    assert replace(alone, single=True).costs[0] > alone.costs[0] + len(alone.prompts[0]) / 3

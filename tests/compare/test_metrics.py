@@ -108,3 +108,23 @@ def test_margin_is_zero_for_the_best_token_itself():
     row = np.array([0.5, 2.0, 1.75])
     assert margin(row, 1) == 0
     assert margin(row, 2) == 0.25
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("side", ["expected", "got", "both"])
+def test_what_is_not_finite_is_counted_once_and_located_beside_finite_blocks(bad, side, monkeypatch):
+    """A block without such an element is compared by a shorter way: both ways must agree."""
+    monkeypatch.setattr(metrics, "BLOCK", 7)  # a block for each token
+    a, b = random(2, 5, 7), random(2, 5, 7, dtype=np.float32, seed=1)
+    whole = difference(a, b)
+    for array in (a, b) if side == "both" else (a,) if side == "expected" else (b,):
+        array[1, 3, 4] = bad
+    found = difference(a, b)
+    assert found.nonfinite == 1
+    assert found.gap[1, 3] == np.inf
+    assert found.place[1, 3] == 4
+    others = np.ones((2, 5), bool)
+    others[1, 3] = False
+    assert np.array_equal(found.gap[others], whole.gap[others])
+    assert np.array_equal(found.place[others], whole.place[others])
+    assert found.scale == np.abs(np.where(np.isfinite(a), a, 0)).max()
