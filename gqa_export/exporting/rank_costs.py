@@ -90,7 +90,7 @@ def _cut(spec: ModelSpec, ranks: int) -> ModelSpec:
 def _projections(spec: ModelSpec, size: int) -> int:
     """Bytes of the matrices that give keys and values, hidden size times heads times head sizes."""
     return sum(layer.kv_num_heads * (layer.head_size + layer.value_head_size) * spec.hidden_size * size
-               for layer in spec.layers)
+               for layer in spec.owners)
 
 
 def _weight_bytes(plan: Plan, rank: int | None) -> int:
