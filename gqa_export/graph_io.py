@@ -1,9 +1,9 @@
 """Names, order and axes of a bundle's graph inputs and outputs. The one place that spells them.
 
 `ort`, `onnx`, `portable` take `input_ids` [batch, sequence] and `attention_mask` [batch, past + sequence] (1 is a
-real token); `trt-*` take `input_ids`, `past_lengths` and `new_lengths`. Then the cache, layer by layer, key before
-value; then the states of fixed size. K, D and E are literal in every shape, the slots of a ring and for `trt-*` the
-capacity too; the other axes are named. Cache layout is BNSH: [B, K, T, D].
+real token); `trt-*` take `input_ids`, `past_lengths` and `new_lengths`. Then the caches, layer by layer (of those that
+have one), key before value; then the states of fixed size. K, D and E are literal in every shape, the slots of a ring
+and for `trt-*` the capacity too; the other axes are named. Cache layout is BNSH: [B, K, T, D].
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from .spec import STRICT, Count, KvCache, Limits, ModelSpec, StateSpec, Text, WindowCache
+from .spec import STRICT, AttentionSpec, Count, KvCache, Limits, ModelSpec, StateSpec, Text, WindowCache
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
@@ -68,6 +68,19 @@ def layer_of_cache(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+class CacheReaders:
+    """Tells which layer a call of attention is, by the cache that it reads. Calls that read one cache come in the order
+    of their layers: what a layer asks for depends on what the layers before it answered."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._left = {past_names(number)[0]: list(layers) for number, layers in spec.reading().items()}
+
+    def take(self, past_key: str) -> AttentionSpec | None:
+        """The layer of the next call, in graph order, that reads this input; None where no layer is left."""
+        left = self._left.get(past_key)
+        return left.pop(0) if left else None
+
+
 _KEPT_NAME = re.compile(r"(past_key_values|present)\.(0|[1-9][0-9]*)\.(key|value|conv_state|recurrent_state)"
                         r"(?:_([1-9][0-9]*))?")
 
@@ -115,7 +128,7 @@ def _cache_facts(spec: ModelSpec, dtype: str, axis: int | str, names: Callable[[
                  kv: KvCache | None, windows: WindowCache | None) -> tuple[TensorFact, ...]:
     facts = []
     element, width = (dtype, int) if kv is None else (kv.dtype, kv.width)
-    for layer in spec.layers:
+    for layer in spec.owners:
         key, value = names(layer.layer)
         tokens = windows.slots(layer) or axis if windows else axis
         facts.append(TensorFact(key, element, (BATCH, layer.kv_num_heads, tokens, width(layer.head_size))))

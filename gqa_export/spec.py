@@ -58,7 +58,8 @@ class AttentionSpec:
     """One attention layer. `window` counts the current token, 0 is all; `softcap` 0 is none. `cached_alike`: PyTorch's
     own cache holds these keys and values too (not so where it holds latents, or another layer's), so that the two
     caches can be compared; the logits always are. `chunk`: a token sees those before it in its own chunk of so many
-    positions, the first of which begins with the sequence; 0 is no chunks. A layer with chunks has no window."""
+    positions, the first of which begins with the sequence; 0 is no chunks. A layer with chunks has no window. `owner`:
+    the layer before it whose keys and values it reads in place of its own, so that it has no cache; None: its own."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -73,6 +74,12 @@ class AttentionSpec:
     sinks: bool = False
     cached_alike: bool = True
     chunk: Count = 0
+    owner: Layer | None = None
+
+    @property
+    def cache(self) -> int:
+        """The number of the layer whose cache it reads: its own, or its owner's."""
+        return self.layer if self.owner is None else self.owner
 
     @property
     def visible(self) -> int:
@@ -153,13 +160,18 @@ class WindowCache:
     layers: Annotated[tuple[Layer, ...], Limits(min_length=1, max_length=MOST_LAYERS, fail_fast=True)]
 
     def slots(self, layer: AttentionSpec) -> int:
-        """Slots of a layer's ring; 0 for a layer that keeps the whole capacity."""
-        return layer.window + self.chunk if layer.layer in self.layers else 0
+        """Slots of the ring that a layer reads; 0 for a layer that reads a cache of the whole capacity."""
+        return layer.window + self.chunk if layer.cache in self.layers else 0
 
     @classmethod
     def of(cls, layers: Iterable[AttentionSpec], capacity: int, chunk: int) -> WindowCache | None:
-        """The ring of every layer that keeps less by it than `capacity` tokens; None where no layer does."""
-        numbers = tuple(sorted(each.layer for each in layers if each.window > 0 and each.window + chunk < capacity))
+        """The ring of every layer that keeps less by it than `capacity` tokens; None where no layer does. Layers that
+        read one cache have a ring if they see as far as one another."""
+        seen: dict[int, set[int]] = {}
+        for each in layers:
+            seen.setdefault(each.cache, set()).add(each.window)
+        numbers = tuple(sorted(number for number, windows in seen.items()
+                               if len(windows) == 1 and 0 < min(windows) < capacity - chunk))
         return cls(chunk, numbers) if numbers else None
 
 
@@ -231,6 +243,18 @@ class ModelSpec:
         return 1 + max(numbers, default=-1)
 
     @property
+    def owners(self) -> tuple[AttentionSpec, ...]:
+        """The layers that keep keys and values, one cache each, in order; the others read those of one of them."""
+        return tuple(layer for layer in self.layers if layer.owner is None)
+
+    def reading(self) -> dict[int, list[AttentionSpec]]:
+        """Number of an owner -> the layers that read its cache, itself first, in order."""
+        found: dict[int, list[AttentionSpec]] = {}
+        for layer in self.layers:
+            found.setdefault(layer.cache, []).append(layer)
+        return found
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of all states of one sequence, constant in its length."""
         return sum(state.bytes for state in self.states)
@@ -241,7 +265,7 @@ class ModelSpec:
 
     def cache_bytes_per_token(self, element_bytes: int) -> int:
         """Bytes of keys and values that one token adds to the whole cache."""
-        return sum(layer.cache_bytes_per_token(element_bytes) for layer in self.layers)
+        return sum(layer.cache_bytes_per_token(element_bytes) for layer in self.owners)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for the manifest."""

@@ -75,6 +75,9 @@ class Target:
     ragged_chunks_need: str = ""
     """first version of the runtime whose attention op takes each row's number of new tokens, so that `chunks_alone` and
     `empty_alone` do not hold for a graph that gives it; "" where there is none, or no need of one"""
+    shared_caches_need: str = ""
+    """first version of the runtime whose attention op reads a cache without adding to it, so that a layer without a
+    cache reads another's; "" where none is needed"""
     whole_row_masks: bool = False
     """a mask may have all ones of a row first, as onnxruntime-genai's Engine sends it, and not only the past first and
     the new tokens first in the last columns; a row without new tokens cannot be told then"""
@@ -161,7 +164,7 @@ _ROWS = (
     Target(name="ort", dialect="ort.passes", attention="com.microsoft::GroupQueryAttention",
            fallback="gqa::GroupedQueryAttention", opset=23, ir_version=10, caches=("growing", "static"),
            interface="mask", value_head_size_differs=False, head_size_multiple=8, shares_buffer=True, chunks_alone=True,
-           empty_alone=True, ragged_chunks_need="1.32",
+           empty_alone=True, ragged_chunks_need="1.32", shared_caches_need="1.31",
            rotary_inside=True, rotary_head_multiple=16, rotary_half_multiple=8, packed_projections=True, genai=True,
            state_ops=MappingProxyType({"LinearAttention": "com.microsoft::LinearAttention",
                                        "CausalConv": "com.microsoft::CausalConvWithState"}),

@@ -5,6 +5,7 @@
 One process per run, no validation, in turn: weights copied and weights linked without a trace cache, linked again with
 the trace kept, and two peers on the same checkpoint: the model builder of onnxruntime-genai, and mobius if `--mobius`
 names the interpreter of an environment that has it. `evidence.whole_process` says what makes the comparison fair.
+Then as many exports of ours, each in one process, whose CPU time is divided into phases (`evidence.export_phases`).
 Writes export.json and export.md.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 
 import click
 import onnx
+from evidence.export_phases import phases, table
 from evidence.whole_process import FIGURES, Program, compare, median
 
 from gqa_export.bundle.manifest import read_manifest
@@ -81,6 +83,10 @@ def markdown(result: dict[str, Any]) -> str:
               "| export | wall | CPU | peak memory |", "|---|---|---|---|"]
     lines += [f"| {way} | " + " | ".join(f"{row[figure]:.2f}" for figure in FIGURES) + " |"
               for way, row in result["ratios"].items()]
+    if "phases" in result:
+        lines += ["", "## Where the time goes", "",
+                  "CPU time of exports with weights copied, medians of as many runs of their own.", "",
+                  *table(result["phases"])]
     return "\n".join(lines) + "\n"
 
 
@@ -96,6 +102,7 @@ def main(checkpoint: Path, out: Path, runs: int, mobius: str) -> None:
         peers = [way for way in ways if way in (GENAI, MOBIUS)]
         result = compare(ways, runs, peers=peers, packages=VERSIONS, tell=click.echo)
         result["outputs"] = {way: output(Path(scratch) / way, way in peers) for way in ways}
+        result["phases"] = phases(checkpoint, Path(scratch), runs)
     result["checkpoint"] = checkpoint.name
     out.mkdir(parents=True, exist_ok=True)
     (out / "export.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

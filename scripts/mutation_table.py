@@ -48,15 +48,17 @@ def tiny_samples(work: Path, wanted=TINY) -> list[Sample]:
 def quantized_samples(work: Path) -> list[Sample]:
     """Tiny bundles with quantized weights, and one with a quantized cache."""
     from evidence.mutations.quantized_samples import TEXT, write_gptq, write_odd
+    from gqa_models import write_tiny
 
     text = work / "text.txt"
     text.write_text(TEXT)
-    odd, gptq = write_odd(work / "odd"), write_gptq(work / "gptq")
+    odd, gptq, experts = write_odd(work / "odd"), write_gptq(work / "gptq"), write_tiny("mixtral", work / "experts")
     samples = []
     for name, checkpoint, options in (
             ("llama ort, int4", odd, {"quantize": "int4"}),
             ("llama ort, int4, exact", odd, {"quantize": "int4", "activations": "exact"}),
             ("llama ort, GPTQ kept", gptq, {}),
+            ("mixtral ort, int4, exact", experts, {"quantize": "int4", "activations": "exact"}),
             ("llama ort, int8 cache", odd, {"kv_cache": "int8", "calibrate": text})):
         bundle = work / name.replace(" ", "-").replace(",", "")
         export_onnx(checkpoint, bundle, ExportOptions(target="ort", capacity=CAPACITY, dtype="fp32", **options))

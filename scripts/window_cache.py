@@ -9,7 +9,7 @@ configurations; a window counts the current token, as in `gqa_export.attention_o
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ CHUNKS = (128, PROMPT_CHUNK, 2048)
 
 @dataclass(frozen=True)
 class Shape:
-    """layers, heads, kv_heads, head size, window; every `full`-th layer sees all, 0: none does."""
+    """layers, heads, kv_heads, head size, window; every `full`-th layer sees all, 0: none does; the last `shared` of
+    them read the cache of the last of their kind before them; `full_head`: the head size of layers that see all, 0:
+    `head`."""
 
     layers: int
     heads: int
@@ -36,14 +38,22 @@ class Shape:
     head: int
     window: int
     full: int
+    shared: int = 0
+    full_head: int = 0
 
     @property
     def spec(self) -> ModelSpec:
         """Its layers, as an export has them."""
-        found = tuple(AttentionSpec(
-            number, self.heads, self.kv_heads, self.head, self.head, self.head**-0.5,
-            window=0 if self.full and (number + 1) % self.full == 0 else self.window) for number in range(self.layers))
-        return ModelSpec("", "", 1, 0, TOKENS, "", found)
+        found: list[AttentionSpec] = []
+        for number in range(self.layers):
+            window = 0 if self.full and (number + 1) % self.full == 0 else self.window
+            head = self.full_head if self.full_head and not window else self.head
+            owner = None
+            if number >= self.layers - self.shared:
+                owner = max(each.layer for each in found if each.owner is None and each.window == window)
+            found.append(AttentionSpec(number, self.heads, self.kv_heads, head, head, head**-0.5, window=window,
+                                       owner=owner))
+        return ModelSpec("", "", 1, 0, TOKENS, "", tuple(found))
 
 
 SHAPES = {
@@ -55,6 +65,26 @@ SHAPES = {
     "Mistral 7B v0.1": Shape(32, 32, 8, 128, 4096, 0),
 }
 
+SHARING = {
+    "Gemma 3n E2B": Shape(30, 8, 2, 256, 512, 5, 10),
+    "Gemma 3n E4B": Shape(35, 8, 2, 256, 512, 5, 15),
+    "Gemma 4 E2B": Shape(35, 8, 1, 256, 512, 5, 20, 512),
+    "Gemma 4 E4B": Shape(42, 8, 2, 256, 512, 6, 18, 512),
+}
+"""models whose last layers read the keys and values of others"""
+
+
+def sharing() -> dict[str, Any]:
+    """Of each model of `SHARING`: a copy in every layer, as it was before, and the caches of the owners alone."""
+    rows = {}
+    for name, shape in SHARING.items():
+        spec = shape.spec
+        copies = replace(spec, layers=tuple(replace(layer, owner=None) for layer in spec.layers))
+        windows = WindowCache.of(spec.layers, TOKENS, PROMPT_CHUNK)
+        rows[name] = {"layers": shape.layers, "owners": len(spec.owners), "copies": cache_bytes(copies, BITS, TOKENS),
+                      "whole": cache_bytes(spec, BITS, TOKENS), "small": cache_bytes(spec, BITS, TOKENS, windows)}
+    return rows
+
 
 def figures() -> dict[str, Any]:
     """Everything that the page shows, in bytes."""
@@ -65,7 +95,7 @@ def figures() -> dict[str, Any]:
                  for chunk in CHUNKS}
         rows[name] = {"windowed": sum(layer.window > 0 for layer in spec.layers), "layers": shape.layers,
                       "window": shape.window, "whole": cache_bytes(spec, BITS, TOKENS), "small": small}
-    return {"tokens": TOKENS, "bits": BITS, "models": rows}
+    return {"tokens": TOKENS, "bits": BITS, "models": rows, "sharing": sharing()}
 
 
 def page(report: dict[str, Any]) -> str:
@@ -82,6 +112,16 @@ def page(report: dict[str, Any]) -> str:
         small = [f"{readable_bytes(size)} ({row['whole'] / size:.1f}x less)" for size in row["small"].values()]
         lines.append(f"| {name} | {row['windowed']} of {row['layers']} | {row['window']} | "
                      f"{readable_bytes(row['whole'])} | {' | '.join(small)} |")
+    lines += ["", "## Layers that share caches", "",
+              "The last layers of these models read the keys and values of a layer before them. A bundle keeps one",
+              "cache for each layer that has keys and values of its own; it used to keep a copy in every layer. The",
+              f"last column is with `--window-cache small` and a prompt chunk of {PROMPT_CHUNK}.", "",
+              "| model | caches of layers | a copy in every layer | one cache an owner | rings of owners |",
+              "|---|---|---|---|---|"]
+    for name, row in report["sharing"].items():
+        shown = [f"{readable_bytes(row[kind])} ({row['copies'] / row[kind]:.1f}x less)" for kind in ("whole", "small")]
+        lines.append(f"| {name} | {row['owners']} of {row['layers']} | {readable_bytes(row['copies'])} | "
+                     f"{' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -24,3 +24,7 @@ def test_the_page_shows_what_the_script_computes() -> None:
     mistral = report["models"]["Mistral 7B v0.1"]  # by hand: 32 layers of 8 heads, keys and values of 128, two bytes
     assert mistral["whole"] == 32 * 8 * 2 * 128 * 2 * 32768
     assert mistral["small"]["512"] * 32768 == mistral["whole"] * (4096 + 512)
+    gemma = report["sharing"]["Gemma 3n E2B"]  # 20 of 30 layers of 2 heads, keys and values of 256, two bytes
+    assert gemma["copies"] == 30 * 2 * 2 * 256 * 2 * 32768
+    assert gemma["whole"] == 20 * 2 * 2 * 256 * 2 * 32768
+    assert gemma["small"] * 32768 * 20 == gemma["whole"] * (4 * 32768 + 16 * (512 + 512))

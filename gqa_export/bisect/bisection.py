@@ -162,7 +162,7 @@ class _Search:
             ids[b, : len(row)] = row
         room = self.manifest.capacity if self.manifest.cache == "static" else int(lengths.max())
         feed = step_feed(self.interface, ids, lengths, new, int(lengths.max()))
-        for number, layer in enumerate(self.manifest.spec.layers):
+        for number, layer in enumerate(self.manifest.spec.owners):
             for kind, name in enumerate(past_names(layer.layer)):
                 width = (layer.head_size, layer.value_head_size)[kind]
                 past = np.zeros((len(rows), layer.kv_num_heads, room, width), np.float32)

@@ -152,9 +152,9 @@ def check_belongs(spec: ModelSpec, shown: Mapping[str, object], where: str) -> N
     Args:
         spec: the bundle's model.
         shown: facts of the checkpoint's model as it runs: `model_type`, `vocabulary`, `layers` (how many have
-            attention), `layer numbers`, `states` (layer, name and shape of each), `alike`
-            (numbers of the layers whose keys and values its own cache holds), and per entry i of its cache `key {i}`,
-            `value {i}`: (heads, size).
+            attention), `layer numbers`, `caches read` (of each layer, whose), `states` (layer, name and shape of
+            each), `alike` (numbers of the layers whose keys and values its own cache holds), and per entry i of its
+            cache `key {i}`, `value {i}`: (heads, size).
         where: the checkpoint.
 
     Raises:
@@ -164,8 +164,12 @@ def check_belongs(spec: ModelSpec, shown: Mapping[str, object], where: str) -> N
                                  "layers": len(spec.layers),
                                  "layer numbers": tuple(layer.layer for layer in spec.layers),
                                  "states": tuple((state.layer, state.name, state.shape) for state in spec.states)}
+    read: Any = shown.get("caches read")
+    if read is not None and len(read) == len(spec.layers):  # a layer may keep a copy of what it could read elsewhere
+        stated["caches read"] = tuple(own if layer.owner is None else layer.owner
+                                      for layer, own in zip(spec.layers, read, strict=True))
     alike: Any = shown.get("alike")
-    for number, layer in enumerate(spec.layers):
+    for number, layer in enumerate(spec.owners):
         if alike is not None and layer.layer not in alike:
             continue  # the checkpoint's own facts decide: a manifest could switch the comparison off
         stated[f"key {number}"] = (layer.kv_num_heads, layer.head_size)

@@ -157,6 +157,9 @@ class Manifest:
         for name in ("parallel", "long", "ragged_chunks", "needs", "window_cache"):
             if not facts[name]:
                 del facts[name]
+        for layer in facts["spec"]["layers"]:
+            if layer["owner"] is None:
+                del layer["owner"]
         return json.dumps(facts, indent=1) + "\n"
 
     @classmethod

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 
 from ..errors import InvalidBundle
 from ..graph_io import HIDDEN_STATES, TensorFact, past_names, past_state, present_names, present_state
-from ..spec import DTYPES, KvCache, ModelSpec, WindowCache
+from ..spec import DTYPES, AttentionSpec, KvCache, ModelSpec, WindowCache
 
 Tensors = tuple[TensorFact, ...]
 FIX = "export the bundle again with this version of gqa-export"
@@ -69,17 +69,30 @@ def check_windows(windows: WindowCache | None, spec: ModelSpec, cache: str, capa
     for number in windows.layers:
         if number not in layers or layers[number].window < 1:
             wrong = f"layer {number} has no window"
+        elif layers[number].owner is not None:
+            wrong = f"layer {number} has no cache"
+        elif any(each.window != layers[number].window for each in spec.layers if each.owner == number):
+            wrong = f"the ring of layer {number} is read by a layer with another window"
         elif windows.slots(layers[number]) >= capacity:
             wrong = f"layer {number} would keep {windows.slots(layers[number])} slots of a capacity of {capacity}"
     if wrong:
         raise InvalidBundle(f"not a valid bundle manifest: window_cache: {wrong}", where, FIX, code="E-BUNDLE-MANIFEST")
 
 
+def _kept(layer: AttentionSpec) -> tuple[int, int, int]:
+    return layer.kv_num_heads, layer.head_size, layer.value_head_size
+
+
 def _layers(spec: ModelSpec) -> str:
+    owners = {layer.layer: layer for layer in spec.owners}
     for position, layer in enumerate(spec.layers):
         if layer.num_heads % layer.kv_num_heads:
             return (f"spec.layers[{position}]: {layer.kv_num_heads} key/value heads do not divide {layer.num_heads} "
                     "query heads")
+        if layer.owner is not None and (layer.owner not in owners or layer.owner >= layer.layer or _kept(
+                owners[layer.owner]) != _kept(layer)):
+            return (f"spec.layers[{position}]: it reads the cache of layer {layer.owner}, which is not a layer before "
+                    "it with the same heads and sizes and a cache")
         if layer.window and layer.chunk:
             return (f"spec.layers[{position}]: a window of {layer.window} and chunks of {layer.chunk}, expected one of "
                     "them or none")
@@ -99,7 +112,7 @@ def _twice(field: str, tensors: Tensors) -> str:
 
 
 def _scales(spec: ModelSpec, kv: KvCache | None) -> str:
-    if kv is not None and [scales.layer for scales in kv.scales] != [layer.layer for layer in spec.layers]:
+    if kv is not None and [scales.layer for scales in kv.scales] != [layer.layer for layer in spec.owners]:
         return "kv_cache.scales are not those of spec.layers"
     return ""
 
@@ -122,7 +135,7 @@ def _cache(spec: ModelSpec, dtype: str, field: str, tensors: Tensors, kv: KvCach
     names_of = past_names if field == "inputs" else present_names
     dtype = DTYPES.get(dtype, dtype) if kv is None else kv.dtype
     facts = {tensor.name: tensor for tensor in tensors}
-    for layer in spec.layers:
+    for layer in spec.owners:
         for name, size in zip(names_of(layer.layer), (layer.head_size, layer.value_head_size)):
             fact = facts.get(name)
             size = size if kv is None else kv.width(size)

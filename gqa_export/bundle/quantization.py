@@ -29,6 +29,8 @@ class QuantizedWeight:
         bytes: of its codes, scales, zero points and corrections.
         reason: why it is not quantized, or not as it was stored; "" otherwise.
         kind: what a code in the graph is: "int", or a number of float8 "e4m3" or float4 "e2m1".
+        experts: matrices that are stacked in it; 0: it is one. Each has blocks and an operator of its own.
+        transposed: blocks of such a stack lie along the last axis of the parameter but one.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -42,6 +44,8 @@ class QuantizedWeight:
     bytes: Annotated[int, Limits(ge=0, le=1 << 53)]
     reason: Text = ""
     kind: Annotated[str, OneOf("int", "e4m3", "e2m1")] = "int"
+    experts: Annotated[int, Limits(ge=0, le=1 << 16)] = 0
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Quantization:
         for weight in self.weights:
             held = weight.operator if weight.operator == PLAIN else f"{weight.operator}, block {weight.block}"
             held += "" if weight.kind == "int" else f", {weight.kind}"
+            held += f", {weight.experts} experts" if weight.experts else ""
             groups.setdefault((_LAYER.sub(".*.", weight.name, count=1), weight.stored, str(weight.bits), held,
                                "lossless" if weight.lossless else "rounded", weight.reason), []).append(weight)
         for (name, stored, bits, held, loss, reason), members in groups.items():

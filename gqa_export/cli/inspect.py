@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..targets import layers_label
 from .tables import aligned, readable_bytes
 from .trust_options import revision_option, trust_options
 
@@ -56,7 +57,7 @@ def describe(found: Inspection) -> list[str]:
         f"  {found.parameters:,} parameters, {readable_bytes(found.weight_bytes)} of weights",
     ]
     if found.groups:
-        lines += ["", "attention", *attention_table(found.groups)]
+        lines += ["", "attention", *attention_table(found.groups), *sharing_lines(spec)]
     if spec.states:
         lines += ["", f"states of one sequence, fp32: {readable_bytes(spec.state_bytes)}, constant in its length",
                   *state_table(spec)]
@@ -80,6 +81,12 @@ def attention_table(groups: tuple[LayerGroup, ...]) -> list[str]:
                      str(a.num_heads), str(a.kv_num_heads), size, sight(a),
                      f"{a.softcap:g}" if a.softcap else "none", "yes" if a.sinks else "no", f"{a.scale:.6g}"))
     return aligned(header, rows, left=2)
+
+
+def sharing_lines(spec: ModelSpec) -> list[str]:
+    """Which layers keep no keys and values, and whose they read."""
+    return [f"  {layers_label(layer.layer for layer in readers[1:])} read{'s' if len(readers) == 2 else ''} the cache "
+            f"of layer {owner}" for owner, readers in spec.reading().items() if len(readers) > 1]
 
 
 def sight(layer: AttentionSpec) -> str:
@@ -138,7 +145,8 @@ def window_lines(found: Inspection) -> list[str]:
     for group in found.groups:
         slots = windows.slots(group.attention)
         if slots:
-            lines.append(f"window cache: layers {numbers(group.layers)} keep {slots} tokens of {manifest.capacity}: a "
+            rings = tuple(layer for layer in group.layers if layer in windows.layers)
+            lines.append(f"window cache: layers {numbers(rings)} keep {slots} tokens of {manifest.capacity}: a "
                          f"window of {group.attention.window} and a prompt chunk of {windows.chunk}")
     return lines
 

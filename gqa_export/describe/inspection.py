@@ -85,10 +85,11 @@ class Inspection:
 
 
 def layer_groups(layers: Iterable[AttentionSpec]) -> tuple[LayerGroup, ...]:
-    """Equal layers, together, in the order in which each kind is first met."""
+    """Equal layers, together, in the order in which each kind is first met; whose cache a layer reads is no kind."""
     kinds: dict[AttentionSpec, list[AttentionSpec]] = {}
     for layer in layers:
-        kinds.setdefault(replace(layer, layer=0), []).append(layer)
+        alike = layer.cached_alike or layer.owner is not None
+        kinds.setdefault(replace(layer, layer=0, owner=None, cached_alike=alike), []).append(layer)
     return tuple(LayerGroup(tuple(layer.layer for layer in members), members[0]) for members in kinds.values())
 
 
@@ -110,7 +111,7 @@ def cache_costs(spec: ModelSpec, element_dtype: str, longest: int, bits: int = 0
 
 def cache_bytes(spec: ModelSpec, bits: int, tokens: int, windows: WindowCache | None = None) -> int:
     """Bytes of the cache of one sequence of `tokens`, whose elements have so many bits."""
-    kept = [(layer, min(tokens, windows.slots(layer) or tokens) if windows else tokens) for layer in spec.layers]
+    kept = [(layer, min(tokens, windows.slots(layer) or tokens) if windows else tokens) for layer in spec.owners]
     return sum(layer.cache_bytes_per_token(bits) * count for layer, count in kept) // 8
 
 

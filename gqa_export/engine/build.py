@@ -32,9 +32,10 @@ from .build_log import lacks_kernel, read_log
 from .choose_library import Choice, choose
 from .code_types import code_types_of, for_code_types
 from .inspect_build import check_alike
-from .kernels import Compiled, compile_kernels, wanted_variants, weight_bytes_read
+from .kernels import Compiled, compile_kernels, wanted_variants
 from .profiles import make_profiles
 from .run_child import run_job
+from .weight_bytes import weight_bytes_read
 
 if TYPE_CHECKING:
     import onnx

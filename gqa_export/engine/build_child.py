@@ -182,6 +182,9 @@ def _look(trt: ModuleType, network: Any, job: Job, seen: dict[str, Any]) -> None
                "outputs": [network.get_output(i) for i in range(network.num_outputs)]}
     for name, found in tensors.items():
         seen[name] = tuple(Tensor(tensor.name, tensor.dtype.name, tuple(tensor.shape)) for tensor in found)
+    shown = {tensor.name for tensor in seen["outputs"]}
+    # a layer without a cache writes into its owner's present, which lies in the past already, and shows nothing
+    aliases = {name: source for name, source in aliases.items() if name in shown or source not in aliases}
     seen.update(aliases=aliases, plugin_layers=plugins, attention_layers=attentions)
 
 

@@ -26,8 +26,8 @@ FIX = "report it with the bundle's gqa_export.json: the engine was not kept"
 
 
 def expected_aliases(manifest: Manifest) -> dict[str, str]:
-    """present -> past, of every layer."""
-    pairs = [zip(present_names(layer.layer), past_names(layer.layer), strict=True) for layer in manifest.spec.layers]
+    """present -> past, of every layer that has a cache."""
+    pairs = [zip(present_names(layer.layer), past_names(layer.layer), strict=True) for layer in manifest.spec.owners]
     return {present: past for pair in pairs for present, past in pair}
 
 

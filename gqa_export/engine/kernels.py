@@ -16,7 +16,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bundle.graph_safety import stored_bytes
 from ..errors import GqaExportError, InvalidBundle
 from ..files.cache_folder import cache_folder
 from ..files.sha256 import files_sha256
@@ -53,7 +52,9 @@ def wanted_variants(model: onnx.ModelProto, capacity: int, dtype: str) -> tuple[
     from onnx.helper import get_attribute_value
 
     graph = model.graph
-    shapes = {tensor.name: [axis.dim_value for axis in tensor.type.tensor_type.shape.dim] for tensor in graph.input}
+    # a layer without a cache reads what another's node gives the graph
+    shapes = {tensor.name: [axis.dim_value for axis in tensor.type.tensor_type.shape.dim]
+              for tensor in (*graph.output, *graph.input)}
     producers = {output: node for node in graph.node for output in node.output}
     tables = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     found: dict[Variant, None] = {}
@@ -91,22 +92,6 @@ def _table(name: str, tables: dict[str, list[int]], producers: dict[str, onnx.No
             return int(dims[0]), int(dims[1])
         name = node.input[0]
     return int(tables[name][0]), int(tables[name][1])
-
-
-LOOKUPS = ("Gather", "GatherBlockQuantized")
-"""operators that read rows of all their inputs but the second, which says which"""
-
-
-def weight_bytes_read(model: onnx.ModelProto) -> int:
-    """Bytes of weights that one decode step reads: all but the tables of which only a row is gathered.
-
-    Every expert of a mixture counts, so there this is an upper bound.
-    """
-    used: dict[str, set[str]] = {}
-    for node in model.graph.node:
-        for place, name in enumerate(node.input):
-            used.setdefault(name, set()).add("row" if node.op_type in LOOKUPS and place != 1 else "whole")
-    return sum(stored_bytes(tensor) for tensor in model.graph.initializer if used.get(tensor.name, set()) - {"row"})
 
 
 def kernel_folder() -> Path:

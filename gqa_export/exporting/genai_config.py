@@ -31,6 +31,8 @@ def misfit(manifest: Manifest) -> str:
         return "no layer owns a cache"
     if not states and [layer.layer for layer in layers] != list(range(len(layers))):
         return "some layers own no cache"
+    if len(manifest.spec.owners) < len(layers):
+        return "some layers read the caches of others, which was not run with onnxruntime-genai"
     if any(state.index for state in states):
         return "a layer keeps several states of one kind"
     keeping = [layer.layer for layer in layers] + [state.layer for state in states]

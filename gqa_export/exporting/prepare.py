@@ -26,6 +26,7 @@ from .kv_calibration import cache_of
 from .long_plan import long_plan, plan_notes
 from .options import ExportOptions
 from .ranks import lower_ranks, refuse_quantized_ranks, refuse_ranks
+from .shared_caches import first_version, reads_caches, refuse_long_with_shared
 from .tokenizer_files import check_tokenizer
 from .weight_store import used_names, wanted_weights, weight_store
 from .window_plan import check_window_options, window_plan
@@ -72,6 +73,8 @@ class Prepared:
     """by what the scales of quantized weights were chosen, with a calibration text"""
     windows: WindowCache | None = None
     """layers whose cache is a ring of fewer slots than the capacity"""
+    needs: str = ""
+    """the first onnxruntime that runs layers which share a cache; "" where every one does"""
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -144,10 +147,11 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     if adapters or merge is not None:
         refuse_quantized_adapters(bool(checkpoint.quantized))
     kv = cache_of(checkpoint, traced, options, target, say)
+    reads = reads_caches(traced.spec, target, options.ragged_chunks)
     rings = window_plan(options, target, traced.spec, traced.capacity)
     lowering = LowerOptions(options.target, options.cache, traced.capacity, options.logits, provider, kv=kv,
                             windows=rings.windows, hidden=options.hidden_states, ragged_chunks=options.ragged_chunks,
-                            packed=options.weights == "copy",
+                            reads_caches=reads, packed=options.weights == "copy",
                             runtime_ops=state_ops_of_runtime(provider) if traced.spec.states else None,
                             quantized=quantizing.facts if quantizing else {},
                             exact=quantizing is not None and quantizing.exact)
@@ -168,6 +172,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     if options.long:
         if quantizing is not None and not quantizing.exact:
             refuse_long_with_rounding()
+        refuse_long_with_shared(traced.spec)
         plan = long_plan(options.long, traced.spec, traced.capacity,
                          lambda setting: automatic_layers(checkpoint, options, traced.spec, setting, say),
                          inside=target.long_inside)
@@ -182,7 +187,8 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         recorded = quantize.record(quantizing, lowered, dtype)
     return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store, adapters, slots,
                     (*checkpoint.notes, *notes, *rings.notes), recorded, ranks, kv, plan, prefill,
-                    quantizing.importance if quantizing else {}, rings.windows)
+                    quantizing.importance if quantizing else {}, rings.windows,
+                    first_version(traced.spec, target, reads))
 
 
 def tensor_parallel_plan(checkpoint: Checkpoint) -> dict[str, str]:

@@ -12,14 +12,13 @@ from ..errors import GqaExportError
 from ..progress import Progress
 from ..quantized.facts import MatrixFacts, facts_of
 from ..quantized.matrix import QuantizedMatrix
-from ..quantized.packing import Packer
 from ..quantizing.floats import quantize_floats
 from ..quantizing.matrices import Weight, weights_of
 from ..quantizing.rtn import quantize_matrix
 from ..quantizing.rules import KINDS, METHODS, Decision, decide, read_rules
 from ..target_refusals import refuse_codes
 from ..weights.dtypes import itemsize
-from ..weights.packed import add_packed
+from ..weights.packed import add_packed, packers_of
 from ..weights.rows import rows_of
 from ..weights.source_kinds import DequantizedSource
 from ..weights.sources import WeightStore
@@ -99,15 +98,19 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
     sources = {weight.name: store.sources_of(weight.name)[0] for weight in weights}
     held = {name: source.matrix for name, source in sources.items() if isinstance(source, DequantizedSource)}
     stored = {name: held[name].label if name in held else source.dtype for name, source in sources.items()}
+    stored.update((name, label) for name, label in store.left.items() if name in stored)
     if options.quantize == "dequantize":
-        return Plan("dequantize", True, stored=stored, plain=dict.fromkeys(held, "--quantize dequantize"),
-                    weights=weights) if held else None
+        return Plan("dequantize", True, stored=stored, plain=dict.fromkeys([*held, *store.left],
+                                                                           "--quantize dequantize"),
+                    weights=weights) if held or store.left else None
     if options.quantize == "keep":
-        kept = {name: matrix for name, matrix in held.items() if not matrix.transposed
+        stacks = {weight.name for weight in weights if weight.experts}
+        kept = {name: matrix for name, matrix in held.items() if name in stacks or not matrix.transposed
                 or matrix.kind in target.float_codes}
         plain = {name: "it is stored with its axes exchanged" for name in held if name not in kept}
+        plain |= dict.fromkeys(store.left, "its parts are stored in forms that are not one, or merged in another way")
         return Plan("keep", exact, kept, {name: facts_of(matrix) for name, matrix in kept.items()}, stored, plain,
-                    weights) if held else None
+                    weights) if held or store.left else None
     rules = read_rules(Path(options.quantize)) if options.quantize not in METHODS else ()
     decisions = decide(weights, METHODS.get(options.quantize, 0), options.block, options.head, rules,
                        KINDS.get(options.quantize, "int"))
@@ -117,14 +120,16 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
     matrices = {}
     for each in decisions:
         if each.bits:
-            name, (rows, columns) = each.weight.name, each.weight.shape
-            label, read = f"{name} ({stored[name]})", rows_of(sources[name])
+            name, shape = each.weight.name, each.weight.matrix_shape
+            label, stack = f"{name} ({stored[name]})", shape if each.weight.experts else ()
+            read = rows_of(sources[name], stack, transposed=each.weight.transposed)
             if each.kind == "int":
-                matrices[name] = quantize_matrix(read, (rows, columns), each.bits, each.block, label,
-                                                 importance.get(name), each.bits == 8 and target.positive_scales)
+                matrices[name] = quantize_matrix(read, shape, each.bits, each.block, label, importance.get(name),
+                                                 each.bits == 8 and target.positive_scales,
+                                                 transposed=each.weight.transposed)
                 continue
             say(f"reading {name}", len(matrices), len(decisions))
-            matrices[name] = quantize_floats(read, (rows, columns), each.kind, each.block, label,
+            matrices[name] = quantize_floats(read, (shape[0], shape[1]), each.kind, each.block, label,
                                              importance.get(name))
     return Plan("rules" if rules else options.quantize, exact, matrices,
                 {name: facts_of(matrix, lossless=False) for name, matrix in matrices.items()}, stored,
@@ -156,17 +161,13 @@ def record(plan: Plan, lowered: Lowered, dtype: str) -> Quantization:
         count = 1
         for size in weight.shape:
             count *= size
-        entry = QuantizedWeight(weight.name, plan.stored[weight.name], 8 * itemsize(dtype), 0,
-                                weight.name not in plan.matrices or plan.method == "keep", PLAIN,
+        entry = QuantizedWeight(weight.name, plan.stored[weight.name], 8 * itemsize(dtype), 0, True, PLAIN,
                                 count * itemsize(dtype), held.reason if held else plan.plain.get(weight.name, ""))
         if held is not None and held.forms:
             form = held.forms[0]
-            packers: dict[str, Packer] = {}
-            size = 0
-            for part_form, part in held.parts.values():
-                packer = packers.setdefault(part_form.key, Packer(plan.matrices[weight.name], part_form))
-                size += packer.nbytes(part)
+            size = sum(packer.nbytes(part) for _, packer, part in packers_of(plan.matrices[weight.name], held.parts))
             entry = replace(entry, bits=form.bits, block=form.block, bytes=size, reason="", kind=form.kind,
+                            experts=weight.experts, transposed=weight.transposed,
                             lossless=plan.facts[weight.name].lossless and (
                                 form.half or dtype == "float32" or form.kind != "int"),
                             operator=", ".join(dict.fromkeys(each.operator for each in held.forms)))

@@ -30,9 +30,10 @@ RECORDED = ("gqa-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscrip
 
 def manifest_of(checkpoint: Checkpoint, traced: Traced, lowered: Lowered, options: ExportOptions, dtype: str,
                 has_tokenizer: bool, quantization: Quantization | None = None, kv: KvCache | None = None,
-                windows: WindowCache | None = None) -> Manifest:
-    """The manifest of an export; the writer adds the files."""
+                windows: WindowCache | None = None, needs: str = "") -> Manifest:
+    """The manifest of an export; the writer adds the files. needs: the first onnxruntime that runs its layers."""
     target = get_target(options.target)
+    needed = target.ragged_chunks_need if options.ragged_chunks else needs  # which is earlier
     axis = traced.capacity if target.literal_capacity else graph_io.CAPACITY
     return Manifest(
         target=options.target, dtype=dtype, cache=options.cache, capacity=traced.capacity, logits=options.logits,
@@ -48,7 +49,7 @@ def manifest_of(checkpoint: Checkpoint, traced: Traced, lowered: Lowered, option
         tokens=cast(Tokens, {**token_ids(checkpoint), "tokenizer": has_tokenizer}),
         versions=versions(RECORDED, absent="unknown"), quantization=quantization, kv_cache=kv, window_cache=windows,
         ragged_chunks=options.ragged_chunks,
-        needs={"onnxruntime": target.ragged_chunks_need} if options.ragged_chunks else {},
+        needs={"onnxruntime": needed} if needed else {},
         verify_width=min(VERIFY_WIDTH, traced.capacity, windows.chunk if windows else VERIFY_WIDTH)
         if options.logits == "all" else 1)
 

@@ -96,7 +96,8 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
             without = add_tokenizer(checkpoint, writer)
         notes = [*ready.notes, *writer.notes, *([without] if without else [])]
         manifest = replace(manifest_of(checkpoint, traced, lowered, options, ready.dtype, not without,
-                                       ready.quantization, ready.kv, ready.windows), parallel=parallel)
+                                       ready.quantization, ready.kv, ready.windows, ready.needs),
+                           parallel=parallel)
         write_adapters(writer, ready.adapters, ready.slots, ready.dtype)
         if ready.plan:
             manifest = replace(manifest, long=LongFacts(ready.plan, ready.plan.digest(traced.spec.layers)))

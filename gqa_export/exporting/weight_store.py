@@ -42,6 +42,7 @@ def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> Weig
         store = WeightStore.from_codes(checkpoint, wanted, traced.tied)
         if all(name in store and store.sources[name].shape == shape for name, shape in wanted.items()):
             return store
+        return _with_values(checkpoint, store, wanted, budget)
     stored = checkpoint.tensors
     aliases = _aliases(traced, stored)
     plain = not traced.converts and all(
@@ -55,10 +56,29 @@ def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> Weig
     streamed = _converted(checkpoint, traced, wanted, budget) if streams else None
     if streamed is not None:
         return streamed
-    elements = sum(math.prod(shape) for shape in wanted.values())
-    budget.need(elements * itemsize(checkpoint.stored_dtype), "loading the model (its tensors are dequantized, or "
-                "merged in a way that cannot be streamed)")
+    budget.need(_elements(wanted) * itemsize(checkpoint.stored_dtype), "loading the model (its tensors are "
+                "dequantized, or merged in a way that cannot be streamed)")
     return WeightStore.from_module(checkpoint, load_model(checkpoint, "auto"))
+
+
+def _with_values(checkpoint: Checkpoint, codes: WeightStore, wanted: dict[str, tuple[int, ...]],
+                 budget: Budget) -> WeightStore:
+    """Codes where they are the model's own weights, and values for the rest, which the loaded model has."""
+    from ..weights.source_kinds import DequantizedSource
+
+    budget.need(_elements(wanted) * itemsize(checkpoint.stored_dtype), "loading the model (some of its quantized "
+                "tensors are merged in a way that codes cannot be)")
+    store = WeightStore.from_module(checkpoint, load_model(checkpoint, "auto"))
+    store.left = codes.left
+    for name, shape in wanted.items():
+        source = codes.sources.get(name)
+        if isinstance(source, DequantizedSource) and source.shape == shape:
+            store.add(name, source)
+    return store
+
+
+def _elements(wanted: dict[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in wanted.values())
 
 
 def _aliases(traced: Traced, there: Container[str]) -> dict[str, str]:

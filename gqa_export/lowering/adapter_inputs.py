@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModel
 from ..graph_io import RECIPE
-from .quantized.parts import SEPARATOR
+from ..quantized.facts import SEPARATOR
 
 if TYPE_CHECKING:
     import onnx

@@ -51,25 +51,25 @@ def attention_calls(graph: gs.Graph, context: Context) -> Calls:
     Raises:
         UnsupportedModel: the heads, scale, softcap, window or sinks of a call are not those of its layer.
     """
-    layers = {graph_io.past_names(layer.layer)[0]: layer for layer in context.spec.layers}
-    found, misses = [], []
+    readers, found, misses = graph_io.CacheReaders(context.spec), [], []
     for node in graph.nodes:
         if not is_op(node, attention_op.OP, attention_op.DOMAIN):
             continue
         past = node.inputs[PAST_KEY].name if len(node.inputs) > PAST_KEY else ""
-        if past in layers:
-            found.append(Call(node, layers[past]))
-            _check(node, layers[past])
+        layer = readers.take(past)
+        if layer is not None:
+            found.append(Call(node, layer))
+            _check(node, layer)
         else:
             misses.append(NearMiss(node.name, f"its past_key is {past!r}, which is not the key cache of a layer"))
-    lost = [layer.layer for name, layer in layers.items() if all(call.layer is not layer for call in found)]
+    lost = [layer.cache for layer in context.spec.layers if all(call.layer is not layer for call in found)]
     return Calls(found, (*misses, *_in_place_of(graph, lost)))
 
 
 def only_fallbacks_are_left(graph: gs.Graph, context: Context) -> list[NearMiss]:
     """The nodes that still are the canonical op and not of a layer that fell back: there must be none."""
-    allowed = {fallback.layer for fallback in context.fallbacks}
-    allowed |= {layer.layer for layer in context.spec.layers if context.is_long(layer)}
+    fallen = {fallback.layer for fallback in context.fallbacks}
+    allowed = {layer.cache for layer in context.spec.layers if layer.layer in fallen or context.is_long(layer)}
     return [NearMiss(node.name, f"it still is {OP}") for node in graph.nodes
             if is_op(node, attention_op.OP, attention_op.DOMAIN) and node.outputs  # a removed node has none
             and graph_io.layer_of_cache(node.inputs[PAST_KEY].name) not in allowed]
@@ -94,7 +94,7 @@ def has_sinks(node: gs.Node) -> bool | None:
 def _check(node: gs.Node, layer: AttentionSpec) -> None:
     wrong = [f"{name} is {node.attrs.get(name)}, expected {getattr(layer, fact):g}" for name, fact in COMPARED.items()
              if not _same(node.attrs.get(name), getattr(layer, fact))]
-    past_value = graph_io.past_names(layer.layer)[1]
+    past_value = graph_io.past_names(layer.cache)[1]
     if node.inputs[PAST_VALUE].name != past_value:
         wrong.append(f"past_value is {node.inputs[PAST_VALUE].name!r}, expected {past_value!r}")
     for place, name, size in ((PAST_KEY, "head_size", layer.head_size),

@@ -54,6 +54,9 @@ class LowerOptions:
     """the last hidden states are an output too"""
     ragged_chunks: bool = False
     """attention is given each row's number of new tokens (`Target.ragged_chunks_need`)"""
+    reads_caches: bool = True
+    """a layer without a cache reads its owner's present and adds nothing (`Target.shared_caches_need`); where the
+    runtime's operator cannot, it reads its owner's past, adds what its owner adds and drops the copy"""
     long: LongPlan | None = None
     """layers that become the op for long prompts; None in the graph that is exact"""
 
@@ -104,6 +107,7 @@ class Context:
         remarks: a layer's number and what is right there but not as fast as it could be.
         rotations: per layer, the rotation that a pass moved into the attention op.
         held: how quantized weights are held, as passes find out.
+        quantized: facts of what products read quantized: those of the options, an expert of a stack as a matrix.
     """
 
     spec: ModelSpec
@@ -115,6 +119,11 @@ class Context:
     remarks: list[tuple[int, str]] = field(default_factory=list)
     rotations: dict[int, Rotation] = field(default_factory=dict)
     held: dict[str, Held] = field(default_factory=dict)
+    quantized: dict[str, MatrixFacts] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Begin with what the options name."""
+        self.quantized.update(self.options.quantized)
 
     @cached_property
     def element(self) -> int:

@@ -27,21 +27,22 @@ logger = logging.getLogger(__name__)
 def infer_shapes(model: onnx.ModelProto, context: Context) -> Rewritten:
     """Give every value its type and shape, which the rules need; counts the outputs typed by contract: those of
     attention and of the state ops."""
-    layers = {graph_io.past_names(layer.layer)[0]: layer for layer in context.spec.layers}
+    readers = graph_io.CacheReaders(context.spec)
+    pasts = {graph_io.past_names(layer.layer)[0] for layer in context.spec.owners}
     elements = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
     known = {value.name: value for value in model.graph.value_info}
     place, count, misses = attention_op.input_index("past_key"), 0, []
     for node in model.graph.node:
         past = node.input[place] if len(node.input) > place else ""
         if node.op_type != attention_op.OP or node.domain != attention_op.DOMAIN:
-            if any(name in layers for name in node.input):
+            if any(name in pasts for name in node.input):
                 misses.append(NearMiss(node.name, f"it reads a cache and is {node.op_type}, "
                                        f"expected {attention_op.OP}"))
             continue
-        if past not in layers:
+        layer = readers.take(past)
+        if layer is None:
             misses.append(NearMiss(node.name, f"its past_key is {past!r}, which is not the key cache of a layer"))
             continue
-        layer = layers[past]
         shape: list[str | int | None] = [graph_io.BATCH, graph_io.SEQUENCE, layer.num_heads * layer.value_head_size]
         typed = onnx.helper.make_tensor_value_info(node.output[0], elements[node.input[place]], shape)
         (known.get(node.output[0]) or model.graph.value_info.add()).CopyFrom(typed)

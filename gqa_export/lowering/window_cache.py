@@ -24,8 +24,9 @@ def make_rings(graph: gs.Graph, context: Context) -> Rewritten:
         slots = windows.slots(layer)
         if slots:
             node.attrs["growing"] = attention_op.RING
-            _resize(graph, layer.layer, slots)
-            count += 1
+            if layer.owner is None:
+                _resize(graph, layer.layer, slots)
+                count += 1
     return Rewritten(count, misses)
 
 

@@ -28,7 +28,9 @@ def reordered(matrix: QuantizedMatrix, order: Array) -> QuantizedMatrix:
 
 def some_rows(matrix: QuantizedMatrix, start: int, stop: int) -> QuantizedMatrix:
     """The rows [start, stop) as a matrix."""
-    return reordered(matrix, np.arange(start, stop))
+    return replace(matrix, shape=(stop - start, matrix.columns), in_place="",
+                   read=lambda first, last: matrix.stripe(start + first, start + last),
+                   row_block=matrix.row_block if matrix.row_block >= matrix.rows or not start % matrix.row_block else 1)
 
 
 def joinable(parts: Sequence[QuantizedMatrix]) -> bool:
@@ -68,6 +70,36 @@ def joined(parts: Sequence[QuantizedMatrix], shape: tuple[int, ...] | None = Non
     return replace(parts[0], shape=shape, read=read, tensors=names, in_place="",
                    input_scale=inputs.pop() if len(inputs) == 1 else None,
                    row_block=blocks.pop() if same else 1)
+
+
+def one_scale(matrix: QuantizedMatrix) -> QuantizedMatrix:
+    """The matrix without a second scale of the whole, which its scales contain, rounded to float32."""
+    if matrix.global_scale == 1.0:
+        return matrix
+
+    def read(start: int, stop: int) -> Stripe:
+        found = matrix.stripe(start, stop)
+        scale = (found.scale.astype(np.float64) * matrix.global_scale).astype(np.float32)
+        return replace(found, scale=scale)
+
+    return replace(matrix, global_scale=1.0, scale_dtype="float32", read=read)
+
+
+def stacked(experts: Sequence[Sequence[QuantizedMatrix]]) -> QuantizedMatrix | None:
+    """Experts `[E, N, K]`, each of matrices one below the other; None where their forms differ in more than the order
+    of an expert's columns. Their numbers of rows are those of the first."""
+    if not all(joinable(parts) for parts in experts):
+        return None
+    orders = [parts[0].column_order for parts in experts]
+    flat = [replace(part, column_order=None) for parts in experts for part in parts]
+    if not joinable(flat):
+        return None
+    columns = flat[0].columns
+    whole = joined(flat, (len(experts), sum(part.rows for part in experts[0]), columns))
+    if all(order is None for order in orders):
+        return whole
+    first = np.arange(columns, dtype=np.int32)
+    return replace(whole, column_order=np.stack([first if order is None else order for order in orders]))
 
 
 def _below(found: Sequence[Stripe]) -> Stripe:

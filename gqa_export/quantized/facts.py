@@ -13,6 +13,10 @@ from .matrix import QuantizedMatrix
 BLOCKS = (128, 64, 32, 16, 256)
 """columns that may share a scale in MatMulNBits, the ones to prefer first. 256 is last: at 2 bits it is slow."""
 WIDER = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}
+FLOAT32 = 1
+"""ONNX's number of float32"""
+SEPARATOR = "@"
+"""between a weight's name and its form and part, in a recipe"""
 BNB4 = {"fp4": 0, "nf4": 1}
 """kind -> quant_type of MatMulBnb4"""
 FLOAT_CODES = {"e4m3": "float8_e4m3fn", "e2m1": "float4_e2m1fn"}
@@ -65,7 +69,7 @@ class MatrixFacts:
 
 def facts_of(matrix: QuantizedMatrix, *, lossless: bool = True) -> MatrixFacts:
     """The facts of a matrix. Of one with zero points these are read, to learn whether they fit."""
-    half = matrix.scale_dtype in ("float16", E4M3) and matrix.global_scale == 1.0 and matrix.kind == "int"
+    half = matrix.scale_dtype in ("float16", E4M3) and matrix.global_scale == 1.0 and matrix.kind in ("int", "e2m1")
     return MatrixFacts(matrix.shape, matrix.bits, matrix.block, matrix.kind, matrix.offset, matrix.label, half,
                        _zeros_fit(matrix), lossless, matrix.transposed, _scales_of(matrix), matrix.row_block,
                        matrix.column_order, matrix.column_scale)
@@ -139,8 +143,6 @@ def nbits_form(facts: MatrixFacts) -> Form | str:
     Source: onnxruntime docs/ContribOperators.md and runs of 1.31: bits 2, 4, 8; blocks 16 to 256; zero points packed
     along a row's blocks.
     """
-    if len(facts.shape) != 2:
-        return f"it is a stack of {facts.shape[0]} matrices"
     if facts.kind in BNB4:
         if facts.block in (16, 32, 64, 128) and facts.columns % facts.block == 0 and facts.column_order is None:
             return Form("MatMulBnb4", 4, facts.block)
@@ -155,6 +157,11 @@ def nbits_form(facts: MatrixFacts) -> Form | str:
     return Form("MatMulNBits", bits, block, zeros, facts.offset != "none" and not zeros, facts.half)
 
 
+def bnb4_misfit(form: Form, element: int) -> str:
+    """Why a form does not go with the graph's floating-point numbers (their ONNX type); "" if it does."""
+    return "MatMulBnb4 takes float32 alone" if form.operator == "MatMulBnb4" and element != FLOAT32 else ""
+
+
 def dequantize_form(facts: MatrixFacts, *, zeros: bool, blocks: tuple[int, ...] = (), columns_first: bool = True,
                     positive: bool = False) -> Form | str:
     """How DequantizeLinear holds a matrix, or why it does not.
@@ -166,8 +173,6 @@ def dequantize_form(facts: MatrixFacts, *, zeros: bool, blocks: tuple[int, ...] 
         columns_first: the target has it `[K, N]`, blocks along axis 0.
         positive: the target takes codes of eight bits with scales above 0 alone.
     """
-    if len(facts.shape) != 2:
-        return f"it is a stack of {facts.shape[0]} matrices"
     if facts.kind not in ("int", "e2m1"):
         return f"it has {facts.kind} codes"
     block = _block(facts)

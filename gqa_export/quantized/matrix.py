@@ -81,7 +81,8 @@ class QuantizedMatrix:
             scale * code + minimum. Codes with an offset are unsigned. What is symmetric has "none", however stored.
         label: the stored format for people, "GPTQ 4 bits, group 128".
         read: (start, stop) -> the stripe of these rows; no more memory than the stripe takes.
-        column_order: int32 `[K]`: column j of the codes is column `column_order[j]` of the weight. None: in order.
+        column_order: int32 `[K]`: column j of the codes is column `column_order[j]` of the weight; `[E, K]` of experts
+            that have one each. None: in order.
         global_scale: a second scale of the whole matrix, which is not in `Stripe.scale`. 1.0 where there is none.
         column_scale: float32 `[K]`, in the weight's own order: the layer multiplies its input by it before this
             matrix (AWQ's smoothing that was not folded into a norm). None: it does not.
@@ -122,7 +123,8 @@ class QuantizedMatrix:
         if not 1 <= self.block <= max(self.columns, 1):
             raise ValueError(f"blocks of {self.block} columns in a matrix of {self.columns}")
         order = self.column_order
-        if order is not None and not np.array_equal(np.sort(order), np.arange(self.columns)):
+        if order is not None and (order.shape not in ((self.columns,), (self.shape[0], self.columns)) or not (
+                np.sort(order) == np.arange(self.columns)).all()):
             raise ValueError("column_order is not a permutation of the columns")
 
     @property
@@ -191,8 +193,10 @@ class QuantizedMatrix:
         if self.global_scale != 1.0:
             values *= self.global_scale
         if self.column_order is not None:
-            ordered = np.empty_like(values)
-            ordered[:, self.column_order] = values
+            ordered, order = np.empty_like(values), self.column_order
+            if order.ndim == 2:  # of each row's expert
+                order = order[np.arange(start, start + len(values)) * len(order) // self.rows]
+            np.put_along_axis(ordered, np.broadcast_to(order, values.shape), values, axis=1)
             values = ordered
         if self.column_scale is not None:
             values *= self.column_scale.astype(np.float64)

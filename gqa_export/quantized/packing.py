@@ -134,7 +134,7 @@ class Packer:
         if part == "minimum":
             assert found.minimum is not None
             return self._stored(self._per_block(found.minimum), part)
-        middle = np.float64(1 << (self.form.bits - 1))
+        middle = np.float64(1 << (self.matrix.bits - 1))
         exact = found.scale.astype(np.float64)
         if found.minimum is not None:
             shift = found.minimum + middle * exact
@@ -186,13 +186,14 @@ class Packer:
     def _numbers(self, found: Stripe) -> Any:
         """The codes as the form numbers them: from 0 or, where they are signed, around 0; as bytes."""
         middle, codes = 1 << (self.form.bits - 1), found.codes
+        own = 1 << (self.matrix.bits - 1)  # a shift of the form's middle would cancel digits where it is far from these
         if self.matrix.kind == "e2m1":
             codes = _DOUBLED[codes]
         around_zero = self.matrix.offset == "none"
         if around_zero and not self.form.signed:
             codes = codes.astype(np.int16) + middle
-        elif self.form.signed and not around_zero:
-            codes = codes.astype(np.int16) - middle
+        elif not around_zero and (self.form.signed or self.form.shift):
+            codes = codes.astype(np.int16) - own + (0 if self.form.signed else middle)
         return self._turned(codes, found).astype(np.uint8)
 
     def _above_zero(self, scale: Any) -> Any:

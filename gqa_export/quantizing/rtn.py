@@ -25,25 +25,28 @@ PIECE = 1 << 16
 """numbers quantized at once: they stay in the processor's cache"""
 
 
-def quantize_matrix(rows: Callable[[int, int], Array], shape: tuple[int, int], bits: int, block: int, label: str,
-                    importance: Array | None = None, positive: bool = False) -> QuantizedMatrix:
+def quantize_matrix(rows: Callable[[int, int], Array], shape: tuple[int, ...], bits: int, block: int, label: str,
+                    importance: Array | None = None, positive: bool = False, *,
+                    transposed: bool = False) -> QuantizedMatrix:
     """A matrix to be quantized while it is read.
 
     Args:
         rows: (start, stop) -> these rows as floating-point numbers `[rows, K]`.
-        shape: `[N, K]`.
+        shape: `[N, K]`, or `[E, N, K]` of experts, whose rows are counted through.
         bits: 2, 4 or 8.
         block: columns that share a scale.
         label: what the values are quantized from, for people.
         importance: `[K]`, how much an error of each column counts; None: all the same.
         positive: no scale is below 0 (`Target.positive_scales`).
+        transposed: the model's parameter has each expert as `[K, N]`.
     """
-    block = min(block, shape[1])
+    block = min(block, shape[-1])
 
     def read(start: int, stop: int) -> Stripe:
         return quantize_rows(rows(start, stop), bits, block, label, importance, positive)
 
-    return QuantizedMatrix(shape, bits, block, "int", "none", label, read, scale_dtype="float16")
+    return QuantizedMatrix(shape, bits, block, "int", "none", label, read, scale_dtype="float16",
+                           transposed=transposed)
 
 
 def quantize_rows(values: Array, bits: int, block: int, name: str, importance: Array | None = None,

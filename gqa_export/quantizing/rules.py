@@ -124,6 +124,8 @@ def decide(weights: Sequence[Weight], bits: int, block: int, head: str, rules: S
         own, reason = (rule.bits, f"a rule leaves it ({rule.match})") if rule else (own, f"--head {head}")
         if weight.role == "router" and not rule:
             own, reason = 0, "it chooses experts: a rounding would send tokens to others"
+        if weight.role == "experts" and own and own_kind != "int":
+            own, reason = 0, f"experts are not rounded to {own_kind}: a checkpoint's own codes are kept"
         if not weight.role:
             own, reason = 0, weight.reason
         decisions.append(Decision(weight, own, (rule.block if rule else 0) or block, "" if own else reason,

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..bundle.graph_file import read_graph
 from ..bundle.manifest import read_manifest
-from ..engine.kernels import weight_bytes_read
+from ..engine.weight_bytes import weight_bytes_read
 from ..environment.machine import peak_bytes
 from ..errors import GqaExportError
 from ..progress import Progress, silent
@@ -100,7 +100,7 @@ def measure(folder: Path | str, *, prompt_tokens: int, new_tokens: int, batch: i
     return Speed(str(folder), manifest.target, manifest.dtype, manifest.cache, prompt_tokens, new_tokens, batch,
                  load_s, statistics.median(prefill), statistics.median(decode),
                  1000 * statistics.median(steps) if steps else 0.0, prefill, decode, before, loaded, peak_mib(),
-                 0 if manifest.engine else weight_bytes_read(read_graph(Path(folder))))
+                 0 if manifest.engine else weight_bytes_read(read_graph(Path(folder)), batch))
 
 
 def anonymous_mib() -> float | None:

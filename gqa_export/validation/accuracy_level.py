@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..bundle.graph_file import read_graph
 from ..bundle.manifest import Manifest
+from ..checkpoint.expert_products import ExpertFactor, factor_of, follow
 from ..checkpoint.quantized.parameters import parameters_of
 from ..graph_io import EXACT_PRODUCTS
 from ..quantized.facts import Form
@@ -96,11 +97,13 @@ class RoundedInput:
     Attributes:
         block: columns of a block, in the order of the codes.
         scale: `[K]`, what the input is multiplied by first. None: it is not.
-        order: `[K]`: column j of the codes is column `order[j]` of the weight. None: they are in order.
+        order: `[K]`: column j of the codes is column `order[j]` of the weight; `[E, K]` of experts that have one each.
+            None: they are in order.
         shift: `[N, blocks]`, what is added for each block besides the symmetric codes, times the sum of the block's
             inputs, which are not rounded for it. None: nothing is.
         beside: `[N, K]`, the product of an adapter that can be switched, which the weight here contains and the graph
             computes beside it, of inputs that are not rounded. None: there is none.
+        experts: matrices that are stacked in the weight, whose rows `shift` counts through; 0: it is one.
     """
 
     block: int
@@ -108,22 +111,49 @@ class RoundedInput:
     order: torch.Tensor | None = None
     shift: torch.Tensor | None = None
     beside: torch.Tensor | None = None
+    experts: int = 0
 
     def product(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What torch.nn.functional.linear (`func`) is by this rule."""
         values = args[0]
-        seen = values if self.scale is None else values * self.scale.to(values.dtype)
-        seen = seen if self.order is None else seen[..., self.order]
-        near = rounded(seen, self.block)
-        back = near if self.order is None else torch.empty_like(near).index_copy_(-1, self.order, near)
-        back = back if self.scale is None else back / self.scale.to(values.dtype)
+        seen, near, back = self._rounded(values, self.order)
         found = func(back, *args[1:], **(kwargs or {}))
         if self.beside is not None:
             found = found + (values - back) @ self.beside.to(values.dtype).T
+        return found if self.shift is None else found + self._lost(seen - near) @ self.shift.to(values.dtype).T
+
+    def expert_product(self, func: Any, args: Any, kwargs: Any, factor: ExpertFactor) -> Any:
+        """What a product with experts is by this rule."""
+        values = args[factor.place].movedim(factor.axis, -1)
+        index = factor.picked.index
+        order = self.order if self.order is None or self.order.ndim == 1 or index is None else self.order[index]
+        seen, near, back = self._rounded(values, order)
+        factors = list(args)
+        factors[factor.place] = back.movedim(-1, factor.axis)
+        found = func(*factors, **(kwargs or {}))
         if self.shift is None:
             return found
-        lost = torch.nn.functional.pad(seen - near, (0, -seen.shape[-1] % self.block))
-        return found + lost.unflatten(-1, (-1, self.block)).sum(-1) @ self.shift.to(values.dtype).T
+        shift = self.shift.unflatten(0, (self.experts, -1)).to(values.dtype)
+        shift = shift if index is None else shift[index]
+        return found + (self._lost(seen - near) @ shift.mT).movedim(-1, factor.axis)
+
+    def _rounded(self, values: torch.Tensor,
+                 order: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """An input `[.., K]` in the order and scale of the codes, that rounded, and the latter as the weight has it.
+        order: `[K]`, or `[.., K]` for rows `[.., rows, K]`."""
+        seen = values if self.scale is None else values * self.scale.to(values.dtype)
+        places = None
+        if order is not None:
+            places = (order if order.ndim == 1 else order.unsqueeze(-2)).expand_as(seen)
+            seen = seen.gather(-1, places)
+        near = rounded(seen, self.block)
+        back = near if places is None else torch.empty_like(near).scatter_(-1, places, near)
+        return seen, near, back if self.scale is None else back / self.scale.to(values.dtype)
+
+    def _lost(self, lost: torch.Tensor) -> torch.Tensor:
+        """What rounding took from the sum of each block."""
+        padded = torch.nn.functional.pad(lost, (0, -lost.shape[-1] % self.block))
+        return padded.unflatten(-1, (-1, self.block)).sum(-1)
 
 
 def rounded_inputs(manifest: Manifest, checkpoint: Checkpoint, model: Any) -> dict[int, RoundedInput]:
@@ -141,7 +171,8 @@ def rounded_inputs(manifest: Manifest, checkpoint: Checkpoint, model: Any) -> di
             matrix = kept.get(weight.name)
             rule = RoundedInput(weight.block) if matrix is None else \
                 _input_of(matrix, weight.block, get_target(manifest.target))
-            found[id(model.get_parameter(weight.name))] = replace(rule, beside=switched.get(weight.name))
+            found[id(model.get_parameter(weight.name))] = replace(rule, beside=switched.get(weight.name),
+                                                                  experts=weight.experts)
     return found
 
 
@@ -166,17 +197,24 @@ def _input_of(matrix: QuantizedMatrix, block: int, target: Target) -> RoundedInp
 
 
 class RoundInputs(TorchFunctionMode):
-    """Inside, the input of a linear layer is rounded to int8 in every row and block of K, as level 4 does it: the
-    baseline of a bundle that rounds. inputs: `rounded_inputs`. Every value stays of its own type."""
+    """Inside, the input of a linear layer (and of experts) is rounded to int8 in every row and block of K, as level 4
+    does it: the baseline of a bundle that rounds. inputs: `rounded_inputs`. Every value stays of its own type."""
 
     def __init__(self, inputs: Mapping[int, RoundedInput]) -> None:
         super().__init__()
         self._inputs = inputs
+        self._stacks = {owner for owner, rule in inputs.items() if rule.experts}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.linear and id(args[1]) in self._inputs:
             return self._inputs[id(args[1])].product(func, args, kwargs)
-        return func(*args, **(kwargs or {}))
+        factor = factor_of(func, args, self._stacks) if self._stacks else None
+        if factor is not None:
+            return self._inputs[factor.picked.owner].expert_product(func, args, kwargs, factor)
+        found = func(*args, **(kwargs or {}))
+        if self._stacks:
+            follow(func, args, found, self._stacks)
+        return found
 
 
 def rounded(values: torch.Tensor, block: int) -> torch.Tensor:

@@ -72,7 +72,7 @@ def write_files(folder: Path, reference: Session, manifest: Manifest, seed: int 
             outputs = OrderedDict({LOGITS: (logits[:, -1:] if manifest.logits == "last" else logits).astype(dtype)})
             if step.hidden is not None:
                 outputs[HIDDEN_STATES] = step.hidden.astype(dtype)
-            for layer, pair in zip(manifest.spec.layers, reference.cache(), strict=True):
+            for layer, pair in zip(manifest.spec.owners, reference.cache(), strict=True):
                 for name, array in zip(present_names(layer.layer), pair):
                     outputs[name] = _cache(array, int(lengths[0]), manifest, dtype)
             for state, array in zip(manifest.spec.states, reference.states(), strict=True):
@@ -92,8 +92,8 @@ def _feed(reference: Session, manifest: Manifest, ids: np.ndarray, dtype: np.dty
     """What the graph takes for this step: token ids, the mask, the cache as the reference has it."""
     lengths, past = reference.lengths, int(reference.lengths[0])
     feed = OrderedDict(step_feed("mask", ids, lengths, np.full(len(ids), ids.shape[1]), past))
-    pairs = reference.cache() if past else [None] * len(manifest.spec.layers)
-    for layer, pair in zip(manifest.spec.layers, pairs, strict=True):
+    pairs = reference.cache() if past else [None] * len(manifest.spec.owners)
+    for layer, pair in zip(manifest.spec.owners, pairs, strict=True):
         sizes = (layer.head_size, layer.value_head_size)
         arrays = pair or [np.zeros((len(ids), layer.kv_num_heads, 0, size)) for size in sizes]
         for name, array in zip(past_names(layer.layer), arrays):

@@ -68,9 +68,9 @@ class LongGraph:
         names = [PROVIDERS[provider]] + ([PROVIDERS["cpu"]] if provider != "cpu" else [])
         self._session = ort.InferenceSession(model.SerializeToString(), options, providers=names)
         spec = manifest.spec
-        self._past = [name for layer in spec.layers for name in past_names(layer.layer)] + list(
+        self._past = [name for layer in spec.owners for name in past_names(layer.layer)] + list(
             map(past_state, spec.states))
-        self._present = [name for layer in spec.layers for name in present_names(layer.layer)] + list(
+        self._present = [name for layer in spec.owners for name in present_names(layer.layer)] + list(
             map(present_state, spec.states))
         self.reset(1)
 
@@ -84,7 +84,7 @@ class LongGraph:
         spec, room = self.manifest.spec, self.manifest.capacity if self._static else 0
         dtype = numpy_dtype(DTYPES.get(self.manifest.dtype, self.manifest.dtype))
         self._lengths = np.zeros(batch, np.int64)
-        self._cache: list[Any] = [np.zeros((batch, layer.kv_num_heads, room, size), dtype) for layer in spec.layers
+        self._cache: list[Any] = [np.zeros((batch, layer.kv_num_heads, room, size), dtype) for layer in spec.owners
                                   for size in (layer.head_size, layer.value_head_size)]
         self._cache += [np.zeros((batch, *state.shape), state.dtype) for state in spec.states]
 
@@ -96,7 +96,7 @@ class LongGraph:
         names = [LOGITS, *self._present, *self._selections.values()]
         logits, *rest = self._session.run(names, feed)
         self._lengths = self._lengths + new
-        after, layers = int(self._lengths.max()), 2 * len(self.manifest.spec.layers)
+        after, layers = int(self._lengths.max()), 2 * len(self.manifest.spec.owners)
         present = rest[: len(self._present)]
         self._cache = [tensor if self._static or number >= layers else np.ascontiguousarray(tensor[:, :, :after])
                        for number, tensor in enumerate(present)]

@@ -5,21 +5,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ..bundle.quantization import PLAIN, Quantization
+from ..bundle.quantization import PLAIN, Quantization, QuantizedWeight
 from ..checkpoint.quantized.parameters import parameters_of
 from ..errors import GqaExportError, InvalidBundle
 from ..progress import silent
 from ..quantized.facts import Form, dequantize_form, facts_of, float_form, nbits_form
 from ..quantized.matrix import Stripe
 from ..quantizing.importance import FILE, read_importance
+from ..quantizing.matrices import stack_shape
 from ..targets import get_target
 from ..weights.dtypes import numpy_dtype
+from ..weights.rows import rows_of
+from ..weights.source_kinds import MemorySource
 
 if TYPE_CHECKING:
     from ..bundle.manifest import Manifest
@@ -68,19 +72,36 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
             raise InvalidBundle(f"the manifest names a quantized weight {weight.name}, which the checkpoint's model "
                                 "does not have", checkpoint.source, "validate against the checkpoint that was exported",
                                 code="E-BUNDLE-QUANTIZATION")
-        values = parameters[weight.name].detach().numpy()
-
-        def rows(start: int, stop: int, values: Any = values) -> Any:
-            return values[start:stop]
-
+        values = parameters[weight.name].detach()
+        shape = tuple(values.shape)
+        stack = _stack(shape, weight, checkpoint.source) if weight.experts else ()
+        rows = rows_of(MemorySource(partial(_as_it_is, values), "float32", shape), stack, transposed=weight.transposed)
         if weight.kind != "int":
-            found[weight.name] = quantize_floats(rows, values.shape, weight.kind, weight.block, weight.name,
+            found[weight.name] = quantize_floats(rows, (shape[0], shape[1]), weight.kind, weight.block, weight.name,
                                                  importance.get(weight.name))
             continue
-        found[weight.name] = quantize_matrix(rows, values.shape, weight.bits, weight.block, weight.name,
+        found[weight.name] = quantize_matrix(rows, stack or shape, weight.bits, weight.block, weight.name,
                                              importance.get(weight.name),
-                                             weight.bits == 8 and get_target(manifest.target).positive_scales)
+                                             weight.bits == 8 and get_target(manifest.target).positive_scales,
+                                             transposed=weight.transposed)
     return found
+
+
+def _as_it_is(values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
+def _stack(shape: tuple[int, ...], weight: QuantizedWeight, where: str) -> tuple[int, ...]:
+    """`[E, N, K]` of a parameter's experts.
+
+    Raises:
+        InvalidBundle: the parameter does not have so many.
+    """
+    if len(shape) not in (2, 3) or (shape[0] != weight.experts if len(shape) == 3 else shape[0] % weight.experts):
+        raise InvalidBundle(f"the manifest names {weight.experts} experts in {weight.name}, whose shape in the "
+                            f"checkpoint's model is {list(shape)}", where,
+                            "validate against the checkpoint that was exported", code="E-BUNDLE-QUANTIZATION")
+    return stack_shape(shape, weight.experts, transposed=weight.transposed)
 
 
 def form_of(matrix: QuantizedMatrix, target: Target) -> Form | str:
@@ -129,7 +150,7 @@ def as_held(matrix: QuantizedMatrix, form: Form, dtype: str) -> QuantizedMatrix:
         scale = exact.astype(np.float32) if form.half else rounded(exact.astype(np.float32))
         if exact_offset:
             return replace(stripe, scale=scale)
-        middle = float(1 << (form.bits - 1))
+        middle = float(1 << (matrix.bits - 1))
         offset: Any = stripe.minimum if stripe.zero is None else -stripe.zero * stripe.scale.astype(np.float64)
         offset = offset * matrix.global_scale
         shift = rounded((offset + middle * exact).astype(np.float32))
@@ -168,7 +189,8 @@ def put_quantized(models: Iterable[Any], matrices: Mapping[str, QuantizedMatrix]
         values = torch.from_numpy(matrix.parameter())
         for model in models:
             parameter = model.get_parameter(name)
-            parameter.data = values.to(parameter.dtype)  # not into its memory, which may be the checkpoint's file
+            # not into its memory, which may be the checkpoint's file
+            parameter.data = values.reshape(parameter.shape).to(parameter.dtype)
 
 
 def _untie(model: Any, matrices: Mapping[str, QuantizedMatrix]) -> None:

@@ -85,7 +85,7 @@ class HeldHeads:
         self._session = session
         held = held_heads_of(parallel)
         self._spec = merged_spec(session.spec, parallel)
-        self._heads = [list(held[layer.layer]) for layer in session.spec.layers]
+        self._heads = [list(held[layer.layer]) for layer in session.spec.owners]
 
     @property
     def spec(self) -> ModelSpec:

@@ -124,7 +124,7 @@ class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
 
     def _alike(self) -> list[tuple[int, AttentionSpec]]:
         """The layers, numbered, whose caches can be compared: those that PyTorch caches alike."""
-        return [pair for pair in enumerate(self._session.spec.layers)
+        return [pair for pair in enumerate(self._session.spec.owners)
                 if self._compared is None or pair[1].layer in self._compared]
 
     def _one_by_one(self, ids: np.ndarray, counts: np.ndarray) -> Step:
@@ -214,7 +214,7 @@ class GarbageTail:
         new_B = feed[NEW_LENGTHS] if NEW_LENGTHS in feed else feed[ATTENTION_MASK][:, -ids.shape[1]:].sum(1)
         padded_BS = np.arange(ids.shape[1]) >= np.asarray(new_B)[:, None]
         feed[INPUT_IDS] = np.where(padded_BS, self._spec.vocabulary - 1, ids).astype(ids.dtype)
-        for layer in self._spec.layers:
+        for layer in self._spec.owners:
             for name in past_names(layer.layer):
                 past_BKPD = feed[name]
                 positions_P = np.arange(past_BKPD.shape[2])

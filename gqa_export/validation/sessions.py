@@ -121,9 +121,10 @@ def observed_facts(reference: Any, where: str) -> dict[str, object]:
         raise InvalidCheckpoint("the checkpoint's own logits are NaN or infinite", where,
                                 "check its weights; there is nothing to compare with", code="E-CKPT-NAN")
     pairs = reference.cache()
-    numbers, alike = cached_layers(reference.model.config) or (tuple(range(len(pairs))), frozenset(range(len(pairs))))
+    every = tuple(range(len(pairs)))
+    numbers, alike, read = cached_layers(reference.model.config) or (every, frozenset(every), every)
     shown: dict[str, object] = {"model_type": reference.model.config.model_type, "vocabulary": logits.shape[-1],
-                                "layers": len(numbers), "layer numbers": numbers, "alike": alike}
+                                "layers": len(numbers), "layer numbers": numbers, "alike": alike, "caches read": read}
     for number, (key, value) in enumerate(pairs):
         shown[f"key {number}"] = (key.shape[1], key.shape[3])
         shown[f"value {number}"] = (value.shape[1], value.shape[3])
@@ -132,8 +133,9 @@ def observed_facts(reference: Any, where: str) -> dict[str, object]:
     return shown
 
 
-def cached_layers(config: Any) -> tuple[tuple[int, ...], frozenset[int]] | None:
-    """The attention layers of a model, and those whose keys and values its own cache holds as attention gets them.
+def cached_layers(config: Any) -> tuple[tuple[int, ...], frozenset[int], tuple[int, ...]] | None:
+    """The attention layers of a model, those whose keys and values its own cache holds as attention gets them, and of
+    each layer the one whose keys and values it reads, its own number mostly.
 
     Read from the model's code, run once without weights: a manifest's `cached_alike` is a claim of the bundle that is
     under test. None where the model cannot be run so; then all layers are compared.
@@ -143,7 +145,7 @@ def cached_layers(config: Any) -> tuple[tuple[int, ...], frozenset[int]] | None:
     from ..trace import attention_hook, skeleton
     from ..trace.patches import registry
     from ..trace.probe import rotary
-    from ..trace.probe.layer_probe import listen_with_cache
+    from ..trace.probe.layer_probe import listen_with_cache, owner_of
 
     try:
         with registry.applied(config):
@@ -152,7 +154,9 @@ def cached_layers(config: Any) -> tuple[tuple[int, ...], frozenset[int]] | None:
             calls, alike, _ = listen_with_cache(model)
     except GqaExportError:
         return None
-    return tuple(sorted(calls)), frozenset(alike)
+    owners = {number: owner_of(call, calls) for number, call in sorted(calls.items())}
+    return tuple(owners), frozenset(alike), tuple(
+        number if owner is None else owner for number, owner in owners.items())
 
 
 def choose_bundle_provider(manifest: Manifest, wanted: str, ran_dtype: str) -> str:

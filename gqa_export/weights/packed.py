@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from ..quantized.experts import expert_of, matrix_named
+from ..quantized.facts import SEPARATOR
 from ..quantized.packing import Packer
 from .source_kinds import PackedSource
 from .sources import WeightStore
@@ -13,14 +15,25 @@ if TYPE_CHECKING:
     from ..quantized.facts import Form
     from ..quantized.matrix import QuantizedMatrix
 
+Parts = Mapping[str, tuple["Form", str]]
+"""recipe name -> form and part"""
 
-def add_packed(store: WeightStore, matrices: Mapping[str, QuantizedMatrix],
-               parts: Mapping[str, Mapping[str, tuple[Form, str]]]) -> None:
-    """Make the parts of packed weights known to a store. parts: weight -> recipe name -> form and part."""
+
+def packers_of(matrix: QuantizedMatrix, parts: Parts) -> Iterator[tuple[str, Packer, str]]:
+    """Recipe name, packer and part of all parts of a weight. Parts of one matrix (of one expert) have one packer."""
+    packers: dict[tuple[str, str], Packer] = {}
+    for recipe, (form, part) in parts.items():
+        name = recipe.partition(SEPARATOR)[0]
+        key = (name if expert_of(name)[2] else "", form.key)
+        if key not in packers:
+            packers[key] = Packer(matrix_named(name, matrix), form)
+        yield recipe, packers[key], part
+
+
+def add_packed(store: WeightStore, matrices: Mapping[str, QuantizedMatrix], parts: Mapping[str, Parts]) -> None:
+    """Make the parts of packed weights known to a store. parts: by weight."""
     for name, wanted in parts.items():
-        packers: dict[str, Packer] = {}
-        for recipe, (form, part) in wanted.items():
-            if recipe in store:
-                continue  # a second graph reads the same
-            packer = packers.setdefault(form.key, Packer(matrices[name], form))
+        missing = {recipe: part for recipe, part in wanted.items() if recipe not in store}
+        # a second graph reads the same
+        for recipe, packer, part in packers_of(matrices[name], missing) if missing else ():
             store.add(recipe, PackedSource(packer, part))

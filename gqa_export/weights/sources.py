@@ -33,10 +33,14 @@ class WeightStore:
     Args:
         sources: name -> source.
         aliases: further names of weights, name -> name in `sources`.
+
+    Attributes:
+        left: weights that the checkpoint stores as codes of which the values alone can be had -> what is stored.
     """
 
     def __init__(self, sources: dict[str, Source], aliases: dict[str, str] | None = None) -> None:
         self.sources = dict(sources)
+        self.left: dict[str, str] = {}
         for name, target in (aliases or {}).items():
             self.sources[name] = self.sources[target]
 
@@ -74,11 +78,12 @@ class WeightStore:
             wanted: names of the model's parameters.
             tied: groups of names that are one weight; at least one of each is stored.
         """
-        matrices, plain = parameters_of(checkpoint, wanted)
+        matrices, plain, left = parameters_of(checkpoint, wanted)
         sources: dict[str, Source] = {name: StoredSource(tensor) for name, tensor in plain.items()}
         sources.update({name: _in_memory(value) for name, value in plain_values(checkpoint).items()})
         sources.update({name: DequantizedSource(matrix) for name, matrix in matrices.items()})
         store = cls(sources)
+        store.left = left
         for group in tied:
             there = [name for name in group if name in store]
             for name in group if there else ():

@@ -35,7 +35,7 @@ def check(built: EngineBuild, bundle: Path, attention: str, capabilities: tuple[
     assert facts.compute_capabilities == capabilities
     assert facts.attention == attention
     layers = manifest.spec.layers
-    pairs = [zip(present_names(layer.layer), past_names(layer.layer)) for layer in layers]
+    pairs = [zip(present_names(layer.layer), past_names(layer.layer)) for layer in manifest.spec.owners]
     assert facts.aliases == {present: past for pair in pairs for present, past in pair}
     assert [profile.name for profile in facts.profiles] == ["decode", "prefill"]
     assert facts.max_batch == BATCH

@@ -49,7 +49,7 @@ def made(seed: int, rows: int, columns: int, bits: int = 4, block: int = 32, kin
 
 
 def run(matrices: dict[str, QuantizedMatrix], target: str, folder: Path, element: int = TensorProto.FLOAT,
-        lookup: bool = False) -> tuple[np.ndarray, np.ndarray, list[str], Context]:
+        lookup: bool = False, mean: float = 0.0) -> tuple[np.ndarray, np.ndarray, list[str], Context]:
     """The product (or, added to it, the looked-up rows) with the matrices one below the other: computed, in float64,
     the graph's operators, what the pass noted."""
     rows, columns = sum(each.rows for each in matrices.values()), next(iter(matrices.values())).columns
@@ -91,7 +91,7 @@ def run(matrices: dict[str, QuantizedMatrix], target: str, folder: Path, element
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = onnxruntime.InferenceSession(folder / "m.onnx", options, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(1)
-    values = rng.standard_normal((2, 3, columns)).astype(NUMPY[element])
+    values = (mean + rng.standard_normal((2, 3, columns))).astype(NUMPY[element])
     places = rng.integers(0, rows, (2, 3))
     got = session.run(None, {"x": values, **({"ids": places} if lookup else {})})[0]
     dense = np.concatenate([each.dequantize() for each in matrices.values()])
@@ -140,6 +140,20 @@ def test_a_product_is_that_of_the_dequantized_matrix(form: str, target: str, tmp
     close(got, wanted)
     assert ops.count("MatMulNBits" if target == "ort" else "DequantizeLinear") == 1
     assert not context.held["w"].reason
+
+
+@pytest.mark.parametrize("target", ["ort", "onnx", "trt-native"])
+@pytest.mark.parametrize("fields", [{"bits": 5, "offset": "minimum", "half": True}, {"bits": 5, "offset": "zero"},
+                                    {"bits": 3, "block": 16, "offset": "minimum"}])
+def test_codes_of_few_bits_lie_around_the_middle_of_their_own(target: str, fields: dict, tmp_path: Path) -> None:
+    """Around that of the eight bits that hold them, products cancel three bits of the sum where inputs have a mean."""
+    matrix = made(0, 40, 96, **fields, signs=(1,))
+    whole = matrix.stripe()
+    around = replace(whole, minimum=-whole.scale * (1 << (matrix.bits - 1)) if whole.minimum is not None else None)
+    even = replace(matrix, read=lambda a, b: around.rows(slice(a, b)))
+    got, wanted, ops, _ = run({"w": even}, target, tmp_path, mean=100.0)
+    close(got, wanted, 1e-6)
+    assert ops.count("ReduceSum") == (0 if target != "trt-native" and fields["offset"] == "zero" else 1)
 
 
 @pytest.mark.parametrize("fields", [{"bits": 8, "block": 200}, {"bits": 4, "block": 32, "offset": "minimum"},
@@ -259,7 +273,7 @@ def test_tensorrt_gets_scales_above_zero_for_eight_bits_and_floats(form: str, tm
     whole = matrix.stripe()
     scale = whole.scale * np.random.default_rng(1).choice([-1, 1], whole.scale.shape)
     scale[3:5] = 0
-    least = {np.dtype(np.int8): -127, np.dtype(np.uint8): 1 if matrix.kind == "int" else 0}[whole.codes.dtype]
+    least = -127 if whole.codes.dtype == np.int8 else 1 if matrix.kind == "int" and matrix.bits == 8 else 0
     codes = np.maximum(whole.codes, np.array(least, whole.codes.dtype))
     odd = replace(whole, scale=scale.astype(np.float32), codes=codes)
     odd_matrix = replace(matrix, read=lambda a, b: odd.rows(slice(a, b)))

@@ -8,7 +8,7 @@ import pytest
 
 from gqa_export.graph import edit
 from gqa_export.lowering.rotary.find import Finder, position_ids
-from gqa_export.lowering.rotary.verify import CHUNK, Rotation, rotate
+from gqa_export.lowering.rotary.verify import CHUNK, ELEMENTS, Rotation, prove, rotate
 
 HEADS, SIZE, ROWS = 3, 8, 40
 FREQUENCIES = (1 / 10.0 ** np.arange(4)).astype(np.float32)
@@ -87,6 +87,30 @@ def test_tables_longer_than_a_chunk_are_joined_without_a_seam():
     _, rotation = build.find(build.flat(rotate_half(build, build.heads(), *tables(build))), rows=CHUNK + 5)
     assert rotation.cos.shape == (CHUNK + 5, SIZE // 2)
     np.testing.assert_allclose(rotation.cos, expected(CHUNK + 5)[0], atol=1e-3)  # fp32 angles up to 2053
+
+
+def test_many_heads_are_evaluated_a_few_positions_at_a_time():
+    """128 heads of 128 at 2,048 positions are 134 MB a tensor, and an evaluator holds several."""
+    rows, heads, size = 1500, 128, 128
+    angles = np.arange(rows)[:, None] / 10_000 ** (np.arange(size // 2) / size)
+    table = Rotation("BSHD", False, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32))
+    sizes = []
+
+    class Probe:
+        """A rotation by `table`, which notes what it is given."""
+
+        layout, head_size = "BSHD", size
+
+        def __call__(self, x_BSHD, positions_BS):
+            sizes.append(x_BSHD.size)
+            return rotate(x_BSHD, table, positions_BS)
+
+    probe = Probe()
+    probe.heads = heads
+    found = prove(probe, rows)
+    assert isinstance(found, Rotation)
+    assert found.same_table(table)
+    assert max(sizes[1:]) <= ELEMENTS, "the first call feeds a unit vector of each dimension"
 
 
 def test_two_halves_turned_one_by_one_are_found():

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from ...quantized.combine import joinable, joined
+from ...quantized.combine import one_scale, stacked
 from ...quantized.matrix import QuantizedMatrix
 from ..checkpoint import Checkpoint
 from ..safetensors_header import StoredTensor
@@ -23,7 +23,7 @@ MERGES = ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]
 another"""
 NUMBER = re.compile(r"\.(\d+)\.(?!.*\.\d+\.)")
 """the last number in a name: of an expert within its layer"""
-Weights = tuple[dict[str, QuantizedMatrix], dict[str, StoredTensor]]
+Weights = tuple[dict[str, QuantizedMatrix], dict[str, StoredTensor], dict[str, str]]
 
 
 def parameters_of(checkpoint: Checkpoint, wanted: Collection[str]) -> Weights:
@@ -34,11 +34,11 @@ def parameters_of(checkpoint: Checkpoint, wanted: Collection[str]) -> Weights:
         wanted: names of the model's parameters. Its structure is built (without weights) only if others are stored.
 
     Returns:
-        Quantized weights, and stored tensors. Weights that are merged in another way, or of matrices of different
-        forms, are in neither.
+        Quantized weights, stored tensors, and what is quantized and merged in another way, or of matrices of different
+        forms: name of the parameter -> what is stored. Of those the values alone can be had.
     """
     if checkpoint.gguf_file is not None or checkpoint.quantized.keys() <= set(wanted):
-        return checkpoint.quantized, checkpoint.tensors
+        return checkpoint.quantized, checkpoint.tensors, {}
     from ..load_model import load_skeleton
 
     return by_parameter(checkpoint, load_skeleton(checkpoint))
@@ -57,12 +57,15 @@ def by_parameter(checkpoint: Checkpoint, model: torch.nn.Module) -> Weights:
     plain: dict[str, StoredTensor] = {}
     merged: dict[str, dict[str, dict[int, QuantizedMatrix]]] = {}
     broken: set[str] = set()
+    labels: dict[str, list[str]] = {}
     stored: dict[str, Any] = {**checkpoint.tensors, **checkpoint.quantized}
     for name, weight in stored.items():
         renamed, pattern = rename_source_key(name, renamings, converters, str(model.base_model_prefix), state)
         if renamed not in state and name in state:
             renamed, pattern = name, None
         number = NUMBER.search(name)
+        if isinstance(weight, QuantizedMatrix):
+            labels.setdefault(renamed, []).append(weight.label)
         if pattern is None and isinstance(weight, QuantizedMatrix):
             matrices[renamed] = weight
         elif pattern is None:
@@ -75,7 +78,9 @@ def by_parameter(checkpoint: Checkpoint, model: torch.nn.Module) -> Weights:
         whole = _stacked(parts, converters) if name not in broken else None
         if whole is not None and name in state and whole.shape == tuple(state[name].shape):
             matrices[name] = whole
-    return matrices, plain
+    left = {name: ", ".join(dict.fromkeys(found)) for name, found in labels.items()
+            if name in state and name not in matrices}
+    return matrices, plain, left
 
 
 def _stacked(parts: dict[str, dict[int, QuantizedMatrix]], converters: list[Any]) -> QuantizedMatrix | None:
@@ -87,8 +92,6 @@ def _stacked(parts: dict[str, dict[int, QuantizedMatrix]], converters: list[Any]
     experts = range(len(order[0]))
     if any(set(each) != set(experts) for each in order):
         return None
-    rows = [each[expert] for expert in experts for each in order]
-    if not rows or not joinable(rows) or len({matrix.shape for each in order for matrix in each.values()}) > len(order):
+    if not order[0] or any(len({matrix.shape for matrix in each.values()}) > 1 for each in order):
         return None
-    high = sum(each[0].rows for each in order)
-    return joined(rows, (len(experts), high, rows[0].columns))
+    return stacked([[one_scale(each[expert]) for each in order] for expert in experts])

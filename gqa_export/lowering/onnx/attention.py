@@ -146,25 +146,46 @@ def lower_attention(graph: gs.Graph, context: Context) -> Rewritten:
     calls, misses = attention_calls(graph, context)
     lengths: Lengths | None = None
     count = 0
+    presents: dict[int, list[gs.Tensor]] = {}
     for call, layer in calls:
+        if layer.owner is None:
+            presents[layer.layer] = list(call.outputs[1:])
         if context.fall_back(layer):
             continue
         lengths = lengths or Lengths(graph, call, context)
-        _lower_call(graph, call, layer, lengths)
+        held = _lower_call(graph, call, layer, lengths, presents[layer.cache] if layer.owner is not None else None)
+        if layer.owner is None:
+            presents[layer.layer] = held
         count += 1
     return Rewritten(count, misses)
 
 
-def _lower_call(graph: gs.Graph, call: gs.Node, layer: AttentionSpec, lengths: Lengths) -> None:
+def _lower_call(graph: gs.Graph, call: gs.Node, layer: AttentionSpec, lengths: Lengths,
+                shared: list[gs.Tensor] | None) -> list[gs.Tensor]:
+    """Replace a call; the keys and values that it attends to. shared: those of another layer, which it reads."""
     scope, _, name = call.name.rpartition("/")
     node = Nodes(graph, f"{scope}/{name.replace(attention_op.OP, 'Attention')}")
-    heads, kv_heads = layer.num_heads, layer.kv_num_heads
     inputs, (flat_output, *present_outputs) = list(call.inputs), list(call.outputs)
     edit.remove(call)
-    query = heads_first(node, "query", inputs[0], heads, layer.head_size)
+    query = heads_first(node, "query", inputs[0], layer.num_heads, layer.head_size)
+    present = shared or _write(graph, node, layer, inputs, present_outputs, lengths)
+    attrs: dict[str, Any] = {"scale": layer.scale}
+    if lengths.element != onnx.TensorProto.FLOAT:
+        attrs["softmax_precision"] = int(onnx.TensorProto.FLOAT)
+    mixed_BHSE = node("core", "Attention", query, *present, lengths.mask(layer.window, layer.chunk), **attrs)
+    mixed_BSHE = node("output/heads_last", "Transpose", mixed_BHSE, perm=[0, 2, 1, 3])
+    mixed_BSX = node("output/flat", "Reshape", mixed_BSHE, [0, 0, layer.num_heads * layer.value_head_size])
+    output = node("output", "Where", lengths.real_BS1, mixed_BSX, lengths.fill_BS1)
+    edit.replace_uses(graph, flat_output, output)
+    return present
+
+
+def _write(graph: gs.Graph, node: Nodes, layer: AttentionSpec, inputs: list[gs.Tensor],
+           present_outputs: list[gs.Tensor], lengths: Lengths) -> list[gs.Tensor]:
+    """Write a layer's new keys and values into its cache; the whole of both, as numbers."""
     present, code_scales = [], _code_scales(lengths, layer, inputs, present_outputs)
     for place, size in ((1, layer.head_size), (2, layer.value_head_size)):
-        label = attention_op.INPUT_NAMES[place]
+        label, kv_heads = attention_op.INPUT_NAMES[place], layer.kv_num_heads
         new = heads_first(node, label, inputs[place], kv_heads, size)
         if code_scales:
             new = kv_codes.quantized(node, label, new, code_scales[place - 1], lengths.element)
@@ -175,14 +196,7 @@ def _lower_call(graph: gs.Graph, call: gs.Node, layer: AttentionSpec, lengths: L
         if code_scales:
             held = kv_codes.dequantized(node, label, held, code_scales[place - 1], lengths.element)
         present.append(held)
-    attrs: dict[str, Any] = {"scale": layer.scale}
-    if lengths.element != onnx.TensorProto.FLOAT:
-        attrs["softmax_precision"] = int(onnx.TensorProto.FLOAT)
-    mixed_BHSE = node("core", "Attention", query, *present, lengths.mask(layer.window, layer.chunk), **attrs)
-    mixed_BSHE = node("output/heads_last", "Transpose", mixed_BHSE, perm=[0, 2, 1, 3])
-    mixed_BSX = node("output/flat", "Reshape", mixed_BSHE, [0, 0, heads * layer.value_head_size])
-    output = node("output", "Where", lengths.real_BS1, mixed_BSX, lengths.fill_BS1)
-    edit.replace_uses(graph, flat_output, output)
+    return present
 
 
 def _code_scales(lengths: Lengths, layer: AttentionSpec, inputs: list[gs.Tensor],

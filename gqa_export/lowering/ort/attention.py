@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from ... import attention_op, graph_io
 from ...graph import edit
 from ...graph.match import only_input
+from ...graph.node_builder import Nodes
 from ...graph.passes import Rewritten
 from ...spec import KvCache
 from ..attention_calls import SINKS, attention_calls, has_sinks
@@ -37,7 +38,11 @@ def lower_attention(graph: gs.Graph, context: Context) -> Rewritten:
     lengths: list[gs.Tensor] = []
     known: dict[bytes, tuple[gs.Tensor, gs.Tensor]] = {}
     calls, misses = attention_calls(graph, context)
+    presents: dict[int, list[gs.Tensor]] = {}
+    nothing: dict[int, gs.Tensor] = {}
     for node, layer in calls:
+        if layer.owner is None:
+            presents[layer.layer] = list(node.outputs[1:])
         if context.fall_back(layer):
             continue
         lengths = lengths or _lengths(graph)
@@ -56,12 +61,25 @@ def lower_attention(graph: gs.Graph, context: Context) -> Rewritten:
             scales = _code_scales(context.options.kv, layer.layer)
             attrs |= {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR",
                       "kv_cache_bit_width": context.options.kv.bits}
+        if layer.owner is not None and context.options.reads_caches:
+            width = layer.kv_num_heads * layer.head_size
+            none = nothing.get(width) or nothing.setdefault(width, _no_tokens(graph, width, context.element))
+            inputs[QUERY + 1:PAST_VALUE + 1] = [none, none, *presents[layer.owner]]
+            outputs = outputs[:1]
         edit.remove(node)
         edit.add_node(graph, OP, [*inputs[QUERY:PAST_VALUE + 1], *lengths, cos, sin, None, None, head_sink,
                                  *scales],
                       name=f"{node.name.rpartition('/')[0]}/{OP}_0", domain=DOMAIN, outputs=outputs, attrs=attrs)
         count += 1
     return Rewritten(count, misses)
+
+
+def _no_tokens(graph: gs.Graph, width: int, element: int) -> gs.Tensor:
+    """Keys, or values, of no token [B, 0, K * D]: what a layer adds that reads another's cache."""
+    node = Nodes(graph, f"no_tokens_{width}")
+    batch = node("batch", "Shape", only_input(graph, graph_io.INPUT_IDS), start=0, end=1)
+    one = edit.constant(f"{node.scope}/row", np.zeros((1, 0, width)), element)
+    return node("rows", "Expand", one, node("shape", "Concat", batch, [0, width], axis=0))
 
 
 def _code_scales(kv: KvCache, layer: int) -> list[gs.Tensor]:

@@ -20,7 +20,7 @@ from ..context import Context
 from .inputs import Inputs
 from .nan_guards import behind
 from .parts import Parts, hold, keep_plain
-from .readers import Product, find_readers
+from .readers import Product, find_readers, without_bias
 
 ELEMENTS = {"int4": onnx.TensorProto.INT4, "uint4": onnx.TensorProto.UINT4, "int8": onnx.TensorProto.INT8,
             "uint8": onnx.TensorProto.UINT8, "e4m3": onnx.TensorProto.FLOAT8E4M3FN,
@@ -31,7 +31,7 @@ SCALES = {E4M3: onnx.TensorProto.FLOAT8E4M3FN, "float16": onnx.TensorProto.FLOAT
 
 def quantize_graph(graph: gs.Graph, context: Context) -> Rewritten:
     """Every product and lookup of a quantized weight -> DequantizeLinear before it; counts them."""
-    quantized, target = context.options.quantized, context.target
+    quantized, target = context.quantized, context.target
     readers = find_readers(graph, quantized)
     looked_up = {lookup.name for lookup in readers.lookups}
     forms: dict[str, Form] = {}
@@ -62,7 +62,8 @@ def quantize_graph(graph: gs.Graph, context: Context) -> Rewritten:
         keep_plain(context, name, reason)
     parts, inputs = Parts(graph, context), Inputs(graph, context)
     weights = _Weights(graph, context, parts)
-    products = [behind(graph, each) for each in readers.products if not any(name in plain for name in each.names)]
+    products = [behind(graph, without_bias(graph, each)) for each in readers.products
+                if not any(name in plain for name in each.names)]
     lookups = [each for each in readers.lookups if each.name not in plain]
     for product in products:
         _product(graph, context, product, forms[product.names[0]], weights, inputs)
@@ -90,7 +91,7 @@ class _Weights:
         if name not in self._made and form.kind != "int":
             self._made[name] = self._numbers(name, form)
         if name not in self._made:
-            rows, columns = self.context.options.quantized[name].shape
+            rows, columns = self.context.quantized[name].shape
             blocks = columns // form.block
             whole = [columns, rows] if form.columns_first else [rows, columns]
             ins: list[gs.Tensor | None] = [
@@ -133,7 +134,7 @@ class _Weights:
 
     def blocks(self, name: str, form: Form) -> list[int]:
         """The shape of its scales."""
-        rows, columns = self.context.options.quantized[name].shape
+        rows, columns = self.context.quantized[name].shape
         shape = [rows, columns // form.block]
         return shape[::-1] if form.columns_first else shape
 
@@ -141,7 +142,7 @@ class _Weights:
 def _product(graph: gs.Graph, context: Context, product: Product, form: Form, weights: _Weights,
              inputs: Inputs) -> None:
     (name,), node = product.names, product.node
-    facts, out = context.options.quantized[name], node.outputs[0]
+    facts, out = context.quantized[name], node.outputs[0]
     scope = node.name.rpartition("/")[0]
     hold(context, (name,), form)
     node.inputs[0] = x = inputs.ordered(product.x, facts, scope)
@@ -151,7 +152,7 @@ def _product(graph: gs.Graph, context: Context, product: Product, form: Form, we
     if form.shift:
         symmetric = gs.Variable(f"{node.name}.symmetric")
         node.outputs[0] = symmetric
-        shift = weights.parts.shift((name,), form, facts.offset, weights.scale(name, form), weights.blocks(name, form))
+        shift = weights.parts.shift((name,), form, facts, weights.scale(name, form), weights.blocks(name, form))
         if not form.columns_first:
             shift = builder("shift_swapped", "Transpose", shift, perm=[1, 0])
         added = builder("shift", "MatMul", inputs.sums(x, facts.columns, form.block, scope), shift)

@@ -35,6 +35,8 @@ class Inputs:
                     made = node("gather", "Gather", x, order, axis=-1)
                 else:
                     made = node("scaled", "Mul", x, edit.constant(f"{scope}/{label}", values, self.element))
+                if x.shape is not None and len(x.shape) == 2:
+                    made.shape, made.dtype = x.shape, x.dtype
                 self._keep(key, x, made)
             x = self._made[key]
         return x
@@ -47,7 +49,9 @@ class Inputs:
             rank = len(x.shape) if x.shape else 3
             if columns % block:
                 whole = node("padded", "Pad", x, [0] * (2 * rank - 1) + [-columns % block])
-            blocks = node("blocks", "Reshape", whole, [0] * (rank - 1) + [-1, block])
+            # rows of an expert that no token chose are none, and then -1 cannot be told
+            count = -(-columns // block) if rank == 2 else -1
+            blocks = node("blocks", "Reshape", whole, [0] * (rank - 1) + [count, block])
             self._keep(key, x, node("sum", "ReduceSum", blocks, [-1], keepdims=0))
         return self._made[key]
 

@@ -14,19 +14,19 @@ import onnx_graphsurgeon as gs
 from ...graph import edit
 from ...graph.node_builder import Nodes
 from ...graph.passes import Rewritten
-from ...quantized.facts import BNB4, Form, gather_form, nbits_form
+from ...quantized.facts import BNB4, Form, bnb4_misfit, gather_form, nbits_form
 from ..context import Context
 from .inputs import Inputs
 from .nan_guards import behind
 from .parts import Parts, hold, keep_plain
-from .readers import CONTRIB, Lookup, Product, find_readers
+from .readers import CONTRIB, Lookup, Product, find_readers, without_bias
 
 UINT8 = onnx.TensorProto.UINT8
 
 
 def quantize_graph(graph: gs.Graph, context: Context) -> Rewritten:
     """Every product and lookup of a quantized weight -> the operator that holds it; counts them."""
-    quantized = context.options.quantized
+    quantized = context.quantized
     readers = find_readers(graph, quantized)
     forms: dict[str, Form] = {}
     plain = dict(readers.misfits)
@@ -34,8 +34,8 @@ def quantize_graph(graph: gs.Graph, context: Context) -> Rewritten:
         form = nbits_form(facts)
         if isinstance(form, str):
             plain.setdefault(name, form)
-        elif form.operator == "MatMulBnb4" and context.element != onnx.TensorProto.FLOAT:
-            plain.setdefault(name, "MatMulBnb4 takes float32 alone")
+        elif misfit := bnb4_misfit(form, context.element):
+            plain.setdefault(name, misfit)
         else:
             forms[name] = form
     for lookup in readers.lookups:
@@ -46,7 +46,8 @@ def quantize_graph(graph: gs.Graph, context: Context) -> Rewritten:
     for name, reason in plain.items():
         keep_plain(context, name, reason)
     parts, inputs = Parts(graph, context), Inputs(graph, context)
-    products = [behind(graph, each) for each in readers.products if not any(name in plain for name in each.names)]
+    products = [behind(graph, without_bias(graph, each)) for each in readers.products
+                if not any(name in plain for name in each.names)]
     lookups = [each for each in readers.lookups if each.name not in plain]
     for product in products:
         _product(graph, context, product, forms[product.names[0]], parts, inputs)
@@ -57,7 +58,7 @@ def quantize_graph(graph: gs.Graph, context: Context) -> Rewritten:
 
 
 def _product(graph: gs.Graph, context: Context, product: Product, form: Form, parts: Parts, inputs: Inputs) -> None:
-    quantized, names = context.options.quantized, product.names
+    quantized, names = context.quantized, product.names
     facts, rows = quantized[names[0]], sum(quantized[name].shape[0] for name in names)
     columns, blocks = facts.columns, -(-facts.columns // form.block)
     node, out = product.node, product.node.outputs[0]
@@ -83,7 +84,7 @@ def _product(graph: gs.Graph, context: Context, product: Product, form: Form, pa
                   attrs={"K": columns, "N": rows, "bits": form.bits, "block_size": form.block,
                          "accuracy_level": 0 if context.options.exact else 4})
     if form.shift:
-        shift = parts.shift(names, form, facts.offset, scale, [rows, blocks])
+        shift = parts.shift(names, form, facts, scale, [rows, blocks])
         sums = inputs.sums(x, columns, form.block, scope)
         added = edit.add_node(graph, "FusedMatMul", [sums, shift], name=f"{scope}/shift_{number}/FusedMatMul",
                               domain=CONTRIB, attrs={"alpha": 1.0, "transA": 0, "transB": 1, "transBatchA": 0,
@@ -92,7 +93,7 @@ def _product(graph: gs.Graph, context: Context, product: Product, form: Form, pa
 
 
 def _lookup(graph: gs.Graph, context: Context, lookup: Lookup, held: Form, parts: Parts) -> None:
-    names, facts = (lookup.name,), context.options.quantized[lookup.name]
+    names, facts = (lookup.name,), context.quantized[lookup.name]
     form = gather_form(facts, held)
     assert isinstance(form, Form)
     (rows, columns), blocks = facts.shape, facts.columns // form.block
@@ -108,7 +109,7 @@ def _lookup(graph: gs.Graph, context: Context, lookup: Lookup, held: Form, parts
                   domain=CONTRIB, outputs=[symmetric],
                   attrs={"bits": form.bits, "block_size": form.block, "quantize_axis": 1, "gather_axis": 0})
     if form.shift:
-        shift = parts.shift(names, held, facts.offset, scale, [rows, blocks])
+        shift = parts.shift(names, held, facts, scale, [rows, blocks])
         _shift_lookup(Nodes(graph, f"{scope}/shift"), lookup.ids, symmetric, shift, form.block, columns, out)
 
 

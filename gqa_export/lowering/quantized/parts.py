@@ -11,11 +11,8 @@ import onnx_graphsurgeon as gs
 
 from ...graph import edit
 from ...graph.node_builder import Nodes
-from ...quantized.facts import Form
+from ...quantized.facts import SEPARATOR, Form, MatrixFacts
 from ..context import Context, Held
-
-SEPARATOR = "@"
-"""between a weight's name and its form and part, in a recipe"""
 
 
 def hold(context: Context, names: Sequence[str], form: Form) -> None:
@@ -76,15 +73,16 @@ class Parts:
             self._made[key] = Nodes(self.graph, tensor.name)("cast", "Cast", tensor, to=element)
         return self._made[key]
 
-    def shift(self, names: Sequence[str], form: Form, offset: str, scale: gs.Tensor, shape: Sequence[int]) -> gs.Tensor:
+    def shift(self, names: Sequence[str], form: Form, facts: MatrixFacts, scale: gs.Tensor,
+              shape: Sequence[int]) -> gs.Tensor:
         """What each block adds to its columns, `[N, blocks]` (or the other way round), in the model's type."""
-        if not (form.half and offset == "minimum"):
+        if not (form.half and facts.offset == "minimum"):
             return self.number(names, form, "shift", shape)
         minimum = self.number(names, form, "minimum", shape)
         key = (f"{minimum.name}/shift", ())
         if key not in self._made:
             node = Nodes(self.graph, minimum.name)
-            middle = edit.constant(f"{minimum.name}/middle", np.array(1 << (form.bits - 1), np.float32),
+            middle = edit.constant(f"{minimum.name}/middle", np.array(1 << (facts.bits - 1), np.float32),
                                    self.context.element)
             self._made[key] = node("shift", "Add", minimum, node("middle", "Mul", scale, middle))
         return self._made[key]

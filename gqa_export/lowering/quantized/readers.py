@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from ...graph import match
+from ...graph import edit, match
 from ...quantized.facts import MatrixFacts
 
 CONTRIB = "com.microsoft"
@@ -18,7 +18,7 @@ class Product:
     """`output = x @ W^T`.
 
     Attributes:
-        node: that computes it.
+        node: that computes it: MatMul, FusedMatMul or Gemm, which may add a bias.
         x: `[..., K]`.
         names: of the weights whose rows are W's, in order.
     """
@@ -80,6 +80,10 @@ def _reader(graph: gs.Graph, node: gs.Node, tensor: gs.Tensor, names: tuple[str,
         plain = {"alpha": 1.0, "transA": 0, "transBatchA": 0, "transBatchB": 0}
         if node.attrs.get("transB") == 1 and all(node.attrs.get(key, value) == value for key, value in plain.items()):
             return [Product(node, node.inputs[0], names)]
+    if match.is_op(node, "Gemm") and node.inputs[1] is tensor and node.inputs[0] is not tensor:
+        plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+        if node.attrs.get("transB") == 1 and all(node.attrs.get(key, value) == value for key, value in plain.items()):
+            return [Product(node, node.inputs[0], names)]
     if match.is_op(node, "Transpose") and list(node.attrs.get("perm", [1, 0])) == [1, 0] and len(tensor.shape) == 2:
         swapped = node.outputs[0]
         readers = match.consumers(swapped)
@@ -88,3 +92,17 @@ def _reader(graph: gs.Graph, node: gs.Node, tensor: gs.Tensor, names: tuple[str,
                 for each in readers):
             return [Product(each, each.inputs[0], names) for each in readers]
     return f"{node.op} reads it"
+
+
+def without_bias(graph: gs.Graph, product: Product) -> Product:
+    """The product as a MatMul, with an Add behind it where a Gemm adds a bias. Its weight must be replaced."""
+    node = product.node
+    if match.is_op(node, "Gemm"):
+        node.op, node.attrs = "MatMul", {}
+        node.name = node.name.replace("/Gemm_", "/MatMul_")
+        if len(node.inputs) > 2:
+            out, bare, bias = node.outputs[0], gs.Variable(f"{node.name}.bare"), node.inputs[2]
+            node.outputs[0] = bare
+            del node.inputs[2]
+            edit.add_node(graph, "Add", [bare, bias], name=f"{node.name}/Add", outputs=[out])
+    return product

@@ -16,8 +16,9 @@ from ... import graph_io
 from ...graph.match import const_value
 
 LAYOUTS = ("flat", "BSHD", "BHSD")
-CHUNK = 2048
-"""positions evaluated at a time"""
+CHUNK, ELEMENTS = 2048, 1 << 21
+"""positions evaluated at a time: so many, or fewer where a tensor of all heads would hold more numbers than ELEMENTS;
+the evaluator keeps every intermediate (128 heads of 128: 0.8 GB with 2,048 positions, 0.05 GB with 128)"""
 LOW = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 TOLERANCE = 2e-6
 """between the cut out graph and the formula, both fp32 on numbers about 1: a handful of roundings of 6e-8 each"""
@@ -97,8 +98,9 @@ def prove(probe: Probe, rows: int) -> Rotation | str:
     rotary = int(pairs.max()) + 1 if interleaved else 2 * half
     first, second = _pairs(rotary, interleaved)
     cos, sin = (np.zeros((rows, rotary // 2), np.float32) for _ in range(2))
-    for start in range(0, rows, CHUNK):
-        stop = min(rows, start + CHUNK)
+    chunk = max(1, min(CHUNK, ELEMENTS // (heads * size)))
+    for start in range(0, rows, chunk):
+        stop = min(rows, start + chunk)
         x = np.zeros((1, stop - start, heads, size), np.float32)
         x[..., first] = 1
         y = probe(x, np.arange(start, stop)[None])[0, :, 0]

@@ -44,5 +44,5 @@ PREPARE: list[Pass[onnx_ir.Model, Context]] = []
 FIRST: list[Pass[gs.Graph, Context]] = [
     Pass("refuse_layers", refuse_layers),
     Pass("literal_capacity", literal_capacity, requires=("infer_shapes",),
-         expect=lambda context: 4 * (len(context.spec.layers) - number_of_rings(context))),
+         expect=lambda context: 4 * (len(context.spec.owners) - number_of_rings(context))),
 ]

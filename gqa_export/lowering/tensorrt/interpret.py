@@ -57,6 +57,13 @@ def interpret(model: onnx.ModelProto) -> int:
             continue
         count += 1
         inputs, attributes = _given(node), {each.name: helper.get_attribute_value(each) for each in node.attribute}
+        lost = [inputs[kind] for kind in ("past_key", "past_value") if inputs[kind] not in sizes]
+        if lost:
+            raise InvalidBundle(f"a plugin node reads {lost[0]!r}, which is not a cache", f"node {node.name!r}",
+                                "export the bundle again with this version of gqa-export",
+                                code="E-BUNDLE-PLUGIN-NODE")
+        # a layer without a cache reads the present of another
+        sizes.update(zip(node.output[1:], (sizes[inputs["past_key"]], sizes[inputs["past_value"]])))
         heads = {"query": attributes["num_heads"], "key": attributes["kv_num_heads"]}
         if "cos" in inputs:
             table_rows, half = tables[casts.get(inputs["cos"], inputs["cos"])]

@@ -78,8 +78,10 @@ def lower_attention(graph: gs.Graph, context: Context) -> Rewritten:
     if not calls:
         return Rewritten(0, misses)
     lengths = Lengths(graph, calls[0].node)
+    presents: dict[int, list[gs.Tensor]] = {}
     for call, layer in calls:
-        _lower_call(graph, call, layer, lengths)
+        presents.setdefault(layer.cache, list(call.outputs[1:]))
+        _lower_call(graph, call, layer, lengths, presents[layer.cache])
     nan = edit.constant("lengths/nan", np.array(np.nan, np.float32), context.element)
     for answer, name in ((each, each.name) for each in graph.outputs):
         if name in (graph_io.LOGITS, graph_io.HIDDEN_STATES):
@@ -90,13 +92,15 @@ def lower_attention(graph: gs.Graph, context: Context) -> Rewritten:
     return Rewritten(len(calls), misses)
 
 
-def _lower_call(graph: gs.Graph, call: gs.Node, layer: AttentionSpec, lengths: Lengths) -> None:
+def _lower_call(graph: gs.Graph, call: gs.Node, layer: AttentionSpec, lengths: Lengths,
+                presents: list[gs.Tensor]) -> None:
+    """presents: the key and value that it attends to, its own or those of the layer whose cache it reads."""
     scope, _, name = call.name.rpartition("/")
     node = Nodes(graph, f"{scope}/{name.replace(attention_op.OP, 'Attention')}")
-    inputs, (output, *presents) = dict(zip(attention_op.INPUT_NAMES, call.inputs)), list(call.outputs)
+    inputs, output = dict(zip(attention_op.INPUT_NAMES, call.inputs)), call.outputs[0]
     edit.remove(call)
     query = heads_first(node, "query", inputs["query"], layer.num_heads, layer.head_size)
-    for kind, present in zip(("key", "value"), presents):
+    for kind, present in zip(("key", "value"), presents if layer.owner is None else ()):
         new = heads_first(node, kind, inputs[kind], layer.kv_num_heads, layer.head_size)
         edit.add_node(graph, "TensorScatter", [inputs[f"past_{kind}"], new, lengths.start_B],
                       name=f"{node.scope}/present_{kind}", outputs=[present], attrs={"axis": 2})

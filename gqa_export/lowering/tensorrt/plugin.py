@@ -42,11 +42,18 @@ def lower_attention(graph: gs.Graph, context: Context) -> Rewritten:
     known: dict[bytes, tuple[gs.Tensor, gs.Tensor]] = {}
     shared: dict[str, gs.Tensor] = {}
     calls, misses = attention_calls(graph, context)
+    presents: dict[int, list[gs.Tensor]] = {}
     for node, layer in calls:
         rotation = context.rotations.get(layer.layer)
         inputs: dict[str, gs.Tensor | None] = dict(zip(attention_op.INPUT_NAMES, node.inputs))
         cos, sin = tables(graph, rotation, context.element, known) if rotation else (None, None)
         inputs.update(cos=cos, sin=sin)
+        if layer.owner is None:
+            presents[layer.layer] = list(node.outputs[1:])
+        else:
+            # Without new keys the node would have one output, which is not in place: TensorRT for RTX 1.7 then compiles
+            # it into a region of its own, which carries the kernels once more. So it writes what its owner wrote.
+            inputs.update(past_key=presents[layer.owner][0], past_value=presents[layer.owner][1])
         if has_sinks(node) is False:
             inputs["sinks"] = None
         there = {name: inputs.get(name) for name in attention_op.INPUT_NAMES}

@@ -114,8 +114,8 @@ def check_needs(manifest: Manifest, version: str) -> None:
     needed = manifest.needs.get("onnxruntime", "0")
     if _numbers(version) < _numbers(needed):
         raise NotCheckedHere(f"the bundle needs onnxruntime {needed} or later, and {version} is installed",
-                             "needs in gqa_export.json", f"pip install 'onnxruntime>={needed}', or export it without "
-                             "--ragged-chunks", code="E-ENV-VERSION")
+                             "needs in gqa_export.json", f"pip install 'onnxruntime>={needed}', or export it again "
+                             "with the older one installed and without --ragged-chunks", code="E-ENV-VERSION")
 
 
 def _numbers(version: str) -> tuple[int, ...]:

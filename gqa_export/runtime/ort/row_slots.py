@@ -62,7 +62,7 @@ class OrtRowSlots(RowSlots):
         tensors = self._numbers([np.array(self._backend.download(t)[:, :, :longest]) for t in
                                  self._past[: self._cached]])
         if self._windows is not None:
-            rings = [bool(self._windows.slots(layer)) for layer in self.spec.layers for _ in range(2)]
+            rings = [bool(self._windows.slots(layer)) for layer in self.spec.owners for _ in range(2)]
             tensors = [unrolled(tensor, self._lengths, self._ends) if ring else tensor
                        for tensor, ring in zip(tensors, rings, strict=True)]
         return list(zip(tensors[0::2], tensors[1::2]))

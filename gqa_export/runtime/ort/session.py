@@ -62,11 +62,12 @@ class OrtSession(OrtRowSlots):
         self.long_calls = 0
         self._backend, self._target, self.whole_row_masks = backend, as_exported(target, manifest), False
         self._folder, self._adapter = folder, ""
-        self._windows, self._cached = manifest.window_cache, 2 * len(manifest.spec.layers)
+        self._windows, self._cached = manifest.window_cache, 2 * len(manifest.spec.owners)
         writes = target.writes_in_place(manifest.fallbacks)
         # as onnxruntime-genai does with any bundle of these targets, whose nodes are the same for both kinds of cache
         self._buffered = (writes and target.genai and manifest.cache == "growing" and self._windows is None
-                          and self._plan is None and isinstance(backend, BindingBackend) and backend.device == "cpu")
+                          and self._plan is None and isinstance(backend, BindingBackend) and backend.device == "cpu"
+                          and 2 * len(manifest.spec.layers) == self._cached)
         self._static = manifest.cache == "static" or self._buffered
         self._inplace = self._static and writes
         self._dtype = numpy_dtype(DTYPES.get(manifest.dtype, manifest.dtype))
@@ -106,8 +107,8 @@ class OrtSession(OrtRowSlots):
                                  "the bundle's own capacity is the limit: export with a larger --capacity",
                                  code="E-OPTION-CAPACITY")
         spec = manifest.spec
-        pasts = [name for layer in spec.layers for name in past_names(layer.layer)] + list(map(past_state, spec.states))
-        presents = [name for layer in spec.layers for name in present_names(layer.layer)]
+        pasts = [name for layer in spec.owners for name in past_names(layer.layer)] + list(map(past_state, spec.states))
+        presents = [name for layer in spec.owners for name in present_names(layer.layer)]
         presents += map(present_state, spec.states)
         dtype = DTYPES.get(manifest.dtype, manifest.dtype)
         element = dtype if manifest.kv_cache is None else manifest.kv_cache.dtype
@@ -170,7 +171,7 @@ class OrtSession(OrtRowSlots):
         width = self._kv.width if self._kv else int
         self._past = [self._backend.upload(np.zeros((batch, layer.kv_num_heads, self._room(layer), width(size)),
                                                     self._cache_dtype))
-                      for layer in self.spec.layers for size in (layer.head_size, layer.value_head_size)]
+                      for layer in self.spec.owners for size in (layer.head_size, layer.value_head_size)]
         self._past += [self._backend.upload(np.zeros((batch, *state.shape), state.dtype)) for state in self.spec.states]
 
     def step(self, input_ids: np.ndarray, new_lengths: np.ndarray | None = None, *, want_cache: bool = False) -> Step:

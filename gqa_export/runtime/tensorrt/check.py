@@ -64,7 +64,7 @@ def facts_of(manifest: Manifest, where: str) -> EngineFacts:
     if facts.stripped:
         raise InvalidBundle("the engine was built without its weights, and this runtime does not put them back", where,
                             "build it without --strip-weights", code="E-ENGINE-STRIPPED")
-    wanted = {LOGITS: ""} | {present: past for layer in manifest.spec.layers
+    wanted = {LOGITS: ""} | {present: past for layer in manifest.spec.owners
                              for present, past in zip(present_names(layer.layer), past_names(layer.layer))}
     loose = [name for name, past in wanted.items() if past and facts.aliases.get(name) != past]
     if loose:

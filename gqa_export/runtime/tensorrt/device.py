@@ -85,7 +85,7 @@ class DeviceBackend:
         self._graph, self._warm, self._batch = None, False, batch
         self.caches = [torch.zeros((batch, layer.kv_num_heads, self._slots(layer) or self._manifest.capacity, size),
                                    dtype=self._cached, device=self.device)
-                       for layer in spec.layers for size in (layer.head_size, layer.value_head_size)]
+                       for layer in spec.owners for size in (layer.head_size, layer.value_head_size)]
         self._ids = torch.zeros((batch, 1), dtype=torch.int32, device=self.device)
         self._past, self._new = (torch.zeros(batch, dtype=torch.int32, device=self.device) for _ in range(2))
         self._logits = torch.zeros((batch, 1, spec.vocabulary), dtype=self._dtype, device=self.device)
@@ -136,7 +136,7 @@ class DeviceBackend:
         context, rows = self._contexts[profile], len(inputs[0])
         for name, tensor in zip((INPUT_IDS, PAST_LENGTHS, NEW_LENGTHS), inputs):
             self._bind(context, name, tensor)
-        names = [pair for layer in self._manifest.spec.layers
+        names = [pair for layer in self._manifest.spec.owners
                  for pair in zip(past_names(layer.layer), present_names(layer.layer))]
         apart = []
         for (past, present), cache in zip(names, self.caches, strict=True):
@@ -221,7 +221,7 @@ class DeviceBackend:
 
     def fill_tail(self, lengths: np.ndarray, values: tuple[float, ...]) -> None:
         """See `EngineBackend.fill_tail`."""
-        torch, layers = self._torch, self._manifest.spec.layers
+        torch, layers = self._torch, self._manifest.spec.owners
         for layer, tensor in zip((layer for layer in layers for _ in range(2)), self.caches, strict=True):
             slots, axis = self._slots(layer), tensor.shape[2]
             tail_BC = (dead_slots(slots, layer.window, lengths) if slots

@@ -163,7 +163,7 @@ class EngineSession(RowSlots):
             return pairs
         return [(unrolled(key, self._lengths, self._ends), unrolled(value, self._lengths, self._ends))
                 if self._windows.slots(layer) else (key, value)
-                for layer, (key, value) in zip(self.spec.layers, pairs, strict=True)]
+                for layer, (key, value) in zip(self.spec.owners, pairs, strict=True)]
 
     def fill_garbage(self, values: tuple[float, ...]) -> None:
         """Fill the cache beyond the lengths with these values, in turn, before every later call; (): leave it."""

@@ -97,10 +97,10 @@ def capture(module: torch.nn.Module, inputs: Sequence[Input], table: Mapping[Any
         stack.enter_context(_override_composite_implicit_decomp(dict.fromkeys(kept, _special_op_to_preserve_cia)))
         stack.enter_context(enable_python_dispatcher())
         stack.enter_context(_scopes(module))
-        graph = _record(run, table, weights, examples)
+        graph = _record(run, fake, table, weights, examples)
         functionalize.settle(graph.graph)
         if functionalize.writes(graph.graph):  # a part of a tensor is filled: recorded again as a chain of new ones
-            graph = _record(torch.func.functionalize(run), table, weights, examples)
+            graph = _record(torch.func.functionalize(run), fake, table, weights, examples)
     check_guards(environment, roles, points)
     names = [*weights, *[given.name for given in inputs]]
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -113,12 +113,15 @@ def capture(module: torch.nn.Module, inputs: Sequence[Input], table: Mapping[Any
     return graph, {node.name: name for node, name in zip(placeholders, names)}
 
 
-def _record(run: Any, table: Mapping[Any, Any], weights: Any,
+def _record(run: Any, fake: Any, table: Mapping[Any, Any], weights: Any,
             examples: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
+    # make_fx names triton_kernel_wrap, and leaves it to others to import it.
+    import torch._higher_order_ops.triton_kernel_wrap  # noqa: F401
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    return make_fx(run, decomposition_table=dict(table), tracing_mode="fake", _allow_non_fake_inputs=True)(
-        weights, *examples)
+    with fake:
+        return make_fx(run, decomposition_table=dict(table), tracing_mode="real", _allow_non_fake_inputs=True)(
+            weights, *examples)
 
 
 def _hoist_sizes(graph: torch.fx.Graph, placeholders: list[torch.fx.Node]) -> None:

@@ -27,7 +27,7 @@ class Decoder(torch.nn.Module):
     states [B, S, X], after the final norm, follow the logits.
 
     With `interface="lengths"`: forward(input_ids, past_lengths int32 [B], new_lengths int32 [B], *past).
-    `past` alternates key [B, K, P, D] and value [B, K, P, E], in the order of `spec.layers`, and ends with the states
+    `past` alternates key [B, K, P, D] and value [B, K, P, E], in the order of `spec.owners`, and ends with the states
     in the order of `spec.states`, [B, *shape]. logits: "all" gives [B, S, V]; "last" gives [B, 1, V], the last valid
     token of each row. A row whose mask has a 0 before a 1 among its new tokens (left padding) gives NaN logits.
     """
@@ -37,6 +37,7 @@ class Decoder(torch.nn.Module):
         super().__init__()
         self.model = model
         self.specs = {layer.layer: layer for layer in spec.layers}
+        self.owners = [layer.layer for layer in spec.owners]
         self.states = spec.states
         self.growing = int(cache == "growing")
         self.logits, self.interface, self.hidden, self._width = logits, interface, hidden, spec.hidden_size
@@ -68,7 +69,7 @@ class Decoder(torch.nn.Module):
             new_counts = new_lengths.to(torch.int64) if self.states else new_lengths
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
         position_ids = past_lengths[:, None].to(torch.int64) + steps
-        self._state = {"past": past, "past_lengths": past_lengths, "new_lengths": new_lengths, "present": {},
+        self._state = {"past": past, "past_lengths": past_lengths, "new_lengths": new_lengths, "present": {}, "new": {},
                        "new_counts": new_counts, "left_padded": left_padded_B}
         for state in self._rotary:
             state["longest"] = past_lengths + new_lengths
@@ -78,7 +79,7 @@ class Decoder(torch.nn.Module):
             logits = self._before_head(logits)
         present = self._state["present"]
         hidden = [self._state["hidden"]] if self.hidden else []
-        return (logits, *hidden, *[tensor for layer in self.specs for tensor in present[layer]],
+        return (logits, *hidden, *[tensor for layer in self.owners for tensor in present[layer]],
                 *[present[_key(state)] for state in self.states])
 
     def _run(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -134,9 +135,10 @@ class Decoder(torch.nn.Module):
         return hidden_BSX
 
     def attend(self, call: Call) -> torch.Tensor:
-        """Answer one layer's attention with the op over its past."""
+        """Answer one layer's attention with the op over its past; of a layer that reads another's keys and values, over
+        that layer's past and what that layer adds to it, so that both have one present."""
         spec: AttentionSpec = self.specs[call.layer]
-        order = list(self.specs).index(call.layer)
+        order = self.owners.index(spec.cache)
         past_key, past_value = self._state["past"][2 * order: 2 * order + 2]
         if call.layer in self._state["present"]:
             raise UnsupportedModel("a layer calls attention more than once", f"layer {call.layer}",
@@ -145,10 +147,12 @@ class Decoder(torch.nn.Module):
         sinks = call.sinks
         if sinks is None:
             sinks = torch.full((spec.num_heads,), float("-inf"), dtype=call.query.dtype)
+        query = call.query.transpose(1, 2).flatten(2)
+        if spec.owner is None:
+            self._state["new"][call.layer] = [each.transpose(1, 2).flatten(2) for each in (call.key, call.value)]
         output, key, value = torch.ops.gqa.grouped_query_attention(
-            call.query.transpose(1, 2).flatten(2), call.key.transpose(1, 2).flatten(2),
-            call.value.transpose(1, 2).flatten(2), past_key, past_value, self._state["past_lengths"],
-            self._state["new_lengths"], None, None, sinks.to(call.query.dtype), spec.num_heads, spec.kv_num_heads,
+            query, *self._state["new"][spec.cache], past_key, past_value, self._state["past_lengths"],
+            self._state["new_lengths"], None, None, sinks.to(query.dtype), spec.num_heads, spec.kv_num_heads,
             spec.scale, spec.softcap, spec.visible, 0, self.growing)
         self._state["present"][call.layer] = (key, value)
         return output.unflatten(2, (spec.num_heads, spec.value_head_size))
@@ -179,7 +183,7 @@ class Decoder(torch.nn.Module):
             if _key(state) == (layer, kind, index):
                 if (layer, kind, index) in self._state["present"]:
                     break
-                return self._state["past"][2 * len(self.specs) + place]
+                return self._state["past"][2 * len(self.owners) + place]
         raise UnsupportedModel(f"a layer uses a {kind} state that it did not show when it was probed, or uses one "
                                "twice", f"layer {layer}", "what its layers keep changes from run to run; it is not "
                                "supported", code="E-MODEL-STATE-TWICE")

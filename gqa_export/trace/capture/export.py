@@ -30,7 +30,7 @@ def export_decoder(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype, capaci
     """
     inputs = _inputs(decoder, spec, dtype)
     outputs = [graph_io.LOGITS, *([graph_io.HIDDEN_STATES] if decoder.hidden else []),
-               *[name for layer in spec.layers for name in graph_io.present_names(layer.layer)],
+               *[name for layer in spec.owners for name in graph_io.present_names(layer.layer)],
                *[graph_io.present_state(state) for state in spec.states]]
     stopped: Exception
     with quiet(), torch.no_grad():
@@ -68,7 +68,7 @@ def _inputs(decoder: Decoder, spec: ModelSpec, dtype: torch.dtype) -> list[Input
     else:
         found += [Input(graph_io.PAST_LENGTHS, torch.full((rows,), old, dtype=torch.int32), {0: "batch"}),
                   Input(graph_io.NEW_LENGTHS, torch.full((rows,), new, dtype=torch.int32), {0: "batch"})]
-    for layer in spec.layers:
+    for layer in spec.owners:
         for size, name in zip((layer.head_size, layer.value_head_size), graph_io.past_names(layer.layer)):
             found.append(Input(name, torch.zeros(rows, layer.kv_num_heads, old, size, dtype=dtype),
                                {0: "batch", 2: "past"}))

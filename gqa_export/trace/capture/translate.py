@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
@@ -20,9 +17,9 @@ def library(opset: int) -> tuple[Any, dict[Any, Any], tuple[Any, ...]]:
     from torch._export.utils import _is_preservable_cia_op
     from torch.onnx._internal.exporter import _decomp, _registration
 
-    from . import functionalize
+    from . import functionalize, torchlib
 
-    with _unparsed():
+    with torchlib.unparsed():
         registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
     for target, function in own_ops().items():
         registry.register_op(target, function, is_complex=False)
@@ -39,29 +36,6 @@ def own_ops() -> dict[Any, Any]:
     from . import custom_op
 
     return {**custom_op.translation_table(), **states.translation_table()}
-
-
-@contextlib.contextmanager
-def _unparsed() -> Iterator[None]:
-    """Inside, no function of torchlib is parsed and no ONNX signature is inferred.
-
-    Filling the registry does both for 497 functions and reads only the domain of each: most of its time. `_sign` infers
-    the signatures that a graph needs.
-    """
-    from onnxscript._internal import values
-    from torch.onnx._internal.exporter import _registration
-
-    with contextlib.ExitStack() as stack:
-        kind: Any = values.TracedOnnxFunction
-        before = vars(kind).get("function_ir")
-        if isinstance(before, property):  # another onnxscript goes its own way
-            stack.callback(setattr, kind, "function_ir", before)
-            kind.function_ir = property(lambda self: SimpleNamespace(domain=self.opset.domain))
-        entry: Any = _registration.OnnxDecompMeta
-        if "__post_init__" in vars(entry):
-            stack.callback(setattr, entry, "__post_init__", entry.__post_init__)
-            entry.__post_init__ = lambda self: None
-        yield
 
 
 def _sign(graph: torch.fx.GraphModule, registry: Any) -> None:

@@ -109,7 +109,7 @@ def _probe(config: Any, model: torch.nn.Module | None, capacity: int, record: bo
                                capacity or min(positions, DEFAULT_CAPACITY))
             # where the cache ends within the first chunk, attention in chunks is plainly causal
             masks[key] = found if not capacity or found.chunk < capacity else Visible()
-        layers.append(_layer_spec(call, masks[key], layer in alike))
+        layers.append(_layer_spec(call, masks[key], layer in alike, owner_of(call, calls)))
     _refuse_silent(model, set(calls) | {state.layer for state in states},
                    int(getattr(text, "num_hidden_layers", len(layers))), bool(states))
     spec = ModelSpec(model_type=config.model_type, architecture=type(model).__name__, vocabulary=text.vocab_size,
@@ -230,7 +230,14 @@ def refuse_mixing(model: Any) -> None:
                                    code="E-MODEL-MIXES-TOKENS")
 
 
-def _layer_spec(call: Call, visible: Visible, alike: bool) -> AttentionSpec:
+def owner_of(call: Call, calls: Mapping[int, Call]) -> int | None:
+    """The first layer before a call's own that attends to the very same keys and values: not equal ones, the same
+    tensors. What a layer is given at every step, it has at every step; so its cache would be that layer's."""
+    return next((layer for layer, other in sorted(calls.items()) if layer < call.layer
+                 and other.key is call.key and other.value is call.value), None)
+
+
+def _layer_spec(call: Call, visible: Visible, alike: bool, owner: int | None) -> AttentionSpec:
     _, num_heads, _, head_size = call.query.shape
     _, kv_num_heads, _, value_head_size = call.value.shape
     if num_heads % call.key.shape[1] or call.key.shape[1] != kv_num_heads or call.key.shape[3] != head_size:
@@ -239,4 +246,4 @@ def _layer_spec(call: Call, visible: Visible, alike: bool) -> AttentionSpec:
                                "the number of query heads must be a multiple of the key/value heads; not supported",
                                code="E-MODEL-HEADS")
     return AttentionSpec(call.layer, num_heads, kv_num_heads, head_size, value_head_size, call.scale, call.softcap,
-                         visible.window, call.sinks is not None, alike, visible.chunk)
+                         visible.window, call.sinks is not None, alike, visible.chunk, owner)

@@ -59,6 +59,8 @@ def plan(model: torch.nn.Module, probed: Probed) -> tuple[Stack, tuple[Any, ...]
 def stack_of(model: torch.nn.Module, probed: Probed) -> Stack:
     """The layers of a (meta-device) skeleton by kind. NotAlike where nothing is gained or anything is unsure."""
     spec, code = probed.spec, probed.code
+    if len(spec.owners) < len(spec.layers):
+        raise NotAlike("some layers read the keys and values of others")
     path = layers_path(model, None if spec.states else len(spec.layers))
     if path is None:
         raise NotAlike("no layers that are alike")

@@ -32,6 +32,28 @@ def _scales(broken: Broken, node: onnx.NodeProto) -> str:
     return broken.maker(name).input[0]
 
 
+def _expert(broken: Broken, number: int) -> onnx.NodeProto:
+    """The first product of an expert of layer 1."""
+    for node in broken.nodes:
+        if node.op_type == PRODUCT and "layers.1." in node.name and f"[{number}/" in node.name:
+            return node
+    raise NotHere("experts that are quantized")
+
+
+def experts_exchanged(broken: Broken) -> None:
+    """Codes and scales of two experts exchanged, as a wrong order of the stack would."""
+    first, second = _expert(broken, 0), _expert(broken, 1)
+    for one, other in ((first.input[1], second.input[1]), (_scales(broken, first), _scales(broken, second))):
+        values = broken.read(one)
+        broken.write(one, broken.read(other))
+        broken.write(other, values)
+
+
+def scale_of_another_expert(broken: Broken) -> None:
+    """An expert's codes with the scales of the next."""
+    broken.write(_scales(broken, _expert(broken, 0)), broken.read(_scales(broken, _expert(broken, 1))))
+
+
 def nibbles_swapped(broken: Broken) -> None:
     """The later code of a byte taken for the earlier one."""
     name = _product(broken).input[1]
@@ -178,6 +200,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("level 4 where 0 was promised", "activations rounded, and the manifest calls them exact", level_raised,
              -1),
     Mutation("NaN hidden by level 4", "a row that must not be read answered with plausible numbers", nan_hidden, -1),
+    Mutation("experts exchanged", "the matrices of two experts exchanged", experts_exchanged),
+    Mutation("scale of another expert", "an expert's codes with the next one's scales", scale_of_another_expert),
     Mutation("cache scales exchanged", "a layer's two scales of a quantized cache exchanged", cache_scales_exchanged),
     Mutation("cache code clipped", "codes of a quantized cache clipped at -127", cache_clipped, -1),
 )

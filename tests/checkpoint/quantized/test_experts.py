@@ -94,7 +94,7 @@ def write_mixtral(folder: Path, fields: dict, encode, plain: tuple[str, ...] = (
 def test_single_experts_are_stacked_as_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = write_mixtral(tmp_path, entry(sym=False), gptq(symmetric=False))
     checkpoint = open_checkpoint(tmp_path)
-    matrices, plain = by_parameter(checkpoint, load_skeleton(checkpoint))
+    matrices, plain, _ = by_parameter(checkpoint, load_skeleton(checkpoint))
     state = load_model(checkpoint, "fp64").state_dict()
     assert set(matrices) == set(values)
     assert set(matrices) | set(plain) == set(state)
@@ -111,16 +111,48 @@ def test_single_experts_are_stacked_as_codes(tmp_path: Path, monkeypatch: pytest
     assert sorted(source.shape for source in found) == sorted(value.shape for value in values.values())
 
 
-def test_experts_of_different_forms_are_left_to_their_values(tmp_path: Path) -> None:
+def test_second_scales_of_experts_go_into_their_scales(tmp_path: Path) -> None:
     """Each matrix of NVFP4 has a second scale of its own."""
     values = write_mixtral(tmp_path, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, nvfp4)
     checkpoint = open_checkpoint(tmp_path)
-    matrices, plain = by_parameter(checkpoint, load_skeleton(checkpoint))
+    matrices, plain, left = by_parameter(checkpoint, load_skeleton(checkpoint))
     state = load_model(checkpoint, "fp64").state_dict()
-    assert not matrices
+    assert set(matrices) == set(values)
+    assert not left
     assert not any("experts" in name for name in plain)
     for name, expected in values.items():
+        np.testing.assert_allclose(matrices[name].parameter(), expected, rtol=2**-23)  # scales are rounded once
         np.testing.assert_allclose(state[name].numpy(), expected, rtol=4e-16)
+
+
+def in_order(symmetric: bool = True):
+    """GPTQ whose columns are sorted, matrices of one input (as those of an expert have it) alike."""
+    seeds = {64: iter([number // 2 for number in range(99)]), 128: iter(range(99))}
+
+    def encode(rng, rows, columns):
+        return gptq(symmetric=symmetric, order=True)(np.random.default_rng(next(seeds[columns])), rows, columns)
+
+    return encode
+
+
+def test_experts_may_each_have_columns_in_an_order_of_their_own(tmp_path: Path) -> None:
+    values = write_mixtral(tmp_path, entry(), in_order())
+    checkpoint = open_checkpoint(tmp_path)
+    matrices, _, left = by_parameter(checkpoint, load_skeleton(checkpoint))
+    assert not left
+    for name, expected in values.items():
+        assert matrices[name].column_order.shape == (4, expected.shape[-1])
+        np.testing.assert_array_equal(matrices[name].parameter(), expected)
+        np.testing.assert_array_equal(matrices[name].dequantize(3, 70), expected.reshape(-1, expected.shape[-1])[3:70])
+
+
+def test_what_cannot_be_stacked_is_named(tmp_path: Path) -> None:
+    """The two matrices of an expert that transformers joins have their columns in different orders."""
+    write_mixtral(tmp_path, entry(), gptq(order=True))
+    checkpoint = open_checkpoint(tmp_path)
+    matrices, _, left = by_parameter(checkpoint, load_skeleton(checkpoint))
+    assert set(matrices) == {"model.layers.0.mlp.experts.down_proj"}
+    assert left == {"model.layers.0.mlp.experts.gate_up_proj": "GPTQ 4 bits, group 32"}
 
 
 def test_experts_of_which_some_are_plain_are_left_to_their_values(tmp_path: Path) -> None:
@@ -133,4 +165,4 @@ def test_names_that_are_the_parameters_need_no_structure(tmp_path: Path, monkeyp
     values = write_gpt_oss(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     monkeypatch.setattr("gqa_export.checkpoint.load_model.load_skeleton", None)
-    assert parameters_of(checkpoint, values) == (checkpoint.quantized, checkpoint.tensors)
+    assert parameters_of(checkpoint, values) == (checkpoint.quantized, checkpoint.tensors, {})

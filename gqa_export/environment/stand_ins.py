@@ -1,0 +1,106 @@
+"""What an export imports for nothing, and what stands in its place: the one table.
+
+PyTorch's tracing and transformers' modelling code import a compiler, distributed tensors, training helpers and the
+sources of every model, of which an export uses nothing. The `gqa-export` program, whose process is its own, puts the
+rows of this table in force before it imports either; a program that imports `gqa_export` is left as it is. A module
+that stands aside is run, in its own place, by whoever first uses something of it (see `deferred_module`), so a row
+saves time or does nothing. GQA_EXPORT_STAND_INS=off imports everything as ever. The seconds are of
+`python -X importtime` (of the process's clock for torchlib) on two idle cores; `scripts/stand_in_seconds.py` measures
+whole exports with and without a row. 0 is a row without which another, named in `until`, saves nothing.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+
+from .deferred_imports import install
+from .deferred_module import run
+from .stand_in_rows import DISABLED, LATER, NATIVE, REPLAYED, Change, Row, StandIn
+from .transformers_names import read_names_later
+
+TORCH, TRANSFORMERS, ACCELERATE, ONNXSCRIPT = ("2.13",), ("5.24",), ("1.15",), ("0.7",)
+"""versions that the rows were measured with"""
+TENSOR = "torch.distributed.tensor"
+INDUCTOR = "torch._inductor"
+
+
+def later(*names: str) -> dict[str, str]:
+    """Classes and functions that are looked up when they are used."""
+    return dict.fromkeys(names, LATER)
+
+
+def _validation_off(module: types.ModuleType) -> Callable[[], bool]:
+    """The stand-in of a question that is answered by a setting alone while that is off."""
+
+    def translation_validation_enabled() -> bool:
+        from torch.fx.experimental import _config as config
+
+        if not config.translation_validation:
+            return False
+        run(module)
+        return bool(module.translation_validation_enabled())
+
+    return translation_validation_enabled
+
+
+TORCHLIB = Change("onnxscript._internal.values", "onnxscript", ONNXSCRIPT, 0.28,
+                  "torchlib parses its functions when they are used", symbol="OnnxFunction, TracedOnnxFunction")
+"""made by `trace.capture.torchlib`, around the call that reads the library"""
+
+TABLE: tuple[Row, ...] = (
+    StandIn("torch._dynamo", "torch", TORCH, 0.62, "make_fx and transformers.masking_utils do not import it",
+            {"allow_in_graph": REPLAYED, "assume_constant_result": REPLAYED, "disable": DISABLED,
+             **later("OptimizedModule")}, ("torch._compile", "torch.fx.experimental.proxy_tensor"),
+            free=("torch._dynamo.config", "torch._dynamo.source", "torch._dynamo.utils"), reads_code=True),
+    StandIn("torch._dynamo.utils", "torch", TORCH, 0, "with torch._dynamo"),
+    StandIn("torch._dynamo.bytecode_transformation", "torch", TORCH, 0, "with torch._dynamo",
+            later("create_binary_subscr", "create_build_tuple", "create_call_function"), ("torch._dynamo.source",)),
+    StandIn("torch._dynamo._trace_wrapped_higher_order_op", "torch", TORCH, 0, "with torch._dynamo",
+            later("TransformGetItemToIndex"), ("transformers.masking_utils",)),
+    StandIn(INDUCTOR, "torch", TORCH, 0, "with torch._dynamo",
+            free=(f"{INDUCTOR}.config", f"{INDUCTOR}.custom_graph_pass", f"{INDUCTOR}.compiler_bisector",
+                  f"{INDUCTOR}.runtime", f"{INDUCTOR}.runtime.cache_dir_utils", f"{INDUCTOR}.fx_passes",
+                  f"{INDUCTOR}.fx_passes.dedupe_symint_uses")),
+    StandIn("torch.fx.experimental.validator", "torch", TORCH, 0, "with torch._dynamo",
+            {"translation_validation_enabled": _validation_off}, ("torch.fx.experimental.symbolic_shapes",)),
+    StandIn("transformers.generation.continuous_batching.cache", "transformers", TRANSFORMERS, 0,
+            "with torch._dynamo", later("PagedAttentionCache", "ATTN_TYPE_TO_ALLOCATOR", "group_layers_by_attn_type"),
+            ("transformers.",)),
+    StandIn("transformers.integrations.flex_attention", "transformers", TRANSFORMERS, 0, "with torch._dynamo",
+            later("flex_attention_forward", "compile_friendly_flex_attention"), ("transformers.",)),
+    StandIn(TENSOR, "torch", TORCH, 0.21, "transformers does not import it where nothing is distributed",
+            {**later("DTensor", "distribute_tensor"),
+             **dict.fromkeys(("Partial", "Replicate", "Shard"), f"{TENSOR}.placement_types")},
+            ("transformers.", NATIVE),
+            free=(f"{TENSOR}.placement_types", f"{TENSOR}._dtensor_spec", f"{TENSOR}._collective_utils"),
+            first=f"{TENSOR}._dtensor_spec"),
+    StandIn(f"{TENSOR}._ops", "torch", TORCH, 0, f"with {TENSOR}", free=(f"{TENSOR}._ops._mask_buffer",)),
+    StandIn(f"{TENSOR}._utils", "torch", TORCH, 0, f"with {TENSOR}",
+            later("compute_local_shape_and_global_offset"), ("transformers.",)),
+    StandIn("torch.distributed._composable.fsdp", "torch", TORCH, 0.1, f"with {TENSOR}", later("fully_shard"),
+            ("transformers.",)),
+    StandIn("torch.distributed.fsdp", "torch", TORCH, 0, f"with {TENSOR}",
+            later("CPUOffloadPolicy", "MixedPrecisionPolicy"), ("transformers.",)),
+    StandIn("torch.distributed.checkpoint", "torch", TORCH, 0, f"with {TENSOR}"),
+    StandIn("torch.distributed.checkpoint.hf_storage", "torch", TORCH, 0.07, f"with {TENSOR}",
+            later("HuggingFaceStorageReader", "HuggingFaceStorageWriter"), ("transformers.",)),
+    StandIn("accelerate", "accelerate", ACCELERATE, 0.09, "transformers imports it where it dispatches a model",
+            later("dispatch_model", "PartialState"), ("transformers.",)),
+    StandIn("accelerate.utils", "accelerate", ACCELERATE, 0, "with accelerate",
+            later("get_max_memory", "extract_model_from_parallel", "get_balanced_memory", "infer_auto_device_map",
+                  "reduce"), ("transformers.",)),
+    StandIn("accelerate.utils.modeling", "accelerate", ACCELERATE, 0, "with accelerate",
+            later("clean_device_map", "get_max_layer_size"), ("transformers.",)),
+    StandIn("accelerate.hooks", "accelerate", ACCELERATE, 0, "with accelerate",
+            later("AlignDevicesHook", "add_hook_to_module"), ("transformers.",)),
+    Change("transformers.utils.import_utils", "transformers", TRANSFORMERS, 0.44,
+           "transformers keeps its table of names, or makes it once", symbol="define_import_structure",
+           change=read_names_later),
+    TORCHLIB,
+)
+
+
+def stand_in() -> Callable[[], None]:
+    """Put the table in force in this process; returns what ends it."""
+    return install(TABLE)
