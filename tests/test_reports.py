@@ -90,6 +90,30 @@ def test_a_cost_of_validation_without_its_circumstances_is_refused():
     assert script.unbelievable(report | {"load_before": 1.4}) == ["the machine was busy before"]
 
 
+def test_decoding_of_the_real_model_is_as_fast_as_promised():
+    report = json.loads((ROOT / "docs" / "benchmarks" / "decode.json").read_text())
+    script = load("benchmark_decode")
+    if "rows" in report:  # a result of before 2026-11-26 compared graphs in a loop of neither
+        assert script.unbelievable(report) == []
+        assert (ROOT / "docs" / "benchmarks" / "decode.md").read_text() == script.page(report)
+        assert all(row["speed"] >= 1.03 for row in report["rows"])
+
+
+def test_a_speed_of_decoding_without_its_circumstances_is_refused():
+    script = load("benchmark_decode")
+    line = dict.fromkeys(script.FIGURES, 1)
+    report = dict.fromkeys(script.REQUIRED, 1) | {
+        "rows": [line | {"past": past} for past in script.LENGTHS], "load_before": 0.3, "cores": 2}
+    assert script.unbelievable(report) == []
+    for field in script.REQUIRED:
+        assert script.unbelievable({name: value for name, value in report.items() if name != field}) == [
+            f"lacks {field}"]
+    assert script.unbelievable(report | {"rows": report["rows"][:1]}) == ["not all lengths were run"]
+    assert script.unbelievable(report | {"load_before": 1.4}) == ["the machine was busy before"]
+    shorter = [{name: value for name, value in one.items() if name != "same_tokens"} for one in report["rows"]]
+    assert script.unbelievable(report | {"rows": shorter}) == [f"{past}: lacks same_tokens" for past in script.LENGTHS]
+
+
 def test_the_comparison_of_exports_was_fair_and_is_what_the_readme_shows():
     result = json.loads((ROOT / "docs" / "benchmarks" / "export.json").read_text())
     assert unbelievable(result) == []

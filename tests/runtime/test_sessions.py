@@ -7,6 +7,7 @@ import pytest
 from refusal import refused
 
 from gqa_export.runtime.feeds import attention_mask, must_run_alone
+from gqa_export.runtime.ort import session as session_module
 from gqa_export.runtime.ort.session import OrtSession
 from gqa_export.runtime.torch_session import TorchSession
 
@@ -52,6 +53,47 @@ def test_an_injected_callable_gives_what_bound_memory_gives(bundle, target, cach
 def test_growing_and_static_caches_hold_the_same(bundle, rounding) -> None:
     growing, static = (drive(OrtSession.load(bundle("ort", cache), "cpu"), RAGGED) for cache in ("growing", "static"))
     assert largest_difference(growing, static) < 8 * rounding
+
+
+@pytest.mark.parametrize("steps", [ALONE, RAGGED], ids=["alone", "ragged"])
+def test_a_growing_bundle_of_ort_is_run_in_a_buffer_that_doubles(
+        bundle, reference, rounding, steps, monkeypatch) -> None:
+    """Its nodes are those of a static bundle; the cache is not copied at every step."""
+    monkeypatch.setattr(session_module, "BUFFER", 4)
+    session = OrtSession.load(bundle("ort", "growing"), "cpu")
+    rooms = []
+    run = session._backend.run
+
+    def seen(feed, past, inplace):
+        assert inplace
+        rooms.append(past[0].shape[2])
+        return run(feed, past, inplace)
+
+    monkeypatch.setattr(session._backend, "run", seen)
+    assert largest_difference(drive(session, steps), reference[steps]) < 8 * rounding
+    assert len(set(rooms)) > 1
+    assert max(rooms) <= CAPACITY
+
+
+@pytest.mark.parametrize(("target", "cache"), [("portable", "growing"), ("onnx", "growing"), ("ort", "static")])
+def test_other_bundles_have_no_such_buffer(bundle, target, cache) -> None:
+    session = OrtSession.load(bundle(target, cache), "cpu")
+    assert not session._buffer
+
+
+def test_rows_of_a_buffer_go_back_and_are_copied(bundle, model, rounding, monkeypatch) -> None:
+    monkeypatch.setattr(session_module, "BUFFER", 4)
+    sessions = OrtSession.load(bundle("ort", "growing"), "cpu"), TorchSession(model, CAPACITY, "fp64")
+    answers = []
+    for session in sessions:
+        session.reset(2)
+        session.step(np.arange(14).reshape(2, 7) + 5)
+        session.rewind_row(0, 3)
+        session.copy_row(0, 1)
+        session.step(np.full((2, 6), 9), np.array([6, 2]))
+        answers.append(session.step(np.array([[4], [8]])).logits)
+        assert session.lengths.tolist() == [10, 6]
+    assert np.abs(answers[0] - answers[1]).max() < 8 * rounding
 
 
 def test_a_growing_cache_keeps_no_columns_that_belong_to_nobody(bundle) -> None:

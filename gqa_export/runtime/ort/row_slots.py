@@ -21,6 +21,10 @@ TOKENS_A_CALL = 16
 (scripts/benchmark_sessions.py measures what follows from it)"""
 
 
+BUFFER = 256
+"""tokens for which the buffer of a growing cache is made"""
+
+
 class OrtRowSlots(RowSlots):
     """What `OrtSession` has beside its steps. `_past`: the `_cached` tensors of the cache, then those of states."""
 
@@ -29,6 +33,7 @@ class OrtRowSlots(RowSlots):
     _backend: Backend
     _target: Target
     _static: bool
+    _buffer: int
     _cached: int
     _past: list[Any]
     _kv: KvCache | None
@@ -36,7 +41,15 @@ class OrtRowSlots(RowSlots):
     def _room(self, layer: AttentionSpec) -> int:
         """Tokens of a layer's new cache."""
         slots = self._windows.slots(layer) if self._windows else 0
-        return slots or (self.capacity if self._static else 0)
+        return slots or self._buffer or (self.capacity if self._static else 0)
+
+    def _make_room(self, tokens: int) -> None:
+        """Let the buffer of a growing cache hold so many tokens, or the capacity; what it holds stays."""
+        if not self._buffer or min(tokens, self.capacity) <= self._buffer:
+            return
+        self._buffer = min(self.capacity, max(tokens, 2 * self._buffer))
+        for i, tensor in enumerate(self._past[: self._cached]):
+            self._past[i] = self._backend.upload(resized(self._backend.download(tensor), self._buffer))
 
     def states(self) -> list[np.ndarray]:
         """Per state of fixed size [B, *shape], copies."""
@@ -44,8 +57,10 @@ class OrtRowSlots(RowSlots):
 
     def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Per layer (key [B, K, T, D], value [B, K, T, E]), copies; T is the capacity of a static cache, the longest
-        row where it is a ring, of which displaced tokens are zeros. Numbers."""
-        tensors = self._numbers([np.array(self._backend.download(t)) for t in self._past[: self._cached]])
+        row where it grows or is a ring, of which displaced tokens are zeros. Numbers."""
+        longest = int(self._lengths.max()) if self._buffer else None
+        tensors = self._numbers([np.array(self._backend.download(t)[:, :, :longest]) for t in
+                                 self._past[: self._cached]])
         if self._windows is not None:
             rings = [bool(self._windows.slots(layer)) for layer in self.spec.owners for _ in range(2)]
             tensors = [unrolled(tensor, self._lengths, self._ends) if ring else tensor

@@ -2,8 +2,10 @@
 
 Dimensions as in `gqa_export.attention_op`. The cache is compact: token t of sequence b lies at index t. A growing cache
 is fed with P = the longest sequence so far and cut back to that after a step, so that no holes accumulate. A static
-one is a single zeroed buffer; where the target's attention writes in place it serves as past and as present. States of
-fixed size, which begin as zeros, are read from one tensor and written to another.
+one is a single zeroed buffer; where the target's attention writes in place it serves as past and as present. On a CPU
+such an attention takes a growing bundle's cache the same way, in a buffer that doubles: its nodes are those of a static
+bundle, and copying the cache at every step costs more than attending to it. States of fixed size, which begin as zeros,
+are read from one tensor and written to another.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from ..session import Step
 from .adapters import adapter_names, load_adapter
 from .backend import ArrayBackend, Backend, BindingBackend, Infer, numpy_dtype
 from .loading import check_graph, choose_provider, graph_facts, open_session
-from .row_slots import OrtRowSlots, as_exported
+from .row_slots import BUFFER, OrtRowSlots, as_exported
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,15 @@ class OrtSession(OrtRowSlots):
         self.long_calls = 0
         self._backend, self._target, self.whole_row_masks = backend, as_exported(target, manifest), False
         self._folder, self._adapter = folder, ""
-        self._static, self._cached = manifest.cache == "static", 2 * len(manifest.spec.owners)
-        self._inplace = self._static and target.writes_in_place(manifest.fallbacks)
+        self._windows, self._cached = manifest.window_cache, 2 * len(manifest.spec.owners)
+        writes = target.writes_in_place(manifest.fallbacks)
+        # as onnxruntime-genai does with any bundle of these targets, whose nodes are the same for both kinds of cache
+        self._buffered = (writes and target.genai and manifest.cache == "growing" and self._windows is None
+                          and self._plan is None and isinstance(backend, BindingBackend) and backend.device == "cpu"
+                          and 2 * len(manifest.spec.layers) == self._cached)
+        self._static = manifest.cache == "static" or self._buffered
+        self._inplace = self._static and writes
         self._dtype = numpy_dtype(DTYPES.get(manifest.dtype, manifest.dtype))
-        self._windows = manifest.window_cache
         self._kv, self._cache_dtype = manifest.kv_cache, np.dtype(getattr(manifest.kv_cache, "dtype", self._dtype))
         self.reset(1)
 
@@ -160,6 +167,7 @@ class OrtSession(OrtRowSlots):
             raise GqaExportError(f"batch size must be at least 1, got {batch}", "reset", "give at least one sequence",
                                  code="E-RUN-BATCH")
         self._begin_rows(batch)
+        self._buffer = min(self.capacity, BUFFER) if self._buffered else 0
         width = self._kv.width if self._kv else int
         self._past = [self._backend.upload(np.zeros((batch, layer.kv_num_heads, self._room(layer), width(size)),
                                                     self._cache_dtype))
@@ -181,7 +189,8 @@ class OrtSession(OrtRowSlots):
         before, sequence = self._lengths, ids.shape[1]
         padded = self._target.writes_padding and (self._static or self.manifest.ragged_chunks)
         fed = new if even else self._ridden(new, sequence)
-        alone = must_run_alone(before, fed, sequence, capacity=self.capacity if padded else None,
+        self._make_room(int(before.max()) + sequence)
+        alone = must_run_alone(before, fed, sequence, capacity=(self._buffer or self.capacity) if padded else None,
                                chunks_alone=self._target.chunks_alone, empty_alone=self._target.empty_alone)
         alone = alone or self._padding_costs_more(fed, sequence)
         # all ones first do not tell how many of several columns over a past are new
