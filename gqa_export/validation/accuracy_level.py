@@ -115,9 +115,10 @@ class RoundedInput:
 
     def product(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What torch.nn.functional.linear (`func`) is by this rule."""
-        values = args[0]
+        others = dict(kwargs or {})
+        values = args[0] if args else others.pop("input")
         seen, near, back = self._rounded(values, self.order)
-        found = func(back, *args[1:], **(kwargs or {}))
+        found = func(back, *args[1:], **others)
         if self.beside is not None:
             found = found + (values - back) @ self.beside.to(values.dtype).T
         return found if self.shift is None else found + self._lost(seen - near) @ self.shift.to(values.dtype).T
@@ -206,8 +207,10 @@ class RoundInputs(TorchFunctionMode):
         self._stacks = {owner for owner, rule in inputs.items() if rule.experts}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear and id(args[1]) in self._inputs:
-            return self._inputs[id(args[1])].product(func, args, kwargs)
+        if func is torch.nn.functional.linear:
+            weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
+            if id(weight) in self._inputs:
+                return self._inputs[id(weight)].product(func, args, kwargs)
         factor = factor_of(func, args, self._stacks) if self._stacks else None
         if factor is not None:
             return self._inputs[factor.picked.owner].expert_product(func, args, kwargs, factor)
