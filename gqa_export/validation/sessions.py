@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle.manifest import Manifest
+from ..bundle.quantization import KEPT
 from ..checkpoint.load_model import load_model
 from ..compare.tolerance import EPSILON, FLOOR_ULPS
 from ..errors import GqaExportError, InvalidCheckpoint, NotCheckedHere
@@ -19,7 +20,6 @@ from ..graph_io import HIDDEN_STATES
 from ..quantized.kv_codes import TIE, limits
 from ..runtime.session import Session
 from ..spec import WindowCache
-from .quantized_reference import KEPT
 
 FillGarbage = Callable[[tuple[float, ...]], None]
 """fills the part of the cache beyond the lengths with these values before every later call; (): leaves it as it is"""
