@@ -201,10 +201,12 @@ def record(plan: Plan, lowered: Lowered, dtype: str) -> Quantization:
         entry = QuantizedWeight(weight.name, plan.stored[weight.name], 8 * itemsize(dtype), 0, True, PLAIN,
                                 count * itemsize(dtype), held.reason if held else plan.plain.get(weight.name, ""))
         if held is not None and held.forms:
-            form = held.forms[0]
-            size = sum(packer.nbytes(part) for _, packer, part in packers_of(plan.matrices[weight.name], held.parts))
+            form, matrix = held.forms[0], plan.matrices[weight.name]
+            size = sum(packer.nbytes(part) for _, packer, part in packers_of(matrix, held.parts))
+            own = (0, 0) if plan.method in KEEP else (matrix.bits, matrix.block)
             entry = replace(entry, bits=form.bits, block=form.block, bytes=size, reason="", kind=form.kind,
                             experts=weight.experts, transposed=weight.transposed,
+                            rounded_bits=own[0], rounded_block=own[1],
                             lossless=plan.facts[weight.name].lossless and (
                                 form.half or dtype == "float32" or form.kind != "int"),
                             operator=", ".join(dict.fromkeys(each.operator for each in held.forms)),
