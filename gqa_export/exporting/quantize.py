@@ -17,7 +17,7 @@ from ..quantizing.floats import quantize_floats
 from ..quantizing.matrices import Weight, weights_of
 from ..quantizing.rtn import quantize_matrix
 from ..quantizing.rules import KINDS, METHODS, Decision, decide, read_rules
-from ..target_refusals import refuse_codes
+from ..target_refusals import refuse_activations, refuse_codes
 from ..weights.dtypes import itemsize
 from ..weights.packed import add_packed, packers_of
 from ..weights.rows import rows_of
@@ -76,18 +76,20 @@ def check_options(options: ExportOptions, target: Target) -> None:
     """Refuse a value of `--quantize` that is neither a method nor a file, or whose codes the target does not hold.
 
     Raises:
-        GqaExportError: with the methods; or a calibration text is given and nothing is quantized.
+        GqaExportError: with the methods that the target takes; or a calibration text is given and nothing is quantized,
+            or products of an engine were to round their inputs.
     """
     check_limits(options)
+    refuse_activations(target, options.activations)
+    methods = [method for method in METHODS if KINDS.get(method, "int") in ("int", *target.float_codes)]
     if options.quantize in KINDS:
         refuse_codes(target, KINDS[options.quantize])
-    known = (*KEEP, *METHODS)
     if options.calibrate is not None and options.quantize in KEEP and not options.kv_cache:
         raise GqaExportError("a calibration text chooses scales, and nothing is quantized", "--calibrate",
-                             f"add --quantize {' or '.join(METHODS)}", code="E-OPTION-CALIBRATE")
-    if options.quantize not in known and not options.quantize.endswith(".toml"):
+                             f"add --quantize {' or '.join(methods)}", code="E-OPTION-CALIBRATE")
+    if options.quantize not in (*KEEP, *METHODS) and not options.quantize.endswith(".toml"):
         raise GqaExportError(f"unknown quantization {options.quantize!r}", "--quantize",
-                             f"use {', '.join(known)}, or a file of rules that ends in .toml",
+                             f"use {', '.join((*KEEP, *methods))}, or a file of rules that ends in .toml",
                              code="E-OPTION-QUANTIZE")
 
 
