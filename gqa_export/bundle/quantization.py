@@ -23,7 +23,8 @@ class QuantizedWeight:
         stored: what the checkpoint holds, "GGUF Q4_1", or "float32".
         bits: of a code in the graph; those of the float type where the operator is `PLAIN`.
         block: columns of the graph that share a scale; 0 where the operator is `PLAIN`.
-        lossless: the values in the graph are those of the checkpoint, to the rounding of a scale to fp32.
+        lossless: the graph has the checkpoint's values to the rounding of fp32: the export quantized none of them, and
+            neither they nor their scales are rounded to fp16 or bf16. Types tell it; false where they do not.
         operator: what holds it in the graph, "MatMulNBits"; `PLAIN` for floating-point numbers. Two for one matrix that
             two operators read, "MatMulNBits, GatherBlockQuantized".
         bytes: of its codes, scales, zero points and corrections.

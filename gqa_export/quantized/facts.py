@@ -32,7 +32,7 @@ class MatrixFacts:
 
     Attributes:
         zeros_fit: zero points lie within the codes. It means nothing for other offsets.
-        lossless: the values are those of the checkpoint.
+        lossless: the values are those of the checkpoint, before a graph's number format rounds any.
         scales: the smallest type that holds every scale of a block, the second scale of the whole matrix beside it.
     """
 

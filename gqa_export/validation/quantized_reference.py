@@ -157,7 +157,7 @@ def as_held(matrix: QuantizedMatrix, form: Form, dtype: str) -> QuantizedMatrix:
         shift = rounded((offset + middle * exact).astype(np.float32))
         return Stripe(stripe.codes, scale, minimum=(shift - middle * scale).astype(np.float32))
 
-    return replace(matrix, read=read, global_scale=1.0, in_place="", scale_dtype="float32",
+    return replace(matrix, read=read, global_scale=1.0, in_place="", scale_dtype="float32", powers=False,
                    offset=matrix.offset if exact_offset else "minimum")
 
 

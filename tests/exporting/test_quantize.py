@@ -309,6 +309,16 @@ def test_a_text_without_quantizing_is_refused(checkpoint: Path, tmp_path: Path) 
         export(checkpoint, tmp_path / "b", calibrate=tmp_path / "text.txt")
 
 
+@pytest.mark.parametrize(("dtype", "loss"), [("fp32", "lossless"), ("bf16", "rounded"), ("fp16", "rounded")])
+def test_a_plain_weight_of_fewer_bits_than_it_was_stored_in_is_rounded(checkpoint: Path, dtype: str,
+                                                                       loss: str) -> None:
+    lines = dry_run(checkpoint, ExportOptions(quantize="int8", head="none", dtype=dtype, capacity=64)).quantization
+    (line,) = [line for line in lines if "plain" in line]
+    assert line.strip().startswith("lm_head.weight: float32 -> ")
+    assert f"plain, {loss}, " in line
+    assert all("rounded" in line for line in lines if "MatMulNBits" in line)
+
+
 @pytest.mark.parametrize(("target", "methods"), [("ort", "int4 or int8"),
                                                  ("trt-plugin", "int4 or int8 or fp8 or nvfp4")])
 @pytest.mark.parametrize("options", [{"calibrate": Path("text.txt")}, {"quantize": "int3"}])
