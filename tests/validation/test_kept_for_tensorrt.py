@@ -76,7 +76,7 @@ def test_stacked_experts_of_gpt_oss_are_kept(tmp_path: Path) -> None:
     held = {each.name: each for each in done.manifest.quantization.weights}
     for name, value in values.items():
         assert (held[name].kind, held[name].bits, held[name].lossless) == ("e2m1", 4, True)
-        assert held[name].bytes == value.size // 2 + 2 * value.size // 32  # scales are powers of two, held as bf16
+        assert held[name].bytes == value.size // 2 + 2 * value.size // 32  # scales are powers of two, held in two bytes
     verdict = validate(tmp_path / "bundle", tmp_path / "checkpoint", steps=2)
     assert verdict.passed, verdict.first
 
