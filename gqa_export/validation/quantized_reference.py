@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = None,
                 folder: Path | None = None) -> dict[str, QuantizedMatrix]:
     """The matrices that the export made of a checkpoint's weights, made again. Nothing is taken from the bundle but,
-    for each weight, its bits and block, and how much errors of its columns counted: measured again, by other threads,
-    that differs in its last bits, and some codes with it.
+    for each weight, the bits and block of the rounding, and how much errors of its columns counted: measured again, by
+    other threads, that differs in its last bits, and some codes with it.
 
     Args:
         checkpoint: that was exported. manifest: of the bundle.
@@ -68,13 +68,14 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
         shape = tuple(values.shape)
         stack = stack_shape(shape, weight.experts, transposed=weight.transposed) if weight.experts else ()
         rows = rows_of(MemorySource(partial(_as_it_is, values), "float32", shape), stack, transposed=weight.transposed)
+        bits, block = weight.rounding
         if weight.kind != "int":
-            found[weight.name] = quantize_floats(rows, (shape[0], shape[1]), weight.kind, weight.block, weight.name,
+            found[weight.name] = quantize_floats(rows, (shape[0], shape[1]), weight.kind, block, weight.name,
                                                  importance.get(weight.name))
             continue
-        found[weight.name] = quantize_matrix(rows, stack or shape, weight.bits, weight.block, weight.name,
+        found[weight.name] = quantize_matrix(rows, stack or shape, bits, block, weight.name,
                                              importance.get(weight.name),
-                                             weight.bits == 8 and get_target(manifest.target).positive_scales,
+                                             bits == 8 and get_target(manifest.target).positive_scales,
                                              transposed=weight.transposed)
     return found
 
@@ -153,7 +154,7 @@ def as_held(matrix: QuantizedMatrix, form: Form, dtype: str) -> QuantizedMatrix:
         shift = rounded((offset + middle * exact).astype(np.float32))
         return Stripe(stripe.codes, scale, minimum=(shift - middle * scale).astype(np.float32))
 
-    return replace(matrix, read=read, global_scale=1.0, in_place="", scale_dtype="float32",
+    return replace(matrix, read=read, global_scale=1.0, in_place="", scale_dtype="float32", powers=False,
                    offset=matrix.offset if exact_offset else "minimum")
 
 
