@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = None,
                 folder: Path | None = None) -> dict[str, QuantizedMatrix]:
     """The matrices that the export made of a checkpoint's weights, made again. Nothing is taken from the bundle but,
-    for each weight, its bits and block, and how much errors of its columns counted: measured again, by other threads,
-    that differs in its last bits, and some codes with it.
+    for each weight, the bits and block of the rounding, and how much errors of its columns counted: measured again, by
+    other threads, that differs in its last bits, and some codes with it.
 
     Args:
         checkpoint: that was exported. manifest: of the bundle.
@@ -74,12 +74,12 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
             raise InvalidBundle(f"how much the columns of {weight.name} count has the shape {list(counts.shape)}, "
                                 f"expected [{columns}]", str(folder or checkpoint.source),
                                 "copy the bundle again, or export it again", code="E-BUNDLE-CALIBRATION")
+        bits, block = weight.rounding
         if weight.kind != "int":
-            found[weight.name] = quantize_floats(rows, (shape[0], shape[1]), weight.kind, weight.block, weight.name,
-                                                 counts)
+            found[weight.name] = quantize_floats(rows, (shape[0], shape[1]), weight.kind, block, weight.name, counts)
             continue
-        found[weight.name] = quantize_matrix(rows, stack or shape, weight.bits, weight.block, weight.name, counts,
-                                             weight.bits == 8 and get_target(manifest.target).positive_scales,
+        found[weight.name] = quantize_matrix(rows, stack or shape, bits, block, weight.name, counts,
+                                             bits == 8 and get_target(manifest.target).positive_scales,
                                              transposed=weight.transposed)
     return found
 
@@ -158,7 +158,7 @@ def as_held(matrix: QuantizedMatrix, form: Form, dtype: str) -> QuantizedMatrix:
         shift = rounded((offset + middle * exact).astype(np.float32))
         return Stripe(stripe.codes, scale, minimum=(shift - middle * scale).astype(np.float32))
 
-    return replace(matrix, read=read, global_scale=1.0, in_place="", scale_dtype="float32",
+    return replace(matrix, read=read, global_scale=1.0, in_place="", scale_dtype="float32", powers=False,
                    offset=matrix.offset if exact_offset else "minimum")
 
 

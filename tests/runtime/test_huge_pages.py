@@ -115,3 +115,12 @@ def test_a_system_that_does_not_tell_changes_nothing(monkeypatch: pytest.MonkeyP
 def test_it_gives_up_where_nothing_can_be_made_huge() -> None:
     nowhere = [number * huge_pages.HUGE for number in range(1, 1000)]
     assert huge_pages.collapse(nowhere) == 0
+
+
+def test_only_memory_that_a_program_allocates_is_looked_at() -> None:
+    lines = ("55d0a0000000-55d0a2000000 rw-p 00000000 00:00 0                          [heap]\n"
+             "7f1000000000-7f1002000000 rw-p 00000000 00:00 0 \n"
+             "7f2000000000-7f2002000000 r--p 00000000 00:00 0 \n"
+             "7f3000000000-7f3002000000 rw-p 00000000 08:01 42                         /a/library\n"
+             "7ffc00000000-7ffc02000000 rw-p 00000000 00:00 0                          [stack]\n")
+    assert [low for low, _ in huge_pages.ANONYMOUS.findall(lines)] == ["55d0a0000000", "7f1000000000"]

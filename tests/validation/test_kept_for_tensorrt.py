@@ -59,7 +59,8 @@ def test_codes_are_kept_and_the_graph_means_them(tmp_path: Path, form: str, targ
     kind = FORMATS[form][2]
     assert {(each.kind, each.operator) for each in held} == {(kind, "DequantizeLinear")}
     if kind != "int":
-        assert all(each.lossless for each in held)
+        # powers of two cost no digit of bf16, and fp16's range may be too small for them; other scales have too many
+        assert {each.lossless for each in held} == {(form, dtype) == ("MXFP4", "bf16")}
         types = {tensor.data_type for tensor in onnx.load(tmp_path / "bundle" / "model.onnx",
                                                           load_external_data=False).graph.initializer}
         assert {"e4m3": onnx.TensorProto.FLOAT8E4M3FN, "e2m1": onnx.TensorProto.FLOAT4E2M1}[kind] in types
@@ -75,7 +76,7 @@ def test_stacked_experts_of_gpt_oss_are_kept(tmp_path: Path) -> None:
     held = {each.name: each for each in done.manifest.quantization.weights}
     for name, value in values.items():
         assert (held[name].kind, held[name].bits, held[name].lossless) == ("e2m1", 4, True)
-        assert held[name].bytes == value.size // 2 + 2 * value.size // 32  # scales are powers of two, held as bf16
+        assert held[name].bytes == value.size // 2 + 2 * value.size // 32  # scales are powers of two, held in two bytes
     verdict = validate(tmp_path / "bundle", tmp_path / "checkpoint", steps=2)
     assert verdict.passed, verdict.first
 

@@ -99,3 +99,24 @@ def test_a_bundle_holds_what_its_calibration_text_said(checkpoint, tmp_path):
             validate(tmp_path / "b", checkpoint, steps=2, loss=LossRequest(calibrate=given))
     again = requantized(open_checkpoint(checkpoint), without, text)
     assert set(again) == {weight.name for weight in without.quantization.weights}
+
+
+@pytest.mark.parametrize(("target", "method", "block", "held"), [
+    ("onnx", "rules", 32, (4, 32)), ("trt-native", "rules", 256, (4, 32)), ("ort", "int8", 128, (8, 32))])
+def test_a_matrix_is_quantized_again_as_it_was_where_the_graph_holds_it_in_other_blocks_or_bits(
+        tmp_path, target, method, block, held):
+    """DequantizeLinear has no codes of two bits, and no operator blocks of 96: `down_proj` has one scale a row."""
+    source = write_tiny("llama", tmp_path / "ck", num_hidden_layers=1, intermediate_size=96)
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rule]]\nmatch = "*"\nbits = 2\n')
+    bundle = gqa.export(source, tmp_path / "b", target=target, capacity=64, dtype="fp32", block=block,
+                        quantize=rules if method == "rules" else method)
+    found = {each.name: each for each in bundle.manifest.quantization.weights}["model.layers.0.mlp.down_proj.weight"]
+    assert (found.bits, found.block) == held
+    #     assert (found.rounded_bits, found.rounded_block) == (2 if method == "rules" else 8, min(block, 96))
+    line = next(line for line in bundle.manifest.quantization.lines() if "down_proj" in line)
+    assert f"{held[0]} bits, {found.operator}, block {held[1]}" in line
+    assert ("rounded to 2 bits" in line) == (method == "rules")
+    assert ("a scale for 96 columns" in line) == (block > 32)
+    verdict = validate(tmp_path / "b", source, steps=2)
+    assert verdict.passed, verdict.first

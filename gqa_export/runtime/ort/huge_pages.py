@@ -35,7 +35,7 @@ COLLAPSE = 25
 """MADV_COLLAPSE"""
 SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MAPS, PAGEMAP = Path("/proc/self/maps"), Path("/proc/self/pagemap")
-ANONYMOUS = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw.p [0-9a-f]+ \S+ 0 +(?!\[stack)", re.MULTILINE)
+ANONYMOUS = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw.p [0-9a-f]+ \S+ 0 *(?! |\[stack)", re.MULTILINE)
 PRESENT = np.uint64(1 << 63)
 
 
