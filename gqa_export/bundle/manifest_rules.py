@@ -112,6 +112,9 @@ def _layers(spec: ModelSpec) -> str:
         if layer.window and layer.chunk:
             return (f"spec.layers[{position}]: a window of {layer.window} and chunks of {layer.chunk}, expected one of "
                     "them or none")
+    reads = [layer.owner is not None for layer in spec.layers]
+    if reads != sorted(reads):
+        return "spec.layers: a layer with a cache comes after one that reads another's, expected all before it"
     if len({layer.layer for layer in spec.layers}) != len(spec.layers):
         return "spec.layers names a layer twice"
     if len({(state.layer, state.name) for state in spec.states}) != len(spec.states):

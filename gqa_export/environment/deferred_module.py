@@ -116,9 +116,7 @@ def run(module: types.ModuleType) -> None:
             sys.modules.pop(module.__name__, None)
             raise
         finally:
-            if isinstance(module, Running):  # and not a class that its code gave it
-                module.__class__ = types.ModuleType
-            module.__dict__.pop("_gqa_runner", None)
+            _to_ordinary(module)
             for name in [name for name in inside if name in waiting]:
                 sys.modules.setdefault(name, waiting.pop(name))
         for name, given in calls:
@@ -142,6 +140,14 @@ def _to_running(module: types.ModuleType) -> tuple[StandIn, list[tuple[str, Any]
     row: StandIn = module.__dict__.pop("_gqa_stand_in")
     calls: list[tuple[str, Any]] = module.__dict__.pop("_gqa_calls")
     return row, calls
+
+
+def _to_ordinary(module: Any) -> None:
+    """Make a module that has run an ordinary one, unless its code gave it another class."""
+    ordinary: Any = types.ModuleType
+    if type(module) is Running:
+        module.__class__ = ordinary
+    module.__dict__.pop("_gqa_runner", None)
 
 
 def settle() -> None:

@@ -84,5 +84,5 @@ def window_plan(options: ExportOptions, target: Target, spec: ModelSpec, capacit
     if target.windows_instead:
         return WindowPlan(fallbacks=tuple(
             Fallback(layer.layer, f"a cache of {windows.slots(layer)} slots", f"a cache of {capacity} tokens",
-                     target.windows_instead) for layer in spec.layers if windows.slots(layer)))
+                     target.windows_instead) for layer in spec.owners if windows.slots(layer)))
     return WindowPlan(windows)

@@ -148,6 +148,12 @@ def test_a_manifest_whose_owners_are_not_the_graphs_is_refused(bundles, changes)
         Manifest.from_json(manifest_with(bundles(target="ort"), **changes).to_json())
 
 
+def test_a_manifest_with_a_cache_after_layers_that_read_another_s_is_refused(bundles):
+    with refused("E-BUNDLE-MANIFEST", InvalidBundle) as found:
+        Manifest.from_json(manifest_with(bundles(target="ort"), layer_1=0, layer_2=None, layer_3=0).to_json())
+    assert "comes after one that reads another's" in found.error.what
+
+
 def test_a_manifest_with_another_owner_of_the_same_sizes_does_not_belong_to_its_checkpoint(bundles, checkpoints,
                                                                                           tmp_path):
     import shutil

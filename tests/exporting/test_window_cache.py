@@ -141,6 +141,19 @@ def test_a_target_without_rings_falls_back_to_the_whole_capacity_and_says_so(che
     assert sum(node.op_type == "GroupQueryAttention" for node in graph.node) == 3
 
 
+def test_a_layer_that_reads_another_s_cache_is_not_said_to_keep_one() -> None:
+    from gqa_export.exporting.options import ExportOptions
+    from gqa_export.exporting.window_plan import window_plan
+    from gqa_export.spec import AttentionSpec, ModelSpec
+    from gqa_export.targets import get_target
+
+    layers = tuple(AttentionSpec(number, 4, 2, 16, 16, 0.25, window=window, owner=owner)
+                   for number, (window, owner) in enumerate([(16, None), (0, None), (16, 0), (0, 1)]))
+    spec = ModelSpec("gemma3n_text", "Gemma3n", 100, 64, 512, "", layers)
+    found = window_plan(ExportOptions("ort", cache="static", **SMALL), get_target("ort"), spec, 256)
+    assert [each.layer for each in found.fallbacks] == [0]
+
+
 def test_a_longrope_model_keeps_whole_caches() -> None:
     from gqa_export.exporting.options import ExportOptions
     from gqa_export.exporting.window_plan import window_plan

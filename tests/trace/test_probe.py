@@ -7,6 +7,7 @@ import pytest
 from refusal import refused
 
 from gqa_export.errors import UnsupportedModel
+from gqa_export.trace.probe import layer_probe
 from gqa_export.trace.probe.layer_probe import probe
 
 
@@ -49,6 +50,20 @@ def test_what_grouped_attention_cannot_hold_is_refused_by_name(config_of, name, 
     with refused(code, UnsupportedModel) as refusal:
         probe(config_of(name))
     assert named in refusal.error.what
+
+
+@pytest.mark.parametrize(("owners", "supported"), [((None, 0, None), False), ((None, 0, 0), True)])
+def test_a_layer_with_keys_of_its_own_after_one_that_reads_another_s_is_refused(config_of, monkeypatch, owners,
+                                                                               supported):
+    """Sessions count on all caches being those of the first layers, in their order."""
+    monkeypatch.setattr(layer_probe, "owner_of", lambda call, calls: owners[call.layer])
+    config = config_of("llama", num_hidden_layers=3)
+    if supported:
+        assert tuple(layer.owner for layer in probe(config).layers) == owners
+        return
+    with refused("E-MODEL-SHARED-ORDER", UnsupportedModel) as refusal:
+        probe(config)
+    assert "layer 1 reads the keys and values of layer 0, and layer 2 after it has its own" in refusal.error.what
 
 
 def test_chunks_of_attention_are_a_fact_of_a_layer_and_of_no_layer_where_the_cache_ends_within_the_first(config_of):

@@ -110,12 +110,25 @@ def _probe(config: Any, model: torch.nn.Module | None, capacity: int, record: bo
             # where the cache ends within the first chunk, attention in chunks is plainly causal
             masks[key] = found if not capacity or found.chunk < capacity else Visible()
         layers.append(_layer_spec(call, masks[key], layer in alike, owner_of(call, calls)))
+    _refuse_mixed(layers)
     _refuse_silent(model, set(calls) | {state.layer for state in states},
                    int(getattr(text, "num_hidden_layers", len(layers))), bool(states))
     spec = ModelSpec(model_type=config.model_type, architecture=type(model).__name__, vocabulary=text.vocab_size,
                      hidden_size=text.hidden_size, max_positions=positions,
                      rope="+".join(rotary.rope_types(text)), layers=tuple(layers), states=states)
     return Probed(spec, recorder.code if recorder is not None else None)
+
+
+def _refuse_mixed(layers: list[AttentionSpec]) -> None:
+    """Refuse a layer with a cache after one that reads another's: caches are compared in the order of their layers, and
+    PyTorch's hold those of the first layers."""
+    reader = next((layer for layer in layers if layer.owner is not None), None)
+    late = next((layer for layer in layers if reader and layer.layer > reader.layer and layer.owner is None), None)
+    if reader and late:
+        raise UnsupportedModel(f"layer {reader.layer} reads the keys and values of layer {reader.owner}, and layer "
+                               f"{late.layer} after it has its own", f"layer {late.layer}",
+                               "layers that read another's must come after all that have their own, as in Gemma 3n; "
+                               "other orders are not supported", code="E-MODEL-SHARED-ORDER")
 
 
 def _refuse_silent(model: torch.nn.Module, heard: set[int], expected: int, states: bool) -> None:
