@@ -20,6 +20,7 @@ from ..quantized.facts import Form, dequantize_form, facts_of, float_form, nbits
 from ..quantized.matrix import Stripe
 from ..quantizing.importance import FILE, read_importance
 from ..quantizing.matrices import stack_shape
+from ..quantizing.rules import BITS_OF
 from ..targets import get_target
 from ..weights.dtypes import numpy_dtype
 from ..weights.rows import rows_of
@@ -49,7 +50,8 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
 
     Raises:
         GqaExportError: the export had a calibration text, and it is missing or another one.
-        InvalidBundle: the manifest names a weight that the checkpoint's model does not have.
+        InvalidBundle: the manifest names a weight that the checkpoint's model does not have, or a rounding that the
+            quantizer does not do.
     """
     from ..checkpoint.load_model import load_model
     from ..quantizing.floats import quantize_floats
@@ -77,6 +79,10 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
         stack = _stack(shape, weight, checkpoint.source) if weight.experts else ()
         rows = rows_of(MemorySource(partial(_as_it_is, values), "float32", shape), stack, transposed=weight.transposed)
         bits, block = weight.rounding
+        if bits not in BITS_OF[weight.kind] or not bits or not block:
+            raise InvalidBundle(f"the manifest says that {weight.name} was rounded to {bits} bits ({weight.kind}) in "
+                                f"blocks of {block} columns, which no export does", checkpoint.source,
+                                "export the checkpoint again", code="E-BUNDLE-QUANTIZATION")
         if weight.kind != "int":
             found[weight.name] = quantize_floats(rows, (shape[0], shape[1]), weight.kind, block, weight.name,
                                                  importance.get(weight.name))

@@ -40,12 +40,15 @@ def test_what_was_quantized_is_exact_against_what_is_quantized_again(int4, check
     assert found.loss.kl_mean > 1e-3
 
 
-def test_a_matrix_that_the_checkpoint_does_not_have_is_refused(int4, checkpoint, tmp_path):
+@pytest.mark.parametrize("change", [{"name": "model.layers.9.mlp.up_proj.weight"}, {"rounded_bits": 3},
+                                    {"rounded_block": 0, "block": 0}])
+def test_a_matrix_that_cannot_be_rounded_again_is_refused(int4, checkpoint, tmp_path, change):
+    """The checkpoint does not have it; the quantizer has no codes of three bits, and no blocks of no column."""
     import shutil
 
     shutil.copytree(int4.folder, tmp_path / "b")
     weights = int4.manifest.quantization.weights
-    wrong = (replace(weights[0], name="model.layers.9.mlp.up_proj.weight"), *weights[1:])
+    wrong = (replace(weights[0], **change), *weights[1:])
     manifest = replace(int4.manifest, quantization=replace(int4.manifest.quantization, weights=wrong))
     (tmp_path / "b" / MANIFEST).write_text(manifest.to_json())
     with refused("E-BUNDLE-QUANTIZATION", InvalidBundle):
