@@ -12,6 +12,10 @@ MOST_MATRICES = 1 << 18
 _LAYER = re.compile(r"\.\d+\.")
 PLAIN = "plain"
 """operator of a matrix that the graph holds as floating-point numbers"""
+KEPT = ("keep", "dequantize")
+"""methods that leave a checkpoint's values as they are"""
+BITS = {"int": (2, 4, 8), "e4m3": (8,), "e2m1": (4,)}
+"""kind of a code -> the bits that it may have"""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,22 @@ class QuantizedWeight:
                 + ("" if block == self.block else f", a scale for {block} columns")
                 + ("" if self.kind == "int" else f", {self.kind}")
                 + (f", {self.experts} experts" if self.experts else ""))
+
+    def problem(self, method: str) -> str:
+        """What its fields cannot be together; "" where nothing is wrong. method: as of `Quantization`."""
+        if self.operator == PLAIN:
+            codes = self.block or self.experts or self.transposed or self.kind != "int"
+            return "floating-point numbers have neither blocks nor experts nor a kind of codes" if codes else ""
+        if self.block < 1:
+            return f"codes of {self.operator} have a block of at least 1 column, found {self.block}"
+        if self.bits not in BITS[self.kind]:
+            return (f"a code of kind {self.kind} has {' or '.join(map(str, BITS[self.kind]))} bits, found "
+                    f"{self.bits}")
+        if self.transposed and not self.experts:
+            return "it is transposed, which stacked experts alone are, and names none"
+        if self.experts and self.kind != "int" and method not in KEPT:
+            return f"an export by {method} makes no {self.kind} codes of experts, found {self.experts} of them"
+        return ""
 
 
 @dataclass(frozen=True)

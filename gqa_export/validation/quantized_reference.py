@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..bundle.quantization import PLAIN, Quantization, QuantizedWeight
+from ..bundle.quantization import KEPT, PLAIN, Quantization, QuantizedWeight
 from ..checkpoint.quantized.parameters import parameters_of
 from ..errors import GqaExportError, InvalidBundle
 from ..progress import silent
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
     from ..quantized.matrix import QuantizedMatrix
     from ..targets import Target
-
-
-KEPT = ("keep", "dequantize")
-"""methods that leave a checkpoint's values as they are: PyTorch loads what it holds"""
 
 
 def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = None,
@@ -70,13 +66,9 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
     for weight in quantization.weights:
         if weight.operator == PLAIN:
             continue
-        if weight.name not in parameters:
-            raise InvalidBundle(f"the manifest names a quantized weight {weight.name}, which the checkpoint's model "
-                                "does not have", checkpoint.source, "validate against the checkpoint that was exported",
-                                code="E-BUNDLE-QUANTIZATION")
-        values = parameters[weight.name].detach()
+        values = parameter_of(parameters, weight, checkpoint.source).detach()
         shape = tuple(values.shape)
-        stack = _stack(shape, weight, checkpoint.source) if weight.experts else ()
+        stack = stack_shape(shape, weight.experts, transposed=weight.transposed) if weight.experts else ()
         rows = rows_of(MemorySource(partial(_as_it_is, values), "float32", shape), stack, transposed=weight.transposed)
         bits, block = weight.rounding
         if bits not in BITS_OF[weight.kind] or not bits or not block:
@@ -98,17 +90,22 @@ def _as_it_is(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _stack(shape: tuple[int, ...], weight: QuantizedWeight, where: str) -> tuple[int, ...]:
-    """`[E, N, K]` of a parameter's experts.
+def parameter_of(parameters: Mapping[str, torch.Tensor], weight: QuantizedWeight, where: str) -> torch.Tensor:
+    """The parameter of a model that a manifest speaks of. where: the checkpoint, for people.
 
     Raises:
-        InvalidBundle: the parameter does not have so many.
+        InvalidBundle: there is none, or it is not the matrix or the stack of so many that the manifest says.
     """
-    if len(shape) not in (2, 3) or (shape[0] != weight.experts if len(shape) == 3 else shape[0] % weight.experts):
-        raise InvalidBundle(f"the manifest names {weight.experts} experts in {weight.name}, whose shape in the "
-                            f"checkpoint's model is {list(shape)}", where,
-                            "validate against the checkpoint that was exported", code="E-BUNDLE-QUANTIZATION")
-    return stack_shape(shape, weight.experts, transposed=weight.transposed)
+    fix = "validate against the checkpoint that was exported"
+    if weight.name not in parameters:
+        raise InvalidBundle(f"the manifest names a quantized weight {weight.name}, which the checkpoint's model "
+                            "does not have", where, fix, code="E-BUNDLE-QUANTIZATION")
+    shape, experts = tuple(parameters[weight.name].shape), weight.experts
+    fits = len(shape) == 2 and not (experts and shape[0] % experts)
+    if not (fits or (experts and len(shape) == 3 and shape[0] == experts)):
+        raise InvalidBundle(f"the manifest names {experts} experts in {weight.name}, whose shape in the "
+                            f"checkpoint's model is {list(shape)}", where, fix, code="E-BUNDLE-QUANTIZATION")
+    return parameters[weight.name]
 
 
 def form_of(matrix: QuantizedMatrix, target: Target) -> Form | str:

@@ -10,10 +10,12 @@ from refusal import refused
 from small_text import SENTENCES, byte_tokenizer
 
 import gqa_export as gqa
-from gqa_export.bundle.manifest import MANIFEST
+from gqa_export.bundle.manifest import MANIFEST, Manifest
+from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.errors import InvalidBundle
 from gqa_export.quantizing.importance import FILE
+from gqa_export.validation.accuracy_level import rounded_inputs
 from gqa_export.validation.loss import LossRequest
 from gqa_export.validation.quantized_reference import requantized
 from gqa_export.validation.validate import validate
@@ -53,6 +55,20 @@ def test_a_matrix_that_cannot_be_rounded_again_is_refused(int4, checkpoint, tmp_
     (tmp_path / "b" / MANIFEST).write_text(manifest.to_json())
     with refused("E-BUNDLE-QUANTIZATION", InvalidBundle):
         validate(tmp_path / "b", checkpoint, steps=2)
+
+
+@pytest.mark.parametrize("fields", [{"name": "model.norm.weight"}, {"name": "model.layers.9.mlp.up_proj.weight"},
+                                    {"experts": 7}, {"experts": 7, "transposed": True}])
+@pytest.mark.parametrize("again", [True, False])
+def test_what_the_checkpoints_shapes_do_not_allow_is_refused(int4, checkpoint, fields, again):
+    """By what quantizes the weights again, and by what rounds the inputs of their products."""
+    quantization, opened = int4.manifest.quantization, open_checkpoint(checkpoint)
+    wrong = replace(next(each for each in quantization.weights if "up_proj" in each.name), **fields)
+    manifest = replace(int4.manifest, quantization=replace(quantization, weights=(wrong,)))
+    assert Manifest.from_json(manifest.to_json()) == manifest, "the manifest alone does not tell"
+    model = None if again else load_model(opened, "float32")
+    with refused("E-BUNDLE-QUANTIZATION", InvalidBundle):
+        requantized(opened, manifest) if again else rounded_inputs(manifest, opened, model)
 
 
 def test_a_bundle_holds_what_its_calibration_text_said(checkpoint, tmp_path):
