@@ -71,9 +71,9 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
         stack = stack_shape(shape, weight.experts, transposed=weight.transposed) if weight.experts else ()
         rows = rows_of(MemorySource(partial(_as_it_is, values), "float32", shape), stack, transposed=weight.transposed)
         bits, block = weight.rounding
-        if bits not in BITS_OF[weight.kind] or not bits or not block:
-            raise InvalidBundle(f"the manifest says that {weight.name} was rounded to {bits} bits ({weight.kind}) in "
-                                f"blocks of {block} columns, which no export does", checkpoint.source,
+        if bits not in BITS_OF[weight.kind]:
+            raise InvalidBundle(f"the manifest says that {weight.name} was rounded to {bits} bits ({weight.kind}), "
+                                "which no export does", checkpoint.source,
                                 "export the checkpoint again", code="E-BUNDLE-QUANTIZATION")
         if weight.kind != "int":
             found[weight.name] = quantize_floats(rows, (shape[0], shape[1]), weight.kind, block, weight.name,
