@@ -78,13 +78,14 @@ class QuantizedWeight:
     def problem(self, method: str) -> str:
         """What its fields cannot be together; "" where nothing is wrong. method: as of `Quantization`."""
         if self.operator == PLAIN:
-            codes = self.block or self.experts or self.transposed or self.kind != "int"
+            codes = self.block or self.experts or self.transposed or self.kind != "int" or any(
+                (self.rounded_bits, self.rounded_block))
             return "floating-point numbers have neither blocks nor experts nor a kind of codes" if codes else ""
         if self.block < 1:
             return f"codes of {self.operator} have a block of at least 1 column, found {self.block}"
-        if self.bits not in BITS[self.kind]:
-            return (f"a code of kind {self.kind} has {' or '.join(map(str, BITS[self.kind]))} bits, found "
-                    f"{self.bits}")
+        for bits in (self.bits, self.rounding[0]):
+            if bits not in BITS[self.kind]:
+                return f"a code of kind {self.kind} has {' or '.join(map(str, BITS[self.kind]))} bits, found {bits}"
         if self.transposed and not self.experts:
             return "it is transposed, which stacked experts alone are, and names none"
         if self.experts and self.kind != "int" and method not in KEPT:

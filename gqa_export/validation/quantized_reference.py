@@ -20,7 +20,6 @@ from ..quantized.facts import Form, dequantize_form, facts_of, float_form, nbits
 from ..quantized.matrix import Stripe
 from ..quantizing.importance import FILE, read_importance
 from ..quantizing.matrices import stack_shape
-from ..quantizing.rules import BITS_OF
 from ..targets import get_target
 from ..weights.dtypes import numpy_dtype
 from ..weights.rows import rows_of
@@ -46,8 +45,8 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
 
     Raises:
         GqaExportError: the export had a calibration text, and it is missing or another one.
-        InvalidBundle: the manifest names a weight that the checkpoint's model does not have, or a rounding that the
-            quantizer does not do.
+        InvalidBundle: the manifest names a weight that the checkpoint's model does not have, or the bundle says of
+            other columns than it has how much they count.
     """
     from ..checkpoint.load_model import load_model
     from ..quantizing.floats import quantize_floats
@@ -70,17 +69,16 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
         shape = tuple(values.shape)
         stack = stack_shape(shape, weight.experts, transposed=weight.transposed) if weight.experts else ()
         rows = rows_of(MemorySource(partial(_as_it_is, values), "float32", shape), stack, transposed=weight.transposed)
+        columns, counts = (stack or shape)[-1], importance.get(weight.name)
+        if counts is not None and counts.shape != (columns,):
+            raise InvalidBundle(f"how much the columns of {weight.name} count has the shape {list(counts.shape)}, "
+                                f"expected [{columns}]", str(folder or checkpoint.source),
+                                "copy the bundle again, or export it again", code="E-BUNDLE-CALIBRATION")
         bits, block = weight.rounding
-        if bits not in BITS_OF[weight.kind]:
-            raise InvalidBundle(f"the manifest says that {weight.name} was rounded to {bits} bits ({weight.kind}), "
-                                "which no export does", checkpoint.source,
-                                "export the checkpoint again", code="E-BUNDLE-QUANTIZATION")
         if weight.kind != "int":
-            found[weight.name] = quantize_floats(rows, (shape[0], shape[1]), weight.kind, block, weight.name,
-                                                 importance.get(weight.name))
+            found[weight.name] = quantize_floats(rows, (shape[0], shape[1]), weight.kind, block, weight.name, counts)
             continue
-        found[weight.name] = quantize_matrix(rows, stack or shape, bits, block, weight.name,
-                                             importance.get(weight.name),
+        found[weight.name] = quantize_matrix(rows, stack or shape, bits, block, weight.name, counts,
                                              bits == 8 and get_target(manifest.target).positive_scales,
                                              transposed=weight.transposed)
     return found

@@ -29,7 +29,8 @@ CODES, STACK = WEIGHTS[0], replace(WEIGHTS[0], name="s", experts=4, transposed=T
 
 
 @pytest.mark.parametrize("weight", [
-    CODES, STACK, replace(CODES, bits=2), replace(CODES, bits=8), replace(CODES, bits=4, operator="MatMulBnb4"),
+    CODES, STACK, replace(CODES, bits=2), replace(CODES, bits=8),
+    replace(CODES, rounded_bits=2, rounded_block=64), replace(CODES, bits=4, operator="MatMulBnb4"),
     replace(CODES, kind="e4m3", bits=8, operator="DequantizeLinear"),
     replace(STACK, kind="e4m3", bits=8, operator="DequantizeLinear"),
     replace(CODES, kind="e2m1", block=16, operator="DequantizeLinear"), replace(WEIGHTS[2], bits=16)])
@@ -41,6 +42,8 @@ def test_forms_that_exports_make_are_read(weight: QuantizedWeight) -> None:
 
 @pytest.mark.parametrize(("weight", "words"), [
     (replace(CODES, bits=5), "a code of kind int has 2 or 4 or 8 bits, found 5"),
+    (replace(CODES, rounded_bits=5, rounded_block=32), "2 or 4 or 8 bits, found 5"),
+    (replace(WEIGHTS[2], rounded_bits=4), "neither blocks nor"),
     (replace(CODES, bits=16), "2 or 4 or 8 bits, found 16"),
     (replace(CODES, bits=4, kind="e4m3"), "kind e4m3 has 8 bits, found 4"),
     (replace(CODES, bits=8, kind="e2m1"), "kind e2m1 has 4 bits, found 8"),

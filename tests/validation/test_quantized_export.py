@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from gqa_models import write_tiny
 from refusal import refused
 from small_text import SENTENCES, byte_tokenizer
 
 import gqa_export as gqa
-from gqa_export.bundle.manifest import MANIFEST, Manifest
+from gqa_export.bundle.manifest import MANIFEST, FileFact, Manifest
 from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.errors import InvalidBundle
-from gqa_export.quantizing.importance import FILE
+from gqa_export.quantizing.importance import FILE, importance_file
 from gqa_export.validation.accuracy_level import rounded_inputs
 from gqa_export.validation.loss import LossRequest
 from gqa_export.validation.quantized_reference import requantized
@@ -42,14 +43,12 @@ def test_what_was_quantized_is_exact_against_what_is_quantized_again(int4, check
     assert found.loss.kl_mean > 1e-3
 
 
-@pytest.mark.parametrize("change", [{"name": "model.layers.9.mlp.up_proj.weight"}, {"rounded_bits": 3}])
-def test_a_matrix_that_cannot_be_rounded_again_is_refused(int4, checkpoint, tmp_path, change):
-    """The checkpoint does not have it; the quantizer has no codes of three bits."""
+def test_a_matrix_that_the_checkpoint_does_not_have_is_refused(int4, checkpoint, tmp_path):
     import shutil
 
     shutil.copytree(int4.folder, tmp_path / "b")
     weights = int4.manifest.quantization.weights
-    wrong = (replace(weights[0], **change), *weights[1:])
+    wrong = (replace(weights[0], name="model.layers.9.mlp.up_proj.weight"), *weights[1:])
     manifest = replace(int4.manifest, quantization=replace(int4.manifest.quantization, weights=wrong))
     (tmp_path / "b" / MANIFEST).write_text(manifest.to_json())
     with refused("E-BUNDLE-QUANTIZATION", InvalidBundle):
@@ -68,6 +67,17 @@ def test_what_the_checkpoints_shapes_do_not_allow_is_refused(int4, checkpoint, f
     model = None if again else load_model(opened, "float32")
     with refused("E-BUNDLE-QUANTIZATION", InvalidBundle):
         requantized(opened, manifest) if again else rounded_inputs(manifest, opened, model)
+
+
+def test_what_is_said_of_other_columns_is_refused(int4, checkpoint, tmp_path):
+    """A file that was exchanged: numpy would stop at it, or repeat one number for all columns."""
+    quantization = replace(int4.manifest.quantization, calibration="0" * 64)
+    weight = next(each for each in quantization.weights if "up_proj" in each.name)
+    manifest = replace(int4.manifest, files={FILE: FileFact(0)}, quantization=replace(quantization, weights=(weight,)))
+    for size in (1, 7):
+        (tmp_path / FILE).write_bytes(importance_file({weight.name: np.ones(size, np.float32)}))
+        with refused("E-BUNDLE-CALIBRATION", InvalidBundle):
+            requantized(open_checkpoint(checkpoint), manifest, folder=tmp_path)
 
 
 def test_a_bundle_holds_what_its_calibration_text_said(checkpoint, tmp_path):
