@@ -17,6 +17,7 @@ from small_text import SENTENCES, byte_tokenizer
 
 import gqa_export as gqa
 from gqa_export.bundle.manifest import MANIFEST, MODEL, Manifest, read_manifest
+from gqa_export.cli.golden import write_golden
 from gqa_export.compare.code_share import FLOOR, allowed
 from gqa_export.errors import InvalidBundle, UnsupportedModel
 from gqa_export.files.sha256 import file_sha256
@@ -230,6 +231,20 @@ def test_a_layer_that_the_operator_cannot_hold_keeps_codes_of_8_bits_and_is_refu
     bundle = gqa.export(odd, tmp_path / "b", kv_cache="int8", calibrate=text, capacity=64)
     assert [fallback.layer for fallback in bundle.manifest.fallbacks] == [0, 1]
     bundle.validate(odd, steps=2).check()
+
+
+@pytest.mark.parametrize("target", ["ort", "onnx", "portable"])
+def test_bisect_refuses_codes_by_name(target, bundles, checkpoints, program):
+    done = program("bisect", bundles(target=target).folder, "--against", checkpoints("llama"))
+    assert done.returncode == 2
+    assert "E-VALIDATE-BISECT-CODES" in done.stderr
+    assert "--kv-cache" in done.stderr
+
+
+def test_files_for_polygraphy_are_not_written_for_codes(bundles, checkpoints, tmp_path):
+    with refused("E-OPTION-POLYGRAPHY"):
+        write_golden(bundles().folder, str(checkpoints("llama")), tmp_path / "golden")
+    assert not (tmp_path / "golden").exists()
 
 
 def exchange_in_the_operator(graph):
