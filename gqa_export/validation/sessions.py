@@ -73,8 +73,10 @@ def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
     if numbers * 8 > room:
         raise NotCheckedHere(f"the comparison needs {numbers * 8 / 1e9:.0f} GB of memory, {room / 1e9:.0f} are free",
                              checkpoint.source, "validate on a machine with more memory", code="E-VALIDATE-MEMORY")
-    # fp64 shares what the checkpoint holds; matrices that are quantized once more are fp64 beside the baseline's fp32
-    quantized = manifest.quantization is not None and manifest.quantization.method not in KEPT
+    # fp64 shares what the checkpoint holds; matrices that are quantized once more, and the values of kept codes in the
+    # fp32 twin, are fp64 beside the baseline's fp32
+    method = "" if manifest.quantization is None else manifest.quantization.method
+    quantized = bool(method) and (method not in KEPT or (method == KEPT[0] and ran_dtype != manifest.dtype))
     needed = numbers * (16 if quantized else 8)
     reference_dtype = "float64" if needed <= room else "float32"
     kv = manifest.kv_cache
