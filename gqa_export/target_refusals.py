@@ -60,6 +60,22 @@ def refuse_codes(target: Target, kind: str) -> None:
                              code="E-TARGET-CODES")
 
 
+def refuse_activations(target: Target, activations: str) -> None:
+    """Refuse products that round their inputs to int8 where no program does it.
+
+    Args:
+        target: the row.
+        activations: "int8", "exact", or "" for the target's own.
+
+    Raises:
+        GqaExportError: the graph becomes an engine.
+    """
+    if activations == "int8" and not target.runs_in_onnxruntime:
+        raise GqaExportError(f"target {target.name} does not support int8 activations: ONNX Runtime's products round "
+                             "their inputs on a CPU, those of an engine do not", "--activations",
+                             "leave out --activations, or use --activations exact", code="E-TARGET-OPTION")
+
+
 def refuse_long(target: Target) -> None:
     """Refuse approximate attention for long prompts where a target has none.
 

@@ -37,7 +37,7 @@ from ..spec import (
 )
 from .engine_facts import EngineFacts
 from .long_facts import LongFacts
-from .manifest_rules import check_names, check_tensors, check_windows
+from .manifest_rules import check_names, check_tensors, check_weights, check_windows
 from .parallel import ParallelFacts
 from .quantization import Quantization
 
@@ -192,6 +192,7 @@ class Manifest:
         check_tensors(manifest.spec, manifest.dtype, manifest.inputs, manifest.outputs, where, manifest.kv_cache,
                       manifest.window_cache)
         check_windows(manifest.window_cache, manifest.spec, manifest.cache, manifest.capacity, where)
+        check_weights(manifest.quantization, where)
         problem = manifest.long.problem(manifest.spec.layers, manifest.capacity) if manifest.long else ""
         if problem:
             raise InvalidBundle(f"not a valid bundle manifest: {problem}", where, EXPORT_AGAIN,

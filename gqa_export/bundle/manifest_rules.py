@@ -10,6 +10,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from ..errors import InvalidBundle
 from ..graph_io import HIDDEN_STATES, TensorFact, past_names, past_state, present_names, present_state
 from ..spec import DTYPES, AttentionSpec, KvCache, ModelSpec, WindowCache
+from .quantization import Quantization
 
 Tensors = tuple[TensorFact, ...]
 FIX = "export the bundle again with this version of gqa-export"
@@ -77,6 +78,21 @@ def check_windows(windows: WindowCache | None, spec: ModelSpec, cache: str, capa
             wrong = f"layer {number} would keep {windows.slots(layers[number])} slots of a capacity of {capacity}"
     if wrong:
         raise InvalidBundle(f"not a valid bundle manifest: window_cache: {wrong}", where, FIX, code="E-BUNDLE-MANIFEST")
+
+
+def check_weights(quantization: Quantization | None, where: str) -> None:
+    """Check that what is said of each quantized weight can be so.
+
+    Raises:
+        InvalidBundle: the bits are not those of the kind of code, a block is missing, or the like.
+    """
+    if quantization is None:
+        return
+    for position, weight in enumerate(quantization.weights):
+        wrong = weight.problem(quantization.method)
+        if wrong:
+            raise InvalidBundle(f"not a valid bundle manifest: quantization.weights[{position}]: {wrong}", where, FIX,
+                                code="E-BUNDLE-MANIFEST")
 
 
 def _kept(layer: AttentionSpec) -> tuple[int, int, int]:

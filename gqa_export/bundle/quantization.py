@@ -12,6 +12,10 @@ MOST_MATRICES = 1 << 18
 _LAYER = re.compile(r"\.\d+\.")
 PLAIN = "plain"
 """operator of a matrix that the graph holds as floating-point numbers"""
+KEPT = ("keep", "dequantize")
+"""methods that leave a checkpoint's values as they are"""
+BITS = {"int": (2, 4, 8), "e4m3": (8,), "e2m1": (4,)}
+"""kind of a code -> the bits that it may have"""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class QuantizedWeight:
         stored: what the checkpoint holds, "GGUF Q4_1", or "float32".
         bits: of a code in the graph; those of the float type where the operator is `PLAIN`.
         block: columns of the graph that share a scale; 0 where the operator is `PLAIN`.
-        lossless: the values in the graph are those of the checkpoint, to the rounding of a scale to fp32.
+        lossless: the graph has the checkpoint's values to the rounding of fp32: the export quantized none of them, and
+            neither they nor their scales are rounded to fp16 or bf16. Types tell it; false where they do not.
         operator: what holds it in the graph, "MatMulNBits"; `PLAIN` for floating-point numbers. Two for one matrix that
             two operators read, "MatMulNBits, GatherBlockQuantized".
         bytes: of its codes, scales, zero points and corrections.
@@ -32,6 +37,9 @@ class QuantizedWeight:
         kind: what a code in the graph is: "int", or a number of float8 "e4m3" or float4 "e2m1".
         experts: matrices that are stacked in it; 0: it is one. Each has blocks and an operator of its own.
         transposed: blocks of such a stack lie along the last axis of the parameter but one.
+        rounded_bits: of a code as the export rounded it: `bits` may be more, where the operator has none of so few. 0:
+            the export did not round it to codes.
+        rounded_block: columns that shared a scale then: `block` may be a part of it, its scale repeated. 0 likewise.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -48,6 +56,40 @@ class QuantizedWeight:
     experts: Annotated[int, Limits(ge=0, le=1 << 16)] = 0
     transposed: bool = False
     errors: Annotated[dict[Text, Annotated[float, Limits(ge=0)]], Limits(max_length=8)] = field(default_factory=dict)
+    rounded_bits: Annotated[int, Limits(ge=0, le=64)] = 0
+    rounded_block: Annotated[int, Limits(ge=0, le=1 << 31)] = 0
+
+    @property
+    def rounding(self) -> tuple[int, int]:
+        """Bits and columns of a block by which the export rounded it."""
+        return self.rounded_bits or self.bits, self.rounded_block or self.block
+
+    @property
+    def held(self) -> str:
+        """For people: the operator, its blocks, and what of them is not as it was rounded."""
+        if self.operator == PLAIN:
+            return PLAIN
+        bits, block = self.rounding
+        return (f"{self.operator}, block {self.block}" + ("" if bits == self.bits else f", rounded to {bits} bits")
+                + ("" if block == self.block else f", a scale for {block} columns")
+                + ("" if self.kind == "int" else f", {self.kind}")
+                + (f", {self.experts} experts" if self.experts else ""))
+
+    def problem(self, method: str) -> str:
+        """What its fields cannot be together; "" where nothing is wrong. method: as of `Quantization`."""
+        if self.operator == PLAIN:
+            codes = self.block or self.experts or self.transposed or self.kind != "int"
+            return "floating-point numbers have neither blocks nor experts nor a kind of codes" if codes else ""
+        if self.block < 1:
+            return f"codes of {self.operator} have a block of at least 1 column, found {self.block}"
+        if self.bits not in BITS[self.kind]:
+            return (f"a code of kind {self.kind} has {' or '.join(map(str, BITS[self.kind]))} bits, found "
+                    f"{self.bits}")
+        if self.transposed and not self.experts:
+            return "it is transposed, which stacked experts alone are, and names none"
+        if self.experts and self.kind != "int" and method not in KEPT:
+            return f"an export by {method} makes no {self.kind} codes of experts, found {self.experts} of them"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -128,10 +170,7 @@ class Quantization:
         lines += [f"  {line}" for line in self.search.lines()] if self.search else []
         groups: dict[tuple[str, ...], list[QuantizedWeight]] = {}
         for weight in self.weights:
-            held = weight.operator if weight.operator == PLAIN else f"{weight.operator}, block {weight.block}"
-            held += "" if weight.kind == "int" else f", {weight.kind}"
-            held += f", {weight.experts} experts" if weight.experts else ""
-            groups.setdefault((_LAYER.sub(".*.", weight.name, count=1), weight.stored, str(weight.bits), held,
+            groups.setdefault((_LAYER.sub(".*.", weight.name, count=1), weight.stored, str(weight.bits), weight.held,
                                "lossless" if weight.lossless else "rounded", weight.reason), []).append(weight)
         for (name, stored, bits, held, loss, reason), members in groups.items():
             count = f" ({len(members)} of them)" if len(members) > 1 else ""

@@ -25,7 +25,7 @@ FARTHEST = 8192
 """longest sequence of any case"""
 SEEN_IDS = 2048
 """ids fed by the case that reads the embedding"""
-REFUSALS = "refusals"
+REFUSALS, IN_PLACE = "refusals", "in_place"
 VERIFY_WIDTH = 7
 """new tokens of a step over a past that the case `chunks` feeds, with the logits of each compared"""
 
@@ -251,6 +251,8 @@ SUITE: tuple[Entry, ...] = (
     Entry("special", "quick", "a pad or end token in the prompt taken for padding", _special),
     Entry(REFUSALS, "quick", "a token past the capacity, an id out of vocabulary or left padding answered with "
           "plausible numbers", lambda s: ()),
+    Entry(IN_PLACE, "quick", "a growing bundle of `ort` as users run it, its cache in place: the memory of a row, or a "
+          "buffer that grows, mistaken", lambda s: ()),
     Entry("switch", "quick", "the wrong one of longrope's two tables, before, at or after the original length",
           _switch),
     Entry("text", "quick", "quality lost on real text (with --text)", _text),

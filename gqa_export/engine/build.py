@@ -30,7 +30,7 @@ from . import inspect_build
 from .build_job import Built, Job, KernelFiles
 from .build_log import lacks_kernel, read_log
 from .choose_library import Choice, choose
-from .code_types import code_types_of, for_code_types
+from .code_types import cache_types_of, code_types_of, for_code_types
 from .inspect_build import check_alike
 from .kernels import Compiled, compile_kernels, wanted_variants
 from .profiles import make_profiles
@@ -159,9 +159,10 @@ def build_engine(bundle: Path, output: Path, options: EngineOptions | None = Non
     say("checking the bundle", None, None)
     check_files(bundle, manifest)
     _, first, one = next(iter(ranks_of(bundle, manifest)))  # those of other ranks have the same types
-    choice = for_code_types(choice, code_types_of(read_graph(first / (PREFILL if one.long else MODEL))), str(bundle),
-                            kept=manifest.quantization is not None and manifest.quantization.method == "keep",
-                            named=is_named(options, choice))
+    graph, named = read_graph(first / (PREFILL if one.long else MODEL)), is_named(options, choice)
+    choice = for_code_types(choice, code_types_of(graph), str(bundle), named=named,
+                            kept=manifest.quantization is not None and manifest.quantization.method == "keep")
+    choice = for_code_types(choice, cache_types_of(graph), str(bundle), kept=False, named=named, cache=True)
     with writing_bundle(output, force=options.force) as writer:
         built = [_rank(place, one, inside, kind, choice, options, writer, say)
                  for inside, place, one in ranks_of(bundle, manifest)]

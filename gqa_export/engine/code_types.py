@@ -1,4 +1,4 @@
-"""Which codes of quantized weights an engine can hold, by the compute capability of the GPU: refused before the build.
+"""Which codes of quantized weights and caches an engine can hold, by compute capability: refused before the build.
 
 Tried: TensorRT for RTX 1.7 built, or refused ("HW-specific datatypes"), a product with a weight of each type, for
 7.5, 8.0, 8.6, 8.9, 12.0 and 12.1. No GPU has run one. Between them, and for TensorRT, the first capability is that of
@@ -44,19 +44,27 @@ CODE_TYPES = (
 
 
 def code_types_of(model: onnx.ModelProto) -> tuple[CodeType, ...]:
-    """The types of the codes that a graph has."""
-    there = {tensor.data_type for tensor in model.graph.initializer}
+    """The types of the codes that a graph's weights are."""
+    return _of_elements({tensor.data_type for tensor in model.graph.initializer})
+
+
+def cache_types_of(model: onnx.ModelProto) -> tuple[CodeType, ...]:
+    """The types of the codes that come into a graph and go out of it: those of its cache."""
+    return _of_elements({port.type.tensor_type.elem_type for port in (*model.graph.input, *model.graph.output)})
+
+
+def _of_elements(there: Collection[int]) -> tuple[CodeType, ...]:
     return tuple(each for each in CODE_TYPES if each.element in there)
 
 
 def code_types_of_kinds(kinds: Collection[str]) -> tuple[CodeType, ...]:
     """The types of codes of float8 and float4 among kinds of `QuantizedMatrix`."""
-    elements = [element for kind, element in (("e4m3", onnx.TensorProto.FLOAT8E4M3FN),
-                                              ("e2m1", onnx.TensorProto.FLOAT4E2M1)) if kind in kinds]
-    return tuple(each for each in CODE_TYPES if each.element in elements)
+    return _of_elements([element for kind, element in (
+        ("e4m3", onnx.TensorProto.FLOAT8E4M3FN), ("e2m1", onnx.TensorProto.FLOAT4E2M1)) if kind in kinds])
 
 
-def for_code_types(choice: Choice, types: Iterable[CodeType], where: str, *, kept: bool, named: bool) -> Choice:
+def for_code_types(choice: Choice, types: Iterable[CodeType], where: str, *, kept: bool, named: bool,
+                   cache: bool = False) -> Choice:
     """The choice without the capabilities that cannot hold the codes of a bundle.
 
     Args:
@@ -65,6 +73,7 @@ def for_code_types(choice: Choice, types: Iterable[CodeType], where: str, *, kep
         where: they are, for the message.
         kept: they are the checkpoint's own.
         named: the user named the capabilities, or TensorRT builds for the GPU at hand: nothing is left out then.
+        cache: they are those of the cache, not of weights.
 
     Raises:
         GqaExportError: a named capability, or every one, cannot hold a type.
@@ -74,13 +83,15 @@ def for_code_types(choice: Choice, types: Iterable[CodeType], where: str, *, kep
     if not missing:
         return choice
     left = tuple(number for number in choice.capabilities if number not in missing)
+    what = f"the {'cache is' if cache else 'weights are'} {most.name}"
+    instead = "--kv-cache int8" if cache else f"--quantize {'dequantize' if kept else 'int4'}"
     if named or not left:
         raise GqaExportError(
-            f"weights are {most.name}, for which GPUs of compute capability {dotted(missing)} have no instructions: "
+            f"{what}, for which GPUs of compute capability {dotted(missing)} have no instructions: "
             f"they need {dotted((most.least,))}", where,
             f"use --compute-capability {dotted((max(most.least, min(most.built)),))}, or export the checkpoint again "
-            f"with --quantize {'dequantize' if kept else 'int4'}", code="E-ENGINE-CODES")
+            f"with {instead}", code="E-ENGINE-CODES")
     return replace(choice, capabilities=left,
                    engine_capabilities=tuple(number for number in choice.engine_capabilities if number in left),
-                   notes=(*choice.notes, f"not built for {dotted(missing)}: the weights are {most.name}, which needs "
+                   notes=(*choice.notes, f"not built for {dotted(missing)}: {what}, which needs "
                           f"{dotted((most.least,))}"))

@@ -14,12 +14,15 @@ import importlib
 import sys
 import threading
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .stand_in_rows import DISABLED, LATER, NATIVE, REPLAYED, StandIn
 
 _lock = threading.RLock()
+PATIENCE = 120.0
+"""seconds that a thread waits for another to run a module: they may wait for each other, one here and one for an import
+that the other is in the middle of"""
 
 
 class Deferred(types.ModuleType):
@@ -28,7 +31,9 @@ class Deferred(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name not in ("__all__", "__version__", "__getattr__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        entry: StandIn = self.__dict__["_gqa_stand_in"]
+        entry: StandIn | None = self.__dict__.get("_gqa_stand_in")
+        if entry is None:  # another thread runs it since
+            return getattr(self, name)
         inside = f"{self.__name__}.{name}"
         if inside in sys.modules or inside in entry.free:
             return importlib.import_module(inside)
@@ -52,6 +57,34 @@ class Deferred(types.ModuleType):
         return dir(self)
 
 
+class Running(types.ModuleType):
+    """A deferred module while its code runs: other threads wait for what is not there yet."""
+
+    def __getattr__(self, name: str) -> Any:
+        waits = not name.startswith("__") and self.__dict__.get("_gqa_runner") != threading.get_ident()
+        if waits and _lock.acquire(timeout=PATIENCE):
+            _lock.release()
+            if type(self) is not Running:
+                return getattr(self, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}"
+                             + (", another thread is in the middle of its import" if waits else ""))
+
+
+@contextlib.contextmanager
+def _held() -> Iterator[None]:
+    """The lock, inside.
+
+    Raises:
+        ImportError: the thread that has it waits for this one, it seems.
+    """
+    if not _lock.acquire(timeout=PATIENCE):
+        raise ImportError("another thread has been running a module for too long")
+    try:
+        yield
+    finally:
+        _lock.release()
+
+
 def _importer(name: str) -> str:
     """The name of the module whose code looks for `name` in a deferred one; NATIVE if its code does not name it."""
     frame = sys._getframe(2)
@@ -65,7 +98,7 @@ def run(module: types.ModuleType) -> None:
 
     Raises whatever that code raises; the module is then no longer imported.
     """
-    with _lock:
+    with _held():
         outer = sys.modules.get(module.__name__.rpartition(".")[0])
         if isinstance(outer, Deferred):
             run(outer)
@@ -76,13 +109,16 @@ def run(module: types.ModuleType) -> None:
         for name in inside:  # its code imports them where it needs them
             waiting[name] = inside[name]
             del sys.modules[name]
-        row, calls = _to_ordinary(module)
+        row, calls = _to_running(module)
         try:
             module.__loader__.exec_module(module)  # type: ignore[union-attr]
         except BaseException:
             sys.modules.pop(module.__name__, None)
             raise
         finally:
+            if isinstance(module, Running):  # and not a class that its code gave it
+                module.__class__ = types.ModuleType
+            module.__dict__.pop("_gqa_runner", None)
             for name in [name for name in inside if name in waiting]:
                 sys.modules.setdefault(name, waiting.pop(name))
         for name, given in calls:
@@ -99,11 +135,12 @@ waiting: dict[str, Deferred] = {}
 """deferred modules whose package is running"""
 
 
-def _to_ordinary(module: types.ModuleType) -> tuple[StandIn, list[tuple[str, Any]]]:
-    """Make a deferred module an ordinary one, still empty; its row, and the calls of its decorators."""
+def _to_running(module: types.ModuleType) -> tuple[StandIn, list[tuple[str, Any]]]:
+    """Make a deferred module one that runs, still empty; its row, and the calls of its decorators."""
+    module.__dict__["_gqa_runner"] = threading.get_ident()
+    module.__class__ = Running
     row: StandIn = module.__dict__.pop("_gqa_stand_in")
     calls: list[tuple[str, Any]] = module.__dict__.pop("_gqa_calls")
-    module.__class__ = types.ModuleType
     return row, calls
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..bundle.quantization import PLAIN, BitsSearch, Quantization, QuantizedWeight
 from ..errors import GqaExportError
 from ..progress import Progress
+from ..quantized.exactness import holds, holds_type, holds_values
 from ..quantized.facts import MatrixFacts, facts_of
 from ..quantized.matrix import QuantizedMatrix
 from ..quantizing.errors_of_bits import Measured, measure
@@ -17,7 +18,7 @@ from ..quantizing.floats import quantize_floats
 from ..quantizing.matrices import Weight, weights_of
 from ..quantizing.rtn import quantize_matrix
 from ..quantizing.rules import KINDS, METHODS, Decision, decide, read_rules
-from ..target_refusals import refuse_codes
+from ..target_refusals import refuse_activations, refuse_codes
 from ..weights.dtypes import itemsize
 from ..weights.packed import add_packed, packers_of
 from ..weights.rows import rows_of
@@ -46,7 +47,8 @@ class Plan:
         exact: products do not round their inputs.
         matrices: name of a weight -> what is packed.
         facts: of those.
-        stored: name of a weight -> what the checkpoint holds, for people.
+        stored: name of a weight -> what the checkpoint holds, for people. codes: those that it holds as codes; None: of
+            which the values alone are known.
         plain: name of a weight -> why it stays floating-point numbers.
         weights: of the model, in the order of the graph.
         open: name of a weight whose bits are to be chosen -> what each number of bits would lose; `matrices` has it
@@ -61,6 +63,7 @@ class Plan:
     matrices: Mapping[str, QuantizedMatrix] = field(default_factory=dict)
     facts: Mapping[str, MatrixFacts] = field(default_factory=dict)
     stored: Mapping[str, str] = field(default_factory=dict)
+    codes: Mapping[str, QuantizedMatrix | None] = field(default_factory=dict)
     plain: Mapping[str, str] = field(default_factory=dict)
     weights: tuple[Weight, ...] = ()
     open: Mapping[str, Measured] = field(default_factory=dict)
@@ -76,18 +79,20 @@ def check_options(options: ExportOptions, target: Target) -> None:
     """Refuse a value of `--quantize` that is neither a method nor a file, or whose codes the target does not hold.
 
     Raises:
-        GqaExportError: with the methods; or a calibration text is given and nothing is quantized.
+        GqaExportError: with the methods that the target takes; or a calibration text is given and nothing is quantized,
+            or products of an engine were to round their inputs.
     """
     check_limits(options)
+    refuse_activations(target, options.activations)
+    methods = [method for method in METHODS if KINDS.get(method, "int") in ("int", *target.float_codes)]
     if options.quantize in KINDS:
         refuse_codes(target, KINDS[options.quantize])
-    known = (*KEEP, *METHODS)
     if options.calibrate is not None and options.quantize in KEEP and not options.kv_cache:
         raise GqaExportError("a calibration text chooses scales, and nothing is quantized", "--calibrate",
-                             f"add --quantize {' or '.join(METHODS)}", code="E-OPTION-CALIBRATE")
-    if options.quantize not in known and not options.quantize.endswith(".toml"):
+                             f"add --quantize {' or '.join(methods)}", code="E-OPTION-CALIBRATE")
+    if options.quantize not in (*KEEP, *METHODS) and not options.quantize.endswith(".toml"):
         raise GqaExportError(f"unknown quantization {options.quantize!r}", "--quantize",
-                             f"use {', '.join(known)}, or a file of rules that ends in .toml",
+                             f"use {', '.join((*KEEP, *methods))}, or a file of rules that ends in .toml",
                              code="E-OPTION-QUANTIZE")
 
 
@@ -111,8 +116,9 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
     held = {name: source.matrix for name, source in sources.items() if isinstance(source, DequantizedSource)}
     stored = {name: held[name].label if name in held else source.dtype for name, source in sources.items()}
     stored.update((name, label) for name, label in store.left.items() if name in stored)
+    codes = {**held, **dict.fromkeys(store.left)}
     if options.quantize == "dequantize":
-        return Plan("dequantize", True, stored=stored, plain=dict.fromkeys([*held, *store.left],
+        return Plan("dequantize", True, stored=stored, codes=codes, plain=dict.fromkeys([*held, *store.left],
                                                                            "--quantize dequantize"),
                     weights=weights) if held or store.left else None
     if options.quantize == "keep":
@@ -121,8 +127,8 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
                 or matrix.kind in target.float_codes}
         plain = {name: "it is stored with its axes exchanged" for name in held if name not in kept}
         plain |= dict.fromkeys(store.left, "its parts are stored in forms that are not one, or merged in another way")
-        return Plan("keep", exact, kept, {name: facts_of(matrix) for name, matrix in kept.items()}, stored, plain,
-                    weights) if held or store.left else None
+        return Plan("keep", exact, kept, {name: facts_of(matrix) for name, matrix in kept.items()}, stored, codes,
+                    plain, weights) if held or store.left else None
     rules = read_rules(Path(options.quantize)) if options.quantize not in METHODS else ()
     bits = METHODS.get(options.quantize, CHOICES[0] if options.limited else 0)
     decisions = decide(weights, bits, options.block, options.head, rules, KINDS.get(options.quantize, "int"))
@@ -152,7 +158,7 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
             matrices[name] = quantize_floats(read, (shape[0], shape[1]), each.kind, each.block, label,
                                              importance.get(name))
     return Plan("rules" if rules else options.quantize, exact, matrices,
-                {name: facts_of(matrix, lossless=False) for name, matrix in matrices.items()}, stored,
+                {name: facts_of(matrix, lossless=False) for name, matrix in matrices.items()}, stored, codes,
                 {each.weight.name: each.reason for each in decisions if not each.bits}, weights, measured,
                 text.apart if text else None, {}, None, sha256, tokens, importance)
 
@@ -198,17 +204,28 @@ def record(plan: Plan, lowered: Lowered, dtype: str) -> Quantization:
         count = 1
         for size in weight.shape:
             count *= size
-        entry = QuantizedWeight(weight.name, plan.stored[weight.name], 8 * itemsize(dtype), 0, True, PLAIN,
-                                count * itemsize(dtype), held.reason if held else plan.plain.get(weight.name, ""))
+        entry = QuantizedWeight(weight.name, plan.stored[weight.name], 8 * itemsize(dtype), 0,
+                                _plain(plan, weight, dtype), PLAIN, count * itemsize(dtype),
+                                held.reason if held else plan.plain.get(weight.name, ""))
         if held is not None and held.forms:
-            form = held.forms[0]
-            size = sum(packer.nbytes(part) for _, packer, part in packers_of(plan.matrices[weight.name], held.parts))
+            form, matrix = held.forms[0], plan.matrices[weight.name]
+            size = sum(packer.nbytes(part) for _, packer, part in packers_of(matrix, held.parts))
+            own = (0, 0) if plan.method in KEEP else (matrix.bits, matrix.block)
             entry = replace(entry, bits=form.bits, block=form.block, bytes=size, reason="", kind=form.kind,
                             experts=weight.experts, transposed=weight.transposed,
-                            lossless=plan.facts[weight.name].lossless and (
-                                form.half or dtype == "float32" or form.kind != "int"),
+                            rounded_bits=own[0], rounded_block=own[1],
+                            lossless=plan.facts[weight.name].lossless and all(
+                                holds(matrix, each, dtype) for each in held.forms),
                             operator=", ".join(dict.fromkeys(each.operator for each in held.forms)),
                             errors={str(bits): error for bits, error in plan.errors.get(weight.name, {}).items()})
         weights.append(entry)
     return Quantization(plan.method, "exact" if plan.exact else "int8", tuple(weights), plan.calibration,
                         plan.tokens, plan.search)
+
+
+def _plain(plan: Plan, weight: Weight, dtype: str) -> bool:
+    """Whether floating-point numbers of a format are the checkpoint's values."""
+    if weight.name not in plan.codes:
+        return holds_type(dtype, plan.stored[weight.name])
+    matrix = plan.codes[weight.name]
+    return dtype == "float32" if matrix is None else holds_values(matrix, dtype)

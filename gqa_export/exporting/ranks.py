@@ -15,6 +15,7 @@ from ..sharding.collectives import finish_collectives
 from ..sharding.second_opinion import refuse_disagreement
 from ..sharding.shard import Sharded, shard
 from ..weights.layout import Placement, place
+from .quantize import KEEP
 
 if TYPE_CHECKING:
     from ..bundle.writer import BundleWriter
@@ -39,6 +40,7 @@ def refuse_ranks(options: ExportOptions, target: Target) -> None:
     Raises:
         GqaExportError: the target has no collectives, the graph was to be written beside the checkpoint's files, or
             there was to be a graph for long prompts or a cache of codes, or hidden states were to be an output.
+        UnsupportedModel: weights are to be quantized: they are not read first.
     """
     if options.tensor_parallel < 1:
         raise GqaExportError(f"--tensor-parallel is {options.tensor_parallel}, expected 1 or more", "--tensor-parallel",
@@ -55,6 +57,9 @@ def refuse_ranks(options: ExportOptions, target: Target) -> None:
         raise GqaExportError(f"target {target.name} runs on one device: ONNX Runtime has no collectives in its wheels",
                              "--tensor-parallel", "use --target trt-native or --target trt-plugin",
                              code="E-OPTION-TENSOR-PARALLEL")
+    if options.quantize not in KEEP:
+        raise UnsupportedModel("quantized weights are not cut over ranks", "--tensor-parallel, --quantize",
+                               "leave out --quantize or --tensor-parallel", code="E-MODEL-QUANTIZED-RANKS")
     if options.hidden_states:
         raise GqaExportError("the graphs of several ranks give logits alone", "--hidden-states",
                              "leave out --hidden-states, or --tensor-parallel", code="E-OPTION-TENSOR-PARALLEL")
@@ -68,7 +73,7 @@ def refuse_quantized_ranks(source: str, quantized: bool) -> None:
     """Refuse weights of codes: rows of them are cut nowhere yet.
 
     Raises:
-        UnsupportedModel: the weights are quantized, or are to be.
+        UnsupportedModel: the checkpoint's weights are quantized, and are to stay so.
     """
     if quantized:
         raise UnsupportedModel("quantized weights are not cut over ranks", source,

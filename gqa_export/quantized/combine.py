@@ -28,7 +28,7 @@ def reordered(matrix: QuantizedMatrix, order: Array) -> QuantizedMatrix:
 
 def some_rows(matrix: QuantizedMatrix, start: int, stop: int) -> QuantizedMatrix:
     """The rows [start, stop) as a matrix."""
-    return replace(matrix, shape=(stop - start, matrix.columns), in_place="",
+    return replace(matrix, shape=(stop - start, matrix.columns), in_place="", scales_in_place="",
                    read=lambda first, last: matrix.stripe(start + first, start + last),
                    row_block=matrix.row_block if matrix.row_block >= matrix.rows or not start % matrix.row_block else 1)
 
@@ -40,7 +40,7 @@ def joinable(parts: Sequence[QuantizedMatrix]) -> bool:
     def form(part: QuantizedMatrix) -> tuple[Any, ...]:
         arrays = tuple(None if each is None else each.tobytes() for each in (part.column_order, part.column_scale))
         return (part.columns, part.bits, part.block, part.kind, part.offset, part.global_scale, part.transposed,
-                part.scale_dtype, *arrays)
+                part.scale_dtype, part.powers, *arrays)
 
     return len({form(part) for part in parts}) == 1
 
@@ -82,7 +82,7 @@ def one_scale(matrix: QuantizedMatrix) -> QuantizedMatrix:
         scale = (found.scale.astype(np.float64) * matrix.global_scale).astype(np.float32)
         return replace(found, scale=scale)
 
-    return replace(matrix, global_scale=1.0, scale_dtype="float32", read=read)
+    return replace(matrix, global_scale=1.0, scale_dtype="float32", powers=False, read=read, scales_in_place="")
 
 
 def stacked(experts: Sequence[Sequence[QuantizedMatrix]]) -> QuantizedMatrix | None:

@@ -32,7 +32,7 @@ class MatrixFacts:
 
     Attributes:
         zeros_fit: zero points lie within the codes. It means nothing for other offsets.
-        lossless: the values are those of the checkpoint.
+        lossless: the values are those of the checkpoint, before a graph's number format rounds any.
         scales: the smallest type that holds every scale of a block, the second scale of the whole matrix beside it.
     """
 
@@ -132,9 +132,9 @@ class Form:
     @property
     def key(self) -> str:
         """Tells forms of one matrix apart in recipes."""
-        flags = zip("zshic", (self.zeros, self.shift, self.half, self.signed, self.columns_first))
+        flags = zip("zshicp", (self.zeros, self.shift, self.half, self.signed, self.columns_first, self.positive))
         form = f"{self.operator.lower()}{self.bits}x{self.block}" + "".join(flag for flag, on in flags if on)
-        return form if self.kind == "int" else f"{form}.{self.kind}.{self.per}"
+        return form if self.kind == "int" else f"{form}.{self.kind}.{self.per}.{self.scales}"
 
 
 def nbits_form(facts: MatrixFacts) -> Form | str:

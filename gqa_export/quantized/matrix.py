@@ -92,6 +92,7 @@ class QuantizedMatrix:
         transposed: the model's parameter has the last two axes the other way round (GPT-OSS' experts).
         scale_dtype: the smallest type of which every scale and every minimum is a number: "float8_e4m3fn", "float16",
             "bfloat16", else "float32".
+        powers: every scale of a block is a power of two.
         tensors: names of the stored tensors that it is made of.
         in_place: the name of a stored tensor whose bytes are the codes packed along K: of kind "int" low bits first,
             each offset by 2^(bits - 1); of nf4 and fp4 the first of two in the high half. "" where none is.
@@ -112,6 +113,7 @@ class QuantizedMatrix:
     input_scale: float | None = None
     transposed: bool = False
     scale_dtype: str = "float32"
+    powers: bool = False
     tensors: tuple[str, ...] = field(default=(), repr=False)
     in_place: str = ""
     scales_in_place: str = ""

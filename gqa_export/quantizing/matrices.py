@@ -110,7 +110,8 @@ def is_product(gemm: onnx.NodeProto, weight: str) -> bool:
 def _stack(shape: tuple[int, ...], tensor: str, readers: dict[str, list[onnx.NodeProto]],
            sizes: Mapping[str, onnx.TensorProto]) -> tuple[int, bool] | None:
     """How many matrices are stacked in a weight, and whether each is transposed: what products say that pick some of
-    them by index, or take all; None where it is read otherwise."""
+    them by index, or take all; None where it is read otherwise. Whether their inputs are rows of each expert is the
+    lowering's to say, which knows more of shapes: a stack stays floating-point numbers there."""
     found = {each for node in readers.get(tensor, []) for each in _stacks(shape, tensor, node, readers, sizes, False)}
     return found.pop() if len(found) == 1 and None not in found else None
 

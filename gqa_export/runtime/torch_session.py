@@ -248,7 +248,8 @@ class _Widen(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if func is torch.Tensor.float:
             func = torch.Tensor.double
-        elif func is torch.full and isinstance(args[-1], float) and "dtype" not in (kwargs or {}):
+        elif func is torch.full and "dtype" not in (kwargs or {}) and isinstance(
+                args[1] if len(args) > 1 else (kwargs or {}).get("fill_value"), float):
             kwargs = {**(kwargs or {}), "dtype": torch.float64}  # the least fp64 does not fit the default type (XGLM)
         for a in args:  # most calls name no type: this is run for every one
             if a is torch.float32:

@@ -33,6 +33,10 @@ LOOKUPS = frozenset((torch.embedding, torch.nn.functional.embedding))
 """functions that choose rows of their one matrix"""
 CHANGES = frozenset(("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"))
 """methods that change a tensor, beside those whose name ends in one underscore"""
+LINEAR = ("input", "weight", "bias")
+"""parameters of torch.nn.functional.linear"""
+FIRST = ("input", "self", "tensor")
+"""names of a function's first parameter, where it is the tensor that is viewed or changed"""
 
 
 class Widened(torch.Tensor):
@@ -52,8 +56,10 @@ class Widened(torch.Tensor):
         """Compute with fp64 values; views stay as they are stored."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func is torch.nn.functional.linear and not kwargs and isinstance(args[1], cls):
-                return linear(*args)
+            if func is torch.nn.functional.linear and kwargs.keys() <= set(LINEAR[len(args):]):
+                given = [*args, *(kwargs.get(key) for key in LINEAR[len(args):])]
+                if given[0] is not None and isinstance(given[1], cls):
+                    return linear(_wide(given[0]), *given[1:])
             if func in LOOKUPS:
                 return func(*args, **kwargs).double()
             owner, name = getattr(func, "__self__", None), func.__name__
@@ -64,9 +70,11 @@ class Widened(torch.Tensor):
                 return torch.float64 if owner is torch.Tensor.dtype else found
             if name == "__set__" or name in FACTS:
                 return func(*args, **kwargs)
-            if name in VIEWS and isinstance(args[0], cls):
+            first = args[0] if args else next((kwargs[key] for key in FIRST if key in kwargs), None)
+            if name in VIEWS and isinstance(first, cls):
                 return _marked(func(*args, **kwargs))
-            if isinstance(args[0], cls) and (name in CHANGES or name.rstrip("_") + "_" == name):
+            changes = isinstance(first, cls) and (name in CHANGES or name.rstrip("_") + "_" == name)
+            if changes or isinstance(kwargs.get("out"), cls):
                 raise TypeError(f"{name}: a widened parameter shares its memory and cannot be changed in place")
             return func(*_wide(args), **{key: _wide(value) for key, value in kwargs.items()})
 

@@ -23,17 +23,19 @@ from ..bundle.graph_file import read_graph
 from ..bundle.manifest import Manifest
 from ..checkpoint.expert_products import ExpertFactor, factor_of, follow
 from ..checkpoint.quantized.parameters import parameters_of
+from ..errors import InvalidBundle
 from ..graph_io import EXACT_PRODUCTS
 from ..quantized.facts import Form
 from ..quantized.packing import Packer
 from ..runtime.ort.loading import session_config
 from ..targets import get_target
-from .quantized_reference import form_of
+from .quantized_reference import form_of, parameter_of
 from .stand_in import stand_in
 
 if TYPE_CHECKING:
     import onnx
 
+    from ..bundle.quantization import QuantizedWeight
     from ..checkpoint.checkpoint import Checkpoint
     from ..quantized.matrix import QuantizedMatrix
     from ..targets import Target
@@ -115,9 +117,10 @@ class RoundedInput:
 
     def product(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What torch.nn.functional.linear (`func`) is by this rule."""
-        values = args[0]
+        others = dict(kwargs or {})
+        values = args[0] if args else others.pop("input")
         seen, near, back = self._rounded(values, self.order)
-        found = func(back, *args[1:], **(kwargs or {}))
+        found = func(back, *args[1:], **others)
         if self.beside is not None:
             found = found + (values - back) @ self.beside.to(values.dtype).T
         return found if self.shift is None else found + self._lost(seen - near) @ self.shift.to(values.dtype).T
@@ -158,21 +161,25 @@ class RoundedInput:
 
 def rounded_inputs(manifest: Manifest, checkpoint: Checkpoint, model: Any) -> dict[int, RoundedInput]:
     """id of a parameter -> how its product rounds its input, of every weight whose product does. The manifest tells
-    which do; how their codes are held is read from the checkpoint."""
+    which do; how their codes are held is read from the checkpoint.
+
+    Raises:
+        InvalidBundle: the manifest names a weight, experts or blocks that the checkpoint does not have.
+    """
     found: dict[int, RoundedInput] = {}
     quantization = manifest.quantization
     if quantization is None or quantization.activations != "int8":
         return found
     names = {name for name, _ in model.named_parameters()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     kept = parameters_of(checkpoint, names)[0] if quantization.method == KEEP else {}
     switched = _switched(manifest, checkpoint)
     for weight in quantization.weights:
         if weight.block and {PRODUCT, "DequantizeLinear"} & {name.strip() for name in weight.operator.split(",")}:
-            matrix = kept.get(weight.name)
+            parameter, matrix = parameter_of(parameters, weight, checkpoint.source), kept.get(weight.name)
             rule = RoundedInput(weight.block) if matrix is None else \
-                _input_of(matrix, weight.block, get_target(manifest.target))
-            found[id(model.get_parameter(weight.name))] = replace(rule, beside=switched.get(weight.name),
-                                                                  experts=weight.experts)
+                _input_of(matrix, weight, get_target(manifest.target), checkpoint.source)
+            found[id(parameter)] = replace(rule, beside=switched.get(weight.name), experts=weight.experts)
     return found
 
 
@@ -184,7 +191,8 @@ def _switched(manifest: Manifest, checkpoint: Checkpoint) -> dict[str, torch.Ten
     return {f"{name}.weight": torch.from_numpy(up @ down) for name, (down, up) in pairs.items()}
 
 
-def _input_of(matrix: QuantizedMatrix, block: int, target: Target) -> RoundedInput:
+def _input_of(matrix: QuantizedMatrix, weight: QuantizedWeight, target: Target, where: str) -> RoundedInput:
+    block = weight.block
     form = form_of(matrix, target)
     order, scale = (None if values is None else torch.from_numpy(np.array(values))
                     for values in (matrix.column_order, matrix.column_scale))
@@ -193,6 +201,10 @@ def _input_of(matrix: QuantizedMatrix, block: int, target: Target) -> RoundedInp
         packer = Packer(matrix, replace(form, half=False))
         shift = torch.from_numpy(np.concatenate([packer.pack(matrix.stripe(*rows), "shift")
                                                  for rows in matrix.stripes()]))
+        if shift.shape[1] != -(-matrix.columns // block):
+            raise InvalidBundle(f"the manifest names blocks of {block} columns in {weight.name}, the target holds what "
+                                f"the checkpoint stores in blocks of {form.block}", where,
+                                "validate against the checkpoint that was exported", code="E-BUNDLE-QUANTIZATION")
     return RoundedInput(block, scale, None if order is None else order.long(), shift)
 
 
@@ -206,8 +218,10 @@ class RoundInputs(TorchFunctionMode):
         self._stacks = {owner for owner, rule in inputs.items() if rule.experts}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear and id(args[1]) in self._inputs:
-            return self._inputs[id(args[1])].product(func, args, kwargs)
+        if func is torch.nn.functional.linear:
+            weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
+            if id(weight) in self._inputs:
+                return self._inputs[id(weight)].product(func, args, kwargs)
         factor = factor_of(func, args, self._stacks) if self._stacks else None
         if factor is not None:
             return self._inputs[factor.picked.owner].expert_product(func, args, kwargs, factor)

@@ -77,12 +77,12 @@ def _dominated(verdicts: tuple[CaseVerdict, ...]) -> list[str]:
 
 
 def exact_session(stack: ExitStack, folder: Path, manifest: Manifest, provider: str, notes: list[str],
-                  target: Any) -> tuple[Session, FillGarbage | None]:
+                  target: Any, opened: list[Any] | None = None) -> tuple[Session, FillGarbage | None]:
     """A bundle's session in which no matrix product rounds its input. Arguments as of `bundle_session`."""
     ran, where, changed = stack.enter_context(at_level_zero(folder, manifest))
     if changed:
         notes.append(f"export exact: the accuracy level of {changed} matrix products was set to 0 in memory")
-    return stack.enter_context(bundle_session(where, ran, provider, notes, target, dict(EXACT_PRODUCTS)))
+    return stack.enter_context(bundle_session(where, ran, provider, notes, target, dict(EXACT_PRODUCTS), opened))
 
 
 def activations_of(manifest: Manifest, rounds: bool) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..bundle.quantization import PLAIN, Quantization, QuantizedWeight
+from ..bundle.quantization import KEPT, PLAIN, Quantization, QuantizedWeight
 from ..checkpoint.quantized.parameters import parameters_of
 from ..errors import GqaExportError, InvalidBundle
 from ..progress import silent
@@ -32,15 +32,11 @@ if TYPE_CHECKING:
     from ..targets import Target
 
 
-KEPT = ("keep", "dequantize")
-"""methods that leave a checkpoint's values as they are: PyTorch loads what it holds"""
-
-
 def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = None,
                 folder: Path | None = None) -> dict[str, QuantizedMatrix]:
     """The matrices that the export made of a checkpoint's weights, made again. Nothing is taken from the bundle but,
-    for each weight, its bits and block, and how much errors of its columns counted: measured again, by other threads,
-    that differs in its last bits, and some codes with it.
+    for each weight, the bits and block of the rounding, and how much errors of its columns counted: measured again, by
+    other threads, that differs in its last bits, and some codes with it.
 
     Args:
         checkpoint: that was exported. manifest: of the bundle.
@@ -68,21 +64,18 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
     for weight in quantization.weights:
         if weight.operator == PLAIN:
             continue
-        if weight.name not in parameters:
-            raise InvalidBundle(f"the manifest names a quantized weight {weight.name}, which the checkpoint's model "
-                                "does not have", checkpoint.source, "validate against the checkpoint that was exported",
-                                code="E-BUNDLE-QUANTIZATION")
-        values = parameters[weight.name].detach()
+        values = parameter_of(parameters, weight, checkpoint.source).detach()
         shape = tuple(values.shape)
-        stack = _stack(shape, weight, checkpoint.source) if weight.experts else ()
+        stack = stack_shape(shape, weight.experts, transposed=weight.transposed) if weight.experts else ()
         rows = rows_of(MemorySource(partial(_as_it_is, values), "float32", shape), stack, transposed=weight.transposed)
+        bits, block = weight.rounding
         if weight.kind != "int":
-            found[weight.name] = quantize_floats(rows, (shape[0], shape[1]), weight.kind, weight.block, weight.name,
+            found[weight.name] = quantize_floats(rows, (shape[0], shape[1]), weight.kind, block, weight.name,
                                                  importance.get(weight.name))
             continue
-        found[weight.name] = quantize_matrix(rows, stack or shape, weight.bits, weight.block, weight.name,
+        found[weight.name] = quantize_matrix(rows, stack or shape, bits, block, weight.name,
                                              importance.get(weight.name),
-                                             weight.bits == 8 and get_target(manifest.target).positive_scales,
+                                             bits == 8 and get_target(manifest.target).positive_scales,
                                              transposed=weight.transposed)
     return found
 
@@ -91,17 +84,22 @@ def _as_it_is(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _stack(shape: tuple[int, ...], weight: QuantizedWeight, where: str) -> tuple[int, ...]:
-    """`[E, N, K]` of a parameter's experts.
+def parameter_of(parameters: Mapping[str, torch.Tensor], weight: QuantizedWeight, where: str) -> torch.Tensor:
+    """The parameter of a model that a manifest speaks of. where: the checkpoint, for people.
 
     Raises:
-        InvalidBundle: the parameter does not have so many.
+        InvalidBundle: there is none, or it is not the matrix or the stack of so many that the manifest says.
     """
-    if len(shape) not in (2, 3) or (shape[0] != weight.experts if len(shape) == 3 else shape[0] % weight.experts):
-        raise InvalidBundle(f"the manifest names {weight.experts} experts in {weight.name}, whose shape in the "
-                            f"checkpoint's model is {list(shape)}", where,
-                            "validate against the checkpoint that was exported", code="E-BUNDLE-QUANTIZATION")
-    return stack_shape(shape, weight.experts, transposed=weight.transposed)
+    fix = "validate against the checkpoint that was exported"
+    if weight.name not in parameters:
+        raise InvalidBundle(f"the manifest names a quantized weight {weight.name}, which the checkpoint's model "
+                            "does not have", where, fix, code="E-BUNDLE-QUANTIZATION")
+    shape, experts = tuple(parameters[weight.name].shape), weight.experts
+    fits = len(shape) == 2 and not (experts and shape[0] % experts)
+    if not (fits or (experts and len(shape) == 3 and shape[0] == experts)):
+        raise InvalidBundle(f"the manifest names {experts} experts in {weight.name}, whose shape in the "
+                            f"checkpoint's model is {list(shape)}", where, fix, code="E-BUNDLE-QUANTIZATION")
+    return parameters[weight.name]
 
 
 def form_of(matrix: QuantizedMatrix, target: Target) -> Form | str:
@@ -156,7 +154,7 @@ def as_held(matrix: QuantizedMatrix, form: Form, dtype: str) -> QuantizedMatrix:
         shift = rounded((offset + middle * exact).astype(np.float32))
         return Stripe(stripe.codes, scale, minimum=(shift - middle * scale).astype(np.float32))
 
-    return replace(matrix, read=read, global_scale=1.0, in_place="", scale_dtype="float32",
+    return replace(matrix, read=read, global_scale=1.0, in_place="", scale_dtype="float32", powers=False,
                    offset=matrix.offset if exact_offset else "minimum")
 
 

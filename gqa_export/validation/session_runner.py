@@ -160,20 +160,24 @@ def _blank(array: np.ndarray, counts_B: np.ndarray, axis: int, every: bool = Fal
 
 @contextmanager
 def onnxrt_infer(folder: Path, manifest: Manifest, provider: str, threads: int = 0,
-                 config: Mapping[str, str] | None = None) -> Iterator[Infer]:
+                 config: Mapping[str, str] | None = None, opened: list[Any] | None = None) -> Iterator[Infer]:
     """Yield a callable feed -> outputs that runs a bundle's graph through Polygraphy's own ONNX Runtime runner.
 
     ONNX Runtime's threads do not spin between calls here: PyTorch wants the same cores in turn (a tiny model is
-    compared several times faster). config: further session options. Raises what `open_session` raises.
+    compared several times faster). config: further session options. opened: takes the session of ONNX Runtime.
+    Raises what `open_session` raises.
     """
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
-    def opened() -> Any:
+    def open_it() -> Any:
         return open_session(folder, manifest, provider, threads=threads,
                             config={"session.intra_op.allow_spinning": "0", **(config or {})})
 
     # The runner opens it and lets it go: at the end no file of the folder is mapped, and Windows can remove it.
-    with OnnxrtRunner(opened, name="onnxrt") as runner:
+    with OnnxrtRunner(open_it, name="onnxrt") as runner:
+        if opened is not None:
+            opened.append(runner.sess)
+
         def infer(feed: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
             outputs: Mapping[str, np.ndarray] = runner.infer(OrderedDict(feed), check_inputs=False)
             return outputs

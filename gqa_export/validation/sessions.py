@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle.manifest import Manifest
+from ..bundle.quantization import KEPT
 from ..checkpoint.load_model import load_model
 from ..compare.tolerance import EPSILON, FLOOR_ULPS
 from ..errors import GqaExportError, InvalidCheckpoint, NotCheckedHere
@@ -19,7 +20,6 @@ from ..graph_io import HIDDEN_STATES
 from ..quantized.kv_codes import TIE, limits
 from ..runtime.session import Session
 from ..spec import KvCache, WindowCache
-from .quantized_reference import KEPT
 
 FillGarbage = Callable[[tuple[float, ...]], None]
 """fills the part of the cache beyond the lengths with these values before every later call; (): leaves it as it is"""
@@ -221,10 +221,11 @@ def use_adapter(session: Any, manifest: Manifest, against: Any, as_dtype: str | 
 
 @contextmanager
 def bundle_session(folder: Path, manifest: Manifest, provider: str, notes: list[str], target: Any = None,
-                   config: dict[str, str] | None = None) -> Iterator[tuple[Session, FillGarbage | None]]:
+                   config: dict[str, str] | None = None,
+                   opened: list[Any] | None = None) -> Iterator[tuple[Session, FillGarbage | None]]:
     """The bundle's session, its calls made by Polygraphy's OnnxrtRunner, and what fills its unused cache with
     garbage. target: another row of the table than the manifest's, see `OrtSession.load`. config: session options
-    beside the bundle's own."""
+    beside the bundle's own. opened: takes the session of ONNX Runtime that the runner calls."""
     from ..runtime.ort.session import OrtSession
     from .session_runner import GarbageTail, onnxrt_infer
 
@@ -234,6 +235,6 @@ def bundle_session(folder: Path, manifest: Manifest, provider: str, notes: list[
         yield OrtSession.load(folder, provider, config=config), None
         return
     threads = 0 if is_large(manifest) else 1
-    with onnxrt_infer(folder, manifest, provider, threads, config) as infer:
+    with onnxrt_infer(folder, manifest, provider, threads, config, opened) as infer:
         tail = GarbageTail(infer, manifest.spec, manifest.window_cache)
         yield OrtSession.load(folder, provider, infer=tail, target=target), tail.fill

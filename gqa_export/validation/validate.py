@@ -11,6 +11,7 @@ import json
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from ..bundle.attention_claims import check_claims
 from ..bundle.integrity import check_belongs, check_files
@@ -24,6 +25,7 @@ from ..errors import GqaExportError
 from ..progress import Progress, silent
 from ..targets import get_target
 from .accuracy_level import rounds_activations
+from .in_place import judge_in_place
 from .long_cases import judge_long
 from .long_graph import long_graph_as_run
 from .long_loss import LongRequest, measure_long_loss, sequences_of
@@ -110,10 +112,13 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         if (held := held_here(manifest)) is not None:
             known = with_ranks(known, held)
         comparison = Comparison(known, plan, ran, last_only, ran_dtype, notes, report)
+        handles: list[Any] = []  # of ONNX Runtime's sessions
         with ExitStack() as opened:
-            session, fill_garbage = engine or exact_session(opened, where, ran, provider, notes, target)
+            session, fill_garbage = engine or exact_session(opened, where, ran, provider, notes, target, handles)
             use_adapter(session, manifest, against, as_dtype)
             cases, overflow = comparison.exact(session, fill_garbage, EXACT if rounds else "")
+            cases += judge_in_place(session, where, provider, target, handles, ran_dtype, EXACT if rounds else "")
+            handles.clear()
             if not rounds:
                 cases += (judge_refusals(session, resizable=not setting.literal),)
                 measured = measure_loss(loss, session, manifest, folder, known, notes, report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from refusal import refused
 
 from gqa_export.bundle.manifest import Manifest
@@ -22,6 +23,42 @@ def test_a_manifest_keeps_what_it_says_of_quantized_weights() -> None:
     assert Manifest.from_json(manifest.to_json()) == manifest
     with refused("E-BUNDLE-MANIFEST", InvalidBundle):
         Manifest.from_json(manifest.to_json().replace('"activations": "int8"', '"activations": "int4"'))
+
+
+CODES, STACK = WEIGHTS[0], replace(WEIGHTS[0], name="s", experts=4, transposed=True)
+
+
+@pytest.mark.parametrize("weight", [
+    CODES, STACK, replace(CODES, bits=2), replace(CODES, bits=8), replace(CODES, bits=4, operator="MatMulBnb4"),
+    replace(CODES, kind="e4m3", bits=8, operator="DequantizeLinear"),
+    replace(STACK, kind="e4m3", bits=8, operator="DequantizeLinear"),
+    replace(CODES, kind="e2m1", block=16, operator="DequantizeLinear"), replace(WEIGHTS[2], bits=16)])
+def test_forms_that_exports_make_are_read(weight: QuantizedWeight) -> None:
+    """A checkpoint's own FP8 experts are kept as a stack, transposed too."""
+    manifest = replace(MANIFEST, quantization=Quantization("keep", "exact", (weight,)))
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize(("weight", "words"), [
+    (replace(CODES, bits=5), "a code of kind int has 2 or 4 or 8 bits, found 5"),
+    (replace(CODES, bits=16), "2 or 4 or 8 bits, found 16"),
+    (replace(CODES, bits=4, kind="e4m3"), "kind e4m3 has 8 bits, found 4"),
+    (replace(CODES, bits=8, kind="e2m1"), "kind e2m1 has 4 bits, found 8"),
+    (replace(CODES, block=0), "a block of at least 1 column, found 0"),
+    (replace(CODES, operator="else", block=0), "codes of else have a block"),
+    (replace(CODES, transposed=True), "stacked experts alone are"),
+    (replace(STACK, bits=8, kind="e4m3"), "an export by int8 makes no e4m3 codes of experts, found 4"),
+    (replace(STACK, kind="e2m1"), "an export by int8 makes no e2m1 codes of experts"),
+    (replace(CODES, operator=PLAIN), "neither blocks nor experts"),
+    (replace(WEIGHTS[2], kind="e4m3"), "nor a kind of codes"), (replace(WEIGHTS[2], experts=4), "neither blocks"),
+    (replace(WEIGHTS[2], operator="MatMulNBits"), "found 0")])
+def test_fields_that_cannot_be_together_are_refused(weight: QuantizedWeight, words: str) -> None:
+    """`validate` quantizes again what the manifest says: each of these was an error without a code there."""
+    manifest = replace(MANIFEST, quantization=Quantization("int8", "exact", (CODES, weight)))
+    with refused("E-BUNDLE-MANIFEST", InvalidBundle) as refusal:
+        Manifest.from_json(manifest.to_json())
+    assert "quantization.weights[1]: " in refusal.error.what
+    assert words in refusal.error.what
 
 
 def test_matrices_that_are_alike_have_one_line() -> None:

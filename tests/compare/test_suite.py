@@ -56,7 +56,7 @@ def test_no_case_of_any_level_ever_exceeds_its_capacity(capacity, window, origin
 def test_every_line_of_the_suite_gives_a_case_where_there_is_room():
     found = {case.entry for case in plan(windows=(16,), capacity=2048, original_positions=64, switch=64,
                                          text=np.arange(9), whole_row_masks=True, rings=((24, 16),)).cases}
-    assert found == {entry.name for entry in SUITE} - {"refusals"}  # those are judged beside the cases
+    assert found == {entry.name for entry in SUITE} - {"refusals", "in_place"}  # those are judged beside the cases
     assert all(entry.aim for entry in SUITE)
 
 

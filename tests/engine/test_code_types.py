@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from refusal import refused
 
 from gqa_export.engine.choose_library import RTX_CAPABILITIES, RTX_DEFAULT, Choice, dotted
-from gqa_export.engine.code_types import CODE_TYPES, code_types_of, code_types_of_kinds, for_code_types
+from gqa_export.engine.code_types import CODE_TYPES, cache_types_of, code_types_of, code_types_of_kinds, for_code_types
 from gqa_export.environment.tensorrt_libraries import Library
 
 INT8, INT4, FP8, FP4 = CODE_TYPES
@@ -68,6 +68,55 @@ def test_types_are_read_from_the_graph() -> None:
     model = helper.make_model(helper.make_graph([], "g", [], [], weights))
     assert isinstance(model, onnx.ModelProto)
     assert code_types_of(model) == (FP8, FP4)
+
+
+def cached(kind: int) -> onnx.ModelProto:
+    """A graph whose cache is of this type."""
+    past, present = (helper.make_tensor_value_info(name, kind, [1, 2, "P", 4]) for name in ("past", "present"))
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, "S"])
+    return helper.make_model(helper.make_graph([], "g", [ids, past], [present], []))
+
+
+def test_the_types_of_a_cache_are_those_of_inputs_and_outputs() -> None:
+    assert [cache_types_of(cached(kind)) for kind in (TensorProto.FLOAT8E4M3FN, TensorProto.INT8,
+                                                      TensorProto.FLOAT16)] == [(FP8,), (INT8,), ()]
+    assert code_types_of(cached(TensorProto.FLOAT8E4M3FN)) == ()
+
+
+def test_a_cache_of_fp8_is_not_built_by_default_where_nothing_converts_it() -> None:
+    found = for_code_types(choice(*RTX_DEFAULT), (FP8,), "b", kept=True, named=False, cache=True)
+    assert found.capabilities == found.engine_capabilities == (89, 120)
+    assert found.notes == ("not built for 8.0: the cache is FP8 (e4m3), which needs 8.9",)
+    with refused("E-ENGINE-CODES") as refusal:
+        for_code_types(choice(80), (FP8,), "b", kept=True, named=True, cache=True)
+    assert "the cache is FP8" in refusal.error.what
+    assert refusal.error.fix == "use --compute-capability 8.9, or export the checkpoint again with --kv-cache int8"
+
+
+def test_a_build_leaves_out_what_cannot_hold_the_weights_and_what_cannot_hold_the_cache(tmp_path, monkeypatch) -> None:
+    """As `gqa-export trt` on a bundle with a cache of fp8 and default capabilities; the build itself is not run."""
+    from types import SimpleNamespace
+
+    from gqa_export.engine import build
+
+    class Stop(Exception):
+        """What comes after is not under test."""
+
+    def rank(bundle, manifest, inside, kind, choice, *others):
+        raise Stop(*choice.capabilities)
+
+    manifest = SimpleNamespace(long=None, quantization=None)
+    monkeypatch.setattr(build, "read_manifest", lambda folder: manifest)
+    for name in ("check_files", "make_profiles"):
+        monkeypatch.setattr(build, name, lambda *given: None)
+    monkeypatch.setattr(build, "check_bundle", lambda *given: "plugin")
+    monkeypatch.setattr(build, "check_request", lambda *given: choice(*RTX_DEFAULT))
+    monkeypatch.setattr(build, "ranks_of", lambda *given: [("", tmp_path, manifest)])
+    monkeypatch.setattr(build, "read_graph", lambda path: cached(TensorProto.FLOAT8E4M3FN))
+    monkeypatch.setattr(build, "_rank", rank)
+    with pytest.raises(Stop) as built:
+        build.build_engine(tmp_path, tmp_path / "engine", build.EngineOptions())
+    assert built.value.args == (89, 120)
 
 
 def test_the_page_has_this_table() -> None:

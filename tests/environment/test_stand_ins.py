@@ -9,12 +9,13 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import types
 
 import pytest
 import two_layers
 
-from gqa_export.environment import stand_in_rows
+from gqa_export.environment import deferred_module, stand_in_rows
 from gqa_export.environment.deferred_imports import Finder, install
 from gqa_export.environment.deferred_module import Deferred, Later, run
 from gqa_export.environment.stand_in_rows import DISABLED, LATER, NATIVE, REPLAYED, Change, StandIn
@@ -188,6 +189,74 @@ def test_an_import_that_fails_fails_where_it_is_used_and_again(upstream):
             heavy.ran  # noqa: B018
         assert "heavy" not in sys.modules, "a module that failed is not imported, here as ever"
         heavy = importlib.import_module("heavy")
+
+
+@pytest.fixture
+def slow(upstream, monkeypatch):
+    """A module whose code stops halfway until `go` is set; a function that looks at it in a thread of its own."""
+    put, write = upstream
+    gates = types.ModuleType("gates")
+    gates.began, gates.go = threading.Event(), threading.Event()
+    monkeypatch.setitem(sys.modules, "gates", gates)
+    write("heavy/__init__.py", """
+        import gates, heavy
+        first = 1
+        gates.began.set()
+        assert gates.go.wait(20)
+        knows_itself = hasattr(heavy, "last")
+        last = 7
+        """)
+    put(names={}, free=())
+    answers = []
+
+    def look(name):
+        def get():
+            try:
+                answers.append(getattr(sys.modules["heavy"], name))
+            except Exception as error:
+                answers.append(error)
+
+        thread = threading.Thread(target=get, daemon=True)
+        thread.start()
+        return thread
+
+    import heavy
+
+    assert waits("heavy")
+    yield look, gates, answers, heavy
+    gates.go.set()
+
+
+def test_another_thread_waits_until_the_module_has_run(slow):
+    look, gates, answers, heavy = slow
+    threads = [look("last")]
+    assert gates.began.wait(20)
+    threads.append(look("last"))
+    threads[1].join(0.2)
+    assert threads[1].is_alive(), "what is not there yet will be"
+    assert (heavy.first, hasattr(heavy, "__wrapped__")) == (1, False), "for what is there, or never is, nobody waits"
+    gates.go.set()
+    for thread in threads:
+        thread.join(20)
+    assert answers == [7, 7]
+    assert type(heavy) is types.ModuleType
+    assert not heavy.knows_itself, "its own code sees what there is"
+    assert not [name for name in vars(heavy) if name.startswith("_gqa")]
+
+
+def test_nobody_waits_for_ever(slow, monkeypatch):
+    """Where the thread that runs the module waits for an import of the one that looks, the name is missing, as it is in
+    any module that is imported halfway."""
+    look, gates, answers, heavy = slow
+    running = look("last")
+    assert gates.began.wait(20)
+    monkeypatch.setattr(deferred_module, "PATIENCE", 0.1)
+    look("last").join(20)
+    assert isinstance(answers[0], AttributeError)
+    assert "another thread" in str(answers[0])
+    gates.go.set()
+    running.join(20)
+    assert (answers[1], heavy.last) == (7, 7)
 
 
 def test_a_stand_in_behaves_as_the_class_would(upstream):

@@ -97,6 +97,18 @@ def test_codes_are_kept(form: str, target: str, tmp_path: Path) -> None:
         assert bool(found[name].reason) == (operator == PLAIN)
 
 
+@pytest.mark.parametrize(("form", "target", "dtype", "lossless"), [
+    ("gptq", "ort", "fp16", True), ("gptq", "ort", "bf16", False), ("gptq", "onnx", "fp16", False),
+    ("gptq of 3 bits with zero points", "ort", "fp16", True), ("fp8", "ort", "bf16", False)])
+def test_what_fp16_and_bf16_round_is_not_called_lossless(form: str, target: str, dtype: str, lossless: bool,
+                                                         tmp_path: Path) -> None:
+    """float16 scales are cast in a bf16 graph; DequantizeLinear's products and plain numbers are of the graph's
+    format. MatMulNBits of fp16 reads codes, scales and zero points as the checkpoint has them."""
+    values = write_quantized(tmp_path / "checkpoint", *FORMATS[form][:2], intermediate_size=128)
+    done = export_onnx(tmp_path / "checkpoint", tmp_path / "b", ExportOptions(target=target, dtype=dtype, capacity=32))
+    assert {each.lossless for each in done.manifest.quantization.weights if each.name in values} == {lossless}
+
+
 @pytest.mark.parametrize("stored", ["Q4_1", "Q8_0", "Q5_0"])
 def test_a_gguf_file_is_kept_in_its_own_size(tmp_path: Path, stored: str) -> None:
     architecture, keys, _ = case("llama")

@@ -307,3 +307,36 @@ def test_a_calibration_text_lowers_the_error_of_the_logits(checkpoint: Path, tmp
 def test_a_text_without_quantizing_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with refused("E-OPTION-CALIBRATE"):
         export(checkpoint, tmp_path / "b", calibrate=tmp_path / "text.txt")
+
+
+@pytest.mark.parametrize(("dtype", "loss"), [("fp32", "lossless"), ("bf16", "rounded"), ("fp16", "rounded")])
+def test_a_plain_weight_of_fewer_bits_than_it_was_stored_in_is_rounded(checkpoint: Path, dtype: str,
+                                                                       loss: str) -> None:
+    lines = dry_run(checkpoint, ExportOptions(quantize="int8", head="none", dtype=dtype, capacity=64)).quantization
+    (line,) = [line for line in lines if "plain" in line]
+    assert line.strip().startswith("lm_head.weight: float32 -> ")
+    assert f"plain, {loss}, " in line
+    assert all("rounded" in line for line in lines if "MatMulNBits" in line)
+
+
+@pytest.mark.parametrize(("target", "methods"), [("ort", "int4 or int8"),
+                                                 ("trt-plugin", "int4 or int8 or fp8 or nvfp4")])
+@pytest.mark.parametrize("options", [{"calibrate": Path("text.txt")}, {"quantize": "int3"}])
+def test_a_fix_names_the_methods_that_the_target_takes(tmp_path: Path, target: str, methods: str,
+                                                       options: dict[str, Any]) -> None:
+    with pytest.raises(GqaExportError) as refusal:
+        export(tmp_path / "no such checkpoint", tmp_path / "b", target=target, **options)
+    named = methods if "calibrate" in options else methods.replace(" or ", ", ")
+    assert named in refusal.value.fix
+    assert ("fp8" in refusal.value.fix) == ("fp8" in methods)
+
+
+@pytest.mark.parametrize("target", ["trt-native", "trt-plugin"])
+@pytest.mark.parametrize("method", ["keep", "int8"])
+def test_rounded_inputs_of_products_are_refused_for_engines(tmp_path: Path, target: str, method: str) -> None:
+    """ONNX Runtime rounds them; of an engine the manifest would say what does not happen."""
+    with refused("E-TARGET-OPTION") as refusal:
+        export(tmp_path / "no such checkpoint", tmp_path / "b", target=target, quantize=method, activations="int8")
+    assert refusal.error.where == "--activations"
+    assert target in refusal.error.what
+    assert "leave out --activations" in refusal.error.fix

@@ -47,7 +47,7 @@ def graph_of(way: str, shape: tuple[int, ...]) -> onnx.ModelProto:
     weight = TensorProto(name="w", dims=shape, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
     weight.external_data.add(key="location", value="weights:w")
     node = helper.make_node
-    x = ["e", "t", COLUMNS] if way == "all" else ["t", 2, COLUMNS] if way in ("choices", "flat") else ["p", COLUMNS]
+    x = [EXPERTS, "t", COLUMNS] if way == "all" else ["t", 2, COLUMNS] if way in ("choices", "flat") else ["p", COLUMNS]
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, x)]
     constants = [constant("last", -1), constant("middle", -2), constant("stack", -1, ROWS, COLUMNS)]
     nodes, experts = [], "w"
@@ -154,6 +154,58 @@ def test_what_cannot_be_held_is_floating_point_numbers_with_a_reason(matrix: Qua
     assert bool(held.forms) == (not reason)
     assert reason in held.reason
     assert ("GatherND" in [node.op for node in loaded.nodes]) == bool(reason)
+
+
+def product_with_all(x: list[int | str], made: list[int] | None = None) -> onnx.ModelProto:
+    """x times a stack, x reshaped to `made` before if that is given."""
+    model = graph_of("all", (EXPERTS, COLUMNS, ROWS))
+    graph = model.graph
+    graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, x))
+    graph.output[0].CopyFrom(helper.make_empty_tensor_value_info("logits"))
+    graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
+    if made is not None:
+        graph.initializer.append(constant("made", *made))
+        graph.node[0].input[0] = "reshaped"
+        graph.node.insert(0, helper.make_node("Reshape", ["x", "made"], ["reshaped"], "a/Reshape_0"))
+    return model
+
+
+def lowered_ops(model: onnx.ModelProto, target: str) -> tuple[list[str], str]:
+    """Operators of the lowered graph, and why the stack is not held as codes."""
+    options = LowerOptions(target, quantized={"w": facts_of(stack(transposed=True))})
+    context = Context(SPEC, get_target(target), options, model)
+    loaded = edit.load(model)
+    run_passes(loaded, PASSES, context)
+    return [node.op for node in loaded.nodes], context.held["w"].reason
+
+
+@pytest.mark.parametrize("target", ["ort", "onnx"])
+@pytest.mark.parametrize("x", [[EXPERTS, EXPERTS, 7, COLUMNS], [EXPERTS, COLUMNS], [4, COLUMNS],
+                               [1, EXPERTS, 7, COLUMNS], [1, 7, COLUMNS], ["e", 7, COLUMNS], [1, EXPERTS, COLUMNS]])
+def test_a_product_that_repeats_its_input_for_experts_stays_as_it_is(x: list[int | str], target: str) -> None:
+    """Split along its first axis, it would be another product: for `[5, 5, 7, K]` and five experts a silent one."""
+    ops, reason = lowered_ops(product_with_all(x), target)
+    assert ops == ["MatMul"]
+    assert "not known to be rows of each expert, [5, rows, columns]" in reason
+
+
+@pytest.mark.parametrize(("x", "made"), [([EXPERTS, "t", COLUMNS], None), (["t", COLUMNS], [EXPERTS, -1, COLUMNS])])
+def test_rows_of_each_expert_are_known_by_what_makes_them(x: list[int | str], made: list[int] | None) -> None:
+    ops, reason = lowered_ops(product_with_all(x, made), "onnx")
+    assert ops.count("DequantizeLinear") == EXPERTS
+    assert reason == ""
+
+
+@pytest.mark.parametrize(("way", "x"), [("rows", [3, "p", COLUMNS]), ("rows", [1, COLUMNS]),
+                                        ("choices", [4, "t", 2, COLUMNS])])
+def test_rows_that_are_not_one_for_each_index_stay_as_they_are(way: str, x: list[int | str]) -> None:
+    model = graph_of(way, (EXPERTS, ROWS, COLUMNS))
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, x))
+    context = Context(SPEC, get_target("ort"), LowerOptions("ort", quantized={"w": facts_of(stack())}), model)
+    loaded = edit.load(model)
+    run_passes(loaded, PASSES, context)
+    assert "do not multiply one row each" in context.held["w"].reason
+    assert "GatherND" in [node.op for node in loaded.nodes]
 
 
 def test_an_expert_is_as_many_bytes_as_its_part_of_the_stack() -> None:

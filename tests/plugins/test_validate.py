@@ -153,8 +153,8 @@ def test_given_a_bound_lengths_are_never_read(monkeypatch) -> None:
 
     seen = []
     monkeypatch.setattr(validate, "check_lengths", read)
-    monkeypatch.setattr(ops, "attend_in_place", lambda *arguments: seen.append(arguments[-3:]))
+    monkeypatch.setattr(ops, "attend_in_place", lambda *arguments: seen.append(arguments[-5:]))
     api.grouped_query_attention(**call(max_length=9))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     api.grouped_query_attention(**call())
-    assert seen == [(9, "triton", False), (C, "triton", False)]
+    assert seen == [(9, "triton", False, 0.0, 0.0), (C, "triton", False, 0.0, 0.0)]

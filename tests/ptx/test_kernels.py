@@ -95,7 +95,8 @@ def test_kernels_compile_without_new_lengths(kernel: str) -> None:
 
     variant = Variant(kernel, "bf16", 4, 64, 64, {"decode": 4, "prefill": 128}.get(kernel, 0))
     made_as = recipe(variant, 80)
-    kinds = {name: kind.replace("T", "bf16") for name, kind in made_as.arguments if name != "new_lengths_ptr"}
+    kinds = {name: kind.replace("T", "bf16").replace("C", "bf16") for name, kind in made_as.arguments
+             if name != "new_lengths_ptr"}
     signature = {name: kinds.get(name, "constexpr") for name in made_as.kernel.arg_names}
     made = triton.compile(ASTSource(made_as.kernel, signature, {**made_as.constants, "new_lengths_ptr": None}),
                           target=GPUTarget("cuda", 80, 32), options=made_as.options)

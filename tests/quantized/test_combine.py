@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from gqa_export.quantized.combine import joinable, joined, reordered, some_rows
+from gqa_export.quantized.combine import joinable, joined, one_scale, reordered, some_rows
+from gqa_export.quantized.experts import matrix_named
 from gqa_export.quantized.matrix import QuantizedMatrix, Stripe
 from gqa_export.quantized.packed_bits import pack_bits, unpack_bits
 
@@ -41,6 +45,20 @@ def test_rows_in_another_order_and_one_below_the_other() -> None:
         for stop in range(start, 10):
             np.testing.assert_array_equal(both.dequantize(start, stop), whole[start:stop])
     assert joined([first, second], (3, 3, 8)).parameter().shape == (3, 3, 8)
+
+
+@pytest.mark.parametrize("rearranged", [lambda m: reordered(m, np.arange(m.rows)[::-1]), lambda m: some_rows(m, 2, 5),
+                                        lambda m: joined([m, m]), lambda m: matrix_named("w[1/2]", m)])
+def test_a_stored_tensor_is_not_what_other_rows_are_made_of(rearranged: Callable[[QuantizedMatrix], QuantizedMatrix]
+                                                            ) -> None:
+    """`--weights link` would take the bytes of the whole for them."""
+    found = rearranged(replace(made(6, 1), in_place="w.codes", scales_in_place="w.scales"))
+    assert (found.in_place, found.scales_in_place) == ("", "")
+
+
+def test_scales_that_were_multiplied_are_not_the_stored_ones() -> None:
+    found = one_scale(replace(made(6, 1), global_scale=0.5, in_place="w.codes", scales_in_place="w.scales"))
+    assert (found.in_place, found.scales_in_place) == ("w.codes", "")
 
 
 def test_matrices_of_different_forms_are_not_joined() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import ml_dtypes
 import numpy as np
 import pytest
 
+from gqa_export.quantized.facts import Form
 from gqa_export.quantized.matrix import LEVELS, QuantizedMatrix, Stripe
 
 
@@ -68,3 +71,16 @@ def test_forms_that_do_not_exist_are_not_made(wrong: dict) -> None:
 def test_a_stripe_of_another_form_is_found(stripe: Stripe) -> None:
     with pytest.raises(ValueError, match=r"^test: "):
         matrix(stripe).dequantize()
+
+
+@pytest.mark.parametrize("change", [
+    {"operator": "MatMulNBits"}, {"bits": 4}, {"block": 64}, {"zeros": True}, {"shift": True}, {"half": True},
+    {"signed": True}, {"columns_first": True}, {"kind": "e2m1"}, {"scales": "bfloat16"}, {"per": "row"},
+    {"positive": True}])
+def test_forms_that_differ_in_anything_have_names_of_their_own(change: dict[str, object]) -> None:
+    """Parts of two forms of one matrix would be taken for one another."""
+    form = Form("DequantizeLinear", 8, 32, kind="e4m3", scales="float32")
+    assert replace(form, **change).key != form.key
+    assert {field.name for field in fields(Form)} == {
+        "operator", "bits", "block", "zeros", "shift", "half", "signed", "columns_first", "kind", "scales", "per",
+        "positive"}, "a new field: let the key tell it, and name it above"

@@ -100,9 +100,12 @@ def test_the_least_fp64_number_fits_a_tensor_made_without_a_type() -> None:
     """XGLM masks with it."""
     with _Widen(torch.nn.Linear(1, 1)):
         made = torch.full((), torch.finfo(torch.float64).min)
+        named = torch.full(size=(2,), fill_value=torch.finfo(torch.float64).min)
+        mixed = torch.full((2,), fill_value=torch.finfo(torch.float64).min)
         counted = torch.full((2,), 3)
-    assert made.dtype == torch.float64
-    assert made == torch.finfo(torch.float64).min
+    for each in (made, named, mixed):
+        assert each.dtype == torch.float64
+        assert (each == torch.finfo(torch.float64).min).all()
     assert counted.dtype == torch.int64
 
 

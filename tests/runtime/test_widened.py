@@ -9,6 +9,7 @@ import gqa_models
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
@@ -87,6 +88,53 @@ def test_a_shared_matrix_is_never_changed_in_place(change) -> None:
     with torch.no_grad(), pytest.raises(TypeError, match="cannot be changed in place"):
         change(widened(model).weight)
     assert torch.equal(model.weight, before)
+
+
+CALLS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "linear by name": lambda w, x, b: functional.linear(input=x, weight=w, bias=b),
+    "linear without a bias": lambda w, x, b: functional.linear(input=x, weight=w),
+    "linear, half by name": lambda w, x, b: functional.linear(x, weight=w, bias=b),
+    "the matrix times itself": lambda w, x, b: functional.linear(w, w),
+    "the matrix as rows": lambda w, x, b: functional.linear(weight=x, input=w),
+    "addmm": lambda w, x, b: torch.addmm(input=b, mat1=x, mat2=w.t()),
+    "addmm to the matrix": lambda w, x, b: torch.addmm(input=w, mat1=x.new_ones(30, 2), mat2=x.new_ones(2, 20)),
+    "matmul": lambda w, x, b: torch.matmul(input=w, other=x.t()),
+    "transposed by name": lambda w, x, b: torch.transpose(input=w, dim0=0, dim1=1) @ b,
+    "einsum": lambda w, x, b: torch.einsum("nk,tk->tn", w, x),
+    "embedding": lambda w, x, b: functional.embedding(input=torch.tensor([3, 7]), weight=w),
+    "stacked": lambda w, x, b: torch.cat(tensors=[w, x]),
+    "sum": lambda w, x, b: torch.sum(input=w, dim=0),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_by_name_computes_in_fp64_too(call: str) -> None:
+    weight = widened(torch.nn.Linear(20, 30)).weight
+    assert isinstance(weight, Widened)
+    values, bias = torch.randn(5, 20, dtype=torch.float64), torch.randn(30, dtype=torch.float64)
+    got, expected = (CALLS[call](each, values, bias) for each in (weight, weight.double()))
+    assert got.dtype == torch.float64
+    # sums of up to 30 terms of size 1 in fp64; fp32 anywhere on the way would show as 1e-7
+    assert (got - expected).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("change", [lambda p: torch.relu_(input=p), lambda p: torch.nn.init.normal_(tensor=p),
+                                    lambda p: torch.add(p, 1.0, out=p), lambda p: torch.neg(input=p.double(), out=p)])
+def test_a_call_by_name_changes_no_shared_matrix(change: Callable[[torch.Tensor], object]) -> None:
+    model = torch.nn.Linear(20, 30)
+    before = model.weight.detach().clone()
+    with torch.no_grad(), pytest.raises(TypeError, match="cannot be changed in place"):
+        change(widened(model).weight)
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("call", [lambda w: functional.linear(weight=w), lambda w: functional.linear(w),
+                                  lambda w: functional.linear(w, w, inputs=w),
+                                  lambda w: functional.linear(w, w, weight=w),
+                                  lambda w: functional.linear(w, w, None, w)])
+def test_a_call_that_torch_refuses_is_refused(call: Callable[[torch.Tensor], object]) -> None:
+    with pytest.raises(TypeError):
+        call(widened(torch.nn.Linear(20, 30)).weight)
 
 
 def test_a_copy_of_a_shared_model_has_memory_of_its_own() -> None:

@@ -248,6 +248,14 @@ def test_what_ranks_do_not_hold_is_refused_by_name(options, code, llama, tmp_pat
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("method", ["int4", "fp8", "rules.toml"])
+def test_quantizing_for_ranks_is_refused_before_anything_is_read(method, tmp_path):
+    """The fix is not `--quantize dequantize`, which is for checkpoints that hold codes."""
+    with refused("E-MODEL-QUANTIZED-RANKS", UnsupportedModel) as refusal:
+        exported(tmp_path / "no such checkpoint", tmp_path / "b", 2, weights="copy", quantize=method)
+    assert refusal.error.fix == "leave out --quantize or --tensor-parallel"
+
+
 def test_an_adapter_is_merged_before_the_weights_are_cut(llama, tmp_path):
     """Rows of all ranks, one below the other, are those of the merged model; columns beside one another."""
     import transformers

@@ -64,7 +64,8 @@ def test_codes_are_kept_and_the_graph_means_them(tmp_path: Path, form: str, targ
     kind = FORMATS[form][2]
     assert {(each.kind, each.operator) for each in held} == {(kind, "DequantizeLinear")}
     if kind != "int":
-        assert all(each.lossless for each in held)
+        # powers of two cost no digit of bf16, and fp16's range may be too small for them; other scales have too many
+        assert {each.lossless for each in held} == {(form, dtype) == ("MXFP4", "bf16")}
         types = {tensor.data_type for tensor in onnx.load(tmp_path / "bundle" / "model.onnx",
                                                           load_external_data=False).graph.initializer}
         assert {"e4m3": onnx.TensorProto.FLOAT8E4M3FN, "e2m1": onnx.TensorProto.FLOAT4E2M1}[kind] in types

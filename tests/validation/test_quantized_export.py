@@ -10,10 +10,12 @@ from refusal import refused
 from small_text import SENTENCES, byte_tokenizer
 
 import gqa_export as gqa
-from gqa_export.bundle.manifest import MANIFEST
+from gqa_export.bundle.manifest import MANIFEST, Manifest
+from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.errors import InvalidBundle
 from gqa_export.quantizing.importance import FILE
+from gqa_export.validation.accuracy_level import rounded_inputs
 from gqa_export.validation.loss import LossRequest
 from gqa_export.validation.quantized_reference import requantized
 from gqa_export.validation.validate import validate
@@ -52,6 +54,20 @@ def test_a_matrix_that_the_checkpoint_does_not_have_is_refused(int4, checkpoint,
         validate(tmp_path / "b", checkpoint, steps=2)
 
 
+@pytest.mark.parametrize("fields", [{"name": "model.norm.weight"}, {"name": "model.layers.9.mlp.up_proj.weight"},
+                                    {"experts": 7}, {"experts": 7, "transposed": True}])
+@pytest.mark.parametrize("again", [True, False])
+def test_what_the_checkpoints_shapes_do_not_allow_is_refused(int4, checkpoint, fields, again):
+    """By what quantizes the weights again, and by what rounds the inputs of their products."""
+    quantization, opened = int4.manifest.quantization, open_checkpoint(checkpoint)
+    wrong = replace(next(each for each in quantization.weights if "up_proj" in each.name), **fields)
+    manifest = replace(int4.manifest, quantization=replace(quantization, weights=(wrong,)))
+    assert Manifest.from_json(manifest.to_json()) == manifest, "the manifest alone does not tell"
+    model = None if again else load_model(opened, "float32")
+    with refused("E-BUNDLE-QUANTIZATION", InvalidBundle):
+        requantized(opened, manifest) if again else rounded_inputs(manifest, opened, model)
+
+
 def test_a_bundle_holds_what_its_calibration_text_said(checkpoint, tmp_path):
     """Without that file the text is needed."""
     text, other = tmp_path / "text.txt", tmp_path / "other.txt"
@@ -71,3 +87,24 @@ def test_a_bundle_holds_what_its_calibration_text_said(checkpoint, tmp_path):
             validate(tmp_path / "b", checkpoint, steps=2, loss=LossRequest(calibrate=given))
     again = requantized(open_checkpoint(checkpoint), without, text)
     assert set(again) == {weight.name for weight in without.quantization.weights}
+
+
+@pytest.mark.parametrize(("target", "method", "block", "held"), [
+    ("onnx", "rules", 32, (4, 32)), ("trt-native", "rules", 256, (4, 32)), ("ort", "int8", 128, (8, 32))])
+def test_a_matrix_is_quantized_again_as_it_was_where_the_graph_holds_it_in_other_blocks_or_bits(
+        tmp_path, target, method, block, held):
+    """DequantizeLinear has no codes of two bits, and no operator blocks of 96: `down_proj` has one scale a row."""
+    source = write_tiny("llama", tmp_path / "ck", num_hidden_layers=1, intermediate_size=96)
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rule]]\nmatch = "*"\nbits = 2\n')
+    bundle = gqa.export(source, tmp_path / "b", target=target, capacity=64, dtype="fp32", block=block,
+                        quantize=rules if method == "rules" else method)
+    found = {each.name: each for each in bundle.manifest.quantization.weights}["model.layers.0.mlp.down_proj.weight"]
+    assert (found.bits, found.block) == held
+    #     assert (found.rounded_bits, found.rounded_block) == (2 if method == "rules" else 8, min(block, 96))
+    line = next(line for line in bundle.manifest.quantization.lines() if "down_proj" in line)
+    assert f"{held[0]} bits, {found.operator}, block {held[1]}" in line
+    assert ("rounded to 2 bits" in line) == (method == "rules")
+    assert ("a scale for 96 columns" in line) == (block > 32)
+    verdict = validate(tmp_path / "b", source, steps=2)
+    assert verdict.passed, verdict.first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import torch
 from checkpoint.quantized import test_gptq_awq as gptq_awq
 from gguf_models import case, tensors_of, write_case
 from quantized_checkpoints import write_quantized
+from refusal import refused
 
 from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
+from gqa_export.errors import InvalidBundle
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
-from gqa_export.validation.accuracy_level import RoundInputs, rounded_inputs
+from gqa_export.validation.accuracy_level import RoundedInput, RoundInputs, rounded_inputs
 
 TOKENS = np.array([[1, 5, 7, 2, 9, 30, 4, 11]], np.int64)
 
@@ -66,3 +69,27 @@ def test_the_baseline_rounds_as_the_export_does(form: str, target: str, tmp_path
     assert moved > 1e-3 * np.linalg.norm(plain), "nothing was rounded"
     # fp32 sums in another order; a value between two codes may go either way, which moves one of some hundred
     assert np.linalg.norm(got - emulated) < 0.1 * moved
+
+
+def test_blocks_that_the_checkpoint_does_not_have_are_refused(tmp_path: Path) -> None:
+    source = FORMS["minima"](tmp_path)
+    manifest = export_onnx(source, tmp_path / "kept", ExportOptions(target="ort", dtype="fp32", capacity=32)).manifest
+    assert manifest.quantization is not None
+    wrong = tuple(replace(each, block=16) if each.block else each for each in manifest.quantization.weights)
+    edited = replace(manifest, quantization=replace(manifest.quantization, weights=wrong))
+    checkpoint = open_checkpoint(str(source))
+    with refused("E-BUNDLE-QUANTIZATION", InvalidBundle) as refusal:
+        rounded_inputs(edited, checkpoint, load_model(checkpoint, "float32"))
+    assert "blocks of 16 columns" in refusal.error.what
+
+
+def test_a_product_whose_arguments_have_names_is_rounded_too() -> None:
+    values, weight, bias = torch.randn(3, 32), torch.randn(8, 32), torch.randn(8)
+    linear = torch.nn.functional.linear
+    with RoundInputs({id(weight): RoundedInput(16)}):
+        by_place = linear(values, weight, bias)
+        by_name = [linear(input=values, weight=weight, bias=bias), linear(values, weight=weight, bias=bias)]
+        other = linear(input=values, weight=weight + 0)
+    assert not torch.equal(by_place, linear(values, weight, bias))
+    assert all(torch.equal(each, by_place) for each in by_name)
+    assert torch.equal(other, linear(values, weight))

@@ -39,7 +39,7 @@ def whole_bytes(tensor: StoredTensor, scales: Scales, label: str, names: tuple[s
         return Stripe(codes.view(np.int8) if kind == "int" else codes, scales.read(start, stop))
 
     return QuantizedMatrix(tensor.shape, 8, scales.block, kind, "none", label, stripe, row_block=scales.row_block,
-                           scale_dtype=scales.dtype, tensors=names, **more)
+                           scale_dtype=scales.dtype, powers=scales.powers, tensors=names, **more)
 
 
 def nibbles(tensor: StoredTensor, shape: tuple[int, ...], kind: str, scales: Scales, label: str,
@@ -53,7 +53,7 @@ def nibbles(tensor: StoredTensor, shape: tuple[int, ...], kind: str, scales: Sca
                       scales.read(start, stop))
 
     return QuantizedMatrix(shape, 4, scales.block, kind, "none", label, stripe, row_block=scales.row_block,
-                           scale_dtype=scales.dtype, tensors=names, **more)
+                           scale_dtype=scales.dtype, powers=scales.powers, tensors=names, **more)
 
 
 def integers(read: Rows, zeros: Rows | None, scales: Scales, shape: tuple[int, ...], bits: int, label: str,

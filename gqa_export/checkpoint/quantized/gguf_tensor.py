@@ -12,6 +12,8 @@ from ...quantized.matrix import QuantizedMatrix, Stripe
 from ..gguf_header import GgufHeader
 from .ggml_blocks import BLOCK_TYPES, stripe_of
 
+POWERS = ("MXFP4",)
+"""types whose scales are powers of two"""
 HALF = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
 """types whose scales and minima are stored as float16; the others' are products of such a number and another"""
 
@@ -38,4 +40,5 @@ def stored_matrix(header: GgufHeader, name: str) -> QuantizedMatrix | None:
         return stripe_of(block, rows[start:stop])
 
     return QuantizedMatrix(shape, block.bits, block.block, block.kind, block.offset, f"GGUF {block.name}", read,
-                           scale_dtype="float16" if block.name in HALF else "float32", tensors=(name,))
+                           scale_dtype="float16" if block.name in HALF else "float32", powers=block.name in POWERS,
+                           tensors=(name,))

@@ -24,12 +24,14 @@ class Scales(NamedTuple):
         block: columns that share one.
         row_block: rows that share one.
         dtype: see `QuantizedMatrix.scale_dtype`.
+        powers: all are powers of two.
     """
 
     read: Rows
     block: int
     row_block: int = 1
     dtype: str = "float32"
+    powers: bool = False
 
 
 def held_in(tensor: StoredTensor) -> str:
@@ -54,6 +56,13 @@ def scales_of(stored: Stored, name: str, tensor: StoredTensor, shape: tuple[int,
     Raises:
         InvalidCheckpoint: the shape of the tensor is not one of these.
     """
+    found = _scales(stored, name, tensor, shape, group, rectangle)
+    return found._replace(powers=tensor.dtype in ("uint8", E8M0))
+
+
+def _scales(stored: Stored, name: str, tensor: StoredTensor, shape: tuple[int, ...], group: int,
+            rectangle: tuple[int, int] | None) -> Scales:
+    """As `scales_of`."""
     rows, columns = prod(shape[:-1]), shape[-1]
     mx = columns % MX_BLOCK == 0 and tensor.shape == (*shape[:-1], columns // MX_BLOCK)
     if mx and tensor.dtype in ("uint8", E8M0):  # scales of rectangles have fewer rows, whatever a description says

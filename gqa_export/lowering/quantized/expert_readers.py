@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 from ...graph import match
+from ...graph.known_shape import Shape, known_shape
 from ...quantized.experts import stack_in
 
 SWAP = [0, 2, 1]
-SAME_RANK = ("TopK", "Softmax", "Sigmoid", "Cast", "Clip", "Identity", "Min")
-"""operators whose results have as many axes as their first input"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +106,10 @@ def _products(graph: gs.Graph, view: _View, node: gs.Node) -> list[ExpertProduct
             found += each
         return found
     if match.is_op(node, "MatMul") and node.inputs[1] is view.tensor and node.inputs[0] is not view.tensor:
+        shape = known_shape(node.inputs[0])
+        if shape is None or len(shape) != 3 or shape[0] != view.experts:
+            return ("a product with all of them has an input that is not known to be rows of each expert, "
+                    f"[{view.experts}, rows, columns]")
         return [ExpertProduct(node, view.name, view.experts, node.inputs[0], None, False, True, not view.swapped)]
     ids = _ids(node, view)
     if ids is None:
@@ -115,7 +118,8 @@ def _products(graph: gs.Graph, view: _View, node: gs.Node) -> list[ExpertProduct
     readers = match.consumers(picked)
     if not readers or match.is_output(graph, picked):
         return "matrices that were picked by index are read by nothing"
-    products, rank = [], _rank(ids)
+    products, chosen = [], known_shape(ids)
+    rank = len(chosen or ())
     for reader in readers:
         if not match.is_op(reader, "MatMul") or (reader.inputs[0] is picked) == (reader.inputs[1] is picked):
             return f"{reader.op} reads matrices that were picked by index"
@@ -123,6 +127,8 @@ def _products(graph: gs.Graph, view: _View, node: gs.Node) -> list[ExpertProduct
         x = _without_axis(reader.inputs[1 if first else 0], -1 if first else -2, rank + 1 if rank else 0)
         if x is None:
             return "a matrix that was picked by index multiplies more than one row"
+        if not _one_for_each(known_shape(x), chosen):
+            return "matrices that were picked by index do not multiply one row each"
         products.append(ExpertProduct(reader, view.name, view.experts, x, ids, rank == 1, not first,
                                       view.swapped == first))
     return products
@@ -149,16 +155,11 @@ def _without_axis(tensor: gs.Tensor, axis: int, rank: int | None) -> gs.Tensor |
     return node.inputs[0] if fits else None
 
 
-def _rank(tensor: gs.Tensor, steps: int = 8) -> int:
-    """How many axes a tensor has; 0 where that is not known."""
-    if tensor.shape is not None:
-        return len(tensor.shape)
-    node = match.producer(tensor)
-    if node is None or not steps:
-        return 0
-    if node.op in ("Reshape", "Expand"):
-        shape = match.const_value(node.inputs[1])
-        return 0 if shape is None else shape.size
-    if node.op == "Gemm":
-        return 2
-    return _rank(node.inputs[0], steps - 1) if node.op in SAME_RANK else 0
+def _one_for_each(rows: Shape | None, ids: Shape | None) -> bool:
+    """Whether rows go to indices one by one, as far as is known. Those of several axes of indices are repeated where
+    they are too few (`[.., 1, K]`); those of one axis are taken as they are."""
+    if rows is None or not ids:
+        return True
+    if len(ids) > 1:
+        return len(rows) <= len(ids) + 1
+    return len(rows) == 2 and (rows[0] != 1 or ids[0] == 1)

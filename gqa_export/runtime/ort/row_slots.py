@@ -34,6 +34,8 @@ class OrtRowSlots(RowSlots):
     _target: Target
     _static: bool
     _buffer: int
+    first_room = 0
+    """tokens of the buffer of a growing cache at first; 0: BUFFER"""
     _cached: int
     _past: list[Any]
     _kv: KvCache | None

@@ -49,7 +49,7 @@ class OrtSession(OrtRowSlots):
     Attributes:
         whole_row_masks: send masks whose ones come first in the whole row, as onnxruntime-genai's Engine does, to a
             target that takes both kinds (`Target.whole_row_masks`): the suite compares both.
-        long_calls: how many calls ran the graph for long prompts.
+        long_calls: how many calls ran the graph for long prompts. buffered: a growing cache lies in a buffer.
     """
 
     def __init__(self, manifest: Manifest, backend: Backend, target: Target, capacity: int,
@@ -59,16 +59,15 @@ class OrtSession(OrtRowSlots):
         self._plan = manifest.long.plan if manifest.long and open_long else None
         self._open_long = open_long
         self._long: Backend | None = None
-        self.long_calls = 0
         self._backend, self._target, self.whole_row_masks = backend, as_exported(target, manifest), False
-        self._folder, self._adapter = folder, ""
+        self._folder, self._adapter, self.long_calls = folder, "", 0
         self._windows, self._cached = manifest.window_cache, 2 * len(manifest.spec.owners)
         writes = target.writes_in_place(manifest.fallbacks)
         # as onnxruntime-genai does with any bundle of these targets, whose nodes are the same for both kinds of cache
-        self._buffered = (writes and target.genai and manifest.cache == "growing" and self._windows is None
-                          and self._plan is None and isinstance(backend, BindingBackend) and backend.device == "cpu"
-                          and 2 * len(manifest.spec.layers) == self._cached)
-        self._static = manifest.cache == "static" or self._buffered
+        self.buffered = (writes and target.genai and manifest.cache == "growing" and self._windows is None
+                         and self._plan is None and isinstance(backend, BindingBackend) and backend.device == "cpu"
+                         and 2 * len(manifest.spec.layers) == self._cached)
+        self._static = manifest.cache == "static" or self.buffered
         self._inplace = self._static and writes
         self._dtype = numpy_dtype(DTYPES.get(manifest.dtype, manifest.dtype))
         self._kv, self._cache_dtype = manifest.kv_cache, np.dtype(getattr(manifest.kv_cache, "dtype", self._dtype))
@@ -78,17 +77,17 @@ class OrtSession(OrtRowSlots):
     def load(cls, folder: Path | str, provider: str = "auto", *, infer: Infer | None = None,
              capacity: int | None = None, low_memory: bool = False, threads: int = 0,
              config: dict[str, str] | None = None, target: Target | None = None,
-             approximate: bool = False) -> OrtSession:
+             approximate: bool = False, opened: Any = None) -> OrtSession:
         """Open a bundle.
 
         Args:
-            folder: of the bundle.
-            provider: "auto", "cpu" or "cuda".
+            folder: of the bundle. provider: "auto", "cpu" or "cuda".
             infer: runs the graph (dict of arrays in, dict of arrays out) in place of a session of ONNX Runtime.
             capacity: tokens per sequence, at most the bundle's; None is the bundle's.
             low_memory, threads, config: see `gqa_export.runtime.ort.loading.open_session`.
             target: another row of the table than the manifest's (`gqa_export.targets.on_cpu`).
             approximate: run long prompts by the bundle's graph for them, where it has one and it pays.
+            opened: a session of ONNX Runtime that has this bundle's graph; None opens one.
 
         Raises:
             InvalidBundle: the bundle is damaged, or its graph is not the manifest's.
@@ -117,7 +116,8 @@ class OrtSession(OrtRowSlots):
         open_long: Callable[[], Backend] | None = None
         if infer is None:
             provider = choose_provider(provider, dtype, target.dtypes)
-            session = open_session(folder, manifest, provider, low_memory=low_memory, threads=threads, config=config)
+            session = opened or open_session(folder, manifest, provider, low_memory=low_memory, threads=threads,
+                                             config=config)
             backend = BindingBackend(session, provider, element, pasts, presents, len(spec.states), hidden)
             if approximate and manifest.long:
                 def open_long() -> Backend:
@@ -167,7 +167,7 @@ class OrtSession(OrtRowSlots):
             raise GqaExportError(f"batch size must be at least 1, got {batch}", "reset", "give at least one sequence",
                                  code="E-RUN-BATCH")
         self._begin_rows(batch)
-        self._buffer = min(self.capacity, BUFFER) if self._buffered else 0
+        self._buffer = min(self.capacity, self.first_room or BUFFER) if self.buffered else 0
         width = self._kv.width if self._kv else int
         self._past = [self._backend.upload(np.zeros((batch, layer.kv_num_heads, self._room(layer), width(size)),
                                                     self._cache_dtype))
