@@ -79,7 +79,7 @@ def bisect(bundle: Path, against: str | Path, ignore_unused: bool = False) -> Bi
     Raises:
         InvalidBundle: the bundle is damaged.
         InvalidCheckpoint: the checkpoint has tensors that its model does not use.
-        UnsupportedModel: its layers keep states of fixed size, or rings in place of the whole capacity.
+        UnsupportedModel: its layers keep states of fixed size, or rings, or codes in place of numbers.
         GqaExportError: it holds an engine, or the names of its nodes do not tell the layers.
         NotCheckedHere: PyTorch does not fit in memory.
     """
@@ -98,6 +98,9 @@ def bisect(bundle: Path, against: str | Path, ignore_unused: bool = False) -> Bi
         raise UnsupportedModel("bisect does not know the states of fixed size that layers of this model keep",
                                str(bundle), "validate it: the verdict names the first layer whose state differs",
                                code="E-VALIDATE-BISECT-STATES")
+    if manifest.kv_cache is not None:
+        raise UnsupportedModel("bisect feeds PyTorch's numbers, which a cache of codes does not take", str(bundle),
+                               "export without --kv-cache and bisect that", code="E-VALIDATE-BISECT-CODES")
     if manifest.window_cache is not None:
         raise UnsupportedModel("bisect feeds whole prompts, which caches that are rings do not take", str(bundle),
                                "export with --window-cache full and bisect that", code="E-VALIDATE-BISECT-RINGS")
@@ -116,8 +119,7 @@ def bisect(bundle: Path, against: str | Path, ignore_unused: bool = False) -> Bi
         done: list[str] = []
         for probe in probes(manifest):
             done.append(probe.name)
-            finding = search.look(probe)
-            if finding is not None:
+            if (finding := search.look(probe)) is not None:
                 return Bisection(finding, done, search.hidden, notes)
         return Bisection(None, done, search.hidden, notes)
 
@@ -175,14 +177,12 @@ class _Search:
                found: dict[str, np.ndarray]) -> Finding | None:
         assert self.marked is not None
         first = self._sum(found, 0)
-        wrong = _worst(probe, -1, EMBEDDING, [row.layers[0].hidden for row in rows],
-                       [first[b, :n] for b, n in enumerate(tokens)]) if first is not None else None
-        if wrong:
+        if first is not None and (wrong := _worst(probe, -1, EMBEDDING, [row.layers[0].hidden for row in rows],
+                                                  [first[b, :n] for b, n in enumerate(tokens)])):
             return wrong
         places = self._places(rows[0], tokens[0], found)
         for number in range(len(self.layers)):
-            wrong = self._layer(probe, number, rows, tokens, found, places)
-            if wrong:
+            if wrong := self._layer(probe, number, rows, tokens, found, places):
                 return wrong
         logits = found[LOGITS]
         last = logits.shape[1] != max(tokens)

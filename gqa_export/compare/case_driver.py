@@ -49,11 +49,22 @@ class Choice:
 
 
 @dataclass
+class CodeShare:
+    """Codes of one case. apart: of the bundle, not nearest to the reference's numbers. own: the same of PyTorch in the
+    number format that is run. total: all that were looked at."""
+
+    apart: int = 0
+    own: int = 0
+    total: int = 0
+
+
+@dataclass
 class CaseLog:
     """What a case gave. bundle: every output of every step in the order of computation. baseline: per output, the
     largest error of PyTorch in the bundle's format (the same-dtype baseline); None where it was not run. eager_logits:
     largest difference of the bundle's logits to PyTorch in the bundle's format. worst: per output, the surroundings of
-    its largest gap."""
+    its largest gap. codes: of a quantized cache, those that are not the reference's; None where they were not
+    counted."""
 
     case: Case
     tally: LogitTally = field(default_factory=LogitTally)
@@ -65,6 +76,7 @@ class CaseLog:
     agreed: int = 0
     choices: list[Choice] = field(default_factory=list)
     parted: int | None = None
+    codes: CodeShare | None = None
     seconds: float = 0.0
 
 

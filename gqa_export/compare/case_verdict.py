@@ -18,7 +18,7 @@ class Location:
     """One element by name.
 
     Attributes:
-        step, phase: "prefill", "decode", or "cache": the whole cache at the end.
+        step, phase: "prefill", "decode", or "cache": the whole cache at the end; "codes": all codes that were written.
         output: such as "layer 3 key" or "logits".
         axes: batch, token (its place in the sequence), head, feature; or batch, token, id.
         max_abs: how far off it is. bound: how far it may be. nonfinite: elements that are NaN or infinite.
@@ -44,6 +44,10 @@ class Location:
     def __str__(self) -> str:
         if self.phase == "refusal":
             return f"case {self.case}: {self.output}: was answered, and must be refused"
+        if self.phase == "codes":
+            return (f"case {self.case}: {self.got:.1%} of the {self.output} are not those nearest to the reference's "
+                    f"keys and values, allowed {self.bound:.1%} (PyTorch in the same number format: "
+                    f"{self.expected:.1%}): the bundle rounds or scales them wrongly")
         place = ", ".join(f"{name} {value}" for name, value in self.axes.items())
         if self.nonfinite:
             wrong = f"got {self.got:g}, expected {self.expected:g} ({self.nonfinite} elements are NaN or infinite)"
@@ -58,7 +62,8 @@ class KindVerdict:
     """All outputs of one kind in one case; the numbers are those of the output nearest to (or farthest past) its bound.
 
     Attributes:
-        kind: "keys", "values", "states", "hidden states", "logits", "cache" or "refusal".
+        kind: "keys", "values", "states", "hidden states", "logits", "cache", "refusal", or "codes": then
+            the numbers are shares of the codes of a quantized cache (`gqa_export.compare.code_share`).
         max_abs: the largest |got - expected|. bound: what it may reach.
         same_dtype_baseline: the largest error of PyTorch in the number format that was run. basis: what decided the
             bound: see `Tolerance`.

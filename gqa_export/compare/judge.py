@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..graph_io import HIDDEN_STATES
 from .case_driver import CaseLog, Choice, Measured, quantity
 from .case_verdict import SHIPPED, CaseVerdict, KindVerdict, Location
+from .code_share import CODES, judge_codes
 from .error_trace import output_errors, step_errors
 from .tolerance import Tolerance, tolerance
 
@@ -20,7 +21,9 @@ def doubtful(verdict: CaseVerdict) -> bool:
     """Whether a case failed by so little that a lucky baseline may be why: everything finite, nothing more than NEAR
     times past its bound."""
     def near(kind: KindVerdict) -> bool:
-        return kind.first is not None and not kind.first.nonfinite and kind.max_abs <= NEAR * kind.bound
+        if kind.first is None or kind.kind == CODES:  # a share is no single draw
+            return False
+        return not kind.first.nonfinite and kind.max_abs <= NEAR * kind.bound
 
     parted = verdict.parted is None or verdict.parted.margin <= NEAR * verdict.logits.bound
     return not verdict.passed and parted and all(kind.passed or near(kind) for kind in verdict.kinds)
@@ -38,6 +41,8 @@ def judge(log: CaseLog, dtype: str, part: str = "") -> CaseVerdict:
               for output, scale in scales.items()}
     kinds = tuple(_judge_kind(kind, [one for one in log.bundle if _kind(one.output) == kind], bounds, log, name)
                   for kind in KINDS if any(_kind(one.output) == kind for one in log.bundle))
+    if log.codes is not None and log.codes.total:
+        kinds = (*kinds, judge_codes(log.codes, name, log.case.feeds - 1))
     limits = {output: limit.bound for output, limit in bounds.items()}
     outputs = output_errors(((label(one.output), quantity(one.output), one.step, one.difference.max_abs)
                              for one in log.bundle), limits)

@@ -146,6 +146,10 @@ class TorchSession(RowSlots):
         they are as right as its own."""
         self._followed = keys, values
 
+    def quantized_layers(self, row: int) -> list[Any]:
+        """The layers of one sequence's quantized cache (`gqa_export.runtime.quantized_cache.QuantizedLayer`)."""
+        return list(self._caches[row].layers)
+
     def states(self) -> list[np.ndarray]:
         """Every state of fixed size [B, *shape], as the export keeps it; zeros for a sequence without tokens."""
         rows = [states_of_row(cache, self._states) for cache in self._caches]

@@ -37,6 +37,10 @@ def check_target(manifest: Manifest, target: Target) -> None:
         raise GqaExportError(f"files for Polygraphy cannot be written for this bundle: {why}", "--polygraphy",
                              "export with --target ort, onnx or portable and --dtype fp32 for it",
                              code="E-OPTION-POLYGRAPHY")
+    if manifest.kv_cache is not None:
+        raise GqaExportError("files for Polygraphy cannot be written for this bundle: its cache holds codes, where "
+                             "either of two may be right", "--polygraphy", "export without --kv-cache for it",
+                             code="E-OPTION-POLYGRAPHY")
     if manifest.window_cache is not None:
         raise GqaExportError("files for Polygraphy cannot be written for this bundle: its windowed layers keep rings",
                              "--polygraphy", "export with --window-cache full for it", code="E-OPTION-POLYGRAPHY")

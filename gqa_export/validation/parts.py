@@ -37,9 +37,10 @@ class Comparison:
 
     def sessions(self, session: Session, fill_garbage: FillGarbage | None, follow: bool = True) -> Sessions:
         """The three that walk in step. follow: as `Sessions` has it, where the cache is quantized."""
+        follow = follow and self.manifest.kv_cache is not None
         return Sessions(self.known.session, self.known.eager, session, fill_garbage,
                         beside=self.manifest.engine is None and is_large(self.manifest), alike=self.known.alike,
-                        follow=follow and self.manifest.kv_cache is not None,
+                        follow=follow, count_codes=follow and self.dtype != "float32",
                         windows=(self.manifest.window_cache,) if self.manifest.window_cache else ())
 
     def exact(self, session: Session, fill_garbage: FillGarbage | None,

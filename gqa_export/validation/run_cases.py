@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from ..compare.case_driver import BUNDLE, EAGER, REFERENCE, CaseDriver, CaseLog
+from ..compare.case_driver import BUNDLE, EAGER, REFERENCE, CaseDriver, CaseLog, CodeShare
 from ..compare.cases import Case, Plan
 from ..compare.judge import doubtful, judge
 from ..environment.heap import give_back
 from ..progress import Progress
+from ..runtime.session import Step
 from .sessions import Sessions
 
 DEAR = 4.0
@@ -95,6 +96,19 @@ def masked(bundle: Any, whole_row: bool) -> Iterator[None]:
             bundle.whole_row_masks = False
 
 
+def count_codes(share: CodeShare, reference: Any, eager: Any, written: Step, counts: np.ndarray) -> None:
+    """Add the codes of one step. written: keys and values [B, K, S, D] of the bundle, one array for each layer. counts
+    [B]: new tokens. Both of PyTorch's sessions have just followed them."""
+    for row, count in enumerate(counts.tolist()):
+        if not count:
+            continue
+        for number, (exact, own) in enumerate(zip(reference.quantized_layers(row), eager.quantized_layers(row))):
+            key, value = (side[number][row, :, :count] for side in (written.keys or (), written.values or ()))
+            apart, total = exact.apart((key, value))
+            share.apart, share.total = share.apart + apart, share.total + total
+            share.own += exact.apart(own.own())[0]
+
+
 def run_case(sessions: Sessions, case: Case, last_only: bool, tick: Callable[[], None]) -> CaseLog:
     """Run one case. Polygraphy streams: a step's arrays are dropped before the next one runs."""
     from polygraphy.comparator import Comparator
@@ -116,7 +130,13 @@ def run_case(sessions: Sessions, case: Case, last_only: bool, tick: Callable[[],
     if leader is not None:  # called first: the others look at what it wrote
         runners = [runners.pop(), *runners]
         pairs = [((one + 1) % len(runners), (two + 1) % len(runners)) for one, two in pairs]
-    driver = CaseDriver(case, np.concatenate(case.prompts), tick)
+    def after() -> None:
+        if counted is not None and sessions.eager is not None:
+            count_codes(counted, sessions.reference, sessions.eager, bundle.written, driver.new_lengths)
+        tick()
+
+    driver = CaseDriver(case, np.concatenate(case.prompts), after)
+    counted = driver.log.codes = CodeShare() if sessions.count_codes and leader is not None else None
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         stream = Comparator.run(runners, data_loader=driver.feeds(), streaming=True)
         Comparator.compare_accuracy(stream, comparisons=pairs, compare_func=driver.compare)

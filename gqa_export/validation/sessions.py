@@ -19,12 +19,15 @@ from ..errors import GqaExportError, InvalidCheckpoint, NotCheckedHere
 from ..graph_io import HIDDEN_STATES
 from ..quantized.kv_codes import TIE, limits
 from ..runtime.session import Session
-from ..spec import WindowCache
+from ..spec import KvCache, WindowCache
 
 FillGarbage = Callable[[tuple[float, ...]], None]
 """fills the part of the cache beyond the lengths with these values before every later call; (): leaves it as it is"""
 
 
+FP8_UNITS = 16
+"""an 8-bit float of 3 bits of mantissa is at most this many of its own units"""
+MOST_TIE = 0.45
 SMALL_BYTES = 1 << 25
 """models below this run on one thread: several threads wait for one another longer than they work"""
 
@@ -44,6 +47,8 @@ class Sessions:
     """numbers of the layers whose keys, values and cache are compared (`cached_layers`); None: all"""
     follow: bool = False
     """the cache is quantized: PyTorch takes the bundle's codes where they are as right as its own"""
+    count_codes: bool = False
+    """count the codes of the bundle that are not nearest to the reference's numbers, taken or not"""
     windows: tuple[WindowCache, ...] = ()
     """rings of the bundles: what they hold no longer is not compared"""
     hidden: bool = True
@@ -68,12 +73,14 @@ def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
     if numbers * 8 > room:
         raise NotCheckedHere(f"the comparison needs {numbers * 8 / 1e9:.0f} GB of memory, {room / 1e9:.0f} are free",
                              checkpoint.source, "validate on a machine with more memory", code="E-VALIDATE-MEMORY")
-    # fp64 shares what the checkpoint holds; matrices that are quantized once more are fp64 beside the baseline's fp32
-    quantized = manifest.quantization is not None and manifest.quantization.method not in KEPT
+    # fp64 shares what the checkpoint holds; matrices that are quantized once more, and the values of kept codes in the
+    # fp32 twin, are fp64 beside the baseline's fp32
+    method = "" if manifest.quantization is None else manifest.quantization.method
+    quantized = bool(method) and (method not in KEPT or (method == KEPT[0] and ran_dtype != manifest.dtype))
     needed = numbers * (16 if quantized else 8)
     reference_dtype = "float64" if needed <= room else "float32"
     kv = manifest.kv_cache
-    tie = 0.0 if kv is None else max(TIE, limits(kv.bits)[1] * FLOOR_ULPS[ran_dtype] * EPSILON[ran_dtype])
+    tie = 0.0 if kv is None else tie_of(kv, ran_dtype)
     hidden = any(fact.name == HIDDEN_STATES for fact in manifest.outputs)
     reference = TorchSession(model, manifest.capacity, reference_dtype, spec=manifest.spec, kv=kv, tie=tie,
                              hidden=hidden)
@@ -85,6 +92,14 @@ def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
         model = load_model(checkpoint, ran_dtype)
     return reference, TorchSession(model, manifest.capacity, ran_dtype, spec=manifest.spec, kv=kv,
                                    tie=tie, hidden=hidden), reference_dtype
+
+
+def tie_of(kv: KvCache, dtype: str) -> float:
+    """How far from the middle between two codes, in parts of their distance, a number may be that becomes either: what
+    rounding in this format does to the largest code. Never half: every code would be right then that is next to the
+    number."""
+    most = FP8_UNITS if kv.codes == "fp8" else limits(kv.bits)[1]
+    return min(MOST_TIE, max(TIE, most * FLOOR_ULPS[dtype] * EPSILON[dtype]))
 
 
 def is_large(manifest: Manifest) -> bool:

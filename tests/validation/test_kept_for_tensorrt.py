@@ -4,9 +4,11 @@ format: the graph computes what the codes mean, and what a wrong scale would mak
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 from checkpoint.quantized import test_compressed_tensors as compressed
 from checkpoint.quantized import test_gptq_awq as gptq_awq
@@ -15,8 +17,11 @@ from checkpoint.quantized.test_experts import write_gpt_oss
 from quantized_checkpoints import write_quantized
 
 from gqa_export.bundle.quantization import PLAIN
+from gqa_export.bundle.source_checkpoint import open_for
+from gqa_export.checkpoint.load_model import load_model
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import Export, export_onnx
+from gqa_export.validation.sessions import pytorch_sessions
 from gqa_export.validation.validate import validate
 
 pytestmark = pytest.mark.whole_model
@@ -103,3 +108,16 @@ def test_a_wrong_scale_is_seen(tmp_path: Path, form: str, part: str, change) -> 
     kept(tmp_path, form, "trt-native", "fp32")
     damaged(tmp_path / "bundle", part, change)
     assert not validate(tmp_path / "bundle", tmp_path / "checkpoint", steps=2, check_hashes=False).passed
+
+
+@pytest.mark.parametrize(("dtype", "reference"), [("fp16", "float32"), ("fp32", "float64")])
+def test_values_of_kept_codes_take_memory_of_their_own_in_the_fp32_twin(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, reference: str) -> None:
+    """12 bytes are free for each number: enough for what shares the memory of a checkpoint (8), too few for values of
+    codes in fp64 beside those in fp32. With too little for fp64, the comparison is in fp32 and says so."""
+    done = kept(tmp_path, "GPTQ with zero points", "trt-native", dtype)
+    opened, notes = open_for(done.manifest, tmp_path / "checkpoint"), list[str]()
+    numbers = sum(one.numel() for one in load_model(opened, "float32").parameters())
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=12 * numbers))
+    assert pytorch_sessions(opened, done.manifest, "float32", notes)[2] == reference
+    assert any("no room for PyTorch in fp64" in note for note in notes) == (reference == "float32")
