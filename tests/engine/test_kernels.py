@@ -60,7 +60,7 @@ def test_a_node_of_another_contract_is_refused() -> None:
 
 def test_a_plugin_of_another_version_is_refused_by_its_number() -> None:
     with refused("E-ENGINE-PLUGIN-VERSION") as refusal:
-        wanted_variants(graph({"plugin_version": "3"}), 64, "float16")
+        wanted_variants(graph({"plugin_version": "4"}), 64, "float16")
     assert "--target trt-plugin" in refusal.error.fix
 
 
