@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import os
 import shutil
 import signal
@@ -127,6 +128,7 @@ def replace_folder(staging: Path, output: Path) -> None:
     if exchange(staging, output):
         sync(output.parent)
         return
+    gc.collect()  # Windows lets nobody rename a folder with a file that something has mapped, be it garbage of ours
     old = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent)) / "old"
     try:
         move(output, old)

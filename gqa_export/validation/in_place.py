@@ -59,14 +59,15 @@ def judge_in_place(session: Any, folder: Path, provider: str, target: Target, op
     for answers, each in zip(pairs, (session, users)):
         each.reset(2)
         answers += [_of_tokens(each.step(ids, new).logits, new) for ids, new in feeds]
-    kinds = (_kind("logits", list(zip(*pairs, strict=True)), dtype, "decode"),
-             _kind("cache", [_of_rows(each, other, session.lengths) for mine, theirs in
-                             zip(session.cache(), users.cache(), strict=True) for each, other in zip(mine, theirs)],
-                   dtype, "cache"))
+    kinds = [_kind("logits", list(zip(*pairs, strict=True)), dtype, "decode")]
+    caches = [_of_rows(each, other, session.lengths) for mine, theirs in
+              zip(session.cache(), users.cache(), strict=True) for each, other in zip(mine, theirs)]
+    if caches:  # a model of states alone has none
+        kinds.append(_kind("cache", caches, dtype, "cache"))
     session.reset(1)
     return (CaseVerdict(IN_PLACE, "batch 2, the cache in place in a buffer that doubles, as users run this bundle, "
-                        "against the other cases' way", 2, tuple(FEEDS[0][1]), len(FEEDS) - 1, False, kinds, 0, 0, (),
-                        None, None, time.perf_counter() - began, entry=IN_PLACE, part=part),)
+                        "against the other cases' way", 2, tuple(FEEDS[0][1]), len(FEEDS) - 1, False, tuple(kinds), 0,
+                        0, (), None, None, time.perf_counter() - began, entry=IN_PLACE, part=part),)
 
 
 def _of_tokens(logits: np.ndarray, new: np.ndarray) -> np.ndarray:

@@ -152,7 +152,8 @@ class _Answers:
 
         def made_up(variant: Variant) -> Cubin:
             facts = recipe(variant, capability)
-            arguments = tuple((name, kind.replace("T", variant.dtype)) for name, kind in facts.arguments)
+            arguments = tuple((name, kind.replace("T", variant.dtype).replace("C", variant.dtype))
+                              for name, kind in facts.arguments)
             return Cubin(variant.kernel, f"{variant.kernel}_kernel", capability, 0, 32 * facts.warps, facts.tile_rows,
                          arguments, {name: str(int(value) if isinstance(value, bool) else value)
                                      for name, value in facts.constants.items()}, b"")

@@ -42,6 +42,7 @@ def export(source, bundle, *_):
     print("exported", flush=True)
     time.sleep(60)
 to_engine.check_request = lambda *_: None
+to_engine.for_code_types = to_engine.is_named = lambda *_, **__: None
 to_onnx.export_onnx = export
 to_engine.make_engine("some/checkpoint", Path(sys.argv[1]), to_engine.EngineOptions(), print)
 """
@@ -97,7 +98,8 @@ def test_the_bundle_that_a_killed_engine_build_left_is_removed_by_the_next(tmp_p
         assert list(tmp_path.rglob("weights")) == []
         raise GqaExportError("stop", code="E-TEST")
 
-    monkeypatch.setattr(to_engine, "check_request", lambda *_: None)
+    for check in ("check_request", "for_code_types", "is_named"):
+        monkeypatch.setattr(to_engine, check, lambda *_, **__: None)
     monkeypatch.setattr("gqa_export.exporting.to_onnx.export_onnx", export)
     with refused("E-TEST"):
         to_engine.make_engine("some/checkpoint", output, EngineOptions(), lambda *_: None)

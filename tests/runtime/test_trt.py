@@ -293,7 +293,7 @@ def wrong_plugin(**changes) -> dict:
     ({"profiles": ()}, "", "decode profile"),
     ({"profiles": (ProfileFacts("decode", {}),)}, "E-ENGINE-PROFILE", "input_ids"),
     ({"plugin": None}, "E-ENGINE-PLUGIN-MISSING", ""),
-    (wrong_plugin(version="3"), "E-ENGINE-PLUGIN", "gqa::GroupedQueryAttention version 1"),
+    (wrong_plugin(version="4"), "E-ENGINE-PLUGIN", "gqa::GroupedQueryAttention version 1"),
     (wrong_plugin(namespace="other"), "E-ENGINE-PLUGIN", "other::"),
     (wrong_plugin(contract_version=2), "", "version 2"),
     (wrong_plugin(), "E-ENGINE-KERNELS", "")])

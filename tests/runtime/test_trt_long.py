@@ -84,8 +84,8 @@ def test_a_plugin_of_a_later_version_is_asked_for_and_exact_is_refused(engine) -
     with refused("E-OPTION-ENGINE"):
         open_bundle(folder, exact=True)
     facts = read_manifest(folder).engine.plugin
-    refacts(folder, plugin=PluginFacts(facts.name, "3", facts.namespace, 1, facts.sha256))
+    refacts(folder, plugin=PluginFacts(facts.name, "4", facts.namespace, 1, facts.sha256))
     with refused("E-ENGINE-PLUGIN") as found:
         EngineSession.load(folder)
-    assert "version 3" in found.error.what
-    assert "version 1 and 2" in found.error.what
+    assert "version 4" in found.error.what
+    assert "version 1, 2 and 3" in found.error.what

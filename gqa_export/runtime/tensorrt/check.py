@@ -95,7 +95,8 @@ def _check_plugin(facts: EngineFacts, where: str) -> None:
     known = facts.plugin.version if facts.plugin.version in fields.CREATION_OF else fields.PLUGIN_VERSION
     fields.check_contract_version(facts.plugin.contract_version, where, known)
     wanted = (facts.plugin.name, facts.plugin.version, facts.plugin.namespace)
-    here = (fields.NAME, " and ".join(fields.CREATION_OF), fields.NAMESPACE)
+    *others, last = fields.CREATION_OF
+    here = (fields.NAME, f"{', '.join(others)} and {last}", fields.NAMESPACE)
     if wanted[1] not in fields.CREATION_OF or (wanted[0], wanted[2]) != (here[0], here[2]):
         raise InvalidBundle(f"the engine needs the plugin {wanted[2]}::{wanted[0]} version {wanted[1]}; this "
                             f"gqa-export has {here[2]}::{here[0]} version {here[1]}", where,
