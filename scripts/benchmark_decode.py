@@ -24,7 +24,7 @@ from typing import Any
 
 import click
 from evidence.decode_in_turn import PEER, STEPS, WARM, for_one_thread, rounds, speeds
-from evidence.whole_process import AGAINST_BYTECODE, compile_bytecode
+from evidence.whole_process import AGAINST_BYTECODE, compile_bytecode, unbelievable_rows
 
 import gqa_export as gqa
 from gqa_export.bundle.manifest import read_manifest
@@ -68,14 +68,7 @@ def row(length: int, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def unbelievable(report: dict[str, Any]) -> list[str]:
     """What a result lacks to be believed; empty if nothing."""
-    missing = [f"lacks {field}" for field in REQUIRED if field not in report]
-    if missing:
-        return missing
-    faults = [f"{line.get('past')}: lacks {figure}" for line in report["rows"] for figure in FIGURES
-              if figure not in line]
-    if [line.get("past") for line in report["rows"]] != list(LENGTHS):
-        faults.append("not all lengths were run")
-    return faults + (["the machine was busy before"] if report["load_before"] > report["cores"] / 2 else [])
+    return unbelievable_rows(report, REQUIRED, FIGURES, "past", LENGTHS)
 
 
 def page(report: dict[str, Any]) -> str:

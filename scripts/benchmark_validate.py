@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from evidence.whole_process import compile_bytecode, run_once
+from evidence.whole_process import compile_bytecode, run_once, unbelievable_rows
 
 from gqa_export.environment.machine import cores, processor
 
@@ -56,14 +56,7 @@ def measured(checkpoint: Path) -> list[dict[str, Any]]:
 
 def unbelievable(report: dict[str, Any]) -> list[str]:
     """What a result lacks to be believed; empty if nothing."""
-    missing = [f"lacks {field}" for field in REQUIRED if field not in report]
-    if missing:
-        return missing
-    faults = [f"{row.get('level')}: lacks {figure}" for row in report["rows"] for figure in FIGURES
-              if figure not in row]
-    if {row.get("level") for row in report["rows"]} != set(LIMITS):
-        faults.append("not all levels were run")
-    return faults + (["the machine was busy before"] if report["load_before"] > report["cores"] / 2 else [])
+    return unbelievable_rows(report, REQUIRED, FIGURES, "level", LIMITS)
 
 
 def page(report: dict[str, Any]) -> str:

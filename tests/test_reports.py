@@ -109,7 +109,7 @@ def test_a_speed_of_decoding_without_its_circumstances_is_refused():
     for field in script.REQUIRED:
         assert script.unbelievable({name: value for name, value in report.items() if name != field}) == [
             f"lacks {field}"]
-    assert script.unbelievable(report | {"rows": report["rows"][:1]}) == ["not all lengths were run"]
+    assert script.unbelievable(report | {"rows": report["rows"][:1]}) == ["not all pasts were run"]
     assert script.unbelievable(report | {"load_before": 1.4}) == ["the machine was busy before"]
     shorter = [{name: value for name, value in one.items() if name != "same_tokens"} for one in report["rows"]]
     assert script.unbelievable(report | {"rows": shorter}) == [f"{past}: lacks same_tokens" for past in script.LENGTHS]

@@ -14,7 +14,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
@@ -140,6 +140,18 @@ def unbelievable(result: Mapping[str, Any]) -> list[str]:
     faults += ["fewer than five runs"] if result["runs"] < 5 else []
     faults += ["the machine was busy before the first run"] if result["load_before"] > result["cores"] / 2 else []
     return faults
+
+
+def unbelievable_rows(report: Mapping[str, Any], required: Sequence[str], figures: Sequence[str], key: str,
+                      wanted: Collection[Any]) -> list[str]:
+    """What a result of one row each of `wanted`, named by `key`, lacks to be believed; empty if nothing."""
+    missing = [f"lacks {field}" for field in required if field not in report]
+    if missing:
+        return missing
+    faults = [f"{row.get(key)}: lacks {figure}" for row in report["rows"] for figure in figures if figure not in row]
+    if sorted(str(row.get(key)) for row in report["rows"]) != sorted(map(str, wanted)):
+        faults.append(f"not all {key}s were run")
+    return faults + (["the machine was busy before"] if report["load_before"] > report["cores"] / 2 else [])
 
 
 def median(rows: Sequence[Mapping[str, float]], figure: str) -> str:

@@ -7,13 +7,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import kv_bundles
 import numpy as np
 import onnx
 import pytest
 import torch
 from gqa_models import write_tiny
 from refusal import refused
-from small_text import SENTENCES, byte_tokenizer
+from small_text import byte_tokenizer
 
 import gqa_export as gqa
 from gqa_export.bundle.manifest import MANIFEST, MODEL, Manifest, read_manifest
@@ -33,38 +34,7 @@ MODELS = {"llama": {}, "gpt_oss": {}}
 """plain grouped-query attention; a window and sinks"""
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(SENTENCES))
-    return path
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = write_tiny(name, tmp_path_factory.mktemp(name) / "checkpoint", num_hidden_layers=2)
-            byte_tokenizer(made[name])
-        return made[name]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def bundles(checkpoints, text, tmp_path_factory):
-    made: dict[tuple, gqa.Bundle] = {}
-
-    def get(name: str = "llama", codes: str = "int8", **options) -> gqa.Bundle:
-        key = (name, codes, *sorted(options.items()))
-        if key not in made:
-            made[key] = gqa.export(checkpoints(name), tmp_path_factory.mktemp("b") / "bundle", capacity=64,
-                                   kv_cache=codes, calibrate=text, **options)
-        return made[key]
-
-    return get
+text, checkpoints, bundles = kv_bundles.text, kv_bundles.checkpoints, kv_bundles.bundles_of()
 
 
 def change(bundle: gqa.Bundle, folder: Path, edit) -> Path:
