@@ -93,8 +93,8 @@ class Files:
 
 def megabytes(folder: Path) -> float:
     """The model's files: graph and weights."""
-    return sum(file.stat().st_size for pattern in ("*.onnx", "*.onnx.data", "*.data", "*.bin", "*.safetensors")
-               for file in folder.glob(pattern) if file.name != "quantization.safetensors") / 1e6
+    files = {file for pattern in ("*.onnx", "*.data", "*.bin", "*.safetensors") for file in folder.glob(pattern)}
+    return sum(file.stat().st_size for file in files if file.name != "quantization.safetensors") / 1e6
 
 
 def export(files: Files) -> dict[str, Any]:
