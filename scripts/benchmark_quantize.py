@@ -207,6 +207,8 @@ def large(files: Files) -> dict[str, Any]:
     rows = {}
     for layers in DEPTHS:
         folder = files.scratch / f"large-{layers}"
+        for left in (folder, files.scratch / "out"):
+            shutil.rmtree(left, ignore_errors=True)
         write_sparse(LARGE, folder, layers=layers)
         cost = run_once([sys.executable, "-m", "gqa_export", "onnx", str(folder), "-o", str(files.scratch / "out"),
                          "--no-validate", "--quantize", "int4"], {"GQA_EXPORT_TRACE_CACHE": "off"})
