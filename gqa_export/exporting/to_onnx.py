@@ -13,7 +13,7 @@ from ..bundle.manifest import MODEL, Manifest
 from ..bundle.writer import check_output, writing_bundle
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import GqaExportError
-from ..progress import Progress, silent
+from ..progress import Bytes, Progress, silent
 from ..weights.layout import place
 from ..weights.memory_budget import Budget
 from .bundle_files import write_beside
@@ -71,7 +71,7 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
 
         def written(done: int, total: int) -> None:
             budget.check("writing weights")
-            say("writing weights", done, total)
+            say("writing weights", Bytes(done), Bytes(total))
 
         parallel = None
         if ready.ranks is not None:
