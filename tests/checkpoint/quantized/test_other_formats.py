@@ -204,6 +204,14 @@ def test_modelopt(tmp_path: Path, fields: dict, encode, kind: str, beside: str) 
         assert matrix.kind == kind
 
 
+@pytest.mark.parametrize(("algorithm", "scale"), [("NVFP4", .125), ("W4A8_NVFP4_FP8", None)])
+def test_a_scale_of_inputs_of_another_type_is_not_the_weights(tmp_path: Path, algorithm: str,
+                                                              scale: float | None) -> None:
+    """Inputs of FP8 beside weights of FP4: the scale is six times as large as one of NVFP4."""
+    values = write_quantized(tmp_path, {"quant_method": "modelopt", "quant_algo": algorithm, "group_size": 16}, nvfp4)
+    assert {matrix.input_scale for matrix in check(tmp_path, values, rtol=4e-16).values()} == {scale}
+
+
 @pytest.mark.parametrize(("encode", "do", "code"), [
     (nvfp4, drop("weight_scale_2"), "E-CKPT-QUANT-MISSING"), (nvfp4, drop("weight_scale"), "E-CKPT-QUANT-ORPHAN"),
     (nvfp4, turn("up_proj.weight_scale"), "E-CKPT-QUANT-SHAPE"),
