@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
 
 
 def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progress, budget: Budget,
-            output: Path | None = None) -> Prepared:
-    """Open, trace and lower a checkpoint. output: None where nothing will be written."""
+            output: Path | None = None, opened: Callable[[Checkpoint, str], None] | None = None) -> Prepared:
+    """Open, trace and lower a checkpoint. output: None where nothing will be written. opened: called with the
+    checkpoint, and its type in the graph, before it is traced."""
     from ..lowering.context import LowerOptions
     from ..lowering.dump import PassDump
     from ..lowering.lower import lower
@@ -91,6 +93,8 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     if dtype not in DTYPES.values():
         raise UnsupportedModel(f"decoders are not exported with weights of type {dtype}", checkpoint.source,
                                "choose a type with --dtype fp32|fp16|bf16", code="E-MODEL-DTYPE")
+    if opened is not None:
+        opened(checkpoint, dtype)
     traced, kept, taken = traced_model(checkpoint, options, dtype, target, say)
     if any(stored_apart(checkpoint, group) for group in traced.tied):
         traced, kept, taken = traced_model(checkpoint, options, dtype, target, say, untied=True)

@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import GqaExportError
@@ -55,10 +55,12 @@ def named(files: Sequence[str]) -> str:
 @contextmanager
 def staging_folder(output: Path, parent: Path) -> Iterator[tuple[Path, list[Claimed]]]:
     """(an empty hidden folder in `parent`, named after `output`; what killed processes left of the same). All of it is
-    gone at the end, however that comes; what a kill leaves, the next one removes."""
-    parent.mkdir(parents=True, exist_ok=True)
+    gone at the end, however that comes; what a kill leaves, the next one removes. `parent` is made, and stays if the
+    block ends well."""
+    new = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     mine: list[Claimed] = []
     try:
+        parent.mkdir(parents=True, exist_ok=True)
         with undisturbed():
             mine += abandoned(parent / output.name)
             leftovers = list(mine)
@@ -67,10 +69,14 @@ def staging_folder(output: Path, parent: Path) -> Iterator[tuple[Path, list[Clai
         staging = mine[-1][0]
         staging.chmod(0o755)
         yield staging, leftovers
+        new.clear()
     finally:
         with undisturbed():
             remove(mine)
             _unfinished[:] = [one for one in _unfinished if one not in mine]
+            for folder in new:
+                with suppress(OSError):  # somebody else put something there
+                    folder.rmdir()
 
 
 @contextmanager

@@ -229,20 +229,28 @@ def _input_of(matrix: QuantizedMatrix, weight: QuantizedWeight, target: Target, 
 class RoundInputs(TorchFunctionMode):
     """Inside, the input of a linear layer (and of experts) is rounded to int8 in every row and block of K, as level 4
     does it, or to the type of its weight: the baseline of a bundle that rounds. inputs: `rounded_inputs`. Every value
-    stays of its own number format."""
+    stays of its own number format.
+
+    Attributes:
+        met: ids of the parameters whose products were met, and rounded. One that PyTorch reads in another way than a
+            product is not: the baseline lacks its rounding.
+    """
 
     def __init__(self, inputs: Mapping[int, RoundedInput]) -> None:
         super().__init__()
         self._inputs = inputs
+        self.met: set[int] = set()
         self._stacks = {owner for owner, rule in inputs.items() if rule.experts}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.linear:
             weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
             if id(weight) in self._inputs:
+                self.met.add(id(weight))
                 return self._inputs[id(weight)].product(func, args, kwargs)
         factor = factor_of(func, args, self._stacks) if self._stacks else None
         if factor is not None:
+            self.met.add(factor.picked.owner)
             return self._inputs[factor.picked.owner].expert_product(func, args, kwargs, factor)
         found = func(*args, **(kwargs or {}))
         if self._stacks:

@@ -3,6 +3,7 @@ that rounds activations by the same rule? A bundle that rounds nothing has the f
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,19 +65,32 @@ class Comparison:
         how = f"the type of their weight ({', '.join(kinds)})" if kinds else "int8 (accuracy level 4)"
         self.notes.append(f"as shipped, the inputs of {len(inputs)} matrices are rounded to {how}; the baseline is "
                           "PyTorch with the same inputs rounded by the same rule")
-        with eager.under(RoundInputs(inputs), "rounded") if inputs else nullcontext():
+        rounding = RoundInputs(inputs)
+        with eager.under(rounding, "rounded") if inputs else nullcontext():
             logs = run_cases(self.sessions(session, fill_garbage, follow=False), self.plan, last_only=self.last_only,
                              report=self.report, dtype=self.dtype, part=SHIPPED, notes=self.notes)
         verdicts = tuple(judge(log, self.dtype, SHIPPED) for log in logs)
-        self.notes.extend(_dominated(verdicts))
+        self.notes.extend((*_missed(eager.model, inputs, rounding.met), *_dominated(verdicts)))
         return verdicts
+
+
+def _missed(model: Any, inputs: Collection[int], met: Collection[int]) -> list[str]:
+    """A line that names the matrices whose inputs the baseline was to round, and whose products it did not meet; none
+    where nothing ran. inputs, met: ids of parameters."""
+    looked_up = id(model.get_input_embeddings().weight)  # a graph of DequantizeLinear names it, and it is no product
+    names = [name for name, parameter in model.named_parameters()
+             if id(parameter) in inputs and id(parameter) not in met and id(parameter) != looked_up]
+    return [f"PyTorch reads {len(names)} of them in another way than a product, and does not round their inputs: "
+            f"{', '.join(names)}"] if met and names else []
 
 
 def _dominated(verdicts: tuple[CaseVerdict, ...]) -> list[str]:
     """A line for every case whose logits the rounding of activations moves so far that nothing finer can be told."""
+    found = {"activations": "the bundle's are off by {:.2g}",
+             "rule": "the bundle's are within {:.2g} of PyTorch's by the same rule"}
     return [f"{case.name}: rounded inputs alone move PyTorch's logits by up to {case.logits.same_dtype_baseline:.2g}; "
-            f"the bundle's are off by {case.logits.max_abs:.2g}. --activations exact avoids both"
-            for case in verdicts if case.logits.basis == "activations"]
+            f"{found[case.logits.basis].format(case.logits.max_abs)}. --activations exact avoids both"
+            for case in verdicts if case.logits.basis in found]
 
 
 def exact_session(stack: ExitStack, folder: Path, manifest: Manifest, provider: str, notes: list[str],

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import gqa_models
@@ -22,16 +23,20 @@ from gqa_export.files import resume
 pytestmark = pytest.mark.whole_model
 
 KILLED = """
-import sys, time
+import os, sys, time
+from gqa_export.bundle.writer import HashingFile
 from gqa_export.files import resume
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 resume.EVERY_BYTES = 4096
-def report(text, done, total):
-    if text == "writing weights" and done > total * 0.7:
+most, write = 0.7 * os.path.getsize(sys.argv[1] + "/model.safetensors") / 2, HashingFile.write
+def slow(self, data):
+    if self.size > most and self.path.name == "model.onnx.data":
         print("far enough", flush=True)
         time.sleep(60)
-export_onnx(sys.argv[1], sys.argv[2], ExportOptions(dtype="fp16"), report)
+    return write(self, data)
+HashingFile.write = slow
+export_onnx(sys.argv[1], sys.argv[2], ExportOptions(dtype="fp16"))
 """
 
 
@@ -75,12 +80,16 @@ def partials(out):
 
 
 def reads_of(monkeypatch):
-    """How many bytes of weights are read from now on."""
+    """Which threads read weights from now on, and how many bytes."""
     from gqa_export.weights.source_kinds import StoredSource
 
-    read = []
-    chunks = StoredSource.chunks
-    monkeypatch.setattr(StoredSource, "chunks", lambda self: (read.append(self.tensor.nbytes), chunks(self))[1])
+    read, chunks = [], StoredSource.chunks
+
+    def noted(self, *into):
+        read.append((threading.current_thread().name, self.tensor.nbytes))
+        return chunks(self, *into)
+
+    monkeypatch.setattr(StoredSource, "chunks", noted)
     return read
 
 
@@ -92,7 +101,9 @@ def test_a_killed_export_is_taken_up_where_it_was_and_gives_the_same_bundle(kill
     read = reads_of(monkeypatch)
     done = export_onnx(folder, out, ExportOptions(dtype="fp16"))
     # fp32 is read for fp16: twice the bytes, of the last part only
-    assert 0 < sum(read) < undisturbed.manifest.bytes_copied
+    assert 0 < sum(count for _, count in read) < undisturbed.manifest.bytes_copied
+    assert {thread for thread, _ in read} == {"weights-ahead"}, "while the model was traced"
+    assert "weights-ahead" not in {thread.name for thread in threading.enumerate()}
     assert (out / DATA).read_bytes() == data
     assert done.manifest.files[DATA] == undisturbed.manifest.files[DATA]
     assert partials(out) == []
