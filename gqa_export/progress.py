@@ -8,5 +8,9 @@ Progress = Callable[[str, float | None, float | None], None]
 """called with what is being done, how much of it is done, and of how much; None where that is not known"""
 
 
+class Bytes(int):
+    """An amount of bytes, done or to be done: whoever shows it can tell how many there are in a second."""
+
+
 def silent(_text: str, _done: float | None = None, _total: float | None = None) -> None:
     """The callback of a caller that shows nothing."""

@@ -93,8 +93,8 @@ class Files:
 
 def megabytes(folder: Path) -> float:
     """The model's files: graph and weights."""
-    return sum(file.stat().st_size for pattern in ("*.onnx", "*.onnx.data", "*.data", "*.bin", "*.safetensors")
-               for file in folder.glob(pattern) if file.name != "quantization.safetensors") / 1e6
+    files = {file for pattern in ("*.onnx", "*.data", "*.bin", "*.safetensors") for file in folder.glob(pattern)}
+    return sum(file.stat().st_size for file in files if file.name != "quantization.safetensors") / 1e6
 
 
 def export(files: Files) -> dict[str, Any]:
@@ -207,6 +207,8 @@ def large(files: Files) -> dict[str, Any]:
     rows = {}
     for layers in DEPTHS:
         folder = files.scratch / f"large-{layers}"
+        for left in (folder, files.scratch / "out"):
+            shutil.rmtree(left, ignore_errors=True)
         write_sparse(LARGE, folder, layers=layers)
         cost = run_once([sys.executable, "-m", "gqa_export", "onnx", str(folder), "-o", str(files.scratch / "out"),
                          "--no-validate", "--quantize", "int4"], {"GQA_EXPORT_TRACE_CACHE": "off"})

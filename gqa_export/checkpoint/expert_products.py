@@ -13,10 +13,8 @@ import torch
 
 MARK = "gqa_picked"
 """attribute of a tensor that was picked from a stack"""
-PRODUCTS = {torch.bmm, torch.matmul, torch.Tensor.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__,
-            torch.nn.functional.linear}
-VIEWS = {torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.transpose, torch.transpose, torch.Tensor.t,
-         torch.Tensor.squeeze, torch.Tensor.unsqueeze, torch.Tensor.contiguous, torch.Tensor.to}
+PRODUCTS = {torch.bmm, torch.mm, torch.matmul, torch.Tensor.bmm, torch.Tensor.mm, torch.Tensor.matmul,
+            torch.Tensor.__matmul__, torch.nn.functional.linear}
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +48,14 @@ def picked_from(tensor: Any, owners: Any) -> Picked | None:
 
 
 def follow(func: Any, args: Any, result: Any, owners: Any) -> None:
-    """Let what a function picks from a stack, or makes of what was picked, carry where it comes from."""
+    """Let what a function picks from a stack, or makes of what was picked, carry where it comes from: whatever has as
+    many numbers is the same matrices, in other axes (`w.T`, `w.view`) or of another type (`w.float()`)."""
     picked = picked_from(args[0], owners) if args else None
-    if picked is None or not isinstance(result, torch.Tensor):
+    if picked is None or not isinstance(result, torch.Tensor) or func in PRODUCTS:
         return
     if func is torch.Tensor.__getitem__ and picked.index is None:
         setattr(result, MARK, Picked(picked.owner, args[1]))
-    elif func in VIEWS and result is not args[0]:
+    elif result is not args[0] and result.is_floating_point() and result.numel() == args[0].numel():
         setattr(result, MARK, picked)
 
 

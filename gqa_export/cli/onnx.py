@@ -71,8 +71,9 @@ if TYPE_CHECKING:
 @click.option("--quantize", default="keep", show_default=True, metavar="keep|dequantize|METHOD|FILE.toml",
               help="Keep quantized weights as they are stored, make floats of them, quantize (int4, int8; for trt-* "
                    "also fp8, nvfp4), or quantize by rules of a file.")
-@click.option("--activations", type=click.Choice(["int8", "exact"]), default=None,
-              help="Quantized products round their inputs to int8 (faster), or do not.  [default: int8 on a CPU]")
+@click.option("--activations", type=click.Choice(["int8", "exact", "same"]), default=None,
+              help="Quantized products round their inputs to int8 (faster), or do not; same, for trt-*: those with FP8 "
+                   "or NVFP4 weights round them to the same type.  [default: int8 on a CPU, else exact]")
 @click.option("--head", type=click.Choice(["int8", "same", "none"]), default=None,
               help="With --quantize: bits of head and embedding, the same as the others', or none.  [default: int8; "
                    "chosen with --max-size, --max-kl]")

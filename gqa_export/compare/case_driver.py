@@ -64,7 +64,8 @@ class CaseLog:
     largest error of PyTorch in the bundle's format (the same-dtype baseline); None where it was not run. eager_logits:
     largest difference of the bundle's logits to PyTorch in the bundle's format. worst: per output, the surroundings of
     its largest gap. codes: of a quantized cache, those that are not the reference's; None where they were not
-    counted."""
+    counted. by_rule: as `bundle`, but against PyTorch in the bundle's format, which rounds by the same rule; empty
+    where nothing is rounded. best_by_rule: (step, row) -> PyTorch's best token then."""
 
     case: Case
     tally: LogitTally = field(default_factory=LogitTally)
@@ -78,6 +79,8 @@ class CaseLog:
     parted: int | None = None
     codes: CodeShare | None = None
     seconds: float = 0.0
+    by_rule: list[Measured] = field(default_factory=list)
+    best_by_rule: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
 def quantity(output: str) -> str:
@@ -87,10 +90,12 @@ def quantity(output: str) -> str:
 
 class CaseDriver:
     """State of one case while it runs. Feeds, all int64: input_ids [B, S], new_lengths [B], flags [3]: 1 for a
-    new batch, 1 to feed your own best token instead, 1 to show the whole cache too."""
+    new batch, 1 to feed your own best token instead, 1 to show the whole cache too. rounded: PyTorch in the bundle's
+    format rounds by the bundle's rule, and every output is compared with its too."""
 
-    def __init__(self, case: Case, filler: np.ndarray, tick: Callable[[], None] = lambda: None) -> None:
-        self.case, self.log, self.filler, self.tick = case, CaseLog(case), filler, tick
+    def __init__(self, case: Case, filler: np.ndarray, tick: Callable[[], None] = lambda: None,
+                 rounded: bool = False) -> None:
+        self.case, self.log, self.filler, self.tick, self.rounded = case, CaseLog(case), filler, tick, rounded
         self.step, self.phase, self.free = 0, "prefill", False
         self.new_lengths = np.zeros(case.batch, np.int64)
         self.lengths = np.zeros(case.batch, np.int64)
@@ -150,6 +155,8 @@ class CaseDriver:
         if pair == (EAGER, BUNDLE):
             found = difference(reference["logits"], other["logits"]).max_abs
             self.log.eager_logits = max(self.log.eager_logits or 0.0, found)
+            if self.rounded:
+                self._follow(reference, other)
             return OrderedDict()
         if pair == (REFERENCE, EAGER):
             baseline = self.log.baseline = self.log.baseline or {}
@@ -166,16 +173,25 @@ class CaseDriver:
                 if not np.array_equal(reference[name], other[name]):
                     raise RuntimeError("the reference and the bundle were fed different tokens")
                 continue
-            phase = "cache" if name.startswith("cache.") else self.phase
-            tokens = tuple(int(n) for n in (self.lengths if phase != "cache" else np.zeros_like(self.lengths)))
+            one = self._measured(name, reference, other)
             # a name of our own: Polygraphy takes statistics of whole arrays for names it knows
-            one = Measured(self.step, phase, name, difference(reference[name], other[name]), tokens)
             results[f"difference of {name}"] = one
             if one.difference.max_abs > self._most.get(name, 0.0):
                 self._most[name] = one.difference.max_abs
-                self.log.worst[name] = surroundings(name, reference[name], other[name], one.difference, tokens)
+                self.log.worst[name] = surroundings(name, reference[name], other[name], one.difference, one.tokens)
         self.log.bundle.extend(results.values())
         return results
+
+    def _measured(self, name: str, expected: Mapping[str, np.ndarray], got: Mapping[str, np.ndarray]) -> Measured:
+        phase = "cache" if name.startswith("cache.") else self.phase
+        tokens = tuple(int(n) for n in (self.lengths if phase != "cache" else np.zeros_like(self.lengths)))
+        return Measured(self.step, phase, name, difference(expected[name], got[name]), tokens)
+
+    def _follow(self, eager: Mapping[str, np.ndarray], bundle: Mapping[str, np.ndarray]) -> None:
+        """Measure the bundle against PyTorch that rounds by the same rule."""
+        self.log.by_rule.extend(self._measured(name, eager, bundle) for name in eager if name != "fed")
+        for row, logits in enumerate(last_rows(eager["logits"], self.new_lengths)):
+            self.log.best_by_rule[self.step, row] = int(np.argmax(logits))
 
     def _tally(self, reference_BSV: np.ndarray, other_BSV: np.ndarray) -> None:
         """Add up what the logits mean as predictions; where only the last are given, those."""

@@ -13,6 +13,7 @@ import torch
 
 from ..checkpoint.tokenizer import tokenizer_files
 from ..errors import InvalidCheckpoint, UnsupportedModel
+from ..progress import Bytes
 from ..spec import FLOATS
 from ..weights.source_kinds import MemorySource, Source, StoredSource
 from .heads import read_tensor
@@ -91,7 +92,7 @@ def write_checkpoint(folder: Path, stored: Stored, changed: Mapping[str, tuple[i
     def count(nbytes: int) -> None:
         nonlocal done
         done += nbytes
-        report("writing weights", done, total)
+        report("writing weights", Bytes(done), Bytes(total))
 
     for shard in sorted(shards):
         write_safetensors(folder / shard, shards[shard], count)

@@ -23,6 +23,7 @@ from ..weights.memory_budget import Budget
 from . import quantize
 from .adapters import add_slots, merge_weights, read_adapters, refuse_quantized_adapters, weight_shapes
 from .fit_bits import divergence_of, fitted
+from .input_scales import input_notes, with_inputs
 from .kv_calibration import cache_of
 from .long_plan import long_plan, plan_notes
 from .options import ExportOptions
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from ..lowering.adapter_inputs import AdapterSlot
     from ..targets import Target
     from ..trace.traced import Traced
+    from .weight_plan import Plan
 
 
 def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progress, budget: Budget,
@@ -102,7 +104,8 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     store = weight_store(checkpoint, traced, budget)
     if merge is not None:
         store = merge_weights(store, merge, traced, weight_shapes(traced, wanted_weights(traced)))
-    quantizing = quantize.plan(checkpoint, traced, store, options, target, provider, say)
+    quantizing = with_inputs(quantize.plan(checkpoint, traced, store, options, target, provider, say), options, target,
+                             dtype, checkpoint.source)
     if adapters or merge is not None:
         refuse_quantized_adapters(bool(checkpoint.quantized))
     kv = cache_of(checkpoint, traced, options, target, say)
@@ -110,7 +113,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     rings = window_plan(options, target, traced.spec, traced.capacity)
     plan = None
     if options.long:
-        if quantizing is not None and not quantizing.exact:
+        if quantizing is not None and (quantizing.same or not quantizing.exact):
             refuse_long_with_rounding()
         refuse_long_with_shared(traced.spec)
         plan = long_plan(options.long, traced.spec, traced.capacity,
@@ -125,10 +128,11 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         refuse_quantized_ranks(checkpoint.source, options.quantize != "dequantize" and (
             quantizing is not None or bool(checkpoint.quantized)))
 
-    def lowered_with(quantizing: quantize.Plan | None, dump: PassDump | None = None) -> Prepared:
+    def lowered_with(quantizing: Plan | None, dump: PassDump | None = None) -> Prepared:
         """All that depends on what becomes of each weight."""
         own = replace(lowering, quantized=quantizing.facts if quantizing else {},
-                      exact=quantizing is not None and quantizing.exact)
+                      exact=quantizing is not None and quantizing.exact,
+                      inputs=quantizing.inputs if quantizing else {})
         ranks = None
         if options.tensor_parallel > 1:
             ranks = lower_ranks(traced, own, options.tensor_parallel, tensor_parallel_plan(checkpoint),
@@ -149,9 +153,10 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
                 quantize.fill(quantizing, each, store, checkpoint.packed if options.weights != "copy" else None)
             recorded = quantize.record(quantizing, lowered, dtype)
         return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store, adapters, slots,
-                        (*checkpoint.notes, *notes, *rings.notes), recorded, ranks, kv, plan, prefill,
-                        quantizing.importance if quantizing else {}, rings.windows,
-                        first_version(traced.spec, target, reads))
+                        (*checkpoint.notes, *notes, *rings.notes, *input_notes(quantizing, lowered.held)), recorded,
+                        ranks, kv, plan, prefill, quantizing.importance if quantizing else {}, rings.windows,
+                        first_version(traced.spec, target, reads),
+                        quantizing.largest if quantizing and quantizing.same else {})
 
     if quantizing is None or not options.limited:
         return lowered_with(quantizing, dump)

@@ -14,7 +14,7 @@ from ..bundle.writer import check_output, staged_bundle, writing_bundle
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import GqaExportError
 from ..files.staging import disk_errors
-from ..progress import Progress, silent
+from ..progress import Bytes, Progress, silent
 from ..weights.ahead import WrittenAhead
 from ..weights.layout import place
 from ..weights.memory_budget import Budget
@@ -89,7 +89,7 @@ def _written(ready: Prepared, output: Path, say: Progress, budget: Budget, ahead
 
         def written(done: int, total: int) -> None:
             budget.check("writing weights")
-            say("writing weights", done, total)
+            say("writing weights", Bytes(done), Bytes(total))
 
         parallel = None
         if ready.ranks is not None:

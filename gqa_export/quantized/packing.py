@@ -109,6 +109,9 @@ class Packer:
         if part in self._kept:
             yield _bytes(self._kept.pop(part))
             return
+        if part == "zero" and self._one_zero_point:
+            yield _bytes(self._packed_zeros(self._middles(self.matrix.rows)))
+            return
         kept: dict[str, list[Any]] = {}
         for start, stop in self.matrix.stripes(STRIPE_BYTES, 4):
             found = self.matrix.stripe(start, stop)
@@ -134,8 +137,7 @@ class Packer:
         if part == "codes":
             return self._codes(found)
         if part == "zero":
-            return packed(self._zero_points(found), self.form.bits,
-                          pad=self.form.operator != "DequantizeLinear")
+            return self._packed_zeros(self._zero_points(found))
         scale = found.scale
         if self.matrix.global_scale != 1.0:
             scale = (scale.astype(np.float64) * self.matrix.global_scale).astype(np.float32)
@@ -227,21 +229,38 @@ class Packer:
                                     "use --quantize dequantize", code="E-WEIGHTS-SIGN")
         return np.where(none, 0, np.where(below, -codes, codes))
 
+    @property
+    def _one_zero_point(self) -> bool:
+        """All zero points are the middle of the codes: none needs the matrix to be read."""
+        return self.form.shift or self.matrix.offset != "zero"
+
     def _zero_points(self, found: Stripe) -> Any:
-        if found.zero is None or self.form.shift:
-            return np.full((found.codes.shape[0], self.blocks), 1 << (self.form.bits - 1), np.uint8)
+        if found.zero is None or self._one_zero_point:
+            return self._middles(found.codes.shape[0])
         return self._per_block(found.zero).astype(np.uint8)
+
+    def _middles(self, rows: int) -> Any:
+        return np.full((rows, self.blocks), 1 << (self.form.bits - 1), np.uint8)
+
+    def _packed_zeros(self, zeros: Any) -> Any:
+        return packed(zeros, self.form.bits, pad=self.form.operator != "DequantizeLinear")
 
     def _across(self, part: str) -> Any:
         """A part with columns first: the whole matrix is read, its codes one byte each."""
-        def one(start: int, stop: int) -> Any:
-            found = self.matrix.stripe(start, stop)
-            numbers = self._numbers(found) if part == "codes" else self._zero_points(found) if part == "zero" else \
-                self.pack(found, part)
-            return numbers.T
-
-        whole = np.concatenate([one(*rows) for rows in self.matrix.stripes(STRIPE_BYTES, 4)], axis=1)
-        return packed(whole, self.form.bits, pad=False) if part in ("codes", "zero") else whole
+        if part in self._kept:
+            return self._kept.pop(part)
+        parts: dict[str, list[Any]] = {each: [] for each in (part, *(self.small_parts() if part == "codes" else ()))}
+        for rows in self.matrix.stripes(STRIPE_BYTES, 4):
+            found = self.matrix.stripe(*rows)
+            for each, stripes in parts.items():
+                numbers = self._numbers(found) if each == "codes" else self._zero_points(found) if each == "zero" else \
+                    self.pack(found, each)
+                stripes.append(numbers.T)
+        whole = {each: np.concatenate(stripes, axis=1) for each, stripes in parts.items()}
+        whole = {each: packed(values, self.form.bits, pad=False) if each in ("codes", "zero") else values
+                 for each, values in whole.items()}
+        self._kept.update((each, values) for each, values in whole.items() if each != part)
+        return whole[part]
 
 
 def packed(codes: Any, bits: int, *, pad: bool = True) -> Any:

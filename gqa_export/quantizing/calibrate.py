@@ -1,4 +1,5 @@
-"""How large the inputs of each matrix are for a text: the mean square of every column, with which errors are weighed.
+"""How large the inputs of each matrix are for a text: the mean square of every column, with which errors are weighed,
+and the largest value of all, by which inputs are rounded.
 
 One pass over the text, row by row, in fp32; weights are read when their layer runs.
 """
@@ -47,11 +48,13 @@ class Calibration:
         importance: name of a parameter -> float32 `[K]`, mean square of each column of its input.
         sha256: of the text.
         tokens: used of it.
+        largest: name of a parameter -> largest absolute value of its input; stacked experts are not here.
     """
 
     importance: dict[str, np.ndarray] = field(repr=False)
     sha256: str
     tokens: int
+    largest: dict[str, float] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -113,10 +116,16 @@ def calibrate(checkpoint: Checkpoint, text: Path | TextRows, names: Collection[s
     rows = text.statistics
     model: Any = load_model(checkpoint, "auto")
     sums: dict[str, torch.Tensor] = {}
+    largest: dict[str, float] = {}
+
+    def measure(name: str, values: torch.Tensor) -> None:
+        _add(sums, name, values)
+        low, high = (float(each) for each in torch.aminmax(values))
+        largest[name] = max(largest.get(name, 0.0), -low, high)
 
     def measured(name: str) -> Any:
         def hook(_: Any, given: tuple[Any, ...], *__: Any) -> None:
-            _add(sums, name, given[0])
+            measure(name, given[0])
 
         return hook
 
@@ -136,13 +145,13 @@ def calibrate(checkpoint: Checkpoint, text: Path | TextRows, names: Collection[s
             report("running the calibration text", place, len(rows))
             hidden = body(input_ids=row[None], use_cache=False).last_hidden_state
             for name in heads:
-                _add(sums, name, hidden)
+                measure(name, hidden)
     count = rows.numel()
     found = {name: (total / count).clamp_min(FLOOR * float(total.mean()) / count).float().numpy()
              for name, total in sums.items()}
     del model, body, head, module, stacks
     gc.collect()  # hooks and modules refer to one another, and an export does not collect by itself
-    return Calibration(found, text.sha256, count)
+    return Calibration(found, text.sha256, count, largest)
 
 
 def _stacks(model: Any, names: Collection[str]) -> dict[int, str]:

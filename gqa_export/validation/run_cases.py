@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..compare.case_driver import BUNDLE, EAGER, REFERENCE, CaseDriver, CaseLog, CodeShare
+from ..compare.case_verdict import SHIPPED
 from ..compare.cases import Case, Plan
 from ..compare.judge import doubtful, judge
 from ..environment.heap import give_back
@@ -51,7 +52,7 @@ def run_cases(sessions: Sessions, plan: Plan, *, last_only: bool = False, report
         if sessions.fill_garbage is not None:
             sessions.fill_garbage(case.garbage)
         with limited(sessions, case.capacity), masked(sessions.bundle, case.whole_row_mask):
-            log = run_case(sessions, case, last_only, tick)
+            log = run_case(sessions, case, last_only, tick, rounded=part == SHIPPED)
             if sessions.eager is not None and doubtful(judge(log, dtype, part)):
                 measure_again(sessions, log, last_only)
                 (notes if notes is not None else []).append(
@@ -109,8 +110,10 @@ def count_codes(share: CodeShare, reference: Any, eager: Any, written: Step, cou
             share.own += exact.apart(own.own())[0]
 
 
-def run_case(sessions: Sessions, case: Case, last_only: bool, tick: Callable[[], None]) -> CaseLog:
-    """Run one case. Polygraphy streams: a step's arrays are dropped before the next one runs."""
+def run_case(sessions: Sessions, case: Case, last_only: bool, tick: Callable[[], None],
+             rounded: bool = False) -> CaseLog:
+    """Run one case. Polygraphy streams: a step's arrays are dropped before the next one runs. rounded: see
+    `CaseDriver`."""
     from polygraphy.comparator import Comparator
     from polygraphy.logger import G_LOGGER
 
@@ -135,7 +138,7 @@ def run_case(sessions: Sessions, case: Case, last_only: bool, tick: Callable[[],
             count_codes(counted, sessions.reference, sessions.eager, bundle.written, driver.new_lengths)
         tick()
 
-    driver = CaseDriver(case, np.concatenate(case.prompts), after)
+    driver = CaseDriver(case, np.concatenate(case.prompts), after, rounded)
     counted = driver.log.codes = CodeShare() if sessions.count_codes and leader is not None else None
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         stream = Comparator.run(runners, data_loader=driver.feeds(), streaming=True)

@@ -79,7 +79,6 @@ def arrange(model: onnx.ModelProto, store: WeightStore, mode: Mode,
     linked_files: dict[str, Path] = {}
     linked_ranges: set[tuple[str, int, int]] = set()
     streams: dict[Any, Stream] = {}
-    offset = 0
     for tensor in [tensor for each in (model, *beside) for tensor in each.graph.initializer]:
         recipe = recipe_of(tensor)
         if not recipe:
@@ -94,11 +93,7 @@ def arrange(model: onnx.ModelProto, store: WeightStore, mode: Mode,
             if part is not None:
                 part[0].inside.append((tensor, *part[1:]))
                 continue
-            if key not in streams:
-                offset += -offset % ALIGNMENT
-                streams[key] = Stream(recipe, sources, dtype, [], offset)
-                offset += streams[key].nbytes
-            streams[key].tensors.append(tensor)
+            streams.setdefault(key, Stream(recipe, sources, dtype, [])).tensors.append(tensor)
             continue
         path, start, nbytes = span
         if linked_files.setdefault(path.name, path) != path:
@@ -106,7 +101,25 @@ def arrange(model: onnx.ModelProto, store: WeightStore, mode: Mode,
                                  "use --weights copy", code="E-WEIGHTS-NAME-CLASH")
         _point(tensor, path.name, start, nbytes)
         linked_ranges.add((path.name, start, nbytes))
-    return Arrangement(list(streams.values()), linked_files, sum(nbytes for _, _, nbytes in linked_ranges))
+    ordered, offset = _parts_together(list(streams.values())), 0
+    for stream in ordered:
+        stream.offset = offset = offset + -offset % ALIGNMENT
+        offset += stream.nbytes
+    return Arrangement(ordered, linked_files, sum(nbytes for _, _, nbytes in linked_ranges))
+
+
+def _parts_together(streams: list[Stream]) -> list[Stream]:
+    """Parts of one packed matrix one after the other, its codes first: what a packer finds while it writes them it
+    writes then, and forgets. In another order every part would read, and quantize, the whole matrix."""
+    first: dict[Any, int] = {}
+
+    def place_of(number: int) -> tuple[int, bool, int]:
+        source = streams[number].sources[0]
+        if not isinstance(source, PackedSource):
+            return number, False, number
+        return first.setdefault(source.packer, number), source.part != "codes", number
+
+    return [streams[number] for number in sorted(range(len(streams)), key=place_of)]
 
 
 def place(model: onnx.ModelProto, store: WeightStore, writer: BundleWriter, mode: Mode,

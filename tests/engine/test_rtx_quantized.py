@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 from gqa_models import write_tiny
+from small_text import SENTENCES, byte_tokenizer
 
 from gqa_export.bundle.engine_facts import ENGINE
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
+from gqa_export.quantizing.importance import FILE
 
 from .built import build
 
@@ -60,3 +62,31 @@ def test_an_engine_keeps_the_bits(rtx, checkpoint: Path, plain, tmp_path: Path, 
     plain_size, plain_weights = plain(attention)
     assert weights < part * plain_weights
     assert plain_size - size > shrinks * (plain_weights - weights)
+
+
+@pytest.fixture(scope="module")
+def readable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one layer that has a tokenizer."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 512}
+    folder = write_tiny("llama", tmp_path_factory.mktemp("readable") / "llama", **sizes)
+    byte_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "dtype", "attention", "capability"), [
+    ("fp8", "fp16", "native", "8.9"), ("nvfp4", "bf16", "plugin", "12.0")])
+def test_products_of_an_engine_read_codes_on_both_sides(rtx, readable: Path, tmp_path: Path, method: str, dtype: str,
+                                                        attention: str, capability: str) -> None:
+    """W8A8 and W4A4: the build log lists the types that each layer reads. A head of integers has inputs as they are."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(SENTENCES))
+    done = export_onnx(readable, tmp_path / "bundle", ExportOptions(
+        target=f"trt-{attention}", dtype=dtype, capacity=64, quantize=method, activations="same", calibrate=text))
+    rounding = [weight for weight in done.manifest.quantization.weights if weight.inputs]
+    assert len(rounding) == 7
+    built = build(tmp_path / "bundle", tmp_path / "engine", capabilities=(capability,))
+    assert built.facts.build["products_of_codes"] == {"decode": 7, "prefill": 7}
+    assert not any("dequantize them first" in note for note in built.notes)
+    assert FILE in built.manifest.files  # by which `validate` tells the scales

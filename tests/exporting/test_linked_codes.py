@@ -28,6 +28,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Any]] = {
     "compressed-tensors, scales of float16": (compressed.entry("pack-quantized", num_bits=4, group_size=32),
                                               compressed.packed(4, 32, dtype=torch.float16)),
     "bitsandbytes nf4": (others.BNB, others.bnb()),
+    "Olive, scales of float16": others.olive(4, True, torch.float16),
 }
 
 

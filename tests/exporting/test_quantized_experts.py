@@ -119,17 +119,23 @@ def test_codes_are_kept_beside_those_that_cannot_be_stacked(tmp_path: Path) -> N
     assert np.abs(got - wanted).max() < 2e-5 * np.abs(wanted).max()  # of fp32 sums in another order
 
 
-@pytest.mark.parametrize(("name", "fields", "target"), [
-    ("qwen3_moe", {"num_hidden_layers": 1}, "ort"), ("dbrx", {"num_hidden_layers": 1}, "onnx")])
-def test_eight_bits_are_exact(tmp_path: Path, name: str, fields: dict, target: str) -> None:
-    """A router that renormalises; experts one below the other, of which one matrix lies the other way round."""
+@pytest.mark.parametrize(("name", "fields", "target", "options"), [
+    ("qwen3_moe", {"num_hidden_layers": 1}, "ort", {"activations": "exact"}),
+    ("dbrx", {"num_hidden_layers": 1}, "onnx", {}),
+    ("longcat_flash", {"num_layers": 2, "num_hidden_layers": 4}, "ort", {})])
+def test_eight_bits_are_exact_and_as_shipped_what_pytorch_computes(tmp_path: Path, name: str, fields: dict, target: str,
+                                                                   options: dict) -> None:
+    """A router that renormalises; experts one below the other, of which one matrix lies the other way round; experts
+    that hand on what they get. As shipped PyTorch rounds the inputs of every one of them."""
     write_small(name, tmp_path / "ck", **fields)
-    done = export(tmp_path / "ck", tmp_path / "b", target=target, quantize="int8", activations="exact")
+    done = export(tmp_path / "ck", tmp_path / "b", target=target, quantize="int8", **options)
     weights = [each for each in done.manifest.quantization.weights if each.experts]
     assert weights
     assert all(each.bits == 8 and each.operator != PLAIN for each in weights)
     verdict = validate(tmp_path / "b", tmp_path / "ck", steps=2)
     assert verdict.passed, verdict.failure
+    assert verdict.as_shipped is (None if options else True)
+    assert not [note for note in verdict.notes if "in another way than a product" in note]
 
 
 def test_a_plan_names_what_an_engine_cannot_hold(mixtral: Path) -> None:

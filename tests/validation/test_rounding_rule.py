@@ -21,7 +21,7 @@ from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.errors import InvalidBundle
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
-from gqa_export.validation.accuracy_level import RoundedInput, RoundInputs, rounded_inputs
+from gqa_export.validation.accuracy_level import RoundedInput, RoundInputs, rounded, rounded_inputs
 
 TOKENS = np.array([[1, 5, 7, 2, 9, 30, 4, 11]], np.int64)
 
@@ -93,3 +93,24 @@ def test_a_product_whose_arguments_have_names_is_rounded_too() -> None:
     assert not torch.equal(by_place, linear(values, weight, bias))
     assert all(torch.equal(each, by_place) for each in by_name)
     assert torch.equal(other, linear(values, weight))
+
+
+def test_experts_are_met_however_a_model_turns_what_it_picked() -> None:
+    """dbrx multiplies by `w.view(..)[number].T`, others by `w[number].float()`: what is not met is judged as if nothing
+    were rounded there."""
+    stack, values = torch.randn(3 * 16, 32), torch.randn(5, 32)
+    expert = stack.view(3, 16, 32)[1]
+    nearly = rounded(values, 16) @ expert.T
+    rule = {id(stack): RoundedInput(16, experts=3)}
+    for product in (lambda: values.matmul(stack.view(3, 16, 32)[1].T), lambda: values @ stack.view(3, 16, 32)[1].mT,
+                    lambda: torch.mm(values, stack.view(3, 16, 32)[1].t().float()),
+                    lambda: torch.nn.functional.linear(values, stack.view(3, 16, 32)[torch.tensor(1)].double().float()),
+                    lambda: torch.bmm(stack.view(3, 16, 32)[torch.tensor([1])], values.T[None])[0].T):
+        with RoundInputs(rule) as rounding:
+            found = product()
+        assert rounding.met == {id(stack)}
+        assert torch.allclose(found, nearly, rtol=1e-5, atol=1e-5)  # fp32 sums in another order
+    assert not torch.allclose(values @ expert.T, nearly, rtol=1e-3)
+    with RoundInputs(rule) as rounding:
+        torch.nn.functional.linear(values, stack.sum() + torch.randn(16, 32))
+    assert not rounding.met

@@ -30,6 +30,7 @@ def read_modelopt(description: Description, stored: Stored) -> Iterator[tuple[st
         InvalidCheckpoint: a weight lacks a tensor, or one does not fit.
         UnsupportedModel: a weight is stored in a way that is not read (W4A8).
     """
+    other_inputs = "w4a8" in description.text("quant_algo")  # the scale is one of FP8 then, beside codes of FP4
     group = description.number("group_size", default=0) or _nested_group(description)
     for module in stored.modules(".weight_scale"):
         name = f"{module}.weight"
@@ -38,7 +39,8 @@ def read_modelopt(description: Description, stored: Stored) -> Iterator[tuple[st
         weight = stored.take(name, (E4M3, "uint8", "int8"))
         scale = stored.take(f"{name}_scale", (*SCALES, E4M3, "uint8", E8M0))
         smooth = stored.maybe(f"{module}.pre_quant_scale", SCALES)
-        more: dict[str, Any] = {"input_scale": stored.number(f"{module}.input_scale")}
+        scale_of_inputs = stored.number(f"{module}.input_scale")
+        more: dict[str, Any] = {"input_scale": None if other_inputs else scale_of_inputs}
         columns = weight.shape[-1] * (2 if weight.dtype == "uint8" and scale.dtype not in SCALES else 1)
         if smooth is not None:
             if smooth.shape != (columns,):

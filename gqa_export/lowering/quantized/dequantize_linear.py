@@ -9,6 +9,8 @@ Source: onnx docs/Operators.md (DequantizeLinear-21) and runs of ONNX Runtime 1.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx
 import onnx_graphsurgeon as gs
 
@@ -145,7 +147,12 @@ def _product(graph: gs.Graph, context: Context, product: Product, form: Form, we
     facts, out = context.quantized[name], node.outputs[0]
     scope = node.name.rpartition("/")[0]
     hold(context, (name,), form)
-    node.inputs[0] = x = inputs.ordered(product.x, facts, scope)
+    x = inputs.ordered(product.x, facts, scope)
+    codes = context.options.inputs.get(name)
+    if codes is not None:
+        x = inputs.rounded(x, codes, node.name)
+        context.held[name] = replace(context.held[name], inputs=codes)
+    node.inputs[0] = x
     weight = weights(name, form)
     builder = Nodes(graph, f"{scope}/weight")
     node.inputs[1] = weight if form.columns_first else builder("swapped", "Transpose", weight, perm=[1, 0])

@@ -204,6 +204,14 @@ def test_modelopt(tmp_path: Path, fields: dict, encode, kind: str, beside: str) 
         assert matrix.kind == kind
 
 
+@pytest.mark.parametrize(("algorithm", "scale"), [("NVFP4", .125), ("W4A8_NVFP4_FP8", None)])
+def test_a_scale_of_inputs_of_another_type_is_not_the_weights(tmp_path: Path, algorithm: str,
+                                                              scale: float | None) -> None:
+    """Inputs of FP8 beside weights of FP4: the scale is six times as large as one of NVFP4."""
+    values = write_quantized(tmp_path, {"quant_method": "modelopt", "quant_algo": algorithm, "group_size": 16}, nvfp4)
+    assert {matrix.input_scale for matrix in check(tmp_path, values, rtol=4e-16).values()} == {scale}
+
+
 @pytest.mark.parametrize(("encode", "do", "code"), [
     (nvfp4, drop("weight_scale_2"), "E-CKPT-QUANT-MISSING"), (nvfp4, drop("weight_scale"), "E-CKPT-QUANT-ORPHAN"),
     (nvfp4, turn("up_proj.weight_scale"), "E-CKPT-QUANT-SHAPE"),
@@ -345,8 +353,8 @@ def test_hqq(tmp_path: Path, bits: int) -> None:
         open_checkpoint(other)
 
 
-@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True), (8, False), (2, False)])
-def test_olive(tmp_path: Path, bits: int, symmetric: bool) -> None:
+def olive(bits: int, symmetric: bool, dtype: torch.dtype = torch.float32):
+    """Codes, zero points and scales by rows of groups of 32, low bits first."""
     def packed(codes):
         each = 8 // bits
         whole = np.zeros((len(codes), -(-codes.shape[1] // each) * each), np.int64)
@@ -355,13 +363,17 @@ def test_olive(tmp_path: Path, bits: int, symmetric: bool) -> None:
 
     def encode(rng, rows, columns):
         codes = codes_of(rng, rows, columns, bits)
-        scale, values = halves(rng, rows, columns // 32, dtype=torch.float32)
+        scale, values = halves(rng, rows, columns // 32, dtype=dtype)
         zero = np.full(scale.shape, 1 << bits - 1) if symmetric else rng.integers(0, 1 << bits, scale.shape)
         return {".qweight": packed(codes), ".scales": scale, ".qzeros": packed(zero)}, \
             (codes - spread(zero, 32, columns)) * spread(values, 32, columns)
 
-    fields = {"quant_method": "olive", "bits": bits, "group_size": 32, "symmetric": symmetric}
-    found = check(tmp_path, write_quantized(tmp_path, fields, encode))
+    return {"quant_method": "olive", "bits": bits, "group_size": 32, "symmetric": symmetric}, encode
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True), (8, False), (2, False)])
+def test_olive(tmp_path: Path, bits: int, symmetric: bool) -> None:
+    found = check(tmp_path, write_quantized(tmp_path, *olive(bits, symmetric)))
     assert all(bool(matrix.in_place) == symmetric for matrix in found.values())
     with refused("E-CKPT-QUANT-SHAPE", InvalidCheckpoint):
         open_checkpoint(change(tmp_path, turn("up_proj.scales")))
