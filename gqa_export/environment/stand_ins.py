@@ -17,6 +17,7 @@ from collections.abc import Callable
 from .deferred_imports import install
 from .deferred_module import run
 from .stand_in_rows import DISABLED, LATER, NATIVE, REPLAYED, Change, Row, StandIn
+from .torch_changes import ask_frames_first, make_gradients_later, materialize_once, name_callers_alone
 from .transformers_names import read_names_later
 
 TORCH, TRANSFORMERS, ACCELERATE, ONNXSCRIPT = ("2.13",), ("5.24",), ("1.15",), ("0.7",)
@@ -97,6 +98,14 @@ TABLE: tuple[Row, ...] = (
     Change("transformers.utils.import_utils", "transformers", TRANSFORMERS, 0.44,
            "transformers keeps its table of names, or makes it once", symbol="define_import_structure",
            change=read_names_later),
+    Change("torch._library.utils", "torch", TORCH, 0.14, "get_source does not read the caller's file",
+           symbol="get_source", change=name_callers_alone),
+    Change("torch.library", "torch", TORCH, 0, "with torch._library.utils", symbol="inspect",
+           change=ask_frames_first),
+    Change("torch._library.autograd", "torch", TORCH, 0.1, "an operator's autograd function is made when it is used",
+           symbol="make_autograd_impl", change=make_gradients_later),
+    Change("torch._export.utils", "torch", TORCH, 0.08, "operators of C++ are looked up once",
+           symbol="_materialize_cpp_cia_ops", change=materialize_once),
     TORCHLIB,
 )
 
