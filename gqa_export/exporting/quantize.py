@@ -121,7 +121,9 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
                                              transposed=each.weight.transposed)
         else:
             say(f"reading {name}", number, len(decisions))
-            block = shape[1] if options.activations == SAME else each.block  # NVFP4 has its own
+            # a product of FP8 on both sides has a scale a row; NVFP4 has blocks of its own
+            rounds = options.activations == SAME and known and name in known.largest and each.weight.role != "embedding"
+            block = shape[1] if rounds else each.block
             matrices[name] = quantize_floats(read, (shape[0], shape[1]), each.kind, block, label, importance.get(name))
     return Plan("rules" if rules else options.quantize, exact, matrices,
                 {name: facts_of(matrix, lossless=False) for name, matrix in matrices.items()}, stored, codes,
