@@ -73,9 +73,12 @@ def gguf_of_the_demo_package() -> Path | None:
 
 
 def shell(script: str, folder: Path, *front: Path) -> None:
-    """Run a block as the reader would, with the programs in `front` and of this Python first on the path."""
+    """Run a block as the reader would, with the programs in `front` and of this Python first on the path; without them,
+    in the reader's own environment (see tests/conftest.py)."""
     places = [str(place) for place in (*front, Path(sys.executable).parent)]
     environment = {**os.environ, "PATH": os.pathsep.join([*places, os.environ["PATH"]]), "HF_HUB_OFFLINE": "1"}
+    if not front:
+        environment.pop("GQA_EXPORT_HUGE_PAGES", None)
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, timeout=500,
                           capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -32,6 +32,7 @@ from ..runtime.ort.loading import open_session
 from ..runtime.rings import dead_slots, kept_from
 from ..runtime.session import Session, Step
 from ..spec import AttentionSpec, ModelSpec, WindowCache
+from .bound_outputs import BoundOutputs
 
 NOTHING = np.zeros(0)
 
@@ -170,13 +171,14 @@ def onnxrt_infer(folder: Path, manifest: Manifest, provider: str, threads: int =
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
     def open_it() -> Any:
-        return open_session(folder, manifest, provider, threads=threads,
-                            config={"session.intra_op.allow_spinning": "0", **(config or {})})
+        session = open_session(folder, manifest, provider, threads=threads,
+                               config={"session.intra_op.allow_spinning": "0", **(config or {})})
+        if opened is not None:
+            opened.append(session)
+        return BoundOutputs(session) if provider == "cpu" else session
 
     # The runner opens it and lets it go: at the end no file of the folder is mapped, and Windows can remove it.
     with OnnxrtRunner(open_it, name="onnxrt") as runner:
-        if opened is not None:
-            opened.append(runner.sess)
 
         def infer(feed: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
             outputs: Mapping[str, np.ndarray] = runner.infer(OrderedDict(feed), check_inputs=False)

@@ -34,7 +34,9 @@ _BODY = """
     whole = Shape (x)
     front = Shape <start: int = 0, end: int = -1> (x)
     apart = Concat <axis: int = 0> (front, last, block)
-    blocks = Reshape (x, apart)
+    unknown = IsNaN (x)
+    numbers_alone = Where (unknown, zero, x)
+    blocks = Reshape (numbers_alone, apart)
     sizes = Abs (blocks)
     largest = ReduceMax <keepdims: int = 1> (sizes, last)
     wanted = Div (largest, six)
@@ -57,7 +59,8 @@ _BODY = """
     rounded = Reshape (numbers, whole)
 }}
 """
-"""codes are halves up to 2, whole numbers up to 4, 4 and 6 beyond; Round takes ties to even, as codes have them"""
+"""Codes are halves up to 2, whole numbers up to 4, 4 and 6 beyond; Round takes ties to even, as codes have them. No
+code is NaN: what TensorRT makes of one is not documented, and here it is the worst, a plausible number."""
 
 
 def interpret_fp4_inputs(model: onnx.ModelProto) -> int:
