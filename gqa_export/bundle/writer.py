@@ -62,9 +62,11 @@ class HashingFile:
 
     def close(self) -> FileFact:
         """Close; size and sha256 of what was written."""
-        self._file.close()
-        if self._journal is not None:
-            self._journal.close()
+        try:
+            self._file.close()
+        finally:
+            if self._journal is not None:
+                self._journal.close()
         return FileFact(self.size, self._hash.hexdigest())
 
 
@@ -87,7 +89,8 @@ class BundleWriter:
 
     def begin(self, name: str, key: str = "") -> HashingFile:
         """A file that the caller closes, and records if it is to be one of the bundle's. key: see `HashingFile`."""
-        (self.staging / name).parent.mkdir(exist_ok=True)
+        if "/" in name:  # the staging folder itself is made once: where it is gone nothing is written any more
+            (self.staging / name).parent.mkdir(exist_ok=True)
         return HashingFile(self.staging / name, key, self.leftovers)
 
     def write(self, name: str, content: bytes) -> None:

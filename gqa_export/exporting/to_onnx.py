@@ -78,7 +78,9 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
             if streams and not resumable(Path(os.path.abspath(output)), DATA, key_of(streams)):
                 with disk_errors(Path(output)):
                     writer = begun.enter_context(staged_bundle(Path(output), claim=False))
-                ahead.append(begun.enter_context(WrittenAhead(writer, DATA, streams)))
+                ahead.append(WrittenAhead(writer, DATA, streams))
+                begun.push(ahead[0])
+                ahead[0].start()
 
         ready = prepare(source, options, say, budget, Path(output), opened)
         return _written(ready, Path(output), say, budget, ahead[0] if ahead else None)
