@@ -22,10 +22,13 @@ from quantized_checkpoints import change, write_quantized
 from refusal import refused
 from small_text import SENTENCES, byte_tokenizer
 
+from gqa_export.bundle.engine_facts import ENGINE, EngineFacts
 from gqa_export.bundle.manifest import MANIFEST, MODEL, FileFact, Manifest, read_manifest
 from gqa_export.bundle.quantization import PLAIN, QuantizedWeight
 from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
+from gqa_export.engine.inspect_build import expected_aliases
+from gqa_export.engine.profiles import make_profiles
 from gqa_export.errors import InvalidBundle
 from gqa_export.exporting.dry_run import dry_run
 from gqa_export.exporting.input_scales import NOT_MULTIPLIED
@@ -36,6 +39,7 @@ from gqa_export.quantized.input_codes import held_as
 from gqa_export.quantizing.importance import FILE, importance_file, read_importance, read_largest
 from gqa_export.report.console import details
 from gqa_export.validation.reference import runnable
+from gqa_export.validation.sessions import bundle_session
 from gqa_export.validation.validate import validate
 
 pytestmark = pytest.mark.whole_model
@@ -206,6 +210,33 @@ def test_a_wrong_scale_of_the_weight_shows_in_the_numbers_that_are_exact(fp8, tm
 
     verdict = validate(changed(fp8[1], tmp_path / "b", graph), fp8[0], steps=2)
     assert (verdict.export_exact, verdict.as_shipped) == (False, True)
+
+
+@pytest.mark.parametrize("inputs", ["same", "exact"])
+def test_an_engine_is_judged_as_shipped_alone(fp8, tmp_path: Path, monkeypatch, inputs: str) -> None:
+    """No engine runs here: its graph stands in for one, whose rounding cannot be left out. As an engine whose inputs
+    are exact it would not pass."""
+    folder = changed(fp8[1], tmp_path / "engine", lambda model: None)
+    manifest = read_manifest(folder)
+    assert manifest.quantization is not None
+    facts = EngineFacts("rtx", "1.7", (), "native", make_profiles(manifest, 4, 32), expected_aliases(manifest))
+    (folder / ENGINE).write_bytes(b"opened by nobody")
+    files = {**manifest.files, ENGINE: FileFact((folder / ENGINE).stat().st_size, file_sha256(folder / ENGINE))}
+    other = manifest if inputs == "same" else stated(0)(manifest)
+    quantization = replace(other.quantization, activations=inputs)
+    (folder / MANIFEST).write_text(replace(other, quantization=quantization, engine=facts, files=files).to_json())
+    with ExitStack() as stack:
+        def load(*_):
+            ran, where, target = runnable(stack, folder, manifest, "float32", [], lambda *_: None)
+            return stack.enter_context(bundle_session(where, ran, "cpu", [], target))
+
+        monkeypatch.setattr("gqa_export.validation.validate.load_engine", load)
+        verdict = validate(folder, fp8[0], steps=2)
+    if inputs == "same":
+        assert verdict.passed, verdict.failure
+        assert (verdict.export_exact, verdict.as_shipped, verdict.activations) == (None, True, "same")
+    else:
+        assert not verdict.passed
 
 
 def test_without_the_option_nothing_is_rounded(fp8, tmp_path: Path) -> None:
