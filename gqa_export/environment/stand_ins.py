@@ -20,7 +20,7 @@ from .stand_in_rows import DISABLED, LATER, NATIVE, REPLAYED, Change, Row, Stand
 from .torch_changes import ask_frames_first, make_gradients_later, materialize_once, name_callers_alone
 from .transformers_names import read_names_later
 
-TORCH, TRANSFORMERS, ACCELERATE, ONNXSCRIPT = ("2.13",), ("5.24",), ("1.15",), ("0.7",)
+TORCH, TRANSFORMERS, ACCELERATE, ONNXSCRIPT, HUB = ("2.13",), ("5.24",), ("1.15",), ("0.7",), ("2.4",)
 """versions that the rows were measured with"""
 TENSOR = "torch.distributed.tensor"
 INDUCTOR = "torch._inductor"
@@ -48,6 +48,9 @@ def _validation_off(module: types.ModuleType) -> Callable[[], bool]:
 TORCHLIB = Change("onnxscript._internal.values", "onnxscript", ONNXSCRIPT, 0.28,
                   "torchlib parses its functions when they are used", symbol="OnnxFunction, TracedOnnxFunction")
 """made by `trace.capture.torchlib`, around the call that reads the library"""
+CONVERSIONS = Change("transformers.conversion_mapping", "transformers", TRANSFORMERS, 0.05,
+                     "transformers builds the conversions of one model", symbol="_build_checkpoint_conversion_mapping")
+"""made by `trace.skeleton.converts`, which asks what the table can have entries for"""
 
 TABLE: tuple[Row, ...] = (
     StandIn("torch._dynamo", "torch", TORCH, 0.62, "make_fx and transformers.masking_utils do not import it",
@@ -95,6 +98,15 @@ TABLE: tuple[Row, ...] = (
             later("clean_device_map", "get_max_layer_size"), ("transformers.",)),
     StandIn("accelerate.hooks", "accelerate", ACCELERATE, 0, "with accelerate",
             later("AlignDevicesHook", "add_hook_to_module"), ("transformers.",)),
+    StandIn("huggingface_hub.hf_api", "huggingface_hub", HUB, 0.08, "transformers.utils.hub does not import it",
+            later("HfApi", "RepoFile", "upload_file"), ("huggingface_hub.", NATIVE)),
+    StandIn("transformers.safetensors_conversion", "transformers", TRANSFORMERS, 0, "with huggingface_hub.hf_api",
+            later("auto_conversion"), ("transformers.",)),
+    StandIn("torch.distributions", "torch", TORCH, 0.02, "torch imports it when it is used",
+            importers=("transformers.",), free=("torch.distributions.constraints",)),
+    *(StandIn(f"torch.{name}", "torch", TORCH, seconds, "torch imports it when it is used") for name, seconds in (
+        ("quantization", 0.03), ("nn.intrinsic", 0.02), ("nn.qat", 0), ("nn.quantizable", 0), ("nn.quantized", 0.01),
+        ("masked", 0.01))),
     Change("transformers.utils.import_utils", "transformers", TRANSFORMERS, 0.44,
            "transformers keeps its table of names, or makes it once", symbol="define_import_structure",
            change=read_names_later),
@@ -107,6 +119,7 @@ TABLE: tuple[Row, ...] = (
     Change("torch._export.utils", "torch", TORCH, 0.08, "operators of C++ are looked up once",
            symbol="_materialize_cpp_cia_ops", change=materialize_once),
     TORCHLIB,
+    CONVERSIONS,
 )
 
 

@@ -267,6 +267,20 @@ def test_a_stand_in_behaves_as_the_class_would(upstream):
     stand_in = user.Thing
     assert [stand_in == other for other in (user.Thing, int)] == [True, False]
     assert waits("heavy")
+    or_none = stand_in | None
+    assert [isinstance(one, or_none) for one in (None, 7)] == [True, False]
+    assert waits("heavy"), "an annotation needs no class"
+    assert or_none == (sys.modules["heavy"].Thing | None) == user.Thing | None
+    assert (isinstance(user.make(), or_none), or_none | int, hash(or_none)) == (
+        True, user.Thing | None | int, hash(user.Thing | None))
+
+
+def test_a_stand_in_is_in_the_place_of_the_class(upstream):
+    put, _ = upstream
+    put()
+    import user
+
+    stand_in = user.Thing
     assert {stand_in: 1}[sys.modules["heavy"].Thing] == 1, "its place in a table is that of the class"
     assert (stand_in | None) == (sys.modules["heavy"].Thing | None)
 
@@ -285,7 +299,8 @@ PROGRAM = """
     import gqa_export as gqa
     made = [gqa.export(sys.argv[1], Path(sys.argv[2]) / "later", capacity=64)]
     waiting = [name for name, module in sys.modules.items() if isinstance(module, Deferred)]
-    assert {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "accelerate"} <= set(waiting), waiting
+    assert {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "accelerate", "huggingface_hub.hf_api",
+            "torch.quantization", "torch.distributions"} <= set(waiting), waiting
     assert not made[0].exported.remarks, made[0].exported.remarks
     import torch, transformers
     assert len(transformers._class_to_module) < 1000
