@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,6 +136,7 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, ve
 
     bundle = export()
     if check:
+        gc.collect()  # what is compared next needs the memory
         raise SystemExit(_validate(bundle, checkpoint, provider, allow_pickle,
                                    lambda **options: export(force=True, **options), short=not verbose,
                                    calibrate=options["calibrate"], loras=options["lora"],
@@ -144,13 +146,14 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, ve
 @contextmanager
 def no_collection() -> Iterator[None]:
     """No search for reference cycles meanwhile: an export makes hundreds of thousands of objects that all stay, and
-    looking through them again and again costs a tenth of its time."""
-    import gc
-
+    looking through them again and again costs a tenth of its time. At the end they count as old, because the first
+    search among the young would look through all of them at once."""
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
+        gc.unfreeze()
         gc.enable()
 
 

@@ -54,8 +54,8 @@ def expected_streams(checkpoint: Checkpoint, options: ExportOptions, dtype: str)
     plain = checkpoint.kind == "hf" and checkpoint.model is None and checkpoint.adapter is None and \
         not checkpoint.quantized and not checkpoint.packed
     usual = get_target(options.target).packed_projections and options.weights == "copy" and \
-        options.quantize == "keep" and options.tensor_parallel == 1 and options.long is None and not options.lora and \
-        not options.merge_lora and not options.kv_cache
+        options.quantize == "keep" and options.tensor_parallel == 1 and options.long is None and \
+        not options.lora and not options.merge_lora and not options.kv_cache
     if not (plain and usual):
         return []
     groups = _groups(stored, config.get("num_hidden_layers"))
@@ -73,9 +73,9 @@ def expected_streams(checkpoint: Checkpoint, options: ExportOptions, dtype: str)
 
 def _groups(stored: Iterable[str], depth: object) -> list[tuple[str, ...]] | None:
     """Names of weights in the order of the graph, those that are joined together; None if there are others."""
-    if not isinstance(depth, int):
-        return None
     names = set(stored)
+    if not isinstance(depth, int) or depth > len(names):
+        return None
     apart = {WEIGHTS} if f"model.layers.0.{Q_NORM}" in names else set()
     layer = [part for group in LAYER for part in ([(name,) for name in group] if group in apart else [group])]
     groups = [(EMBEDDING,), *(tuple(f"model.layers.{place}.{name}" for name in group)

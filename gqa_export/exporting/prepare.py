@@ -23,7 +23,7 @@ from ..weights.memory_budget import Budget
 from . import quantize
 from .adapters import add_slots, merge_weights, read_adapters, refuse_quantized_adapters, weight_shapes
 from .fit_bits import divergence_of, fitted
-from .input_scales import input_notes, with_inputs
+from .input_scales import SAME, input_notes, with_inputs
 from .kv_calibration import cache_of
 from .long_plan import long_plan, plan_notes
 from .options import ExportOptions
@@ -70,6 +70,8 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     if options.long:
         refuse_long(target)
         refuse_long_with_codes(options.kv_cache)
+        if options.activations == SAME:
+            refuse_long_with_rounding()
     adapters, merge = read_adapters(options, target)
     dump = PassDump(options.dump_passes, force=options.force) if options.dump_passes else None
     say("reading the checkpoint", None, None)
@@ -113,7 +115,7 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     rings = window_plan(options, target, traced.spec, traced.capacity)
     plan = None
     if options.long:
-        if quantizing is not None and (quantizing.same or not quantizing.exact):
+        if quantizing is not None and not quantizing.exact:
             refuse_long_with_rounding()
         refuse_long_with_shared(traced.spec)
         plan = long_plan(options.long, traced.spec, traced.capacity,
