@@ -48,7 +48,8 @@ class WrittenAhead:
         self._thread = threading.Thread(target=self._run, name="weights-ahead", daemon=True)
 
     def __enter__(self) -> WrittenAhead:
-        self._thread.start()
+        with undisturbed():  # which the thread inherits: else the system would give it what the main thread holds back
+            self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
