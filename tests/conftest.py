@@ -55,6 +55,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(os.path.relpath(item.path, root), len(places)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _kernel_cache(tmp_path_factory) -> None:
+    """Compiled kernels are kept for the whole run, shared by its workers; a user's own folder is not touched."""
+    workers = tmp_path_factory.getbasetemp()
+    shared = workers.parent if "PYTEST_XDIST_WORKER" in os.environ else workers
+    os.environ.setdefault("GQA_EXPORT_KERNEL_CACHE", str(shared / "kernels"))
+
+
 @pytest.fixture(scope="session")
 def warm_folder(tmp_path_factory) -> Iterator[Path]:
     """A folder with a `gqa-export` whose imports are done; see `warm_program`."""

@@ -215,7 +215,7 @@ def entry() -> NoReturn:
     """The `gqa-export` program: run, flush, and leave at once (tearing PyTorch down takes a second otherwise)."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if sys.argv[1:2] == ["onnx"]:  # the other verbs train, compile or load whole models
+    if sys.argv[1:2] in (["onnx"], ["validate"]):  # the other verbs train, compile or load whole models
         from ..environment.stand_ins import stand_in
 
         stand_in()

@@ -1,10 +1,10 @@
 """What an export imports for nothing, and what stands in its place: the one table.
 
 PyTorch's tracing and transformers' modelling code import a compiler, distributed tensors, training helpers and the
-sources of every model, of which an export uses nothing. The `gqa-export` program, whose process is its own, puts the
-rows of this table in force before it imports either; a program that imports `gqa_export` is left as it is. A module
-that stands aside is run, in its own place, by whoever first uses something of it (see `deferred_module`), so a row
-saves time or does nothing. GQA_EXPORT_STAND_INS=off imports everything as ever. The seconds are of
+sources of every model, of which an export or a validation uses nothing. The `gqa-export` program, whose process is its
+own, puts the rows of this table in force before it imports either; a program that imports `gqa_export` is left as it
+is. A module that stands aside is run, in its own place, by whoever first uses something of it (see `deferred_module`),
+so a row saves time or does nothing. GQA_EXPORT_STAND_INS=off imports everything as ever. The seconds are of
 `python -X importtime` on two idle cores; those of changes, of the hub's interface and of PyTorch's quantization are of
 the process's clock, the least of several runs with and without the row. `scripts/stand_in_seconds.py` measures whole
 exports with and without a row. 0 is a row without which another, named in `until`, saves nothing.

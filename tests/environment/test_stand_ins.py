@@ -15,7 +15,8 @@ import types
 import pytest
 import two_layers
 
-from gqa_export.environment import deferred_module, stand_in_rows
+from gqa_export import cli
+from gqa_export.environment import deferred_module, stand_in_rows, stand_ins
 from gqa_export.environment.deferred_imports import Finder, install
 from gqa_export.environment.deferred_module import Deferred, Later, run
 from gqa_export.environment.stand_in_rows import DISABLED, LATER, NATIVE, REPLAYED, Change, StandIn
@@ -331,3 +332,23 @@ def test_after_an_export_everything_works_and_the_graph_is_the_same(checkpoint, 
                           capture_output=True, text=True, timeout=240, check=False,
                           env={**os.environ, "GQA_EXPORT_TRACE_CACHE": "off"})
     assert (done.returncode, done.stdout.split()[-1:]) == (0, ["done"]), done.stderr[-4000:]
+
+
+@pytest.mark.parametrize(("verb", "waits"), [("onnx", True), ("validate", True), ("uptrain", False), ("run", False)])
+def test_modules_wait_where_the_program_s_verb_uses_little_of_them(verb, waits, monkeypatch):
+    class Left(Exception):
+        """Instead of the end of this process."""
+
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    called: list[str] = []
+    for name in ("TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM"):  # which the program sets
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setattr(stand_ins, "stand_in", lambda: called.append(verb))
+    monkeypatch.setattr(sys, "argv", ["gqa-export", verb])
+    monkeypatch.setattr(cli.main, "main", lambda **named: None)
+    monkeypatch.setattr(cli.os, "_exit", leave)
+    with pytest.raises(Left):
+        cli.entry()
+    assert bool(called) is waits

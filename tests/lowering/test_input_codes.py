@@ -10,12 +10,15 @@ import onnx
 import pytest
 from onnx import TensorProto
 from quantized.test_input_codes import as_fp8, as_nvfp4
+from refusal import refused
 
 from gqa_export.bundle.input_claims import inputs_in
+from gqa_export.errors import InvalidBundle
 from gqa_export.graph import edit
 from gqa_export.graph.passes import run_passes
 from gqa_export.lowering.context import Context, LowerOptions
 from gqa_export.lowering.quantized.passes import PASSES
+from gqa_export.lowering.tensorrt.fp4_inputs import interpret_fp4_inputs
 from gqa_export.quantized.facts import facts_of
 from gqa_export.quantized.input_codes import InputCodes
 from gqa_export.targets import get_target
@@ -112,3 +115,70 @@ def test_scales_have_a_type_that_tensorrt_reads(kind: str, element: int) -> None
     assert bypass_inputs(model.graph) == 1
     assert {node.input[0] for node in model.graph.node if node.op_type == "MatMul"} == {"x"}
     assert ("trt" in {entry.domain for entry in model.opset_import}) == (kind == "e2m1")
+
+
+def attribute(op: str, place: int, **values: int):
+    """Other attributes of the node of an operator that is at this place among them."""
+    def do(model: onnx.ModelProto) -> None:
+        node = [node for node in model.graph.node if node.op_type == op][place]
+        kept = [each for each in node.attribute if each.name not in values]
+        del node.attribute[:]
+        node.attribute.extend([*kept, *(onnx.helper.make_attribute(name, value) for name, value in values.items())])
+    return do
+
+
+def tensor(end: str, data_type: int, data: bytes, dims: tuple[int, ...] = ()):
+    """Another constant in the place of one whose name ends so."""
+    def do(model: onnx.ModelProto) -> None:
+        (found,) = [each for each in model.graph.initializer if each.name.endswith(end)]
+        found.CopyFrom(TensorProto(name=found.name, data_type=data_type, raw_data=data, dims=dims))
+    return do
+
+
+def inputs(op: str, count: int):
+    """Fewer inputs of an operator."""
+    def do(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            if node.op_type == op:
+                del node.input[count:]
+    return do
+
+
+@pytest.mark.parametrize(("kind", "change"), [
+    ("e2m1", attribute("TRT_FP4DynamicQuantize", 0, block_size=32)),
+    ("e2m1", attribute("TRT_FP4DynamicQuantize", 0, axis=0)),
+    ("e2m1", attribute("TRT_FP4DynamicQuantize", 0, scale_type=10)),
+    ("e2m1", lambda model: attribute("DequantizeLinear", [node.name for node in model.graph.node if node.op_type ==
+                                     "DequantizeLinear"].index("a/MatMul_0/input/numbers"), block_size=8)(model)),
+    ("e2m1", inputs("TRT_FP4DynamicQuantize", 1)),
+    ("e4m3", tensor("/input/zero", TensorProto.FLOAT8E5M2, b"\0")),
+    ("e4m3", tensor("/input/zero", TensorProto.FLOAT8E4M3FN, b"\x38")),
+    ("e4m3", tensor("/input/scale", TensorProto.STRING, b"0.5")), ("e4m3", tensor("/input/scale", 1, b"")),
+    ("e4m3", tensor("/input/scale", 1, b"\0\0\0?" * 2, (2,))), ("e4m3", inputs("QuantizeLinear", 2)),
+    ("e4m3", inputs("QuantizeLinear", 1)), ("e4m3", attribute("QuantizeLinear", 0, axis=0, block_size=16)),
+    ("e4m3", attribute("QuantizeLinear", 0, saturate=0))])
+def test_what_rounds_in_another_way_is_told_from_what_is_written(kind: str, change) -> None:
+    model = lowered(TensorProto.FLOAT, {"a": InputCodes(kind, 0.5), "b": InputCodes(kind, 0.5)})
+    change(model)
+    for codes in inputs_in(model).values():
+        assert len(codes) == 1
+        assert all(code is not None and code.kind == kind and np.isnan(code.scale) for code in codes)
+
+
+@pytest.mark.parametrize("op", ["Cast", "Transpose"])
+def test_a_graph_that_goes_in_a_circle_is_read_to_its_end(op: str) -> None:
+    model = lowered(TensorProto.FLOAT, {"a": InputCodes("e4m3", 0.5)})
+    del model.graph.node[:]
+    model.graph.node.extend([
+        onnx.helper.make_node(op, ["two"], ["one"]), onnx.helper.make_node(op, ["one"], ["two"]),
+        onnx.helper.make_node("MatMul", ["one", "two"], ["logits"]), onnx.helper.make_node("MatMul", [], ["nothing"])])
+    assert inputs_in(model) == {}
+    assert not rounds_inputs(model.graph)
+
+
+def test_codes_that_another_node_reads_are_refused() -> None:
+    model = lowered(TensorProto.FLOAT, {"a": InputCodes("e2m1", 0.5)})
+    (maker,) = [node for node in model.graph.node if node.op_type == "TRT_FP4DynamicQuantize"]
+    model.graph.node.append(onnx.helper.make_node("Identity", [maker.output[1]], ["seen"]))
+    with refused("E-BUNDLE-CLAIM", InvalidBundle):
+        interpret_fp4_inputs(model)

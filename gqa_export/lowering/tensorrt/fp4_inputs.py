@@ -15,6 +15,7 @@ import onnx
 from onnx import TensorProto
 
 from ... import attention_op
+from ...errors import InvalidBundle
 from ...quantized.input_codes import BLOCK
 
 DYNAMIC, DOMAIN = "TRT_FP4DynamicQuantize", "trt"
@@ -68,6 +69,9 @@ def interpret_fp4_inputs(model: onnx.ModelProto) -> int:
 
     Returns:
         The number of roundings.
+
+    Raises:
+        InvalidBundle: other nodes read the codes than those that this package writes.
     """
     graph = model.graph
     readers: dict[str, list[onnx.NodeProto]] = {}
@@ -79,7 +83,12 @@ def interpret_fp4_inputs(model: onnx.ModelProto) -> int:
     for node in graph.node:
         if node.op_type != DYNAMIC or node.domain != DOMAIN:
             continue
-        (scales,), (numbers,) = readers[node.output[1]], readers[node.output[0]]
+        found = [readers.get(name, []) for name in node.output]
+        if len(found) != 2 or any(len(each) != 1 for each in found):
+            raise InvalidBundle("what rounds an input to NVFP4 is not read by two DequantizeLinear alone",
+                                f"node {node.name!r}", "export the bundle again with this version of gqa-export",
+                                code="E-BUNDLE-CLAIM")
+        (numbers,), (scales,) = found
         dropped |= {scales.name, numbers.name}
         calls[node.name] = onnx.helper.make_node(ROUNDED, list(node.input), list(numbers.output), name=node.name,
                                                  domain=attention_op.DOMAIN)
