@@ -95,7 +95,8 @@ def export(source: Place | PreTrainedModel, output: Place, *, target: Target = "
         quantize: "keep" leaves quantized weights as the checkpoint stores them, "dequantize" makes floating-point
             numbers of them; "int4", "int8", for TensorRT also "fp8" and "nvfp4", or a file of rules (.toml) quantizes.
             See docs/quantization.md.
-        activations: quantized products round their inputs to int8 (faster), or stay exact; None is int8 on a CPU.
+        activations: quantized products round their inputs to int8 (faster), or stay exact; "same", for TensorRT: those
+            with FP8 or NVFP4 weights round them to the same type. None is int8 on a CPU, else exact.
         head: bits of head and embedding: "int8", "same" as the other matrices, or "none"; None is "int8", or chosen
             where a limit is given. block: columns that share a
             scale: 16, 32, 64, 128 or 256. calibrate: a UTF-8 text by whose

@@ -61,19 +61,25 @@ def refuse_codes(target: Target, kind: str) -> None:
 
 
 def refuse_activations(target: Target, activations: str) -> None:
-    """Refuse products that round their inputs to int8 where no program does it.
+    """Refuse products that round their inputs in a way that no program of the target does it.
 
     Args:
         target: the row.
-        activations: "int8", "exact", or "" for the target's own.
+        activations: "int8", "same", "exact", or "" for the target's own.
 
     Raises:
-        GqaExportError: the graph becomes an engine.
+        GqaExportError: int8 of a graph that becomes an engine, or the weights' types of one that does not.
     """
+    if activations == "same" and not target.input_codes:
+        others = " or ".join(row.name for row in TARGETS.values() if row.input_codes)
+        raise GqaExportError(f"target {target.name} does not support --activations same: ONNX Runtime has no products "
+                             "of FP8 or FP4 on a CPU", "--activations",
+                             f"use --activations int8 or exact, or --target {others}", code="E-TARGET-OPTION")
     if activations == "int8" and not target.runs_in_onnxruntime:
         raise GqaExportError(f"target {target.name} does not support int8 activations: ONNX Runtime's products round "
                              "their inputs on a CPU, those of an engine do not", "--activations",
-                             "leave out --activations, or use --activations exact", code="E-TARGET-OPTION")
+                             "leave out --activations, use --activations exact, or same for inputs of the weights' "
+                             "types (FP8, NVFP4)", code="E-TARGET-OPTION")
 
 
 def refuse_long(target: Target) -> None:
@@ -119,7 +125,7 @@ def refuse_long_with_rounding() -> None:
     Raises:
         GqaExportError: always.
     """
-    raise GqaExportError("a graph for long prompts is not written with activations that are rounded to int8",
+    raise GqaExportError("a graph for long prompts is not written with activations that are rounded",
                          "--long-attention", "use --activations exact, or leave out --long-attention",
                          code="E-OPTION-LONG-INT8")
 

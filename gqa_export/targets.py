@@ -100,6 +100,8 @@ class Target:
     """DequantizeLinear takes zero points that are not 0"""
     float_codes: tuple[str, ...] = ()
     """kinds of codes (`QuantizedMatrix.kind`) that are numbers of float8 or float4, and that DequantizeLinear takes"""
+    input_codes: tuple[str, ...] = ()
+    """those to which the inputs of products with such a weight may be rounded as well (`--activations same`)"""
     positive_scales: bool = False
     """DequantizeLinear takes codes of eight bits, and of float8 and float4, with scales above 0 alone (so TensorRT's
     parser; with 4-bit integers it takes any)"""
@@ -193,15 +195,16 @@ _ROWS = (
            opset=23, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            rotary_inside=True, head_size_most=256, literal_capacity=True, runs_in_onnxruntime=False, shares_buffer=True,
            writes_padding=False, states_missing=_NO_STATES, zero_points=False,
-           float_codes=("e4m3", "e2m1"), positive_scales=True, quantized_blocks=(16, 32, 64, 128), long_inside=True,
+           float_codes=("e4m3", "e2m1"), input_codes=("e4m3", "e2m1"), positive_scales=True,
+           quantized_blocks=(16, 32, 64, 128), long_inside=True,
            kv_bits=(8,), kv_fp8=True, kv_missing="the plugin's kernels read and write one code a byte",
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
     Target(name="trt-native", dialect="tensorrt.native", attention="Attention", fallback="",
            opset=24, ir_version=10, caches=("static",), interface="lengths", logits=("last",), engine=True,
            softcap=False, sinks=False, value_head_size_differs=False, nan_tail_safe=False, shares_buffer=True,
            literal_capacity=True, runs_in_onnxruntime=False, states_missing=_NO_STATES, zero_points=False,
-           float_codes=("e4m3", "e2m1"), positive_scales=True, quantized_blocks=(16, 32, 64, 128),
-           long_missing=_NO_FUNCTION, windows_missing=_NO_RING,
+           float_codes=("e4m3", "e2m1"), input_codes=("e4m3", "e2m1"), positive_scales=True,
+           quantized_blocks=(16, 32, 64, 128), long_missing=_NO_FUNCTION, windows_missing=_NO_RING,
            kv_missing="TensorRT's own cache update takes floating-point tensors only, so that codes need trt-plugin",
            dtypes=MappingProxyType({"tensorrt": FLOATS})),
 )

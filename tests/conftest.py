@@ -15,6 +15,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with two threads each on two cores only wait
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# To look through all memory of a worker at every session that opens costs more than to open a tiny model's; what the
+# pages do is tests/runtime/test_huge_pages.py's, and README.md is run with them.
+os.environ.setdefault("GQA_EXPORT_HUGE_PAGES", "off")
 
 if "GQA_EXPORT_TRACE_CACHE" not in os.environ:  # set once by the first process; workers and commands inherit it
     os.environ["GQA_EXPORT_TRACE_CACHE"] = tempfile.mkdtemp(prefix="gqa-traces-")
@@ -22,6 +25,7 @@ if "GQA_EXPORT_TRACE_CACHE" not in os.environ:  # set once by the first process;
 
 import numpy as np
 import pytest
+from quick_polygraphy import quicken
 
 SEED = 20260101
 LONGEST = (
@@ -49,6 +53,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     root = os.path.dirname(__file__)
     items.sort(key=lambda item: places.get(os.path.relpath(item.path, root), len(places)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernel_cache(tmp_path_factory) -> None:
+    """Compiled kernels are kept for the whole run, shared by its workers; a user's own folder is not touched."""
+    workers = tmp_path_factory.getbasetemp()
+    shared = workers.parent if "PYTEST_XDIST_WORKER" in os.environ else workers
+    os.environ.setdefault("GQA_EXPORT_KERNEL_CACHE", str(shared / "kernels"))
 
 
 @pytest.fixture(scope="session")
@@ -85,3 +97,9 @@ def _seeded() -> None:
     if torch is not None:
         torch.manual_seed(SEED)
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _quick_polygraphy() -> None:
+    """Once it is loaded; see `quick_polygraphy`."""
+    quicken()

@@ -53,6 +53,7 @@ def serve(path: str) -> None:
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
     import polygraphy.comparator  # noqa: F401
+    from quick_polygraphy import quicken
     from transformers import AutoModelForCausalLM  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
@@ -60,6 +61,7 @@ def serve(path: str) -> None:
     from gqa_export.trace.capture import export, translate
 
     translate.library(export.OPSET)
+    quicken()
 
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(path)

@@ -16,6 +16,7 @@ from ..errors import InvalidBundle
 from ..graph_io import layer_of_cache
 from ..spec import AttentionSpec, KvCache, WindowCache
 from .graph_file import read_graph
+from .input_claims import check_inputs
 from .manifest import MODEL, Manifest
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def check_claims(folder: Path, manifest: Manifest) -> None:
     if manifest.parallel is None:
         check_rings(read_graph(folder), manifest.window_cache, str(folder / MODEL))
         check_codes(read_graph(folder), manifest.kv_cache, str(folder / MODEL))
+        check_inputs(read_graph(folder), manifest.quantization, str(folder / MODEL))
         _check_graph(folder, manifest.spec.layers, manifest.kv_cache)
     else:
         for rank in manifest.parallel.ranks:

@@ -157,6 +157,10 @@ class Manifest:
         for name in ("parallel", "long", "ragged_chunks", "needs", "window_cache"):
             if not facts[name]:
                 del facts[name]
+        for weight in (facts["quantization"] or {}).get("weights", ()):
+            for name in ("inputs", "input_scale", "inputs_reason"):
+                if not weight[name]:
+                    del weight[name]
         for layer in facts["spec"]["layers"]:
             if layer["owner"] is None:
                 del layer["owner"]

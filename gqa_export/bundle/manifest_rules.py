@@ -89,7 +89,7 @@ def check_weights(quantization: Quantization | None, where: str) -> None:
     if quantization is None:
         return
     for position, weight in enumerate(quantization.weights):
-        wrong = weight.problem(quantization.method)
+        wrong = weight.problem(quantization.method, quantization.activations)
         if wrong:
             raise InvalidBundle(f"not a valid bundle manifest: quantization.weights[{position}]: {wrong}", where, FIX,
                                 code="E-BUNDLE-MANIFEST")

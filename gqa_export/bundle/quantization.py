@@ -40,6 +40,10 @@ class QuantizedWeight:
         rounded_bits: of a code as the export rounded it: `bits` may be more, where the operator has none of so few. 0:
             the export did not round it to codes.
         rounded_block: columns that shared a scale then: `block` may be a part of it, its scale repeated. 0 likewise.
+        inputs: the type to which products with it round their inputs, that of its codes: "e4m3" or "e2m1"; "": they do
+            not.
+        input_scale: of all these inputs, as the graph holds it; 0 where they are not rounded.
+        inputs_reason: why they are not, where the export was to round them; "" otherwise.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -58,6 +62,9 @@ class QuantizedWeight:
     errors: Annotated[dict[Text, Annotated[float, Limits(ge=0)]], Limits(max_length=8)] = field(default_factory=dict)
     rounded_bits: Annotated[int, Limits(ge=0, le=64)] = 0
     rounded_block: Annotated[int, Limits(ge=0, le=1 << 31)] = 0
+    inputs: Annotated[str, OneOf("", "e4m3", "e2m1")] = ""
+    input_scale: Annotated[float, Limits(ge=0)] = 0.0
+    inputs_reason: Text = ""
 
     @property
     def rounding(self) -> tuple[int, int]:
@@ -73,10 +80,13 @@ class QuantizedWeight:
         return (f"{self.operator}, block {self.block}" + ("" if bits == self.bits else f", rounded to {bits} bits")
                 + ("" if block == self.block else f", a scale for {block} columns")
                 + ("" if self.kind == "int" else f", {self.kind}")
+                + (f", inputs {self.inputs}" if self.inputs else "")
                 + (f", {self.experts} experts" if self.experts else ""))
 
-    def problem(self, method: str) -> str:
-        """What its fields cannot be together; "" where nothing is wrong. method: as of `Quantization`."""
+    def problem(self, method: str, activations: str) -> str:
+        """What its fields cannot be together; "" where nothing is wrong. method, activations: as of `Quantization`."""
+        if wrong := self._inputs_problem(activations):
+            return wrong
         if self.operator == PLAIN:
             codes = self.block or self.experts or self.transposed or self.kind != "int" or any(
                 (self.rounded_bits, self.rounded_block))
@@ -91,6 +101,16 @@ class QuantizedWeight:
         if self.experts and self.kind != "int" and method not in KEPT:
             return f"an export by {method} makes no {self.kind} codes of experts, found {self.experts} of them"
         return ""
+
+
+    def _inputs_problem(self, activations: str) -> str:
+        if not self.inputs:
+            return f"inputs that are not rounded have no scale, found {self.input_scale:g}" if self.input_scale else ""
+        if activations != "same":
+            return f"inputs are rounded to {self.inputs} only where activations are \"same\", found \"{activations}\""
+        if self.operator == PLAIN or self.inputs != self.kind or self.experts:
+            return f"inputs of {self.inputs} need a single matrix of such codes"
+        return "" if self.input_scale else f"inputs of {self.inputs} need a scale above 0"
 
 
 @dataclass(frozen=True)
@@ -145,7 +165,8 @@ class Quantization:
     Attributes:
         method: "keep" (as the checkpoint stores them), "int4", "int8", ... or "rules" of a file.
         activations: "int8": matrix products round their inputs to int8, block by block (accuracy level 4 of ONNX
-            Runtime on a CPU); "exact": they do not (accuracy level 0).
+            Runtime on a CPU); "exact": they do not (accuracy level 0); "same": those with weights of FP8 or NVFP4 round
+            them to the same type, weight by weight (`QuantizedWeight.inputs`).
         weights: every quantized matrix, and those that a quantized model has as floating-point numbers.
         calibration: sha256 of the text whose activations weighed the errors; "" where none did.
         tokens: of the calibration text that were used.
@@ -155,7 +176,7 @@ class Quantization:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     method: Text
-    activations: Annotated[str, OneOf("int8", "exact")]
+    activations: Annotated[str, OneOf("int8", "exact", "same")]
     weights: Annotated[tuple[QuantizedWeight, ...], Limits(max_length=MOST_MATRICES, fail_fast=True)] = ()
     calibration: Annotated[str, Limits(pattern="^([0-9a-f]{64})?$")] = ""
     tokens: Annotated[int, Limits(ge=0, le=1 << 31)] = 0
@@ -165,20 +186,31 @@ class Quantization:
         """For people: the whole, then each matrix; layers that are alike in all have one line."""
         label = {"keep": "kept as stored", "dequantize": "dequantized", "rules": "quantized by rules"}
         size = sum(weight.bytes for weight in self.weights)
+        inputs = {"int8": "rounded to int8", "exact": "exact", "same": "rounded to the type of their weight"}
         lines = [f"quantized weights: {label.get(self.method, f'quantized, {self.method}')}, {size / 1e6:,.1f} MB, "
-                 f"inputs of products {'rounded to int8' if self.activations == 'int8' else 'exact'}"
+                 f"inputs of products {inputs[self.activations]}"
                  + (f", scales chosen with {self.tokens} tokens of a text" if self.calibration else "")]
         lines += [f"  {line}" for line in self.search.lines()] if self.search else []
         groups: dict[tuple[str, ...], list[QuantizedWeight]] = {}
         for weight in self.weights:
             groups.setdefault((_LAYER.sub(".*.", weight.name, count=1), weight.stored, str(weight.bits), weight.held,
-                               "lossless" if weight.lossless else "rounded", weight.reason), []).append(weight)
-        for (name, stored, bits, held, loss, reason), members in groups.items():
+                               "lossless" if weight.lossless else "rounded", weight.reason, weight.inputs_reason),
+                              []).append(weight)
+        for (name, stored, bits, held, loss, reason, inputs_reason), members in groups.items():
             count = f" ({len(members)} of them)" if len(members) > 1 else ""
             lines.append(f"  {name if len(members) > 1 else members[0].name}{count}: {stored} -> {bits} bits, {held}, "
                          f"{loss}, {sum(each.bytes for each in members):,} bytes" + (f": {reason}" if reason else "")
+                         + (f"; inputs exact: {inputs_reason}" if inputs_reason else "") + _input_scales(members)
                          + _errors(members, bits, self.search.unit if self.search else ""))
         return lines
+
+
+def _input_scales(members: list[QuantizedWeight]) -> str:
+    """The scales of the inputs of alike matrices; "" where they are not rounded."""
+    scales = sorted({f"{each.input_scale:.3g}": each.input_scale for each in members}.items(), key=lambda each: each[1])
+    if not members[0].inputs:
+        return ""
+    return f", input scale {scales[0][0]}" + (f" to {scales[-1][0]}" if len(scales) > 1 else "")
 
 
 def _errors(members: list[QuantizedWeight], bits: str, unit: str) -> str:

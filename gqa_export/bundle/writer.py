@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GqaExportError
-from ..files.atomic_replace import move_files, replace_folder
+from ..files.atomic_replace import move_files, replace_folder, sync
 from ..files.resume import JOURNAL, Journal, take_over
-from ..files.staging import check_folder, disk_errors, named, staging_folder
+from ..files.staging import check_folder, claimed_leftovers, disk_errors, named, staging_folder
 from .integrity import check_no_code
 from .manifest import MANIFEST, FileFact, Manifest, read_manifest
 
@@ -55,11 +55,18 @@ class HashingFile:
         """Bytes written so far."""
         return self.size
 
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        self._file.flush()
+        sync(self.path)
+
     def close(self) -> FileFact:
         """Close; size and sha256 of what was written."""
-        self._file.close()
-        if self._journal is not None:
-            self._journal.close()
+        try:
+            self._file.close()
+        finally:
+            if self._journal is not None:
+                self._journal.close()
         return FileFact(self.size, self._hash.hexdigest())
 
 
@@ -73,13 +80,18 @@ class BundleWriter:
     @contextmanager
     def open(self, name: str, key: str = "") -> Iterator[HashingFile]:
         """Write one file, hashed on the way. key: see `HashingFile`."""
-        (self.staging / name).parent.mkdir(exist_ok=True)
-        file = HashingFile(self.staging / name, key, self.leftovers)
+        file = self.begin(name, key)
         try:
             yield file
         finally:
             fact = file.close()
         self.files[name] = fact
+
+    def begin(self, name: str, key: str = "") -> HashingFile:
+        """A file that the caller closes, and records if it is to be one of the bundle's. key: see `HashingFile`."""
+        if "/" in name:  # the staging folder itself is made once: where it is gone nothing is written any more
+            (self.staging / name).parent.mkdir(exist_ok=True)
+        return HashingFile(self.staging / name, key, self.leftovers)
 
     def write(self, name: str, content: bytes) -> None:
         """Write one whole file."""
@@ -91,7 +103,7 @@ class BundleWriter:
         self.write(name, Path(source).read_bytes())
 
     def record(self, name: str, fact: FileFact) -> None:
-        """Note a file that we did not write (linked or already in place)."""
+        """Note a file that was not written by `open` (linked, already in place, written ahead)."""
         self.files[name] = fact
 
     @property
@@ -108,7 +120,25 @@ class BundleWriter:
 
 
 @contextmanager
-def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) -> Iterator[BundleWriter]:
+def staged_bundle(output: Path, *, inplace: bool = False, claim: bool = True) -> Iterator[BundleWriter]:
+    """A writer into a staging folder for `output`, of which nothing stays; see `writing_bundle`. claim: False leaves
+    what killed processes left to `writing_bundle`, so that it outlives an export that is refused before."""
+    output = Path(os.path.abspath(output))
+    with staging_folder(output, output if inplace else output.parent, claim=claim) as (staging, leftovers):
+        yield BundleWriter(staging, leftovers, () if inplace else foreign_files(output))
+
+
+@contextmanager
+def _continued(writer: BundleWriter, output: Path) -> Iterator[BundleWriter]:
+    """`writer`, which from here on may take over what killed processes left."""
+    with claimed_leftovers(output, output.parent) as leftovers:
+        writer.leftovers = tuple(leftovers)
+        yield writer
+
+
+@contextmanager
+def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False,
+                   begun: BundleWriter | None = None) -> Iterator[BundleWriter]:
     """Stage a bundle for `output`; on success it appears there at once, on any failure nothing of it stays.
 
     Args:
@@ -116,6 +146,7 @@ def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) 
         force: replace an earlier result.
         inplace: `output` is an existing checkpoint folder; new files are moved into it one by one, the manifest last,
             and none that exists may be replaced unless it is a file of an earlier bundle and `force` is given.
+        begun: of a `staged_bundle` for the same output that claims nothing; None stages one.
 
     Raises:
         GqaExportError: the output is not empty (without `force`) or cannot be written, or the disk is full.
@@ -126,13 +157,13 @@ def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False) 
         check_no_code(output)
     else:
         check_output(output, force)
-    parent = output if inplace else output.parent
-    with disk_errors(output), staging_folder(output, parent) as (staging, leftovers):
-        yield BundleWriter(staging, leftovers, () if inplace else foreign_files(output))
+    with disk_errors(output), _continued(begun, output) if begun else \
+            staged_bundle(output, inplace=inplace) as writer:
+        yield writer
         if inplace:
-            _move_into(staging, output, force)
+            _move_into(writer.staging, output, force)
         else:
-            replace_folder(staging, output)
+            replace_folder(writer.staging, output)
 
 
 def check_output(output: Path, force: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,8 +71,9 @@ if TYPE_CHECKING:
 @click.option("--quantize", default="keep", show_default=True, metavar="keep|dequantize|METHOD|FILE.toml",
               help="Keep quantized weights as they are stored, make floats of them, quantize (int4, int8; for trt-* "
                    "also fp8, nvfp4), or quantize by rules of a file.")
-@click.option("--activations", type=click.Choice(["int8", "exact"]), default=None,
-              help="Quantized products round their inputs to int8 (faster), or do not.  [default: int8 on a CPU]")
+@click.option("--activations", type=click.Choice(["int8", "exact", "same"]), default=None,
+              help="Quantized products round their inputs to int8 (faster), or do not; same, for trt-*: those with FP8 "
+                   "or NVFP4 weights round them to the same type.  [default: int8 on a CPU, else exact]")
 @click.option("--head", type=click.Choice(["int8", "same", "none"]), default=None,
               help="With --quantize: bits of head and embedding, the same as the others', or none.  [default: int8; "
                    "chosen with --max-size, --max-kl]")
@@ -134,6 +136,7 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, ve
 
     bundle = export()
     if check:
+        gc.collect()  # what is compared next needs the memory
         raise SystemExit(_validate(bundle, checkpoint, provider, allow_pickle,
                                    lambda **options: export(force=True, **options), short=not verbose,
                                    calibrate=options["calibrate"], loras=options["lora"],
@@ -143,13 +146,14 @@ def command(checkpoint: str, output: Path | None, check: bool, dry_run: bool, ve
 @contextmanager
 def no_collection() -> Iterator[None]:
     """No search for reference cycles meanwhile: an export makes hundreds of thousands of objects that all stay, and
-    looking through them again and again costs a tenth of its time."""
-    import gc
-
+    looking through them again and again costs a tenth of its time. At the end they count as old, because the first
+    search among the young would look through all of them at once."""
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
+        gc.unfreeze()
         gc.enable()
 
 

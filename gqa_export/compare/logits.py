@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .shares import in_shares
+
 MOST_TOKENS = 32
 """tokens of one step that are looked at, evenly spaced, the last one included: a log-softmax over a large vocabulary
 costs more than running a small model"""
@@ -47,19 +49,14 @@ class LogitTally:
         if not count:
             return
         pick = np.unique(np.linspace(0, count - 1, min(count, MOST_TOKENS)).astype(int))
-        expected, got = expected_TV[pick].astype(np.float64), got_TV[pick].astype(np.float64)
-        with np.errstate(all="ignore"):
-            scale = np.maximum(np.abs(expected).max(1), np.finfo(np.float64).tiny)
-            self.max_rel = max(self.max_rel, _worst(np.abs(got - expected).max(1) / scale))
-            a, b = log_softmax(expected), log_softmax(got)
-            kl = np.maximum((np.exp(a) * (a - b)).sum(1), 0.0)
+        shares = in_shares(lambda rows: _weigh(expected_TV[pick[rows]], got_TV[pick[rows]]), len(pick),
+                           expected_TV.shape[1])
+        rel, kl, top1, top5 = (np.concatenate(each) for each in zip(*shares))
+        self.max_rel, self.max_kl = max(self.max_rel, _worst(rel)), max(self.max_kl, _worst(kl))
         self.tokens += len(pick)
         self.kl += float(kl.sum())
-        self.max_kl = max(self.max_kl, _worst(kl))
-        self.top1 += float((expected.argmax(1) == got.argmax(1)).sum())
-        width = min(5, expected.shape[1])
-        best = [np.argpartition(-side, width - 1, axis=1)[:, :width] for side in (expected, got)]
-        self.top5 += float(sum(len(np.intersect1d(x, y)) for x, y in zip(*best)) / width)
+        self.top1 += float(top1.sum())
+        self.top5 += float(top5.sum() / min(5, expected_TV.shape[1]))
 
     def read(self, ids_T: np.ndarray, expected_TV: np.ndarray, got_TV: np.ndarray) -> None:
         """A piece of one text, in order: what each token was predicted with by the logits before it."""
@@ -81,6 +78,21 @@ class LogitTally:
         perplexity = tuple(float(np.exp(loss / self._predicted)) for loss in self._loss) if self._predicted else None
         return LogitMetrics(n, self.max_rel, self.kl / n, self.max_kl, self.top1 / n, self.top5 / n, greedy_prefix,
                             perplexity)  # type: ignore[arg-type]
+
+
+def _weigh(expected_TV: np.ndarray, got_TV: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of every token [T]: relative error, KL divergence, whether the best token is the same, and how many of the best
+    five are."""
+    expected, got = expected_TV.astype(np.float64), got_TV.astype(np.float64)
+    with np.errstate(all="ignore"):
+        scale = np.maximum(np.abs(expected).max(1), np.finfo(np.float64).tiny)
+        rel = np.abs(got - expected).max(1) / scale
+        a, b = log_softmax(expected), log_softmax(got)
+        kl = np.maximum((np.exp(a) * (a - b)).sum(1), 0.0)
+    width = min(5, expected.shape[1])
+    best = [np.argpartition(-side, width - 1, axis=1)[:, :width] for side in (expected, got)]
+    same = np.array([len(np.intersect1d(x, y)) for x, y in zip(*best)])
+    return rel, kl, expected.argmax(1) == got.argmax(1), same
 
 
 def log_softmax(logits_TV: np.ndarray) -> np.ndarray:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .shares import in_shares
+
 BLOCK = 1 << 16
 """elements compared at once: 512 KiB of fp64, which stay in a core's cache from one pass to the next"""
 
@@ -65,25 +67,33 @@ def difference(expected: np.ndarray, got: np.ndarray) -> Difference:
     count, width = int(np.prod(tokens)), int(np.prod(shape))
     reference, other = expected.reshape(count, width), got.reshape(count, width)
     gap, place = np.zeros(count), np.zeros(count, np.int64)
-    values, scale, nonfinite = np.zeros((2, count)), 0.0, 0
+    values = np.zeros((2, count))
     at_once = max(1, BLOCK // max(width, 1))
-    with np.errstate(all="ignore"):
-        for start in range(0, count, at_once):
-            rows = slice(start, start + at_once)
-            a, b = reference[rows], other[rows]
-            apart = np.subtract(a, b, dtype=np.float64)
-            np.abs(apart, out=apart)
-            here, line = apart.argmax(1), np.arange(len(apart))
-            if np.isfinite(apart[line, here]).all():  # then everything is: argmax finds what is not first
-                scale = max(scale, float(a.max()), -float(a.min()))
-            else:
-                finite = np.isfinite(a) & np.isfinite(b)
-                nonfinite += int(finite.size - finite.sum())
-                apart = np.where(finite, apart, np.inf)
-                here = apart.argmax(1)
-                scale = max(scale, float(np.abs(np.where(finite, a, 0)).max()))
-            place[rows], gap[rows] = here, apart[line, here]
-            values[0, rows], values[1, rows] = a[line, here], b[line, here]
+
+    def share(rows_of_share: slice) -> tuple[float, int]:
+        """Fills in some rows; the largest finite |expected| of theirs, and how many elements are not finite."""
+        scale, nonfinite = 0.0, 0
+        with np.errstate(all="ignore"):
+            for start in range(rows_of_share.start, rows_of_share.stop, at_once):
+                rows = slice(start, min(start + at_once, rows_of_share.stop))
+                a, b = reference[rows], other[rows]
+                apart = np.subtract(a, b, dtype=np.float64)
+                np.abs(apart, out=apart)
+                here, line = apart.argmax(1), np.arange(len(apart))
+                if np.isfinite(apart[line, here]).all():  # then everything is: argmax finds what is not first
+                    scale = max(scale, float(a.max()), -float(a.min()))
+                else:
+                    finite = np.isfinite(a) & np.isfinite(b)
+                    nonfinite += int(finite.size - finite.sum())
+                    apart = np.where(finite, apart, np.inf)
+                    here = apart.argmax(1)
+                    scale = max(scale, float(np.abs(np.where(finite, a, 0)).max()))
+                place[rows], gap[rows] = here, apart[line, here]
+                values[0, rows], values[1, rows] = a[line, here], b[line, here]
+        return scale, nonfinite
+
+    found = in_shares(share, count, width, at_once)
+    scale, nonfinite = max(scale for scale, _ in found), sum(number for _, number in found)
     return Difference(gap.reshape(tokens), place.reshape(tokens), values[0].reshape(tokens),
                       values[1].reshape(tokens), scale, nonfinite, shape)
 

@@ -7,13 +7,13 @@ quick cases imply but do not show by themselves. A builder that has no room writ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..errors import GqaExportError
-from ..spec import ModelSpec
-from .cases import GARBAGE, LOGIT_ELEMENTS, Case, Plan, TokenIds, plan_cases
+from .cases import GARBAGE, Case, Plan, plan_cases
+from .setting import Setting
 
 LEVELS = ("quick", "full")
 STEPS = {"quick": 32, "full": 32}
@@ -28,46 +28,6 @@ SEEN_IDS = 2048
 REFUSALS, IN_PLACE = "refusals", "in_place"
 VERIFY_WIDTH = 7
 """new tokens of a step over a past that the case `chunks` feeds, with the logits of each compared"""
-
-
-@dataclass
-class Setting:
-    """What the builders look at. windows: those of the manifest and those that the checkpoint's own configuration
-    names, and the ends of the first two chunks of positions where attention is in chunks. switch: tokens beyond which
-    another rotary table serves (longrope), 0: one table. special: ids that the case `special` feeds. avoided: those
-    that random prompts avoid; None is `special`. largest: ids whose embeddings are largest. literal: the capacity is a
-    number in the graph. rings: (slots, window) of caches whose slots are used again. whole_row_masks: the bundle takes
-    masks that have all ones of a row first. text: ids of a text that the user gave."""
-
-    spec: ModelSpec
-    capacity: int
-    steps: int
-    windows: tuple[int, ...] = ()
-    original_positions: int = 0
-    switch: int = 0
-    special: tuple[int, ...] = ()
-    largest: tuple[int, ...] = ()
-    sample: np.ndarray | None = None
-    text: np.ndarray | None = None
-    nan_tail_safe: bool = False
-    literal: bool = False
-    whole_row_masks: bool = False
-    avoided: tuple[int, ...] | None = None
-    rings: tuple[tuple[int, int], ...] = ()
-    notes: list[str] = field(default_factory=list)
-    core: dict[str, Case] = field(default_factory=dict)
-    ids: TokenIds = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.windows = tuple(sorted({w for w in (*self.windows, *(edge for layer in self.spec.layers
-                                                                 for edge in layer.edges)) if 0 < w < self.capacity}))
-        self.avoided = self.special if self.avoided is None else self.avoided
-        self.ids = TokenIds(self.spec.vocabulary, self.avoided, 21)
-
-    @property
-    def chunk(self) -> int:
-        """Tokens of one row that are fed at once."""
-        return max(16, min(4096, LOGIT_ELEMENTS // max(self.spec.vocabulary, 1)))
 
 
 @dataclass(frozen=True)
@@ -294,6 +254,6 @@ def plan_suite(setting: Setting, level: str = "quick") -> Plan:
     setting.notes += core.notes
     setting.steps = min(setting.steps, setting.capacity // 2)
     chosen = LEVELS[: LEVELS.index(level) + 1]
-    cases = [replace(case, entry=entry.name) for entry in SUITE if entry.level in chosen
+    cases = [replace(case, entry=entry.name, chunk=setting.piece(case)) for entry in SUITE if entry.level in chosen
              for case in entry.build(setting)]
     return Plan(tuple(cases), tuple(setting.notes))

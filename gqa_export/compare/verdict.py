@@ -38,8 +38,8 @@ class Verdict:
             weights), so that bundles are told apart whatever their folders are called; "" where no checkpoint was open.
         overflow: why outputs are not finite where PyTorch's own in this number format are not either, and the option
             that avoids it; "" otherwise.
-        activations: "int8": the bundle rounds the inputs of quantized matrix products to int8; "exact": it holds
-            quantized matrices and does not; "": its weights are not quantized.
+        activations: "int8": the bundle rounds the inputs of quantized matrix products to int8; "same": to the type of
+            their weight; "exact": it holds quantized matrices and does not; "": its weights are not quantized.
         loss: what was lost against the checkpoint before it was quantized; None where that was not measured.
         approximated: the method by which the bundle reads long prompts; "": it reads every key.
         long: what that costs the model on a text; None where it was not measured, and `long_missing` says why.

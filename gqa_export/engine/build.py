@@ -24,6 +24,7 @@ from ..errors import GqaExportError, InvalidBundle, NotCheckedHere
 from ..files.scratch import scratch_folder
 from ..files.sha256 import file_sha256
 from ..progress import Progress, silent
+from ..quantizing.importance import FILE as IMPORTANCE
 from ..spec import DTYPES
 from ..targets import TARGETS
 from . import inspect_build
@@ -169,7 +170,7 @@ def build_engine(bundle: Path, output: Path, options: EngineOptions | None = Non
         facts, notes = built[0]
         check_alike([each for each, _ in built], manifest)
         for name in manifest.files:
-            if not name.endswith(WEIGHT_FILES):
+            if not name.endswith(WEIGHT_FILES) or name == IMPORTANCE:
                 writer.copy(bundle / name, name)
         size = sum(writer.files[inside + ENGINE].size for inside, _, _ in ranks_of(bundle, manifest))
         versions = {**manifest.versions, CANONICAL[choice.library.flavor]: facts.version}
@@ -194,8 +195,11 @@ def _rank(bundle: Path, manifest: Manifest, inside: str, kind: str, choice: Choi
         built, job, log = _build(job, choice.library, scratch / "build.log", say)
         say("checking the engine", None, None)
         facts, notes = _facts(manifest, kind, choice, profiles, compiled, built, job, log)
-        meetings = inspect_build.check_collectives(model, read_log(log), len(profiles))
-        more = {"collectives": meetings} if meetings else {}
+        listed = read_log(log)
+        meetings = inspect_build.check_collectives(model, listed, len(profiles))
+        coded, lines = inspect_build.coded_products(model, listed, [profile.name for profile in profiles])
+        more = {**({"collectives": meetings} if meetings else {}), **({"products_of_codes": coded} if coded else {})}
+        notes += lines
         facts = replace(facts, build={**facts.build, "weight_bytes_read": weight_bytes_read(model), **more})
         writer.record(inside + ENGINE, FileFact(engine.stat().st_size, file_sha256(engine)))
     return facts, notes

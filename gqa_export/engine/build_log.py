@@ -16,6 +16,9 @@ IO = re.compile(r"^\s*Name: (?P<name>[^,]+), IOMode: (?P<mode>Input|Output), Dat
                 r"Dimensions: \[(?P<shape>[-0-9,]*)\]")
 PROFILE = re.compile(r" \[profile (\d+)\]")
 NO_KERNEL = re.compile(r"not supported by a dedicated kernel|is_?decomposable", re.IGNORECASE)
+DATATYPE = re.compile(r"Datatype: (\w+)")
+NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+GEMM, CODES = "gemm", frozenset({"FP8", "FP4E2M1"})
 PLUGIN = "PluginV3"
 NOTHING = "NoOp"
 COLLECTIVE = "comm_"
@@ -25,13 +28,17 @@ COLLECTIVES = {"comm_allreduce": "all_reduce", "comm_allgather": "all_gather"}
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of one profile: what it reads and writes, without the profile's mark."""
+    """One layer of one profile: what it reads and writes, without the profile's mark; the types of what it reads, of
+    constants among that, and the graph's nodes that it is made of."""
 
     name: str
     kind: str
     profile: int
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    types: tuple[str, ...] = ()
+    constant_types: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,12 @@ class Log:
     def kinds(self, profile: int) -> dict[str, int]:
         """How many layers of each kind a profile has."""
         return dict(Counter(layer.kind for layer in self.layers if layer.profile == profile))
+
+    def products_of_codes(self, profile: int) -> set[str]:
+        """Nodes of the graph that are within a product of a profile whose input and weight are both codes of FP8, or
+        both of FP4."""
+        return {name for layer in self.layers if layer.profile == profile and layer.kind == GEMM
+                and CODES & set(layer.types) & set(layer.constant_types) for name in layer.nodes}
 
     def collectives(self, profile: int) -> list[tuple[str, str]]:
         """Where a profile meets other ranks, in order: the operation and the node of the graph."""
@@ -90,7 +103,9 @@ def _layer(line: str, match: re.Match[str]) -> Layer:
     number = PROFILE.search(match["name"]) or PROFILE.search(line)
     before, _, after = line.partition("Outputs: [")
     reads, writes = (tuple(PROFILE.sub("", name) for name in TENSOR.findall(part)) for part in (before, after))
-    return Layer(PROFILE.sub("", match["name"]), match["kind"], int(number[1]) if number else 0, reads, writes)
+    types, constants = (tuple(DATATYPE.findall(part)) for part in before.partition("Constants: [")[::2])
+    return Layer(PROFILE.sub("", match["name"]), match["kind"], int(number[1]) if number else 0, reads, writes, types,
+                 constants, tuple(PROFILE.sub("", name) for name in NODE.findall(after)))
 
 
 def lacks_kernel(text: str) -> bool:

@@ -7,9 +7,11 @@ A machine that cannot open the engine has nothing but the network and the build 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..bundle.engine_facts import EngineFacts
+from ..bundle.input_claims import rounding_products
 from ..bundle.manifest import Manifest
 from ..bundle.parallel import collective_order
 from ..errors import GqaExportError
@@ -116,3 +118,22 @@ def check_alike(facts: list[EngineFacts], manifest: Manifest) -> None:
 def _same(fact: TensorFact, tensor: Tensor) -> bool:
     sizes = tuple(-1 if isinstance(axis, str) else axis for axis in fact.shape)
     return fact.name == tensor.name and TYPES.get(tensor.type) == fact.dtype and sizes == tensor.shape
+
+
+def coded_products(model: onnx.ModelProto, log: Log, profiles: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    """How many of a graph's products with rounded inputs are products of codes in the engine, by profile; and a line
+    for those that are not, which dequantize what was rounded. Nothing where the graph rounds none, or no log was read.
+
+    Args:
+        model: the graph.
+        log: of the build.
+        profiles: their names, in order.
+    """
+    wanted = rounding_products(model)
+    if not wanted or not log.layers:
+        return {}, []
+    found = {name: wanted & log.products_of_codes(number) for number, name in enumerate(profiles)}
+    lines = [f"{name}: TensorRT multiplies codes in {len(nodes)} of {len(wanted)} products whose inputs are rounded; "
+             f"others dequantize them first: {', '.join(sorted(wanted - nodes)[:3])}"
+             for name, nodes in found.items() if nodes < wanted]
+    return {name: len(nodes) for name, nodes in found.items()}, lines

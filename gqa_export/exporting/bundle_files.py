@@ -38,7 +38,7 @@ def write_beside(
     """
     checkpoint, options = ready.checkpoint, ready.options
     if ready.importance:
-        writer.write(IMPORTANCE, importance_file(ready.importance))
+        writer.write(IMPORTANCE, importance_file(ready.importance, ready.largest))
     if options.weights == "inplace":
         without = "" if has_tokenizer(checkpoint) else NO_TOKENIZER
     else:

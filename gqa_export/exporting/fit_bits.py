@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..quantizing.divergence import Divergence
     from .options import ExportOptions
     from .prepared import Prepared
-    from .quantize import Plan
+    from .weight_plan import Plan
 
 MOST_EVALUATIONS = 7
 """choices whose KL divergence is measured"""

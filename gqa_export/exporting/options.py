@@ -18,10 +18,11 @@ class ExportOptions:
     not use are noted instead of refused. trace_cache: False neither takes nor keeps a trace.
     stamping: False traces every layer, also those that are alike.
     quantize: "keep" leaves quantized weights as they are stored, "dequantize" makes floating-point numbers of them;
-    a method ("int4", "int8", "fp8", "nvfp4") or a file of rules (.toml) quantizes. activations: "int8", "exact" or ""
-    for the target's own. head: bits of head and embedding, "int8", "same" or "none"; "" is "int8", or with a limit what
-    it leaves room for. max_size: bytes of the whole bundle; 0: no limit. max_kl: nats that quantized weights may move
-    predictions, None: no limit. With either one, bits of each matrix are chosen. block: columns that share a scale.
+    a method ("int4", "int8", "fp8", "nvfp4") or a file of rules (.toml) quantizes. activations: "int8", "same" (inputs
+    of products have the type of their weight, FP8 or NVFP4), "exact" or "" for the target's own. head: bits of head and
+    embedding, "int8", "same" or "none"; "" is "int8", or with a limit what it leaves room for. max_size: bytes of the
+    whole bundle; 0: no limit. max_kl: nats that quantized weights may move predictions, None: no limit. With either
+    one, bits of each matrix are chosen. block: columns that share a scale.
     calibrate: a text by whose activations errors are weighed, and from which a quantized cache's scales are chosen.
     tensor_parallel: devices over which the model is cut; 1 is a bundle of one graph.
     kv_cache: "int8", "int4" or "fp8" codes in the cache, "" for numbers.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from ..weights.memory_budget import Budget
 from . import quantize
 from .adapters import add_slots, merge_weights, read_adapters, refuse_quantized_adapters, weight_shapes
 from .fit_bits import divergence_of, fitted
+from .input_scales import SAME, input_notes, with_inputs
 from .kv_calibration import cache_of
 from .long_plan import long_plan, plan_notes
 from .options import ExportOptions
@@ -37,11 +39,13 @@ if TYPE_CHECKING:
     from ..lowering.adapter_inputs import AdapterSlot
     from ..targets import Target
     from ..trace.traced import Traced
+    from .weight_plan import Plan
 
 
 def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progress, budget: Budget,
-            output: Path | None = None) -> Prepared:
-    """Open, trace and lower a checkpoint. output: None where nothing will be written."""
+            output: Path | None = None, opened: Callable[[Checkpoint, str], None] | None = None) -> Prepared:
+    """Open, trace and lower a checkpoint. output: None where nothing will be written. opened: called with the
+    checkpoint, and its type in the graph, before it is traced."""
     from ..lowering.context import LowerOptions
     from ..lowering.dump import PassDump
     from ..lowering.lower import lower
@@ -66,6 +70,8 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     if options.long:
         refuse_long(target)
         refuse_long_with_codes(options.kv_cache)
+        if options.activations == SAME:
+            refuse_long_with_rounding()
     adapters, merge = read_adapters(options, target)
     dump = PassDump(options.dump_passes, force=options.force) if options.dump_passes else None
     say("reading the checkpoint", None, None)
@@ -87,6 +93,8 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     if dtype not in DTYPES.values():
         raise UnsupportedModel(f"decoders are not exported with weights of type {dtype}", checkpoint.source,
                                "choose a type with --dtype fp32|fp16|bf16", code="E-MODEL-DTYPE")
+    if opened is not None:
+        opened(checkpoint, dtype)
     traced, kept, taken = traced_model(checkpoint, options, dtype, target, say)
     if any(stored_apart(checkpoint, group) for group in traced.tied):
         traced, kept, taken = traced_model(checkpoint, options, dtype, target, say, untied=True)
@@ -98,7 +106,8 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
     store = weight_store(checkpoint, traced, budget)
     if merge is not None:
         store = merge_weights(store, merge, traced, weight_shapes(traced, wanted_weights(traced)))
-    quantizing = quantize.plan(checkpoint, traced, store, options, target, provider, say)
+    quantizing = with_inputs(quantize.plan(checkpoint, traced, store, options, target, provider, say), options, target,
+                             dtype, checkpoint.source)
     if adapters or merge is not None:
         refuse_quantized_adapters(bool(checkpoint.quantized))
     kv = cache_of(checkpoint, traced, options, target, say)
@@ -121,10 +130,11 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
         refuse_quantized_ranks(checkpoint.source, options.quantize != "dequantize" and (
             quantizing is not None or bool(checkpoint.quantized)))
 
-    def lowered_with(quantizing: quantize.Plan | None, dump: PassDump | None = None) -> Prepared:
+    def lowered_with(quantizing: Plan | None, dump: PassDump | None = None) -> Prepared:
         """All that depends on what becomes of each weight."""
         own = replace(lowering, quantized=quantizing.facts if quantizing else {},
-                      exact=quantizing is not None and quantizing.exact)
+                      exact=quantizing is not None and quantizing.exact,
+                      inputs=quantizing.inputs if quantizing else {})
         ranks = None
         if options.tensor_parallel > 1:
             ranks = lower_ranks(traced, own, options.tensor_parallel, tensor_parallel_plan(checkpoint),
@@ -145,9 +155,10 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
                 quantize.fill(quantizing, each, store, checkpoint.packed if options.weights != "copy" else None)
             recorded = quantize.record(quantizing, lowered, dtype)
         return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store, adapters, slots,
-                        (*checkpoint.notes, *notes, *rings.notes), recorded, ranks, kv, plan, prefill,
-                        quantizing.importance if quantizing else {}, rings.windows,
-                        first_version(traced.spec, target, reads))
+                        (*checkpoint.notes, *notes, *rings.notes, *input_notes(quantizing, lowered.held)), recorded,
+                        ranks, kv, plan, prefill, quantizing.importance if quantizing else {}, rings.windows,
+                        first_version(traced.spec, target, reads),
+                        quantizing.largest if quantizing and quantizing.same else {})
 
     if quantizing is None or not options.limited:
         return lowered_with(quantizing, dump)

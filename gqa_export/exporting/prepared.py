@@ -56,6 +56,8 @@ class Prepared:
     """layers whose cache is a ring of fewer slots than the capacity"""
     needs: str = ""
     """the first onnxruntime that runs layers which share a cache; "" where every one does"""
+    largest: Mapping[str, float] = field(default_factory=dict)
+    """by what the scales of rounded inputs were chosen, with the calibration text"""
 
     @property
     def remarks(self) -> tuple[str, ...]:

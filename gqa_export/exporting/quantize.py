@@ -1,19 +1,18 @@
-"""What becomes of each weight of an export that quantizes, or keeps what is quantized: plan, facts and record."""
+"""What becomes of each weight of an export that quantizes, or keeps what is quantized: plan and record."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bundle.quantization import PLAIN, BitsSearch, Quantization, QuantizedWeight
+from ..bundle.quantization import PLAIN, Quantization, QuantizedWeight
 from ..errors import GqaExportError
 from ..progress import Progress
 from ..quantized.exactness import holds, holds_type, holds_values
-from ..quantized.facts import MatrixFacts, facts_of
-from ..quantized.matrix import QuantizedMatrix
-from ..quantizing.errors_of_bits import Measured, measure
+from ..quantized.facts import facts_of
+from ..quantizing.errors_of_bits import measure
 from ..quantizing.floats import quantize_floats
 from ..quantizing.matrices import Weight, weights_of
 from ..quantizing.rtn import quantize_matrix
@@ -24,55 +23,20 @@ from ..weights.packed import add_packed, packers_of
 from ..weights.rows import rows_of
 from ..weights.source_kinds import DequantizedSource
 from ..weights.sources import WeightStore
+from .input_scales import NOT_MULTIPLIED, SAME, check_same
 from .limits import CHOICES, check_limits
 from .options import ExportOptions
+from .weight_plan import Plan
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
     from ..checkpoint.safetensors_header import StoredTensor
-    from ..lowering.context import Lowered
-    from ..quantizing.calibrate import TextRows
+    from ..lowering.context import Held, Lowered
+    from ..quantizing.calibrate import Calibration, TextRows
     from ..targets import Target
     from ..trace.traced import Traced
 
 KEEP = ("keep", "dequantize")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is quantized, and what stays as it is.
-
-    Attributes:
-        method: as the manifest names it.
-        exact: products do not round their inputs.
-        matrices: name of a weight -> what is packed.
-        facts: of those.
-        stored: name of a weight -> what the checkpoint holds, for people. codes: those that it holds as codes; None: of
-            which the values alone are known.
-        plain: name of a weight -> why it stays floating-point numbers.
-        weights: of the model, in the order of the graph.
-        open: name of a weight whose bits are to be chosen -> what each number of bits would lose; `matrices` has it
-            with the lowest. apart: int64 `[rows, length]`, tokens to measure on; None without a limit that needs them.
-        errors: name -> bits -> error, where bits are chosen. search: how the bits were chosen.
-        calibration: sha256 of the text that weighed errors. tokens: of it that were used. importance: name of a weight
-            -> how much errors of its columns count.
-    """
-
-    method: str
-    exact: bool
-    matrices: Mapping[str, QuantizedMatrix] = field(default_factory=dict)
-    facts: Mapping[str, MatrixFacts] = field(default_factory=dict)
-    stored: Mapping[str, str] = field(default_factory=dict)
-    codes: Mapping[str, QuantizedMatrix | None] = field(default_factory=dict)
-    plain: Mapping[str, str] = field(default_factory=dict)
-    weights: tuple[Weight, ...] = ()
-    open: Mapping[str, Measured] = field(default_factory=dict)
-    apart: Any = None
-    errors: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    search: BitsSearch | None = None
-    calibration: str = ""
-    tokens: int = 0
-    importance: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_options(options: ExportOptions, target: Target) -> None:
@@ -80,10 +44,11 @@ def check_options(options: ExportOptions, target: Target) -> None:
 
     Raises:
         GqaExportError: with the methods that the target takes; or a calibration text is given and nothing is quantized,
-            or products of an engine were to round their inputs.
+            or products were to round their inputs in a way that the target does not have.
     """
     check_limits(options)
     refuse_activations(target, options.activations)
+    check_same(options, target)
     methods = [method for method in METHODS if KINDS.get(method, "int") in ("int", *target.float_codes)]
     if options.quantize in KINDS:
         refuse_codes(target, KINDS[options.quantize])
@@ -109,7 +74,7 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
         provider: "cpu" or "cuda".
         say: progress.
     """
-    exact = options.activations == "exact" if options.activations else \
+    exact = options.activations != "int8" if options.activations else \
         provider != "cpu" or not target.runs_in_onnxruntime
     weights = tuple(weights_of(traced.model))
     sources = {weight.name: store.sources_of(weight.name)[0] for weight in weights}
@@ -135,7 +100,8 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
     for kind in sorted({each.kind for each in decisions}):
         refuse_codes(target, kind)
     text = _text(checkpoint, options)
-    importance, sha256, tokens = _importance(checkpoint, text, decisions, say)
+    known = _calibration(checkpoint, text, decisions, options.activations == SAME, say)
+    importance = known.importance if known else {}
     effects = _effects(checkpoint, text, decisions, importance, say) if text and options.limited else {}
     matrices, measured = {}, {}
     for number, each in enumerate(decisions):
@@ -155,12 +121,15 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
                                              transposed=each.weight.transposed)
         else:
             say(f"reading {name}", number, len(decisions))
-            matrices[name] = quantize_floats(read, (shape[0], shape[1]), each.kind, each.block, label,
-                                             importance.get(name))
+            # a product of FP8 on both sides has a scale a row; NVFP4 has blocks of its own
+            rounds = options.activations == SAME and known and name in known.largest and each.weight.role != "embedding"
+            block = shape[1] if rounds else each.block
+            matrices[name] = quantize_floats(read, (shape[0], shape[1]), each.kind, block, label, importance.get(name))
     return Plan("rules" if rules else options.quantize, exact, matrices,
                 {name: facts_of(matrix, lossless=False) for name, matrix in matrices.items()}, stored, codes,
                 {each.weight.name: each.reason for each in decisions if not each.bits}, weights, measured,
-                text.apart if text else None, {}, None, sha256, tokens, importance)
+                text.apart if text else None, {}, None, known.sha256 if known else "",
+                known.tokens if known else 0, importance, known.largest if known else {})
 
 
 def _text(checkpoint: Checkpoint, options: ExportOptions) -> TextRows | None:
@@ -171,15 +140,15 @@ def _text(checkpoint: Checkpoint, options: ExportOptions) -> TextRows | None:
     return rows_of_text(checkpoint, options.calibrate, hold_out=options.max_kl is not None)
 
 
-def _importance(checkpoint: Checkpoint, text: TextRows | None, decisions: Sequence[Decision],
-                say: Progress) -> tuple[Mapping[str, Any], str, int]:
-    """How much errors of each matrix's columns count, the text's sha256 and its tokens; nothing without a text."""
+def _calibration(checkpoint: Checkpoint, text: TextRows | None, decisions: Sequence[Decision], same: bool,
+                 say: Progress) -> Calibration | None:
+    """What a text says of each matrix; None without one. same: inputs have the type of their weight."""
     if text is None:
-        return {}, "", 0
+        return None
     from ..quantizing.calibrate import calibrate
 
-    found = calibrate(checkpoint, text, {each.weight.name for each in decisions if each.bits}, say)
-    return found.importance, found.sha256, found.tokens
+    inputs = {each.weight.name for each in decisions if same and each.kind != "int"}
+    return calibrate(checkpoint, text, {each.weight.name for each in decisions if each.bits}, say, inputs)
 
 
 def _effects(checkpoint: Checkpoint, text: TextRows, decisions: Sequence[Decision], importance: Mapping[str, Any],
@@ -218,9 +187,19 @@ def record(plan: Plan, lowered: Lowered, dtype: str) -> Quantization:
                                 holds(matrix, each, dtype) for each in held.forms),
                             operator=", ".join(dict.fromkeys(each.operator for each in held.forms)),
                             errors={str(bits): error for bits, error in plan.errors.get(weight.name, {}).items()})
-        weights.append(entry)
-    return Quantization(plan.method, "exact" if plan.exact else "int8", tuple(weights), plan.calibration,
+        weights.append(_with_inputs(entry, plan, held) if plan.same else entry)
+    activations = SAME if plan.same else "exact" if plan.exact else "int8"
+    return Quantization(plan.method, activations, tuple(weights), plan.calibration,
                         plan.tokens, plan.search)
+
+
+def _with_inputs(entry: QuantizedWeight, plan: Plan, held: Held | None) -> QuantizedWeight:
+    """What is said of a weight, and how products with it round their inputs."""
+    if entry.operator == PLAIN or held is None:
+        return entry
+    if held.inputs is None:
+        return replace(entry, inputs_reason=plan.exact_inputs.get(entry.name, NOT_MULTIPLIED))
+    return replace(entry, inputs=held.inputs.kind, input_scale=held.inputs.scale)
 
 
 def _plain(plan: Plan, weight: Weight, dtype: str) -> bool:

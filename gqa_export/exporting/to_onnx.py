@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bundle.long_facts import PREFILL
-from ..bundle.manifest import MODEL, Manifest
-from ..bundle.writer import check_output, writing_bundle
+from ..bundle.manifest import DATA, MODEL, Manifest
+from ..bundle.writer import check_output, staged_bundle, writing_bundle
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import GqaExportError
+from ..files.resume import resumable
+from ..files.staging import disk_errors
 from ..progress import Bytes, Progress, silent
+from ..weights.ahead import WrittenAhead
 from ..weights.layout import place
 from ..weights.memory_budget import Budget
+from ..weights.streams import key_of
 from .bundle_files import write_beside
+from .expected_weights import expected_streams
 from .limits import refuse_larger
 from .options import ExportOptions
 from .prepare import prepare
@@ -24,6 +29,7 @@ from .ranks import write_ranks
 
 if TYPE_CHECKING:
     from ..trace.traced import Traced
+    from .prepared import Prepared
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,32 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
                 report: Progress | None = None) -> Export:
     """Export a checkpoint into a new bundle folder. Raises GqaExportError; then nothing of it is left behind."""
     options, say = options or ExportOptions(), report or silent
-    inplace = options.weights == "inplace"
-    if not inplace:
+    if options.weights != "inplace":
         _refuse_same(source, Path(output))
         check_output(Path(os.path.abspath(output)), options.force)
     budget = Budget(options.max_ram)
-    ready = prepare(source, options, say, budget, Path(output))
+    with contextlib.ExitStack() as begun:
+        ahead: list[WrittenAhead] = []
+
+        def opened(checkpoint: Checkpoint, dtype: str) -> None:
+            streams = expected_streams(checkpoint, options, dtype)
+            # what a killed export left is taken up when the graph is there: until then a refusal must not cost it
+            if streams and not resumable(Path(os.path.abspath(output)), DATA, key_of(streams)):
+                with disk_errors(Path(output)):
+                    writer = begun.enter_context(staged_bundle(Path(output), claim=False))
+                ahead.append(WrittenAhead(writer, DATA, streams))
+                begun.push(ahead[0])
+                ahead[0].start()
+
+        ready = prepare(source, options, say, budget, Path(output), opened)
+        return _written(ready, Path(output), say, budget, ahead[0] if ahead else None)
+
+
+def _written(ready: Prepared, output: Path, say: Progress, budget: Budget, ahead: WrittenAhead | None) -> Export:
+    """Write the bundle. ahead: what of it is being written already."""
     checkpoint, traced, lowered, options = ready.checkpoint, ready.traced, ready.lowered, ready.options
-    with writing_bundle(Path(output), force=options.force, inplace=inplace) as writer:
+    with writing_bundle(output, force=options.force, inplace=options.weights == "inplace",
+                        begun=ahead.writer if ahead else None) as writer:
         say("placing weights", None, None)
 
         def written(done: int, total: int) -> None:
@@ -80,7 +104,7 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
         else:
             placement = place(lowered.model, ready.store, writer, options.weights, checkpoint.folder,
                               beside=[ready.prefill.model] if ready.prefill else [], hash_full=options.hash_full,
-                              on_bytes=written)
+                              on_bytes=written, ahead=ahead)
             writer.write(MODEL, lowered.model.SerializeToString())
             if ready.prefill:
                 writer.write(PREFILL, ready.prefill.model.SerializeToString())
@@ -89,7 +113,7 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
         manifest = writer.finish(manifest)
     notes += rotary_notes(traced)
     budget.check("exporting")
-    return Export(Path(output), manifest, len(lowered.model.graph.node), traced.traced_layers, traced.whole_because,
+    return Export(output, manifest, len(lowered.model.graph.node), traced.traced_layers, traced.whole_because,
                   ready.trace_file, ready.trace_taken, tuple(notes), ready.remarks)
 
 

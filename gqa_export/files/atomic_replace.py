@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -104,14 +104,21 @@ def move(source: Path, target: Path) -> None:
     On Windows nothing can be renamed while any program has it (or something in it) open, and a virus scanner opens
     what is new: it is tried for a while.
     """
-    tries = TRIES_S if sys.platform == "win32" else ()
-    for wait in tries:
+    _tried(lambda: os.replace(source, target))
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, which may be gone already; tried for a while like `move`."""
+    _tried(lambda: path.unlink(missing_ok=True))
+
+
+def _tried(step: Callable[[], None]) -> None:
+    for wait in TRIES_S if sys.platform == "win32" else ():
         try:
-            os.replace(source, target)
-            return
+            return step()
         except PermissionError:
             time.sleep(wait)
-    os.replace(source, target)
+    step()
 
 
 def replace_folder(staging: Path, output: Path) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import onnx
 
     from ..quantized.facts import Form, MatrixFacts
+    from ..quantized.input_codes import InputCodes
     from .rotary.verify import Rotation
 
 
@@ -34,7 +35,8 @@ class LowerOptions:
         runtime_ops: operators of `Target.state_ops` that the installed runtime has; None where that is not known: those
             that every version has which this package takes.
         quantized: facts of the weights that are quantized, by name; a plain model has none.
-        exact: quantized products do not round their inputs (accuracy level 0 of ONNX Runtime).
+        exact: quantized products do not round their inputs to int8 (accuracy level 0 of ONNX Runtime).
+        inputs: name of a quantized weight -> how products with it round their inputs to its type; others do not.
         kv: how the cache is quantized; None: it is not.
         windows: layers whose static cache is a ring of fewer slots; None: no layer's is.
     """
@@ -48,6 +50,7 @@ class LowerOptions:
     runtime_ops: frozenset[str] | None = None
     quantized: Mapping[str, MatrixFacts] = field(default_factory=dict)
     exact: bool = False
+    inputs: Mapping[str, InputCodes] = field(default_factory=dict)
     kv: KvCache | None = None
     windows: WindowCache | None = None
     hidden: bool = False
@@ -69,11 +72,13 @@ class Held:
         forms: one for each operator that reads it; () where it is floating-point numbers.
         parts: recipe name of a part -> its form and part.
         reason: why it is floating-point numbers, or not as it is stored.
+        inputs: how products with it round their inputs; None: they do not.
     """
 
     forms: tuple[Form, ...] = ()
     parts: Mapping[str, tuple[Form, str]] = field(default_factory=dict)
     reason: str = ""
+    inputs: InputCodes | None = None
 
 
 @dataclass(frozen=True)

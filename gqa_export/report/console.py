@@ -81,7 +81,8 @@ def _cells(case: CaseVerdict, kind: KindVerdict) -> tuple[Text, ...]:
 
 def parts_lines(verdict: Verdict) -> list[str]:
     """Of a bundle whose weights are quantized: whether it rounds activations, and the two verdicts if it does."""
-    words = {"int8": "rounded to int8 in quantized matrix products (accuracy level 4)", "exact": "exact, not rounded"}
+    words = {"int8": "rounded to int8 in quantized matrix products (accuracy level 4)", "exact": "exact, not rounded",
+             "same": "rounded to the type of their weight (FP8, NVFP4) in products with such weights"}
     lines = [f"activations: {words[verdict.activations]}"] if verdict.activations else []
     for part, passed in ((EXACT, verdict.export_exact), (SHIPPED, verdict.as_shipped)):
         if passed is not None:

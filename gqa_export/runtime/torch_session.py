@@ -20,8 +20,9 @@ from ..errors import GqaExportError
 from ..quantized.kv_codes import TIE
 from ..spec import FLOATS, KvCache, ModelSpec
 from ..trace.states.torch_cache import empty_cache, has_keys, kept_states, observed_states, states_of_row
-from .feeds import check_feed, written_rows
+from .feeds import check_feed
 from .quantized_cache import follow, quantized_cache
+from .roomy_cache import roomy_cache
 from .rows import RowSlots
 from .session import Step
 from .widened import widened
@@ -127,10 +128,8 @@ class TorchSession(RowSlots):
         hidden = more[0] if more else None
         if not want_cache:
             return Step(logits, hidden=hidden)
-        pairs = self.cache()
-        return Step(logits, tuple(written_rows(key, before, new, ids.shape[1]) for key, _ in pairs),
-                    tuple(written_rows(value, before, new, ids.shape[1]) for _, value in pairs), tuple(self.states()),
-                    hidden)
+        keys, values = self._stacked(before, new, ids.shape[1])
+        return Step(logits, keys, values, tuple(self.states()), hidden)
 
     def _placed(self, shape: tuple[int, ...], whole: np.ndarray | None, row: int, part: np.ndarray) -> np.ndarray:
         """What a row [new, size] answered put into the array [batch, new, size] of all rows, made where there is none;
@@ -160,7 +159,7 @@ class TorchSession(RowSlots):
     def _nothing(self) -> Any:
         if self._kv is not None:
             return quantized_cache(self._kv, self._tie)
-        return empty_cache(self.model.config, bool(self._states))
+        return empty_cache(self.model.config) if self._states else roomy_cache(self.capacity)
 
     def _has_states(self) -> bool:
         return bool(self._states)
@@ -199,19 +198,26 @@ class TorchSession(RowSlots):
 
     def cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Per cache-owning layer (key [B, K, T, D], value [B, K, T, E]), T the longest sequence; zeros beyond."""
-        layers = max(self._caches, key=lambda cache: len(cache.layers)).layers
-        total = int(self._lengths.max())
-        return [tuple(self._stack(number, name, total) for name in ("keys", "values"))  # type: ignore[misc]
-                for number, layer in enumerate(layers) if not self._states or has_keys(layer)]
+        keys, values = self._stacked(np.zeros_like(self._lengths), self._lengths, int(self._lengths.max()))
+        return list(zip(keys, values))
 
-    def _stack(self, layer: int, name: str, total: int) -> np.ndarray:
+    def _stacked(self, starts: np.ndarray, counts: np.ndarray, width: int) -> tuple[tuple[np.ndarray, ...], ...]:
+        """Keys and values of every layer that owns a cache, [B, K, width, D or E]: of each sequence `counts` tokens
+        from `starts` on, zeros behind them."""
+        layers = max(self._caches, key=lambda cache: len(cache.layers)).layers
+        return tuple(tuple(self._stack(number, name, starts, counts, width) for number, layer in enumerate(layers)
+                           if not self._states or has_keys(layer)) for name in ("keys", "values"))
+
+    def _stack(self, layer: int, name: str, starts: np.ndarray, counts: np.ndarray, width: int) -> np.ndarray:
         found = [getattr(c.layers[layer], name) if len(c.layers) > layer else None for c in self._caches]
-        rows = [None if tensor is None else _numpy(tensor[0]) for tensor in found]
-        if self._kv is None and len(rows) == 1 and rows[0] is not None and rows[0].shape[1] == total:
-            return rows[0][None]  # what a later step adds to is another tensor
+        rows = [None if tensor is None else _numpy(tensor[0, :, start: start + count])
+                for tensor, start, count in zip(found, starts.tolist(), counts.tolist(), strict=True)]
+        whole: Any = found[0]
+        if self._kv is None and len(rows) == 1 and rows[0] is not None and whole.shape[2] == width:
+            return rows[0][None]  # a later step writes behind it, or into another tensor
         shape = next((row.shape for row in rows if row is not None), (0, 0, 0))
         dtype = next((row.dtype for row in rows if row is not None), np.dtype(np.float32))
-        stacked = np.zeros((len(rows), shape[0], total, shape[2]), dtype=dtype)
+        stacked = np.zeros((len(rows), shape[0], width, shape[2]), dtype=dtype)
         for b, row in enumerate(rows):
             if row is not None:
                 stacked[b, :, : row.shape[1]] = row

@@ -1,4 +1,5 @@
-"""Quantized matrix products at both of their levels: exact, and with activations rounded to int8.
+"""Quantized matrix products at both of their levels: exact, and with activations rounded to int8, or to the type of
+their weight (`gqa_export.validation.input_codes`).
 
 ONNX Runtime on a CPU computes a MatMulNBits of accuracy level 4 with its input rounded to int8, block by block, and
 makes such a node of every DequantizeLinear + MatMul by itself. Whether an export means what the checkpoint means shows
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,9 +28,11 @@ from ..checkpoint.quantized.parameters import parameters_of
 from ..errors import InvalidBundle
 from ..graph_io import EXACT_PRODUCTS
 from ..quantized.facts import Form
+from ..quantized.input_codes import InputCodes
 from ..quantized.packing import Packer
 from ..runtime.ort.loading import session_config
 from ..targets import get_target
+from .input_codes import SAME, bypass_inputs, rounded_to_codes, rounds_inputs
 from .quantized_reference import form_of, parameter_of
 from .stand_in import stand_in
 
@@ -42,22 +46,25 @@ if TYPE_CHECKING:
 
 KEEP = "keep"
 PRODUCT, LEVEL, ROUNDED = "MatMulNBits", "accuracy_level", 4
+NO_CODES: Mapping[str, InputCodes] = MappingProxyType({})
 LARGEST = 127.0
 """a block is rounded to multiples of its largest absolute value / LARGEST"""
 
 
 def rounds_activations(folder: Path, manifest: Manifest) -> bool:
-    """Whether ONNX Runtime rounds activations in a bundle as it is shipped. Read from the graph: the manifest comes
-    from outside. What the runners set for DequantizeLinear is read from the manifest, because they read it there."""
+    """Whether products round their inputs in a bundle as it is shipped, or ONNX Runtime does. Read from the graph: the
+    manifest comes from outside. What the runners set for DequantizeLinear is read from the manifest, because they read
+    it there."""
     graph = read_graph(folder).graph
     exact = session_config(manifest) == EXACT_PRODUCTS
-    return any(_level(node) == ROUNDED for node in products(graph)) or (not exact and _dequantizes(graph))
+    return any(_level(node) == ROUNDED for node in products(graph)) or (
+        not exact and _dequantizes(graph)) or rounds_inputs(graph)
 
 
 @contextmanager
 def at_level_zero(folder: Path, manifest: Manifest) -> Iterator[tuple[Manifest, Path, int]]:
-    """A bundle whose matrix products are exact: its manifest, its folder, the number of nodes that were changed. The
-    bundle itself where there are none. It must be run with `EXACT_PRODUCTS`."""
+    """A bundle whose matrix products are exact: its manifest, its folder, the number of products and of roundings of
+    inputs that were changed. The bundle itself where there are none. It must be run with `EXACT_PRODUCTS`."""
     model = read_graph(folder)
     changed = 0
     for node in products(model.graph):
@@ -65,6 +72,7 @@ def at_level_zero(folder: Path, manifest: Manifest) -> Iterator[tuple[Manifest, 
             if attribute.name == LEVEL and attribute.i != 0:
                 attribute.i = 0
                 changed += 1
+    changed += bypass_inputs(model.graph)
     if not changed:
         yield manifest, folder, 0
         return
@@ -106,6 +114,7 @@ class RoundedInput:
         beside: `[N, K]`, the product of an adapter that can be switched, which the weight here contains and the graph
             computes beside it, of inputs that are not rounded. None: there is none.
         experts: matrices that are stacked in the weight, whose rows `shift` counts through; 0: it is one.
+        codes: the type of the weight, to which it is rounded in place of int8. None: it is not.
     """
 
     block: int
@@ -114,6 +123,7 @@ class RoundedInput:
     shift: torch.Tensor | None = None
     beside: torch.Tensor | None = None
     experts: int = 0
+    codes: InputCodes | None = None
 
     def product(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What torch.nn.functional.linear (`func`) is by this rule."""
@@ -149,7 +159,7 @@ class RoundedInput:
         if order is not None:
             places = (order if order.ndim == 1 else order.unsqueeze(-2)).expand_as(seen)
             seen = seen.gather(-1, places)
-        near = rounded(seen, self.block)
+        near = rounded(seen, self.block) if self.codes is None else rounded_to_codes(seen, self.codes)
         back = near if places is None else torch.empty_like(near).scatter_(-1, places, near)
         return seen, near, back if self.scale is None else back / self.scale.to(values.dtype)
 
@@ -159,27 +169,35 @@ class RoundedInput:
         return padded.unflatten(-1, (-1, self.block)).sum(-1)
 
 
-def rounded_inputs(manifest: Manifest, checkpoint: Checkpoint, model: Any) -> dict[int, RoundedInput]:
+def rounded_inputs(manifest: Manifest, checkpoint: Checkpoint, model: Any,
+                   codes: Mapping[str, InputCodes] = NO_CODES) -> dict[int, RoundedInput]:
     """id of a parameter -> how its product rounds its input, of every weight whose product does. The manifest tells
     which do; how their codes are held is read from the checkpoint.
+
+    Args:
+        manifest: of the bundle. checkpoint: that was exported. model: of it.
+        codes: name of a weight -> the codes of its inputs, of a bundle whose inputs have their weight's type.
 
     Raises:
         InvalidBundle: the manifest names a weight, experts or blocks that the checkpoint does not have.
     """
     found: dict[int, RoundedInput] = {}
     quantization = manifest.quantization
-    if quantization is None or quantization.activations != "int8":
+    if quantization is None or quantization.activations == "exact":
         return found
     names = {name for name, _ in model.named_parameters()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     kept = parameters_of(checkpoint, names)[0] if quantization.method == KEEP else {}
     switched = _switched(manifest, checkpoint)
     for weight in quantization.weights:
+        if quantization.activations == SAME and weight.name not in codes:
+            continue
         if weight.block and {PRODUCT, "DequantizeLinear"} & {name.strip() for name in weight.operator.split(",")}:
             parameter, matrix = parameter_of(parameters, weight, checkpoint.source), kept.get(weight.name)
             rule = RoundedInput(weight.block) if matrix is None else \
                 _input_of(matrix, weight, get_target(manifest.target), checkpoint.source)
-            found[id(parameter)] = replace(rule, beside=switched.get(weight.name), experts=weight.experts)
+            found[id(parameter)] = replace(rule, beside=switched.get(weight.name), experts=weight.experts,
+                                           codes=codes.get(weight.name))
     return found
 
 
@@ -210,7 +228,8 @@ def _input_of(matrix: QuantizedMatrix, weight: QuantizedWeight, target: Target, 
 
 class RoundInputs(TorchFunctionMode):
     """Inside, the input of a linear layer (and of experts) is rounded to int8 in every row and block of K, as level 4
-    does it: the baseline of a bundle that rounds. inputs: `rounded_inputs`. Every value stays of its own type.
+    does it, or to the type of its weight: the baseline of a bundle that rounds. inputs: `rounded_inputs`. Every value
+    stays of its own number format.
 
     Attributes:
         met: ids of the parameters whose products were met, and rounded. One that PyTorch reads in another way than a

@@ -17,6 +17,7 @@ from ..graph_io import EXACT_PRODUCTS
 from ..progress import Progress
 from ..runtime.session import Session
 from .accuracy_level import RoundInputs, at_level_zero, rounded_inputs
+from .input_codes import SAME
 from .overflow import overflow_words
 from .reference import Reference
 from .run_cases import run_cases
@@ -59,9 +60,11 @@ class Comparison:
         if eager is None:
             self.notes.append("not compared as shipped: there is no room for PyTorch in the bundle's number format")
             return ()
-        inputs = rounded_inputs(self.manifest, self.known.checkpoint, eager.model)
-        self.notes.append(f"as shipped, the inputs of {len(inputs)} matrices are rounded to int8 (accuracy level 4); "
-                          "the baseline is PyTorch with the same inputs rounded by the same rule")
+        inputs = rounded_inputs(self.manifest, self.known.checkpoint, eager.model, self.known.inputs)
+        kinds = sorted({each.codes.kind for each in inputs.values() if each.codes})
+        how = f"the type of their weight ({', '.join(kinds)})" if kinds else "int8 (accuracy level 4)"
+        self.notes.append(f"as shipped, the inputs of {len(inputs)} matrices are rounded to {how}; the baseline is "
+                          "PyTorch with the same inputs rounded by the same rule")
         rounding = RoundInputs(inputs)
         with eager.under(rounding, "rounded") if inputs else nullcontext():
             logs = run_cases(self.sessions(session, fill_garbage, follow=False), self.plan, last_only=self.last_only,
@@ -85,7 +88,7 @@ def _dominated(verdicts: tuple[CaseVerdict, ...]) -> list[str]:
     """A line for every case whose logits the rounding of activations moves so far that nothing finer can be told."""
     found = {"activations": "the bundle's are off by {:.2g}",
              "rule": "the bundle's are within {:.2g} of PyTorch's by the same rule"}
-    return [f"{case.name}: int8 inputs alone move PyTorch's logits by up to {case.logits.same_dtype_baseline:.2g}; "
+    return [f"{case.name}: rounded inputs alone move PyTorch's logits by up to {case.logits.same_dtype_baseline:.2g}; "
             f"{found[case.logits.basis].format(case.logits.max_abs)}. --activations exact avoids both"
             for case in verdicts if case.logits.basis in found]
 
@@ -95,13 +98,22 @@ def exact_session(stack: ExitStack, folder: Path, manifest: Manifest, provider: 
     """A bundle's session in which no matrix product rounds its input. Arguments as of `bundle_session`."""
     ran, where, changed = stack.enter_context(at_level_zero(folder, manifest))
     if changed:
-        notes.append(f"export exact: the accuracy level of {changed} matrix products was set to 0 in memory")
+        notes.append(f"export exact: {changed} roundings of products' inputs were left out in memory"
+                     if is_same(manifest) else
+                     f"export exact: the accuracy level of {changed} matrix products was set to 0 in memory")
     return stack.enter_context(bundle_session(where, ran, provider, notes, target, dict(EXACT_PRODUCTS), opened))
 
 
 def activations_of(manifest: Manifest, rounds: bool) -> str:
     """See `Verdict.activations`."""
-    return "int8" if rounds else "exact" if manifest.quantization is not None else ""
+    if manifest.quantization is None:
+        return "int8" if rounds else ""
+    return (SAME if is_same(manifest) else "int8") if rounds else "exact"
 
 
-__all__ = ["EXACT", "SHIPPED", "Comparison", "activations_of", "exact_session"]
+def is_same(manifest: Manifest) -> bool:
+    """Whether inputs have the type of their weight, where they are rounded."""
+    return manifest.quantization is not None and manifest.quantization.activations == SAME
+
+
+__all__ = ["EXACT", "SHIPPED", "Comparison", "activations_of", "exact_session", "is_same"]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..bundle.manifest import Manifest
     from ..checkpoint.checkpoint import Checkpoint
     from ..quantized.matrix import QuantizedMatrix
+    from ..quantizing.calibrate import Calibration
     from ..targets import Target
 
 
@@ -59,7 +60,7 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
     if quantization.calibration and folder is not None and FILE in manifest.files:
         importance = read_importance(folder)
     elif quantization.calibration:
-        importance = _importance(checkpoint, quantization, text)
+        importance = calibrated_again(checkpoint, quantization, text).importance
     parameters = dict(load_model(checkpoint, "float32").named_parameters(remove_duplicate=False))
     found = {}
     for weight in quantization.weights:
@@ -162,19 +163,24 @@ def as_held(matrix: QuantizedMatrix, form: Form, dtype: str) -> QuantizedMatrix:
                    offset=matrix.offset if exact_offset else "minimum")
 
 
-def _importance(checkpoint: Checkpoint, quantization: Quantization, text: Path | None) -> dict[str, Any]:
-    """What the calibration text says of each column, measured again."""
+def calibrated_again(checkpoint: Checkpoint, quantization: Quantization, text: Path | None) -> Calibration:
+    """What the calibration text says of each matrix, measured again.
+
+    Raises:
+        GqaExportError: the text is missing, or another one.
+    """
     from ..quantizing.calibrate import calibrate
 
     names = {weight.name for weight in quantization.weights if weight.operator != PLAIN}
-    found = calibrate(checkpoint, text, names, silent) if text is not None else None
+    inputs = {weight.name for weight in quantization.weights if weight.inputs}
+    found = calibrate(checkpoint, text, names, silent, inputs) if text is not None else None
     if found is None or found.sha256 != quantization.calibration:
         problem = "none was given" if found is None else "this is another one"
         raise GqaExportError(f"the scales of this bundle were chosen with a calibration text, and {problem}",
                              str(text or "--calibrate"),
                              f"give the text with sha256 {quantization.calibration[:16]}...: --calibrate FILE",
                              code="E-VALIDATE-CALIBRATION")
-    return found.importance
+    return found
 
 
 def put_quantized(models: Iterable[Any], matrices: Mapping[str, QuantizedMatrix]) -> None:

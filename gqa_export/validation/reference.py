@@ -3,9 +3,9 @@ twin, or an engine's graph in a form that ONNX Runtime can run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from ..files.scratch import scratch_folder
 from ..progress import Progress
 from ..runtime.session import Session
 from ..targets import get_target, on_cpu
+from .input_codes import stated_inputs
 from .quantized_reference import kept_codes, put_quantized, requantized
 from .ranks import merged_bundle, with_held_heads
 from .sessions import observed_facts, pytorch_sessions
@@ -24,6 +25,7 @@ from .stand_in import stand_in
 
 if TYPE_CHECKING:
     from ..bundle.parallel import ParallelFacts
+    from ..quantized.input_codes import InputCodes
     from ..targets import Target
 
 
@@ -44,6 +46,8 @@ class Reference:
     digest: str = ""
     plain: bool = True
     """neither its cache nor its weights were quantized to be what the bundle is meant to hold"""
+    inputs: Mapping[str, InputCodes] = field(default_factory=dict)
+    """name of a weight -> how products with it round their inputs to its type, in a bundle that does so"""
 
     @property
     def alike(self) -> frozenset[int]:
@@ -97,14 +101,15 @@ def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dty
     matrices = requantized(base, manifest, calibrate, folder)
     models: list[Any] = [session, *([eager] if eager is not None else [])]
     put_quantized((one.model for one in models), matrices)
+    parameters = {name for name, _ in session.model.named_parameters(remove_duplicate=False)}
     if ran_dtype != manifest.dtype:
-        names = {name for name, _ in session.model.named_parameters(remove_duplicate=False)}
-        put_quantized((one.model for one in models), kept_codes(base, manifest, names))
+        put_quantized((one.model for one in models), kept_codes(base, manifest, parameters))
     if beside is not None:
         for one in models:
             merge_into(one.model, beside.part(matrices))
-    return Reference(session, eager, dtype, session.model, observed_facts(session, str(against)),
-                     checkpoint, model_digest(checkpoint), plain=manifest.kv_cache is None and not matrices)
+    inputs = stated_inputs(base, manifest, parameters, calibrate, folder)
+    return Reference(session, eager, dtype, session.model, observed_facts(session, str(against)), checkpoint,
+                     model_digest(checkpoint), plain=manifest.kv_cache is None and not matrices, inputs=inputs)
 
 
 def with_ranks(known: Reference, parallel: ParallelFacts) -> Reference:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle.manifest import Manifest
-from ..compare.suite import Setting
+from ..compare.setting import Setting
 from ..errors import GqaExportError, InvalidBundle, cause_of
 from ..runtime.text import JSON, open_tokenizer
 

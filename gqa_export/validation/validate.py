@@ -30,7 +30,7 @@ from .long_cases import judge_long
 from .long_graph import long_graph_as_run
 from .long_loss import LongRequest, measure_long_loss, sequences_of
 from .loss import LossRequest, measure_loss
-from .parts import EXACT, Comparison, activations_of, exact_session
+from .parts import EXACT, Comparison, activations_of, exact_session, is_same
 from .ranks import held_here
 from .reference import Reference, open_reference, runnable, with_ranks
 from .refusals import judge_refusals
@@ -96,6 +96,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         stack.enter_context(torch_threads(manifest))
         ran, where, target = runnable(stack, folder, manifest, ran_dtype, notes, report)
         rounds = provider == "cpu" and not built and rounds_activations(where, ran)
+        fixed = built is not None and is_same(manifest)
         known = reference or open_reference(against, manifest, ran_dtype, notes, loss.calibrate, folder)
         check_belongs(manifest.spec, known.shown, f"{folder} against {against}")
         report("loading the bundle", None, None)
@@ -116,7 +117,10 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         with ExitStack() as opened:
             session, fill_garbage = engine or exact_session(opened, where, ran, provider, notes, target, handles)
             use_adapter(session, manifest, against, as_dtype)
-            cases, overflow = comparison.exact(session, fill_garbage, EXACT if rounds else "")
+            if fixed:  # what an engine rounds cannot be left out
+                cases, overflow = comparison.shipped(session, fill_garbage), ""
+            else:
+                cases, overflow = comparison.exact(session, fill_garbage, EXACT if rounds else "")
             cases += judge_in_place(session, where, provider, target, handles, ran_dtype, EXACT if rounds else "")
             handles.clear()
             if not rounds:
@@ -141,7 +145,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         capacity=manifest.capacity, cases=cases, level=level,
         notes=(*plan.notes, *notes), versions=versions(), seconds=time.perf_counter() - began,
         identity=identity_of(manifest, known.digest), overflow=overflow, loss=measured,
-        activations=activations_of(manifest, rounds), long=quality, long_missing=long_missing,
+        activations=activations_of(manifest, rounds or fixed), long=quality, long_missing=long_missing,
         approximated="" if manifest.long is None else manifest.long.plan.setting.method)
 
 

@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,15 +18,15 @@ from ..bundle.writer import BundleWriter
 from ..checkpoint.safetensors_header import header_sha256
 from ..errors import GqaExportError, InvalidCheckpoint
 from ..files.sha256 import file_sha256
-from ..graph_io import RECIPE
-from .dtypes import cast, itemsize
+from .ahead import WrittenAhead
+from .dtypes import itemsize
 from .source_kinds import PackedSource, Source, StoredSource
 from .sources import WeightStore, recipe_of
+from .streams import ALIGNMENT, Stream, key_of, write_streams
 
 if TYPE_CHECKING:
     import onnx
 
-ALIGNMENT = 64
 Mode = Literal["copy", "link", "inplace"]
 
 
@@ -48,29 +46,10 @@ class Placement:
 
 
 @dataclass
-class _Stream:
-    """One tensor of `model.onnx.data`: sources one after the other, in a type, for one or more initializers."""
-
-    recipe: str
-    sources: tuple[Source, ...]
-    dtype: str
-    tensors: list[onnx.TensorProto]
-    offset: int = 0
-    inside: list[tuple[onnx.TensorProto, int, int]] = field(default_factory=list)
-    """further initializers that are a part of it: with the offset in it, and the bytes"""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes it will have."""
-        return sum(source.nbytes if isinstance(source, PackedSource) and source.dtype == self.dtype else
-                   math.prod(source.shape) * itemsize(self.dtype) for source in self.sources)
-
-
-@dataclass
 class Arrangement:
     """Where every weight of a graph goes, before a byte is written."""
 
-    streams: list[_Stream]
+    streams: list[Stream]
     files: dict[str, Path]
     """the checkpoint's own files that are used, by name"""
     bytes_linked: int = 0
@@ -99,7 +78,7 @@ def arrange(model: onnx.ModelProto, store: WeightStore, mode: Mode,
 
     linked_files: dict[str, Path] = {}
     linked_ranges: set[tuple[str, int, int]] = set()
-    streams: dict[Any, _Stream] = {}
+    streams: dict[Any, Stream] = {}
     for tensor in [tensor for each in (model, *beside) for tensor in each.graph.initializer]:
         recipe = recipe_of(tensor)
         if not recipe:
@@ -114,7 +93,7 @@ def arrange(model: onnx.ModelProto, store: WeightStore, mode: Mode,
             if part is not None:
                 part[0].inside.append((tensor, *part[1:]))
                 continue
-            streams.setdefault(key, _Stream(recipe, sources, dtype, [])).tensors.append(tensor)
+            streams.setdefault(key, Stream(recipe, sources, dtype, [])).tensors.append(tensor)
             continue
         path, start, nbytes = span
         if linked_files.setdefault(path.name, path) != path:
@@ -129,7 +108,7 @@ def arrange(model: onnx.ModelProto, store: WeightStore, mode: Mode,
     return Arrangement(ordered, linked_files, sum(nbytes for _, _, nbytes in linked_ranges))
 
 
-def _parts_together(streams: list[_Stream]) -> list[_Stream]:
+def _parts_together(streams: list[Stream]) -> list[Stream]:
     """Parts of one packed matrix one after the other, its codes first: what a packer finds while it writes them it
     writes then, and forgets. In another order every part would read, and quantize, the whole matrix."""
     first: dict[Any, int] = {}
@@ -145,7 +124,8 @@ def _parts_together(streams: list[_Stream]) -> list[_Stream]:
 
 def place(model: onnx.ModelProto, store: WeightStore, writer: BundleWriter, mode: Mode,
           checkpoint_folder: Path | None = None, *, beside: Sequence[onnx.ModelProto] = (), hash_full: bool = False,
-          on_bytes: Callable[[int, int], None] | None = None, inside: str = "") -> Placement:
+          on_bytes: Callable[[int, int], None] | None = None, inside: str = "",
+          ahead: WrittenAhead | None = None) -> Placement:
     """Point every initializer with a recipe at real bytes, editing `model`; constant memory for any size.
 
     Tensors that linked files cannot hold (converted, in memory, rows not adjacent) are streamed and counted as copied.
@@ -163,6 +143,7 @@ def place(model: onnx.ModelProto, store: WeightStore, writer: BundleWriter, mode
         hash_full: hash linked and in-place files whole, too, with sha256.
         on_bytes: called with (done, total) streamed bytes.
         inside: the graph's folder in the bundle, "rank0/"; "" for the bundle itself. The weights lie beside the graph.
+        ahead: what may have been written already; else they are written now.
 
     Raises:
         GqaExportError: a value overflows its new type, the output is on another file system than the linked files, or
@@ -179,7 +160,12 @@ def place(model: onnx.ModelProto, store: WeightStore, writer: BundleWriter, mode
             _check_inside(path, checkpoint_folder or path.parent)
         writer.record(inside + name, _file_fact(path, hash_full))
     if plan.streams:
-        _write(plan, writer, on_bytes or (lambda done, total: None), inside)
+        total, tell = plan.bytes_copied, on_bytes or (lambda done, total: None)
+        if ahead is None or not ahead.take(plan.streams, lambda done: tell(done, total)):
+            with writer.open(inside + DATA, key_of(plan.streams)) as file:
+                write_streams(file, plan.streams, lambda done: tell(done, total))
+        for stream in plan.streams:
+            point_at(stream, DATA)
     names = (*plan.files, *((DATA,) if plan.streams else ()))
     return Placement(plan.bytes_copied, plan.bytes_linked, tuple(inside + name for name in names))
 
@@ -211,7 +197,7 @@ def _span(sources: tuple[Source, ...], dtype: str) -> tuple[Path, int, int] | No
     return tensors[0].path, tensors[0].offset, nbytes
 
 
-def _part_of(sources: tuple[Source, ...], dtype: str, streams: Iterable[_Stream]) -> tuple[_Stream, int, int] | None:
+def _part_of(sources: tuple[Source, ...], dtype: str, streams: Iterable[Stream]) -> tuple[Stream, int, int] | None:
     """(stream, offset, bytes) of a stream of this type in which these sources lie one after the other."""
     for stream in streams:
         count = len(sources)
@@ -229,45 +215,12 @@ def _point(tensor: onnx.TensorProto, location: str, offset: int, length: int) ->
         entry.key, entry.value = key, value
 
 
-def point_at(stream: _Stream, location: str) -> None:
+def point_at(stream: Stream, location: str) -> None:
     """Let the initializers of a stream read it from a file."""
     for tensor in stream.tensors:
         _point(tensor, location, stream.offset, stream.nbytes)
     for tensor, start, nbytes in stream.inside:
         _point(tensor, location, stream.offset + start, nbytes)
-
-
-def _write(plan: Arrangement, writer: BundleWriter, on_bytes: Callable[[int, int], None], inside: str) -> None:
-    total, done = plan.bytes_copied, 0
-    with writer.open(inside + DATA, _key(plan)) as file:
-        there = file.tell()
-        for stream in plan.streams:
-            if stream.offset + stream.nbytes > there:
-                file.write(bytes(stream.offset - file.tell()))
-                for source in stream.sources:
-                    for chunk in source.chunks():
-                        out = cast(chunk, source.dtype, stream.dtype, stream.recipe.removeprefix(RECIPE))
-                        file.write(out)
-                        done += out.nbytes
-                        on_bytes(done, total)
-                file.mark()
-            else:
-                done += stream.nbytes
-                on_bytes(done, total)
-            point_at(stream, DATA)
-
-
-def _key(plan: Arrangement) -> str:
-    """A hash over all that decides the bytes of `model.onnx.data`; "" if that is not only files and types."""
-    rows = []
-    for stream in plan.streams:
-        for source in stream.sources:
-            if not isinstance(source, StoredSource):
-                return ""
-            stat = source.tensor.path.stat()
-            rows.append([stream.offset, stream.dtype, str(source.tensor.path.resolve()), stat.st_size, stat.st_mtime_ns,
-                         source.tensor.offset, source.tensor.nbytes, source.dtype])
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _link(path: Path, place: Path) -> None:

@@ -35,10 +35,12 @@ class StoredSource:
         """Shape as stored."""
         return self.tensor.shape
 
-    def chunks(self) -> Iterator[memoryview]:
-        """The bytes, at most CHUNK_BYTES at a time; each chunk is overwritten by the next."""
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, max(self.tensor.nbytes, 1))))
-        with open(self.tensor.path, "rb") as file:
+    def chunks(self, buffer: memoryview | None = None) -> Iterator[memoryview]:
+        """The bytes, at most CHUNK_BYTES at a time; each chunk is overwritten by the next. buffer: of CHUNK_BYTES, that
+        they are read into; None makes one."""
+        if buffer is None:
+            buffer = memoryview(bytearray(min(CHUNK_BYTES, max(self.tensor.nbytes, 1))))
+        with open(self.tensor.path, "rb", buffering=0) as file:
             file.seek(self.tensor.offset)
             left = self.tensor.nbytes
             while left:

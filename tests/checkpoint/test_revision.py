@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
+from click.testing import CliRunner
 from gqa_models import write_tiny
 
 from gqa_export.checkpoint.open import open_checkpoint
+from gqa_export.cli import main
 from gqa_export.errors import GqaExportError
 
 MAIN, OLD = "a" * 40, "b" * 40
@@ -53,18 +52,17 @@ def test_a_revision_of_a_local_folder_is_refused(hub, tmp_path):
 
 
 def test_a_bundle_is_compared_with_the_commit_it_was_made_from_though_the_branch_moved_on(hub, tmp_path):
-    environment = {**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "gqa_export"]
-    made = subprocess.run([*command, "onnx", "org/tiny", "-o", str(tmp_path / "out"), "--revision", "v1",
-                           "--no-validate"], env=environment, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
+    def command(*words):
+        return CliRunner().invoke(main, list(map(str, words)))
+
+    made = command("onnx", "org/tiny", "-o", tmp_path / "out", "--revision", "v1", "--no-validate")
+    assert made.exit_code == 0, made.stderr
     from gqa_export.bundle.manifest import read_manifest
 
     manifest = read_manifest(tmp_path / "out")
     assert (manifest.source["checkpoint"], manifest.source["revision"]) == ("org/tiny", OLD)
-    checked = subprocess.run([*command, "validate", str(tmp_path / "out"), "--against", "org/tiny", "--steps", "2"],
-                             env=environment, capture_output=True, text=True)
-    assert checked.returncode == 0, checked.stdout + checked.stderr
-    other = subprocess.run([*command, "validate", str(tmp_path / "out"), "--against", "org/tiny", "--revision", "main",
-                            "--steps", "2"], env=environment, capture_output=True, text=True)
-    assert other.returncode == 2, other.stdout + other.stderr  # another number of layers
+    against = ("validate", tmp_path / "out", "--against", "org/tiny", "--steps", 2)
+    checked = command(*against)
+    assert checked.exit_code == 0, checked.output
+    other = command(*against, "--revision", "main")
+    assert other.exit_code == 2, other.output  # another number of layers

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import gqa_models
 import onnx
 import pytest
+from click.testing import CliRunner
+
+from gqa_export.cli import main
+from gqa_export.lowering.ort import position_guard
+from gqa_export.trace.capture import capture
 
 OURS = "[0-9][0-9][0-9]-*.onnx"
 
@@ -19,10 +22,15 @@ def tiny(tmp_path_factory):
     return gqa_models.write_tiny("llama", tmp_path_factory.mktemp("tiny") / "llama")
 
 
-def export(checkpoint, out, *words):
-    """Run the verb as a program."""
-    return subprocess.run([sys.executable, "-m", "gqa_export", "onnx", str(checkpoint), "-o", str(out),
-                           "--no-validate", *map(str, words)], capture_output=True, text=True, check=False, timeout=300)
+@pytest.fixture
+def export(program):
+    """export(checkpoint, out, ...): run the verb as a program."""
+    return lambda checkpoint, out, *words: program("onnx", checkpoint, "-o", out, "--no-validate", *words)
+
+
+def export_here(checkpoint, out, *words):
+    """The same in this process, where a test has put a fault in."""
+    return CliRunner().invoke(main, list(map(str, ["onnx", checkpoint, "-o", out, "--no-validate", *words])))
 
 
 def inline_bytes(model):
@@ -31,7 +39,7 @@ def inline_bytes(model):
 
 
 @pytest.mark.parametrize("target", ["ort", "onnx", "portable", "trt-plugin", "trt-native"])
-def test_the_graph_after_each_pass_is_written_and_the_export_is_the_same(tiny, tmp_path, target):
+def test_the_graph_after_each_pass_is_written_and_the_export_is_the_same(tiny, tmp_path, export, target):
     words = ["--target", target, "--capacity", 64]
     plain = export(tiny, tmp_path / "plain", *words)
     dumped = export(tiny, tmp_path / "dumped", *words, "--dump-passes", tmp_path / "passes")
@@ -59,7 +67,7 @@ def test_the_graph_after_each_pass_is_written_and_the_export_is_the_same(tiny, t
     assert len(final.graph.node) == rows[-1]["nodes"]
 
 
-def test_a_folder_that_is_not_empty_is_refused_untouched_before_any_work(tiny, tmp_path):
+def test_a_folder_that_is_not_empty_is_refused_untouched_before_any_work(tiny, tmp_path, export):
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "mine.txt").write_text("mine")
@@ -72,7 +80,7 @@ def test_a_folder_that_is_not_empty_is_refused_untouched_before_any_work(tiny, t
         assert not (tmp_path / "bundle").exists()
 
 
-def test_force_replaces_an_earlier_dump_as_a_whole(tiny, tmp_path):
+def test_force_replaces_an_earlier_dump_as_a_whole(tiny, tmp_path, export):
     folder = tmp_path / "passes"
     assert export(tiny, tmp_path / "bundle", "--dump-passes", folder).returncode == 0
     assert len(list(folder.glob(OURS))) > 5
@@ -86,28 +94,18 @@ def test_force_replaces_an_earlier_dump_as_a_whole(tiny, tmp_path):
     assert [row["pass"] for row in rows] == ["traced", "check_attention", "check_states"]
 
 
-def test_a_dry_run_takes_no_dump(tiny, tmp_path):
+def test_a_dry_run_takes_no_dump(tiny, tmp_path, export):
     done = export(tiny, tmp_path / "bundle", "--dry-run", "--dump-passes", tmp_path / "passes")
     assert done.returncode == 2
     assert "--dump-passes" in done.stderr
     assert not (tmp_path / "passes").exists()
 
 
-BROKEN = """
-import sys
-from gqa_export.cli import main
-from gqa_export.lowering.ort import position_guard
-position_guard._guarded = lambda node: None
-main.main(sys.argv[1:])
-"""
-"""the command line of a version whose last pass does not find its pattern"""
-
-
-def test_when_a_pass_fails_the_graph_before_and_after_it_is_there(tiny, tmp_path):
-    done = subprocess.run([sys.executable, "-c", BROKEN, "onnx", str(tiny), "-o", str(tmp_path / "bundle"),
-                           "--no-validate", "--dump-passes", str(tmp_path / "passes")],
-                          capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 2, done.stderr
+def test_when_a_pass_fails_the_graph_before_and_after_it_is_there(tiny, tmp_path, monkeypatch):
+    """In a version whose last pass does not find its pattern."""
+    monkeypatch.setattr(position_guard, "_guarded", lambda node: None)
+    done = export_here(tiny, tmp_path / "bundle", "--dump-passes", tmp_path / "passes")
+    assert done.exit_code == 2, done.stderr
     assert "lean_guard rewrote 0 nodes, expected 1" in done.stderr
     assert "--dump-passes" in done.stderr
     rows = json.loads((tmp_path / "passes/passes.json").read_text())
@@ -117,7 +115,7 @@ def test_when_a_pass_fails_the_graph_before_and_after_it_is_there(tiny, tmp_path
     assert not (tmp_path / "bundle").exists()
 
 
-def test_remarks_of_the_lowering_are_printed_once_for_all_their_layers(tmp_path):
+def test_remarks_of_the_lowering_are_printed_once_for_all_their_layers(tmp_path, export):
     checkpoint = gqa_models.write_tiny("gemma2", tmp_path / "checkpoint")
     done = export(checkpoint, tmp_path / "bundle")
     assert done.returncode == 0, done.stderr
@@ -126,36 +124,25 @@ def test_remarks_of_the_lowering_are_printed_once_for_all_their_layers(tmp_path)
     assert notes[0].startswith("note: layers 0-3: rotary stays outside attention: ")
 
 
-UNTYPED = """
-import sys
-import onnx
-from gqa_export.cli import main
-def fail(*_, **__):
-    raise onnx.shape_inference.InferenceError("node 7 has another type\\nand more")
-onnx.shape_inference.infer_shapes = fail
-main.main(sys.argv[1:])
-"""
-"""the command line with an onnx that cannot infer the types of this graph"""
-UNLIGHT = """
-import sys
-from gqa_export.cli import main
-from gqa_export.trace.capture import capture
-def fail(*_, **__):
+def no_types(*_, **__):
+    """An onnx that cannot infer the types of this graph."""
+    raise onnx.shape_inference.InferenceError("node 7 has another type\nand more")
+
+
+def not_recorded(*_, **__):
+    """A model that the light capture cannot record."""
     raise capture.NotCaptured("a branch on a length")
-capture.capture = fail
-main.main(sys.argv[1:])
-"""
-"""the command line with a model that the light capture cannot record"""
 
 
-@pytest.mark.parametrize(("program", "words", "extra"), [
-    (UNTYPED, ("layers 0-", "could not be inferred", "not fused", "node 7 has another type"), ()),
-    (UNLIGHT, ("traced by torch.export", "a branch on a length"), ("--dry-run",))])
-def test_what_makes_an_export_slower_is_printed(tiny, tmp_path, program, words, extra):
-    done = subprocess.run([sys.executable, "-c", program, "onnx", str(tiny), "-o", str(tmp_path / "bundle"),
-                           "--no-validate", "--no-trace-cache", *extra],
-                          capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(("place", "name", "fault", "words", "extra"), [
+    (onnx.shape_inference, "infer_shapes", no_types,
+     ("layers 0-", "could not be inferred", "not fused", "node 7 has another type"), ()),
+    (capture, "capture", not_recorded, ("traced by torch.export", "a branch on a length"), ("--dry-run",))],
+    ids=["types", "capture"])
+def test_what_makes_an_export_slower_is_printed(tiny, tmp_path, monkeypatch, place, name, fault, words, extra):
+    monkeypatch.setattr(place, name, fault)
+    done = export_here(tiny, tmp_path / "bundle", "--no-trace-cache", *extra)
+    assert done.exit_code == 0, done.stderr
     notes = [line for line in done.stdout.splitlines() if line.startswith("  note: ") and words[0] in line]
     assert len(notes) == 1, done.stdout
     assert all(word in notes[0] for word in words)

@@ -160,3 +160,32 @@ def test_the_program_flushes_what_it_wrote_before_it_leaves() -> None:
     done = process("--help")
     assert done.returncode == 0
     assert done.stdout.rstrip().endswith(list(cli.VERBS.values())[-1].split()[-1])
+
+
+def test_a_function_in_one_block_is_the_function() -> None:
+    def add(one: int, *, other: int) -> int:
+        return one + other
+
+    assert cli.in_one_block(add)(2, other=3) == 5
+    with pytest.raises(ZeroDivisionError):
+        cli.in_one_block(lambda: 1 // 0)()
+
+
+def test_a_collection_is_possible_after_none_was(monkeypatch) -> None:
+    import gc
+    import weakref
+
+    from gqa_export.cli.onnx import no_collection
+
+    class Node:
+        pass
+
+    with no_collection():
+        assert not gc.isenabled()
+        node = Node()
+        node.itself, known = node, weakref.ref(node)
+        del node
+        assert known() is not None
+    assert gc.isenabled()
+    gc.collect()
+    assert known() is None, "what was made meanwhile is not kept for ever"

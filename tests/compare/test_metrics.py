@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gqa_export.compare import metrics
+from gqa_export.compare import metrics, shares
+from gqa_export.compare.logits import LogitTally
 from gqa_export.compare.metrics import difference, last_rows, margin
 
 
@@ -128,3 +129,34 @@ def test_what_is_not_finite_is_counted_once_and_located_beside_finite_blocks(bad
     assert np.array_equal(found.gap[others], whole.gap[others])
     assert np.array_equal(found.place[others], whole.place[others])
     assert found.scale == np.abs(np.where(np.isfinite(a), a, 0)).max()
+
+
+@pytest.mark.parametrize("bad", [None, np.nan])
+def test_on_any_number_of_cores_the_differences_are_the_same(monkeypatch, bad):
+    """Rows are measured in shares, by threads: what is found of a row must not depend on the share it is in."""
+    expected = random(1, 131, 2 * shares.LEAST // 100)
+    got = expected + random(*expected.shape, seed=1) * 1e-3
+    if bad is not None:
+        got[0, 70, 5] = bad
+    found, used = [], []
+    for cores in (1, 2, 5):
+        monkeypatch.setattr(shares, "cores", lambda cores=cores: cores)
+        whole = difference(expected, got)
+        tally = LogitTally()
+        tally.add(expected[0], got[0])
+        found.append([*(getattr(whole, name).tobytes() for name in ("gap", "place", "expected", "got")), whole.scale,
+                      whole.nonfinite, tally.metrics()])
+        used.append(len(shares.in_shares(lambda rows: rows, *expected.shape[1:])))
+    assert repr(found[0]) == repr(found[1]) == repr(found[2])
+    assert used == [1, 2, 2]  # a share is not smaller than pays
+
+
+@given(st.integers(0, 50), st.integers(1, 9), st.integers(1, 7))
+def test_shares_are_all_rows_once_and_begin_at_blocks(count, block, cores):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shares, "cores", lambda: cores)
+        patch.setattr(shares, "LEAST", 1)
+        found = shares.in_shares(lambda rows: rows, count, 3, block)
+    assert [row for rows in found for row in range(rows.start, rows.stop)] == list(range(count))
+    assert all(rows.start % block == 0 for rows in found)
+    assert len(found) <= cores

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from refusal import refused
 
 from gqa_export.compare.logits import LogitTally, log_softmax
-from gqa_export.compare.suite import DRIFT_STEPS, LEVELS, SUITE, Setting, plan_suite
+from gqa_export.compare.setting import LEAST_PIECE, SCORE_ELEMENTS, Setting
+from gqa_export.compare.suite import DRIFT_STEPS, LEVELS, SUITE, plan_suite
 from gqa_export.runtime.feeds import check_feed
 from gqa_export.runtime.session import Step
 from gqa_export.spec import AttentionSpec, ModelSpec
@@ -99,6 +100,21 @@ def test_the_edge_is_filled_exactly_and_the_brim_is_the_whole_capacity():
         case = found[name]
         assert len(case.prompts[0]) + sum(count[0] for count in case.counts) == capacity
         assert case.capacity in (0, capacity)
+
+
+@pytest.mark.parametrize(("heads", "capacity"), [(9, 4096), (4, 512), (64, 8192)])
+def test_a_piece_of_a_long_prompt_is_bounded_by_its_scores_too(heads, capacity):
+    """Eager attention holds the scores [heads, piece, past] of a layer twice in fp64, beside the baseline's: of
+    SmolLM2's 4,096 tokens in pieces of 341 that was more than its logits."""
+    layers = (AttentionSpec(0, heads, 1, 8, 8, 1.0), AttentionSpec(1, 2, 1, 8, 8, 1.0))
+    found = by_name(plan_suite(Setting(ModelSpec("x", "", 49152, 32, 512, "", layers), capacity, 16), "full"))
+    case = found["full_capacity"]
+    most, logits = SCORE_ELEMENTS // (heads * len(case.prompts[0])), (1 << 24) // 49152
+    assert case.chunk == (max(LEAST_PIECE, min(most, logits)) if capacity > 1024 else logits)
+    assert sum(length for (length,) in case._pieces()) == len(case.prompts[0])  # nothing of it is left out
+    # short prompts come as before, those of several rows at once
+    assert found["ragged"].feeds == 1 + len(found["ragged"].counts)
+    assert found["drift"].chunk == 64
 
 
 def test_what_had_no_room_is_said():

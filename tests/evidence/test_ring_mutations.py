@@ -14,7 +14,8 @@ from gqa_models import write_tiny
 import gqa_export as gqa
 from gqa_export.bundle.manifest import read_manifest
 from gqa_export.compare.cases import Plan
-from gqa_export.compare.suite import Setting, plan_suite
+from gqa_export.compare.setting import Setting
+from gqa_export.compare.suite import plan_suite
 from gqa_export.validation.reference import open_reference
 from gqa_export.validation.validate import validate
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gqa_models
+import onnx
 import pytest
 from glassllm_checkpoint import write_glassllm
 from shared_reference import reference_of
 
 from gqa_export import graph_io
+from gqa_export.bundle.manifest import MODEL
+from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.errors import EXIT_PASSED
+from gqa_export.exporting.expected_weights import expected_streams
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.validation.validate import validate
@@ -28,6 +32,9 @@ for a real model (`test_a_real_small_model_passes_validation`)."""
 FAMILIES = ("llama", "llama_mha", "llama_mqa", "llama_tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3",
             "gpt_oss", "granite", "cohere", "stablelm", "smollm3", "gpt2", "mixtral", "phimoe", "llama_linear",
             "llama_llama3", "llama_yarn")
+PREDICTED = ("llama", "llama_mha", "llama_mqa", "llama_tied", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3",
+             "llama_linear", "llama_llama3", "llama_yarn")
+"""families whose weights are written while the model is traced"""
 # Every family on `ort`. What makes a family special is in its trace, which all targets share, but for what a target
 # writes anew: attention (windows, sinks, softcap, grouping), rotary (partial, interleaved, two tables, none) and norms
 # (`onnx`). Each of these once a target, with the growing cache or with the static one.
@@ -74,6 +81,18 @@ def test_an_export_passes_validation(checkpoint_of, tmp_path, name, target, cach
     manifest = passes(checkpoint_of(name), tmp_path / "bundle", steps, target=target, cache=cache, shared=True)
     assert manifest.inputs[2].shape[2] == (graph_io.CAPACITY if cache == "static" else graph_io.PAST)
     assert fallbacks(manifest, target)
+    if target == "ort":
+        opened = open_checkpoint(checkpoint_of(name))
+        expected = expected_streams(opened, ExportOptions(), "float32")
+        assert bool(expected) == (name in PREDICTED)
+        assert not expected or [(stream.offset, stream.nbytes) for stream in expected] == places(tmp_path / "bundle")
+
+
+def places(bundle):
+    """Offset and length of each tensor in model.onnx.data."""
+    model = onnx.load(bundle / MODEL, load_external_data=False)
+    found = [{entry.key: entry.value for entry in tensor.external_data} for tensor in model.graph.initializer]
+    return sorted({(int(place["offset"]), int(place["length"])) for place in found if place})
 
 
 @pytest.mark.parametrize("weights", ["link", "inplace"])

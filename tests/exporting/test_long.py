@@ -203,7 +203,8 @@ def test_all_refusals_are_errors_of_ours() -> None:
 @pytest.mark.parametrize(("options", "code", "word"), [
     ({"quantize": "int4"}, "E-OPTION-LONG-INT8", "--activations exact"),
     ({"quantize": "int8", "activations": "int8"}, "E-OPTION-LONG-INT8", "--activations exact"),
-    ({"kv_cache": "int8"}, "E-OPTION-LONG-CODES", "--kv-cache int8"),
+    ({"target": "trt-plugin", "quantize": "fp8", "calibrate": "text.txt", "activations": "same"}, "E-OPTION-LONG-INT8",
+     "--activations exact"), ({"kv_cache": "int8"}, "E-OPTION-LONG-CODES", "--kv-cache int8"),
     ({"kv_cache": "int4"}, "E-OPTION-LONG-CODES", "--kv-cache int4"),
     ({"lora": ["adapter"]}, "E-OPTION-LORA", "--merge-lora"),
     ({"tensor_parallel": 2}, "E-OPTION-TENSOR-PARALLEL", "leave out"),

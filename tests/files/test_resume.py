@@ -7,14 +7,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import gqa_models
 import pytest
+from refusal import refused
 from safetensors.numpy import load_file, save_file
 
 from gqa_export.bundle.manifest import DATA
 from gqa_export.bundle.writer import writing_bundle
+from gqa_export.exporting import to_onnx
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.files import resume
@@ -22,16 +25,20 @@ from gqa_export.files import resume
 pytestmark = pytest.mark.whole_model
 
 KILLED = """
-import sys, time
+import os, sys, time
+from gqa_export.bundle.writer import HashingFile
 from gqa_export.files import resume
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 resume.EVERY_BYTES = 4096
-def report(text, done, total):
-    if text == "writing weights" and done > total * 0.7:
+most, write = 0.7 * os.path.getsize(sys.argv[1] + "/model.safetensors") / 2, HashingFile.write
+def slow(self, data):
+    if self.size > most and self.path.name == "model.onnx.data":
         print("far enough", flush=True)
         time.sleep(60)
-export_onnx(sys.argv[1], sys.argv[2], ExportOptions(dtype="fp16"), report)
+    return write(self, data)
+HashingFile.write = slow
+export_onnx(sys.argv[1], sys.argv[2], ExportOptions(dtype="fp16"))
 """
 
 
@@ -75,12 +82,16 @@ def partials(out):
 
 
 def reads_of(monkeypatch):
-    """How many bytes of weights are read from now on."""
+    """Which threads read weights from now on, and how many bytes."""
     from gqa_export.weights.source_kinds import StoredSource
 
-    read = []
-    chunks = StoredSource.chunks
-    monkeypatch.setattr(StoredSource, "chunks", lambda self: (read.append(self.tensor.nbytes), chunks(self))[1])
+    read, chunks = [], StoredSource.chunks
+
+    def noted(self, *into):
+        read.append((threading.current_thread().name, self.tensor.nbytes))
+        return chunks(self, *into)
+
+    monkeypatch.setattr(StoredSource, "chunks", noted)
     return read
 
 
@@ -92,11 +103,42 @@ def test_a_killed_export_is_taken_up_where_it_was_and_gives_the_same_bundle(kill
     read = reads_of(monkeypatch)
     done = export_onnx(folder, out, ExportOptions(dtype="fp16"))
     # fp32 is read for fp16: twice the bytes, of the last part only
-    assert 0 < sum(read) < undisturbed.manifest.bytes_copied
+    assert 0 < sum(count for _, count in read) < undisturbed.manifest.bytes_copied
+    assert {thread for thread, _ in read} == {"MainThread"}, "once the graph is there, see the test below"
+    assert "weights-ahead" not in {thread.name for thread in threading.enumerate()}
     assert (out / DATA).read_bytes() == data
     assert done.manifest.files[DATA] == undisturbed.manifest.files[DATA]
     assert partials(out) == []
     assert not list(out.glob("*journal*")) + list(out.parent.glob("*.lock"))
+
+
+@pytest.mark.parametrize("how", ["refused", "interrupted"])
+def test_what_a_killed_export_left_outlives_one_that_ends_before_its_graph_is_there(killed, whole, monkeypatch, how):
+    """It may be hours of work, and what ended the other may be a word of its command."""
+    folder, out = killed
+    kept, real = partials(out), to_onnx.prepare
+
+    def interrupted(*arguments):
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    if how == "refused":
+        with refused("E-ENV-MEMORY"):
+            export_onnx(folder, out, ExportOptions(dtype="fp16", max_ram=1))
+    else:
+        monkeypatch.setattr(to_onnx, "prepare", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export_onnx(folder, out, ExportOptions(dtype="fp16"))
+        monkeypatch.setattr(to_onnx, "prepare", real)
+    # and one of another type, whose weights are written ahead
+    with refused("E-ENV-MEMORY"):
+        export_onnx(folder, out, ExportOptions(dtype="bf16", max_ram=1))
+    assert partials(out) == kept
+    read = reads_of(monkeypatch)
+    export_onnx(folder, out, ExportOptions(dtype="fp16"))
+    assert 0 < sum(count for _, count in read) < whole[0].manifest.bytes_copied, "taken up all the same"
+    assert (out / DATA).read_bytes() == whole[1]
+    assert partials(out) == []
 
 
 def test_a_checkpoint_that_changed_meanwhile_is_exported_from_the_start(tmp_path, killed):

@@ -3,6 +3,7 @@ of a matrix, on every target. accuracy_level is 0 here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from gqa_export.lowering.context import Context, LowerOptions
 from gqa_export.lowering.quantized.passes import PASSES
 from gqa_export.lowering.tensorrt.interpret import interpret
 from gqa_export.quantized.facts import Form, facts_of, float_form
+from gqa_export.quantized.input_codes import InputCodes
 from gqa_export.quantized.matrix import LEVELS, QuantizedMatrix, Stripe
 from gqa_export.quantized.packing import packed
 from gqa_export.spec import ModelSpec
@@ -49,9 +51,11 @@ def made(seed: int, rows: int, columns: int, bits: int = 4, block: int = 32, kin
 
 
 def run(matrices: dict[str, QuantizedMatrix], target: str, folder: Path, element: int = TensorProto.FLOAT,
-        lookup: bool = False, mean: float = 0.0) -> tuple[np.ndarray, np.ndarray, list[str], Context]:
-    """The product (or, added to it, the looked-up rows) with the matrices one below the other: computed, in float64,
-    the graph's operators, what the pass noted."""
+        lookup: bool = False, mean: float = 0.0, inputs: dict[str, InputCodes] | None = None,
+        round_inputs: Callable[[np.ndarray], np.ndarray] = np.asarray
+        ) -> tuple[np.ndarray, np.ndarray, list[str], Context]:
+    """The product (or, added to it, the looked-up rows) with the matrices one below the other: computed, in float64 of
+    inputs rounded by `round_inputs`, the graph's operators, what the pass noted."""
     rows, columns = sum(each.rows for each in matrices.values()), next(iter(matrices.values())).columns
     weight = TensorProto(name="w", dims=[rows, columns], data_type=element, data_location=TensorProto.EXTERNAL)
     weight.external_data.add(key="location", value="weights:" + "+".join(matrices))
@@ -74,7 +78,8 @@ def run(matrices: dict[str, QuantizedMatrix], target: str, folder: Path, element
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23),
                                                     helper.make_opsetid("com.microsoft", 1)], ir_version=10)
     facts = {name: facts_of(matrix) for name, matrix in matrices.items()}
-    context = Context(SPEC, get_target(target), LowerOptions(target, quantized=facts, exact=True), model)
+    options = LowerOptions(target, quantized=facts, exact=True, inputs=inputs or {})
+    context = Context(SPEC, get_target(target), options, model)
     loaded = edit.load(model)
     run_passes(loaded, PASSES, context)
     lowered = edit.save(loaded)
@@ -95,7 +100,7 @@ def run(matrices: dict[str, QuantizedMatrix], target: str, folder: Path, element
     places = rng.integers(0, rows, (2, 3))
     got = session.run(None, {"x": values, **({"ids": places} if lookup else {})})[0]
     dense = np.concatenate([each.dequantize() for each in matrices.values()])
-    wanted = values.astype(np.float64) @ dense.T + (dense[places].sum() if lookup else 0)
+    wanted = round_inputs(values).astype(np.float64) @ dense.T + (dense[places].sum() if lookup else 0)
     return got, wanted, operators, context
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import numpy as np
 import torch
 from refusal import refused
+from transformers import DynamicCache
 
+from gqa_export.runtime import torch_session
 from gqa_export.runtime.torch_session import TorchSession, _Widen
 
 from .conftest import CAPACITY
@@ -54,6 +57,44 @@ def test_the_whole_cache_is_kept_beyond_a_window(model) -> None:
     session = TorchSession(model, CAPACITY)
     session.step(np.full((1, 30), 5))  # the window is 16
     assert [key.shape for key, _ in session.cache()] == [(1, 2, 30, 16)] * 2
+
+
+def test_a_step_writes_behind_what_is_cached_and_changes_nothing_that_was_handed_out(model, monkeypatch) -> None:
+    """Joined anew at every step, as transformers does it, a cache is copied whole each time, and old and new are there
+    together. The answers are the same to the last bit."""
+    ids = np.random.default_rng(8).integers(0, 320, (1, 29))
+    pieces = [(0, 9), (9, 10), (10, 17), (17, 18), (18, 19), (19, 29)]
+
+    def walked(session) -> tuple[list, list]:
+        session.reset(1)
+        steps, places = [], []
+        for start, stop in pieces:
+            steps.append(session.step(ids[:, start:stop], want_cache=True))
+            places.append([layer.keys.data_ptr() for layer in session._caches[0].layers])
+        return steps, places
+
+    session = TorchSession(model, CAPACITY, "fp64")
+    steps, places = walked(session)
+    moved = [number for number, (one, two) in enumerate(itertools.pairwise(places), 1) if one != two]
+    assert moved == [1, 4], "rooms of 9, 18 and 36 tokens"
+    handed = session.cache()
+    before = [array.copy() for pair in handed for array in pair]
+    session.rewind_row(0, 5)
+    session.step(ids[:, :20])
+    for was, now in zip(before, (array for pair in handed for array in pair), strict=True):
+        assert np.array_equal(was, now)
+    plain = TorchSession(model, CAPACITY, "fp64")
+    monkeypatch.setattr(torch_session, "roomy_cache", lambda capacity: DynamicCache())
+    for one, two in zip(steps, walked(plain)[0], strict=True):
+        for mine, theirs in zip((one.logits, *one.keys, *one.values), (two.logits, *two.keys, *two.values)):
+            assert np.array_equal(mine, theirs)
+
+
+def test_a_cache_never_has_room_for_more_than_the_capacity(model) -> None:
+    session = TorchSession(model, 24)
+    for width in (15, 1, 8):
+        session.step(np.full((1, width), 5))
+    assert {room.shape[-2] for layer in session._caches[0].layers for room, _ in layer._rooms.values()} == {24}
 
 
 def test_decode_steps_equal_the_rows_of_one_prefill(model) -> None:
@@ -140,7 +181,7 @@ def test_a_hybrid_that_numbers_the_tokens_of_every_call_from_zero_is_told_their_
 
     hybrid = AutoModelForCausalLM.from_pretrained(write_small("bamba", tmp_path)).eval().double()
     ids = torch.randint(4, 200, (1, 12), generator=torch.Generator().manual_seed(0))
-    cache = empty_cache(hybrid.config, True)
+    cache = empty_cache(hybrid.config)
     with torch.no_grad():
         whole = hybrid(ids).logits[0, -1].numpy()
         for piece in (ids[:, :-1], ids[:, -1:]):

@@ -40,7 +40,7 @@ def test_the_graphs_of_eight_ranks_of_a_large_model_cost_little():
 
 
 def test_smollm2_over_three_ranks_was_built_with_one_list_of_collectives():
-    """As tests/engine/test_rtx_ranks.py builds two layers of its shape: the same names, after the same products."""
+    """As tests/engine/test_rtx_ranks.py builds its first two layers: the same names, after the same products."""
     small = json.loads((COMMITTED.parent / "tensor-parallel.json").read_text())["smollm2"]
     assert (small["ranks"], small["layers"], len(small["engine_mb"])) == (3, 30, 3)
     assert small["collectives"] == [

@@ -38,7 +38,9 @@ def read_modelopt(description: Description, stored: Stored) -> Iterator[tuple[st
         weight = stored.take(name, (E4M3, "uint8", "int8"))
         scale = stored.take(f"{name}_scale", (*SCALES, E4M3, "uint8", E8M0))
         smooth = stored.maybe(f"{module}.pre_quant_scale", SCALES)
-        more: dict[str, Any] = {"input_scale": stored.number(f"{module}.input_scale")}
+        scale_of_inputs = stored.number(f"{module}.input_scale")
+        other = "w4a8" in _algorithm(description, module)  # the scale is one of FP8 then, beside codes of FP4
+        more: dict[str, Any] = {"input_scale": None if other else scale_of_inputs}
         columns = weight.shape[-1] * (2 if weight.dtype == "uint8" and scale.dtype not in SCALES else 1)
         if smooth is not None:
             if smooth.shape != (columns,):
@@ -47,6 +49,14 @@ def read_modelopt(description: Description, stored: Stored) -> Iterator[tuple[st
         names = tuple(each for each in (name, f"{name}_scale", f"{name}_scale_2", f"{module}.pre_quant_scale",
                                         f"{module}.input_scale") if each in stored)
         yield name, _matrix(stored, name, weight, scale, group, names, more)
+
+
+def _algorithm(description: Description, module: str) -> str:
+    """What a module is quantized by, in lower case: its own entry, or that of a module around it, or of all."""
+    layers = description.fields.get("quantized_layers")
+    own = [(name, entry["quant_algo"]) for name, entry in layers.items() if isinstance(entry, dict) and isinstance(
+        entry.get("quant_algo"), str) and f"{module}.".startswith(f"{name}.")] if isinstance(layers, dict) else []
+    return max(own)[1].lower() if own else description.text("quant_algo")
 
 
 def _nested_group(description: Description) -> int:

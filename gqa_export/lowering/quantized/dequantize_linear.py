@@ -9,6 +9,8 @@ Source: onnx docs/Operators.md (DequantizeLinear-21) and runs of ONNX Runtime 1.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx
 import onnx_graphsurgeon as gs
 
@@ -18,7 +20,7 @@ from ...graph.passes import Rewritten
 from ...quantized.facts import E4M3, Form, dequantize_form, float_form
 from ..context import Context
 from .inputs import Inputs
-from .nan_guards import behind
+from .nan_guards import behind, carry_nan, hides_nan
 from .parts import Parts, hold, keep_plain
 from .readers import Product, find_readers, without_bias
 
@@ -142,14 +144,22 @@ class _Weights:
 def _product(graph: gs.Graph, context: Context, product: Product, form: Form, weights: _Weights,
              inputs: Inputs) -> None:
     (name,), node = product.names, product.node
-    facts, out = context.quantized[name], node.outputs[0]
+    facts = context.quantized[name]
     scope = node.name.rpartition("/")[0]
     hold(context, (name,), form)
-    node.inputs[0] = x = inputs.ordered(product.x, facts, scope)
+    x = inputs.ordered(product.x, facts, scope)
+    codes = context.options.inputs.get(name)
+    if codes is not None:
+        if codes.kind == "e2m1" and hides_nan(graph, product):
+            carry_nan(graph, product, x, context.element)
+        x = inputs.rounded(x, codes, node.name)
+        context.held[name] = replace(context.held[name], inputs=codes)
+    node.inputs[0] = x
     weight = weights(name, form)
     builder = Nodes(graph, f"{scope}/weight")
     node.inputs[1] = weight if form.columns_first else builder("swapped", "Transpose", weight, perm=[1, 0])
     if form.shift:
+        out = node.outputs[0]
         symmetric = gs.Variable(f"{node.name}.symmetric")
         node.outputs[0] = symmetric
         shift = weights.parts.shift((name,), form, facts, weights.scale(name, form), weights.blocks(name, form))

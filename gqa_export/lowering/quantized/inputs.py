@@ -1,16 +1,23 @@
 """What quantized products need of their inputs, made once for all products of one input: columns scaled and in the
-order of the codes, and sums over blocks."""
+order of the codes, sums over blocks, and codes of the weight's own type.
+
+Inputs of FP8 are quantized and dequantized by standard operators, those of NVFP4 quantized by an operator of TensorRT's
+own (`gqa_export.lowering.tensorrt.fp4_inputs`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from ...graph import edit
 from ...graph.node_builder import Nodes
+from ...graph.rounded_inputs import DOMAIN, DYNAMIC, dynamic_attributes, number_attributes
 from ...quantized.facts import MatrixFacts
+from ...quantized.input_codes import InputCodes
 from ..context import Context
 
 
@@ -54,6 +61,31 @@ class Inputs:
             blocks = node("blocks", "Reshape", whole, [0] * (rank - 1) + [count, block])
             self._keep(key, x, node("sum", "ReduceSum", blocks, [-1], keepdims=0))
         return self._made[key]
+
+    def rounded(self, x: gs.Tensor, codes: InputCodes, scope: str) -> gs.Tensor:
+        """x `[..., K]` rounded to codes, as numbers of its own type."""
+        key = (id(x), codes)
+        if key not in self._made:
+            node = Nodes(self.graph, f"{scope}/input")
+            made = self._fp8(node, x, codes) if codes.kind == "e4m3" else self._nvfp4(node, x, codes)
+            self._keep(key, x, made)
+        return self._made[key]
+
+    def _fp8(self, node: Nodes, x: gs.Tensor, codes: InputCodes) -> gs.Tensor:
+        """In fp32, as the weight is dequantized: TensorRT for RTX 1.7 refuses scales of two types in one product."""
+        narrow = self.element != onnx.TensorProto.FLOAT
+        scale = edit.constant(f"{node.scope}/scale", np.array(codes.scale, np.float32))
+        zero = edit.constant(f"{node.scope}/zero", np.zeros((), np.float32), onnx.TensorProto.FLOAT8E4M3FN)
+        wide = node("wide", "Cast", x, to=onnx.TensorProto.FLOAT) if narrow else x
+        made = node("numbers", "DequantizeLinear", node("codes", "QuantizeLinear", wide, scale, zero), scale)
+        return node("narrow", "Cast", made, to=self.element) if narrow else made
+
+    def _nvfp4(self, node: Nodes, x: gs.Tensor, input_codes: InputCodes) -> gs.Tensor:
+        scale = edit.constant(f"{node.scope}/scale", np.array(input_codes.scale, np.float32), self.element)
+        codes, scales = edit.add_node(self.graph, DYNAMIC, [x, scale], name=f"{node.scope}/codes", domain=DOMAIN,
+                                      outputs=2, attrs=dynamic_attributes())
+        steps = node("steps", "DequantizeLinear", scales, scale)
+        return node("numbers", "DequantizeLinear", codes, steps, **number_attributes())
 
     def _keep(self, key: tuple[object, ...], x: gs.Tensor, made: gs.Tensor) -> None:
         self._made[key] = made

@@ -7,7 +7,8 @@ and values are quantized by a standard operator before the call, whose body read
 keys is a factor of its scores, that of the values one of its output. ONNX Runtime has few operators of fp8: there the
 cache of the interpreted graph holds the numbers that codes stand for, in fp32. fp32 graphs only: others are widened
 first (`validation.fp32_twin`). Weights of four bits that are floating-point codes, for which ONNX Runtime has no kernel
-on a CPU, are unpacked and looked up by standard ops, from the same bytes. Dimensions as in `gqa_export.attention_op`.
+on a CPU, are unpacked and looked up by standard ops, from the same bytes; so are inputs that are rounded to such codes.
+Dimensions as in `gqa_export.attention_op`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ...quantized.matrix import LEVELS
 from ..attention_function import attach_function, is_call
 from ..long_calls import SELECTION
 from ..long_function import attach_long_function
+from .fp4_inputs import interpret_fp4_inputs
 from .plugin import PRESENCE
 
 POSITIONS = "interpreted/positions"
@@ -49,6 +51,7 @@ def interpret(model: onnx.ModelProto) -> int:
     casts = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
     known, wide = set[int](), set[str]()
     count = 0
+    interpret_fp4_inputs(model)
     packed = _as_bytes(model.graph)
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in packed:

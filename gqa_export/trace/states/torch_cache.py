@@ -40,15 +40,10 @@ def observed_states(config: Any) -> tuple[StateSpec, ...]:
     return _found[key]
 
 
-def empty_cache(config: Any, states: bool) -> Any:
-    """A cache of transformers that keeps everything. states: the model keeps states of fixed size, which a cache has
-    room for only where the configuration names them."""
+def empty_cache(config: Any) -> Any:
+    """A cache of transformers that keeps everything, with room for the states of fixed size that its model keeps."""
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    if not states:
-        return DynamicCache()
-    from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer
 
     cache = DynamicCache(config=config)
     for place, layer in enumerate(cache.layers):
