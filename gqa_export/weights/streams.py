@@ -49,13 +49,12 @@ def write_streams(file: HashingFile, streams: Sequence[Stream], on_bytes: Callab
         streams: in the order of their offsets.
         on_bytes: called with the bytes of streams so far; what it raises ends the writing.
     """
-    done, there = 0, file.tell()
+    there = file.tell()
+    missing = [stream for stream in streams if stream.offset + stream.nbytes > there]
+    done = sum(stream.nbytes for stream in streams) - sum(stream.nbytes for stream in missing)
+    on_bytes(done)  # once: what is there is no work, and no part of the pace
     buffer = memoryview(bytearray(CHUNK_BYTES))
-    for stream in streams:
-        if stream.offset + stream.nbytes <= there:
-            done += stream.nbytes
-            on_bytes(done)
-            continue
+    for stream in missing:
         file.write(bytes(stream.offset - file.tell()))
         for source in stream.sources:
             for chunk in source.chunks(buffer) if isinstance(source, StoredSource) else source.chunks():
