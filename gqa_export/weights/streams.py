@@ -37,8 +37,14 @@ class Stream:
     @property
     def nbytes(self) -> int:
         """Bytes it will have."""
-        return sum(source.nbytes if isinstance(source, PackedSource) and source.dtype == self.dtype else
-                   math.prod(source.shape) * itemsize(self.dtype) for source in self.sources)
+        return sum(bytes_of(source, self.dtype) for source in self.sources)
+
+
+def bytes_of(source: Source, dtype: str) -> int:
+    """Bytes of a source in a type: two elements of four bits have one."""
+    if isinstance(source, PackedSource) and source.dtype == dtype:
+        return source.nbytes
+    return math.prod(source.shape) * itemsize(dtype)
 
 
 def write_streams(file: HashingFile, streams: Sequence[Stream], on_bytes: Callable[[int], None]) -> None:
