@@ -224,6 +224,18 @@ def test_a_thread_that_begins_when_its_folder_is_gone_does_not_make_it_again(tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_in_a_file_already_is_reported_in_one_step(tmp_path, stored):
+    """Progress counts its pace from the first report on, and would take each further step for work."""
+    streams = streams_of(stored, "a", "b", "c")
+    data, _ = written(streams, tmp_path / "plain")
+    file, told = HashingFile(tmp_path / "begun"), []
+    file.write(data[:streams[2].offset])
+    write_streams(file, streams, told.append)
+    assert told == [streams[0].nbytes + streams[1].nbytes, sum(stream.nbytes for stream in streams)]
+    file.close()
+    assert (tmp_path / "begun").read_bytes() == data
+
+
 class Interrupted(BaseException):
     """Ctrl-C is a BaseException too."""
 
