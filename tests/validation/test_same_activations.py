@@ -38,6 +38,7 @@ from gqa_export.files.sha256 import file_sha256
 from gqa_export.quantized.input_codes import held_as
 from gqa_export.quantizing.importance import FILE, importance_file, read_importance, read_largest
 from gqa_export.report.console import details
+from gqa_export.validation.loss import LossRequest
 from gqa_export.validation.reference import runnable
 from gqa_export.validation.sessions import bundle_session
 from gqa_export.validation.validate import validate
@@ -302,6 +303,55 @@ def test_a_text_gives_the_scales_and_the_bundle_holds_them(plain, tmp_path: Path
     (tmp_path / "b" / MANIFEST).write_text(replace(done.manifest, files=files).to_json())
     with refused("E-BUNDLE-QUANTIZATION", InvalidBundle):
         validate(tmp_path / "b", checkpoint, steps=2, check_hashes=False)
+
+
+@pytest.fixture(scope="module")
+def calibrated(plain, tmp_path_factory) -> Path:
+    """A bundle of FP8 whose scales of inputs a text gave."""
+    return exported(plain[0], tmp_path_factory.mktemp("calibrated") / "b", quantize="fp8", calibrate=plain[1]).folder
+
+
+def all_scaled(bundle: Path, folder: Path, factor: float) -> Path:
+    """A bundle whose graph, manifest and own record of the text agree on other scales of inputs."""
+    data = importance_file(read_importance(bundle),
+                           {name: factor * size for name, size in read_largest(bundle).items()})
+    fact = FileFact(len(data), hashlib.sha256(data).hexdigest())
+
+    def state(manifest: Manifest) -> Manifest:
+        other = stated(factor)(manifest)
+        return replace(other, files={**other.files, FILE: fact})
+
+    changed(bundle, folder, scaled(factor), state)
+    (folder / FILE).unlink()  # it is linked
+    (folder / FILE).write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("factor", [1 / 1024, 0.5, 1.02])
+def test_scales_that_a_bundle_alone_agrees_on_are_refused_beside_the_text(plain, calibrated, tmp_path: Path,
+                                                                          factor: float) -> None:
+    """The text is measured again: threads and bf16 move a scale by less than a hundredth."""
+    with refused("E-BUNDLE-QUANTIZATION", InvalidBundle) as refusal:
+        validate(all_scaled(calibrated, tmp_path / "b", factor), plain[0], steps=2,
+                 loss=LossRequest(calibrate=plain[1]))
+    assert "the checkpoint or its calibration says" in refusal.error.what
+
+
+def test_inputs_that_are_cut_off_alike_in_pytorch_and_the_bundle_are_not_right(plain, calibrated, tmp_path: Path,
+                                                                              ) -> None:
+    """Without the text nothing tells which scales it gave. Both sides agree to six digits, and neither is the
+    checkpoint's model: logits are off by more than the largest of them."""
+    verdict = validate(all_scaled(calibrated, tmp_path / "b", 1 / 1024), plain[0], steps=2)
+    assert (verdict.export_exact, verdict.as_shipped) == (True, False)
+    assert "activations" in {case.logits.basis for case in verdict.cases if case.part == "as shipped" and case.rows}
+
+
+def test_what_scales_were_held_against_is_told(plain, calibrated) -> None:
+    """A note where it was the bundle's own record, none where the text was measured again."""
+    for text, told in ((None, True), (plain[1], False)):
+        verdict = validate(calibrated, plain[0], steps=2, loss=LossRequest(calibrate=text))
+        assert verdict.passed, verdict.failure
+        assert any("not held against the checkpoint" in note for note in verdict.notes) is told
 
 
 def test_a_sequence_beyond_the_cache_gives_nan_through_inputs_that_have_none(plain, tmp_path: Path) -> None:
