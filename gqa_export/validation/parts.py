@@ -63,7 +63,7 @@ class Comparison:
             return ()
         inputs = rounded_inputs(self.manifest, self.known.checkpoint, eager.model, self.known.inputs)
         kinds = sorted({each.codes.kind for each in inputs.values() if each.codes})
-        how = f"the type of their weight ({', '.join(kinds)})" if kinds else "int8 (accuracy level 4)"
+        how = f"the type of their weight ({', '.join(kinds)})" if is_same(self.manifest) else "int8 (accuracy level 4)"
         self.notes.append(f"as shipped, the inputs of {len(inputs)} matrices are rounded to {how}; the baseline is "
                           "PyTorch with the same inputs rounded by the same rule")
         rounding = RoundInputs(inputs)
@@ -116,9 +116,16 @@ def activations_of(manifest: Manifest, rounds: bool) -> str:
     return (SAME if is_same(manifest) else "int8") if rounds else "exact"
 
 
+def rounds_for_good(manifest: Manifest) -> bool:
+    """Whether an engine rounds inputs of products, which cannot be left out of it. With the option and without scales
+    it does not."""
+    return manifest.engine is not None and manifest.quantization is not None and any(
+        weight.inputs for weight in manifest.quantization.weights)
+
+
 def is_same(manifest: Manifest) -> bool:
     """Whether inputs have the type of their weight, where they are rounded."""
     return manifest.quantization is not None and manifest.quantization.activations == SAME
 
 
-__all__ = ["EXACT", "SHIPPED", "Comparison", "activations_of", "exact_session", "is_same"]
+__all__ = ["EXACT", "SHIPPED", "Comparison", "activations_of", "exact_session", "is_same", "rounds_for_good"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.engine.inspect_build import expected_aliases
 from gqa_export.engine.profiles import make_profiles
-from gqa_export.errors import InvalidBundle
+from gqa_export.errors import InvalidBundle, NotCheckedHere
 from gqa_export.exporting.dry_run import dry_run
 from gqa_export.exporting.input_scales import NOT_MULTIPLIED
 from gqa_export.exporting.options import ExportOptions
@@ -39,7 +39,7 @@ from gqa_export.quantized.input_codes import held_as
 from gqa_export.quantizing.importance import FILE, importance_file, read_importance, read_largest
 from gqa_export.report.console import details
 from gqa_export.validation.loss import LossRequest
-from gqa_export.validation.reference import runnable
+from gqa_export.validation.reference import open_reference, runnable
 from gqa_export.validation.sessions import bundle_session
 from gqa_export.validation.validate import validate
 
@@ -213,31 +213,50 @@ def test_a_wrong_scale_of_the_weight_shows_in_the_numbers_that_are_exact(fp8, tm
     assert (verdict.export_exact, verdict.as_shipped) == (False, True)
 
 
-@pytest.mark.parametrize("inputs", ["same", "exact"])
-def test_an_engine_is_judged_as_shipped_alone(fp8, tmp_path: Path, monkeypatch, inputs: str) -> None:
-    """No engine runs here: its graph stands in for one, whose rounding cannot be left out. As an engine whose inputs
-    are exact it would not pass."""
-    folder = changed(fp8[1], tmp_path / "engine", lambda model: None)
+@contextmanager
+def engine(bundle: Path, folder: Path, monkeypatch, state: Callable[[Manifest], Manifest] = lambda manifest: manifest,
+           ) -> Iterator[Path]:
+    """No engine runs here: inside, the graph of a bundle stands in for one, whose rounding cannot be left out. state:
+    changes what its manifest says."""
+    changed(bundle, folder, lambda model: None)
     manifest = read_manifest(folder)
-    assert manifest.quantization is not None
     facts = EngineFacts("rtx", "1.7", (), "native", make_profiles(manifest, 4, 32), expected_aliases(manifest))
     (folder / ENGINE).write_bytes(b"opened by nobody")
     files = {**manifest.files, ENGINE: FileFact((folder / ENGINE).stat().st_size, file_sha256(folder / ENGINE))}
-    other = manifest if inputs == "same" else stated(0)(manifest)
-    quantization = replace(other.quantization, activations=inputs)
-    (folder / MANIFEST).write_text(replace(other, quantization=quantization, engine=facts, files=files).to_json())
+    (folder / MANIFEST).write_text(replace(state(manifest), engine=facts, files=files).to_json())
     with ExitStack() as stack:
         def load(*_):
             ran, where, target = runnable(stack, folder, manifest, "float32", [], lambda *_: None)
             return stack.enter_context(bundle_session(where, ran, "cpu", [], target))
 
         monkeypatch.setattr("gqa_export.validation.validate.load_engine", load)
+        yield folder
+
+
+def test_an_engine_is_judged_as_shipped_alone(fp8, tmp_path: Path, monkeypatch) -> None:
+    with engine(fp8[1], tmp_path / "engine", monkeypatch) as folder:
         verdict = validate(folder, fp8[0], steps=2)
-    if inputs == "same":
-        assert verdict.passed, verdict.failure
-        assert (verdict.export_exact, verdict.as_shipped, verdict.activations) == (None, True, "same")
-    else:
-        assert not verdict.passed
+    assert verdict.passed, verdict.failure
+    assert (verdict.export_exact, verdict.as_shipped, verdict.activations) == (None, True, "same")
+
+
+def test_an_engine_that_rounds_more_than_it_says_is_wrong(fp8, tmp_path: Path, monkeypatch) -> None:
+    """Exported with the option, and no weight has a scale for its inputs: nothing is to be rounded, and nothing is
+    excused."""
+    with engine(fp8[1], tmp_path / "engine", monkeypatch, stated(0)) as folder:
+        verdict = validate(folder, fp8[0], steps=2)
+    assert not verdict.passed
+    assert (verdict.as_shipped, verdict.activations) == (None, "exact")
+    assert {case.part for case in verdict.cases} == {""}
+
+
+def test_an_engine_that_nothing_can_be_held_against_does_not_pass(fp8, tmp_path: Path, monkeypatch) -> None:
+    """There is no room for the baseline, which alone rounds as the engine does."""
+    with engine(fp8[1], tmp_path / "engine", monkeypatch) as folder:
+        known = replace(open_reference(fp8[0], read_manifest(folder), "float32", []), eager=None)
+        with refused("E-VALIDATE-MEMORY", NotCheckedHere) as refusal:
+            validate(folder, fp8[0], steps=2, reference=known)
+    assert "an engine cannot leave the rounding of inputs out" in refusal.error.what
 
 
 def test_without_the_option_nothing_is_rounded(fp8, tmp_path: Path) -> None:
