@@ -55,12 +55,14 @@ class Comparison:
                          notes=self.notes)
         return tuple(judge(log, self.dtype, part) for log in logs), overflow_words(sessions, logs, self.dtype)
 
-    def shipped(self, session: Session, fill_garbage: FillGarbage | None) -> tuple[CaseVerdict, ...]:
-        """The verdict on a session as it is shipped, its activations rounded."""
+    def shipped(self, session: Session, fill_garbage: FillGarbage | None, *,
+                alone: bool = False) -> tuple[tuple[CaseVerdict, ...], str]:
+        """The verdict on a session as it is shipped, its activations rounded, and as of `exact`. alone: no other
+        verdict follows the codes of a quantized cache and counts them."""
         eager: Any = self.known.eager
         if eager is None:
             self.notes.append("not compared as shipped: there is no room for PyTorch in the bundle's number format")
-            return ()
+            return (), ""
         inputs = rounded_inputs(self.manifest, self.known.checkpoint, eager.model, self.known.inputs)
         kinds = sorted({each.codes.kind for each in inputs.values() if each.codes})
         how = f"the type of their weight ({', '.join(kinds)})" if is_same(self.manifest) else "int8 (accuracy level 4)"
@@ -71,12 +73,15 @@ class Comparison:
         # value, and of models without routers, the same result by the same rule is no proof
         routed = not is_same(self.manifest) and any(rule.experts for rule in inputs.values())
         with eager.under(rounding, "rounded") if inputs else nullcontext():
-            logs = run_cases(self.sessions(session, fill_garbage, follow=False, by_rule=routed), self.plan,
-                             last_only=self.last_only, report=self.report, dtype=self.dtype, part=SHIPPED,
-                             notes=self.notes)
+            sessions = self.sessions(session, fill_garbage, follow=alone, by_rule=routed)
+            if sessions.follow:
+                self.notes.append("rounded inputs move many codes of the cache in PyTorch too, and as many may be "
+                                  "others here: the ONNX bundle that the engine was built from, validated, tells more of them")
+            logs = run_cases(sessions, self.plan, last_only=self.last_only, report=self.report, dtype=self.dtype,
+                             part=SHIPPED, notes=self.notes)
         verdicts = tuple(judge(log, self.dtype, SHIPPED) for log in logs)
         self.notes.extend((*_missed(eager.model, inputs, rounding.met), *_dominated(verdicts)))
-        return verdicts
+        return verdicts, overflow_words(sessions, logs, self.dtype) if alone else ""
 
 
 def _missed(model: Any, inputs: Collection[int], met: Collection[int]) -> list[str]:

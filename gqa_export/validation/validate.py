@@ -122,7 +122,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
             session, fill_garbage = engine or exact_session(opened, where, ran, provider, notes, target, handles)
             use_adapter(session, manifest, against, as_dtype)
             if fixed:  # what an engine rounds cannot be left out
-                cases, overflow = comparison.shipped(session, fill_garbage), ""
+                cases, overflow = comparison.shipped(session, fill_garbage, alone=True)
             else:
                 cases, overflow = comparison.exact(session, fill_garbage, EXACT if rounds else "")
             cases += judge_in_place(session, where, provider, target, handles, ran_dtype, EXACT if rounds else "")
@@ -133,7 +133,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         if rounds:
             session, fill_garbage = stack.enter_context(bundle_session(where, ran, provider, notes, target))
             use_adapter(session, manifest, against, as_dtype)
-            cases += comparison.shipped(session, fill_garbage)
+            cases += comparison.shipped(session, fill_garbage)[0]
             cases += (judge_refusals(session, resizable=not setting.literal),)
             measured = measure_loss(loss, session, manifest, folder, known, notes, report)
         if manifest.long is not None and not built:

@@ -215,9 +215,10 @@ def test_a_wrong_scale_of_the_weight_shows_in_the_numbers_that_are_exact(fp8, tm
 
 @contextmanager
 def engine(bundle: Path, folder: Path, monkeypatch, state: Callable[[Manifest], Manifest] = lambda manifest: manifest,
-           ) -> Iterator[Path]:
+           graph: Callable[[onnx.ModelProto], None] = lambda model: None) -> Iterator[Path]:
     """No engine runs here: inside, the graph of a bundle stands in for one, whose rounding cannot be left out. state:
-    changes what its manifest says."""
+    changes what its manifest says. graph: changes what is run."""
+    stands_in = changed(bundle, folder.with_name(f"{folder.name}_graph"), graph)
     changed(bundle, folder, lambda model: None)
     manifest = read_manifest(folder)
     facts = EngineFacts("rtx", "1.7", (), "native", make_profiles(manifest, 4, 32), expected_aliases(manifest))
@@ -226,7 +227,7 @@ def engine(bundle: Path, folder: Path, monkeypatch, state: Callable[[Manifest], 
     (folder / MANIFEST).write_text(replace(state(manifest), engine=facts, files=files).to_json())
     with ExitStack() as stack:
         def load(*_):
-            ran, where, target = runnable(stack, folder, manifest, "float32", [], lambda *_: None)
+            ran, where, target = runnable(stack, stands_in, manifest, "float32", [], lambda *_: None)
             return stack.enter_context(bundle_session(where, ran, "cpu", [], target))
 
         monkeypatch.setattr("gqa_export.validation.validate.load_engine", load)
@@ -371,6 +372,30 @@ def test_what_scales_were_held_against_is_told(plain, calibrated) -> None:
         verdict = validate(calibrated, plain[0], steps=2, loss=LossRequest(calibrate=text))
         assert verdict.passed, verdict.failure
         assert any("not held against the checkpoint" in note for note in verdict.notes) is told
+
+
+def test_an_engines_cache_codes_are_counted_where_it_rounds_inputs_too(plain, tmp_path: Path, monkeypatch) -> None:
+    """Rounding inputs moves 62 % of them in PyTorch too, so that 81 % may be others: a note says how little that tells.
+    Scales that are a quarter off move more. Why outputs overflow is told as of any other engine."""
+    bundle = exported(plain[0], tmp_path / "b", "trt-plugin", "fp16", quantize="fp8", calibrate=plain[1],
+                      kv_cache="int8").folder
+
+    def off(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                if attribute.name in ("key_scale", "value_scale"):
+                    attribute.f *= 1.25
+
+    monkeypatch.setattr("gqa_export.validation.parts.overflow_words", lambda *_: "layer 0 overflows")
+    for name, graph in (("right", lambda model: None), ("wrong", off)):
+        with engine(bundle, tmp_path / name, monkeypatch, graph=graph) as folder:
+            verdict = validate(folder, plain[0], steps=2, loss=LossRequest(calibrate=plain[1]))
+        codes = [kind for case in verdict.cases for kind in case.kinds if kind.kind == "codes"]
+        assert len(codes) == len([case for case in verdict.cases if case.rows])
+        assert verdict.passed is (name == "right"), verdict.failure
+        assert all(kind.passed for kind in codes) is (name == "right")
+        assert verdict.overflow == "layer 0 overflows"
+        assert any("rounded inputs move many codes of the cache" in note for note in verdict.notes)
 
 
 def test_a_sequence_beyond_the_cache_gives_nan_through_inputs_that_have_none(plain, tmp_path: Path) -> None:
