@@ -117,7 +117,9 @@ def fail(error: BaseException, *, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exception(error)
     if message:
-        click.echo(f"error: {message}", err=True)
+        from .progress import tell
+
+        tell(f"error: {message}\n")  # the exit code tells it too, and must be this one
     sys.exit(code)
 
 
@@ -234,5 +236,6 @@ def entry() -> NoReturn:
             if stream is not None:
                 stream.flush()
         except (OSError, ValueError) as error:  # a pipe that was closed, a full disk
-            code = code or (EXIT_BROKEN_PIPE if getattr(error, "errno", 0) == errno.EPIPE else EXIT_BAD_INPUT)
+            if stream is sys.stdout:  # a result that did not arrive; what is told beside it may get lost
+                code = code or (EXIT_BROKEN_PIPE if getattr(error, "errno", 0) == errno.EPIPE else EXIT_BAD_INPUT)
     os._exit(code if isinstance(code, int) else EXIT_BUG)

@@ -23,23 +23,11 @@ AT_FDCWD, EXCHANGE = -100, 2  # <linux/fs.h> RENAME_EXCHANGE; macOS' RENAME_SWAP
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Ctrl-C waits until this block is done: for a few file operations that must not be torn apart."""
+    """Ctrl-C waits until this block is done: for a few file operations that must not be torn apart. It is raised again
+    at the end. To block the signal in this thread would not do: the system gives it to another, and Python to this."""
     if threading.current_thread() is not threading.main_thread():
         yield
-    elif sys.platform == "win32":
-        with _kept_back():
-            yield
-    else:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _kept_back() -> Iterator[None]:
-    """`undisturbed` where signals cannot be blocked: one that comes is raised again at the end."""
+        return
     before = signal.getsignal(signal.SIGINT)
     if before is None:  # not set by Python, which could not set it back
         yield

@@ -76,9 +76,9 @@ def readable(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "dtype", "attention", "capabilities"), [
-    ("fp8", "fp16", "native", ("8.9", "12.0")), ("nvfp4", "bf16", "plugin", ("12.0",))])
+    ("fp8", "fp16", "native", (89, 120)), ("nvfp4", "bf16", "plugin", (120,))])
 def test_products_of_an_engine_read_codes_on_both_sides(rtx, readable: Path, tmp_path: Path, method: str, dtype: str,
-                                                        attention: str, capabilities: tuple[str, ...]) -> None:
+                                                        attention: str, capabilities: tuple[int, ...]) -> None:
     """W8A8 and W4A4: the build log lists the types that each layer reads. A head of integers has inputs as they are."""
     text = tmp_path / "text.txt"
     text.write_text("".join(SENTENCES))

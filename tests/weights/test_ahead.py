@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -222,15 +224,28 @@ def test_a_thread_that_begins_when_its_folder_is_gone_does_not_make_it_again(tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_in_a_file_already_is_reported_in_one_step(tmp_path, stored):
+    """Progress counts its pace from the first report on, and would take each further step for work."""
+    streams = streams_of(stored, "a", "b", "c")
+    data, _ = written(streams, tmp_path / "plain")
+    file, told = HashingFile(tmp_path / "begun"), []
+    file.write(data[:streams[2].offset])
+    write_streams(file, streams, told.append)
+    assert told == [streams[0].nbytes + streams[1].nbytes, sum(stream.nbytes for stream in streams)]
+    file.close()
+    assert (tmp_path / "begun").read_bytes() == data
+
+
 class Interrupted(BaseException):
     """Ctrl-C is a BaseException too."""
 
 
 @pytest.mark.parametrize("where", ["before it is asked for", "while it is waited for"])
 def test_an_interrupted_export_leaves_no_thread_and_no_file(tmp_path, stored, monkeypatch, where):
-    slow, real = threading.Event(), HashingFile.write
+    slow, real, held_back = threading.Event(), HashingFile.write, []
 
     def write(self, data):
+        held_back.append(sys.platform == "win32" or signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
         slow.set()
         time.sleep(0.05)
         return real(self, data)
@@ -252,4 +267,5 @@ def test_an_interrupted_export_leaves_no_thread_and_no_file(tmp_path, stored, mo
     with pytest.raises(Interrupted):
         export()
     assert not running()
+    assert all(held_back), "a thread that takes Ctrl-C would break into what the main thread may not be torn from"
     assert list(tmp_path.iterdir()) == [], "the folder that was made for the output is gone too"
