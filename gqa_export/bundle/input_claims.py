@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidBundle
+from ..graph.rounded_inputs import DEQUANTIZES, DYNAMIC, fp8_misfit, nvfp4_misfit
 from ..quantized.input_codes import CLOSE, InputCodes
 
 if TYPE_CHECKING:
@@ -18,17 +19,20 @@ if TYPE_CHECKING:
 
     from .quantization import Quantization
 
-QUANTIZES = {"QuantizeLinear": "e4m3", "TRT_FP4DynamicQuantize": "e2m1"}
-"""operator that makes codes of a product's input -> their kind"""
 MADE = "/DequantizeLinear"
 """ends the name of the node that makes a weight's numbers; before it is the weight's name"""
 BETWEEN = ("Cast", "Transpose")
 """operators between a weight's numbers and its product"""
 
 
-def inputs_in(model: onnx.ModelProto) -> dict[str, set[InputCodes | None]]:
-    """Name of a weight that the graph dequantizes -> how products with it round their inputs; None: one does not."""
-    found: dict[str, set[InputCodes | None]] = {}
+def inputs_in(model: onnx.ModelProto) -> dict[str, set[InputCodes | str | None]]:
+    """Name of a weight that the graph dequantizes -> how products with it round their inputs; a sentence where they do
+    it as no export does; None: one does not.
+
+    Raises:
+        InvalidBundle: a node lacks an input, or nodes read one another.
+    """
+    found: dict[str, set[InputCodes | str | None]] = {}
     for _, name, codes in _products(model):
         found.setdefault(name, set()).add(codes)
     return found
@@ -39,47 +43,89 @@ def rounding_products(model: onnx.ModelProto) -> set[str]:
     return {node for node, _, codes in _products(model) if codes is not None}
 
 
-def _products(model: onnx.ModelProto) -> Iterator[tuple[str, str, InputCodes | None]]:
+def _products(model: onnx.ModelProto) -> Iterator[tuple[str, str, InputCodes | str | None]]:
     """Every product with a weight that is dequantized: the node, the weight, how the input is rounded."""
     makers = {name: node for node in model.graph.node for name in node.output}
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type != "MatMul":
             continue
-        weight = makers.get(node.input[1])
+        weight, between = makers.get(_input(node, 1)), set()
         while weight is not None and weight.op_type in BETWEEN:
-            weight = makers.get(weight.input[0])
-        if weight is not None and weight.op_type == "DequantizeLinear":
+            between.add(weight.output[0])
+            weight = makers.get(_input(weight, 0))
+            if weight is not None and between.intersection(weight.output):
+                raise _wrong(weight, "reads what is made of its own output")
+        if weight is not None and weight.op_type == DEQUANTIZES:
             yield node.name, weight.name.removesuffix(MADE), _codes(makers.get(node.input[0]), makers, constants)
 
 
+def _input(node: onnx.NodeProto, place: int) -> str:
+    if len(node.input) <= place:
+        raise _wrong(node, f"has {len(node.input)} inputs")
+    return node.input[place]
+
+
+def _wrong(node: onnx.NodeProto, words: str) -> InvalidBundle:
+    return InvalidBundle(f"model.onnx is not a valid graph: a {node.op_type[:50]} {words}", f"node {node.name[:200]!r}",
+                         "do not use this bundle; export it again from a checkpoint you trust", code="E-BUNDLE-CLAIM")
+
+
 def _codes(last: onnx.NodeProto | None, makers: Mapping[str, onnx.NodeProto],
-           constants: Mapping[str, onnx.TensorProto]) -> InputCodes | None:
+           constants: Mapping[str, onnx.TensorProto]) -> InputCodes | str | None:
+    """How an input is rounded that the node `last` makes. What an export writes between the product and the codes, and
+    before these: numbers of fp32 from and to the graph's own type, for FP8 alone."""
+    narrow = last is not None and last.op_type == "Cast"
+    if last is not None and narrow:
+        last = makers.get(_input(last, 0))
+    first = makers.get(_input(last, 0)) if last is not None and last.op_type == DEQUANTIZES else None
+    if last is None or first is None or first.op_type not in ("QuantizeLinear", DYNAMIC):
+        return None
+    scale = constants.get(_input(first, 1))
+    if first.op_type == DYNAMIC:
+        kind, steps = "e2m1", makers.get(_input(last, 1))
+        wrong = "by a scale that no node makes" if steps is None else nvfp4_misfit(first, steps, last)
+        wrong = wrong or ("between other types" if narrow else "")
+    else:
+        kind, wide = "e4m3", makers.get(_input(first, 0))
+        wrong = fp8_misfit(first, last, constants.get(first.input[2]) if len(first.input) > 2 else None)
+        wrong = wrong or ("from another type than fp32" if narrow and not _widens(wide) else "")
+    value = _number(scale)
+    if wrong or value is None:
+        return f"to {kind}, {wrong or 'by a scale that is not a number in the graph'}"
+    return InputCodes(kind, value)
+
+
+def _widens(node: onnx.NodeProto | None) -> bool:
+    from onnx import TensorProto
+
+    return node is not None and node.op_type == "Cast" and len(node.input) == 1 and \
+        [(each.name, each.i) for each in node.attribute] == [("to", TensorProto.FLOAT)]
+
+
+def _number(tensor: onnx.TensorProto | None) -> float | None:
+    """What a tensor of one number holds; None where it is not one."""
     from onnx import TensorProto, numpy_helper
 
-    if last is not None and last.op_type == "Cast":
-        last = makers.get(last.input[0])
-    first = makers.get(last.input[0]) if last is not None and last.op_type == "DequantizeLinear" else None
-    if last is None or first is None or first.op_type not in QUANTIZES:
+    if tensor is None or tensor.data_location == TensorProto.EXTERNAL or math.prod(tensor.dims) != 1 or \
+            tensor.data_type not in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16):
         return None
-    kind, scale, back = QUANTIZES[first.op_type], constants.get(first.input[1]), last.input[1]
-    if kind == "e2m1":  # numbers of the codes are made by those of the blocks' scales
-        steps = makers.get(back)
-        back = steps.input[1] if steps is not None and steps.input[0] == first.output[1] else ""
-    if scale is None or scale.data_location == TensorProto.EXTERNAL or back != first.input[1]:
-        return InputCodes(kind, math.nan)
-    value = numpy_helper.to_array(scale)
-    return InputCodes(kind, float(value.reshape(-1)[0]) if value.size == 1 else math.nan)
+    try:
+        return float(numpy_helper.to_array(tensor).reshape(-1)[0])
+    except (ValueError, TypeError, IndexError):  # its bytes are not those of one number
+        return None
 
 
 def check_inputs(model: onnx.ModelProto, quantization: Quantization | None, where: str) -> None:
     """Hold the inputs of a graph's products against its manifest.
 
     Raises:
-        InvalidBundle: a product rounds its input otherwise than the manifest says, or not; names the weight.
+        InvalidBundle: a product rounds its input otherwise than the manifest says, or not, which names the weight; or
+            a node lacks an input, or nodes read one another.
     """
-    stated = {weight.name: InputCodes(weight.inputs, weight.input_scale) if weight.inputs else None
-              for weight in quantization.weights} if quantization else {}
+    stated: dict[str, InputCodes | None] = {
+        weight.name: InputCodes(weight.inputs, weight.input_scale) if weight.inputs else None
+        for weight in quantization.weights} if quantization else {}
     there = inputs_in(model)
     for name in sorted({*there, *(name for name, codes in stated.items() if codes)}):
         wanted, found = stated.get(name), there.get(name, {None})
@@ -91,11 +137,13 @@ def check_inputs(model: onnx.ModelProto, quantization: Quantization | None, wher
                                     code="E-BUNDLE-CLAIM")
 
 
-def _same(one: InputCodes | None, other: InputCodes | None) -> bool:
-    if one is None or other is None:
+def _same(one: InputCodes | str | None, other: InputCodes | None) -> bool:
+    if not isinstance(one, InputCodes) or other is None:
         return one is other
     return one.kind == other.kind and math.isclose(one.scale, other.scale, rel_tol=CLOSE)
 
 
-def _words(codes: InputCodes | None) -> str:
+def _words(codes: InputCodes | str | None) -> str:
+    if isinstance(codes, str):
+        return codes
     return "not at all" if codes is None else f"to {codes.kind} by {codes.scale:.6g}"

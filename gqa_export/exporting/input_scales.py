@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .weight_plan import Plan
 
 SAME = "same"
+ROWS = "FP8 weights whose inputs are rounded have one scale a row: --block, or a rule's block, is not for them"
 NOT_MULTIPLIED = "no product reads it as a matrix of its own"
 
 
@@ -92,5 +93,6 @@ def input_notes(plan: Plan | None, held: Mapping[str, Held]) -> tuple[str, ...]:
     there = [(name, held[name]) for name, facts in plan.facts.items() if facts.kind in KINDS.values() and name in held]
     reasons = Counter(plan.exact_inputs.get(name, NOT_MULTIPLIED) for name, each in there
                       if each.forms and each.inputs is None)
-    return tuple(f"products with {count} of {len(there)} FP8 and NVFP4 matrices do not round their inputs: {reason}"
-                 for reason, count in reasons.items())
+    rows = [ROWS] if plan.method not in KEPT and any(codes.kind == "e4m3" for codes in plan.inputs.values()) else []
+    return (*rows, *(f"products with {count} of {len(there)} FP8 and NVFP4 matrices do not round their inputs: {reason}"
+                 for reason, count in reasons.items()))

@@ -121,15 +121,17 @@ def rounds_inputs(graph: onnx.GraphProto) -> bool:
 
 def _rounding(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> str | None:
     """What a product's input was before it was rounded; None where it is not, or the node is no product."""
-    last = makers.get(node.input[0]) if node.op_type == "MatMul" else None
+    def maker(of: onnx.NodeProto | None) -> onnx.NodeProto | None:
+        return makers.get(of.input[0]) if of is not None and of.input else None
+
+    last = maker(node) if node.op_type == "MatMul" else None
     narrow = last is not None and last.op_type == "Cast"
-    if last is not None and narrow:
-        last = makers.get(last.input[0])
+    if narrow:
+        last = maker(last)
     if last is not None and last.op_type == ROUNDED:
         return last.input[0]
-    if last is None or last.op_type != "DequantizeLinear":
+    first = maker(last) if last is not None and last.op_type == "DequantizeLinear" else None
+    if first is None or first.op_type not in ("QuantizeLinear", DYNAMIC) or not first.input:
         return None
-    first = makers.get(last.input[0])
-    if first is None or first.op_type not in ("QuantizeLinear", DYNAMIC):
-        return None
-    return makers[first.input[0]].input[0] if narrow else first.input[0]
+    wide = maker(first)
+    return wide.input[0] if narrow and wide is not None and wide.op_type == "Cast" else first.input[0]

@@ -340,3 +340,63 @@ def test_rounded_inputs_of_products_are_refused_for_engines(tmp_path: Path, targ
     assert refusal.error.where == "--activations"
     assert target in refusal.error.what
     assert "leave out --activations" in refusal.error.fix
+
+
+def test_the_largest_input_of_a_head_is_what_goes_into_it(checkpoint: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may scale it on the way; what is measured of the body then is another number."""
+    import transformers
+    from small_text import SENTENCES, byte_tokenizer
+
+    from gqa_export.checkpoint.open import open_checkpoint
+    from gqa_export.progress import silent
+    from gqa_export.quantizing.calibrate import calibrate
+
+    byte_tokenizer(checkpoint)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(SENTENCES))
+    names = {"lm_head.weight", "model.layers.0.mlp.up_proj.weight"}
+    opened = open_checkpoint(str(checkpoint))
+    body = calibrate(opened, text, names, silent)
+    own = transformers.LlamaForCausalLM.forward
+
+    def scaled(self: Any, *given: Any, **options: Any) -> Any:
+        handle = self.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0] / 8,), prepend=True)
+        answer = own(self, *given, **options)
+        handle.remove()
+        return answer
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", scaled)
+    whole = calibrate(opened, text, names, silent, {"lm_head.weight"})
+    assert whole.largest["lm_head.weight"] == pytest.approx(body.largest["lm_head.weight"] / 8)
+    assert whole.largest["model.layers.0.mlp.up_proj.weight"] == body.largest["model.layers.0.mlp.up_proj.weight"]
+    np.testing.assert_allclose(64 * whole.importance["lm_head.weight"], body.importance["lm_head.weight"], rtol=1e-5)
+
+
+def test_a_linear_without_rows_is_measured_by_the_others(checkpoint: Path, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert of its own module that no token of a step chose."""
+    import torch
+    import transformers
+    from small_text import SENTENCES, byte_tokenizer
+
+    from gqa_export.checkpoint.open import open_checkpoint
+    from gqa_export.progress import silent
+    from gqa_export.quantizing.calibrate import calibrate
+
+    byte_tokenizer(checkpoint)
+    (tmp_path / "text.txt").write_text("".join(SENTENCES))
+    kind = transformers.models.llama.modeling_llama.LlamaMLP
+    own = kind.forward
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        self.up_proj(x[:, :0])
+        return own(self, x)
+
+    name = "model.layers.0.mlp.up_proj.weight"
+    opened = open_checkpoint(str(checkpoint))
+    wanted = calibrate(opened, tmp_path / "text.txt", {name}, silent)
+    monkeypatch.setattr(kind, "forward", forward)
+    found = calibrate(opened, tmp_path / "text.txt", {name}, silent)
+    assert found.largest == wanted.largest
+    assert np.array_equal(found.importance[name], wanted.importance[name])

@@ -70,6 +70,20 @@ def test_weights_beyond_the_end_of_their_file_are_refused(copied, checkpoint, va
         validate(copied, checkpoint)
 
 
+def of_themselves(model) -> None:
+    """Two nodes that read one another, where a weight would be."""
+    model.graph.node.append(onnx.helper.make_node("Cast", ["b"], ["a"], to=1))
+    model.graph.node.append(onnx.helper.make_node("Cast", ["a"], ["b"], to=1))
+    model.graph.node.append(onnx.helper.make_node("MatMul", ["b", "a"], ["c"]))
+
+
+@pytest.mark.parametrize("change", [of_themselves, lambda model: model.graph.node.add(op_type="MatMul", output=["c"])])
+def test_a_graph_whose_nodes_have_no_end_or_no_inputs_is_refused(copied, checkpoint, change):
+    """What reads a graph from its products back to its weights comes to an end."""
+    change_graph(copied, change)
+    refused_everywhere(copied, checkpoint, "E-BUNDLE-CLAIM")
+
+
 def test_absurd_dimensions_are_refused_before_anything_is_allocated(copied, checkpoint):
     change_graph(copied, lambda model: external(model).dims.__setitem__(0, 1 << 60))
     refused_everywhere(copied, checkpoint, "E-BUNDLE-WEIGHT")

@@ -10,12 +10,16 @@ import onnx
 import pytest
 from onnx import TensorProto
 from quantized.test_input_codes import as_fp8, as_nvfp4
+from refusal import refused
 
-from gqa_export.bundle.input_claims import inputs_in
+from gqa_export.bundle.input_claims import check_inputs, inputs_in
+from gqa_export.bundle.quantization import Quantization, QuantizedWeight
+from gqa_export.errors import InvalidBundle
 from gqa_export.graph import edit
 from gqa_export.graph.passes import run_passes
 from gqa_export.lowering.context import Context, LowerOptions
 from gqa_export.lowering.quantized.passes import PASSES
+from gqa_export.lowering.tensorrt.fp4_inputs import interpret_fp4_inputs
 from gqa_export.quantized.facts import facts_of
 from gqa_export.quantized.input_codes import InputCodes
 from gqa_export.targets import get_target
@@ -112,3 +116,80 @@ def test_scales_have_a_type_that_tensorrt_reads(kind: str, element: int) -> None
     assert bypass_inputs(model.graph) == 1
     assert {node.input[0] for node in model.graph.node if node.op_type == "MatMul"} == {"x"}
     assert ("trt" in {entry.domain for entry in model.opset_import}) == (kind == "e2m1")
+
+
+def node_of(model: onnx.ModelProto, label: str) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if node.name.endswith(f"/input/{label}"))
+
+
+def constant_of(model: onnx.ModelProto, label: str) -> TensorProto:
+    return next(tensor for tensor in model.graph.initializer if tensor.name.endswith(f"/input/{label}"))
+
+
+def attribute(label: str, name: str, value: int):
+    """One attribute of one node has another value, or is new."""
+    def change(model: onnx.ModelProto) -> None:
+        node = node_of(model, label)
+        kept = [each for each in node.attribute if each.name != name]
+        del node.attribute[:]
+        node.attribute.extend([*kept, onnx.helper.make_attribute(name, value)])
+    return change
+
+
+def constant(label: str, **fields):
+    def change(model: onnx.ModelProto) -> None:
+        constant_of(model, label).CopyFrom(TensorProto(name=constant_of(model, label).name, **fields))
+    return change
+
+
+def read_again(model: onnx.ModelProto) -> None:
+    model.graph.node.append(onnx.helper.make_node("Identity", [node_of(model, "codes").output[1]], ["again"], "again"))
+
+
+def other_operator(model: onnx.ModelProto) -> None:
+    node_of(model, "steps").op_type = "Mul"
+
+
+E5M2 = TensorProto.FLOAT8E5M2
+WRONG_NVFP4 = {
+    "block_size": attribute("codes", "block_size", 32), "axis": attribute("codes", "axis", 0),
+    "scale_type": attribute("codes", "scale_type", TensorProto.FLOAT16),
+    "block_size of numbers": attribute("numbers", "block_size", 8), "axis of numbers": attribute("numbers", "axis", 0),
+    "block_size of steps": attribute("steps", "block_size", 16), "steps": other_operator,
+    "inputs": lambda model: node_of(model, "codes").input.append("x")}
+WRONG_FP8 = {
+    "e5m2": constant("zero", data_type=E5M2, raw_data=b"\0"), "zero": constant("zero", data_type=17, raw_data=b"8"),
+    "no zero": lambda model: node_of(model, "codes").input.pop(),
+    "one input": lambda model: node_of(model, "codes").input.__delitem__(slice(1, None)),
+    "saturate": attribute("codes", "saturate", 0), "block_size": attribute("codes", "block_size", 8),
+    "output_dtype": attribute("codes", "output_dtype", E5M2), "axis": attribute("numbers", "axis", 0),
+    "from integers": attribute("wide", "to", TensorProto.INT32),
+    "text": constant("scale", data_type=TensorProto.STRING, string_data=[b"x"]),
+    "no bytes": constant("scale", data_type=TensorProto.FLOAT),
+    "two scales": constant("scale", data_type=TensorProto.FLOAT, dims=[2], float_data=[0.5, 0.5])}
+STATED = {kind: Quantization("keep", "same", tuple(
+    QuantizedWeight(name, "FP8", 8, 96, True, "DequantizeLinear", 0, inputs=kind, input_scale=0.5) for name in "ab"))
+          for kind in RULES}
+"""kind -> what a manifest says of a graph of `lowered`"""
+CASES = [*(("e2m1", name) for name in WRONG_NVFP4), *(("e4m3", name) for name in WRONG_FP8)]
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_inputs_that_are_rounded_as_no_export_does_it_are_refused(kind: str, name: str) -> None:
+    """No program on a CPU reads what a node of TensorRT's own has beside its scale: only the claims can tell."""
+    model = lowered(TensorProto.FLOAT16, {"a": InputCodes(kind, 0.5), "b": InputCodes(kind, 0.5)})
+    before = onnx.ModelProto.FromString(model.SerializeToString())
+    check_inputs(model, STATED[kind], "here")
+    {"e2m1": WRONG_NVFP4, "e4m3": WRONG_FP8}[kind][name](model)
+    assert model != before
+    with refused("E-BUNDLE-CLAIM", InvalidBundle):
+        check_inputs(model, STATED[kind], "here")
+
+
+@pytest.mark.parametrize("change", [read_again, WRONG_NVFP4["block_size"], WRONG_NVFP4["axis of numbers"]])
+def test_what_rounds_to_nvfp4_otherwise_is_not_interpreted(change) -> None:
+    """A function takes the place of three nodes: it means these three alone, and only where nothing else reads them."""
+    model = lowered(TensorProto.FLOAT, {"a": InputCodes("e2m1", 0.5)})
+    change(model)
+    with refused("E-BUNDLE-CLAIM", InvalidBundle):
+        interpret_fp4_inputs(model)

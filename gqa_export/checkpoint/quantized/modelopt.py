@@ -30,7 +30,6 @@ def read_modelopt(description: Description, stored: Stored) -> Iterator[tuple[st
         InvalidCheckpoint: a weight lacks a tensor, or one does not fit.
         UnsupportedModel: a weight is stored in a way that is not read (W4A8).
     """
-    other_inputs = "w4a8" in description.text("quant_algo")  # the scale is one of FP8 then, beside codes of FP4
     group = description.number("group_size", default=0) or _nested_group(description)
     for module in stored.modules(".weight_scale"):
         name = f"{module}.weight"
@@ -40,7 +39,8 @@ def read_modelopt(description: Description, stored: Stored) -> Iterator[tuple[st
         scale = stored.take(f"{name}_scale", (*SCALES, E4M3, "uint8", E8M0))
         smooth = stored.maybe(f"{module}.pre_quant_scale", SCALES)
         scale_of_inputs = stored.number(f"{module}.input_scale")
-        more: dict[str, Any] = {"input_scale": None if other_inputs else scale_of_inputs}
+        other = "w4a8" in _algorithm(description, module)  # the scale is one of FP8 then, beside codes of FP4
+        more: dict[str, Any] = {"input_scale": None if other else scale_of_inputs}
         columns = weight.shape[-1] * (2 if weight.dtype == "uint8" and scale.dtype not in SCALES else 1)
         if smooth is not None:
             if smooth.shape != (columns,):
@@ -49,6 +49,14 @@ def read_modelopt(description: Description, stored: Stored) -> Iterator[tuple[st
         names = tuple(each for each in (name, f"{name}_scale", f"{name}_scale_2", f"{module}.pre_quant_scale",
                                         f"{module}.input_scale") if each in stored)
         yield name, _matrix(stored, name, weight, scale, group, names, more)
+
+
+def _algorithm(description: Description, module: str) -> str:
+    """What a module is quantized by, in lower case: its own entry, or that of a module around it, or of all."""
+    layers = description.fields.get("quantized_layers")
+    own = [(name, entry["quant_algo"]) for name, entry in layers.items() if isinstance(entry, dict) and isinstance(
+        entry.get("quant_algo"), str) and f"{module}.".startswith(f"{name}.")] if isinstance(layers, dict) else []
+    return max(own)[1].lower() if own else description.text("quant_algo")
 
 
 def _nested_group(description: Description) -> int:

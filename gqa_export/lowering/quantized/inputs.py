@@ -15,10 +15,10 @@ import onnx_graphsurgeon as gs
 
 from ...graph import edit
 from ...graph.node_builder import Nodes
+from ...graph.rounded_inputs import DOMAIN, DYNAMIC, dynamic_attributes, number_attributes
 from ...quantized.facts import MatrixFacts
-from ...quantized.input_codes import BLOCK, InputCodes
+from ...quantized.input_codes import InputCodes
 from ..context import Context
-from ..tensorrt.fp4_inputs import DOMAIN, DYNAMIC
 
 
 class Inputs:
@@ -82,11 +82,10 @@ class Inputs:
 
     def _nvfp4(self, node: Nodes, x: gs.Tensor, input_codes: InputCodes) -> gs.Tensor:
         scale = edit.constant(f"{node.scope}/scale", np.array(input_codes.scale, np.float32), self.element)
-        attrs = {"axis": -1, "block_size": BLOCK, "scale_type": onnx.TensorProto.FLOAT8E4M3FN}
         codes, scales = edit.add_node(self.graph, DYNAMIC, [x, scale], name=f"{node.scope}/codes", domain=DOMAIN,
-                                      outputs=2, attrs=attrs)
+                                      outputs=2, attrs=dynamic_attributes())
         steps = node("steps", "DequantizeLinear", scales, scale)
-        return node("numbers", "DequantizeLinear", codes, steps, axis=-1, block_size=BLOCK)
+        return node("numbers", "DequantizeLinear", codes, steps, **number_attributes())
 
     def _keep(self, key: tuple[object, ...], x: gs.Tensor, made: gs.Tensor) -> None:
         self._made[key] = made

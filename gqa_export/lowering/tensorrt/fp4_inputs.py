@@ -15,9 +15,12 @@ import onnx
 from onnx import TensorProto
 
 from ... import attention_op
+from ...errors import InvalidBundle
+from ...graph.rounded_inputs import DOMAIN as DOMAIN
+from ...graph.rounded_inputs import DYNAMIC as DYNAMIC
+from ...graph.rounded_inputs import nvfp4_misfit
 from ...quantized.input_codes import BLOCK
 
-DYNAMIC, DOMAIN = "TRT_FP4DynamicQuantize", "trt"
 ROUNDED = "RoundedToNVFP4"
 _BODY = """
 <domain: "{domain}", opset_import: ["" : {opset}]>
@@ -68,6 +71,9 @@ def interpret_fp4_inputs(model: onnx.ModelProto) -> int:
 
     Returns:
         The number of roundings.
+
+    Raises:
+        InvalidBundle: nodes round to NVFP4 in another way than an export writes.
     """
     graph = model.graph
     readers: dict[str, list[onnx.NodeProto]] = {}
@@ -79,13 +85,20 @@ def interpret_fp4_inputs(model: onnx.ModelProto) -> int:
     for node in graph.node:
         if node.op_type != DYNAMIC or node.domain != DOMAIN:
             continue
-        (scales,), (numbers,) = readers[node.output[1]], readers[node.output[0]]
-        dropped |= {scales.name, numbers.name}
-        calls[node.name] = onnx.helper.make_node(ROUNDED, list(node.input), list(numbers.output), name=node.name,
-                                                 domain=attention_op.DOMAIN)
+        read = [readers.get(name, []) for name in node.output]
+        wrong = nvfp4_misfit(node, read[1][0], read[0][0]) if [len(each) for each in read] == [1, 1] else \
+            f"by a {DYNAMIC} whose outputs are read {' and '.join(str(len(each)) for each in read)} times"
+        if wrong:
+            raise InvalidBundle(f"an input is rounded to NVFP4 {wrong}", f"node {node.name[:200]!r}",
+                                "export the bundle again with this version of gqa-export", code="E-BUNDLE-CLAIM")
+        scales, numbers = read[1][0], read[0][0]
+        dropped |= {scales.output[0], numbers.output[0]}
+        calls[node.output[0]] = onnx.helper.make_node(ROUNDED, list(node.input), list(numbers.output), name=node.name,
+                                                      domain=attention_op.DOMAIN)
     if not calls:
         return 0
-    nodes = [calls.get(node.name, node) for node in graph.node if node.name not in dropped]
+    nodes = [calls.get(first, node) for node in graph.node
+             if (first := next(iter(node.output), "")) not in dropped]
     del graph.node[:]
     graph.node.extend(nodes)
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
