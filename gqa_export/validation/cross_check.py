@@ -24,7 +24,7 @@ from ..errors import GqaExportError, InvalidBundle
 from ..graph_io import HIDDEN_STATES
 from ..progress import Progress, silent
 from ..runtime.session import Session
-from .parts import exact_session
+from .parts import exact_session, rounds_for_good
 from .reference import runnable
 from .refusals import judge_refusals
 from .run_cases import run_cases
@@ -57,6 +57,7 @@ def cross_check(bundles: Sequence[Path], *, level: str = "quick", steps: int = 0
         One verdict for each bundle but the first.
 
     Raises:
+        GqaExportError: one is an engine that rounds inputs of its products.
         InvalidBundle: a bundle is damaged, or the bundles belong to different models; layer and fact are named.
         GqaExportError: one is an engine that rounds the inputs of products.
         NotCheckedHere: this machine cannot run one of them.
@@ -64,6 +65,11 @@ def cross_check(bundles: Sequence[Path], *, level: str = "quick", steps: int = 0
     report = progress or silent
     manifests = [read_manifest(folder) for folder in bundles]
     for folder, manifest in zip(bundles, manifests):
+        if rounds_for_good(manifest):
+            raise GqaExportError("an engine cannot leave the rounding of its products' inputs out, and without PyTorch "
+                                 "nothing tells how far two bundles may differ by it", str(folder),
+                                 "validate it alone, with --against the checkpoint that was exported",
+                                 code="E-VALIDATE-ROUNDED")
         check_files(folder, manifest)
         if manifest.engine is None:
             check_claims(folder, manifest)
