@@ -23,7 +23,7 @@ from ..weights.packed import add_packed, packers_of
 from ..weights.rows import rows_of
 from ..weights.source_kinds import DequantizedSource
 from ..weights.sources import WeightStore
-from .input_scales import NOT_MULTIPLIED, SAME, check_same
+from .input_scales import NOT_MULTIPLIED, SAME, check_same, one_scale_a_row
 from .limits import CHOICES, check_limits
 from .options import ExportOptions
 from .weight_plan import Plan
@@ -121,7 +121,7 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
                                              transposed=each.weight.transposed)
         else:
             say(f"reading {name}", number, len(decisions))
-            block = shape[1] if options.activations == SAME else each.block  # NVFP4 has its own
+            block = shape[1] if one_scale_a_row(each, options, known) else each.block
             matrices[name] = quantize_floats(read, (shape[0], shape[1]), each.kind, block, label, importance.get(name))
     return Plan("rules" if rules else options.quantize, exact, matrices,
                 {name: facts_of(matrix, lossless=False) for name, matrix in matrices.items()}, stored, codes,
