@@ -13,10 +13,20 @@ from datetime import date
 from pathlib import Path
 
 import click
-from evidence.mutations import of_quantized
 from evidence.mutations.contradictions import CONTRADICTIONS
 from evidence.mutations.kinds import MUTATIONS
-from evidence.mutations.table import STEPS, Row, Sample, contradiction_rows, open_sample, prove, shares, table, to_dict
+from evidence.mutations.table import (
+    STEPS,
+    Row,
+    Sample,
+    contradiction_rows,
+    needed,
+    open_sample,
+    prove,
+    shares,
+    table,
+    to_dict,
+)
 
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
@@ -25,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = (("llama", "ort", "growing"), ("mistral", "ort", "growing"), ("gemma2", "ort", "growing"),
         ("gpt_oss", "ort", "growing"), ("qwen2", "ort", "growing"), ("qwen3", "ort", "growing"),
         ("llama", "portable", "growing"), ("mistral", "onnx", "static"), ("llama4", "ort", "growing"),
-        ("qwen3_next", "ort", "growing"))
+        ("qwen3_next", "ort", "growing"), ("gemma3n", "ort", "growing"))
 CAPACITY = 128
 OUT, NAME, REAL = ROOT / "docs" / "benchmarks", "mutations", "mutations_smollm2"
 BEGIN, END = "<!-- mutations: made by scripts/mutation_table.py -->", "<!-- end of mutations -->"
@@ -45,23 +55,29 @@ def tiny_samples(work: Path, wanted=TINY) -> list[Sample]:
     return samples
 
 
-def quantized_samples(work: Path) -> list[Sample]:
-    """Tiny bundles with quantized weights, and one with a quantized cache."""
+def odd_samples(work: Path) -> list[Sample]:
+    """Tiny bundles with quantized weights, quantized caches, and caches whose slots are used again."""
     from evidence.mutations.quantized_samples import TEXT, write_gptq, write_odd
     from gqa_models import write_tiny
 
     text = work / "text.txt"
     text.write_text(TEXT)
     odd, gptq, experts = write_odd(work / "odd"), write_gptq(work / "gptq"), write_tiny("mixtral", work / "experts")
+    even = write_tiny("llama", work / "even")  # blocks of 16, of which 136 columns have no whole number
+    windows = write_tiny("gpt_oss", work / "windows", num_hidden_layers=2)
+    exact, codes = {"quantize": "int4", "activations": "exact"}, {"kv_cache": "int8", "calibrate": text}
     samples = []
     for name, checkpoint, options in (
-            ("llama ort, int4", odd, {"quantize": "int4"}),
-            ("llama ort, int4, exact", odd, {"quantize": "int4", "activations": "exact"}),
-            ("llama ort, GPTQ kept", gptq, {}),
-            ("mixtral ort, int4, exact", experts, {"quantize": "int4", "activations": "exact"}),
-            ("llama ort, int8 cache", odd, {"kv_cache": "int8", "calibrate": text})):
+            ("llama ort, int4", odd, {"quantize": "int4"}), ("llama ort, int4, exact", odd, exact),
+            ("llama ort, GPTQ kept", gptq, {}), ("mixtral ort, int4, exact", experts, exact),
+            ("llama ort, int8 cache", odd, codes), ("llama ort, int4 cache", odd, {**codes, "kv_cache": "int4"}),
+            ("llama portable, int8 cache", odd, codes), ("llama onnx, int8 cache", odd, codes),
+            ("gpt_oss portable, rings", windows, {"window_cache": "small", "prompt_chunk": 5}),
+            ("llama trt-native, fp8", even, {"quantize": "fp8"}),
+            ("llama trt-native, nvfp4", even, {"quantize": "nvfp4"})):
         bundle = work / name.replace(" ", "-").replace(",", "")
-        export_onnx(checkpoint, bundle, ExportOptions(target="ort", capacity=CAPACITY, dtype="fp32", **options))
+        target = name.split()[1].rstrip(",")
+        export_onnx(checkpoint, bundle, ExportOptions(target=target, capacity=CAPACITY, dtype="fp32", **options))
         samples.append(open_sample(name, bundle, checkpoint))
     return samples
 
@@ -79,21 +95,18 @@ def main(checkpoint: Path | None, capacity: int, only: tuple[str, ...]) -> None:
     with tempfile.TemporaryDirectory(prefix="gqa-mutations-") as place:
         work = Path(place)
         if checkpoint is None:
-            quantized = {kind.name for kind in of_quantized.MUTATIONS}
-            few = bool(only) and set(only) <= quantized
-            samples = [*([] if few else tiny_samples(work)), *quantized_samples(work)]
+            samples = [*tiny_samples(work), *odd_samples(work)]
         else:
-            export_onnx(checkpoint, work / "bundle", ExportOptions(target="ort", dtype="fp32", capacity=capacity))
+            export_onnx(checkpoint, work / "bundle", ExportOptions(
+                target="ort", dtype="fp32", capacity=capacity, quantize="dequantize"))  # what codes add is tried above
             samples = [open_sample(checkpoint.stem, work / "bundle", checkpoint)]
-        rows = prove(samples, work, lambda row: click.echo(f"{row.kind}: {row.caught}"), behaviour,
+        names = [sample.name for sample in samples]
+        proved = needed(samples, behaviour, work) if only else samples
+        rows = prove(proved, work, lambda row: click.echo(f"{row.kind}: {row.caught}"), behaviour,
                      quick_first=checkpoint is not None) if behaviour else []
         rows += contradiction_rows(samples[0], work, against)
     if only:
         rows = merged(rows, OUT / f"{REAL if checkpoint else NAME}.json")
-    names = [sample.name for sample in samples]
-    if only and checkpoint is None:
-        known = json.loads((OUT / f"{NAME}.json").read_text(encoding="utf-8"))["samples"]
-        names = [*known, *(name for name in names if name not in known)]
     write(rows, names, real=checkpoint is not None)
 
 

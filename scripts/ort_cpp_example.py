@@ -32,6 +32,8 @@ PROGRAMS = ("ort_generate", "genai_generate")
 PROMPTS = ((3, 1, 4, 1, 5, 9, 2, 6), (5, 3), (5, 8, 9, 7, 9), (7,))
 NEW_TOKENS = 24
 MODELS = ("llama", "qwen2", "gemma2")
+CACHES = ("fp16", "int8", "int4")
+"""number format or codes of caches with which the program of ONNX Runtime's own interface is run too"""
 
 
 def sources_sha256() -> str:
@@ -98,6 +100,12 @@ def compare(folder: Path, environment: dict[str, str], bundle: Path) -> dict[str
             "genai_generate": one_by_one == expected}
 
 
+def compare_cache(folder: Path, environment: dict[str, str], bundle: Path) -> dict[str, bool]:
+    """`compare` of the program of ONNX Runtime's own interface."""
+    expected = [alone(bundle, prompt) for prompt in PROMPTS]
+    return {"ort_generate": run(folder, environment, "ort_generate", bundle, PROMPTS) == expected}
+
+
 def tiny_bundle(model: str, folder: Path) -> Path:
     """An `ort` bundle of a tiny model with random weights."""
     from gqa_models import write_tiny
@@ -117,6 +125,21 @@ def header_versions(ort_include: Path) -> dict[str, int]:
     return {"onnxruntime interface": int(found[1])}
 
 
+def cache_bundle(cache: str, folder: Path) -> Path:
+    """An `ort` bundle of a tiny llama whose cache is of fp16, or of codes."""
+    from evidence.mutations.quantized_samples import TEXT, write_odd
+
+    from gqa_export.exporting.options import ExportOptions
+    from gqa_export.exporting.to_onnx import export_onnx
+
+    checkpoint = write_odd(folder / "checkpoint")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    options = {"dtype": "fp16"} if cache == "fp16" else {"dtype": "fp32", "kv_cache": cache,
+                                                         "calibrate": folder / "text.txt"}
+    export_onnx(checkpoint, folder / "bundle", ExportOptions(**options))
+    return folder / "bundle"
+
+
 @click.command()
 @click.option("--ort-include", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--genai-include", type=click.Path(exists=True, path_type=Path), required=True)
@@ -129,6 +152,10 @@ def main(ort_include: Path, genai_include: Path) -> None:
         for model in MODELS:
             bundle = tiny_bundle(model, folder / model)
             rows.append({"model": model, **compare(folder / "build", environment, bundle)})
+            click.echo(rows[-1])
+        for cache in CACHES:
+            bundle = cache_bundle(cache, folder / cache)
+            rows.append({"model": "llama", "cache": cache, **compare_cache(folder / "build", environment, bundle)})
             click.echo(rows[-1])
     compiler = subprocess.run(["c++", "--version"], capture_output=True, text=True).stdout.splitlines()[0]
     report = {"date": date.today().isoformat(), "machine": f"{platform.machine()}, {platform.system()}",

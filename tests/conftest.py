@@ -29,14 +29,15 @@ from quick_polygraphy import quicken
 
 SEED = 20260101
 LONGEST = (
-    "evidence/test_architecture_slice.py", "engine/test_rtx_plugin.py", "exporting/test_export.py", "test_docs.py",
-    "engine/test_rtx_ranks.py", "hostile/test_manifest_fields.py", "exporting/test_chunks.py",
-    "engine/test_rtx_long.py", "systems/test_other_systems.py", "exporting/test_hidden_states.py",
-    "engine/test_rtx_rings.py",
-    "evidence/test_mutation_table.py", "engine/test_rtx_smollm2.py", "lowering/test_trt.py",
-    "compare/test_mutations.py", "conversion/test_cli.py", "lowering/test_ort.py", "validation/test_bundles.py",
-    "trace/test_stamp.py", "trace/test_capture.py", "report/test_pytest_plugin.py", "report/test_polygraphy.py",
-    "test_scale.py", "bisect/test_bisect.py", "checkpoint/test_gguf_families.py", "checkpoint/test_gguf.py",
+    "evidence/test_architecture_slice.py", "exporting/test_export.py", "test_docs.py",
+    "hostile/test_manifest_fields.py", "test_scale.py", "systems/test_other_systems.py",
+    "exporting/test_shared_caches.py", "engine/test_rtx_plugin.py", "validation/test_bundles.py", "exporting/test_chunks.py", "exporting/test_hidden_states.py",
+    "conversion/test_cli.py", "evidence/test_mutation_table.py", "lowering/test_trt.py", "compare/test_mutations.py",
+    "lowering/test_ort.py", "test_wheel.py", "environment/test_stand_ins.py", "cli/test_dump_passes.py",
+    "lora/test_lora.py", "exporting/test_fit_bits.py", "engine/test_rtx_shared.py", "engine/test_rtx_ranks.py",
+    "trace/test_stamp.py", "trace/test_capture.py", "report/test_pytest_plugin.py", "report/test_polygraphy.py", "bisect/test_bisect.py",
+    "checkpoint/test_gguf_families.py", "checkpoint/test_gguf.py", "cli/test_demo.py", "cli/test_trt.py",
+    "engine/test_rtx_smollm2.py",
 )
 """files that take long, the longest first, so that no worker sits alone with one at the end (a file stays with one)"""
 
@@ -53,6 +54,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     root = os.path.dirname(__file__)
     items.sort(key=lambda item: places.get(os.path.relpath(item.path, root), len(places)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernel_cache(tmp_path_factory) -> None:
+    """Compiled kernels are kept for the whole run, shared by its workers; a user's own folder is not touched."""
+    workers = tmp_path_factory.getbasetemp()
+    shared = workers.parent if "PYTEST_XDIST_WORKER" in os.environ else workers
+    os.environ.setdefault("GQA_EXPORT_KERNEL_CACHE", str(shared / "kernels"))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import GqaExportError
 from ..files.atomic_replace import move_files, replace_folder, sync
 from ..files.resume import JOURNAL, Journal, take_over
-from ..files.staging import check_folder, disk_errors, named, staging_folder
+from ..files.staging import check_folder, claimed_leftovers, disk_errors, named, staging_folder
 from .integrity import check_no_code
 from .manifest import MANIFEST, FileFact, Manifest, read_manifest
 
@@ -62,9 +62,11 @@ class HashingFile:
 
     def close(self) -> FileFact:
         """Close; size and sha256 of what was written."""
-        self._file.close()
-        if self._journal is not None:
-            self._journal.close()
+        try:
+            self._file.close()
+        finally:
+            if self._journal is not None:
+                self._journal.close()
         return FileFact(self.size, self._hash.hexdigest())
 
 
@@ -87,7 +89,8 @@ class BundleWriter:
 
     def begin(self, name: str, key: str = "") -> HashingFile:
         """A file that the caller closes, and records if it is to be one of the bundle's. key: see `HashingFile`."""
-        (self.staging / name).parent.mkdir(exist_ok=True)
+        if "/" in name:  # the staging folder itself is made once: where it is gone nothing is written any more
+            (self.staging / name).parent.mkdir(exist_ok=True)
         return HashingFile(self.staging / name, key, self.leftovers)
 
     def write(self, name: str, content: bytes) -> None:
@@ -117,11 +120,20 @@ class BundleWriter:
 
 
 @contextmanager
-def staged_bundle(output: Path, *, inplace: bool = False) -> Iterator[BundleWriter]:
-    """A writer into a staging folder for `output`, of which nothing stays; see `writing_bundle`."""
+def staged_bundle(output: Path, *, inplace: bool = False, claim: bool = True) -> Iterator[BundleWriter]:
+    """A writer into a staging folder for `output`, of which nothing stays; see `writing_bundle`. claim: False leaves
+    what killed processes left to `writing_bundle`, so that it outlives an export that is refused before."""
     output = Path(os.path.abspath(output))
-    with staging_folder(output, output if inplace else output.parent) as (staging, leftovers):
+    with staging_folder(output, output if inplace else output.parent, claim=claim) as (staging, leftovers):
         yield BundleWriter(staging, leftovers, () if inplace else foreign_files(output))
+
+
+@contextmanager
+def _continued(writer: BundleWriter, output: Path) -> Iterator[BundleWriter]:
+    """`writer`, which from here on may take over what killed processes left."""
+    with claimed_leftovers(output, output.parent) as leftovers:
+        writer.leftovers = tuple(leftovers)
+        yield writer
 
 
 @contextmanager
@@ -134,7 +146,7 @@ def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False,
         force: replace an earlier result.
         inplace: `output` is an existing checkpoint folder; new files are moved into it one by one, the manifest last,
             and none that exists may be replaced unless it is a file of an earlier bundle and `force` is given.
-        begun: of a `staged_bundle` for the same output; None stages one.
+        begun: of a `staged_bundle` for the same output that claims nothing; None stages one.
 
     Raises:
         GqaExportError: the output is not empty (without `force`) or cannot be written, or the disk is full.
@@ -145,7 +157,8 @@ def writing_bundle(output: Path, *, force: bool = False, inplace: bool = False,
         check_no_code(output)
     else:
         check_output(output, force)
-    with disk_errors(output), nullcontext(begun) if begun else staged_bundle(output, inplace=inplace) as writer:
+    with disk_errors(output), _continued(begun, output) if begun else \
+            staged_bundle(output, inplace=inplace) as writer:
         yield writer
         if inplace:
             _move_into(writer.staging, output, force)

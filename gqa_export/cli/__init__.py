@@ -117,7 +117,9 @@ def fail(error: BaseException, *, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exception(error)
     if message:
-        click.echo(f"error: {message}", err=True)
+        from .progress import tell
+
+        tell(f"error: {message}\n")  # the exit code tells it too, and must be this one
     sys.exit(code)
 
 
@@ -215,7 +217,7 @@ def entry() -> NoReturn:
     """The `gqa-export` program: run, flush, and leave at once (tearing PyTorch down takes a second otherwise)."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if sys.argv[1:2] == ["onnx"]:  # the other verbs train, compile or load whole models
+    if sys.argv[1:2] in (["onnx"], ["validate"]):  # the other verbs train, compile or load whole models
         from ..environment.stand_ins import stand_in
 
         stand_in()
@@ -234,5 +236,6 @@ def entry() -> NoReturn:
             if stream is not None:
                 stream.flush()
         except (OSError, ValueError) as error:  # a pipe that was closed, a full disk
-            code = code or (EXIT_BROKEN_PIPE if getattr(error, "errno", 0) == errno.EPIPE else EXIT_BAD_INPUT)
+            if stream is sys.stdout:  # a result that did not arrive; what is told beside it may get lost
+                code = code or (EXIT_BROKEN_PIPE if getattr(error, "errno", 0) == errno.EPIPE else EXIT_BAD_INPUT)
     os._exit(code if isinstance(code, int) else EXIT_BUG)

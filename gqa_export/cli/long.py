@@ -44,7 +44,7 @@ def command(checkpoint: str, text: Path, lengths: str, long_attention: str, json
     from ..files.write_text import write_text
     from ..report import long_report
     from ..report.reports import Reports
-    from .progress import progress
+    from .progress import progress, tell
 
     Reports(json_file, junit_file, html_file).check()
     source = click.get_current_context().get_parameter_source("min_copy")
@@ -63,6 +63,6 @@ def command(checkpoint: str, text: Path, lengths: str, long_attention: str, json
         if path is not None:
             write_text(path, content)
     for failure in quality.failures:
-        click.echo(f"error: {failure}", err=True)
+        tell(f"error: {failure}\n")
     raise SystemExit(0 if quality.passed else EXIT_DIFFERENT)
 

@@ -3,12 +3,13 @@ done by then. Both say how far the work is, how fast it goes where bytes are cou
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 from ..progress import Bytes
 
@@ -29,7 +30,8 @@ class Bar(Protocol):
 
 
 class Pace:
-    """How far the task is that was reported last, and how fast it goes. A task with another total is another one."""
+    """How far the task is that was reported last, and how fast it goes since its first report: what was done by then
+    (by an export that was killed, say) took no time of this one. A task with another total is another one."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -55,7 +57,10 @@ class Pace:
             return f"{self._done:.0f} of {total}" if isinstance(total, int) else f"{self._done / total:.0%}"
         unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
         words = f"{self._done / unit:.1f} of {total / unit:.1f} {name}"
-        return f"{words}, {(self._done - self._first) / spent / 1e6:.3g} MB/s" if spent > LEAST_S else words
+        if spent <= LEAST_S:
+            return words
+        pace = (self._done - self._first) / spent / 1e6
+        return f"{words}, {pace:,.0f} MB/s" if pace >= 100 else f"{words}, {pace:.3g} MB/s"
 
     def left(self) -> str:
         """"4 min left"; "" where it is not known."""
@@ -110,22 +115,47 @@ class RichBar:
         self._bars.stop()
 
 
-def _log(line: str) -> None:
-    sys.stderr.write(line)
-    sys.stderr.flush()
+class _Deaf:
+    """A stream on which writing does not fail. Where nothing can be told (the reader of a pipe is gone, the disk of a
+    log is full, the terminal was closed) the work goes on."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write if that can be done."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush if that can be done."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def tell(text: str) -> None:
+    """Write to standard error, if there is one that takes it."""
+    if sys.stderr is not None:
+        stream = _Deaf(sys.stderr)
+        stream.write(text)
+        stream.flush()
 
 
 @contextmanager
 def progress(text: str, total: float | None = None) -> Iterator[Bar]:
     """Show `text` and, if `total` is known, a bar and the time that is left, until the block ends; then the line
     disappears. Where standard error is not a terminal, see `LogBar`."""
-    if not sys.stderr.isatty() or find_spec("rich") is None:  # `doctor` must work without rich
-        yield LogBar(_log, time.monotonic)
+    if sys.stderr is None or not sys.stderr.isatty() or find_spec("rich") is None:  # `doctor` must work without rich
+        yield LogBar(tell, time.monotonic)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left:"),
                TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with Progress(*columns, console=Console(file=cast(IO[str], _Deaf(sys.stderr))), transient=True) as bars:
         yield RichBar(bars, bars.add_task(text, total=total))

@@ -58,7 +58,7 @@ def command(bundle: Path, prompt: str | None, token_ids: str | None, template_ar
     Decoding stops at any of the model's end tokens, at --max-new-tokens, or when the cache is full.
     """
     from .. import api
-    from .progress import progress
+    from .progress import progress, tell
 
     if options["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs belongs to --json.")
@@ -79,7 +79,7 @@ def command(bundle: Path, prompt: str | None, token_ids: str | None, template_ar
         click.echo(json.dumps(done.to_dict(), indent=1))
         return
     click.echo()
-    click.echo(statistics(done, opened.manifest.capacity), err=True)
+    tell(statistics(done, opened.manifest.capacity) + "\n")
 
 
 def converse(bundle: Bundle, template_args: dict[str, Any] | None, options: dict[str, Any]) -> None:

@@ -9,12 +9,9 @@ from .case_driver import CaseLog, Choice, Measured, quantity
 from .case_verdict import SHIPPED, CaseVerdict, KindVerdict, Location
 from .code_share import CODES, judge_codes
 from .error_trace import output_errors, step_errors
-from .tolerance import Tolerance, by_rule, tolerance
+from .tolerance import Tolerance, blind, by_rule, tolerance
 
 KINDS = ("keys", "values", "states", "hidden states", "logits", "cache")
-
-MOVED = ("activations", "rule")
-"""bases of a bound where rounding activations moves PyTorch itself far"""
 
 NEAR = 4.0
 """A same-dtype baseline is one draw of PyTorch's rounding errors, and for inputs that amplify them it may come out
@@ -43,7 +40,7 @@ def judge(log: CaseLog, dtype: str, part: str = "") -> CaseVerdict:
         scales[quantity(one.output)] = max(scales.get(quantity(one.output), 0.0), one.difference.scale)
     bounds = {output: tolerance(None if log.baseline is None else log.baseline[output], scale, dtype, rounded)
               for output, scale in scales.items()}
-    bounds, measured = _by_rule(log, bounds) if rounded else (bounds, log.bundle)
+    bounds, measured = _by_rule(log, bounds, scales) if log.by_rule else (bounds, log.bundle)
     kinds = tuple(_judge_kind(kind, [one for one in measured if _kind(one.output) == kind], bounds, log, name)
                   for kind in KINDS if any(_kind(one.output) == kind for one in measured))
     if log.codes is not None and log.codes.total:
@@ -53,7 +50,7 @@ def judge(log: CaseLog, dtype: str, part: str = "") -> CaseVerdict:
                              for one in measured), limits)
     trail = step_errors((one.step, one.phase, _kind(one.output), one.difference.max_abs,
                          limits[quantity(one.output)]) for one in measured)
-    limit, moved = bounds["logits"].bound, bounds["logits"].basis in MOVED
+    limit, moved = bounds["logits"].bound, blind(bounds["logits"], scales["logits"])
     ties = tuple(choice for choice in log.choices if choice.margin < limit)
     real = [choice for choice in log.choices if not choice.margin < limit and not (
         moved and log.best_by_rule.get((choice.step, choice.row)) == choice.got)]
@@ -64,16 +61,16 @@ def judge(log: CaseLog, dtype: str, part: str = "") -> CaseVerdict:
                        case.entry, part)
 
 
-def _by_rule(log: CaseLog, bounds: dict[str, Tolerance]) -> tuple[dict[str, Tolerance], list[Measured]]:
-    """What is judged of a bundle as shipped: an output that is past its bound where rounding moves PyTorch far beyond
-    what a bound can tell, and that agrees with PyTorch by the same rule, is judged by that."""
+def _by_rule(log: CaseLog, bounds: dict[str, Tolerance],
+             scales: dict[str, float]) -> tuple[dict[str, Tolerance], list[Measured]]:
+    """What is judged of a bundle as shipped: an output that is past its bound where rounding moves PyTorch by as much
+    as the largest value, and that agrees with PyTorch by the same rule, is judged by that."""
     followed, ruled_by = {}, {(one.step, one.output): one for one in log.by_rule}
     for output, limit in bounds.items():
         apart, ruled = (max((one.difference.max_abs for one in side if quantity(one.output) == output),
                             default=math.inf) for side in (log.bundle, log.by_rule))
-        scale = max((one.difference.scale for one in log.bundle if quantity(one.output) == output), default=0.0)
-        rule = by_rule(limit.baseline, scale)
-        if limit.basis == "activations" and apart > limit.bound and ruled <= rule.bound:
+        rule = by_rule(limit.baseline, scales[output])
+        if blind(limit, scales[output]) and apart > limit.bound and ruled <= rule.bound:
             followed[output] = rule
     return {**bounds, **followed}, [ruled_by[one.step, one.output] if quantity(one.output) in followed else one
                                     for one in log.bundle]

@@ -74,6 +74,12 @@ def tolerance(baseline: float | None, scale: float, dtype: str, rounded: bool = 
     return Tolerance(max(wanted, floor), baseline, "baseline" if wanted > floor else "floor")
 
 
+def blind(limit: Tolerance, scale: float) -> bool:
+    """Whether rounding moves PyTorch by as much as the largest value `scale`: a bound beside the reference tells
+    nothing then."""
+    return limit.basis in ("activations", "rule") and limit.baseline >= scale
+
+
 def by_rule(baseline: float, scale: float) -> Tolerance:
     """The bound for one output beside PyTorch that rounds activations by the same rule. baseline, scale: as of
     `tolerance`."""

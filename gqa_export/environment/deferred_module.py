@@ -252,6 +252,8 @@ class Later:
         return iter(self._gqa_real())
 
     def __or__(self, other: Any) -> Any:
+        if other is None and isinstance(sys.modules.get(self._gqa_module), Deferred):
+            return OrNone(self)
         return self._gqa_real() | other
 
     def __ror__(self, other: Any) -> Any:
@@ -265,3 +267,25 @@ class Later:
 
     def __hash__(self) -> int:
         return hash(self._gqa_real())
+
+
+class OrNone:
+    """What `X | None` is for the stand-in of a class X: an annotation, mostly."""
+
+    def __init__(self, later: Later) -> None:
+        self._later = later
+
+    def __instancecheck__(self, one: Any) -> bool:
+        return one is None or self._later.__instancecheck__(one)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._later._gqa_real() | None, name)
+
+    def __or__(self, other: Any) -> Any:
+        return (self._later._gqa_real() | None) | other
+
+    def __eq__(self, other: object) -> bool:
+        return bool((self._later._gqa_real() | None) == other)
+
+    def __hash__(self) -> int:
+        return hash(self._later._gqa_real() | None)

@@ -11,6 +11,8 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,11 +87,34 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+LARGE, SMALL = 1 << 20, 1 << 17
+"""bytes of the blocks that are given back: by a process that asks for it, and inside `small_blocks_apart`"""
+_apart: list[int] = []
+
+
 def large_blocks_apart() -> None:
     """Let this process give large blocks of memory back when they are freed. glibc otherwise comes to keep blocks of up
     to 32 MB, which small ones cut up: PyTorch's activations then take several times their size. Elsewhere: nothing."""
+    _give_back_from(LARGE)
+    _apart[:] = [LARGE]
+
+
+@contextmanager
+def small_blocks_apart() -> Iterator[None]:
+    """Inside, blocks of an eighth of that size are given back too, where this process gives large ones back."""
+    if not _apart:
+        yield
+        return
+    _give_back_from(SMALL)
     try:
-        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+        yield
+    finally:
+        _give_back_from(LARGE)
+
+
+def _give_back_from(size: int) -> None:
+    try:
+        ctypes.CDLL(None).mallopt(-3, size)  # M_MMAP_THRESHOLD
     except (AttributeError, OSError, TypeError):
         return
 

@@ -1,12 +1,13 @@
 """What an export imports for nothing, and what stands in its place: the one table.
 
 PyTorch's tracing and transformers' modelling code import a compiler, distributed tensors, training helpers and the
-sources of every model, of which an export uses nothing. The `gqa-export` program, whose process is its own, puts the
-rows of this table in force before it imports either; a program that imports `gqa_export` is left as it is. A module
-that stands aside is run, in its own place, by whoever first uses something of it (see `deferred_module`), so a row
-saves time or does nothing. GQA_EXPORT_STAND_INS=off imports everything as ever. The seconds are of
-`python -X importtime` (of the process's clock for torchlib) on two idle cores; `scripts/stand_in_seconds.py` measures
-whole exports with and without a row. 0 is a row without which another, named in `until`, saves nothing.
+sources of every model, of which an export or a validation uses nothing. The `gqa-export` program, whose process is its
+own, puts the rows of this table in force before it imports either; a program that imports `gqa_export` is left as it
+is. A module that stands aside is run, in its own place, by whoever first uses something of it (see `deferred_module`),
+so a row saves time or does nothing. GQA_EXPORT_STAND_INS=off imports everything as ever. The seconds are of
+`python -X importtime` on two idle cores; those of changes, of the hub's interface and of PyTorch's quantization are of
+the process's clock, the least of several runs with and without the row. `scripts/stand_in_seconds.py` measures whole
+exports with and without a row. 0 is a row without which another, named in `until`, saves nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .stand_in_rows import DISABLED, LATER, NATIVE, REPLAYED, Change, Row, Stand
 from .torch_changes import ask_frames_first, make_gradients_later, materialize_once, name_callers_alone
 from .transformers_names import read_names_later
 
-TORCH, TRANSFORMERS, ACCELERATE, ONNXSCRIPT = ("2.13",), ("5.24",), ("1.15",), ("0.7",)
+TORCH, TRANSFORMERS, ACCELERATE, ONNXSCRIPT, HUB = ("2.13",), ("5.24",), ("1.15",), ("0.7",), ("2.4",)
 """versions that the rows were measured with"""
 TENSOR = "torch.distributed.tensor"
 INDUCTOR = "torch._inductor"
@@ -48,6 +49,9 @@ def _validation_off(module: types.ModuleType) -> Callable[[], bool]:
 TORCHLIB = Change("onnxscript._internal.values", "onnxscript", ONNXSCRIPT, 0.28,
                   "torchlib parses its functions when they are used", symbol="OnnxFunction, TracedOnnxFunction")
 """made by `trace.capture.torchlib`, around the call that reads the library"""
+CONVERSIONS = Change("transformers.conversion_mapping", "transformers", TRANSFORMERS, 0.05,
+                     "transformers builds the conversions of one model", symbol="_build_checkpoint_conversion_mapping")
+"""made by `trace.skeleton.converts`, which asks what the table can have entries for"""
 
 TABLE: tuple[Row, ...] = (
     StandIn("torch._dynamo", "torch", TORCH, 0.62, "make_fx and transformers.masking_utils do not import it",
@@ -95,18 +99,28 @@ TABLE: tuple[Row, ...] = (
             later("clean_device_map", "get_max_layer_size"), ("transformers.",)),
     StandIn("accelerate.hooks", "accelerate", ACCELERATE, 0, "with accelerate",
             later("AlignDevicesHook", "add_hook_to_module"), ("transformers.",)),
+    StandIn("huggingface_hub.hf_api", "huggingface_hub", HUB, 0.05, "transformers.utils.hub does not import it",
+            later("HfApi", "RepoFile", "upload_file"), ("huggingface_hub.", NATIVE)),
+    StandIn("transformers.safetensors_conversion", "transformers", TRANSFORMERS, 0, "with huggingface_hub.hf_api",
+            later("auto_conversion"), ("transformers.",)),
+    StandIn("torch.distributions", "torch", TORCH, 0.02, "torch imports it when it is used",
+            importers=("transformers.",), free=("torch.distributions.constraints",)),
+    StandIn("torch.quantization", "torch", TORCH, 0.02, "torch imports it when it is used"),
+    *(StandIn(f"torch.nn.{name}", "torch", TORCH, 0, "with torch.quantization")
+      for name in ("intrinsic", "qat", "quantizable", "quantized")),
     Change("transformers.utils.import_utils", "transformers", TRANSFORMERS, 0.44,
            "transformers keeps its table of names, or makes it once", symbol="define_import_structure",
            change=read_names_later),
-    Change("torch._library.utils", "torch", TORCH, 0.14, "get_source does not read the caller's file",
+    Change("torch._library.utils", "torch", TORCH, 0.11, "get_source does not read the caller's file",
            symbol="get_source", change=name_callers_alone),
     Change("torch.library", "torch", TORCH, 0, "with torch._library.utils", symbol="inspect",
            change=ask_frames_first),
-    Change("torch._library.autograd", "torch", TORCH, 0.1, "an operator's autograd function is made when it is used",
+    Change("torch._library.autograd", "torch", TORCH, 0.12, "an operator's autograd function is made when it is used",
            symbol="make_autograd_impl", change=make_gradients_later),
-    Change("torch._export.utils", "torch", TORCH, 0.08, "operators of C++ are looked up once",
+    Change("torch._export.utils", "torch", TORCH, 0.07, "operators of C++ are looked up once",
            symbol="_materialize_cpp_cia_ops", change=materialize_once),
     TORCHLIB,
+    CONVERSIONS,
 )
 
 

@@ -16,13 +16,12 @@ from ..quantizing.rules import KINDS, METHODS
 if TYPE_CHECKING:
     from ..lowering.context import Held
     from ..quantized.facts import MatrixFacts
-    from ..quantizing.calibrate import Calibration
-    from ..quantizing.rules import Decision
     from ..targets import Target
     from .options import ExportOptions
     from .weight_plan import Plan
 
 SAME = "same"
+ROWS = "FP8 weights whose inputs are rounded have one scale a row: --block, or a rule's block, is not for them"
 NOT_MULTIPLIED = "no product reads it as a matrix of its own"
 NOT_REACHED = "no product read it when the model ran on the calibration text"
 
@@ -45,13 +44,6 @@ def check_same(options: ExportOptions, target: Target) -> None:
         raise GqaExportError("inputs of products are rounded by a scale for all of them, and nothing tells how large "
                              "they are", "--activations", "give a text that is like your users' with --calibrate TEXT",
                              code="E-OPTION-ACTIVATIONS")
-
-
-def one_scale_a_row(decision: Decision, options: ExportOptions, known: Calibration | None) -> bool:
-    """Whether a matrix gets one scale a row instead of one for each block, so that TensorRT can round its inputs: those
-    of FP8 that a product reads, and whose block no rule names."""
-    return options.activations == SAME and decision.kind == "e4m3" and not decision.named_block and \
-        decision.weight.role != "embedding" and known is not None and decision.weight.name in known.largest
 
 
 def with_inputs(plan: Plan | None, options: ExportOptions, target: Target, dtype: str, source: str) -> Plan | None:
@@ -104,18 +96,13 @@ def _codes(facts: MatrixFacts, scale: float | None, kinds: Collection[str], dtyp
 
 
 def input_notes(plan: Plan | None, held: Mapping[str, Held]) -> tuple[str, ...]:
-    """A line for every reason why products with FP8 or NVFP4 weights do not round their inputs, and one where the
-    blocks of weights are not those of the options. held: how the graph
+    """A line for every reason why products with FP8 or NVFP4 weights do not round their inputs. held: how the graph
     holds each weight."""
     if plan is None or not plan.same:
         return ()
     there = [(name, held[name]) for name, facts in plan.facts.items() if facts.kind in KINDS.values() and name in held]
-    rows = sum(held[name].inputs is not None and facts.kind == "e4m3" for name, facts in plan.facts.items()
-               if name in held) if plan.method not in KEPT else 0
     reasons = Counter(plan.exact_inputs.get(name, NOT_MULTIPLIED) for name, each in there
                       if each.forms and each.inputs is None)
-    blocks = (f"{rows} FP8 matrices whose inputs are rounded have one scale a row: TensorRT has no such products of "
-              "weights with a scale for each --block",) if rows else ()
-    lines = (f"products with {count} of {len(there)} FP8 and NVFP4 matrices do not round their inputs: {reason}"
-             for reason, count in reasons.items())
-    return (*blocks, *lines)
+    rows = [ROWS] if plan.method not in KEPT and any(codes.kind == "e4m3" for codes in plan.inputs.values()) else []
+    return (*rows, *(f"products with {count} of {len(there)} FP8 and NVFP4 matrices do not round their inputs: {reason}"
+                 for reason, count in reasons.items()))

@@ -23,7 +23,7 @@ from ..weights.packed import add_packed, packers_of
 from ..weights.rows import rows_of
 from ..weights.source_kinds import DequantizedSource
 from ..weights.sources import WeightStore
-from .input_scales import NOT_MULTIPLIED, SAME, check_same, one_scale_a_row
+from .input_scales import NOT_MULTIPLIED, SAME, check_same
 from .limits import CHOICES, check_limits
 from .options import ExportOptions
 from .weight_plan import Plan
@@ -100,7 +100,7 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
     for kind in sorted({each.kind for each in decisions}):
         refuse_codes(target, kind)
     text = _text(checkpoint, options)
-    known = _calibration(checkpoint, text, decisions, say)
+    known = _calibration(checkpoint, text, decisions, options.activations == SAME, say)
     importance = known.importance if known else {}
     effects = _effects(checkpoint, text, decisions, importance, say) if text and options.limited else {}
     matrices, measured = {}, {}
@@ -121,7 +121,9 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
                                              transposed=each.weight.transposed)
         else:
             say(f"reading {name}", number, len(decisions))
-            block = shape[1] if one_scale_a_row(each, options, known) else each.block
+            # a product of FP8 on both sides has a scale a row; NVFP4 has blocks of its own
+            rounds = options.activations == SAME and known and name in known.largest and each.weight.role != "embedding"
+            block = shape[1] if rounds else each.block
             matrices[name] = quantize_floats(read, (shape[0], shape[1]), each.kind, block, label, importance.get(name))
     return Plan("rules" if rules else options.quantize, exact, matrices,
                 {name: facts_of(matrix, lossless=False) for name, matrix in matrices.items()}, stored, codes,
@@ -138,14 +140,15 @@ def _text(checkpoint: Checkpoint, options: ExportOptions) -> TextRows | None:
     return rows_of_text(checkpoint, options.calibrate, hold_out=options.max_kl is not None)
 
 
-def _calibration(checkpoint: Checkpoint, text: TextRows | None, decisions: Sequence[Decision],
+def _calibration(checkpoint: Checkpoint, text: TextRows | None, decisions: Sequence[Decision], same: bool,
                  say: Progress) -> Calibration | None:
-    """What a text says of each matrix; None without one."""
+    """What a text says of each matrix; None without one. same: inputs have the type of their weight."""
     if text is None:
         return None
     from ..quantizing.calibrate import calibrate
 
-    return calibrate(checkpoint, text, {each.weight.name for each in decisions if each.bits}, say)
+    inputs = {each.weight.name for each in decisions if same and each.kind != "int"}
+    return calibrate(checkpoint, text, {each.weight.name for each in decisions if each.bits}, say, inputs)
 
 
 def _effects(checkpoint: Checkpoint, text: TextRows, decisions: Sequence[Decision], importance: Mapping[str, Any],

@@ -41,7 +41,6 @@ def make_engine(source: str, output: Path, options: EngineOptions, report: Progr
                              f"engine {error.what}", error.where, f"{error.fix}; the export alone does not need it: "
                              f"gqa-export onnx {source} -o DIR --target trt-{kind}", code="E-ENV-TENSORRT") from error
     for_code_types(choice, code_types_of_kinds(kinds), source, kept=True, named=is_named(options, choice))
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(output, output.absolute().parent) as (folder, left):
         remove(left)  # at once: a whole bundle that a killed run left
         bundle = folder / "bundle"

@@ -13,11 +13,13 @@ from ..bundle.manifest import DATA, MODEL, Manifest
 from ..bundle.writer import check_output, staged_bundle, writing_bundle
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import GqaExportError
+from ..files.resume import resumable
 from ..files.staging import disk_errors
 from ..progress import Bytes, Progress, silent
 from ..weights.ahead import WrittenAhead
 from ..weights.layout import place
 from ..weights.memory_budget import Budget
+from ..weights.streams import key_of
 from .bundle_files import write_beside
 from .expected_weights import expected_streams
 from .limits import refuse_larger
@@ -71,10 +73,14 @@ def export_onnx(source: str | Path | Checkpoint, output: str | Path, options: Ex
         ahead: list[WrittenAhead] = []
 
         def opened(checkpoint: Checkpoint, dtype: str) -> None:
-            if streams := expected_streams(checkpoint, options, dtype):
+            streams = expected_streams(checkpoint, options, dtype)
+            # what a killed export left is taken up when the graph is there: until then a refusal must not cost it
+            if streams and not resumable(Path(os.path.abspath(output)), DATA, key_of(streams)):
                 with disk_errors(Path(output)):
-                    writer = begun.enter_context(staged_bundle(Path(output)))
-                ahead.append(begun.enter_context(WrittenAhead(writer, DATA, streams)))
+                    writer = begun.enter_context(staged_bundle(Path(output), claim=False))
+                ahead.append(WrittenAhead(writer, DATA, streams))
+                begun.push(ahead[0])
+                ahead[0].start()
 
         ready = prepare(source, options, say, budget, Path(output), opened)
         return _written(ready, Path(output), say, budget, ahead[0] if ahead else None)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,23 +23,11 @@ AT_FDCWD, EXCHANGE = -100, 2  # <linux/fs.h> RENAME_EXCHANGE; macOS' RENAME_SWAP
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Ctrl-C waits until this block is done: for a few file operations that must not be torn apart."""
+    """Ctrl-C waits until this block is done: for a few file operations that must not be torn apart. It is raised again
+    at the end. To block the signal in this thread would not do: the system gives it to another, and Python to this."""
     if threading.current_thread() is not threading.main_thread():
         yield
-    elif sys.platform == "win32":
-        with _kept_back():
-            yield
-    else:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _kept_back() -> Iterator[None]:
-    """`undisturbed` where signals cannot be blocked: one that comes is raised again at the end."""
+        return
     before = signal.getsignal(signal.SIGINT)
     if before is None:  # not set by Python, which could not set it back
         yield
@@ -104,14 +92,21 @@ def move(source: Path, target: Path) -> None:
     On Windows nothing can be renamed while any program has it (or something in it) open, and a virus scanner opens
     what is new: it is tried for a while.
     """
-    tries = TRIES_S if sys.platform == "win32" else ()
-    for wait in tries:
+    _tried(lambda: os.replace(source, target))
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, which may be gone already; tried for a while like `move`."""
+    _tried(lambda: path.unlink(missing_ok=True))
+
+
+def _tried(step: Callable[[], None]) -> None:
+    for wait in TRIES_S if sys.platform == "win32" else ():
         try:
-            os.replace(source, target)
-            return
+            return step()
         except PermissionError:
             time.sleep(wait)
-    os.replace(source, target)
+    step()
 
 
 def replace_folder(staging: Path, output: Path) -> None:

@@ -115,6 +115,17 @@ class Journal:
             os.unlink(self._file.name)
 
 
+def resumable(output: Path, name: str, key: str) -> bool:
+    """Whether beside `output` lies a beginning of file `name` with this key. Nothing is claimed: it may be that of a
+    process that lives."""
+    for journal in output.parent.glob(f".{glob.escape(output.name)}.partial-*/{glob.escape(name)}{JOURNAL}"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # gone by now, a line cut short
+            first, *notes = journal.read_text(encoding="ascii").splitlines()
+            if notes and json.loads(first)["key"] == key:
+                return True
+    return False
+
+
 def take_over(folders: Iterable[Claimed], name: str, key: str, place: Path) -> tuple[int, Any]:
     """Move the longest sound beginning of file `name` with this key to `place`: (its bytes, its sha256 so far).
 

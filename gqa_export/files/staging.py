@@ -53,16 +53,17 @@ def named(files: Sequence[str]) -> str:
 
 
 @contextmanager
-def staging_folder(output: Path, parent: Path) -> Iterator[tuple[Path, list[Claimed]]]:
+def staging_folder(output: Path, parent: Path, *, claim: bool = True) -> Iterator[tuple[Path, list[Claimed]]]:
     """(an empty hidden folder in `parent`, named after `output`; what killed processes left of the same). All of it is
     gone at the end, however that comes; what a kill leaves, the next one removes. `parent` is made, and stays if the
-    block ends well."""
+    block ends well. claim: False leaves alone what killed processes left, and gives none of it."""
     new = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     mine: list[Claimed] = []
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with undisturbed():
-            mine += abandoned(parent / output.name)
+            if claim:
+                mine += abandoned(parent / output.name)
             leftovers = list(mine)
             mine.append(stage(output, parent))
             _unfinished.extend(mine)
@@ -72,11 +73,29 @@ def staging_folder(output: Path, parent: Path) -> Iterator[tuple[Path, list[Clai
         new.clear()
     finally:
         with undisturbed():
-            remove(mine)
-            _unfinished[:] = [one for one in _unfinished if one not in mine]
+            _drop(mine)
             for folder in new:
                 with suppress(OSError):  # somebody else put something there
                     folder.rmdir()
+
+
+@contextmanager
+def claimed_leftovers(output: Path, parent: Path) -> Iterator[list[Claimed]]:
+    """What killed processes left in `parent` of the same output; it is gone at the end, however that comes."""
+    mine: list[Claimed] = []
+    try:
+        with undisturbed():
+            mine += abandoned(parent / output.name)
+            _unfinished.extend(mine)
+        yield list(mine)
+    finally:
+        with undisturbed():
+            _drop(mine)
+
+
+def _drop(mine: list[Claimed]) -> None:
+    remove(mine)
+    _unfinished[:] = [one for one in _unfinished if one not in mine]
 
 
 @contextmanager

@@ -173,9 +173,11 @@ class QuantizedMatrix:
             raise ValueError(f"{self.label}: codes are {found.codes.dtype}, scales {found.scale.dtype}")
         return found
 
-    def stripes(self, nbytes: int = STRIPE_BYTES, itemsize: int = 8) -> Iterator[tuple[int, int]]:
-        """(start, stop) of stripes that take about `nbytes` with so many bytes an element, in order."""
+    def stripes(self, nbytes: int = STRIPE_BYTES, itemsize: int = 8, *, multiple: int = 1) -> Iterator[tuple[int, int]]:
+        """(start, stop) of stripes that take about `nbytes` with so many bytes an element, in order. multiple: of which
+        their rows are one, but for the last."""
         step = max(1, nbytes // max(1, self.columns * itemsize))
+        step += -step % multiple
         for start in range(0, self.rows, step):
             yield start, min(start + step, self.rows)
 

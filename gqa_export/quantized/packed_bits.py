@@ -8,6 +8,8 @@ import numpy as np
 
 Array = Any
 """a numpy array"""
+STRIPE_CODES = 4 << 20
+"""packed at once: a multiple of the codes of a byte"""
 
 
 def unpack_bits(stored: Array, bits: int, count: int) -> Array:
@@ -40,3 +42,33 @@ def pack_bits(codes: Array, bits: int) -> Array:
     """
     single = np.unpackbits(codes[:, :, None], axis=2, bitorder="little", count=bits)
     return np.packbits(single.reshape(len(codes), -1), axis=1, bitorder="little")
+
+
+def packed(codes: Any, bits: int, *, pad: bool = True) -> Any:
+    """Codes of a row, low bits first; each row padded to a byte, or all rows one after the other without `pad`."""
+    if bits == 8:
+        return codes
+    if not pad:
+        codes = codes.reshape(1, -1)
+    count = 8 // bits
+    missing = -codes.shape[1] % count
+    if missing:
+        codes = np.pad(codes, ((0, 0), (0, missing)))
+    codes = codes & ((1 << bits) - 1)
+    out = codes[:, 0::count].copy()
+    for place in range(1, count):
+        out |= codes[:, place::count] << (bits * place)
+    return out
+
+
+def packed_in_a_row(codes: Any, bits: int) -> Any:
+    """As `packed` without `pad`, some bytes at a time: no more memory than the codes and the result take."""
+    if bits == 8:
+        return codes
+    flat = codes.reshape(-1)
+    out = np.empty(-(-flat.size * bits // 8), np.uint8)
+    for start in range(0, flat.size, STRIPE_CODES):
+        some = packed(flat[start : start + STRIPE_CODES], bits, pad=False).reshape(-1)
+        first = start * bits // 8
+        out[first : first + some.size] = some
+    return out

@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import InvalidCheckpoint
 from .facts import E4M3, FLOAT_CODES, Form
 from .matrix import LEVELS, QuantizedMatrix, Stripe
+from .packed_bits import packed, packed_in_a_row
 
 PARTS = ("codes", "scale", "zero", "shift", "minimum", "global")
 STRIPE_BYTES = 4 << 20
@@ -113,7 +114,7 @@ class Packer:
             yield _bytes(self._packed_zeros(self._middles(self.matrix.rows)))
             return
         kept: dict[str, list[Any]] = {}
-        for start, stop in self.matrix.stripes(STRIPE_BYTES, 4):
+        for start, stop in self._stripes():
             found = self.matrix.stripe(start, stop)
             if part == "codes":
                 for other in self.small_parts():
@@ -121,10 +122,14 @@ class Packer:
             yield _bytes(self.pack(found, part))
         self._kept.update({name: np.concatenate(values) for name, values in kept.items() if values})
 
+    def _stripes(self) -> Iterator[tuple[int, int]]:
+        """Rows that are read at once: their packed codes, and zero points, end with a whole byte."""
+        return self.matrix.stripes(STRIPE_BYTES, 4, multiple=max(1, 8 // self.form.bits))
+
     def small_parts(self) -> tuple[str, ...]:
-        """The parts beside the codes."""
+        """The parts beside the codes that are found while these are read."""
         if self.form.kind != "int":
-            return ("scale",)
+            return () if self.form.per == "tensor" else ("scale",)
         shift = () if not self.form.shift else ("minimum",) if self.form.half and self.matrix.offset == "minimum" \
             else ("shift",)
         return ("scale", *(("zero",) if self.form.zeros else ()), *shift)
@@ -132,7 +137,7 @@ class Packer:
     def pack(self, found: Stripe, part: str) -> Any:
         """One part of a stripe, as an array of bytes or numbers, rows first."""
         if self.form.kind != "int":
-            return packed(self._turned(found.codes, found), self.form.bits) if part == "codes" else \
+            return packed(self._turned(found.codes, found), self.form.bits, pad=False) if part == "codes" else \
                 self._number_scale(found)
         if part == "codes":
             return self._codes(found)
@@ -243,41 +248,29 @@ class Packer:
         return np.full((rows, self.blocks), 1 << (self.form.bits - 1), np.uint8)
 
     def _packed_zeros(self, zeros: Any) -> Any:
-        return packed(zeros, self.form.bits, pad=self.form.operator != "DequantizeLinear")
+        if self.form.operator == "DequantizeLinear":
+            return packed(zeros, self.form.bits, pad=False).reshape(-1)
+        return packed(zeros, self.form.bits)
 
     def _across(self, part: str) -> Any:
-        """A part with columns first: the whole matrix is read, its codes one byte each."""
+        """A part with columns first: the whole matrix is read, its codes one byte each, and packed then."""
         if part in self._kept:
             return self._kept.pop(part)
-        parts: dict[str, list[Any]] = {each: [] for each in (part, *(self.small_parts() if part == "codes" else ()))}
-        for rows in self.matrix.stripes(STRIPE_BYTES, 4):
-            found = self.matrix.stripe(*rows)
-            for each, stripes in parts.items():
+        whole: dict[str, Any] = {}
+        for start, stop in self.matrix.stripes(STRIPE_BYTES, 4):
+            found = self.matrix.stripe(start, stop)
+            for each in (part, *(self.small_parts() if part == "codes" else ())):
                 numbers = self._numbers(found) if each == "codes" else self._zero_points(found) if each == "zero" else \
                     self.pack(found, each)
-                stripes.append(numbers.T)
-        whole = {each: np.concatenate(stripes, axis=1) for each, stripes in parts.items()}
-        whole = {each: packed(values, self.form.bits, pad=False) if each in ("codes", "zero") else values
-                 for each, values in whole.items()}
-        self._kept.update((each, values) for each, values in whole.items() if each != part)
-        return whole[part]
-
-
-def packed(codes: Any, bits: int, *, pad: bool = True) -> Any:
-    """Codes of a row, low bits first; each row padded to a byte, or all rows one after the other without `pad`."""
-    if bits == 8:
-        return codes
-    if not pad:
-        codes = codes.reshape(1, -1)
-    count = 8 // bits
-    missing = -codes.shape[1] % count
-    if missing:
-        codes = np.pad(codes, ((0, 0), (0, missing)))
-    codes = codes & ((1 << bits) - 1)
-    out = codes[:, 0::count].copy()
-    for place in range(1, count):
-        out |= codes[:, place::count] << (bits * place)
-    return out
+                if each not in whole:
+                    whole[each] = np.empty((numbers.shape[1], self.matrix.rows), numbers.dtype)
+                whole[each][:, start:stop] = numbers.T
+        for each in ("codes", "zero"):
+            if each in whole:
+                whole[each] = packed_in_a_row(whole.pop(each), self.form.bits)
+        result = whole.pop(part)
+        self._kept.update(whole)
+        return result
 
 
 def _bytes(values: Any) -> memoryview:

@@ -45,7 +45,7 @@ class Rule:
 @dataclass(frozen=True)
 class Decision:
     """What becomes of a weight. bits 0: it stays as it is, for a reason. kind: as of `QuantizedMatrix`. open: neither a
-    rule nor an option names its bits, so that they may be chosen by its error. named_block: a rule names its block."""
+    rule nor an option names its bits, so that they may be chosen by its error."""
 
     weight: Weight
     bits: int
@@ -53,7 +53,6 @@ class Decision:
     reason: str = ""
     kind: str = "int"
     open: bool = False
-    named_block: bool = False
 
 
 def read_rules(path: Path) -> tuple[Rule, ...]:
@@ -134,7 +133,7 @@ def decide(weights: Sequence[Weight], bits: int, block: int, head: str, rules: S
             own, reason = 0, weight.reason
         is_open = bool(own) and not rule and (own == bits or not head)
         decisions.append(Decision(weight, own, (rule.block if rule else 0) or block, "" if own else reason,
-                                  own_kind if own else "int", is_open, bool(rule and rule.block)))
+                                  own_kind if own else "int", is_open))
     unused = [rule.match for rule in rules if rule not in used]
     if unused:
         raise GqaExportError(f"the rule {unused[0]!r} matches no weight of this model", unused[0],

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 import re
+import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ..checkpoint.building import building
 from ..checkpoint.tied_weights import tied as tied
+from ..environment.stand_ins import CONVERSIONS
 
 
 def build(config: Any, dtype: torch.dtype, *, device: str = "cpu", attention: str = "eager") -> torch.nn.Module:
@@ -62,4 +65,33 @@ def converts(model: torch.nn.Module) -> bool:
     """Whether transformers renames, merges or splits tensors of a checkpoint when it loads this model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
+    if CONVERSIONS.applies() and named_in_no_conversion(model):
+        return False
     return bool(get_model_conversion_mapping(model, add_legacy=False))  # type: ignore[arg-type]
+
+
+def named_in_no_conversion(model: torch.nn.Module) -> bool:
+    """Whether no model inside this one can have an entry in transformers' table of conversions, whose keys are classes
+    and types of models. All of them are constants of the function that builds it, and compiles a thousand regular
+    expressions for it."""
+    from transformers import PreTrainedModel, conversion_mapping
+
+    if conversion_mapping._checkpoint_conversion_mapping_cache is not None:
+        return False  # built by now, or changed by somebody
+    known = {*conversion_mapping._MODEL_TO_CONVERSION_PATTERN,
+             *strings_of(conversion_mapping._build_checkpoint_conversion_mapping.__code__)}
+    inside = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return not known & {name for part in inside for name in (type(part).__name__, part.config.model_type)}
+
+
+def strings_of(code: types.CodeType) -> Iterator[str]:
+    """The string constants of some code, also those inside tuples and of the functions in it."""
+    waiting: list[Any] = [code]
+    while waiting:
+        constant = waiting.pop()
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, types.CodeType):
+            waiting.extend(constant.co_consts)
+        elif isinstance(constant, tuple | frozenset):
+            waiting.extend(constant)

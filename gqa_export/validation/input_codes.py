@@ -33,14 +33,15 @@ MEASURED_AGAIN = 2.0**-7
 """how far a scale may be from one that was measured by other threads, and rounded to bf16"""
 
 
-def stated_inputs(checkpoint: Checkpoint, manifest: Manifest, names: Collection[str], text: Path | None = None,
-                  folder: Path | None = None) -> dict[str, InputCodes]:
+def stated_inputs(checkpoint: Checkpoint, manifest: Manifest, names: Collection[str], notes: list[str],
+                  text: Path | None = None, folder: Path | None = None) -> dict[str, InputCodes]:
     """Name of a weight -> how its products round their inputs, of all that a manifest names. The scales are those of
     the checkpoint or of the calibration text: what the manifest says must be the same.
 
     Args:
         checkpoint: that was exported. manifest: of the bundle. names: of the model's parameters.
-        text: the calibration text, where the bundle does not hold what it said.
+        notes: takes a line where the scales were held against nothing but what the bundle itself says of the text.
+        text: the calibration text, which is measured again. None: the bundle holds what it said.
         folder: of the bundle.
 
     Raises:
@@ -51,13 +52,17 @@ def stated_inputs(checkpoint: Checkpoint, manifest: Manifest, names: Collection[
     if quantization is None or quantization.activations != SAME:
         return {}
     rounding = [weight for weight in quantization.weights if weight.inputs]
+    if not rounding:
+        return {}
     most = CLOSE
     if quantization.method in KEPT:
         stored = parameters_of(checkpoint, names)[0]
         scales = {name: matrix.input_scale for name, matrix in stored.items() if matrix.input_scale is not None}
     else:
-        if folder is not None and FILE in manifest.files:
+        if text is None and folder is not None and FILE in manifest.files:
             largest = read_largest(folder)
+            notes.append(f"the scales of inputs agree with the bundle's own {FILE}; they were not held against the "
+                         "checkpoint: --calibrate TEXT measures them again")
         else:
             largest, most = calibrated_again(checkpoint, quantization, text).largest, MEASURED_AGAIN
         scales = {weight.name: scale_of(largest[weight.name], weight.inputs) for weight in rounding
@@ -116,15 +121,17 @@ def rounds_inputs(graph: onnx.GraphProto) -> bool:
 
 def _rounding(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> str | None:
     """What a product's input was before it was rounded; None where it is not, or the node is no product."""
-    last = makers.get(node.input[0]) if node.op_type == "MatMul" else None
+    def maker(of: onnx.NodeProto | None) -> onnx.NodeProto | None:
+        return makers.get(of.input[0]) if of is not None and of.input else None
+
+    last = maker(node) if node.op_type == "MatMul" else None
     narrow = last is not None and last.op_type == "Cast"
-    if last is not None and narrow:
-        last = makers.get(last.input[0])
+    if narrow:
+        last = maker(last)
     if last is not None and last.op_type == ROUNDED:
         return last.input[0]
-    if last is None or last.op_type != "DequantizeLinear":
+    first = maker(last) if last is not None and last.op_type == "DequantizeLinear" else None
+    if first is None or first.op_type not in ("QuantizeLinear", DYNAMIC) or not first.input:
         return None
-    first = makers.get(last.input[0])
-    if first is None or first.op_type not in ("QuantizeLinear", DYNAMIC):
-        return None
-    return makers[first.input[0]].input[0] if narrow else first.input[0]
+    wide = maker(first)
+    return wide.input[0] if narrow and wide is not None and wide.op_type == "Cast" else first.input[0]

@@ -37,12 +37,13 @@ class Comparison:
     notes: list[str]
     report: Progress
 
-    def sessions(self, session: Session, fill_garbage: FillGarbage | None, follow: bool = True) -> Sessions:
-        """The three that walk in step. follow: as `Sessions` has it, where the cache is quantized."""
+    def sessions(self, session: Session, fill_garbage: FillGarbage | None, follow: bool = True,
+                 by_rule: bool = False) -> Sessions:
+        """The three that walk in step. follow: as `Sessions` has it, where the cache is quantized. by_rule: see it."""
         follow = follow and self.manifest.kv_cache is not None
         return Sessions(self.known.session, self.known.eager, session, fill_garbage,
                         beside=self.manifest.engine is None and is_large(self.manifest), alike=self.known.alike,
-                        follow=follow, count_codes=follow and self.dtype != "float32",
+                        follow=follow, count_codes=follow and self.dtype != "float32", by_rule=by_rule,
                         windows=(self.manifest.window_cache,) if self.manifest.window_cache else ())
 
     def exact(self, session: Session, fill_garbage: FillGarbage | None,
@@ -54,24 +55,33 @@ class Comparison:
                          notes=self.notes)
         return tuple(judge(log, self.dtype, part) for log in logs), overflow_words(sessions, logs, self.dtype)
 
-    def shipped(self, session: Session, fill_garbage: FillGarbage | None) -> tuple[CaseVerdict, ...]:
-        """The verdict on a session as it is shipped, its activations rounded."""
+    def shipped(self, session: Session, fill_garbage: FillGarbage | None, *,
+                alone: bool = False) -> tuple[tuple[CaseVerdict, ...], str]:
+        """The verdict on a session as it is shipped, its activations rounded, and as of `exact`. alone: no other
+        verdict follows the codes of a quantized cache and counts them."""
         eager: Any = self.known.eager
         if eager is None:
             self.notes.append("not compared as shipped: there is no room for PyTorch in the bundle's number format")
-            return ()
+            return (), ""
         inputs = rounded_inputs(self.manifest, self.known.checkpoint, eager.model, self.known.inputs)
         kinds = sorted({each.codes.kind for each in inputs.values() if each.codes})
-        how = f"the type of their weight ({', '.join(kinds)})" if kinds else "int8 (accuracy level 4)"
+        how = f"the type of their weight ({', '.join(kinds)})" if is_same(self.manifest) else "int8 (accuracy level 4)"
         self.notes.append(f"as shipped, the inputs of {len(inputs)} matrices are rounded to {how}; the baseline is "
                           "PyTorch with the same inputs rounded by the same rule")
         rounding = RoundInputs(inputs)
+        # a scale that cuts inputs off moves PyTorch and the bundle alike: of other scales than a block's own largest
+        # value, and of models without routers, the same result by the same rule is no proof
+        routed = not is_same(self.manifest) and any(rule.experts for rule in inputs.values())
         with eager.under(rounding, "rounded") if inputs else nullcontext():
-            logs = run_cases(self.sessions(session, fill_garbage, follow=False), self.plan, last_only=self.last_only,
-                             report=self.report, dtype=self.dtype, part=SHIPPED, notes=self.notes)
+            sessions = self.sessions(session, fill_garbage, follow=alone, by_rule=routed)
+            if sessions.follow:
+                self.notes.append("rounded inputs move many codes of the cache in PyTorch too, and as many may be "
+                                  "others here: the ONNX bundle that the engine was built from, validated, tells more of them")
+            logs = run_cases(sessions, self.plan, last_only=self.last_only, report=self.report, dtype=self.dtype,
+                             part=SHIPPED, notes=self.notes)
         verdicts = tuple(judge(log, self.dtype, SHIPPED) for log in logs)
         self.notes.extend((*_missed(eager.model, inputs, rounding.met), *_dominated(verdicts)))
-        return verdicts
+        return verdicts, overflow_words(sessions, logs, self.dtype) if alone else ""
 
 
 def _missed(model: Any, inputs: Collection[int], met: Collection[int]) -> list[str]:
@@ -111,9 +121,16 @@ def activations_of(manifest: Manifest, rounds: bool) -> str:
     return (SAME if is_same(manifest) else "int8") if rounds else "exact"
 
 
+def rounds_for_good(manifest: Manifest) -> bool:
+    """Whether an engine rounds inputs of products, which cannot be left out of it. With the option and without scales
+    it does not."""
+    return manifest.engine is not None and manifest.quantization is not None and any(
+        weight.inputs for weight in manifest.quantization.weights)
+
+
 def is_same(manifest: Manifest) -> bool:
     """Whether inputs have the type of their weight, where they are rounded."""
     return manifest.quantization is not None and manifest.quantization.activations == SAME
 
 
-__all__ = ["EXACT", "SHIPPED", "Comparison", "activations_of", "exact_session", "is_same"]
+__all__ = ["EXACT", "SHIPPED", "Comparison", "activations_of", "exact_session", "is_same", "rounds_for_good"]

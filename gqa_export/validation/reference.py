@@ -82,7 +82,7 @@ def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dty
         against: checkpoint folder, hub id, .gguf file, or a checkpoint that is open.
         manifest: of the bundle.
         ran_dtype: number format in which the bundle is run: "float32", "float16" or "bfloat16".
-        notes: takes a line where there is no room for fp64.
+        notes: takes a line where there is no room for fp64, and where scales of inputs could not be measured again.
         calibrate: the calibration text of a bundle whose weights were quantized with one.
         folder: of the bundle, which may hold what that text said.
 
@@ -107,7 +107,7 @@ def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dty
     if beside is not None:
         for one in models:
             merge_into(one.model, beside.part(matrices))
-    inputs = stated_inputs(base, manifest, parameters, calibrate, folder)
+    inputs = stated_inputs(base, manifest, parameters, notes, calibrate, folder)
     return Reference(session, eager, dtype, session.model, observed_facts(session, str(against)), checkpoint,
                      model_digest(checkpoint), plain=manifest.kv_cache is None and not matrices, inputs=inputs)
 

@@ -52,7 +52,7 @@ def run_cases(sessions: Sessions, plan: Plan, *, last_only: bool = False, report
         if sessions.fill_garbage is not None:
             sessions.fill_garbage(case.garbage)
         with limited(sessions, case.capacity), masked(sessions.bundle, case.whole_row_mask):
-            log = run_case(sessions, case, last_only, tick, rounded=part == SHIPPED)
+            log = run_case(sessions, case, last_only, tick, rounded=part == SHIPPED and sessions.by_rule)
             if sessions.eager is not None and doubtful(judge(log, dtype, part)):
                 measure_again(sessions, log, last_only)
                 (notes if notes is not None else []).append(

@@ -16,7 +16,7 @@ import functools
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,21 @@ from ..spec import AttentionSpec, ModelSpec, WindowCache
 from .bound_outputs import BoundOutputs
 
 NOTHING = np.zeros(0)
+TOGETHER = 1 << 22
+"""scores of one layer up to which the sessions run at the same time: the memory of more would add up, and such products
+keep every core busy by themselves"""
 
 
 class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
     """Runs a session. free: feed the session's own best token where the feed's second flag is set. last_only: show only
     the logits of each row's last valid token, as bundles exported with `--logits last` do. single: take the tokens of a
     step one by one. beside: runners that the Comparator calls next, for the same feed: they begin at once, in threads,
-    so that some wait for memory while others interpret Python. alike: numbers of the layers whose caches are compared,
-    None for all; never the manifest's `cached_alike`, which could switch the comparison off. follows: the runner,
-    called before, whose codes of a quantized cache are taken where they are as right as its own. windows: rings of the
-    sessions that are compared; of their layers' caches, what a ring holds no longer is zero on every side, and with
-    `seen` all that no later row sees. hidden: hidden states are compared where the session gives them."""
+    so that some wait for memory while others interpret Python; steps of many scores they take in turn. alike: numbers
+    of the layers whose caches are compared, None for all; never the manifest's `cached_alike`, which could switch the
+    comparison off. follows: the runner, called before, whose codes of a quantized cache are taken where they are as
+    right as its own. windows: rings of the sessions that are compared; of their layers' caches, what a ring holds no
+    longer is zero on every side, and with `seen` all that no later row sees. hidden: hidden states are compared where
+    the session gives them."""
 
     def __init__(self, session: Session, name: str, *, free: bool = True, last_only: bool = False,
                  single: bool = False, beside: Sequence[SessionRunner] = (),
@@ -71,14 +75,26 @@ class SessionRunner(BaseRunner):  # type: ignore[misc] # Polygraphy has no types
 
     def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
         """One step of the session."""
-        for other in self._beside:
-            other.begin(feed_dict)
+        alone = self._alone(feed_dict)
+        for other in reversed(self._beside):  # the bundle first: old and new cache of it are there while it runs
+            other.begin(feed_dict, alone)
         begun, self._begun = self._begun, None
         return self._step(feed_dict) if begun is None else begun.result()
 
-    def begin(self, feed_dict: Mapping[str, np.ndarray]) -> None:
-        """Begin the step that the next `infer` will take."""
+    def _alone(self, feed_dict: Mapping[str, np.ndarray]) -> bool:
+        """Whether the scores of a step are so many that the sessions take it one after the other. Where one of them
+        takes the tokens one by one, it never is: the others are done long before it."""
+        reset, *_ = feed_dict["flags"].tolist()
+        before = 0 if reset or not self._beside else int(self._session.lengths.max())
+        width = feed_dict["input_ids"].shape[1]
+        heads = max((layer.num_heads for layer in self._session.spec.layers), default=0)
+        return heads * width * (before + width) > TOGETHER and not any(other._single for other in self._beside)
+
+    def begin(self, feed_dict: Mapping[str, np.ndarray], finish: bool = False) -> None:
+        """Begin the step that the next `infer` will take. finish: wait for its end."""
         self._begun = _threads().submit(self._step, feed_dict)
+        if finish:
+            wait((self._begun,))
 
     def _step(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
         began = time.perf_counter()

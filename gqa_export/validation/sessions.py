@@ -51,6 +51,8 @@ class Sessions:
     """count the codes of the bundle that are not nearest to the reference's numbers, taken or not"""
     windows: tuple[WindowCache, ...] = ()
     """rings of the bundles: what they hold no longer is not compared"""
+    by_rule: bool = False
+    """the baseline rounds its activations as the bundle does, and outputs are compared with its, too"""
     hidden: bool = True
     """hidden states are compared where the sessions give them"""
 

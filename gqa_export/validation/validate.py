@@ -21,7 +21,7 @@ from ..compare.suite import STEPS, plan_suite
 from ..compare.verdict import Verdict
 from ..environment.heap import reused_memory
 from ..environment.versions import versions
-from ..errors import GqaExportError
+from ..errors import GqaExportError, NotCheckedHere
 from ..progress import Progress, silent
 from ..targets import get_target
 from .accuracy_level import rounds_activations
@@ -30,7 +30,7 @@ from .long_cases import judge_long
 from .long_graph import long_graph_as_run
 from .long_loss import LongRequest, measure_long_loss, sequences_of
 from .loss import LossRequest, measure_loss
-from .parts import EXACT, Comparison, activations_of, exact_session, is_same
+from .parts import EXACT, Comparison, activations_of, exact_session, rounds_for_good
 from .ranks import held_here
 from .reference import Reference, open_reference, runnable, with_ranks
 from .refusals import judge_refusals
@@ -96,8 +96,12 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         stack.enter_context(torch_threads(manifest))
         ran, where, target = runnable(stack, folder, manifest, ran_dtype, notes, report)
         rounds = provider == "cpu" and not built and rounds_activations(where, ran)
-        fixed = built is not None and is_same(manifest)
+        fixed = rounds_for_good(manifest)
         known = reference or open_reference(against, manifest, ran_dtype, notes, loss.calibrate, folder)
+        if fixed and known.eager is None:
+            raise NotCheckedHere("an engine cannot leave the rounding of inputs out, and there is no room for PyTorch "
+                                 "in the engine's number format beside the reference, which alone rounds as it does",
+                                 str(folder), "validate on a machine with more memory", code="E-VALIDATE-MEMORY")
         check_belongs(manifest.spec, known.shown, f"{folder} against {against}")
         report("loading the bundle", None, None)
         setting = setting_of(manifest, folder, steps or STEPS.get(level, 32), text, known.model)
@@ -118,7 +122,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
             session, fill_garbage = engine or exact_session(opened, where, ran, provider, notes, target, handles)
             use_adapter(session, manifest, against, as_dtype)
             if fixed:  # what an engine rounds cannot be left out
-                cases, overflow = comparison.shipped(session, fill_garbage), ""
+                cases, overflow = comparison.shipped(session, fill_garbage, alone=True)
             else:
                 cases, overflow = comparison.exact(session, fill_garbage, EXACT if rounds else "")
             cases += judge_in_place(session, where, provider, target, handles, ran_dtype, EXACT if rounds else "")
@@ -129,7 +133,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         if rounds:
             session, fill_garbage = stack.enter_context(bundle_session(where, ran, provider, notes, target))
             use_adapter(session, manifest, against, as_dtype)
-            cases += comparison.shipped(session, fill_garbage)
+            cases += comparison.shipped(session, fill_garbage)[0]
             cases += (judge_refusals(session, resizable=not setting.literal),)
             measured = measure_loss(loss, session, manifest, folder, known, notes, report)
         if manifest.long is not None and not built:

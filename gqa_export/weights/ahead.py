@@ -16,12 +16,15 @@ from types import TracebackType
 
 from ..bundle.manifest import FileFact
 from ..bundle.writer import BundleWriter, HashingFile
-from ..files.atomic_replace import undisturbed
+from ..errors import GqaExportError
+from ..files.atomic_replace import remove_file, undisturbed
 from .streams import Stream, key_of, write_streams
 
 logger = logging.getLogger(__name__)
 PAUSE_S = 0.05
 """how often progress is told while the thread still writes"""
+SYNC_BYTES = 256 << 20
+"""written between two waits for the disk: as much as an export that ends may have to wait for"""
 
 
 class _Unwanted(Exception):
@@ -29,10 +32,10 @@ class _Unwanted(Exception):
 
 
 class WrittenAhead:
-    """A thread that writes a file of weights; it ends with the block of this context at the latest.
+    """A thread that writes a file of weights, from `start` on; it ends with the block of this context at the latest.
 
-    Whatever goes wrong in it (a full disk, a file that cannot be read) only means that nothing was written ahead: the
-    export meets it again where it writes the weights itself, and tells of it there.
+    What goes wrong in it (a full disk, a value that the type does not hold) is told by `take`, if this is the file that
+    the graph asks for: to write it once more would go wrong in the same place. Of another file it does not matter.
 
     Args:
         writer: of the bundle, in whose staging folder the file lies.
@@ -43,32 +46,57 @@ class WrittenAhead:
     def __init__(self, writer: BundleWriter, name: str, streams: Sequence[Stream]) -> None:
         self.writer, self.name = writer, name
         self._streams, self._key = streams, key_of(streams)
-        self._unwanted, self._done, self._whole = threading.Event(), 0, False
-        self._file: HashingFile | None = None
+        self._unwanted, self._awaited, self._done = threading.Event(), threading.Event(), 0
+        self._fact: FileFact | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="weights-ahead", daemon=True)
 
     def __enter__(self) -> WrittenAhead:
-        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        with contextlib.suppress(OSError):  # a full disk, whose file nobody wants
-            self._end()
+        self._end()
+
+    def start(self) -> None:
+        """Begin, inside the block that ends it: an interrupt while it starts must find it in somebody's hands."""
+        with undisturbed():
+            self._thread.start()
 
     def _run(self) -> None:
         try:
-            self._file = self.writer.begin(self.name, self._key)
-            write_streams(self._file, self._streams, self._wrote)
-            self._file.sync()  # waits for the disk here, where nobody else has to
-            self._whole = True
-        except Exception:  # the export meets it again, see the class
+            self._check()
+            file = self.writer.begin(self.name, self._key)
+            try:
+                self._write(file)
+            except BaseException:
+                with contextlib.suppress(OSError):  # what is left in its buffer
+                    file.close()
+                raise
+            self._fact = file.close()
+        except Exception as error:
             logger.debug("weights are not written ahead", exc_info=True)
+            self._error = error
 
-    def _wrote(self, done: int) -> None:
+    def _write(self, file: HashingFile) -> None:
+        synced = 0
+
+        def wrote(done: int) -> None:
+            nonlocal synced
+            self._check()
+            self._done = done
+            if not self._awaited.is_set() and file.tell() - synced >= SYNC_BYTES:
+                file.sync()
+                synced = file.tell()
+
+        write_streams(file, self._streams, wrote)
+        self._check()
+        if not self._awaited.is_set():
+            file.sync()  # waits for the disk here, where nobody else has to
+
+    def _check(self) -> None:
         if self._unwanted.is_set():
             raise _Unwanted
-        self._done = done
 
     def take(self, streams: Sequence[Stream], on_bytes: Callable[[int], None]) -> bool:
         """Whether the file consists of these streams, all of which are in it when this returns. If it does not, nothing
@@ -79,25 +107,28 @@ class WrittenAhead:
             on_bytes: called with the bytes of streams so far, while the thread still writes.
 
         Raises:
-            OSError: the file could not be closed.
+            GqaExportError: a weight of the file cannot be read, or its new type does not hold it.
+            OSError: the file could not be written, or not removed.
         """
-        wanted = key_of(streams) == self._key
-        while wanted and self._thread.is_alive():
-            self._thread.join(PAUSE_S)
-            on_bytes(self._done)
-        if wanted and self._whole:
-            on_bytes(self._done)
-        fact = self._end()
-        if fact is None or not (wanted and self._whole):
-            (self.writer.staging / self.name).unlink(missing_ok=True)
-            return False
-        self.writer.record(self.name, fact)
-        return True
+        wanted = self._key == key_of(streams) != ""
+        if wanted:
+            self._awaited.set()
+            while self._thread.is_alive():
+                self._thread.join(PAUSE_S)
+                on_bytes(self._done)
+            if self._fact is not None:
+                on_bytes(self._done)
+                self.writer.record(self.name, self._fact)
+                return True
+        else:
+            self._end()
+        remove_file(self.writer.staging / self.name)
+        if wanted and isinstance(self._error, GqaExportError | OSError):
+            raise self._error
+        return False
 
-    def _end(self) -> FileFact | None:
-        """Stop the thread, and close its file."""
-        with undisturbed():
-            self._unwanted.set()
-            self._thread.join()
-            file, self._file = self._file, None
-            return None if file is None else file.close()
+    def _end(self) -> None:
+        """Stop the thread, which closes its file. An interrupt meanwhile ends the waiting, and no more."""
+        self._unwanted.set()
+        while self._thread.is_alive():
+            self._thread.join(PAUSE_S)

@@ -19,10 +19,9 @@ from ..checkpoint.safetensors_header import header_sha256
 from ..errors import GqaExportError, InvalidCheckpoint
 from ..files.sha256 import file_sha256
 from .ahead import WrittenAhead
-from .dtypes import itemsize
 from .source_kinds import PackedSource, Source, StoredSource
 from .sources import WeightStore, recipe_of
-from .streams import ALIGNMENT, Stream, key_of, write_streams
+from .streams import ALIGNMENT, Stream, bytes_of, key_of, write_streams
 
 if TYPE_CHECKING:
     import onnx
@@ -203,7 +202,7 @@ def _part_of(sources: tuple[Source, ...], dtype: str, streams: Iterable[Stream])
         count = len(sources)
         for first in range(len(stream.sources) - count + 1 if stream.dtype == dtype else 0):
             if stream.sources[first: first + count] == sources:
-                sizes = [math.prod(source.shape) * itemsize(dtype) for source in stream.sources]
+                sizes = [bytes_of(source, dtype) for source in stream.sources]
                 return stream, sum(sizes[:first]), sum(sizes[first: first + count])
     return None
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,23 @@ def part_of(name: str) -> Part | None:
     return Part(found["whole"], len(found["lead"]) // 2, tuple((int(start), int(stop)) for start, stop in pairs))
 
 
+def read_into(file: RawIOBase, buffer: memoryview, path: Path) -> None:
+    """Fill a buffer from an unbuffered file, in as many reads as the file system needs: some (FUSE, 9p, network ones)
+    give less than they are asked for.
+
+    Raises:
+        InvalidCheckpoint: the file ends before.
+    """
+    filled = 0
+    while filled < len(buffer):
+        count = file.readinto(buffer[filled:])
+        if not count:
+            raise InvalidCheckpoint("the file became shorter while it was read", str(path),
+                                    "export again once nothing else writes to the checkpoint",
+                                    code="E-WEIGHTS-FILE-CHANGED")
+        filled += count
+
+
 def stored_pieces(path: Path, offset: int, pieces: Pieces) -> Iterator[memoryview]:
     """Pieces of a tensor that begins at `offset` of a file; each chunk is overwritten by the next.
 
@@ -56,10 +74,7 @@ def stored_pieces(path: Path, offset: int, pieces: Pieces) -> Iterator[memoryvie
                 file.seek(offset + number * pieces.row + start)
                 while count:
                     size = min(count, len(buffer) - filled)
-                    if file.readinto(buffer[filled:filled + size]) != size:
-                        raise InvalidCheckpoint("the file became shorter while it was read", str(path),
-                                                "export again once nothing else writes to the checkpoint",
-                                                code="E-WEIGHTS-FILE-CHANGED")
+                    read_into(file, buffer[filled:filled + size], path)
                     filled, count = filled + size, count - size
                     if filled == len(buffer):
                         yield buffer

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.safetensors_header import StoredTensor
-from ..errors import InvalidCheckpoint
 from .dtypes import itemsize
-from .slices import CHUNK_BYTES, Part, Pieces, made_pieces, stored_pieces
+from .slices import CHUNK_BYTES, Part, Pieces, made_pieces, read_into, stored_pieces
 
 if TYPE_CHECKING:
     from ..quantized.matrix import QuantizedMatrix
@@ -45,10 +44,7 @@ class StoredSource:
             left = self.tensor.nbytes
             while left:
                 count = min(left, len(buffer))
-                if file.readinto(buffer[:count]) != count:
-                    raise InvalidCheckpoint("the file became shorter while it was read", str(self.tensor.path),
-                                            "export again once nothing else writes to the checkpoint",
-                                            code="E-WEIGHTS-FILE-CHANGED")
+                read_into(file, buffer[:count], self.tensor.path)
                 left -= count
                 yield buffer[:count]
 

@@ -37,8 +37,14 @@ class Stream:
     @property
     def nbytes(self) -> int:
         """Bytes it will have."""
-        return sum(source.nbytes if isinstance(source, PackedSource) and source.dtype == self.dtype else
-                   math.prod(source.shape) * itemsize(self.dtype) for source in self.sources)
+        return sum(bytes_of(source, self.dtype) for source in self.sources)
+
+
+def bytes_of(source: Source, dtype: str) -> int:
+    """Bytes of a source in a type: two elements of four bits have one."""
+    if isinstance(source, PackedSource) and source.dtype == dtype:
+        return source.nbytes
+    return math.prod(source.shape) * itemsize(dtype)
 
 
 def write_streams(file: HashingFile, streams: Sequence[Stream], on_bytes: Callable[[int], None]) -> None:
@@ -49,13 +55,12 @@ def write_streams(file: HashingFile, streams: Sequence[Stream], on_bytes: Callab
         streams: in the order of their offsets.
         on_bytes: called with the bytes of streams so far; what it raises ends the writing.
     """
-    done, there = 0, file.tell()
+    there = file.tell()
+    missing = [stream for stream in streams if stream.offset + stream.nbytes > there]
+    done = sum(stream.nbytes for stream in streams) - sum(stream.nbytes for stream in missing)
+    on_bytes(done)  # once: what is there is no work, and no part of the pace
     buffer = memoryview(bytearray(CHUNK_BYTES))
-    for stream in streams:
-        if stream.offset + stream.nbytes <= there:
-            done += stream.nbytes
-            on_bytes(done)
-            continue
+    for stream in missing:
         file.write(bytes(stream.offset - file.tell()))
         for source in stream.sources:
             for chunk in source.chunks(buffer) if isinstance(source, StoredSource) else source.chunks():

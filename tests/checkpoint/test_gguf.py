@@ -277,15 +277,19 @@ def test_the_real_file_loads_dequantized_and_speaks(tmp_path):
     from transformers import AutoConfig, AutoTokenizer
 
     from gqa_export.bundle.writer import writing_bundle
+    from gqa_export.checkpoint.gguf_reader_patch import quick_gguf
 
     checkpoint = open_checkpoint(smollm2())
-    config, theirs = load_config(checkpoint), AutoConfig.from_pretrained(smollm2().parent, gguf_file=smollm2().name)
+    with quick_gguf():  # what it reads is what the library reads: a test above
+        theirs, reader = (AutoConfig.from_pretrained(smollm2().parent, gguf_file=smollm2().name),
+                          gguf.GGUFReader(smollm2()))
+    config = load_config(checkpoint)
     only_theirs = ("_name_or_path", "_model_name_or_path", "architectures", "unk_token_id")
     told = {name: value for name, value in theirs.to_dict().items() if name not in only_theirs}
     assert {name: value for name, value in config.to_dict().items() if name in told} == told
     assert token_ids(checkpoint) == {"eos": [2], "bos": 1, "pad": 2}
     model = load_model(checkpoint)
-    tensor = next(tensor for tensor in gguf.GGUFReader(smollm2()).tensors if tensor.name == "token_embd.weight")
+    tensor = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
     expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     np.testing.assert_array_equal(model.model.embed_tokens.weight.detach().numpy(), expected)
     assert model.lm_head.weight is model.model.embed_tokens.weight

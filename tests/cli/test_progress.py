@@ -87,8 +87,68 @@ def test_what_is_counted_in_other_units_has_no_rate_and_each_task_a_pace_of_its_
                      "comparing: 26%, 6 h 18 min left\n"]
 
 
+def test_what_a_killed_export_left_is_no_part_of_the_pace() -> None:
+    """100 of 140 GB were there; the rest is written at 40 MB/s."""
+    total, there, rate = Bytes(140 * GB), 100 * GB, 40_000_000
+    lines = lines_of(*((second, "writing weights", Bytes(there + second * rate), total) for second in range(32)))
+    assert lines == ["writing weights: 101.2 of 140.0 GB, 40 MB/s, 16 min left\n"]
+
+
+@pytest.mark.parametrize(("rate", "words"), [(3_430, "3,430 MB/s"), (100, "100 MB/s"), (99, "99 MB/s"),
+                                             (4, "4 MB/s"), (0.25, "0.25 MB/s")])
+def test_rates_are_told_in_plain_figures(rate: float, words: str) -> None:
+    total = Bytes(1000 * GB)
+    (line,) = lines_of((0, "writing", Bytes(0), total), (30, "writing", Bytes(int(rate * 30e6)), total))
+    assert f", {words}, " in line
+
+
 def test_what_takes_less_than_half_a_minute_leaves_no_line() -> None:
     assert lines_of(*((second, "writing weights", Bytes(second), Bytes(29)) for second in range(30))) == []
+
+
+UNHEARD = """
+import sys
+import click
+from gqa_export import cli
+from gqa_export.cli import progress
+from gqa_export.errors import GqaExportError
+progress.EVERY_S = 0.0
+@click.command()
+def work():
+    with progress.progress("working") as bar:
+        bar.report("working", 1, 2)
+    if %r:
+        raise GqaExportError("wrong", "here", "do otherwise", code="E-FILE-WRITE")
+    click.echo("done")
+cli.main.get_command = lambda ctx, name: work
+sys.argv = ["gqa-export", "models"]
+cli.entry()
+"""
+
+
+@pytest.mark.parametrize("where", ["a pipe whose reader is gone", "a full disk", "nowhere"])
+@pytest.mark.parametrize(("fails", "code"), [(False, 0), (True, 2)], ids=["done", "refused"])
+def test_what_cannot_be_told_on_standard_error_does_not_end_the_work(where: str, fails: bool, code: int) -> None:
+    """Hours of work would end with the `tee` that keeps the log. The exit code is that of the work."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    unheard = writer if where == "a pipe whose reader is gone" else os.open("/dev/full", os.O_WRONLY)
+    closed = "import os, sys; os.close(2); sys.stderr = None\n" if where == "nowhere" else ""
+    done = subprocess.run([sys.executable, "-c", closed + UNHEARD % fails], stdout=subprocess.PIPE, stderr=unheard,
+                          text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stdout) == (code, "" if fails else "done\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_a_terminal_that_is_closed_does_not_end_the_work() -> None:
+    ours, theirs = os.openpty()
+    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+                              "input()\n" + CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=theirs,
+                             env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"})
+    os.close(theirs)
+    os.close(ours)
+    assert child.communicate(b"\n", timeout=60)[0] == b"False\n", "it is no terminal any more"
 
 
 def test_an_export_that_quantizes_tells_its_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,11 @@ from .conftest import require_tools
 def test_the_committed_result_is_of_these_programs_and_every_token_was_equal() -> None:
     report = json.loads(script.RESULT.read_text(encoding="utf-8"))
     assert report["sources_sha256"] == script.sources_sha256(), "run scripts/ort_cpp_example.py again"
-    assert [row["model"] for row in report["rows"]] == list(script.MODELS)
-    assert all(row[program] for row in report["rows"] for program in script.PROGRAMS)
+    plain = [row for row in report["rows"] if "cache" not in row]
+    assert [row["model"] for row in plain] == list(script.MODELS)
+    assert all(row[program] for row in plain for program in script.PROGRAMS)
+    assert [(row["cache"], row["ort_generate"]) for row in report["rows"] if "cache" in row] == [
+        (cache, True) for cache in script.CACHES]
 
 
 def test_both_programs_give_ragged_prompts_the_tokens_that_python_gives_each_alone(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Engines built by TensorRT for RTX, for 8.0, 8.9 and 12.0 in one build each, and what holds for every one of them.
+"""Engines built by TensorRT for RTX, and what holds for every one of them.
+
+Each feature of a layer is built for one capability, not always the same; that an engine serves several at once is shown
+by the kinds of models (test_rtx_plugin.py, test_rtx_native.py), for 8.0, 8.9 and 12.0 in one build each.
 
 Without a GPU an engine is known by TensorRT's build log only: inputs and outputs, plugin layers per profile, no
 copies, the plugin's own alias map, the size. Whether it computes the right thing is shown on the graph
@@ -19,10 +22,12 @@ from gqa_export.engine.build import EngineBuild, EngineOptions, build_engine
 from gqa_export.graph_io import past_names, present_names
 
 CAPABILITIES = (80, 89, 120)
+"""that an engine is built for if none are named"""
 BATCH, PROMPT = 2, 32
 
 
-def build(bundle: Path, output: Path, **options) -> EngineBuild:
+def build(bundle: Path, output: Path, capabilities: tuple[int, ...] = (), **options) -> EngineBuild:
+    options["capabilities"] = tuple(f"{number // 10}.{number % 10}" for number in capabilities)
     return build_engine(bundle, output, EngineOptions(max_batch=BATCH, max_prompt=PROMPT, **options))
 
 

@@ -1,8 +1,7 @@
-"""Compiled kernels are kept for the whole run, shared by its workers; a user's own folder is not touched."""
+"""TensorRT for RTX, and bundles of small models to build engines of."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,6 @@ from gqa_export.environment import tensorrt_libraries
 
 WINDOW, ALL = "sliding_attention", "full_attention"
 KINDS = {"gemma2": [WINDOW, ALL], "gemma3": [WINDOW, ALL], "gpt_oss": [WINDOW, ALL]}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _kernel_cache(tmp_path_factory) -> None:
-    workers = tmp_path_factory.getbasetemp()
-    shared = workers.parent if "PYTEST_XDIST_WORKER" in os.environ else workers
-    os.environ.setdefault("GQA_EXPORT_KERNEL_CACHE", str(shared / "kernels"))
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def test_an_engine_with_the_plugin(rtx, tiny_bundle, tmp_path, name: str, dtype:
 @pytest.mark.slow
 def test_a_timing_cache_and_a_workspace_limit_for_one_capability(rtx, tiny_bundle, tmp_path) -> None:
     for output in ("first", "second"):
-        built = build(tiny_bundle("llama_mqa"), tmp_path / output, capabilities=("8.9",),
+        built = build(tiny_bundle("llama_mqa"), tmp_path / output, capabilities=(89,),
                       timing_cache=tmp_path / "timings", workspace_mb=64)
         assert built.facts.compute_capabilities == (89,)
         assert built.facts.build["workspace_mb"] == 64

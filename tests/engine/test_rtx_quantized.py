@@ -43,7 +43,7 @@ def _sizes(checkpoint: Path, folder: Path, method: str, attention: str, capabili
     """Bytes of the engine without the plugin's kernels, and of the weights that it is built from."""
     done = export_onnx(checkpoint, folder / "bundle", ExportOptions(
         target=f"trt-{attention}", dtype="fp16", capacity=64, quantize=method, head=head))
-    built = build(folder / "bundle", folder / "engine", capabilities=(capability,))
+    built = build(folder / "bundle", folder / "engine", capabilities=(round(10 * float(capability)),))
     assert built.facts.compute_capabilities == (round(10 * float(capability)),)
     return (built.folder / ENGINE).stat().st_size - built.facts.build["kernel_bytes"], done.manifest.bytes_copied
 
@@ -75,10 +75,10 @@ def readable(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "dtype", "attention", "capability"), [
-    ("fp8", "fp16", "native", "8.9"), ("nvfp4", "bf16", "plugin", "12.0")])
+@pytest.mark.parametrize(("method", "dtype", "attention", "capabilities"), [
+    ("fp8", "fp16", "native", (89, 120)), ("nvfp4", "bf16", "plugin", (120,))])
 def test_products_of_an_engine_read_codes_on_both_sides(rtx, readable: Path, tmp_path: Path, method: str, dtype: str,
-                                                        attention: str, capability: str) -> None:
+                                                        attention: str, capabilities: tuple[int, ...]) -> None:
     """W8A8 and W4A4: the build log lists the types that each layer reads. A head of integers has inputs as they are."""
     text = tmp_path / "text.txt"
     text.write_text("".join(SENTENCES))
@@ -86,7 +86,7 @@ def test_products_of_an_engine_read_codes_on_both_sides(rtx, readable: Path, tmp
         target=f"trt-{attention}", dtype=dtype, capacity=64, quantize=method, activations="same", calibrate=text))
     rounding = [weight for weight in done.manifest.quantization.weights if weight.inputs]
     assert len(rounding) == 7
-    built = build(tmp_path / "bundle", tmp_path / "engine", capabilities=(capability,))
+    built = build(tmp_path / "bundle", tmp_path / "engine", capabilities=capabilities)
     assert built.facts.build["products_of_codes"] == {"decode": 7, "prefill": 7}
     assert not any("dequantize them first" in note for note in built.notes)
     assert FILE in built.manifest.files  # by which `validate` tells the scales

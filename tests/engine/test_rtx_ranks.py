@@ -43,7 +43,7 @@ def test_every_rank_becomes_an_engine_with_the_collectives_in_one_order(rtx, smo
     monkeypatch.setattr(inspect_build, "check_collectives", check)
     export_onnx(smollm2_cut, tmp_path / "b", ExportOptions(target="trt-native", dtype="fp16", capacity=64,
                                                            quantize="dequantize", tensor_parallel=RANKS))
-    built = build(tmp_path / "b", tmp_path / "e", capabilities=("8.9",))
+    built = build(tmp_path / "b", tmp_path / "e", capabilities=(89,))
     manifest = read_manifest(built.folder)
     assert manifest.engine == built.facts
     modules = [("all_reduce", f"model.layers.{layer}.{module}/") for layer in range(LAYERS)

@@ -15,7 +15,8 @@ import types
 import pytest
 import two_layers
 
-from gqa_export.environment import deferred_module, stand_in_rows
+from gqa_export import cli
+from gqa_export.environment import deferred_module, stand_in_rows, stand_ins
 from gqa_export.environment.deferred_imports import Finder, install
 from gqa_export.environment.deferred_module import Deferred, Later, run
 from gqa_export.environment.stand_in_rows import DISABLED, LATER, NATIVE, REPLAYED, Change, StandIn
@@ -267,6 +268,20 @@ def test_a_stand_in_behaves_as_the_class_would(upstream):
     stand_in = user.Thing
     assert [stand_in == other for other in (user.Thing, int)] == [True, False]
     assert waits("heavy")
+    or_none = stand_in | None
+    assert [isinstance(one, or_none) for one in (None, 7)] == [True, False]
+    assert waits("heavy"), "an annotation needs no class"
+    assert or_none == (sys.modules["heavy"].Thing | None) == user.Thing | None
+    assert (isinstance(user.make(), or_none), or_none | int, hash(or_none)) == (
+        True, user.Thing | None | int, hash(user.Thing | None))
+
+
+def test_a_stand_in_is_in_the_place_of_the_class(upstream):
+    put, _ = upstream
+    put()
+    import user
+
+    stand_in = user.Thing
     assert {stand_in: 1}[sys.modules["heavy"].Thing] == 1, "its place in a table is that of the class"
     assert (stand_in | None) == (sys.modules["heavy"].Thing | None)
 
@@ -285,7 +300,8 @@ PROGRAM = """
     import gqa_export as gqa
     made = [gqa.export(sys.argv[1], Path(sys.argv[2]) / "later", capacity=64)]
     waiting = [name for name, module in sys.modules.items() if isinstance(module, Deferred)]
-    assert {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "accelerate"} <= set(waiting), waiting
+    assert {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "accelerate", "huggingface_hub.hf_api",
+            "torch.quantization", "torch.distributions"} <= set(waiting), waiting
     assert not made[0].exported.remarks, made[0].exported.remarks
     import torch, transformers
     assert len(transformers._class_to_module) < 1000
@@ -316,3 +332,23 @@ def test_after_an_export_everything_works_and_the_graph_is_the_same(checkpoint, 
                           capture_output=True, text=True, timeout=240, check=False,
                           env={**os.environ, "GQA_EXPORT_TRACE_CACHE": "off"})
     assert (done.returncode, done.stdout.split()[-1:]) == (0, ["done"]), done.stderr[-4000:]
+
+
+@pytest.mark.parametrize(("verb", "waits"), [("onnx", True), ("validate", True), ("uptrain", False), ("run", False)])
+def test_modules_wait_where_the_program_s_verb_uses_little_of_them(verb, waits, monkeypatch):
+    class Left(Exception):
+        """Instead of the end of this process."""
+
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    called: list[str] = []
+    for name in ("TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM"):  # which the program sets
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setattr(stand_ins, "stand_in", lambda: called.append(verb))
+    monkeypatch.setattr(sys, "argv", ["gqa-export", verb])
+    monkeypatch.setattr(cli.main, "main", lambda **named: None)
+    monkeypatch.setattr(cli.os, "_exit", leave)
+    with pytest.raises(Left):
+        cli.entry()
+    assert bool(called) is waits

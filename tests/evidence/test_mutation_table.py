@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 from evidence.mutations.contradictions import CONTRADICTIONS
 from evidence.mutations.kinds import MUTATIONS
+from evidence.mutations.of_caches import CACHE_MUTATIONS
 from evidence.mutations.of_chunks import CHUNK_MUTATIONS
+from evidence.mutations.of_floats import FLOAT_MUTATIONS
 from evidence.mutations.of_quantized import MUTATIONS as QUANTIZED_MUTATIONS
+from evidence.mutations.of_rings import RING_MUTATIONS
+from evidence.mutations.of_shared import SHARED_MUTATIONS
 from evidence.mutations.of_states import STATE_MUTATIONS
 from evidence.mutations.table import (
     Row,
@@ -56,12 +60,13 @@ def test_the_same_holds_on_a_model_of_135_million_parameters():
     kinds = [row["kind"] for row in data["rows"]]
     absent = {m.name for m in MUTATIONS} - set(kinds)
     # it has no window, chunks, softcap, sinks, biases, norms of queries; its head is its embedding; `ort` masks by
-    # itself and rotates inside attention; its layers keep nothing but keys and values, and nothing of its bundle is
-    # quantized
+    # itself and rotates inside attention; its layers keep nothing but keys and values, each its own and all of them,
+    # and nothing of its bundle is quantized
     assert absent <= {"window longer", "window shorter", "window dropped", "softcap dropped", "sinks zeroed",
                       "sinks dropped", "bias dropped", "q norm dropped", "past one short", "mask upper-left",
                       "embedding row", "final softcap dropped", "whole rows miscounted",
-                      *(m.name for m in (*CHUNK_MUTATIONS, *STATE_MUTATIONS, *QUANTIZED_MUTATIONS))}
+                      *(m.name for m in (*CHUNK_MUTATIONS, *STATE_MUTATIONS, *QUANTIZED_MUTATIONS, *FLOAT_MUTATIONS,
+                                         *RING_MUTATIONS, *SHARED_MUTATIONS, *CACHE_MUTATIONS[:-1]))}
     assert {c.name for c in CONTRADICTIONS} <= set(kinds), "run scripts/mutation_table.py --checkpoint again"
     caught = [row["caught"] for row in data["rows"]]
     assert sum(bool(row["quick"]) for row in caught) >= 0.9 * len(caught)
@@ -76,6 +81,20 @@ def test_damage_to_what_is_quantized_is_caught_where_nothing_is_rounded():
         exact = [name for name in quick if not name.startswith("shipped ")]
         assert quick, mutation.name
         assert exact or mutation.name == "level 4 where 0 was promised"
+
+
+def test_new_kinds_are_caught_by_nine_of_ten_and_all_too():
+    """Experts, codes of caches and of floating-point numbers, rings, caches of other layers, caches in place: each
+    group by itself, so that none hides behind the others; and on the targets that have it."""
+    rows = {row.kind: row for row in ROWS}
+    for kinds in (QUANTIZED_MUTATIONS, FLOAT_MUTATIONS, CACHE_MUTATIONS, RING_MUTATIONS, SHARED_MUTATIONS):
+        group = [rows[mutation.name] for mutation in kinds]
+        assert shares(group)["quick"] >= 0.9
+        assert shares(group)["full"] == 1.0
+    targets = {row.sample.split()[1].rstrip(",") for row in rows.values()
+               if "cache" in row.sample or "fp" in row.sample}
+    assert targets == {"ort", "onnx", "portable", "trt-native"}
+    assert set(rows["newest at the end"].caught["full"]) == {"in_place"}, "the other cases bind no cache in place"
 
 
 def test_a_new_kind_is_added_to_the_committed_rows_in_the_order_of_the_kinds(tmp_path):

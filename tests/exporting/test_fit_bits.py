@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from gqa_export.exporting.dry_run import dry_run
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import Export, export_onnx
 from gqa_export.objects.export_options import export_options
+from gqa_export.progress import silent
+from gqa_export.quantizing import sensitivity
 from gqa_export.quantizing.calibrate import rows_of_text
 from gqa_export.quantizing.choose_bits import Upgrade, Upgrades
 from gqa_export.quantizing.rtn import quantize_matrix
@@ -263,3 +266,28 @@ def test_a_manifest_of_an_earlier_release_is_still_read(checkpoint: Path, tmp_pa
         del weight["errors"]
     path.write_text(json.dumps(facts))
     assert read_manifest(done.folder).quantization == done.manifest.quantization
+
+
+@pytest.mark.parametrize("model", ["checkpoint", "mixtral"])
+def test_what_layers_compute_is_not_kept_for_the_way_back(checkpoint: Path, tmp_path: Path, model: str,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is computed again, a layer at a time, and the gradients are the same to the last bit. Of a deep model it would
+    be most of the memory that an export takes."""
+    source = checkpoint if model == "checkpoint" else gqa_models.write_tiny(model, tmp_path / model)
+    opened, calls = open_checkpoint(source), Counter[str]()
+    names = {name for name, parameter in load_model(opened, "auto").named_parameters() if parameter.ndim > 1}
+    rows = torch.randint(5, 300, (2, 24), generator=torch.Generator().manual_seed(3))
+    linear = torch.nn.functional.linear
+
+    def counted(values: Any, weight: Any, bias: Any = None) -> Any:
+        calls["grad" if torch.is_grad_enabled() else "no grad"] += 1
+        return linear(values, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    found, again = sensitivity.sensitivities(opened, rows, names, {}, silent), calls.total()
+    monkeypatch.setattr(sensitivity, "_compute_again", lambda model: None)
+    calls.clear()
+    kept = sensitivity.sensitivities(opened, rows, names, {}, silent)
+    assert found.keys() == kept.keys()
+    assert all(np.array_equal(found[name], kept[name]) for name in found)
+    assert calls.total() < again < 2 * calls.total(), "the head's product is made once"

@@ -162,27 +162,6 @@ def test_a_file_of_rules_names_kinds(checkpoint: Path, tmp_path: Path) -> None:
         dry_run(checkpoint, ExportOptions(target="ort", quantize=str(rules), capacity=64))
 
 
-def test_rounded_inputs_change_the_blocks_of_what_they_are_for_alone(tmp_path: Path) -> None:
-    """A product of FP8 has one scale a row. An embedding that no product reads keeps its blocks, and so does a matrix
-    whose block a rule names: its inputs stay as they are, and the reason says why."""
-    byte_tokenizer(gqa_models.write_tiny("llama", tmp_path / "llama", num_hidden_layers=1))
-    text, rules = tmp_path / "text.txt", tmp_path / "r.toml"
-    text.write_text("".join(SENTENCES))
-    rules.write_text('[[rule]]\nmatch = "*q_proj*"\nbits = 8\nkind = "e4m3"\nblock = 16\n'
-                     '[[rule]]\nmatch = "*"\nbits = 8\nkind = "e4m3"\n')
-    plan = dry_run(tmp_path / "llama", ExportOptions(target="trt-native", quantize=str(rules), capacity=64,
-                                                     activations="same", calibrate=text))
-
-    def line(name: str) -> str:
-        return next(each for each in plan.quantization if name in each)
-
-    assert "block 32, e4m3" in line("embed_tokens")
-    assert "block 16, e4m3" in line("q_proj")
-    assert "this has one for 16 columns" in line("q_proj")
-    assert "block 64, e4m3, inputs e4m3" in line("k_proj")
-    assert any("have one scale a row" in note for note in plan.notes)
-
-
 @pytest.mark.parametrize("rule", ['bits = 8\nkind = "e2m1"', 'bits = 4\nkind = "e4m3"', 'bits = 8\nkind = "fp8"',
                                   "bits = 8\nkind = 3"])
 def test_a_kind_of_other_bits_is_refused(tmp_path: Path, rule: str) -> None:

@@ -97,13 +97,13 @@ def test_the_operator_of_onnxruntime_reads_the_owners_present_and_adds_no_token(
 def test_an_operator_that_cannot_adds_the_same_tokens_to_the_same_past(version, options, checkpoints, tmp_path,
                                                                        monkeypatch):
     monkeypatch.setattr(shared_caches, "installed_version", lambda name: version)
-    bundle = gqa.export(checkpoints("gemma3n"), tmp_path / "b", capacity=64, dtype="fp32", cache="static", **options)
+    bundle = gqa.export(checkpoints("gemma4"), tmp_path / "b", capacity=64, dtype="fp32", cache="static", **options)
     calls = [node for node in graph_of(bundle).node if node.op_type == "GroupQueryAttention"]
     assert [list(node.input[3:5]) for node in calls[2:]] == [
         [f"past_key_values.{owner}.{kind}" for kind in ("key", "value")] for owner in (0, 1)]
     assert bundle.manifest.needs == ({"onnxruntime": "1.32"} if options else {})
     assert len(bundle.manifest.inputs) == 2 + 4
-    bundle.validate(checkpoints("gemma3n"), steps=2).check()
+    bundle.validate(checkpoints("gemma4"), steps=2).check()
 
 
 def test_sessions_and_inspect_count_caches_not_layers(bundles):

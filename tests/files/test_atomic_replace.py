@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from gqa_export.files import atomic_replace
-from gqa_export.files.atomic_replace import move_files, replace_folder
+from gqa_export.files.atomic_replace import move_files, remove_file, replace_folder, undisturbed
 from gqa_export.files.write_text import write_text
 
 NAMES = ["a", "b", "manifest"]
@@ -129,3 +133,44 @@ def test_a_disk_that_turns_out_full_when_it_is_written_to_leaves_the_old_files(f
     with pytest.raises(OSError, match="No space"):
         move_files(NAMES, staging, output)
     assert texts(output) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there one process cannot send itself Ctrl-C alone")
+def test_an_interrupt_waits_for_the_end_of_a_block_though_other_threads_run() -> None:
+    """The system gives the signal to any thread that does not block it; torch, rich and our own have such."""
+    ended, done = threading.Event(), []
+    other = threading.Thread(target=ended.wait, daemon=True)
+    other.start()
+
+    def work() -> None:
+        with undisturbed():
+            os.kill(os.getpid(), signal.SIGINT)
+            for step in range(20):
+                time.sleep(0.005)
+                done.append(step)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+        ended.set()
+    assert done == list(range(20))
+
+
+def test_a_file_is_removed_though_a_virus_scanner_has_it_open_for_a_while(tmp_path, monkeypatch) -> None:
+    place, tries, real = tmp_path / "data", [], Path.unlink
+
+    def held(self: Path, missing_ok: bool = False) -> None:
+        tries.append(self)
+        if len(tries) < 3:
+            raise PermissionError(errno.EACCES, "in use")
+        real(self, missing_ok=missing_ok)
+
+    place.write_text("content")
+    monkeypatch.setattr(Path, "unlink", held)
+    monkeypatch.setattr(sys, "platform", "win32")
+    remove_file(place)
+    assert not place.exists()

@@ -12,10 +12,12 @@ import time
 
 import gqa_models
 import pytest
+from refusal import refused
 from safetensors.numpy import load_file, save_file
 
 from gqa_export.bundle.manifest import DATA
 from gqa_export.bundle.writer import writing_bundle
+from gqa_export.exporting import to_onnx
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.files import resume
@@ -102,12 +104,41 @@ def test_a_killed_export_is_taken_up_where_it_was_and_gives_the_same_bundle(kill
     done = export_onnx(folder, out, ExportOptions(dtype="fp16"))
     # fp32 is read for fp16: twice the bytes, of the last part only
     assert 0 < sum(count for _, count in read) < undisturbed.manifest.bytes_copied
-    assert {thread for thread, _ in read} == {"weights-ahead"}, "while the model was traced"
+    assert {thread for thread, _ in read} == {"MainThread"}, "once the graph is there, see the test below"
     assert "weights-ahead" not in {thread.name for thread in threading.enumerate()}
     assert (out / DATA).read_bytes() == data
     assert done.manifest.files[DATA] == undisturbed.manifest.files[DATA]
     assert partials(out) == []
     assert not list(out.glob("*journal*")) + list(out.parent.glob("*.lock"))
+
+
+@pytest.mark.parametrize("how", ["refused", "interrupted"])
+def test_what_a_killed_export_left_outlives_one_that_ends_before_its_graph_is_there(killed, whole, monkeypatch, how):
+    """It may be hours of work, and what ended the other may be a word of its command."""
+    folder, out = killed
+    kept, real = partials(out), to_onnx.prepare
+
+    def interrupted(*arguments):
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    if how == "refused":
+        with refused("E-ENV-MEMORY"):
+            export_onnx(folder, out, ExportOptions(dtype="fp16", max_ram=1))
+    else:
+        monkeypatch.setattr(to_onnx, "prepare", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export_onnx(folder, out, ExportOptions(dtype="fp16"))
+        monkeypatch.setattr(to_onnx, "prepare", real)
+    # and one of another type, whose weights are written ahead
+    with refused("E-ENV-MEMORY"):
+        export_onnx(folder, out, ExportOptions(dtype="bf16", max_ram=1))
+    assert partials(out) == kept
+    read = reads_of(monkeypatch)
+    export_onnx(folder, out, ExportOptions(dtype="fp16"))
+    assert 0 < sum(count for _, count in read) < whole[0].manifest.bytes_copied, "taken up all the same"
+    assert (out / DATA).read_bytes() == whole[1]
+    assert partials(out) == []
 
 
 def test_a_checkpoint_that_changed_meanwhile_is_exported_from_the_start(tmp_path, killed):

@@ -101,9 +101,10 @@ def test_the_bundle_that_a_killed_engine_build_left_is_removed_by_the_next(tmp_p
     for check in ("check_request", "for_code_types", "is_named"):
         monkeypatch.setattr(to_engine, check, lambda *_, **__: None)
     monkeypatch.setattr("gqa_export.exporting.to_onnx.export_onnx", export)
-    with refused("E-TEST"):
-        to_engine.make_engine("some/checkpoint", output, EngineOptions(), lambda *_: None)
-    assert list(tmp_path.iterdir()) == []
+    for place in (output, tmp_path / "new" / "deep" / "engine"):  # and folders that were made for it are gone too
+        with refused("E-TEST"):
+            to_engine.make_engine("some/checkpoint", place, EngineOptions(), lambda *_: None)
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["model[7b]", "a*b", "what?", "[!x]"])

@@ -23,7 +23,7 @@ from gqa_export.lowering.tensorrt.interpret import interpret
 from gqa_export.quantized.facts import Form, facts_of, float_form
 from gqa_export.quantized.input_codes import InputCodes
 from gqa_export.quantized.matrix import LEVELS, QuantizedMatrix, Stripe
-from gqa_export.quantized.packing import packed
+from gqa_export.quantized.packed_bits import packed
 from gqa_export.spec import ModelSpec
 from gqa_export.targets import get_target
 from gqa_export.weights.packed import add_packed

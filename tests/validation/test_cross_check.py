@@ -11,11 +11,14 @@ from evidence.mutations.mutation import break_bundle
 from gqa_models import write_tiny
 from refusal import refused
 
-from gqa_export.bundle.manifest import MANIFEST, read_manifest
+from gqa_export.bundle.engine_facts import EngineFacts
+from gqa_export.bundle.manifest import MANIFEST, Manifest, read_manifest
+from gqa_export.bundle.quantization import Quantization, QuantizedWeight
 from gqa_export.errors import InvalidBundle
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
-from gqa_export.validation.cross_check import cross_check
+from gqa_export.spec import ModelSpec
+from gqa_export.validation.cross_check import cross_check, refuse_rounding
 
 pytestmark = pytest.mark.whole_model
 
@@ -88,3 +91,19 @@ def test_one_bundle_without_a_checkpoint_is_refused(bundles, program):
     done = program("validate", bundles["ort"])
     assert done.returncode == 2
     assert "--against" in done.stderr
+
+
+@pytest.mark.parametrize(("engine", "inputs"), [(True, "e4m3"), (False, "e4m3"), (True, "")])
+def test_an_engine_that_rounds_inputs_is_refused(engine: bool, inputs: str) -> None:
+    """Of a graph the rounding is left out, so that an engine would differ from the very bundle that it was built of."""
+    weight = QuantizedWeight("a", "FP8", 8, 64, True, "DequantizeLinear", 1, kind="e4m3", inputs=inputs,
+                             input_scale=0.5 if inputs else 0.0)
+    facts = EngineFacts("rtx", "1.7", (), "native", (), {}) if engine else None
+    manifest = Manifest("trt-native", "float16", "static", 8, "last", "copy", ModelSpec("x", "", 5, 6, 8, "", ()), (),
+                        (), engine=facts, quantization=Quantization("keep", "same", (weight,)))
+    if engine and inputs:
+        with refused("E-VALIDATE-ROUNDED") as refusal:
+            refuse_rounding(Path("bundle"), manifest)
+        assert "--against CHECKPOINT" in refusal.error.fix
+    else:
+        refuse_rounding(Path("bundle"), manifest)

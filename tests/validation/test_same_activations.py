@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.engine.inspect_build import expected_aliases
 from gqa_export.engine.profiles import make_profiles
-from gqa_export.errors import InvalidBundle
+from gqa_export.errors import InvalidBundle, NotCheckedHere
 from gqa_export.exporting.dry_run import dry_run
 from gqa_export.exporting.input_scales import NOT_MULTIPLIED
 from gqa_export.exporting.options import ExportOptions
@@ -38,7 +38,8 @@ from gqa_export.files.sha256 import file_sha256
 from gqa_export.quantized.input_codes import held_as
 from gqa_export.quantizing.importance import FILE, importance_file, read_importance, read_largest
 from gqa_export.report.console import details
-from gqa_export.validation.reference import runnable
+from gqa_export.validation.loss import LossRequest
+from gqa_export.validation.reference import open_reference, runnable
 from gqa_export.validation.sessions import bundle_session
 from gqa_export.validation.validate import validate
 
@@ -212,31 +213,51 @@ def test_a_wrong_scale_of_the_weight_shows_in_the_numbers_that_are_exact(fp8, tm
     assert (verdict.export_exact, verdict.as_shipped) == (False, True)
 
 
-@pytest.mark.parametrize("inputs", ["same", "exact"])
-def test_an_engine_is_judged_as_shipped_alone(fp8, tmp_path: Path, monkeypatch, inputs: str) -> None:
-    """No engine runs here: its graph stands in for one, whose rounding cannot be left out. As an engine whose inputs
-    are exact it would not pass."""
-    folder = changed(fp8[1], tmp_path / "engine", lambda model: None)
+@contextmanager
+def engine(bundle: Path, folder: Path, monkeypatch, state: Callable[[Manifest], Manifest] = lambda manifest: manifest,
+           graph: Callable[[onnx.ModelProto], None] = lambda model: None) -> Iterator[Path]:
+    """No engine runs here: inside, the graph of a bundle stands in for one, whose rounding cannot be left out. state:
+    changes what its manifest says. graph: changes what is run."""
+    stands_in = changed(bundle, folder.with_name(f"{folder.name}_graph"), graph)
+    changed(bundle, folder, lambda model: None)
     manifest = read_manifest(folder)
-    assert manifest.quantization is not None
     facts = EngineFacts("rtx", "1.7", (), "native", make_profiles(manifest, 4, 32), expected_aliases(manifest))
     (folder / ENGINE).write_bytes(b"opened by nobody")
     files = {**manifest.files, ENGINE: FileFact((folder / ENGINE).stat().st_size, file_sha256(folder / ENGINE))}
-    other = manifest if inputs == "same" else stated(0)(manifest)
-    quantization = replace(other.quantization, activations=inputs)
-    (folder / MANIFEST).write_text(replace(other, quantization=quantization, engine=facts, files=files).to_json())
+    (folder / MANIFEST).write_text(replace(state(manifest), engine=facts, files=files).to_json())
     with ExitStack() as stack:
         def load(*_):
-            ran, where, target = runnable(stack, folder, manifest, "float32", [], lambda *_: None)
+            ran, where, target = runnable(stack, stands_in, manifest, "float32", [], lambda *_: None)
             return stack.enter_context(bundle_session(where, ran, "cpu", [], target))
 
         monkeypatch.setattr("gqa_export.validation.validate.load_engine", load)
+        yield folder
+
+
+def test_an_engine_is_judged_as_shipped_alone(fp8, tmp_path: Path, monkeypatch) -> None:
+    with engine(fp8[1], tmp_path / "engine", monkeypatch) as folder:
         verdict = validate(folder, fp8[0], steps=2)
-    if inputs == "same":
-        assert verdict.passed, verdict.failure
-        assert (verdict.export_exact, verdict.as_shipped, verdict.activations) == (None, True, "same")
-    else:
-        assert not verdict.passed
+    assert verdict.passed, verdict.failure
+    assert (verdict.export_exact, verdict.as_shipped, verdict.activations) == (None, True, "same")
+
+
+def test_an_engine_that_rounds_more_than_it_says_is_wrong(fp8, tmp_path: Path, monkeypatch) -> None:
+    """Exported with the option, and no weight has a scale for its inputs: nothing is to be rounded, and nothing is
+    excused."""
+    with engine(fp8[1], tmp_path / "engine", monkeypatch, stated(0)) as folder:
+        verdict = validate(folder, fp8[0], steps=2)
+    assert not verdict.passed
+    assert (verdict.as_shipped, verdict.activations) == (None, "exact")
+    assert {case.part for case in verdict.cases} == {""}
+
+
+def test_an_engine_that_nothing_can_be_held_against_does_not_pass(fp8, tmp_path: Path, monkeypatch) -> None:
+    """There is no room for the baseline, which alone rounds as the engine does."""
+    with engine(fp8[1], tmp_path / "engine", monkeypatch) as folder:
+        known = replace(open_reference(fp8[0], read_manifest(folder), "float32", []), eager=None)
+        with refused("E-VALIDATE-MEMORY", NotCheckedHere) as refusal:
+            validate(folder, fp8[0], steps=2, reference=known)
+    assert "an engine cannot leave the rounding of inputs out" in refusal.error.what
 
 
 def test_without_the_option_nothing_is_rounded(fp8, tmp_path: Path) -> None:
@@ -302,6 +323,79 @@ def test_a_text_gives_the_scales_and_the_bundle_holds_them(plain, tmp_path: Path
     (tmp_path / "b" / MANIFEST).write_text(replace(done.manifest, files=files).to_json())
     with refused("E-BUNDLE-QUANTIZATION", InvalidBundle):
         validate(tmp_path / "b", checkpoint, steps=2, check_hashes=False)
+
+
+@pytest.fixture(scope="module")
+def calibrated(plain, tmp_path_factory) -> Path:
+    """A bundle of FP8 whose scales of inputs a text gave."""
+    return exported(plain[0], tmp_path_factory.mktemp("calibrated") / "b", quantize="fp8", calibrate=plain[1]).folder
+
+
+def all_scaled(bundle: Path, folder: Path, factor: float) -> Path:
+    """A bundle whose graph, manifest and own record of the text agree on other scales of inputs."""
+    data = importance_file(read_importance(bundle),
+                           {name: factor * size for name, size in read_largest(bundle).items()})
+    fact = FileFact(len(data), hashlib.sha256(data).hexdigest())
+
+    def state(manifest: Manifest) -> Manifest:
+        other = stated(factor)(manifest)
+        return replace(other, files={**other.files, FILE: fact})
+
+    changed(bundle, folder, scaled(factor), state)
+    (folder / FILE).unlink()  # it is linked
+    (folder / FILE).write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("factor", [1 / 1024, 0.5, 1.02])
+def test_scales_that_a_bundle_alone_agrees_on_are_refused_beside_the_text(plain, calibrated, tmp_path: Path,
+                                                                          factor: float) -> None:
+    """The text is measured again: threads and bf16 move a scale by less than a hundredth."""
+    with refused("E-BUNDLE-QUANTIZATION", InvalidBundle) as refusal:
+        validate(all_scaled(calibrated, tmp_path / "b", factor), plain[0], steps=2,
+                 loss=LossRequest(calibrate=plain[1]))
+    assert "the checkpoint or its calibration says" in refusal.error.what
+
+
+def test_inputs_that_are_cut_off_alike_in_pytorch_and_the_bundle_are_not_right(plain, calibrated, tmp_path: Path,
+                                                                              ) -> None:
+    """Without the text nothing tells which scales it gave. Both sides agree to six digits, and neither is the
+    checkpoint's model: logits are off by more than the largest of them."""
+    verdict = validate(all_scaled(calibrated, tmp_path / "b", 1 / 1024), plain[0], steps=2)
+    assert (verdict.export_exact, verdict.as_shipped) == (True, False)
+    assert "activations" in {case.logits.basis for case in verdict.cases if case.part == "as shipped" and case.rows}
+
+
+def test_what_scales_were_held_against_is_told(plain, calibrated) -> None:
+    """A note where it was the bundle's own record, none where the text was measured again."""
+    for text, told in ((None, True), (plain[1], False)):
+        verdict = validate(calibrated, plain[0], steps=2, loss=LossRequest(calibrate=text))
+        assert verdict.passed, verdict.failure
+        assert any("not held against the checkpoint" in note for note in verdict.notes) is told
+
+
+def test_an_engines_cache_codes_are_counted_where_it_rounds_inputs_too(plain, tmp_path: Path, monkeypatch) -> None:
+    """Rounding inputs moves 62 % of them in PyTorch too, so that 81 % may be others: a note says how little that tells.
+    Scales that are a quarter off move more. Why outputs overflow is told as of any other engine."""
+    bundle = exported(plain[0], tmp_path / "b", "trt-plugin", "fp16", quantize="fp8", calibrate=plain[1],
+                      kv_cache="int8").folder
+
+    def off(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                if attribute.name in ("key_scale", "value_scale"):
+                    attribute.f *= 1.25
+
+    monkeypatch.setattr("gqa_export.validation.parts.overflow_words", lambda *_: "layer 0 overflows")
+    for name, graph in (("right", lambda model: None), ("wrong", off)):
+        with engine(bundle, tmp_path / name, monkeypatch, graph=graph) as folder:
+            verdict = validate(folder, plain[0], steps=2, loss=LossRequest(calibrate=plain[1]))
+        codes = [kind for case in verdict.cases for kind in case.kinds if kind.kind == "codes"]
+        assert len(codes) == len([case for case in verdict.cases if case.rows])
+        assert verdict.passed is (name == "right"), verdict.failure
+        assert all(kind.passed for kind in codes) is (name == "right")
+        assert verdict.overflow == "layer 0 overflows"
+        assert any("rounded inputs move many codes of the cache" in note for note in verdict.notes)
 
 
 def test_a_sequence_beyond_the_cache_gives_nan_through_inputs_that_have_none(plain, tmp_path: Path) -> None:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import signal
+import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from refusal import refused
 from safetensors.numpy import save_file
 
 from gqa_export.bundle.manifest import DATA
 from gqa_export.bundle.writer import HashingFile, staged_bundle
 from gqa_export.checkpoint.safetensors_header import read_header
+from gqa_export.errors import InvalidCheckpoint
+from gqa_export.weights import ahead as ahead_module
 from gqa_export.weights.ahead import WrittenAhead
 from gqa_export.weights.source_kinds import StoredSource
 from gqa_export.weights.streams import Stream, write_streams
@@ -52,6 +58,20 @@ def written(streams, path):
     return path.read_bytes(), fact
 
 
+@contextmanager
+def ahead_in(output, streams):
+    """(a writer of a bundle, the thread that writes these streams into it)."""
+    with staged_bundle(output, claim=False) as writer, WrittenAhead(writer, DATA, streams) as ahead:
+        ahead.start()
+        yield writer, ahead
+
+
+def ended(ahead):
+    """Wait until the thread has met what it meets."""
+    ahead._thread.join(30)
+    assert not running()
+
+
 def running():
     return [thread for thread in threading.enumerate() if thread.name == "weights-ahead"]
 
@@ -62,7 +82,7 @@ def test_the_file_is_the_one_that_would_be_written_now(tmp_path, stored, dtype):
     data, fact = written(streams, tmp_path / "plain")
     assert data[:60 if dtype == "float32" else 30] != bytes(60)
     told = []
-    with staged_bundle(tmp_path / "out") as writer, WrittenAhead(writer, DATA, streams) as ahead:
+    with ahead_in(tmp_path / "out", streams) as (writer, ahead):
         assert ahead.take(streams_of(stored, "b", "ca", dtype=dtype), told.append)
         assert not running()
         assert (writer.staging / DATA).read_bytes() == data
@@ -74,7 +94,7 @@ def test_the_file_is_the_one_that_would_be_written_now(tmp_path, stored, dtype):
 
 @pytest.mark.parametrize("other", [("ca", "b"), ("b", "c", "a"), ("b",)], ids=["order", "joined", "fewer"])
 def test_another_file_than_the_graph_asks_for_is_removed(tmp_path, stored, other):
-    with staged_bundle(tmp_path / "out") as writer, WrittenAhead(writer, DATA, streams_of(stored, "b", "ca")) as ahead:
+    with ahead_in(tmp_path / "out", streams_of(stored, "b", "ca")) as (writer, ahead):
         assert not ahead.take(streams_of(stored, *other), lambda done: None)
         assert not running()
         assert list(writer.staging.iterdir()) == []
@@ -85,33 +105,135 @@ def test_a_checkpoint_that_changes_meanwhile_is_read_again(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"a": np.ones((3, 5), np.float32)}, path)
     streams = streams_of(read_header(path), "a")
-    with staged_bundle(tmp_path / "out") as writer, WrittenAhead(writer, DATA, streams) as ahead:
+    with ahead_in(tmp_path / "out", streams) as (writer, ahead):
         time.sleep(0.01)
         save_file({"a": np.zeros((3, 5), np.float32)}, path)
         assert not ahead.take(streams, lambda done: None)
         assert list(writer.staging.iterdir()) == []
 
 
-def test_a_disk_that_is_full_only_means_that_nothing_is_ahead(tmp_path, stored, monkeypatch):
-    def full(self, data):
+def full_disk(monkeypatch, where):
+    """Let a method of files that are written fail for want of space; gives a list with an entry for each time."""
+    times, real = [], getattr(HashingFile, where)
+
+    def full(self, *arguments):
+        times.append(where)
+        if where == "close":
+            real(self)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    streams = streams_of(stored, "b", "ca")
-    monkeypatch.setattr(HashingFile, "write", full)
-    with staged_bundle(tmp_path / "out") as writer, WrittenAhead(writer, DATA, streams) as ahead:
-        assert not ahead.take(streams, lambda done: None)
+    monkeypatch.setattr(HashingFile, where, full)
+    return times
+
+
+@pytest.mark.parametrize("where", ["write", "sync", "close"])
+def test_a_disk_that_is_full_is_told_where_the_file_is_asked_for_and_not_filled_twice(tmp_path, stored, monkeypatch,
+                                                                                      where):
+    times = full_disk(monkeypatch, where)
+    with ahead_in(tmp_path / "out", streams_of(stored, "b", "ca")) as (writer, ahead):
+        ended(ahead)
+        with pytest.raises(OSError, match="No space"):
+            ahead.take(streams_of(stored, "b", "ca"), lambda done: None)
+        assert times == [where], "an export of hours is not begun again"
         assert list(writer.staging.iterdir()) == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_cannot_be_read_only_mean_that_nothing_is_ahead(tmp_path):
+@pytest.mark.parametrize("where", ["write", "sync", "close"])
+def test_what_happens_to_a_file_that_nobody_wants_stops_nothing(tmp_path, stored, monkeypatch, where):
+    full_disk(monkeypatch, where)
+    with ahead_in(tmp_path / "out", streams_of(stored, "b", "ca")) as (writer, ahead):
+        ended(ahead)
+        assert not ahead.take(streams_of(stored, "ca", "b"), lambda done: None)
+        assert list(writer.staging.iterdir()) == []
+
+
+def test_a_file_is_closed_and_its_journal_gone_when_the_last_bytes_find_no_room(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def close(self):
+            self.file.close()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file = HashingFile(tmp_path / "data", "key")
+    file._file = Full(file._file)
+    with pytest.raises(OSError, match="No space"):
+        file.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_weights_that_cannot_be_read_are_read_once_and_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"a": np.ones((3, 5), np.float32)}, path)
     streams = streams_of(read_header(path), "a")
     os.truncate(path, path.stat().st_size - 4)
-    with staged_bundle(tmp_path / "out") as writer, WrittenAhead(writer, DATA, streams) as ahead:
-        assert not ahead.take(streams, lambda done: None)
+    with ahead_in(tmp_path / "out", streams) as (writer, ahead):
+        with refused("E-WEIGHTS-FILE-CHANGED", InvalidCheckpoint):
+            ahead.take(streams, lambda done: None)
         assert list(writer.staging.iterdir()) == []
+
+
+def test_a_value_that_the_type_does_not_hold_is_met_once_and_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": np.ones((3, 5), np.float32), "b": np.full((3, 5), 7e4, np.float32)}, path)
+    streams = streams_of(read_header(path), "a", "b", dtype="float16")
+    told = []
+    with ahead_in(tmp_path / "out", streams) as (writer, ahead):
+        with refused("E-WEIGHTS-OVERFLOW"):
+            ahead.take(streams, told.append)
+        assert list(writer.staging.iterdir()) == []
+    assert told == sorted(told), "progress does not go back"
+
+
+def test_the_disk_is_waited_for_now_and_then_so_that_an_interrupt_is_not_the_one_that_waits(tmp_path, stored,
+                                                                                            monkeypatch):
+    synced, real = [], HashingFile.sync
+
+    def sync(self):
+        synced.append(self.tell())
+        real(self)
+
+    monkeypatch.setattr(HashingFile, "sync", sync)
+    monkeypatch.setattr(ahead_module, "SYNC_BYTES", 4 << 20)
+    streams = streams_of(stored, "a", "b", "c")
+    with ahead_in(tmp_path / "out", streams) as (_, ahead):
+        ended(ahead)
+        assert ahead.take(streams, lambda done: None)
+    # two chunks of 4 MiB, and what is left
+    assert synced == [4 << 20, 8 << 20, streams[-1].offset + streams[-1].nbytes]
+
+
+def test_a_thread_that_was_never_started_wrote_nothing(tmp_path, stored):
+    """Ctrl-C may come before it is."""
+    streams = streams_of(stored, "b")
+    with staged_bundle(tmp_path / "out", claim=False) as writer:
+        with WrittenAhead(writer, DATA, streams):
+            pass
+        with WrittenAhead(writer, DATA, streams) as ahead:
+            assert not ahead.take(streams, lambda done: None)
+
+
+def test_a_thread_that_begins_when_its_folder_is_gone_does_not_make_it_again(tmp_path, stored):
+    with staged_bundle(tmp_path / "out", claim=False) as writer:
+        pass
+    ahead = WrittenAhead(writer, DATA, streams_of(stored, "b"))
+    ahead.start()
+    ended(ahead)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_in_a_file_already_is_reported_in_one_step(tmp_path, stored):
+    """Progress counts its pace from the first report on, and would take each further step for work."""
+    streams = streams_of(stored, "a", "b", "c")
+    data, _ = written(streams, tmp_path / "plain")
+    file, told = HashingFile(tmp_path / "begun"), []
+    file.write(data[:streams[2].offset])
+    write_streams(file, streams, told.append)
+    assert told == [streams[0].nbytes + streams[1].nbytes, sum(stream.nbytes for stream in streams)]
+    file.close()
+    assert (tmp_path / "begun").read_bytes() == data
 
 
 class Interrupted(BaseException):
@@ -120,9 +242,10 @@ class Interrupted(BaseException):
 
 @pytest.mark.parametrize("where", ["before it is asked for", "while it is waited for"])
 def test_an_interrupted_export_leaves_no_thread_and_no_file(tmp_path, stored, monkeypatch, where):
-    slow, real = threading.Event(), HashingFile.write
+    slow, real, held_back = threading.Event(), HashingFile.write, []
 
     def write(self, data):
+        held_back.append(sys.platform == "win32" or signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
         slow.set()
         time.sleep(0.05)
         return real(self, data)
@@ -134,7 +257,7 @@ def test_an_interrupted_export_leaves_no_thread_and_no_file(tmp_path, stored, mo
     monkeypatch.setattr(HashingFile, "write", write)
 
     def export():
-        with staged_bundle(tmp_path / "deep" / "out") as writer, WrittenAhead(writer, DATA, streams) as ahead:
+        with ahead_in(tmp_path / "deep" / "out", streams) as (_, ahead):
             assert slow.wait(5)
             assert running()
             if where == "before it is asked for":
@@ -144,4 +267,5 @@ def test_an_interrupted_export_leaves_no_thread_and_no_file(tmp_path, stored, mo
     with pytest.raises(Interrupted):
         export()
     assert not running()
+    assert all(held_back), "a thread that takes Ctrl-C would break into what the main thread may not be torn from"
     assert list(tmp_path.iterdir()) == [], "the folder that was made for the output is gone too"

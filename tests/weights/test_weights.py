@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import shutil
 import tracemalloc
@@ -24,10 +25,15 @@ from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.safetensors_header import StoredTensor, header_sha256
 from gqa_export.errors import InvalidCheckpoint
-from gqa_export.weights.layout import place
+from gqa_export.quantized.facts import Form
+from gqa_export.quantized.matrix import QuantizedMatrix, Stripe
+from gqa_export.quantized.packing import Packer
+from gqa_export.weights import slices, source_kinds
+from gqa_export.weights.layout import _part_of, place
 from gqa_export.weights.slices import CHUNK_BYTES
-from gqa_export.weights.source_kinds import MemorySource, StoredSource
+from gqa_export.weights.source_kinds import MemorySource, PackedSource, SliceSource, StoredSource
 from gqa_export.weights.sources import WeightStore
+from gqa_export.weights.streams import Stream
 
 ATTENTION = "model.layers.0.self_attn."
 QKV = "weights:" + "+".join(f"{ATTENTION}{letter}_proj.weight" for letter in "qkv")
@@ -350,6 +356,42 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
     store = WeightStore({"w": StoredSource(StoredTensor(path, 40, 64, "float32", (4, 4)))})
     with refused("E-WEIGHTS-FILE-CHANGED", InvalidCheckpoint):
         export(matmuls(initializer("weights:w", [4, 4])), store, tmp_path / "out", "copy")
+
+
+class Slow(io.FileIO):
+    """A file that gives at most five bytes at a time, as FUSE and network file systems may."""
+
+    def readinto(self, buffer):
+        return super().readinto(memoryview(buffer)[:5])
+
+
+def test_a_file_system_that_gives_less_than_it_is_asked_for_is_asked_again(tmp_path, monkeypatch):
+    path, random = tmp_path / "model.safetensors", np.random.default_rng(3)
+    values = random.random((7, 6), np.float32)
+    path.write_bytes(bytes(40) + values.tobytes())
+    stored = StoredSource(StoredTensor(path, 40, values.nbytes, "float32", values.shape))
+    for module in (source_kinds, slices):
+        monkeypatch.setattr(module, "open", lambda path, *_, **__: Slow(path), raising=False)
+    assert b"".join(bytes(chunk) for chunk in stored.chunks()) == values.tobytes()
+    some = SliceSource(stored, 1, ((0, 2), (3, 6)))
+    assert b"".join(bytes(chunk) for chunk in some.chunks()) == values[:, [0, 1, 3, 4, 5]].tobytes()
+    os.truncate(path, path.stat().st_size - 1)
+    for source in (stored, some):
+        with refused("E-WEIGHTS-FILE-CHANGED", InvalidCheckpoint):
+            list(source.chunks())
+
+
+def test_a_part_of_joined_codes_of_four_bits_lies_where_its_bytes_are():
+    packers = []
+    for rows in (3, 5):  # 9 and 15 bytes
+        whole = Stripe(np.zeros((rows, 6), np.int8), np.ones((rows, 1), np.float32))
+        packers.append(Packer(QuantizedMatrix((rows, 6), 4, 6, "int", "none", "test", lambda a, b, whole=whole: whole),
+                              Form("DequantizeLinear", 4, 6, signed=True)))
+    sources = tuple(PackedSource(packer, "codes") for packer in packers)
+    stream = Stream("weights:a+b", sources, "int4", [])
+    assert stream.nbytes == 24
+    assert _part_of(sources[1:], "int4", [stream]) == (stream, 9, 15)
+    assert _part_of(sources[:1], "int4", [stream]) == (stream, 0, 9)
 
 
 @pytest.mark.parametrize("target", ["float32", "float16"])

@@ -7,7 +7,10 @@ from onnx import TensorProto, helper
 
 from evidence.mutations import of_quantized
 from evidence.mutations.mutation import Broken, Mutation, NotHere
+from evidence.mutations.of_caches import CACHE_MUTATIONS
 from evidence.mutations.of_chunks import CHUNK_MUTATIONS
+from evidence.mutations.of_floats import FLOAT_MUTATIONS
+from evidence.mutations.of_rings import RING_MUTATIONS
 from evidence.mutations.of_rotary import (
     positions_clamped,
     rotary_backwards,
@@ -18,6 +21,7 @@ from evidence.mutations.of_rotary import (
     tables_too_short,
     theta_changed,
 )
+from evidence.mutations.of_shared import SHARED_MUTATIONS
 from evidence.mutations.of_states import STATE_MUTATIONS
 from evidence.mutations.of_weights import (
     bias_dropped,
@@ -287,4 +291,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     *CHUNK_MUTATIONS,
     *STATE_MUTATIONS,
     *of_quantized.MUTATIONS,
+    *FLOAT_MUTATIONS,
+    *CACHE_MUTATIONS,
+    *RING_MUTATIONS,
+    *SHARED_MUTATIONS,
 )

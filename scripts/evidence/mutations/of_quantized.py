@@ -54,6 +54,17 @@ def scale_of_another_expert(broken: Broken) -> None:
     broken.write(_scales(broken, _expert(broken, 0)), broken.read(_scales(broken, _expert(broken, 1))))
 
 
+def rows_not_put_back(broken: Broken) -> None:
+    """What experts give stays in the order of the experts, and is taken for that of the tokens."""
+    if not any("layers.1." in node.name and "[0/" in node.name for node in broken.nodes):
+        raise NotHere("experts that are quantized")
+    gather = next((node for node in broken.nodes if node.op_type == "Gather" and "layers.1." in node.name
+                   and node.name.endswith("/in_order")), None)
+    if gather is None:
+        raise NotHere("rows that are sorted by their expert")
+    gather.input[1] = broken.maker(gather.input[1]).input[0]
+
+
 def nibbles_swapped(broken: Broken) -> None:
     """The later code of a byte taken for the earlier one."""
     name = _product(broken).input[1]
@@ -202,6 +213,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("NaN hidden by level 4", "a row that must not be read answered with plausible numbers", nan_hidden, -1),
     Mutation("experts exchanged", "the matrices of two experts exchanged", experts_exchanged),
     Mutation("scale of another expert", "an expert's codes with the next one's scales", scale_of_another_expert),
+    Mutation("rows not put back", "rows left in the order of the experts that they chose", rows_not_put_back),
     Mutation("cache scales exchanged", "a layer's two scales of a quantized cache exchanged", cache_scales_exchanged),
     Mutation("cache code clipped", "codes of a quantized cache clipped at -127", cache_clipped, -1),
 )

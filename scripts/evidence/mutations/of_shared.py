@@ -54,6 +54,6 @@ def _of(node: onnx.NodeProto, layer: AttentionSpec) -> bool:
 
 
 SHARED_MUTATIONS = (
-    Mutation("wrong owner", "a layer without a cache reads another owner's", wrong_owner),
-    Mutation("owner's value for its key", "a layer without a cache reads values as keys", value_for_key),
+    Mutation("wrong owner", "a layer without a cache reads another owner's", wrong_owner, -1),
+    Mutation("owner's value for its key", "a layer without a cache reads values as keys", value_for_key, -1),
 )

@@ -96,6 +96,23 @@ def mutation_row(mutation: Mutation, samples: Sequence[Sample], work: Path,
     return None
 
 
+def needed(samples: Sequence[Sample], kinds: Iterable[Mutation], work: Path) -> list[Sample]:
+    """Those of the samples on which these kinds are tried, in their order."""
+    found = set()
+    for mutation in kinds:
+        for sample in samples:
+            folder = work / "whether"
+            try:
+                break_bundle(sample.bundle, folder, mutation.change)
+            except NotHere:
+                continue
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            found.add(sample.name)
+            break
+    return [sample for sample in samples if sample.name in found]
+
+
 def contradiction_rows(sample: Sample, work: Path,
                        kinds: Iterable[Contradiction] = CONTRADICTIONS) -> Iterable[Row]:
     """Every bundle that contradicts its manifest. A refusal counts if it has the code and names the facts."""

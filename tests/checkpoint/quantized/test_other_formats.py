@@ -237,6 +237,18 @@ def test_layers_of_mixed_algorithms_have_inputs_and_groups_of_their_own(tmp_path
         "down_proj": None}
 
 
+def test_of_a_mixed_checkpoint_each_layer_has_an_algorithm_of_its_own(tmp_path: Path) -> None:
+    """The entry of a module counts before that of the module around it."""
+    layers = {"model": "NVFP4", "model.layers.0.mlp": "W4A8_NVFP4_FP8", "model.layers.0.mlp.up_proj": "NVFP4",
+              "model.layers.1.self_attn.q_proj": "W4A8_NVFP4_FP8", "model.layers.1.mlp.up": "W4A8_NVFP4_FP8"}
+    entry = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "group_size": 16,
+             "quantized_layers": {name: {"quant_algo": algorithm} for name, algorithm in layers.items()}}
+    write_quantized(tmp_path, entry, nvfp4)
+    without = {name for name, matrix in open_checkpoint(tmp_path).quantized.items() if matrix.input_scale is None}
+    assert without == {"model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.down_proj.weight",
+                       "model.layers.1.self_attn.q_proj.weight"}
+
+
 @pytest.mark.parametrize(("encode", "do", "code"), [
     (nvfp4, drop("weight_scale_2"), "E-CKPT-QUANT-MISSING"), (nvfp4, drop("weight_scale"), "E-CKPT-QUANT-ORPHAN"),
     (nvfp4, turn("up_proj.weight_scale"), "E-CKPT-QUANT-SHAPE"),

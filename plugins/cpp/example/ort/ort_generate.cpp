@@ -1,4 +1,6 @@
-// A bundle of target `ort` (growing cache, fp32) through ONNX Runtime's C++ interface, one batch, greedily.
+// A bundle of target `ort` (growing cache) through ONNX Runtime's C++ interface, one batch, greedily. Numbers are fp32 or
+// fp16, on a GPU bf16 too; the cache may be of codes (int8, or two codes of 4 bits to a byte): what a step gives goes into
+// the next one as it is, so nothing here looks into it.
 //
 //   ort_generate BUNDLE NEW_TOKENS "3 1 4" "1 5"      token ids of a prompt each; prints the new ids, a line per prompt
 //
@@ -20,6 +22,41 @@ using Ids = std::vector<std::int64_t>;
 using Shape = std::vector<std::int64_t>;
 constexpr std::size_t kOutside = 2;  // input_ids and attention_mask come before the pasts, logits before the presents
 
+bool known(ONNXTensorElementDataType type) {
+    return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ||
+           type == ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 || type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 ||
+           type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+}
+
+// A past of no tokens: it has no bytes.
+Ort::Value empty(Shape const& shape, ONNXTensorElementDataType type) {
+    static Ort::MemoryInfo const memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+    static std::int64_t nothing = 0;
+    return Ort::Value::CreateTensor(memory, &nothing, 0, shape.data(), shape.size(), type);
+}
+
+// Bits of an fp16 or bf16 number as a whole number that is larger where the number is: no header's type is needed.
+std::int32_t in_order(std::uint16_t bits) {
+    std::int32_t const size = bits & 0x7fff;
+    return bits & 0x8000 ? -size : size;
+}
+
+template <class Number, class Key>
+std::int64_t largest(Number const* row, std::int64_t vocabulary, Key key) {
+    auto const less = [key](Number one, Number other) { return key(one) < key(other); };
+    return std::max_element(row, row + vocabulary, less) - row;
+}
+
+// The best id of a row of logits [V], `offset` elements into the tensor.
+std::int64_t best_of(Ort::Value const& logits, std::int64_t offset, std::int64_t vocabulary) {
+    auto const type = logits.GetTensorTypeAndShapeInfo().GetElementType();
+    if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT)
+        return largest(logits.GetTensorData<float>() + offset, vocabulary, [](float number) { return number; });
+    if (type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 && type != ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16)
+        throw std::runtime_error("logits are neither fp32, fp16 nor bf16");
+    return largest(logits.GetTensorData<std::uint16_t>() + offset, vocabulary, in_order);
+}
+
 template <class T>
 Ort::Value tensor(std::vector<T>& values, Shape const& shape) {
     static Ort::MemoryInfo const memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
@@ -39,7 +76,9 @@ public:
             if (name.rfind("past_key_values.", 0) != 0) throw std::runtime_error("an input this example does not know: " + name);
             Ort::TypeInfo const kind = session_.GetInputTypeInfo(i);
             auto const info = kind.GetTensorTypeAndShapeInfo();
-            if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) throw std::runtime_error(name + " is not fp32");
+            if (!known(info.GetElementType()))
+                throw std::runtime_error(name + " is of a type that a cache of `ort` does not have");
+            types_.push_back(info.GetElementType());
             shapes_.push_back(info.GetShape());
             if (shapes_.back()[2] >= 0) throw std::runtime_error("a static cache: export with --cache growing");
             inputs_.push_back(name);
@@ -51,10 +90,11 @@ public:
     void open(std::size_t rows) {
         lengths_.assign(rows, 0);
         past_.clear();
-        for (Shape shape : shapes_) {
+        for (std::size_t i = 0; i < shapes_.size(); ++i) {
+            Shape shape = shapes_[i];
             shape[0] = static_cast<std::int64_t>(rows);
             shape[2] = 0;
-            past_.push_back(tensor(nothing_, shape));
+            past_.push_back(empty(shape, types_[i]));
         }
         columns_ = 0;
     }
@@ -88,12 +128,10 @@ public:
 
         Shape const shape = made[0].GetTensorTypeAndShapeInfo().GetShape();  // [B, S, V]
         std::int64_t const vocabulary = shape[2];
-        float const* const logits = made[0].GetTensorData<float>();
         Ids best;
         for (std::size_t b = 0; b < rows; ++b) {
             std::size_t const last = b * static_cast<std::size_t>(shape[1]) + more[b].size() - 1;
-            float const* const row = logits + static_cast<std::int64_t>(last) * vocabulary;
-            best.push_back(std::max_element(row, row + vocabulary) - row);
+            best.push_back(best_of(made[0], static_cast<std::int64_t>(last) * vocabulary, vocabulary));
         }
         past_.clear();
         for (std::size_t i = 1; i < made.size(); ++i) past_.push_back(std::move(made[i]));  // the next step's pasts
@@ -106,8 +144,8 @@ private:
     Ort::Session session_;
     std::vector<std::string> inputs_, outputs_;
     std::vector<Shape> shapes_;
+    std::vector<ONNXTensorElementDataType> types_;
     std::vector<Ort::Value> past_;
-    std::vector<float> nothing_;
     std::vector<std::size_t> lengths_;
     std::size_t columns_ = 0;
 };
