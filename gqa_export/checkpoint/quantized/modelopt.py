@@ -57,16 +57,17 @@ def read_modelopt(description: Description, stored: Stored) -> Iterator[tuple[st
 
 
 def _of_layer(description: Description, module: str) -> tuple[str, int]:
-    """The algorithm, in lower case, and the group size by which a module is quantized: of its own entry, or that of a
-    module around it, where several are mixed; 0: not told."""
+    """The algorithm in lower case and the group size of a module: its own, or those of a module around it, where
+    several are mixed; 0: not told."""
     layers = description.fields.get("quantized_layers")
-    if not isinstance(layers, dict):
-        return description.text("quant_algo", "quant_method"), \
-            description.number("group_size", default=0) or _nested_group(description)
-    around = [name for name, entry in layers.items() if isinstance(entry, dict) and f"{module}.".startswith(f"{name}.")]
-    own = layers[max(around, key=len)] if around else {}
-    size = own.get("group_size")  # that of the whole would be that of other layers
-    return str(own.get("quant_algo")).lower(), size if isinstance(size, int) and size > 0 else 0
+    if isinstance(layers, dict):  # the group size of the whole would be that of other layers
+        around = [name for name, entry in layers.items()
+                  if isinstance(entry, dict) and f"{module}.".startswith(f"{name}.")]
+        entry = layers[max(around, key=len)] if around else {}
+        size = entry.get("group_size")
+        return str(entry.get("quant_algo")).lower(), size if isinstance(size, int) and size > 0 else 0
+    return description.text("quant_algo", "quant_method"), \
+        description.number("group_size", default=0) or _nested_group(description)
 
 
 def _nested_group(description: Description) -> int:
