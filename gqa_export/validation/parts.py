@@ -76,7 +76,8 @@ class Comparison:
             sessions = self.sessions(session, fill_garbage, follow=alone, by_rule=routed)
             if sessions.follow:
                 self.notes.append("rounded inputs move many codes of the cache in PyTorch too, and as many may be "
-                                  "others here: the ONNX bundle that the engine was built from, validated, tells more of them")
+                                  "others here: the ONNX bundle that the engine was built from, validated, tells more "
+                                  "of them")
             logs = run_cases(sessions, self.plan, last_only=self.last_only, report=self.report, dtype=self.dtype,
                              part=SHIPPED, notes=self.notes)
         verdicts = tuple(judge(log, self.dtype, SHIPPED) for log in logs)
