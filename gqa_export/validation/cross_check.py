@@ -57,7 +57,6 @@ def cross_check(bundles: Sequence[Path], *, level: str = "quick", steps: int = 0
         One verdict for each bundle but the first.
 
     Raises:
-        GqaExportError: one is an engine that rounds inputs of its products.
         InvalidBundle: a bundle is damaged, or the bundles belong to different models; layer and fact are named.
         GqaExportError: one is an engine that rounds the inputs of products.
         NotCheckedHere: this machine cannot run one of them.
@@ -73,7 +72,6 @@ def cross_check(bundles: Sequence[Path], *, level: str = "quick", steps: int = 0
         check_files(folder, manifest)
         if manifest.engine is None:
             check_claims(folder, manifest)
-        refuse_rounding(folder, manifest)
     for folder, manifest in zip(bundles[1:], manifests[1:]):
         _same_model(manifests[0], manifest, f"{bundles[0]} and {folder}")
     with ExitStack() as stack:
@@ -81,19 +79,6 @@ def cross_check(bundles: Sequence[Path], *, level: str = "quick", steps: int = 0
         opened = [_open(stack, folder, manifest, provider, as_dtype, notes, report)
                   for folder, manifest in zip(bundles, manifests)]
         return [_compare(opened[0], other, level, steps, notes, report) for other in opened[1:]]
-
-
-def refuse_rounding(folder: Path, manifest: Manifest) -> None:
-    """Refuse an engine whose products round their inputs: of a graph that is left out here, of an engine it cannot be.
-
-    Raises:
-        GqaExportError: it is one.
-    """
-    if manifest.engine is not None and manifest.quantization is not None and any(
-            weight.inputs for weight in manifest.quantization.weights):
-        raise GqaExportError("bundles are compared with one another without the rounding of inputs, and that of an "
-                             "engine cannot be left out", str(folder), "compare it with the checkpoint: gqa-export "
-                             f"validate {folder} --against CHECKPOINT", code="E-VALIDATE-ROUNDED")
 
 
 def _compare(first: _Opened, other: _Opened, level: str, steps: int, notes: list[str], report: Progress) -> Verdict:

@@ -18,7 +18,8 @@ from gqa_export.errors import InvalidBundle
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
 from gqa_export.spec import ModelSpec
-from gqa_export.validation.cross_check import cross_check, refuse_rounding
+from gqa_export.validation.cross_check import cross_check
+from gqa_export.validation.parts import rounds_for_good
 
 pytestmark = pytest.mark.whole_model
 
@@ -94,16 +95,11 @@ def test_one_bundle_without_a_checkpoint_is_refused(bundles, program):
 
 
 @pytest.mark.parametrize(("engine", "inputs"), [(True, "e4m3"), (False, "e4m3"), (True, "")])
-def test_an_engine_that_rounds_inputs_is_refused(engine: bool, inputs: str) -> None:
+def test_an_engine_alone_rounds_inputs_for_good(engine: bool, inputs: str) -> None:
     """Of a graph the rounding is left out, so that an engine would differ from the very bundle that it was built of."""
     weight = QuantizedWeight("a", "FP8", 8, 64, True, "DequantizeLinear", 1, kind="e4m3", inputs=inputs,
                              input_scale=0.5 if inputs else 0.0)
     facts = EngineFacts("rtx", "1.7", (), "native", (), {}) if engine else None
     manifest = Manifest("trt-native", "float16", "static", 8, "last", "copy", ModelSpec("x", "", 5, 6, 8, "", ()), (),
                         (), engine=facts, quantization=Quantization("keep", "same", (weight,)))
-    if engine and inputs:
-        with refused("E-VALIDATE-ROUNDED") as refusal:
-            refuse_rounding(Path("bundle"), manifest)
-        assert "--against CHECKPOINT" in refusal.error.fix
-    else:
-        refuse_rounding(Path("bundle"), manifest)
+    assert rounds_for_good(manifest) is (engine and bool(inputs))
