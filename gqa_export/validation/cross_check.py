@@ -57,7 +57,6 @@ def cross_check(bundles: Sequence[Path], *, level: str = "quick", steps: int = 0
         One verdict for each bundle but the first.
 
     Raises:
-        GqaExportError: one is an engine that rounds inputs of its products.
         InvalidBundle: a bundle is damaged, or the bundles belong to different models; layer and fact are named.
         GqaExportError: one is an engine that rounds the inputs of products.
         NotCheckedHere: this machine cannot run one of them.
@@ -65,11 +64,6 @@ def cross_check(bundles: Sequence[Path], *, level: str = "quick", steps: int = 0
     report = progress or silent
     manifests = [read_manifest(folder) for folder in bundles]
     for folder, manifest in zip(bundles, manifests):
-        if rounds_for_good(manifest):
-            raise GqaExportError("an engine cannot leave the rounding of its products' inputs out, and without PyTorch "
-                                 "nothing tells how far two bundles may differ by it", str(folder),
-                                 "validate it alone, with --against the checkpoint that was exported",
-                                 code="E-VALIDATE-ROUNDED")
         check_files(folder, manifest)
         if manifest.engine is None:
             check_claims(folder, manifest)
@@ -89,8 +83,7 @@ def refuse_rounding(folder: Path, manifest: Manifest) -> None:
     Raises:
         GqaExportError: it is one.
     """
-    if manifest.engine is not None and manifest.quantization is not None and any(
-            weight.inputs for weight in manifest.quantization.weights):
+    if rounds_for_good(manifest):
         raise GqaExportError("bundles are compared with one another without the rounding of inputs, and that of an "
                              "engine cannot be left out", str(folder), "compare it with the checkpoint: gqa-export "
                              f"validate {folder} --against CHECKPOINT", code="E-VALIDATE-ROUNDED")
