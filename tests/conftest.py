@@ -31,11 +31,13 @@ SEED = 20260101
 LONGEST = (
     "evidence/test_architecture_slice.py", "exporting/test_export.py", "test_docs.py",
     "hostile/test_manifest_fields.py", "test_scale.py", "systems/test_other_systems.py",
-    "exporting/test_shared_caches.py", "engine/test_rtx_plugin.py", "validation/test_bundles.py", "exporting/test_chunks.py", "exporting/test_hidden_states.py",
+    "exporting/test_shared_caches.py", "engine/test_rtx_plugin.py", "validation/test_bundles.py",
+    "exporting/test_chunks.py", "exporting/test_hidden_states.py",
     "conversion/test_cli.py", "evidence/test_mutation_table.py", "lowering/test_trt.py", "compare/test_mutations.py",
     "lowering/test_ort.py", "test_wheel.py", "environment/test_stand_ins.py", "cli/test_dump_passes.py",
     "lora/test_lora.py", "exporting/test_fit_bits.py", "engine/test_rtx_shared.py", "engine/test_rtx_ranks.py",
-    "trace/test_stamp.py", "trace/test_capture.py", "report/test_pytest_plugin.py", "report/test_polygraphy.py", "bisect/test_bisect.py",
+    "trace/test_stamp.py", "trace/test_capture.py", "report/test_pytest_plugin.py", "report/test_polygraphy.py",
+    "bisect/test_bisect.py",
     "checkpoint/test_gguf_families.py", "checkpoint/test_gguf.py", "cli/test_demo.py", "cli/test_trt.py",
     "engine/test_rtx_smollm2.py",
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..bundle.quantization import KEPT
 from ..errors import GqaExportError
-from ..quantized.input_codes import InputCodes, input_codes, scale_of
+from ..quantized.input_codes import NO_SCALE, InputCodes, input_codes, scale_of
 from ..quantizing.rules import KINDS, METHODS
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SAME = "same"
 ROWS = "FP8 weights whose inputs are rounded have one scale a row: --block, or a rule's block, is not for them"
 NOT_MULTIPLIED = "no product reads it as a matrix of its own"
+NOT_REACHED = "no product read it when the model ran on the calibration text"
 
 
 def check_same(options: ExportOptions, target: Target) -> None:
@@ -65,7 +66,8 @@ def with_inputs(plan: Plan | None, options: ExportOptions, target: Target, dtype
                              "such a type", source, "use --activations exact, or quantize with --quantize fp8 or nvfp4 "
                              "and --calibrate TEXT", code="E-OPTION-ACTIVATIONS")
     scales, looked_up = scales_of(plan), {weight.name for weight in plan.weights if weight.role == "embedding"}
-    found = {name: NOT_MULTIPLIED if name in looked_up else _codes(facts, scales.get(name), target.input_codes, dtype)
+    found = {name: NOT_MULTIPLIED if name in looked_up else
+             _codes(facts, scales.get(name), target.input_codes, dtype, _no_scale(plan, name))
              for name, facts in plan.facts.items()}
     return replace(plan, same=True, inputs={name: each for name, each in found.items() if isinstance(each, InputCodes)},
                    exact_inputs={name: each for name, each in found.items() if isinstance(each, str)})
@@ -79,10 +81,18 @@ def scales_of(plan: Plan) -> dict[str, float]:
             if name in plan.largest and facts.kind in KINDS.values()}
 
 
-def _codes(facts: MatrixFacts, scale: float | None, kinds: Collection[str], dtype: str) -> InputCodes | str:
+def _no_scale(plan: Plan, name: str) -> str:
+    """Why a weight has no scale for its inputs, if it has none."""
+    if plan.method not in KEPT:
+        return NOT_REACHED
+    return plan.matrices[name].no_input_scale or NO_SCALE
+
+
+def _codes(facts: MatrixFacts, scale: float | None, kinds: Collection[str], dtype: str,
+           why: str) -> InputCodes | str:
     if facts.kind != "int" and facts.kind not in kinds:
         return f"inputs of {facts.kind} are not written"
-    return input_codes(facts, scale, dtype)
+    return input_codes(facts, scale, dtype, why)
 
 
 def input_notes(plan: Plan | None, held: Mapping[str, Held]) -> tuple[str, ...]:

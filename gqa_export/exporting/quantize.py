@@ -100,7 +100,7 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
     for kind in sorted({each.kind for each in decisions}):
         refuse_codes(target, kind)
     text = _text(checkpoint, options)
-    known = _calibration(checkpoint, text, decisions, options.activations == SAME, say)
+    known = _calibration(checkpoint, text, decisions, say)
     importance = known.importance if known else {}
     effects = _effects(checkpoint, text, decisions, importance, say) if text and options.limited else {}
     matrices, measured = {}, {}
@@ -140,15 +140,14 @@ def _text(checkpoint: Checkpoint, options: ExportOptions) -> TextRows | None:
     return rows_of_text(checkpoint, options.calibrate, hold_out=options.max_kl is not None)
 
 
-def _calibration(checkpoint: Checkpoint, text: TextRows | None, decisions: Sequence[Decision], same: bool,
+def _calibration(checkpoint: Checkpoint, text: TextRows | None, decisions: Sequence[Decision],
                  say: Progress) -> Calibration | None:
-    """What a text says of each matrix; None without one. same: inputs have the type of their weight."""
+    """What a text says of each matrix; None without one."""
     if text is None:
         return None
     from ..quantizing.calibrate import calibrate
 
-    inputs = {each.weight.name for each in decisions if same and each.kind != "int"}
-    return calibrate(checkpoint, text, {each.weight.name for each in decisions if each.bits}, say, inputs)
+    return calibrate(checkpoint, text, {each.weight.name for each in decisions if each.bits}, say)
 
 
 def _effects(checkpoint: Checkpoint, text: TextRows, decisions: Sequence[Decision], importance: Mapping[str, Any],

@@ -12,6 +12,7 @@ from .matrix import QuantizedMatrix, Stripe
 
 Array = Any
 """a numpy array"""
+APART = "the matrices that it is made of do not have one static scale for their inputs"
 
 
 def reordered(matrix: QuantizedMatrix, order: Array) -> QuantizedMatrix:
@@ -67,8 +68,9 @@ def joined(parts: Sequence[QuantizedMatrix], shape: tuple[int, ...] | None = Non
     blocks = {part.row_block for part in parts}
     same = len(blocks) == 1 and all(part.rows % part.row_block == 0 for part in parts)
     inputs = {part.input_scale for part in parts}
+    why = APART if len(inputs) > 1 else parts[0].no_input_scale
     return replace(parts[0], shape=shape, read=read, tensors=names, in_place="", scales_in_place="",
-                   input_scale=inputs.pop() if len(inputs) == 1 else None,
+                   input_scale=inputs.pop() if len(inputs) == 1 else None, no_input_scale=why,
                    row_block=blocks.pop() if same else 1)
 
 

@@ -27,6 +27,8 @@ BLOCK = 16
 CLOSE = 1e-6
 """two scales that differ by less are one: what JSON and fp32 can do to it"""
 
+NO_SCALE = "there is no static scale for its inputs"
+
 
 @dataclass(frozen=True)
 class InputCodes:
@@ -41,13 +43,14 @@ def scale_of(largest: float, kind: str) -> float:
     return largest / MOST[kind]
 
 
-def input_codes(facts: MatrixFacts, scale: float | None, dtype: str) -> InputCodes | str:
+def input_codes(facts: MatrixFacts, scale: float | None, dtype: str, why: str = NO_SCALE) -> InputCodes | str:
     """How the product with a matrix rounds its input, or why it does not.
 
     Args:
         facts: of the matrix.
         scale: of its input; None: it has none.
         dtype: number format of the graph, "float16".
+        why: it has none.
     """
     if facts.kind not in MOST:
         return f"inputs are not rounded for codes of {'integers' if facts.kind == 'int' else facts.kind}"
@@ -61,7 +64,7 @@ def input_codes(facts: MatrixFacts, scale: float | None, dtype: str) -> InputCod
     if facts.kind == "e2m1" and facts.columns % BLOCK:
         return f"blocks of {BLOCK} do not divide {facts.columns} columns"
     if scale is None:
-        return "there is no static scale for its inputs"
+        return why
     held = held_as(scale, facts.kind, dtype)
     if not 0 < held < math.inf:
         return f"{dtype} does not hold the scale {scale:.3g} of its inputs"

@@ -88,7 +88,8 @@ class QuantizedMatrix:
             matrix (AWQ's smoothing that was not folded into a norm). None: it does not.
         row_block: rows that share a scale (128 of FP8 blocks, N of one scale for all). `Stripe.scale` repeats it.
         input_scale: the static scale of the layer's input where the checkpoint was made for quantized activations.
-            The weight does not depend on it. None: it has none.
+            The weight does not depend on it. None: it has none. no_input_scale: why, where it was made for them; ""
+            otherwise.
         transposed: the model's parameter has the last two axes the other way round (GPT-OSS' experts).
         scale_dtype: the smallest type of which every scale and every minimum is a number: "float8_e4m3fn", "float16",
             "bfloat16", else "float32".
@@ -117,6 +118,7 @@ class QuantizedMatrix:
     tensors: tuple[str, ...] = field(default=(), repr=False)
     in_place: str = ""
     scales_in_place: str = ""
+    no_input_scale: str = ""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a form that does not exist: the mistake of a reader, not of a checkpoint."""

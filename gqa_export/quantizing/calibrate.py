@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import math
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from ..checkpoint.in_float import in_float
 from ..checkpoint.load_config import load_config
 from ..checkpoint.load_model import load_model
 from ..checkpoint.tokenized_text import load_tokenizer, packed, read_text, spread, tokenize
-from ..errors import GqaExportError
+from ..errors import GqaExportError, UnsupportedModel
 from ..progress import Progress
 from ..trace.probe.rotary import longest
 from ..trace.skeleton import has_experts
@@ -104,8 +104,7 @@ def rows_of_text(checkpoint: Checkpoint, text: Path, *, hold_out: bool = False) 
     return TextRows(chosen, held, hashlib.sha256(content.encode()).hexdigest())
 
 
-def calibrate(checkpoint: Checkpoint, text: Path | TextRows, names: Collection[str], report: Progress,
-              inputs: Collection[str] = ()) -> Calibration:
+def calibrate(checkpoint: Checkpoint, text: Path | TextRows, names: Collection[str], report: Progress) -> Calibration:
     """Run the checkpoint on a text.
 
     Args:
@@ -113,8 +112,9 @@ def calibrate(checkpoint: Checkpoint, text: Path | TextRows, names: Collection[s
         text: a file, or its tokens: see `rows_of_text`, which says what is raised.
         names: of the parameters whose inputs are measured.
         report: called with the rows done.
-        inputs: names of the parameters whose largest input is needed. Where a head is among them, it is run: a model
-            may scale what goes into it.
+
+    Raises:
+        UnsupportedModel: inputs of a matrix are not finite.
     """
     text = text if isinstance(text, TextRows) else rows_of_text(checkpoint, text)
     rows = text.statistics
@@ -124,9 +124,9 @@ def calibrate(checkpoint: Checkpoint, text: Path | TextRows, names: Collection[s
 
     def measure(name: str, values: torch.Tensor) -> None:
         _add(sums, name, values)
-        if values.numel():  # an expert that no token chose has no rows
-            found = float(values.abs().max())
-            largest[name] = found if math.isnan(found) else max(largest.get(name, 0.0), found)
+        if values.numel():  # an expert that is a module of its own gets no rows where no token chose it
+            low, high = (float(each) for each in torch.aminmax(values))
+            largest[name] = max(largest.get(name, 0.0), -low, high)
 
     def measured(name: str) -> Any:
         def hook(_: Any, given: tuple[Any, ...], *__: Any) -> None:
@@ -134,38 +134,46 @@ def calibrate(checkpoint: Checkpoint, text: Path | TextRows, names: Collection[s
 
         return hook
 
-    hooked = set()
+    head = model.get_output_embeddings()
     for path, module in model.named_modules():
         name = f"{path}.weight"
-        if name in names and isinstance(module, torch.nn.Linear):
+        if name in names and isinstance(module, torch.nn.Linear) and module is not head:
             module.register_forward_pre_hook(measured(name))
-            hooked.add(name)
     stacks = _stacks(model, names)
     body = model.base_model if model.base_model is not model else model.model  # Llama 4 names another part
-    head = model.get_output_embeddings()
     heads = [name for name, parameter in model.named_parameters(remove_duplicate=False) if name in names
              and head is not None and parameter is head.weight]
-    whole = any(name in inputs for name in heads)
-    for name in heads if whole else ():
-        if name not in hooked:
-            head.register_forward_pre_hook(measured(name))
+    if heads:
+        # what the model hands its head need not be the last hidden state: Inkling and MiniCPM divide it
+        def measure_head(_: Any, given: tuple[Any, ...]) -> None:
+            for name in heads:
+                measure(name, given[0])
+            raise _AtHead
+
+        head.register_forward_pre_hook(measure_head)
+        body = model
     if stacks and has_experts(model):
         model.set_experts_implementation("eager")  # an expert at a time: others copy a matrix for each token
     with torch.no_grad(), in_float(model), _ExpertInputs(stacks, sums):
         for place, row in enumerate(rows):
             report("running the calibration text", place, len(rows))
-            if whole:
-                model(input_ids=row[None], use_cache=False)
-                continue
-            hidden = body(input_ids=row[None], use_cache=False).last_hidden_state
-            for name in heads:
-                measure(name, hidden)
+            with suppress(_AtHead):
+                body(input_ids=row[None], use_cache=False)
     count = rows.numel()
+    for name, total in sums.items():
+        if not bool(total.isfinite().all()):
+            raise UnsupportedModel(f"the inputs of {name} are not finite numbers when the model reads the text",
+                                   checkpoint.source, "check the checkpoint: its own logits would be NaN",
+                                   code="E-MODEL-QUANTIZE-VALUE")
     found = {name: (total / count).clamp_min(FLOOR * float(total.mean()) / count).float().numpy()
              for name, total in sums.items()}
     del model, body, head, module, stacks
     gc.collect()  # hooks and modules refer to one another, and an export does not collect by itself
     return Calibration(found, text.sha256, count, largest)
+
+
+class _AtHead(Exception):
+    """The model is about to compute logits, which take more memory than all else and are not used."""
 
 
 def _stacks(model: Any, names: Collection[str]) -> dict[int, str]:

@@ -172,8 +172,7 @@ def calibrated_again(checkpoint: Checkpoint, quantization: Quantization, text: P
     from ..quantizing.calibrate import calibrate
 
     names = {weight.name for weight in quantization.weights if weight.operator != PLAIN}
-    inputs = {weight.name for weight in quantization.weights if weight.inputs}
-    found = calibrate(checkpoint, text, names, silent, inputs) if text is not None else None
+    found = calibrate(checkpoint, text, names, silent) if text is not None else None
     if found is None or found.sha256 != quantization.calibration:
         problem = "none was given" if found is None else "this is another one"
         raise GqaExportError(f"the scales of this bundle were chosen with a calibration text, and {problem}",

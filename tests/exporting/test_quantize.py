@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,20 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from refusal import refused
 from safetensors.numpy import load_file, save_file
 from small_text import SENTENCES, byte_tokenizer
 
 from gqa_export.bundle.quantization import PLAIN
+from gqa_export.checkpoint.load_model import load_model
+from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.errors import GqaExportError, InvalidBundle, UnsupportedModel
 from gqa_export.exporting.dry_run import dry_run
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import Export, export_onnx
 from gqa_export.quantizing import rtn
+from gqa_export.quantizing.calibrate import Calibration, calibrate
 from gqa_export.quantizing.importance import FILE, read_importance
 from gqa_export.quantizing.matrices import Weight
 from gqa_export.quantizing.rtn import quantize_matrix, quantize_rows
@@ -271,15 +276,11 @@ def test_the_manifest_is_read_again(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_a_calibration_text_lowers_the_error_of_the_logits(checkpoint: Path, tmp_path: Path) -> None:
     """The tiny model's inputs do not differ much; what is held is that its scales follow the text's statistics."""
-    from gqa_export.checkpoint.open import open_checkpoint
-    from gqa_export.quantizing import calibrate
-
     folder = shutil.copytree(checkpoint, tmp_path / "with")
     byte_tokenizer(folder)
     text = tmp_path / "text.txt"
     text.write_text("".join(SENTENCES) * 8)
-    found = calibrate.calibrate(open_checkpoint(folder), text, {"model.layers.1.mlp.down_proj.weight"},
-                                lambda *_: None)
+    found = calibrate(open_checkpoint(folder), text, {"model.layers.1.mlp.down_proj.weight"}, lambda *_: None)
     importance = found.importance["model.layers.1.mlp.down_proj.weight"]
     assert importance.ndim == 1
     assert importance.min() > 0
@@ -302,6 +303,66 @@ def test_a_calibration_text_lowers_the_error_of_the_logits(checkpoint: Path, tmp
     data = [(tmp_path / name / "model.onnx.data").read_bytes() for name in ("plain", "weighed")]
     assert len(data[0]) == len(data[1])
     assert data[0] != data[1]
+
+
+@pytest.fixture(scope="module")
+def readable(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint with a tokenizer, and a text."""
+    folder = shutil.copytree(checkpoint, tmp_path_factory.mktemp("readable") / "with")
+    byte_tokenizer(folder)
+    (folder.parent / "text.txt").write_text("".join(SENTENCES))
+    return folder, folder.parent / "text.txt"
+
+
+def calibrated(readable: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None],
+               *names: str) -> Calibration:
+    """What the text says of a model that was changed after it was read."""
+    def load(*arguments: Any) -> Any:
+        model = load_model(*arguments)
+        change(model)
+        return model
+
+    monkeypatch.setattr("gqa_export.quantizing.calibrate.load_model", load)
+    return calibrate(open_checkpoint(readable[0]), readable[1], names, lambda *_: None)
+
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+def test_a_matrix_that_gets_no_rows_at_times_is_calibrated(readable, monkeypatch) -> None:
+    """As an expert that is a module of its own does, when no token of a row chooses it."""
+    def change(model: Any) -> None:
+        layer = model.model.layers[0].mlp
+        layer.register_forward_hook(lambda *_: (layer.down_proj(torch.zeros(0, layer.down_proj.in_features)), None)[1])
+
+    found = calibrated(readable, monkeypatch, change, DOWN)
+    plain = calibrated(readable, monkeypatch, lambda _: None, DOWN)
+    assert found.largest[DOWN] == plain.largest[DOWN] > 0
+    assert np.array_equal(found.importance[DOWN], plain.importance[DOWN])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_inputs_that_are_not_finite_are_refused(readable, monkeypatch, value: float) -> None:
+    """A NaN is above nothing, so that the largest would be that of the others; no scale comes out of either."""
+    def change(model: Any) -> None:
+        model.model.layers[0].mlp.down_proj.register_forward_pre_hook(
+            lambda _, given: (given[0] + torch.where(torch.arange(given[0].shape[-1]) == 3, value, 0.0),))
+
+    with refused("E-MODEL-QUANTIZE-VALUE", UnsupportedModel) as refusal:
+        calibrated(readable, monkeypatch, change, DOWN)
+    assert DOWN in refusal.error.what
+
+
+def test_the_heads_input_is_what_the_model_hands_it(readable, monkeypatch) -> None:
+    """Some models divide the last hidden state first (Inkling, MiniCPM). The tied head has the embedding's name."""
+    def change(model: Any) -> None:
+        model.forward = lambda **given: model.lm_head(model.model(**given).last_hidden_state / 4)
+
+    name = "model.embed_tokens.weight"
+    found, plain = (calibrated(readable, monkeypatch, each, name, DOWN) for each in (change, lambda _: None))
+    assert found.largest[name] == plain.largest[name] / 4 > 0
+    assert np.array_equal(found.importance[name], plain.importance[name] / 16)
+    assert found.largest[DOWN] == plain.largest[DOWN]
 
 
 def test_a_text_without_quantizing_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -340,63 +401,3 @@ def test_rounded_inputs_of_products_are_refused_for_engines(tmp_path: Path, targ
     assert refusal.error.where == "--activations"
     assert target in refusal.error.what
     assert "leave out --activations" in refusal.error.fix
-
-
-def test_the_largest_input_of_a_head_is_what_goes_into_it(checkpoint: Path, tmp_path: Path,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model may scale it on the way; what is measured of the body then is another number."""
-    import transformers
-    from small_text import SENTENCES, byte_tokenizer
-
-    from gqa_export.checkpoint.open import open_checkpoint
-    from gqa_export.progress import silent
-    from gqa_export.quantizing.calibrate import calibrate
-
-    byte_tokenizer(checkpoint)
-    text = tmp_path / "text.txt"
-    text.write_text("".join(SENTENCES))
-    names = {"lm_head.weight", "model.layers.0.mlp.up_proj.weight"}
-    opened = open_checkpoint(str(checkpoint))
-    body = calibrate(opened, text, names, silent)
-    own = transformers.LlamaForCausalLM.forward
-
-    def scaled(self: Any, *given: Any, **options: Any) -> Any:
-        handle = self.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0] / 8,), prepend=True)
-        answer = own(self, *given, **options)
-        handle.remove()
-        return answer
-
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", scaled)
-    whole = calibrate(opened, text, names, silent, {"lm_head.weight"})
-    assert whole.largest["lm_head.weight"] == pytest.approx(body.largest["lm_head.weight"] / 8)
-    assert whole.largest["model.layers.0.mlp.up_proj.weight"] == body.largest["model.layers.0.mlp.up_proj.weight"]
-    np.testing.assert_allclose(64 * whole.importance["lm_head.weight"], body.importance["lm_head.weight"], rtol=1e-5)
-
-
-def test_a_linear_without_rows_is_measured_by_the_others(checkpoint: Path, tmp_path: Path,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    """An expert of its own module that no token of a step chose."""
-    import torch
-    import transformers
-    from small_text import SENTENCES, byte_tokenizer
-
-    from gqa_export.checkpoint.open import open_checkpoint
-    from gqa_export.progress import silent
-    from gqa_export.quantizing.calibrate import calibrate
-
-    byte_tokenizer(checkpoint)
-    (tmp_path / "text.txt").write_text("".join(SENTENCES))
-    kind = transformers.models.llama.modeling_llama.LlamaMLP
-    own = kind.forward
-
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        self.up_proj(x[:, :0])
-        return own(self, x)
-
-    name = "model.layers.0.mlp.up_proj.weight"
-    opened = open_checkpoint(str(checkpoint))
-    wanted = calibrate(opened, tmp_path / "text.txt", {name}, silent)
-    monkeypatch.setattr(kind, "forward", forward)
-    found = calibrate(opened, tmp_path / "text.txt", {name}, silent)
-    assert found.largest == wanted.largest
-    assert np.array_equal(found.importance[name], wanted.importance[name])

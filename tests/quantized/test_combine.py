@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gqa_export.quantized.combine import joinable, joined, one_scale, reordered, some_rows
+from gqa_export.quantized.combine import APART, joinable, joined, one_scale, reordered, some_rows
 from gqa_export.quantized.experts import matrix_named
 from gqa_export.quantized.matrix import QuantizedMatrix, Stripe
 from gqa_export.quantized.packed_bits import pack_bits, unpack_bits
@@ -65,3 +65,12 @@ def test_matrices_of_different_forms_are_not_joined() -> None:
     assert not joinable([made(3, 1), made(3, 2, block=2)])
     with pytest.raises(ValueError, match="different forms"):
         joined([made(3, 1), made(3, 2, block=2)])
+
+
+@pytest.mark.parametrize(("scales", "whole", "reason"), [
+    ((0.5, 0.5), 0.5, ""), ((None, None), None, ""), ((0.5, 0.25), None, APART), ((0.5, None), None, APART)])
+def test_a_whole_has_the_scale_that_its_parts_share_or_says_that_they_differ(scales: tuple, whole: float | None,
+                                                                             reason: str) -> None:
+    parts = [replace(made(6, seed), input_scale=scale) for seed, scale in enumerate(scales)]
+    found = some_rows(joined([joined(parts), joined(parts)]), 0, 2)
+    assert (found.input_scale, found.no_input_scale) == (whole, reason)

@@ -10,8 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from gqa_export.exporting.input_scales import NOT_REACHED, with_inputs
+from gqa_export.exporting.options import ExportOptions
+from gqa_export.exporting.weight_plan import Plan
+from gqa_export.quantized.combine import APART
 from gqa_export.quantized.facts import MatrixFacts
-from gqa_export.quantized.input_codes import InputCodes, held_as, input_codes, scale_of
+from gqa_export.quantized.input_codes import NO_SCALE, InputCodes, held_as, input_codes, scale_of
+from gqa_export.quantized.matrix import QuantizedMatrix
+from gqa_export.targets import get_target
 from gqa_export.validation.input_codes import rounded_to_codes
 
 E2M1 = np.array([0, .5, 1, 1.5, 2, 3, 4, 6])
@@ -125,3 +131,13 @@ def test_a_scale_is_a_number_that_the_graph_holds(dtype: str, kind: str, held: f
 def test_the_largest_input_gets_the_largest_code() -> None:
     assert scale_of(448.0, "e4m3") == 1
     assert scale_of(2688.0, "e2m1") == 1
+
+
+@pytest.mark.parametrize(("method", "matrix", "reason"), [
+    ("keep", {"no_input_scale": APART}, APART), ("keep", {}, NO_SCALE), ("fp8", {}, NOT_REACHED)])
+def test_why_there_is_no_scale_depends_on_where_it_would_come_from(method: str, matrix: dict, reason: str) -> None:
+    """Parts of a kept whole may have scales that differ, and a text may never reach a matrix."""
+    kept = QuantizedMatrix((40, 96), 8, 96, "e4m3", "none", "FP8", lambda *_: None, **matrix)
+    plan = with_inputs(Plan(method, True, {"w": kept}, {"w": FP8}), ExportOptions(activations="same"),
+                       get_target("trt-native"), "float32", "here")
+    assert plan.exact_inputs == {"w": reason}

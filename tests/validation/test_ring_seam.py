@@ -17,7 +17,7 @@ def case(entry: str) -> Case:
 
 def test_without_garbage_the_ring_is_passed_all_the_same_and_the_tail_is_left_out(monkeypatch) -> None:
     ran: list[Case] = []
-    monkeypatch.setattr(run_cases, "run_case", lambda sessions, one, *rest: ran.append(one) or "log")
+    monkeypatch.setattr(run_cases, "run_case", lambda sessions, one, *rest, **named: ran.append(one) or "log")
     session = SimpleNamespace(capacity=8, whole_row_masks=False)
     logs = run_cases.run_cases(Sessions(session, None, session), Plan((case("ring N"), case("garbage_tail")), ()))
     assert logs == ["log"]

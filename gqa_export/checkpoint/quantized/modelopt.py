@@ -1,6 +1,7 @@
 """NVIDIA ModelOpt: NVFP4, MXFP4, FP8, INT4 with AWQ's smoothing, INT8. What a weight is, its tensors say.
 
 Source: `modelopt/torch/export/quant_utils.py` of https://github.com/NVIDIA/TensorRT-Model-Optimizer. Scales multiply.
+Where layers have several algorithms (MIXED_PRECISION), `quantized_layers` lists them by the name of the module.
 Four-bit integers are packed along N, two's complement, the even row in the low nibble.
 """
 
@@ -21,6 +22,9 @@ from .stored import E4M3, E8M0, SCALES, Stored, floats, stored_array
 
 Array = Any
 """a numpy array"""
+NVFP4_INPUTS = ("nvfp4", "nvfp4_awq", "modelopt_fp4")
+"""algorithms, and a method that names one, whose inputs have codes of FP4; others give weights of FP4 inputs of FP8
+(W4A8) or none, or do not tell, as MIXED_PRECISION of a layer that it does not list"""
 
 
 def read_modelopt(description: Description, stored: Stored) -> Iterator[tuple[str, QuantizedMatrix]]:
@@ -30,7 +34,6 @@ def read_modelopt(description: Description, stored: Stored) -> Iterator[tuple[st
         InvalidCheckpoint: a weight lacks a tensor, or one does not fit.
         UnsupportedModel: a weight is stored in a way that is not read (W4A8).
     """
-    group = description.number("group_size", default=0) or _nested_group(description)
     for module in stored.modules(".weight_scale"):
         name = f"{module}.weight"
         if stored.is_plain(name):
@@ -39,9 +42,11 @@ def read_modelopt(description: Description, stored: Stored) -> Iterator[tuple[st
         scale = stored.take(f"{name}_scale", (*SCALES, E4M3, "uint8", E8M0))
         smooth = stored.maybe(f"{module}.pre_quant_scale", SCALES)
         scale_of_inputs = stored.number(f"{module}.input_scale")
-        other = "w4a8" in _algorithm(description, module)  # the scale is one of FP8 then, beside codes of FP4
-        more: dict[str, Any] = {"input_scale": None if other else scale_of_inputs}
-        columns = weight.shape[-1] * (2 if weight.dtype == "uint8" and scale.dtype not in SCALES else 1)
+        algorithm, group = _of_layer(description, module)
+        four_bits = weight.dtype == "uint8" and scale.dtype not in SCALES
+        # beside codes of FP4 it may be one of FP8, which is six times as large
+        more: dict[str, Any] = {"input_scale": scale_of_inputs if not four_bits or algorithm in NVFP4_INPUTS else None}
+        columns = weight.shape[-1] * (2 if four_bits else 1)
         if smooth is not None:
             if smooth.shape != (columns,):
                 raise stored.shape(f"{module}.pre_quant_scale", f"expected {(columns,)}")
@@ -51,12 +56,18 @@ def read_modelopt(description: Description, stored: Stored) -> Iterator[tuple[st
         yield name, _matrix(stored, name, weight, scale, group, names, more)
 
 
-def _algorithm(description: Description, module: str) -> str:
-    """What a module is quantized by, in lower case: its own entry, or that of a module around it, or of all."""
+def _of_layer(description: Description, module: str) -> tuple[str, int]:
+    """The algorithm in lower case and the group size of a module: its own, or those of a module around it, where
+    several are mixed; 0: not told."""
     layers = description.fields.get("quantized_layers")
-    own = [(name, entry["quant_algo"]) for name, entry in layers.items() if isinstance(entry, dict) and isinstance(
-        entry.get("quant_algo"), str) and f"{module}.".startswith(f"{name}.")] if isinstance(layers, dict) else []
-    return max(own)[1].lower() if own else description.text("quant_algo")
+    if isinstance(layers, dict):  # the group size of the whole would be that of other layers
+        around = [name for name, entry in layers.items()
+                  if isinstance(entry, dict) and f"{module}.".startswith(f"{name}.")]
+        entry = layers[max(around, key=len)] if around else {}
+        size = entry.get("group_size")
+        return str(entry.get("quant_algo")).lower(), size if isinstance(size, int) and size > 0 else 0
+    return description.text("quant_algo", "quant_method"), \
+        description.number("group_size", default=0) or _nested_group(description)
 
 
 def _nested_group(description: Description) -> int:

@@ -213,15 +213,39 @@ def test_a_scale_of_inputs_of_another_type_is_not_the_weights(tmp_path: Path, al
 
 
 def test_of_a_mixed_checkpoint_each_layer_has_an_algorithm_of_its_own(tmp_path: Path) -> None:
-    """The entry of a module counts before that of the module around it."""
+    """The entry of a module counts before that of the module around it. Nothing is told of those without either."""
     layers = {"model.layers.0.mlp": "W4A8_NVFP4_FP8", "model.layers.0.mlp.up_proj": "NVFP4",
               "model.layers.1.self_attn.q_proj": "W4A8_NVFP4_FP8", "model.layers.1.mlp.up": "W4A8_NVFP4_FP8"}
     entry = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "group_size": 16,
              "quantized_layers": {name: {"quant_algo": algorithm} for name, algorithm in layers.items()}}
     write_quantized(tmp_path, entry, nvfp4)
     without = {name for name, matrix in open_checkpoint(tmp_path).quantized.items() if matrix.input_scale is None}
-    assert without == {"model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.down_proj.weight",
-                       "model.layers.1.self_attn.q_proj.weight"}
+    assert without == set(open_checkpoint(tmp_path).quantized) - {"model.layers.0.mlp.up_proj.weight"}
+
+
+@pytest.mark.parametrize("beside", ["", "hf_quant_config.json"])
+def test_layers_of_mixed_algorithms_have_inputs_and_groups_of_their_own(tmp_path: Path, beside: str) -> None:
+    """Weights of FP4 with inputs of FP8, of FP4 and of a type that nothing tells; integers in groups of 32 and FP8.
+    Of the whole, a group size would be that of other layers."""
+    kinds = {"q_proj": ("W4A8_NVFP4_FP8", nvfp4), "k_proj": ("NVFP4", nvfp4), "v_proj": ("", nvfp4),
+             "o_proj": ("W4A16_AWQ", int4_awq(32, False)), "gate_proj": ("FP8", modelopt_fp8(lambda *_: ())),
+             "up_proj": ("NVFP4_AWQ", nvfp4), "down_proj": ("W4A16_NVFP4", nvfp4)}
+    write_quantized(tmp_path / "names", {"quant_method": "modelopt"}, nvfp4, num_hidden_layers=1)
+    names = sorted(open_checkpoint(tmp_path / "names").quantized)
+    order = [kinds[name.split(".")[-2]] for name in names]
+    layers = {name.removesuffix(".weight"): {"quant_algo": algorithm, **({"group_size": 32 if "AWQ" in algorithm and
+              "16" in algorithm else 16} if algorithm[0] in "NW" else {})}
+              for name, (algorithm, _) in zip(names, order, strict=True) if algorithm}
+    fields = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers,
+              "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 32}}}}
+    turns = iter(order)
+    values = write_quantized(
+        tmp_path / "ck", {"quantization": fields} if beside else {"quant_method": "modelopt", **fields},
+        lambda rng, rows, columns: next(turns)[1](rng, rows, columns), num_hidden_layers=1, beside=beside)
+    found = check(tmp_path / "ck", values, rtol=4e-16)
+    assert {name.split(".")[-2]: matrix.input_scale for name, matrix in found.items()} == {
+        "q_proj": None, "k_proj": .125, "v_proj": None, "o_proj": None, "gate_proj": .25, "up_proj": .125,
+        "down_proj": None}
 
 
 @pytest.mark.parametrize(("encode", "do", "code"), [
