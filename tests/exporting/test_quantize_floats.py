@@ -162,6 +162,21 @@ def test_a_file_of_rules_names_kinds(checkpoint: Path, tmp_path: Path) -> None:
         dry_run(checkpoint, ExportOptions(target="ort", quantize=str(rules), capacity=64))
 
 
+def test_rounded_inputs_change_the_blocks_of_what_they_are_for_alone(tmp_path: Path) -> None:
+    """A product of FP8 has one scale a row, whatever block is named, and a note says so. An embedding that no product
+    reads keeps its blocks."""
+    byte_tokenizer(gqa_models.write_tiny("llama", tmp_path / "llama", num_hidden_layers=1))
+    text = tmp_path / "text.txt"
+    text.write_text("".join(SENTENCES))
+    plan = dry_run(tmp_path / "llama", ExportOptions(target="trt-native", quantize="fp8", head="same", capacity=64,
+                                                     block=16, activations="same", calibrate=text))
+    (embedding,) = (line for line in plan.quantization if "embed_tokens" in line)
+    (product,) = (line for line in plan.quantization if "k_proj" in line)
+    assert "block 16, e4m3, " in embedding
+    assert "block 64, e4m3, inputs e4m3" in product
+    assert any("have one scale a row: --block" in note for note in plan.notes)
+
+
 @pytest.mark.parametrize("rule", ['bits = 8\nkind = "e2m1"', 'bits = 4\nkind = "e4m3"', 'bits = 8\nkind = "fp8"',
                                   "bits = 8\nkind = 3"])
 def test_a_kind_of_other_bits_is_refused(tmp_path: Path, rule: str) -> None:
