@@ -99,8 +99,8 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         fixed = rounds_for_good(manifest)
         known = reference or open_reference(against, manifest, ran_dtype, notes, loss.calibrate, folder)
         if fixed and known.eager is None:
-            raise NotCheckedHere("an engine cannot leave the rounding of inputs out, and there is no room for PyTorch "
-                                 "in the engine's number format beside the reference, which alone rounds as it does",
+            raise NotCheckedHere("an engine cannot leave the rounding of inputs out, and PyTorch in its number format, "
+                                 "which alone rounds as it does, does not fit in memory beside the reference",
                                  str(folder), "validate on a machine with more memory", code="E-VALIDATE-MEMORY")
         check_belongs(manifest.spec, known.shown, f"{folder} against {against}")
         report("loading the bundle", None, None)
