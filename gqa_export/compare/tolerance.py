@@ -65,13 +65,22 @@ def tolerance(baseline: float | None, scale: float, dtype: str, rounded: bool = 
     if baseline is None:
         baseline = ASSUMED_ULPS * ulp
     wanted, floor = FACTOR * baseline, FLOOR_ULPS[dtype] * ulp
-    cap = CAP_PART * scale if rounded else min(CAP_ULPS * ulp, CAP_PART * scale)
+    cap = _cap(scale, dtype, rounded)
     excused = min(ROUNDED_FACTOR * baseline, scale) if rounded and math.isfinite(baseline) else 0.0
     if excused > cap:
         return Tolerance(excused, baseline, "activations")
     if not wanted <= cap:
         return Tolerance(cap, baseline, "cap")
     return Tolerance(max(wanted, floor), baseline, "baseline" if wanted > floor else "floor")
+
+
+def most(scale: float, dtype: str, rounded: bool = False) -> float:
+    """The largest bound that any baseline gives: what is past it is wrong whatever PyTorch does. As of `tolerance`."""
+    return scale if rounded else max(_cap(scale, dtype, rounded), FLOOR_ULPS[dtype] * EPSILON[dtype] * scale)
+
+
+def _cap(scale: float, dtype: str, rounded: bool) -> float:
+    return CAP_PART * scale if rounded else min(CAP_ULPS * EPSILON[dtype] * scale, CAP_PART * scale)
 
 
 def blind(limit: Tolerance, scale: float) -> bool:

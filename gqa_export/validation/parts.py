@@ -63,24 +63,25 @@ class Comparison:
         if eager is None:
             self.notes.append("not compared as shipped: there is no room for PyTorch in the bundle's number format")
             return (), ""
-        inputs = rounded_inputs(self.manifest, self.known.checkpoint, eager.model, self.known.inputs)
+        inputs = rounded_inputs(self.manifest, self.known.checkpoint, eager.model, self.known.inputs.codes)
         kinds = sorted({each.codes.kind for each in inputs.values() if each.codes})
         how = f"the type of their weight ({', '.join(kinds)})" if is_same(self.manifest) else "int8 (accuracy level 4)"
         self.notes.append(f"as shipped, the inputs of {len(inputs)} matrices are rounded to {how}; the baseline is "
                           "PyTorch with the same inputs rounded by the same rule")
         rounding = RoundInputs(inputs)
-        # a scale that cuts inputs off moves PyTorch and the bundle alike: of other scales than a block's own largest
-        # value, and of models without routers, the same result by the same rule is no proof
-        routed = not is_same(self.manifest) and any(rule.experts for rule in inputs.values())
+        # a scale that cuts inputs off moves PyTorch and the bundle alike: that they agree is no proof of a scale that
+        # was held against nothing else; a block's own largest value, by which int8 is scaled, cuts nothing off
         with eager.under(rounding, "rounded") if inputs else nullcontext():
-            sessions = self.sessions(session, fill_garbage, follow=alone, by_rule=routed)
+            sessions = self.sessions(session, fill_garbage, follow=alone,
+                                     by_rule=bool(inputs) and self.known.inputs.proved)
             if sessions.follow:
                 self.notes.append("rounded inputs move many codes of the cache in PyTorch too, and as many may be "
                                   "others here: validate the ONNX bundle that the engine was built from, too")
             logs = run_cases(sessions, self.plan, last_only=self.last_only, report=self.report, dtype=self.dtype,
                              part=SHIPPED, notes=self.notes)
         verdicts = tuple(judge(log, self.dtype, SHIPPED) for log in logs)
-        self.notes.extend((*_missed(eager.model, inputs, rounding.met), *_dominated(verdicts)))
+        self.notes.extend((*_missed(eager.model, inputs, rounding.met), *_dominated(verdicts),
+                           *([] if self.known.inputs.proved else _undecided(verdicts))))
         return verdicts, overflow_words(sessions, logs, self.dtype) if alone else ""
 
 
@@ -101,6 +102,16 @@ def _dominated(verdicts: tuple[CaseVerdict, ...]) -> list[str]:
     return [f"{case.name}: rounded inputs alone move PyTorch's logits by up to {case.logits.same_dtype_baseline:.2g}; "
             f"{found[case.logits.basis].format(case.logits.max_abs)}. --activations exact avoids both"
             for case in verdicts if case.logits.basis in found]
+
+
+def _undecided(verdicts: tuple[CaseVerdict, ...]) -> list[str]:
+    """A line where cases failed that PyTorch by the same rule could have decided, had the scales been proved."""
+    names = [case.name for case in verdicts
+             if any(not kind.passed and kind.basis == "activations" and kind.bound <= kind.same_dtype_baseline
+                    for kind in case.kinds)]
+    return [f"{', '.join(names)}: rounded inputs move PyTorch by as much as the largest value, and whether the bundle "
+            "does the same tells nothing as long as the scales were held against nothing but what the bundle says: "
+            "validate with --calibrate TEXT"] if names else []
 
 
 def exact_session(stack: ExitStack, folder: Path, manifest: Manifest, provider: str, notes: list[str],

@@ -363,6 +363,7 @@ def test_inputs_that_are_cut_off_alike_in_pytorch_and_the_bundle_are_not_right(p
     checkpoint's model: logits are off by more than the largest of them."""
     verdict = validate(all_scaled(calibrated, tmp_path / "b", 1 / 1024), plain[0], steps=2)
     assert (verdict.export_exact, verdict.as_shipped) == (True, False)
+    assert any("tells nothing" in note and "--calibrate TEXT" in note for note in verdict.notes)
     assert "activations" in {case.logits.basis for case in verdict.cases if case.part == "as shipped" and case.rows}
 
 
