@@ -167,7 +167,8 @@ def stated(factor: float) -> Callable[[Manifest], Manifest]:
     """A manifest that says another scale of every input; 0: that they are not rounded."""
     def do(manifest: Manifest) -> Manifest:
         assert manifest.quantization is not None
-        weights = tuple(replace(weight, inputs=weight.inputs if factor else "", input_scale=factor * weight.input_scale)
+        weights = tuple(replace(weight, inputs=weight.inputs if factor else "", input_scale=factor * weight.input_scale,
+                                inputs_reason=weight.inputs_reason if factor else "there is none")
                         for weight in manifest.quantization.weights)
         return replace(manifest, quantization=replace(manifest.quantization, weights=weights))
     return do
