@@ -8,6 +8,7 @@ own (`gqa_export.lowering.tensorrt.fp4_inputs`).
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -28,6 +29,13 @@ class Inputs:
         self.graph, self.element = graph, context.element
         self._made: dict[tuple[object, ...], gs.Tensor] = {}
         self._kept: list[gs.Tensor] = []
+        self._scopes: Counter[str] = Counter()
+
+    def fresh(self, scope: str) -> str:
+        """The scope, or one like it if it was given before: a module that several layers share computes in one."""
+        self._scopes[scope] += 1
+        again = self._scopes[scope] - 1
+        return f"{scope}_{again}" if again else scope
 
     def ordered(self, x: gs.Tensor, facts: MatrixFacts, scope: str) -> gs.Tensor:
         """x `[..., K]` times the matrix's column scales, its columns in the order of the codes."""
@@ -36,12 +44,12 @@ class Inputs:
                 continue
             key = (id(x), label, hashlib.sha256(np.ascontiguousarray(values).tobytes()).digest())
             if key not in self._made:
-                node = Nodes(self.graph, f"{scope}/{label}")
+                node = Nodes(self.graph, self.fresh(f"{scope}/{label}"))
                 if label == "column_order":
-                    order = edit.constant(f"{scope}/{label}", values.astype(np.int64))
+                    order = edit.constant(node.scope, values.astype(np.int64))
                     made = node("gather", "Gather", x, order, axis=-1)
                 else:
-                    made = node("scaled", "Mul", x, edit.constant(f"{scope}/{label}", values, self.element))
+                    made = node("scaled", "Mul", x, edit.constant(node.scope, values, self.element))
                 if x.shape is not None and len(x.shape) == 2:
                     made.shape, made.dtype = x.shape, x.dtype
                 self._keep(key, x, made)
@@ -52,7 +60,7 @@ class Inputs:
         """`[..., ceil(K / block)]`: x summed over each block of columns."""
         key = (id(x), "sums", block)
         if key not in self._made:
-            node, whole = Nodes(self.graph, f"{scope}/sums{block}"), x
+            node, whole = Nodes(self.graph, self.fresh(f"{scope}/sums{block}")), x
             rank = len(x.shape) if x.shape else 3
             if columns % block:
                 whole = node("padded", "Pad", x, [0] * (2 * rank - 1) + [-columns % block])
