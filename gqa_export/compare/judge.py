@@ -9,8 +9,9 @@ from .case_driver import CaseLog, Choice, Measured, quantity
 from .case_verdict import SHIPPED, CaseVerdict, KindVerdict, Location
 from .code_share import CODES, judge_codes
 from .error_trace import output_errors, step_errors
-from .tolerance import Tolerance, blind, by_rule, most, tolerance
+from .tolerance import Tolerance, blind, by_rule, in_range, most, tolerance
 
+INNER = ("keys", "values", "states")
 KINDS = ("keys", "values", "states", "hidden states", "logits", "cache")
 
 
@@ -30,10 +31,11 @@ def doubtful(log: CaseLog, dtype: str, part: str = "") -> bool:
     scales, ruled = _scales(log), {(one.step, one.output): one.difference.max_abs for one in log.by_rule}
 
     def excusable(one: Measured) -> bool:
-        scale = scales[quantity(one.output)]
-        return not one.difference.nonfinite and (
-            one.difference.max_abs <= most(scale, dtype, rounded)
-            or ruled.get((one.step, one.output), math.inf) <= by_rule(0.0, scale).bound)
+        scale, found = scales[quantity(one.output)], one.difference.max_abs
+        inner = ruled and _kind(quantity(one.output)) in INNER
+        limit = in_range(math.inf, scale).bound if inner else most(scale, dtype, rounded)
+        by_the_rule = ruled.get((one.step, one.output), math.inf)
+        return not one.difference.nonfinite and (found <= limit or by_the_rule <= by_rule(0.0, scale).bound)
 
     parted = verdict.parted is None or verdict.parted.margin <= most(scales["logits"], dtype, rounded)
     return parted and all(map(excusable, log.bundle))
@@ -65,7 +67,8 @@ def judge(log: CaseLog, dtype: str, part: str = "") -> CaseVerdict:
     return CaseVerdict(name, case.purpose, case.batch, tuple(len(p) for p in case.prompts), len(case.counts),
                        case.free, kinds, log.rows, log.agreed, ties, real[0] if case.free and real else None,
                        log.eager_logits, log.seconds, outputs, trail, log.tally.metrics(_prefix(log, real)),
-                       case.entry, part)
+                       case.entry, part,
+                       tuple(label(output) for output, limit in bounds.items() if limit.basis == "range"))
 
 
 def _scales(log: CaseLog) -> dict[str, float]:
@@ -79,16 +82,24 @@ def _scales(log: CaseLog) -> dict[str, float]:
 def _by_rule(log: CaseLog, bounds: dict[str, Tolerance],
              scales: dict[str, float]) -> tuple[dict[str, Tolerance], list[Measured]]:
     """What is judged of a bundle as shipped: an output that is past its bound where rounding moves PyTorch by as much
-    as the largest value, and that agrees with PyTorch by the same rule, is judged by that."""
+    as the largest value, and that agrees with PyTorch by the same rule, is judged by that. Keys, values and states that
+    do not may be anything in their range, if logits, which come of them, are judged by a bound that tells something."""
     followed, ruled_by = {}, {(one.step, one.output): one for one in log.by_rule}
-    for output, limit in bounds.items():
-        apart, ruled = (max((one.difference.max_abs for one in side if quantity(one.output) == output),
-                            default=math.inf) for side in (log.bundle, log.by_rule))
+    past = {output: limit for output, limit in bounds.items()
+            if blind(limit, scales[output]) and _farthest(log.bundle, output) > limit.bound}
+    for output, limit in past.items():
         rule = by_rule(limit.baseline, scales[output])
-        if blind(limit, scales[output]) and apart > limit.bound and ruled <= rule.bound:
+        if _farthest(log.by_rule, output) <= rule.bound:
             followed[output] = rule
-    return {**bounds, **followed}, [ruled_by[one.step, one.output] if quantity(one.output) in followed else one
-                                    for one in log.bundle]
+    judged = {**bounds, **followed}
+    if not blind(bounds["logits"], scales["logits"]) or "logits" in followed:
+        judged |= {output: in_range(limit.baseline, scales[output]) for output, limit in past.items()
+                   if output not in followed and _kind(output) in INNER}
+    return judged, [ruled_by[one.step, one.output] if quantity(one.output) in followed else one for one in log.bundle]
+
+
+def _farthest(side: list[Measured], output: str) -> float:
+    return max((one.difference.max_abs for one in side if quantity(one.output) == output), default=math.inf)
 
 
 def _prefix(log: CaseLog, real: list[Choice]) -> int:

@@ -101,7 +101,9 @@ def _dominated(verdicts: tuple[CaseVerdict, ...]) -> list[str]:
              "rule": "the bundle's are within {:.2g} of PyTorch's by the same rule"}
     return [f"{case.name}: rounded inputs alone move PyTorch's logits by up to {case.logits.same_dtype_baseline:.2g}; "
             f"{found[case.logits.basis].format(case.logits.max_abs)}. --activations exact avoids both"
-            for case in verdicts if case.logits.basis in found]
+            for case in verdicts if case.logits.basis in found] + [
+        f"{case.name}: rounded inputs move {', '.join(case.ranged)} of PyTorch by as much as the largest value: held "
+        "to the range of values alone; the logits that come of them were judged" for case in verdicts if case.ranged]
 
 
 def _undecided(verdicts: tuple[CaseVerdict, ...]) -> list[str]:

@@ -40,4 +40,3 @@ def _limits(clamp: gs.Node, element: int) -> list[tuple[str, gs.Tensor]]:
     given = [*clamp.inputs, None, None][1:3]
     return [(operator, limit) for operator, limit in zip(("Max", "Min"), given)
             if limit is not None and not (isinstance(limit, gs.Variable) and limit.is_empty())]
-
