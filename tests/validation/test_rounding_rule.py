@@ -28,12 +28,12 @@ from gqa_export.validation.accuracy_level import RoundedInput, RoundInputs, roun
 TOKENS = np.array([[1, 5, 7, 2, 9, 30, 4, 11]], np.int64)
 
 
-def of_gguf(kind: str) -> Any:
+def of_gguf(kind: str, name: str = "llama", **sizes: int) -> Any:
     """A writer of a GGUF file of this type."""
     def write(folder: Path) -> Path:
-        architecture, keys, _ = case("llama")
-        keys = {**keys, "feed_forward_length": 128}
-        return write_case(folder / "model.gguf", "llama", keys, tensors_of(architecture, keys, {}),
+        architecture, keys, options = case(name)
+        keys = {**keys, "feed_forward_length": 128, **sizes}
+        return write_case(folder / "model.gguf", name, keys, tensors_of(architecture, keys, options),
                           stored=gguf.GGMLQuantizationType[kind])
     return write
 
@@ -47,8 +47,10 @@ def of_gptq(bits: int, **options: Any) -> Any:
     return write
 
 
+SMALL = {"expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 32}
 FORMS = {"minima": of_gguf("Q4_1"), "symmetric": of_gguf("Q8_0"), "zero points": of_gptq(4),
-         "columns in another order": of_gptq(8, order=True)}
+         "columns in another order": of_gptq(8, order=True),
+         "minima of experts, whose inputs have two axes": of_gguf("Q4_1", "qwen2moe", **SMALL)}
 
 
 @pytest.mark.parametrize("target", ["ort", "onnx"])

@@ -15,6 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from ...graph import edit
+from ...graph.known_shape import known_shape
 from ...graph.node_builder import Nodes
 from ...graph.rounded_inputs import DOMAIN, DYNAMIC, dynamic_attributes, number_attributes
 from ...quantized.facts import MatrixFacts
@@ -30,6 +31,8 @@ class Inputs:
         self._made: dict[tuple[object, ...], gs.Tensor] = {}
         self._kept: list[gs.Tensor] = []
         self._scopes: Counter[str] = Counter()
+        self._ranks: dict[int, int] = {}
+        """of what was made here"""
 
     def fresh(self, scope: str) -> str:
         """The scope, or one like it if it was given before: a module that several layers share computes in one."""
@@ -52,6 +55,7 @@ class Inputs:
                     made = node("scaled", "Mul", x, edit.constant(node.scope, values, self.element))
                 if x.shape is not None and len(x.shape) == 2:
                     made.shape, made.dtype = x.shape, x.dtype
+                self._ranks[id(made)] = self._rank(x)
                 self._keep(key, x, made)
             x = self._made[key]
         return x
@@ -61,7 +65,7 @@ class Inputs:
         key = (id(x), "sums", block)
         if key not in self._made:
             node, whole = Nodes(self.graph, self.fresh(f"{scope}/sums{block}")), x
-            rank = len(x.shape) if x.shape else 3
+            rank = self._rank(x)
             if columns % block:
                 whole = node("padded", "Pad", x, [0] * (2 * rank - 1) + [-columns % block])
             # rows of an expert that no token chose are none, and then -1 cannot be told
@@ -69,6 +73,10 @@ class Inputs:
             blocks = node("blocks", "Reshape", whole, [0] * (rank - 1) + [count, block])
             self._keep(key, x, node("sum", "ReduceSum", blocks, [-1], keepdims=0))
         return self._made[key]
+
+    def _rank(self, x: gs.Tensor) -> int:
+        """Axes of an input. Of most no shape is known, and they have three; routers and experts have rows of tokens."""
+        return self._ranks.get(id(x)) or len(known_shape(x) or (0, 0, 0))
 
     def rounded(self, x: gs.Tensor, codes: InputCodes, scope: str) -> gs.Tensor:
         """x `[..., K]` rounded to codes, as numbers of its own type."""
