@@ -51,7 +51,7 @@ def _matrix(stored: Stored, module: str, told: int) -> QuantizedMatrix:
     if len(codes.shape) != 2:
         raise stored.shape(f"{module}.qweight", "expected two axes")
     columns, rows = codes.shape[0], codes.shape[1] * 8
-    group = columns if told < 0 else told
+    group = columns if told < 0 else min(told, columns)
     blocks = -(-columns // group)
     scale = stored.take(f"{module}.scales", SCALES, (blocks, rows))
     zeros = stored.take(f"{module}.qzeros", ("int32",), (blocks, rows // 8))

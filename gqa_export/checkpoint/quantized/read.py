@@ -14,6 +14,7 @@ from ..safetensors_header import StoredTensor
 from .auto_round import read_auto_round
 from .awq import read_awq
 from .bitsandbytes import read_bitsandbytes
+from .complete import refuse_incomplete
 from .compressed_tensors import read_compressed_tensors
 from .description import Description
 from .fp8 import read_fbgemm, read_fp8
@@ -86,6 +87,7 @@ def read_quantized(description: Description, tensors: dict[str, StoredTensor], w
     stored = Stored(tensors, where)
     try:
         matrices = dict(READERS[description.method](description, stored))
+        refuse_incomplete(description, stored, matrices)
     except (TypeError, ValueError, KeyError, IndexError, OverflowError, ZeroDivisionError, AttributeError) as error:
         raise InvalidCheckpoint(f"the description of the quantization ({description.method}) cannot be applied: "
                                 f"{cause_of(error)}", f"{where}, {description.file}", FIX,
