@@ -55,7 +55,7 @@ def read_gptq(description: Description, stored: Stored) -> Iterator[tuple[str, Q
     names = stored.modules(".qweight")
     if not names:
         return
-    layout = description.text("checkpoint_format")
+    layout = description.text("checkpoint_format", "format")
     if layout not in LAYOUTS or (layout == "" and description.fields.get("is_marlin_format")):
         refuse_quantized(f"GPTQ, layout {layout or 'marlin'}", stored.where)
     modules = [_taken(description, stored, name) for name in names]
