@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar
 from ..spec import STRICT, Limits, OneOf, Text
 
 MOST_MATRICES = 1 << 18
-_LAYER = re.compile(r"\.\d+\.")
+LAYER = re.compile(r"\.\d+\.")
+"""the number of a layer in a name"""
 PLAIN = "plain"
 """operator of a matrix that the graph holds as floating-point numbers"""
 KEPT = ("keep", "dequantize")
@@ -196,7 +197,7 @@ class Quantization:
         lines += [f"  {line}" for line in self.search.lines()] if self.search else []
         groups: dict[tuple[str, ...], list[QuantizedWeight]] = {}
         for weight in self.weights:
-            groups.setdefault((_LAYER.sub(".*.", weight.name, count=1), weight.stored, str(weight.bits), weight.held,
+            groups.setdefault((LAYER.sub(".*.", weight.name, count=1), weight.stored, str(weight.bits), weight.held,
                                "lossless" if weight.lossless else "rounded", weight.reason, weight.inputs_reason),
                               []).append(weight)
         for (name, stored, bits, held, loss, reason, inputs_reason), members in groups.items():
