@@ -99,6 +99,7 @@ class CaseVerdict:
         outputs, trail: the errors of every output and of every step.
         entry: the line of the suite it belongs to.
         part: of a bundle that rounds its activations, "export exact" (they were not rounded) or "as shipped"; else "".
+        ranged: outputs held to the range of their values alone, because rounding moves PyTorch's by all of it.
     """
 
     name: str
@@ -119,6 +120,7 @@ class CaseVerdict:
     metrics: LogitMetrics | None = None
     entry: str = ""
     part: str = ""
+    ranged: tuple[str, ...] = ()
 
     @property
     def first(self) -> Location | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,10 +34,24 @@ MEASURED_AGAIN = 2.0**-7
 """how far a scale may be from one that was measured by other threads, and rounded to bf16"""
 
 
+@dataclass(frozen=True)
+class StatedInputs:
+    """How products round their inputs.
+
+    Attributes:
+        codes: name of a weight -> the rule of its products.
+        proved: the scales were held against the checkpoint or the calibration text, not against the bundle's own
+            record alone.
+    """
+
+    codes: Mapping[str, InputCodes] = field(default_factory=dict)
+    proved: bool = True
+
+
 def stated_inputs(checkpoint: Checkpoint, manifest: Manifest, names: Collection[str], notes: list[str],
-                  text: Path | None = None, folder: Path | None = None) -> dict[str, InputCodes]:
-    """Name of a weight -> how its products round their inputs, of all that a manifest names. The scales are those of
-    the checkpoint or of the calibration text: what the manifest says must be the same.
+                  text: Path | None = None, folder: Path | None = None) -> StatedInputs:
+    """How products round their inputs, of all weights that a manifest names. The scales are those of the checkpoint or
+    of the calibration text: what the manifest says must be the same.
 
     Args:
         checkpoint: that was exported. manifest: of the bundle. names: of the model's parameters.
@@ -50,25 +65,25 @@ def stated_inputs(checkpoint: Checkpoint, manifest: Manifest, names: Collection[
     """
     quantization = manifest.quantization
     if quantization is None or quantization.activations != SAME:
-        return {}
+        return StatedInputs()
     rounding = [weight for weight in quantization.weights if weight.inputs]
     if not rounding:
-        return {}
-    most = CLOSE
+        return StatedInputs()
+    most, proved = CLOSE, True
     if quantization.method in KEPT:
         stored = parameters_of(checkpoint, names)[0]
         scales = {name: matrix.input_scale for name, matrix in stored.items() if matrix.input_scale is not None}
     else:
         if text is None and folder is not None and FILE in manifest.files:
-            largest = read_largest(folder)
+            largest, proved = read_largest(folder), False
             notes.append(f"the scales of inputs agree with the bundle's own {FILE}; they were not held against the "
                          "checkpoint: --calibrate TEXT measures them again")
         else:
             largest, most = calibrated_again(checkpoint, quantization, text).largest, MEASURED_AGAIN
         scales = {weight.name: scale_of(largest[weight.name], weight.inputs) for weight in rounding
                   if weight.name in largest}
-    return {weight.name: _agreed(weight, scales.get(weight.name), manifest.dtype, most, checkpoint.source)
-            for weight in rounding}
+    return StatedInputs({weight.name: _agreed(weight, scales.get(weight.name), manifest.dtype, most, checkpoint.source)
+                         for weight in rounding}, proved)
 
 
 def _agreed(weight: QuantizedWeight, scale: float | None, dtype: str, most: float, where: str) -> InputCodes:

@@ -27,7 +27,8 @@ from .sessions import FillGarbage, Sessions, bundle_session, is_large
 @dataclass(frozen=True)
 class Comparison:
     """What does not change between the two. plan: the cases. manifest: of what is run. last_only, dtype, notes, report:
-    as of `run_cases`."""
+    as of `run_cases`. coded: the bundle's cache is quantized, whatever what is run holds: interpreted fp8 codes are
+    the numbers that they stand for."""
 
     known: Reference
     plan: Plan
@@ -36,11 +37,12 @@ class Comparison:
     dtype: str
     notes: list[str]
     report: Progress
+    coded: bool = False
 
     def sessions(self, session: Session, fill_garbage: FillGarbage | None, follow: bool = True,
                  by_rule: bool = False) -> Sessions:
         """The three that walk in step. follow: as `Sessions` has it, where the cache is quantized. by_rule: see it."""
-        follow = follow and self.manifest.kv_cache is not None
+        follow = follow and self.coded
         return Sessions(self.known.session, self.known.eager, session, fill_garbage,
                         beside=self.manifest.engine is None and is_large(self.manifest), alike=self.known.alike,
                         follow=follow, count_codes=follow and self.dtype != "float32", by_rule=by_rule,
@@ -63,24 +65,25 @@ class Comparison:
         if eager is None:
             self.notes.append("not compared as shipped: there is no room for PyTorch in the bundle's number format")
             return (), ""
-        inputs = rounded_inputs(self.manifest, self.known.checkpoint, eager.model, self.known.inputs)
+        inputs = rounded_inputs(self.manifest, self.known.checkpoint, eager.model, self.known.inputs.codes)
         kinds = sorted({each.codes.kind for each in inputs.values() if each.codes})
         how = f"the type of their weight ({', '.join(kinds)})" if is_same(self.manifest) else "int8 (accuracy level 4)"
         self.notes.append(f"as shipped, the inputs of {len(inputs)} matrices are rounded to {how}; the baseline is "
                           "PyTorch with the same inputs rounded by the same rule")
         rounding = RoundInputs(inputs)
-        # a scale that cuts inputs off moves PyTorch and the bundle alike: of other scales than a block's own largest
-        # value, and of models without routers, the same result by the same rule is no proof
-        routed = not is_same(self.manifest) and any(rule.experts for rule in inputs.values())
+        # a scale that cuts inputs off moves PyTorch and the bundle alike: that they agree is no proof of a scale that
+        # was held against nothing else; a block's own largest value, by which int8 is scaled, cuts nothing off
         with eager.under(rounding, "rounded") if inputs else nullcontext():
-            sessions = self.sessions(session, fill_garbage, follow=alone, by_rule=routed)
+            sessions = self.sessions(session, fill_garbage, follow=alone,
+                                     by_rule=bool(inputs) and self.known.inputs.proved)
             if sessions.follow:
                 self.notes.append("rounded inputs move many codes of the cache in PyTorch too, and as many may be "
                                   "others here: validate the ONNX bundle that the engine was built from, too")
             logs = run_cases(sessions, self.plan, last_only=self.last_only, report=self.report, dtype=self.dtype,
                              part=SHIPPED, notes=self.notes)
         verdicts = tuple(judge(log, self.dtype, SHIPPED) for log in logs)
-        self.notes.extend((*_missed(eager.model, inputs, rounding.met), *_dominated(verdicts)))
+        self.notes.extend((*_missed(eager.model, inputs, rounding.met), *_dominated(verdicts),
+                           *([] if self.known.inputs.proved else _undecided(verdicts))))
         return verdicts, overflow_words(sessions, logs, self.dtype) if alone else ""
 
 
@@ -100,7 +103,19 @@ def _dominated(verdicts: tuple[CaseVerdict, ...]) -> list[str]:
              "rule": "the bundle's are within {:.2g} of PyTorch's by the same rule"}
     return [f"{case.name}: rounded inputs alone move PyTorch's logits by up to {case.logits.same_dtype_baseline:.2g}; "
             f"{found[case.logits.basis].format(case.logits.max_abs)}. --activations exact avoids both"
-            for case in verdicts if case.logits.basis in found]
+            for case in verdicts if case.logits.basis in found] + [
+        f"{case.name}: rounded inputs move {', '.join(case.ranged)} of PyTorch by as much as the largest value: held "
+        "to the range of values alone; the logits that come of them were judged" for case in verdicts if case.ranged]
+
+
+def _undecided(verdicts: tuple[CaseVerdict, ...]) -> list[str]:
+    """A line where cases failed that PyTorch by the same rule could have decided, had the scales been proved."""
+    names = [case.name for case in verdicts
+             if any(not kind.passed and kind.basis == "activations" and kind.bound <= kind.same_dtype_baseline
+                    for kind in case.kinds)]
+    return [f"{', '.join(names)}: rounded inputs move PyTorch by as much as the largest value, and whether the bundle "
+            "does the same tells nothing as long as the scales were held against nothing but what the bundle says: "
+            "validate with --calibrate TEXT"] if names else []
 
 
 def exact_session(stack: ExitStack, folder: Path, manifest: Manifest, provider: str, notes: list[str],

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -106,6 +107,11 @@ class HeldHeads:
     def lengths(self) -> np.ndarray:
         """As of the session."""
         return self._session.lengths
+
+    def redrawn(self, seed: int) -> AbstractContextManager[None]:
+        """See `TorchSession.redrawn`."""
+        session: Any = self._session
+        return cast("AbstractContextManager[None]", session.redrawn(seed))
 
     def reset(self, batch: int) -> None:
         """See `Session.reset`."""

@@ -3,7 +3,7 @@ twin, or an engine's graph in a form that ONNX Runtime can run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..files.scratch import scratch_folder
 from ..progress import Progress
 from ..runtime.session import Session
 from ..targets import get_target, on_cpu
-from .input_codes import stated_inputs
+from .input_codes import StatedInputs, stated_inputs
 from .quantized_reference import kept_codes, put_quantized, requantized
 from .ranks import merged_bundle, with_held_heads
 from .sessions import observed_facts, pytorch_sessions
@@ -25,7 +25,6 @@ from .stand_in import stand_in
 
 if TYPE_CHECKING:
     from ..bundle.parallel import ParallelFacts
-    from ..quantized.input_codes import InputCodes
     from ..targets import Target
 
 
@@ -46,8 +45,8 @@ class Reference:
     digest: str = ""
     plain: bool = True
     """neither its cache nor its weights were quantized to be what the bundle is meant to hold"""
-    inputs: Mapping[str, InputCodes] = field(default_factory=dict)
-    """name of a weight -> how products with it round their inputs to its type, in a bundle that does so"""
+    inputs: StatedInputs = field(default_factory=StatedInputs)
+    """how products round their inputs to the type of their weight, in a bundle that does so"""
 
     @property
     def alike(self) -> frozenset[int]:

@@ -266,6 +266,24 @@ def test_a_narrow_failure_stays_one_where_every_draw_is_as_small():
     assert eager.drawn
 
 
+def test_a_baseline_may_be_small_by_more_than_a_narrow_failure():
+    """Where inputs amplify, all errors of a case follow one rounding, which may be near its middle in one draw: here by
+    a factor of 16, and the bundle is past its bound by 12 times. 8 times 3.2e-5 allow 2.6e-4."""
+    eager = lucky(_3=3.2e-5)
+    verdict, _ = scripted_verdict(Scripted(noise=2e-4, seed=5), eager=eager)
+    assert verdict.passed, str(verdict.first)
+    assert eager.drawn == [1, 2, 3] * len(verdict.cases)
+    assert not scripted_verdict(Scripted(noise=2e-4, seed=5), eager=lucky(_3=1e-5))[0].passed
+
+
+def test_draws_end_with_the_first_case_that_fails_in_spite_of_them():
+    """The verdict is known then."""
+    eager = lucky()
+    verdict, _ = scripted_verdict(Scripted(noise=4e-5, seed=5), eager=eager)
+    assert sum(not case.passed for case in verdict.cases) > 1
+    assert eager.drawn == [1, 2, 3]
+
+
 @pytest.mark.parametrize("edit", [lambda t, x: x.__setitem__(3, np.nan if t == 50 else x[3]),
                                   lambda t, x: x.__setitem__(3, x[3] + (1e-3 if t == 50 else 0))], ids=["nan", "far"])
 def test_what_is_not_finite_or_far_off_is_never_measured_again(edit):
@@ -328,12 +346,14 @@ def test_a_side_that_takes_tokens_one_by_one_is_never_waited_for(monkeypatch):
     assert SessionRunner(Scripted(), REFERENCE, beside=runners[:1])._alone(feed)
 
 
-def as_shipped(eager: float, bundle: float, by_rule: bool = True) -> list:
+def as_shipped(eager: float, bundle: float, by_rule: bool = True, keys: tuple[float, float] = (1.0, 1.0)) -> list:
     """The cases of a bundle as shipped whose logits are those of the reference times a factor, and what PyTorch makes
-    of them by the same rule, those times another. by_rule: the two may be held against one another."""
+    of them by the same rule, those times another. by_rule: the two may be held against one another. keys: factors of
+    keys, of PyTorch and of the bundle."""
     moved = [Scripted(noise=1e-6), Scripted(noise=1e-6, seed=5)]
-    for session, factor in zip(moved, (eager, bundle)):
+    for session, factor, of_keys in zip(moved, (eager, bundle), keys):
         session.logit_table = factor * session.logit_table
+        session.key_table = of_keys * session.key_table
     reference = Scripted()
     plan = plan_cases(reference.spec, 128, steps=4)
     return [judge(log, "float32", SHIPPED)
@@ -356,9 +376,39 @@ def test_one_that_agrees_with_neither_is_wrong():
     assert not any(case.passed for case in as_shipped(-1.4, -1.2))
 
 
-def test_nor_is_it_held_against_the_rule_where_a_model_has_no_routers():
+def test_nor_is_it_held_against_a_rule_of_scales_that_nothing_else_proves():
     """Scales that cut inputs off move both sides alike."""
     assert not any(case.passed for case in as_shipped(-1.4, -1.4, by_rule=False))
+
+
+def of_keys(cases: list, basis: str) -> list:
+    """What was judged of keys by this basis."""
+    return [kind for case in cases for kind in case.kinds if kind.kind == "keys" and kind.basis == basis]
+
+
+def test_keys_that_rounding_moves_by_all_there_is_are_judged_by_the_logits_that_come_of_them():
+    """PyTorch's are off by 1.05 of the largest, the bundle's by 1.3, and 0.25 from one another: a code was rounded the
+    other way. The logits of both are off by 1 %."""
+    cases = as_shipped(0.99, 0.99, keys=(-0.05, -0.3))
+    assert all(case.passed for case in cases)
+    assert len(of_keys(cases, "range")) == len(cases)
+    assert {case.ranged for case in cases} == {("layer 0 key", "layer 0 value")}  # one table makes both
+
+
+@pytest.mark.parametrize(("logits", "keys", "by_rule"), [
+    (0.5, (-0.05, -0.3), True), (-1.4, (-0.05, -0.3), False), (0.99, (-0.05, -1.3), True),
+    (0.99, (0.2, -0.3), True)], ids=["logits wrong", "scales not proved", "out of range", "a bound tells"])
+def test_such_keys_are_wrong_where_something_can_tell(logits, keys, by_rule):
+    """The logits are; or nothing proves the scales; or keys are further away than two values of their range; or PyTorch
+    is off by less than the largest value."""
+    assert not any(case.passed for case in as_shipped(0.99, logits, by_rule, keys))
+
+
+def test_nor_are_keys_excused_where_the_logits_tell_nothing():
+    """Rounding moves them by 1.4 of the largest too, and the bundle's are within that by chance."""
+    cases = as_shipped(-0.4, 0.99, keys=(-0.05, -0.3))
+    assert not any(case.passed for case in cases)
+    assert not of_keys(cases, "range")
 
 
 def test_nor_where_the_bound_beside_the_reference_tells_right_from_wrong():

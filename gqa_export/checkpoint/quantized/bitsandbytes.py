@@ -91,10 +91,12 @@ def floats_of(stored: Stored, name: str, shape: tuple[int, ...]) -> Array:
 
 def _absmax(stored: Stored, name: str, state: dict[str, Any], blocks: int) -> Array:
     """The scale of every block, float32; those that are quantized are computed in float32, as the library does."""
+    size, offset = state.get("nested_blocksize"), state.get("nested_offset")
     if f"{name}.nested_absmax" not in stored:
+        if size is not None:
+            raise stored.missing(f"{name}.nested_absmax", "its state has scales that are quantized (nested_blocksize)")
         return floats_of(stored, f"{name}.absmax", (blocks,))
     codes = stored_array(stored.take(f"{name}.absmax", ("uint8",), (blocks,)))
-    size, offset = state.get("nested_blocksize"), state.get("nested_offset")
     if not isinstance(size, int) or size < 1 or not isinstance(offset, int | float):
         raise stored.value(f"{name}.nested_absmax", "has neither a block size nor an offset in the weight's state")
     outer = floats_of(stored, f"{name}.nested_absmax", (-(-blocks // size),))

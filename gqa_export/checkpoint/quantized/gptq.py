@@ -20,6 +20,7 @@ from ..safetensors_header import StoredTensor
 from .codes import integers
 from .description import Description
 from .groups import in_groups
+from .per_module import settings_of, whole
 from .scales import Scales, held_in
 from .stored import SCALES, Rows, Stored, floats, stored_array
 
@@ -54,7 +55,7 @@ def read_gptq(description: Description, stored: Stored) -> Iterator[tuple[str, Q
     names = stored.modules(".qweight")
     if not names:
         return
-    layout = description.text("checkpoint_format")
+    layout = description.text("checkpoint_format", "format")
     if layout not in LAYOUTS or (layout == "" and description.fields.get("is_marlin_format")):
         refuse_quantized(f"GPTQ, layout {layout or 'marlin'}", stored.where)
     modules = [_taken(description, stored, name) for name in names]
@@ -72,18 +73,22 @@ def _taken(description: Description, stored: Stored, name: str) -> _Module:
         raise stored.shape(f"{name}.scales", f"which do not fit a weight packed as {codes.shape}")
     blocks, rows = scale.shape
     bits = next((each for each in BITS if zeros.shape == (blocks, rows * each // 32) and rows * each % 32 == 0), 0)
-    told = description.number("bits")
+    settings = settings_of(description, name)
+    told = whole(settings, "bits")
     special = description.fields.get("dynamic") or description.fields.get("extra_config")
     if not bits or (bits != told and not special):
         raise stored.shape(f"{name}.qzeros", f"which are not zero points of {told} bits for {rows} rows")
     columns = codes.shape[0] * 32 // bits
     groups = stored.maybe(f"{name}.g_idx", ("int32", "int64"), (columns,))
-    group = description.number("group_size", default=-1) or -1
-    group = columns if group < 0 else group
+    group = whole(settings, "group_size") or -1
+    group = columns if group < 0 else min(group, columns)
     if special and -(-columns // group) != blocks:
         group = -(-columns // blocks)
     if -(-columns // group) != blocks:
         raise stored.shape(f"{name}.scales", f"which are not scales of groups of {group} of {columns} columns")
+    if groups is None and blocks > 1 and settings.get("desc_act"):
+        raise stored.missing(f"{name}.g_idx", f"{description.file} has columns in groups by their importance "
+                             "(desc_act: true)")
     return _Module(name, bits, group, codes, zeros, scale, groups)
 
 

@@ -48,13 +48,14 @@ def entry(bits: int = 4, group: int = GROUP, **more: object) -> dict:
 
 
 @pytest.mark.parametrize(("bits", "group", "more"), [
-    (4, 32, {}), (8, 32, {}), (2, 32, {}), (3, 32, {}), (4, -1, {}), (4, 40, {}), (4, 32, {"order": True}),
+    (4, 32, {}), (8, 32, {}), (2, 32, {}), (3, 32, {}), (4, -1, {}), (4, 40, {}), (4, 128, {}),
+    (4, 32, {"order": True}),
     (4, 32, {"index": False}), (4, 32, {"symmetric": False}), (3, 32, {"symmetric": False}),
     (8, 32, {"symmetric": False, "order": True})])
 def test_gptq(tmp_path: Path, bits: int, group: int, more: dict) -> None:
     values = write_quantized(tmp_path, entry(bits, group, sym=more.get("symmetric", True)), gptq(bits, group, **more))
     for matrix in check(tmp_path, values).values():
-        assert (matrix.bits, matrix.block) == (bits, group if group > 0 else matrix.columns)
+        assert (matrix.bits, matrix.block) == (bits, min(group, matrix.columns) if group > 0 else matrix.columns)
         assert matrix.offset == ("none" if more.get("symmetric", True) else "zero")
         assert (matrix.column_order is not None) == ("order" in more)
         assert matrix.scale_dtype == "float16"
@@ -91,6 +92,15 @@ def test_one_weight_off_by_one_among_symmetric_ones_is_refused(tmp_path: Path) -
 def test_old_files_beside_the_configuration_are_read(tmp_path: Path) -> None:
     fields = {key: value for key, value in entry().items() if key != "quant_method"}
     check(tmp_path, write_quantized(tmp_path, fields, gptq(), beside="quantize_config.json"))
+
+
+def test_numbers_that_are_written_as_texts_or_floats_are_numbers(tmp_path: Path) -> None:
+    check(tmp_path, write_quantized(tmp_path, {**entry(), "bits": "4", "group_size": 32.0}, gptq()))
+    for wrong in ({"bits": "four"}, {"group_size": 32.5}, {"bits": True}, {"group_size": [32]}):
+        edit(tmp_path, quantization_config={**entry(), **wrong})
+        with refused("E-CKPT-QUANT-DESCRIPTION", InvalidCheckpoint) as refusal:
+            open_checkpoint(tmp_path)
+        assert f"{next(iter(wrong))} is {next(iter(wrong.values()))!r}" in refusal.error.what
 
 
 def test_exceptions_for_some_layers_are_seen_in_the_shapes(tmp_path: Path) -> None:
