@@ -23,6 +23,8 @@ from .stored import Stored, floats, stored_array
 Array = Any
 """a numpy array"""
 STATE = ".quant_state.bitsandbytes__"
+STORAGE = ("uint8", "bfloat16", "float16", "float32")
+"""types that bytes of codes may be called (`bnb_4bit_quant_storage`)"""
 INT8_LAYOUTS = ("row", "col32", "col_turing", "col_ampere")
 """what `weight_format` counts (`LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING` of `utils.py`)"""
 
@@ -69,8 +71,8 @@ def _four_bits(stored: Stored, name: str, kind: str) -> QuantizedMatrix:
         raise stored.value(f"{name}{STATE}{kind}", f"does not describe a weight: {error}") from error
     count = prod(shape)
     blocks = -(-count // block)
-    packed = stored.take(name, ("uint8",))
-    if prod(packed.shape) * 2 != count or shape[1] % 2:
+    packed = stored.take(name, STORAGE)
+    if packed.nbytes * 2 != count or shape[1] % 2:
         raise stored.shape(name, f"which are not {shape} numbers of four bits")
     table = floats_of(stored, f"{name}.quant_map", (16,))
     if not np.array_equal(table, LEVELS[kind].astype(np.float32)):
@@ -84,7 +86,7 @@ def _four_bits(stored: Stored, name: str, kind: str) -> QuantizedMatrix:
     def read(start: int, stop: int) -> Array:
         return scale[np.arange(start * per_row, stop * per_row) * width // block].reshape(stop - start, per_row)
 
-    flat = type(packed)(packed.path, packed.offset, packed.nbytes, packed.dtype, (shape[0], shape[1] // 2))
+    flat = type(packed)(packed.path, packed.offset, packed.nbytes, "uint8", (shape[0], shape[1] // 2))
     nested = ", scales quantized" if f"{name}.nested_absmax" in stored else ""
     return nibbles(flat, shape, kind, Scales(read, width), f"bitsandbytes {kind}, block {block}{nested}", names,
                    high_first=True, in_place=name)

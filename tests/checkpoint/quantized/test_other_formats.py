@@ -332,6 +332,15 @@ def test_bitsandbytes_int8(tmp_path: Path) -> None:
     check(tmp_path, values, rtol=4e-16)
 
 
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_bitsandbytes_codes_that_are_stored_as_floats_for_sharding(tmp_path: Path, storage: torch.dtype) -> None:
+    def encode(rng, rows, columns):
+        parts, weight = bnb()(rng, rows, columns)
+        return {**parts, ".weight": parts[".weight"].reshape(-1).view(storage)[:, None]}, weight
+
+    check(tmp_path, write_quantized(tmp_path, BNB, encode, num_hidden_layers=1))
+
+
 def int8_in(layout: int):
     def encode(rng, rows, columns):
         return {".weight": torch.zeros(rows, columns, dtype=torch.int8), ".SCB": torch.ones(rows),
