@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar
 from ..spec import STRICT, Limits, OneOf, Text
 
 MOST_MATRICES = 1 << 18
-_LAYER = re.compile(r"\.\d+\.")
+LAYER = re.compile(r"\.\d+\.")
+"""the number of a layer in a name"""
 PLAIN = "plain"
 """operator of a matrix that the graph holds as floating-point numbers"""
 KEPT = ("keep", "dequantize")
@@ -105,7 +106,10 @@ class QuantizedWeight:
 
     def _inputs_problem(self, activations: str) -> str:
         if not self.inputs:
-            return f"inputs that are not rounded have no scale, found {self.input_scale:g}" if self.input_scale else ""
+            if self.input_scale:
+                return f"inputs that are not rounded have no scale, found {self.input_scale:g}"
+            silent = activations == "same" and self.operator != PLAIN and not self.inputs_reason
+            return "activations are \"same\", its inputs are not rounded, and no reason is given" if silent else ""
         if activations != "same":
             return f"inputs are rounded to {self.inputs} only where activations are \"same\", found \"{activations}\""
         if self.operator == PLAIN or self.inputs != self.kind or self.experts:
@@ -193,7 +197,7 @@ class Quantization:
         lines += [f"  {line}" for line in self.search.lines()] if self.search else []
         groups: dict[tuple[str, ...], list[QuantizedWeight]] = {}
         for weight in self.weights:
-            groups.setdefault((_LAYER.sub(".*.", weight.name, count=1), weight.stored, str(weight.bits), weight.held,
+            groups.setdefault((LAYER.sub(".*.", weight.name, count=1), weight.stored, str(weight.bits), weight.held,
                                "lossless" if weight.lossless else "rounded", weight.reason, weight.inputs_reason),
                               []).append(weight)
         for (name, stored, bits, held, loss, reason, inputs_reason), members in groups.items():

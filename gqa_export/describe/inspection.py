@@ -19,6 +19,7 @@ from ..bundle.manifest import Manifest
 from ..bundle.rank_view import ranks_of
 from ..spec import FLOATS, SHORT_DTYPES, AttentionSpec, ModelSpec, WindowCache
 from ..weights.dtypes import itemsize
+from .stored_matrices import StoredMatrix
 
 COMMON_CONTEXTS = (1024, 4096)
 
@@ -55,6 +56,7 @@ class Inspection:
         parameters: elements of all weights.
         weight_bytes: bytes of all weights.
         manifest: of a bundle.
+        matrices: of a checkpoint that is quantized, each as it is stored.
     """
 
     source: str
@@ -66,11 +68,14 @@ class Inspection:
     parameters: int
     weight_bytes: int
     manifest: Manifest | None = None
+    matrices: tuple[StoredMatrix, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for `--json`: one entry of `layers` for every attention layer, of `states` for every state."""
         data = asdict(self)
         del data["groups"]
+        if self.kind == "bundle":  # whose manifest has what became of them
+            del data["matrices"]
         data["kv_cache"] = data.pop("costs")
         layers = data["spec"].pop("layers")
         data["layers"] = [{"kind": kind_of_attention(layer), **facts}
@@ -155,8 +160,8 @@ def inspect_bundle(folder: Path, manifest: Manifest) -> Inspection:
                       parameters, weight_bytes, manifest)
 
 
-def inspect_checkpoint(source: str, spec: ModelSpec, stored_dtype: str, parameters: int,
-                       weight_bytes: int) -> Inspection:
+def inspect_checkpoint(source: str, spec: ModelSpec, stored_dtype: str, parameters: int, weight_bytes: int,
+                       matrices: tuple[StoredMatrix, ...] = ()) -> Inspection:
     """The figures of a checkpoint.
 
     Args:
@@ -165,7 +170,8 @@ def inspect_checkpoint(source: str, spec: ModelSpec, stored_dtype: str, paramete
         stored_dtype: the type of its weights, in which an export would keep the cache; fp32 for a type without a cache.
         parameters: elements of all weights.
         weight_bytes: bytes of all weights.
+        matrices: of a quantized one.
     """
     dtype = SHORT_DTYPES.get(stored_dtype, "fp32")
     return Inspection(source, "checkpoint", spec, dtype, layer_groups(spec.layers),
-                      cache_costs(spec, dtype, spec.max_positions), parameters, weight_bytes)
+                      cache_costs(spec, dtype, spec.max_positions), parameters, weight_bytes, matrices=matrices)
