@@ -107,12 +107,13 @@ def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:
     tensors = _read_tensors(source, folder)
     refuse_foreign(config, list(tensors), source)
     if method in METHODS:
+        from .quantized.conv1d import as_parameters
         from .quantized.read import read_quantized
 
         found = read_quantized(description, tensors, source)
-        if found.matrices:
-            labels = sorted({matrix.label for matrix in found.matrices.values()})
-            return Checkpoint(source, folder, "hf", None, config, "float32", found.plain, found.matrices, found.packed,
+        if matrices := as_parameters(found.matrices, config, method, source):
+            labels = sorted({matrix.label for matrix in matrices.values()})
+            return Checkpoint(source, folder, "hf", None, config, "float32", found.plain, matrices, found.packed,
                               ", ".join(labels), text_only=text_only, notes=found.notes)
     eighths = sorted(name for name, tensor in tensors.items() if tensor.dtype.startswith("float8"))
     if eighths:

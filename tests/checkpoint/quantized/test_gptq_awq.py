@@ -73,6 +73,55 @@ def test_values_decide_what_is_added_to_zero_points_whatever_the_label_says(tmp_
     assert any("version" in note for note in open_checkpoint(tmp_path).notes) == lies
 
 
+def by_range(bits: int, stored_less: int, mean: float):
+    """Codes and zero points of the range of each group of normal weights, as packages round them."""
+    def encode(rng, rows, columns):
+        weight = rng.normal(mean, 1, (rows, columns // GROUP, GROUP))
+        low, high = np.minimum(weight.min(2), 0), np.maximum(weight.max(2), 0)
+        most = (1 << bits) - 1
+        scale = ((high - low) / most).astype(np.float16)
+        step = scale.astype(np.float64)
+        zero = np.clip(np.rint(-low / step), 1, most).astype(int)
+        codes = np.clip(np.rint(weight / step[..., None]) + zero[..., None], 0, most).astype(int)
+        parts = {".qweight": stream(codes.reshape(rows, columns).T, bits), ".scales": torch.from_numpy(scale.T.copy()),
+                 ".qzeros": stream(zero - stored_less, bits).T.contiguous()}
+        return parts, ((codes - zero[..., None]) * step[..., None]).reshape(rows, columns)
+
+    return encode
+
+
+@pytest.mark.parametrize(("bits", "mean", "noted"), [
+    (4, 0, ""), (4, .02, ""), (3, .02, ""), (8, 0, "does not tell"), (8, .02, "does not tell")])
+def test_the_mean_of_weights_outweighs_a_label_only_where_it_tells(tmp_path: Path, bits: int, mean: float,
+                                                                   noted: str) -> None:
+    for stored_less, label in ((1, "gptq"), (0, "gptq_v2")):  # a step of 8 bits is less than a mean may be
+        folder = tmp_path / label
+        values = write_quantized(folder, entry(bits, sym=False, checkpoint_format=label),
+                                 by_range(bits, stored_less, mean), num_hidden_layers=1)
+        check(folder, values)
+        notes = open_checkpoint(folder).notes
+        assert (noted in notes[0]) if noted else notes == ()
+    if bits < 8:
+        edit(folder, quantization_config=entry(bits, sym=False))
+        check(folder, values)
+        assert "version 2" in open_checkpoint(folder).notes[0]
+
+
+def test_symmetric_weights_tell_the_version_of_those_that_dynamic_makes_asymmetric(tmp_path: Path) -> None:
+    def mixed(rng, rows, columns):  # gate_proj and up_proj have 96 rows
+        return gptq(8, symmetric=rows != 96, stored_less=0)(rng, rows, columns)
+
+    fields = entry(8, dynamic={"+:.*(gate|up)_proj": {"sym": False}})
+    found = check(tmp_path, write_quantized(tmp_path, fields, mixed, num_hidden_layers=1))
+    assert {name.split(".")[-2] for name, matrix in found.items() if matrix.offset == "zero"} == {"gate_proj",
+                                                                                               "up_proj"}
+    assert "those of symmetric weights" in open_checkpoint(tmp_path).notes[0]
+    edit(tmp_path, quantization_config=entry(8, dynamic={"+:.*gate_proj": {"sym": False}}))
+    with refused("E-CKPT-QUANT-VALUE", InvalidCheckpoint) as refusal:
+        open_checkpoint(tmp_path)
+    assert "up_proj.qzeros" in refusal.error.what
+
+
 def test_a_symmetric_checkpoint_with_other_zero_points_is_refused(tmp_path: Path) -> None:
     write_quantized(tmp_path, entry(), gptq(symmetric=False))
     with refused("E-CKPT-QUANT-VALUE", InvalidCheckpoint):
