@@ -30,7 +30,7 @@ from .in_place import judge_in_place
 from .long_cases import judge_long
 from .long_graph import long_graph_as_run
 from .long_loss import LongRequest, measure_long_loss, sequences_of
-from .loss import LossRequest, measure_loss
+from .loss import LossRequest, check_reference, measure_loss
 from .parts import EXACT, Comparison, activations_of, exact_session, rounds_for_good
 from .ranks import held_here
 from .reference import Reference, open_reference, runnable, with_ranks
@@ -83,6 +83,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
     check_text(manifest, loss.calibrate)
     unhashed = check_files(folder, manifest, full=full_hash, hashes=check_hashes)
     check_tokenizer(folder)
+    check_reference(loss, manifest, folder)
     long.check(manifest, str(folder))
     prompts, long_missing = sequences_of(long, manifest, folder)
     if manifest.engine is None:
