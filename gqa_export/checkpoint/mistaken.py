@@ -63,24 +63,37 @@ def refuse_folder(folder: Path, source: str, fix: str) -> NoReturn:
 
 
 def refuse_bundle(folder: Path, source: str) -> None:
-    """Refuse a folder that an export wrote.
+    """Refuse a folder that an export wrote; not a checkpoint's own, in which a bundle uses the weights where they are.
 
     Raises:
         InvalidCheckpoint: the folder has a manifest.
     """
-    if (folder / MANIFEST).is_file():
+    if (folder / MANIFEST).is_file() and not _is_own(folder):
         raise InvalidCheckpoint("this is a bundle, which was exported already, not a checkpoint", source,
                                 f"give {exported_from(folder)}", code="E-CKPT-EXPORTED")
 
 
 def exported_from(folder: Path) -> str:
     """The checkpoint that a bundle's manifest names, as words for a remedy."""
-    try:
-        named = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["source"]["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        named = ""
-    return f"the checkpoint that it was exported from: {str(named)[:200]}" if named else \
+    named = _named(folder)
+    return f"the checkpoint that it was exported from: {named[:200]}" if named else \
         "the checkpoint that it was exported from"
+
+
+def _named(folder: Path) -> str:
+    """What a bundle's manifest names as its checkpoint; "" where it cannot be read."""
+    try:
+        return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["source"]["checkpoint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a bundle lies in the checkpoint that it was exported from: to name that would lead in a circle."""
+    try:
+        return bool(named := _named(folder)) and Path(named).resolve() == folder.resolve()
+    except (OSError, ValueError):  # a name that no path can have
+        return False
 
 
 def refuse_weights(folder: Path, source: str, fix: str) -> NoReturn:

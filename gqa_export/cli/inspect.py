@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..bundle.engine_facts import EngineFacts
     from ..describe.inspection import Inspection, LayerGroup
     from ..exporting.rank_costs import RankCost
-    from ..spec import AttentionSpec, ModelSpec
+    from ..spec import AttentionSpec, KvCache, ModelSpec
 
 
 @click.command(short_help="Show the attention layers and the KV-cache cost of a bundle or checkpoint.")
@@ -65,7 +65,7 @@ def describe(found: Inspection) -> list[str]:
         lines += ["", f"states of one sequence, fp32: {readable_bytes(spec.state_bytes)}, constant in its length",
                   *state_table(spec)]
     if found.groups:
-        lines += ["", f"KV cache of one sequence, {found.element_dtype}", *cache_table(found)]
+        lines += ["", f"KV cache of one sequence, {_cache_type(found)}", *cache_table(found)]
     if found.manifest is not None:
         lines += ["", *bundle_lines(found)]
     if found.matrices:
@@ -73,6 +73,12 @@ def describe(found: Inspection) -> list[str]:
 
         lines += ["", *stored_lines(found.matrices)]
     return lines
+
+
+def _cache_type(found: Inspection) -> str:
+    """What a cache holds: numbers of a format, or codes."""
+    kv = found.manifest.kv_cache if found.manifest else None
+    return f"{kv.kind} codes" if kv else found.element_dtype
 
 
 def size_words(found: Inspection) -> str:
@@ -165,6 +171,15 @@ def window_lines(found: Inspection) -> list[str]:
     return lines
 
 
+def _codes_line(kv: KvCache) -> str:
+    """Where the scales of a quantized cache come from, and the most that one clips."""
+    most = [max(((getattr(each, f"{kind}_clip"), each.layer) for each in kv.scales), default=(0.0, 0))
+            for kind in ("key", "value")]
+    cut = " and ".join(f"{share:.3%} of the {kind}s (layer {layer})" for kind, (share, layer)
+                       in zip(("key", "value"), most))
+    return f"cache of {kv.kind} codes, scales chosen from {kv.tokens} tokens of a text; of it they clip at most {cut}"
+
+
 def engine_lines(engine: EngineFacts) -> list[str]:
     """What built an engine, for which GPUs, with which attention, and the shapes that it takes."""
     gpus = ", ".join(f"{number // 10}.{number % 10}" for number in engine.compute_capabilities)
@@ -187,6 +202,8 @@ def bundle_lines(found: Inspection) -> list[str]:
              f"logits {manifest.logits}, weights {manifest.weights}"]
     if manifest.window_cache is not None:
         lines += window_lines(found)
+    if manifest.kv_cache is not None:
+        lines.append(_codes_line(manifest.kv_cache))
     for title, facts in (("inputs", manifest.inputs), ("outputs", manifest.outputs)):
         shown = facts if len(facts) <= 6 else facts[:4] + facts[-2:]
         rows = [(fact.name, fact.dtype, "[" + ", ".join(map(str, fact.shape)) + "]") for fact in shown]

@@ -239,7 +239,10 @@ def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle:
 def _compare(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle: bool,
              calibrate: Path | None, lora: Path | None = None) -> Verdict:
     """The verdict on the bundle, or on its fp32 twin where this machine cannot run its number format."""
+    from ..validation.calibration import takes_text
     from .progress import progress
+
+    calibrate = calibrate if takes_text(bundle.manifest) else None
 
     def validate(as_dtype: Literal["fp32"] | None) -> Verdict:
         with progress("validating") as bar:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--reference", metavar="CHECKPOINT", help="Measure the loss against this checkpoint, from before it was "
               "quantized: KL divergence, best tokens, perplexity.")
 @click.option("--calibrate", type=click.Path(path_type=Path, dir_okay=False), metavar="TEXT",
-              help="The text that the bundle was quantized with (onnx --quantize --calibrate).")
+              help="The text that the bundle was exported with (onnx --calibrate).")
 @click.option("--max-kl", type=float, metavar="NATS", help="Fail if the mean KL divergence from --reference is larger.")
 @click.option("--max-perplexity-increase", type=float, metavar="PERCENT", help="Fail if perplexity increases by more.")
 @click.option("--max-loss", type=float, metavar="NATS", help="Fail if approximate attention for long prompts loses "
@@ -61,6 +61,7 @@ def command(bundles: tuple[Path, ...], against: str | None, as_dtype: Literal["f
 
     from .. import api
     from ..report.console import print_verdict
+    from ..validation.calibration import takes_text
     from .progress import progress
 
     if against is None and len(bundles) == 1:
@@ -72,13 +73,14 @@ def command(bundles: tuple[Path, ...], against: str | None, as_dtype: Literal["f
     prompts = () if lengths is None else parsed_lengths(lengths)
     verdicts = []
     if against is not None:
+        calibrated = [bundle for bundle in bundles if calibrate and takes_text(api.open_bundle(bundle).manifest)]
         for bundle in bundles:
             say_what_was_checked(bundle)
             with progress(f"validating {bundle.name}") as bar:
                 verdicts.append(api.open_bundle(bundle).validate(
                     against, level=level, steps=steps, text=text, provider=provider, as_dtype=as_dtype,
                     full_hash=full_hash, revision=revision, allow_pickle=allow_pickle, reference=reference,
-                    calibrate=calibrate, max_kl=max_kl,
+                    calibrate=calibrate if bundle in calibrated or not calibrated else None, max_kl=max_kl,
                     max_perplexity_increase=max_perplexity_increase, lora=lora, max_loss=max_loss,
                     min_copy=min_copy, lengths=prompts, progress=bar.report))
     if len(bundles) > 1:

@@ -12,7 +12,7 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.load_model import load_model
 from ..checkpoint.tokenized_text import load_tokenizer, read_text, tokenize
-from ..errors import GqaExportError, UnsupportedModel
+from ..errors import GqaExportError, InvalidCheckpoint, UnsupportedModel
 from ..lowering.kv_codes import CODES_IN_BODY
 from ..progress import Progress
 from ..quantized.kv_codes import choose_scale
@@ -83,6 +83,7 @@ def calibrate_cache(checkpoint: Checkpoint, spec: ModelSpec, bits: int, text: Pa
 
     Raises:
         GqaExportError: there is no text, or it is too short.
+        InvalidCheckpoint: keys or values are NaN or infinite.
         UnsupportedModel: PyTorch's own cache does not hold what a layer's attention gets, or a state beside it.
     """
     if text is None:
@@ -95,25 +96,52 @@ def calibrate_cache(checkpoint: Checkpoint, spec: ModelSpec, bits: int, text: Pa
         raise UnsupportedModel("a quantized cache needs a model whose every layer caches its own keys and values, as "
                                "attention gets them", f"layers {apart}" if apart else checkpoint.source,
                                "leave out --kv-cache", code="E-MODEL-KV")
-    from ..runtime.torch_session import TorchSession
-
-    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.gguf_file)
-    ids = tokenize(tokenizer, read_text(text)).astype(np.int64)[:MOST_TOKENS]
+    ids = tokens_of(checkpoint, text)
     if len(ids) < LEAST_TOKENS:
         raise GqaExportError(f"the text has {len(ids)} tokens, scales of a cache need at least {LEAST_TOKENS}",
                              str(text), "give a longer text", code="E-FILE-TEXT-SHORT")
+    found = keys_and_values(checkpoint, ids, capacity, say)
+    chosen = [[choose_scale(numbers, bits, fp8) for numbers in kept] for kept in found]
+    scales = tuple(KvScales(layer.layer, key, value, key_clip, value_clip)
+                   for layer, ((key, key_clip), (value, value_clip)) in zip(spec.layers, chosen, strict=True))
+    return KvCache(bits, scales, digest_of(ids), len(ids), "fp8" if fp8 else "int")
+
+
+def tokens_of(checkpoint: Checkpoint, text: Path) -> np.ndarray:
+    """int64 `[T]`: the tokens of a text that are read. Raises as `read_text`."""
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.gguf_file)
+    return tokenize(tokenizer, read_text(text)).astype(np.int64)[:MOST_TOKENS]
+
+
+def digest_of(ids: np.ndarray) -> str:
+    """`KvCache.calibration` of tokens."""
+    return hashlib.sha256(ids.tobytes()).hexdigest()
+
+
+def keys_and_values(checkpoint: Checkpoint, ids: np.ndarray, capacity: int,
+                    say: Progress) -> list[tuple[np.ndarray, np.ndarray]]:
+    """All keys, flat, and all values of each layer, while the model reads tokens in rows of 512.
+
+    Raises:
+        InvalidCheckpoint: some are NaN or infinite.
+    """
+    from ..runtime.torch_session import TorchSession
+
     say("loading the model to choose the cache's scales", None, None)
     length = min(LENGTH, capacity)
     session = TorchSession(load_model(checkpoint, "float32"), capacity, "float32")
-    found: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []) for _ in spec.layers]
+    rows: list[list[tuple[np.ndarray, np.ndarray]]] = []
     for start in range(0, len(ids), length):
         session.reset(1)
         session.step(ids[None, start: start + length])
-        for kept, pair in zip(found, session.cache(), strict=True):
-            for list_, array in zip(kept, pair, strict=True):
-                list_.append(array.reshape(-1))
+        rows.append([(key.reshape(-1), value.reshape(-1)) for key, value in session.cache()])
         say("choosing the cache's scales", min(start + length, len(ids)), len(ids))
-    chosen = [[choose_scale(np.concatenate(arrays), bits, fp8) for arrays in kept] for kept in found]
-    scales = tuple(KvScales(layer.layer, key, value, key_clip, value_clip)
-                   for layer, ((key, key_clip), (value, value_clip)) in zip(spec.layers, chosen, strict=True))
-    return KvCache(bits, scales, hashlib.sha256(ids.tobytes()).hexdigest(), len(ids), "fp8" if fp8 else "int")
+    numbers = [(np.concatenate([key for key, _ in layer]), np.concatenate([value for _, value in layer]))
+               for layer in zip(*rows, strict=True)]
+    for number, pair in enumerate(numbers):
+        for kind, each in zip(("keys", "values"), pair):
+            if not np.isfinite(each).all():
+                raise InvalidCheckpoint(f"the {kind} of layer {number} are NaN or infinite for the calibration text: "
+                                        "no scale fits them", checkpoint.source, "check the checkpoint's weights",
+                                        code="E-CKPT-NAN")
+    return numbers

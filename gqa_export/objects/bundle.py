@@ -68,7 +68,7 @@ class Bundle:
             allow_pickle: also read weights from pickle files; no code of theirs is run.
             reference: the checkpoint before it was quantized, or the model in memory: the loss against it is measured,
                 on `text` or on a short text that comes with the package. None: the loss is not measured.
-            calibrate: the text that the bundle's weights were quantized with, if any: they are quantized again.
+            calibrate: the text that the bundle was exported with, if any: what was chosen with it is measured again.
             max_kl: the most that the mean KL divergence from the reference may be, in nats; None: no limit.
             max_perplexity_increase: the most that perplexity may increase by, in percent; None: no limit.
             lora: the folder of an adapter: PyTorch's model has it merged, and of a bundle that can switch, the adapter

@@ -19,6 +19,8 @@ MOST_TIE = 0.45
 """and never nearer to one of the two codes than this: every code next to a number would be right then"""
 CANDIDATES = np.linspace(0.3, 1.0, 29)
 """scales that are tried, in parts of the one that clips nothing"""
+AS_GOOD = 1e-3
+"""how much more a scale may lose than the best: of two that are this alike, rounding of the numbers decides"""
 SAMPLE = 1 << 18
 """numbers of one tensor from which its scale is chosen"""
 
@@ -64,6 +66,20 @@ def decode(stored: np.ndarray, scale: float, bits: int) -> np.ndarray:
 def choose_scale(values: np.ndarray, bits: int, fp8: bool = False) -> tuple[float, float]:
     """The scale that loses least of these numbers (mean squared error), and the share of them that it clips. fp8: codes
     are 8-bit floats."""
+    scales, errors = losses(values, bits, fp8)
+    best = scales[int(np.argmin(errors))]
+    return best, clipped(values, best, bits, fp8)
+
+
+def as_good(values: np.ndarray, bits: int, fp8: bool = False) -> list[float]:
+    """All scales that lose as little as the one that `choose_scale` gives, the best first."""
+    scales, errors = losses(values, bits, fp8)
+    order = sorted(range(len(scales)), key=errors.__getitem__)
+    return [scales[place] for place in order if errors[place] <= (1 + AS_GOOD) * errors[order[0]]]
+
+
+def losses(values: np.ndarray, bits: int, fp8: bool = False) -> tuple[list[float], list[float]]:
+    """The scales that are tried, and the mean squared error of each."""
     flat = np.asarray(values, np.float32).reshape(-1)
     sample = flat[:: max(1, len(flat) // SAMPLE)]
     high = FP8_MOST if fp8 else limits(bits)[1]
@@ -73,9 +89,14 @@ def choose_scale(values: np.ndarray, bits: int, fp8: bool = False) -> tuple[floa
     for scale in scales:
         codes = encode_fp8(sample, scale).astype(np.float32) if fp8 else encode(sample, scale, bits)
         errors.append(float(((codes * np.float32(scale) - sample) ** 2).mean()))
-    best = scales[int(np.argmin(errors))]
+    return scales, errors
+
+
+def clipped(values: np.ndarray, scale: float, bits: int, fp8: bool = False) -> float:
+    """The share of numbers that lie beyond the codes of a scale."""
+    flat = np.asarray(values, np.float32).reshape(-1)
     if fp8:
-        return best, float((np.abs(flat / np.float32(best)) > FP8_MOST).mean())
+        return float((np.abs(flat / np.float32(scale)) > FP8_MOST).mean())
     low, high = limits(bits)
-    rounded = np.rint(flat / np.float32(best))
-    return best, float(((rounded < low) | (rounded > high)).mean())
+    rounded = np.rint(flat / np.float32(scale))
+    return float(((rounded < low) | (rounded > high)).mean())

@@ -65,6 +65,32 @@ class LossRequest:
                                      code="E-OPTION-REFERENCE")
 
 
+def check_reference(request: LossRequest, manifest: Manifest, folder: Path) -> None:
+    """Refuse what `measure_loss` cannot measure against, before the comparison: a checkpoint that is not there or that
+    predicts other tokens, a text that cannot be read.
+
+    Raises:
+        GqaExportError: the text or the checkpoint does not fit the bundle.
+        InvalidCheckpoint: there is no checkpoint.
+    """
+    if request.reference is None:
+        return
+    from ..checkpoint.load_config import load_config
+
+    _token_ids(request, folder, [])
+    checkpoint = open_for(manifest, request.reference)
+    size = getattr(load_config(checkpoint).get_text_config(), "vocab_size", None)
+    if isinstance(size, int):
+        _check_vocabulary(manifest, size, checkpoint)
+
+
+def _check_vocabulary(manifest: Manifest, size: int, checkpoint: Checkpoint) -> None:
+    if size != manifest.spec.vocabulary:
+        raise GqaExportError(f"the bundle predicts {manifest.spec.vocabulary} tokens, the reference {size}: their "
+                             "predictions cannot be compared", f"--reference {checkpoint.source}",
+                             "name the checkpoint that the bundle was quantized from", code="E-VALIDATE-REFERENCE")
+
+
 def measure_loss(request: LossRequest, session: Session, manifest: Manifest, folder: Path, known: Reference,
                  notes: list[str], report: Progress) -> Loss | None:
     """Measure a bundle's loss; None where none was requested.
@@ -139,11 +165,7 @@ def _reference_session(source: str | Path | Checkpoint, manifest: Manifest, know
         raise NotCheckedHere(f"measuring the loss needs {needed / 1e9:.0f} GB of memory, {room / 1e9:.0f} are free",
                              checkpoint.source, "validate on a machine with more memory", code="E-VALIDATE-MEMORY")
     session = TorchSession(load_model(checkpoint, "float32"), manifest.capacity, "float32")
-    width = session.step(np.zeros((1, 1), np.int64)).logits.shape[-1]
-    if width != manifest.spec.vocabulary:
-        raise GqaExportError(f"the bundle predicts {manifest.spec.vocabulary} tokens, the reference {width}: their "
-                             "predictions cannot be compared", f"--reference {checkpoint.source}",
-                             "name the checkpoint that the bundle was quantized from", code="E-VALIDATE-REFERENCE")
+    _check_vocabulary(manifest, session.step(np.zeros((1, 1), np.int64)).logits.shape[-1], checkpoint)
     return session, "float32"
 
 

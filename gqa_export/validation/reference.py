@@ -48,6 +48,10 @@ class Reference:
     inputs: StatedInputs = field(default_factory=StatedInputs)
     """how products round their inputs to the type of their weight, in a bundle that does so"""
 
+    def base(self, manifest: Manifest) -> Checkpoint:
+        """The checkpoint that was quantized: without an adapter that the bundle can switch to."""
+        return replace(self.checkpoint, adapter=None) if manifest.source.get("adapters") else self.checkpoint
+
     @property
     def alike(self) -> frozenset[int]:
         """Numbers of the layers whose keys, values and cache are compared."""

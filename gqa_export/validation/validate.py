@@ -25,11 +25,12 @@ from ..errors import GqaExportError, NotCheckedHere
 from ..progress import Progress, silent
 from ..targets import get_target
 from .accuracy_level import rounds_activations
+from .calibration import check_scales, check_text
 from .in_place import judge_in_place
 from .long_cases import judge_long
 from .long_graph import long_graph_as_run
 from .long_loss import LongRequest, measure_long_loss, sequences_of
-from .loss import LossRequest, measure_loss
+from .loss import LossRequest, check_reference, measure_loss
 from .parts import EXACT, Comparison, activations_of, exact_session, rounds_for_good
 from .ranks import held_here
 from .reference import Reference, open_reference, runnable, with_ranks
@@ -79,8 +80,10 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
     began, folder, report = time.perf_counter(), Path(bundle), progress or silent
     report("checking the bundle's files", None, None)
     manifest = read_manifest(folder)
+    check_text(manifest, loss.calibrate)
     unhashed = check_files(folder, manifest, full=full_hash, hashes=check_hashes)
     check_tokenizer(folder)
+    check_reference(loss, manifest, folder)
     long.check(manifest, str(folder))
     prompts, long_missing = sequences_of(long, manifest, folder)
     if manifest.engine is None:
@@ -103,6 +106,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
                                  "in the engine's number format beside the reference, which alone rounds as it does",
                                  str(folder), "validate on a machine with more memory", code="E-VALIDATE-MEMORY")
         check_belongs(manifest.spec, known.shown, f"{folder} against {against}")
+        check_scales(known.base(manifest), manifest, loss.calibrate, notes, report)
         report("loading the bundle", None, None)
         setting = setting_of(manifest, folder, steps or STEPS.get(level, 32), text, known.model)
         if manifest.long is not None and built:

@@ -50,6 +50,10 @@ def test_a_bundle_names_the_checkpoint_that_it_came_from(folder, tmp_path):
 def test_a_checkpoint_with_a_graph_beside_it_is_still_a_checkpoint(folder):
     export_onnx(folder, folder, ExportOptions(weights="inplace"))
     assert open_checkpoint(folder).tensors
+    (folder / "model.safetensors").rename(folder / "moved.safetensors")
+    with refused("E-CKPT-NO-WEIGHTS", InvalidCheckpoint) as refusal:  # not: it is a bundle, give the folder itself
+        open_checkpoint(folder)
+    assert "moved.safetensors" in refusal.error.what
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

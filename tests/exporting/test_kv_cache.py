@@ -19,6 +19,7 @@ from small_text import byte_tokenizer
 import gqa_export as gqa
 from gqa_export.bundle.manifest import MANIFEST, MODEL, Manifest, read_manifest
 from gqa_export.cli.golden import write_golden
+from gqa_export.cli.inspect import describe
 from gqa_export.compare.code_share import FLOOR, allowed
 from gqa_export.errors import InvalidBundle, UnsupportedModel
 from gqa_export.files.sha256 import file_sha256
@@ -156,6 +157,16 @@ def test_the_cache_takes_a_quarter_and_an_eighth_of_the_bytes(bundles):
     layers = bundles().manifest.spec.layers
     numbers = sum(layer.kv_num_heads * (layer.head_size + layer.value_head_size) for layer in layers)
     assert costs == {"int8": numbers, "int4": numbers / 2}
+
+
+def test_inspect_names_the_codes_and_the_most_that_a_scale_clips(bundles):
+    bundle = bundles("llama", "int4")
+    shown = "\n".join(describe(gqa.inspect(bundle.folder)))
+    assert "KV cache of one sequence, int4 codes" in shown
+    kv = bundle.manifest.kv_cache
+    assert f"cache of int4 codes, scales chosen from {kv.tokens} tokens of a text" in shown
+    assert f"{max(each.key_clip for each in kv.scales):.3%} of the keys" in shown
+    assert max(each.key_clip for each in kv.scales) > 0.001
 
 
 def test_sessions_give_numbers_and_generation_runs(bundles, checkpoints):

@@ -19,7 +19,7 @@ import gqa_export as gqa
 from gqa_export import attention_op
 from gqa_export.bundle.attention_claims import check_claims
 from gqa_export.bundle.manifest import MODEL, read_manifest
-from gqa_export.errors import InvalidBundle, UnsupportedModel
+from gqa_export.errors import InvalidBundle, InvalidCheckpoint, UnsupportedModel
 
 pytestmark = pytest.mark.whole_model
 TYPES = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
@@ -165,6 +165,64 @@ def test_scales_that_the_manifest_does_not_state_are_refused_by_layer_and_attrib
     assert "layer 0: key_scale is" in found.error.what
     with refused("E-BUNDLE-CLAIM", InvalidBundle):
         check_claims(folder, replace(manifest, kv_cache=None))
+
+
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("edit", [lambda key, value: (key * 0.3, value), lambda key, value: (key * 10, value),
+                                  lambda key, value: (key, value * 1.01), lambda key, value: (value, key)])
+def test_scales_that_the_graph_and_the_manifest_share_are_measured_again_with_the_text(edit, codes, bundles, text,
+                                                                                      checkpoints, tmp_path) -> None:
+    """They agree with one another, and PyTorch rounds by the manifest's: only the text tells."""
+    bundle = gqa.open_bundle(changed(bundles(codes=codes), tmp_path / "b", edit))
+    with refused("E-BUNDLE-QUANTIZATION", InvalidBundle) as found:
+        bundle.validate(checkpoints("llama"), steps=1, calibrate=text)
+    assert "the calibration text gives" in found.error.what
+    assert "layer 0" in found.error.what
+
+
+def test_the_share_that_a_manifest_says_is_clipped_is_measured_again(bundles, text, checkpoints, tmp_path) -> None:
+    folder = shutil.copytree(bundles().folder, tmp_path / "b")
+    manifest = read_manifest(folder)
+    first, *others = manifest.kv_cache.scales
+    lie = replace(manifest.kv_cache, scales=(replace(first, key_clip=0.5), *others))
+    write_manifest(folder, replace(manifest, kv_cache=lie))
+    with refused("E-BUNDLE-QUANTIZATION", InvalidBundle) as found:
+        gqa.open_bundle(folder).validate(checkpoints("llama"), steps=1, calibrate=text)
+    assert "clips 50.000% of the keys of layer 0" in found.error.what
+
+
+def test_a_right_bundle_passes_with_its_text_and_without_it_a_note_says_what_was_not_held_against_anything(
+        bundles, text, checkpoints) -> None:
+    for codes in CODES:
+        with_text = bundles(codes=codes).validate(checkpoints("llama"), steps=1, calibrate=text).check()
+        assert not [line for line in with_text.notes if "held against no text" in line]
+    without = bundles().validate(checkpoints("llama"), steps=1).check()
+    assert [line for line in without.notes if "held against no text" in line]
+
+
+def test_another_text_and_a_text_that_has_nothing_to_do_are_refused(bundles, checkpoints, tmp_path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("Of another text the numbers are others. " * 9)
+    with refused("E-VALIDATE-CALIBRATION"):
+        bundles().validate(checkpoints("llama"), steps=1, calibrate=other)
+    with refused("E-FILE-TEXT-UNREADABLE"):
+        bundles().validate(checkpoints("llama"), steps=1, calibrate=tmp_path / "missing.txt")
+    plain = gqa.export(checkpoints("llama"), tmp_path / "plain", target="trt-plugin", capacity=64)
+    with refused("E-OPTION-CALIBRATE-UNUSED"):
+        plain.validate(checkpoints("llama"), steps=1, calibrate=other)
+
+
+def test_a_model_whose_keys_are_not_finite_gets_no_scales(checkpoints, text, tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(checkpoints("llama"), tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with refused("E-CKPT-NAN", InvalidCheckpoint) as found:
+        gqa.export(broken, tmp_path / "b", target="trt-plugin", kv_cache="int8", calibrate=text, capacity=64)
+    assert "keys of layer 1" in found.error.what
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(("option", "code"), [

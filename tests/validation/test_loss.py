@@ -26,7 +26,8 @@ from gqa_export.report.html import page
 from gqa_export.report.json_schema import text as json_text
 from gqa_export.report.junit import text as junit_text
 from gqa_export.report.outcome import Outcome
-from gqa_export.validation.loss import SHIPPED
+from gqa_export.validation.loss import SHIPPED, LossRequest
+from gqa_export.validation.validate import validate
 
 pytestmark = pytest.mark.whole_model
 
@@ -172,10 +173,19 @@ def test_limits_without_meaning_are_refused_before_the_work(bundle, options, cod
         bundle.validate("nowhere", **options, **reference)
 
 
-def test_another_vocabulary_is_refused(bundle, checkpoint, tmp_path):
+def test_another_vocabulary_and_a_reference_that_is_not_there_are_refused_before_the_work(bundle, checkpoint, tmp_path):
+    """The checkpoint to compare with is never opened: it is nowhere."""
+    def measure(reference, text=None):
+        validate(bundle.folder, "nowhere/at/all", steps=2, loss=LossRequest(reference, text))
+
     wide = write_tiny("llama", tmp_path / "wide", num_hidden_layers=2, vocab_size=300)
     with refused("E-VALIDATE-REFERENCE"):
-        bundle.validate(checkpoint, steps=2, reference=wide)
+        measure(wide)
+    (tmp_path / "empty").mkdir()
+    with refused("E-CKPT-NO-CONFIG", InvalidCheckpoint):
+        measure(tmp_path / "empty")
+    with refused("E-OPTION-TEXT-FILE"):
+        measure(checkpoint, tmp_path / "missing.txt")
 
 
 def test_a_reference_whose_logits_are_nan_is_refused(bundle, checkpoint, other, tmp_path):
