@@ -11,7 +11,7 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.load_model import load_model
-from ..checkpoint.tokenized_text import load_tokenizer, read_text, tokenize
+from ..checkpoint.tokenized_text import load_tokenizer, read_beginning, tokenize
 from ..errors import GqaExportError, UnsupportedModel
 from ..lowering.kv_codes import CODES_IN_BODY
 from ..progress import Progress
@@ -98,7 +98,7 @@ def calibrate_cache(checkpoint: Checkpoint, spec: ModelSpec, bits: int, text: Pa
     from ..runtime.torch_session import TorchSession
 
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.gguf_file)
-    ids = tokenize(tokenizer, read_text(text)).astype(np.int64)[:MOST_TOKENS]
+    ids = tokenize(tokenizer, read_beginning(text).text, MOST_TOKENS).astype(np.int64)
     if len(ids) < LEAST_TOKENS:
         raise GqaExportError(f"the text has {len(ids)} tokens, scales of a cache need at least {LEAST_TOKENS}",
                              str(text), "give a longer text", code="E-FILE-TEXT-SHORT")
