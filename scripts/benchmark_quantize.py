@@ -3,13 +3,15 @@
     python scripts/benchmark_quantize.py --text TEXT --scratch FOLDER --out docs/benchmarks [--only export]
 
 SmolLM2-135M-Instruct: its Q4_1 file kept as it is, and its values as a float32 checkpoint quantized by us and by the
-peer. Four parts, each can be made alone with `--only`, the others stay as they are committed:
+peer. Five parts, each can be made alone with `--only`, the others stay as they are committed:
 
 - export: whole processes in turn (`evidence.whole_process`): time and memory, and the size of what is written; the
   calibrated export once;
 - loss: KL divergence, perplexity and best tokens on the first tokens of TEXT, against PyTorch in float32; whether the
-  kept bundle is exact, with inputs that are not rounded. TEXT's second half calibrates;
+  kept bundle is exact, with inputs that are not rounded, and how exact PyTorch is. TEXT's second half calibrates;
 - decode: steps of the bundles in turn, in rounds (`evidence.decode_in_turn`);
+- tensorrt: FP8 and NVFP4 for TensorRT, without and with the inputs of products: both verdicts and the loss, the graph
+  run on a CPU;
 - large: a checkpoint of Llama-2-7B's shape whose weights are holes, to int4: memory at 8 and 32 layers.
 
 SmolLM2's weights are Q4_1: int4 with minima would be exact on it and prove nothing, so the recipes here are symmetric.
@@ -32,7 +34,7 @@ from typing import Any
 import click
 import gqa_models
 import numpy as np
-from evidence import quantize_page
+from evidence import quantize_inputs, quantize_page
 from evidence.decode_in_turn import PEER, STEPS, for_one_thread, rounds, speeds
 from evidence.float_checkpoint import packaged_gguf, write_float_checkpoint
 from evidence.whole_process import Program, compare, run_once
@@ -180,9 +182,26 @@ def loss(files: Files) -> dict[str, Any]:
         each = tally.loss("float32", "float32", files.text.name, "", TOKENS // WINDOW, None, None)
         found[name] = {"kl_mean": each.kl_mean, "kl_p99": each.kl_p99, "top1": each.top1,
                        "perplexity": each.perplexity, "perplexity_increase": each.perplexity_increase}
-    report = gqa.open_bundle(files.bundle(KEPT)).validate(files.gguf)
+    def validated() -> Any:
+        return gqa.open_bundle(files.bundle(KEPT)).validate(files.gguf)
+
     return {"text": files.text.name, "tokens": TOKENS, "window": WINDOW, "rows": found,
-            "kept": quantize_page.verdicts(report)}
+            "kept": {**quantize_page.verdicts(validated()), "pytorch": quantize_inputs.own_errors(validated),
+                     "draws": 1 + len(quantize_inputs.DRAWS)}}
+
+
+def tensorrt(files: Files) -> dict[str, Any]:
+    """What FP8 and NVFP4 cost and lose."""
+    rows = {}
+    for name in quantize_inputs.RECIPES:
+        folder = files.scratch / "tensorrt" / name.replace(", ", "-").replace(" ", "-")
+        shutil.rmtree(folder, ignore_errors=True)
+        cost = run_once([sys.executable, "-m", "gqa_export", *quantize_inputs.command(
+            name, files.float, files.calibration, folder, WINDOW)], {"GQA_EXPORT_TRACE_CACHE": "off"})
+        rows[name] = {"megabytes": megabytes(folder), "cpu_s": cost.cpu_s, "peak_mb": cost.peak_mb,
+                      **quantize_inputs.judged(folder, files.float, files.calibration, files.text)}
+        click.echo(json.dumps({name: rows[name]}))
+    return {"text": files.text.name, "tokens": TOKENS, "window": WINDOW, "rows": rows}
 
 
 def decode(files: Files) -> dict[str, Any]:
@@ -220,7 +239,8 @@ def large(files: Files) -> dict[str, Any]:
     return {"shape": gqa_models.shape(LARGE), "layers": rows}
 
 
-PARTS: dict[str, Callable[[Files], dict[str, Any]]] = {"export": export, "loss": loss, "decode": decode, "large": large}
+PARTS: dict[str, Callable[[Files], dict[str, Any]]] = {"export": export, "loss": loss, "decode": decode,
+                                                     "tensorrt": tensorrt, "large": large}
 
 
 @click.command()

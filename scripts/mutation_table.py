@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 from evidence.mutations.contradictions import CONTRADICTIONS
 from evidence.mutations.kinds import MUTATIONS
+from evidence.mutations.of_inputs import INPUT_CONTRADICTIONS
 from evidence.mutations.table import (
     STEPS,
     Row,
@@ -57,15 +58,16 @@ def tiny_samples(work: Path, wanted=TINY) -> list[Sample]:
 
 def odd_samples(work: Path) -> list[Sample]:
     """Tiny bundles with quantized weights, quantized caches, and caches whose slots are used again."""
-    from evidence.mutations.quantized_samples import TEXT, write_gptq, write_odd
+    from evidence.mutations.quantized_samples import TEXT, add_tokenizer, write_fp8, write_gptq, write_odd
     from gqa_models import write_tiny
 
     text = work / "text.txt"
     text.write_text(TEXT)
     odd, gptq, experts = write_odd(work / "odd"), write_gptq(work / "gptq"), write_tiny("mixtral", work / "experts")
-    even = write_tiny("llama", work / "even")  # blocks of 16, of which 136 columns have no whole number
+    even = add_tokenizer(write_tiny("llama", work / "even"))  # blocks of 16, of which 136 columns have no whole number
     windows = write_tiny("gpt_oss", work / "windows", num_hidden_layers=2)
     exact, codes = {"quantize": "int4", "activations": "exact"}, {"kv_cache": "int8", "calibrate": text}
+    same, given = {"activations": "same"}, {"activations": "same", "calibrate": text}
     samples = []
     for name, checkpoint, options in (
             ("llama ort, int4", odd, {"quantize": "int4"}), ("llama ort, int4, exact", odd, exact),
@@ -74,11 +76,14 @@ def odd_samples(work: Path) -> list[Sample]:
             ("llama portable, int8 cache", odd, codes), ("llama onnx, int8 cache", odd, codes),
             ("gpt_oss portable, rings", windows, {"window_cache": "small", "prompt_chunk": 5}),
             ("llama trt-native, fp8", even, {"quantize": "fp8"}),
-            ("llama trt-native, nvfp4", even, {"quantize": "nvfp4"})):
+            ("llama trt-native, nvfp4", even, {"quantize": "nvfp4"}),
+            ("llama trt-native, fp8 inputs, kept", write_fp8(work / "kept"), same),
+            ("llama trt-native, fp8 inputs", even, {**given, "quantize": "fp8"}),
+            ("llama trt-native, nvfp4 inputs", even, {**given, "quantize": "nvfp4"})):
         bundle = work / name.replace(" ", "-").replace(",", "")
         target = name.split()[1].rstrip(",")
         export_onnx(checkpoint, bundle, ExportOptions(target=target, capacity=CAPACITY, dtype="fp32", **options))
-        samples.append(open_sample(name, bundle, checkpoint))
+        samples.append(open_sample(name, bundle, checkpoint, text if options.get("activations") == "same" else None))
     return samples
 
 
@@ -89,7 +94,7 @@ def odd_samples(work: Path) -> list[Sample]:
 def main(checkpoint: Path | None, capacity: int, only: tuple[str, ...]) -> None:
     """Break bundles, run the suite, write the table."""
     behaviour = [kind for kind in MUTATIONS if not only or kind.name in only]
-    against = [kind for kind in CONTRADICTIONS if not only or kind.name in only]
+    against = [kind for kind in (*CONTRADICTIONS, *INPUT_CONTRADICTIONS) if not only or kind.name in only]
     if len(behaviour) + len(against) < len(only):
         raise click.BadParameter("no such kind of damage", param_hint="--only")
     with tempfile.TemporaryDirectory(prefix="gqa-mutations-") as place:
@@ -101,13 +106,19 @@ def main(checkpoint: Path | None, capacity: int, only: tuple[str, ...]) -> None:
                 target="ort", dtype="fp32", capacity=capacity, quantize="dequantize"))  # what codes add is tried above
             samples = [open_sample(checkpoint.stem, work / "bundle", checkpoint)]
         names = [sample.name for sample in samples]
-        proved = needed(samples, behaviour, work) if only else samples
-        rows = prove(proved, work, lambda row: click.echo(f"{row.kind}: {row.caught}"), behaviour,
-                     quick_first=checkpoint is not None) if behaviour else []
-        rows += contradiction_rows(samples[0], work, against)
+        proved = needed(samples, [*behaviour, *against], work) if only else samples
+        rows = prove(proved, work, tell, behaviour, quick_first=checkpoint is not None)
+        for row in contradiction_rows(samples, work, against):
+            tell(row)
+            rows.append(row)
     if only:
         rows = merged(rows, OUT / f"{REAL if checkpoint else NAME}.json")
     write(rows, names, real=checkpoint is not None)
+
+
+def tell(row: Row) -> None:
+    """Print a row as it is known."""
+    click.echo(f"{row.kind}: {row.caught}")
 
 
 def merged(rows: list[Row], committed: Path) -> list[Row]:
@@ -115,7 +126,7 @@ def merged(rows: list[Row], committed: Path) -> list[Row]:
     old = json.loads(committed.read_text(encoding="utf-8"))["rows"]
     known = {row["kind"]: Row(**{**row, "caught": {k: tuple(v) for k, v in row["caught"].items()}}) for row in old}
     known.update({row.kind: row for row in rows})
-    return [known[kind.name] for kind in (*MUTATIONS, *CONTRADICTIONS) if kind.name in known]
+    return [known[kind.name] for kind in (*MUTATIONS, *CONTRADICTIONS, *INPUT_CONTRADICTIONS) if kind.name in known]
 
 
 def write(rows: list[Row], samples: list[str], *, real: bool) -> None:

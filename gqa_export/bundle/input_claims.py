@@ -27,7 +27,7 @@ BETWEEN = ("Cast", "Transpose")
 
 def inputs_in(model: onnx.ModelProto) -> dict[str, set[InputCodes | str | None]]:
     """Name of a weight that the graph dequantizes -> how products with it round their inputs; a sentence where they do
-    it as no export does; None: one does not.
+    it as no export does; None: one does not. Products with other weights are there where they round their inputs.
 
     Raises:
         InvalidBundle: a node lacks an input, or nodes read one another.
@@ -44,20 +44,26 @@ def rounding_products(model: onnx.ModelProto) -> set[str]:
 
 
 def _products(model: onnx.ModelProto) -> Iterator[tuple[str, str, InputCodes | str | None]]:
-    """Every product with a weight that is dequantized: the node, the weight, how the input is rounded."""
+    """Every product with a weight that is dequantized, and every other one whose input is rounded: the node, the weight
+    (of the latter what the graph calls it), how the input is rounded."""
     makers = {name: node for node in model.graph.node for name in node.output}
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type != "MatMul":
             continue
-        weight, between = makers.get(_input(node, 1)), set()
+        name, between = _input(node, 1), set()
+        weight = makers.get(name)
         while weight is not None and weight.op_type in BETWEEN:
             between.add(weight.output[0])
-            weight = makers.get(_input(weight, 0))
+            name = _input(weight, 0)
+            weight = makers.get(name)
             if weight is not None and between.intersection(weight.output):
                 raise _wrong(weight, "reads what is made of its own output")
+        codes = _codes(makers.get(node.input[0]), makers, constants)
         if weight is not None and weight.op_type == DEQUANTIZES:
-            yield node.name, weight.name.removesuffix(MADE), _codes(makers.get(node.input[0]), makers, constants)
+            yield node.name, weight.name.removesuffix(MADE), codes
+        elif codes is not None:  # the exact verdict leaves it out, and the other has room for it: nothing else tells
+            yield node.name, name, codes
 
 
 def _input(node: onnx.NodeProto, place: int) -> str:

@@ -112,7 +112,10 @@ class QuantizedWeight:
 
     def _inputs_problem(self, activations: str) -> str:
         if not self.inputs:
-            return f"inputs that are not rounded have no scale, found {self.input_scale:g}" if self.input_scale else ""
+            if self.input_scale:
+                return f"inputs that are not rounded have no scale, found {self.input_scale:g}"
+            silent = activations == "same" and self.operator != PLAIN and not self.inputs_reason
+            return "activations are \"same\", its inputs are not rounded, and no reason is given" if silent else ""
         if activations != "same":
             return f"inputs are rounded to {self.inputs} only where activations are \"same\", found \"{activations}\""
         if self.operator == PLAIN or self.inputs != self.kind or self.experts:

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 
 def layer_lists(model: torch.nn.Module, count: int | None) -> Iterator[tuple[str, torch.nn.ModuleList]]:
-    """Every list of modules that may be the decoder's layers, outer ones first.
+    """Every list of modules that may be the decoder's layers. None of them is inside an item of another list: the two
+    attentions of a layer of LongCat-Flash are no layers, though a model of one layer has two of them.
 
     Args:
         model: any module tree.
@@ -21,6 +22,10 @@ def layer_lists(model: torch.nn.Module, count: int | None) -> Iterator[tuple[str
     """
     import torch
 
+    outer = ""
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and (len(module) if count is None else count) == len(module) > 0:
+        if not isinstance(module, torch.nn.ModuleList) or (outer and name.startswith(outer)):
+            continue
+        outer = f"{name}."  # what is inside comes next
+        if (len(module) if count is None else count) == len(module) > 0:
             yield name, module

@@ -142,11 +142,17 @@ def refuse_config(config: Any, where: str, text_only: bool = False) -> None:
         text_only: of a multimodal model only the language model is wanted.
 
     Raises:
-        InvalidCheckpoint: a size is absurd.
+        InvalidCheckpoint: a size is absurd, or there are no layers.
         UnsupportedModel: a layer is not grouped attention, or what `refuse_raw_config` refuses.
     """
     refuse_raw_config(config.to_dict(), where, text_only)
     config = config.get_text_config()
+    depth = getattr(config, "num_hidden_layers", None)  # of an encoder, where there are decoder_layers too
+    if getattr(config, "decoder_layers", depth) == 0:
+        raise InvalidCheckpoint("the model has no layers: with this config.json, transformers builds 0 of them", where,
+                                "num_hidden_layers (or what this family calls it) must be at least 1; where each layer "
+                                "holds two attentions and it counts those (LongCat-Flash), at least 2",
+                                code="E-CKPT-CONFIG-VALUE")
     for layer, kind in enumerate(() if keeps_states(config) else getattr(config, "layer_types", None) or ()):
         if "attention" not in kind or any(word in kind for word in ("linear", "hybrid", "compressed")):
             raise UnsupportedModel(f"layer {layer} is not grouped attention: its type is {kind!r}", where, FIX_DECODER,

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from ..trace.traced import Traced
 
 KEEP = ("keep", "dequantize")
+PARTS_DIFFER = "its parts are stored in forms that are not one, or merged in another way"
+TYPE_ALONE = "codes of this type are not kept: its values alone are"
 
 
 def check_options(options: ExportOptions, target: Target) -> None:
@@ -100,7 +102,8 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
     kept = {name: matrix for name, matrix in held.items() if name in stacks or not matrix.transposed
             or matrix.kind in target.float_codes}
     plain = {name: "it is stored with its axes exchanged" for name in held if name not in kept}
-    plain |= dict.fromkeys(store.left, "its parts are stored in forms that are not one, or merged in another way")
+    plain |= {name: TYPE_ALONE if label.startswith("GGUF ") and " and " not in label else PARTS_DIFFER
+              for name, label in store.left.items()}
     if options.quantize == "keep":
         return Plan("keep", exact, kept, {name: facts_of(matrix) for name, matrix in kept.items()}, stored, codes,
                     plain, weights) if held or store.left else None

@@ -11,8 +11,8 @@ from . import match
 
 Shape = tuple[int | None, ...]
 """a size, or None where it is not known, for each axis"""
-SAME = frozenset(("Cast", "Clip", "Erf", "Exp", "Gelu", "Identity", "Neg", "Reciprocal", "Relu", "Sigmoid",
-                  "Softmax", "Softplus", "Sqrt", "Tanh"))
+SAME = frozenset(("Cast", "Clip", "DequantizeLinear", "Erf", "Exp", "Gelu", "Identity", "LayerNormalization", "Neg",
+                  "RMSNormalization", "Reciprocal", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt", "Swish", "Tanh"))
 """operators whose result has the shape of their first input"""
 BROADCAST = frozenset(("Add", "Div", "Max", "Min", "Mul", "Pow", "Sub", "Where"))
 DEPTH = 32
@@ -66,6 +66,8 @@ class _Shapes:
             return tuple(first[axis] for axis in perm)
         if node.op == "Unsqueeze":
             return _unsqueezed(first, node)
+        if node.op == "ReduceSum":
+            return _summed(first, node)
         second = self.of(node.inputs[1], depth - 1) if node.op == "MatMul" else None
         if second is None or len(first) < 2 or len(second) < 2:
             return None
@@ -92,6 +94,15 @@ def _unknown(shape: Shape, axes: Sequence[int]) -> Shape:
     """A shape whose sizes along some axes are not known."""
     changed = {axis % len(shape) for axis in axes} if shape else set()
     return tuple(None if axis in changed else size for axis, size in enumerate(shape))
+
+
+def _summed(shape: Shape, node: gs.Node) -> Shape | None:
+    axes = match.const_value(node.inputs[1]) if len(node.inputs) > 1 else None
+    if axes is None:
+        return None
+    gone = {axis % len(shape) for axis in axes.reshape(-1).tolist()}
+    keep = node.attrs.get("keepdims", 1)
+    return tuple(1 if axis in gone else size for axis, size in enumerate(shape) if keep or axis not in gone)
 
 
 def _unsqueezed(shape: Shape, node: gs.Node) -> Shape | None:

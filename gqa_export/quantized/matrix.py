@@ -96,7 +96,8 @@ class QuantizedMatrix:
         input_scale: the static scale of the layer's input where the checkpoint was made for quantized activations.
             The weight does not depend on it. None: it has none. no_input_scale: why, where it was made for them; ""
             otherwise.
-        transposed: the model's parameter has the last two axes the other way round (GPT-OSS' experts).
+        transposed: the model's parameter has the last two axes the other way round (GPT-OSS' experts, GPT-2's
+            matrices).
         scale_dtype: the smallest type of which every scale and every minimum is a number: "float8_e4m3fn", "float16",
             "bfloat16", else "float32".
         powers: every scale of a block is a power of two.

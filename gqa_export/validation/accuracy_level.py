@@ -189,9 +189,13 @@ def rounded_inputs(manifest: Manifest, checkpoint: Checkpoint, model: Any,
     own = {weight.name for weight in quantization.weights if weight.kept(quantization.method)}
     kept = {name: matrix for name, matrix in parameters_of(checkpoint, names)[0].items() if name in own} if own else {}
     switched = _switched(manifest, checkpoint)
+    looked_up = id(model.get_input_embeddings().weight)
     for weight in quantization.weights:
-        if quantization.activations == SAME and weight.name not in codes:
-            continue
+        if quantization.activations == SAME:
+            if weight.name not in codes:
+                continue
+        elif weight.operator == "DequantizeLinear" and id(parameters.get(weight.name)) == looked_up:
+            continue  # a head that is tied to it lies as the lookup needs it: ONNX Runtime makes no MatMulNBits of that
         if weight.block and {PRODUCT, "DequantizeLinear"} & {name.strip() for name in weight.operator.split(",")}:
             parameter, matrix = parameter_of(parameters, weight, checkpoint.source), kept.get(weight.name)
             rule = RoundedInput(weight.block) if matrix is None else \

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- figures: made by scripts/benchmark_quantize.py -->", "<!-- end of figures -->"
+BEGIN_INPUTS = "<!-- figures of FP8 and NVFP4: made by scripts/benchmark_quantize.py -->"
 Result = Mapping[str, Any]
+WORDS = {True: "passed", False: "DIFFERENT", None: "-"}
 
 
 def machine() -> str:
@@ -26,6 +27,20 @@ def verdicts(report: Any) -> dict[str, Any]:
     exact = {case.name: kind.max_abs for case in report.cases if not case.name.startswith("shipped ")
              for kind in case.kinds if kind.kind == "logits"}
     return {"exact": report.export_exact, "shipped": report.as_shipped, "logits": exact}
+
+
+def of_tensorrt(result: Result) -> list[str]:
+    """The table of FP8 and NVFP4."""
+    found = result["tensorrt"]
+    return [*table(["SmolLM2-135M-Instruct", "MB", "KL, nats", "perplexity", "same best token", "export exact",
+                    "as shipped"],
+                   [[name, f"{row['megabytes']:.1f}", f"{row['kl_mean']:.4f}", f"{row['perplexity_increase']:+.2f} %",
+                     f"{100 * row['top1']:.1f} %",
+                     *(WORDS[row[part]] for part in ("exact", "shipped"))]
+                    for name, row in found["rows"].items()]), "",
+            f"{found['date']}, {result['machine']}: target `trt-native`, fp16, the graph run by ONNX Runtime in fp32; "
+            f"no engine was run. Loss against float32 on {found['tokens']} tokens; the text's second half calibrates. "
+            "`-`: no input is rounded, export exact is the whole verdict."]
 
 
 def rows(result: Result) -> list[list[str]]:
@@ -60,13 +75,18 @@ def figures(result: Result) -> list[str]:
 def markdown(result: Result) -> str:
     """All figures as a page."""
     exported, lost, decode, large = (result[part] for part in ("export", "loss", "decode", "large"))
+    kept = lost["kept"]
     lines = ["# What quantizing costs and gains", "",
              f"{result['machine']}; " + ", ".join(f"{name} {found}" for name, found in result["versions"].items())
              + ". Made by `scripts/benchmark_quantize.py`.", "", "## Size, loss, speed", "", *figures(result)[:-1],
              f"Loss ({lost['date']}): {lost['tokens']} tokens of {lost['text']} in windows of {lost['window']}, "
              "against PyTorch in float32; int4 is calibrated on the text's second half. The model's own file has "
              f"{exported['gguf_mb']:.1f} MB.", "",
-             f"The kept bundle beside PyTorch in fp64, inputs not rounded: {_verdict(lost['kept'])}", ""]
+             f"The kept bundle beside PyTorch in fp64, inputs not rounded, and PyTorch in fp32 beside "
+             f"it, the largest of {kept['draws']} draws of its rounding errors: {_verdict(kept)}", "",
+             *table(["case", "logits of the bundle", "of PyTorch"],
+                    [[name, f"{found:.1e}", f"{kept['pytorch'][name]:.1e}"] for name, found in kept["logits"].items()]),
+             "", "## For TensorRT", "", *of_tensorrt(result), ""]
     names = list(decode["rows"][0]["core_ms"])
     lines += ["## Decode", "", f"{decode['date']}, load {decode['load_average']}; {decode['steps']} steps of each in "
               "turn, one thread, fresh processes: milliseconds on a core, and speed as a share of the peer's int4 "
@@ -94,8 +114,7 @@ def markdown(result: Result) -> str:
 
 
 def _verdict(kept: Mapping[str, Any]) -> str:
-    listed = ", ".join(f"{name} {found:.1e}" for name, found in kept["logits"].items())
-    return f"{'exact' if kept['exact'] else 'DIFFERENT'}, logits differ by at most {listed}."
+    return "exact." if kept["exact"] else "DIFFERENT."
 
 
 def _median(costs: list[Mapping[str, float]], figure: str) -> str:
@@ -105,8 +124,11 @@ def _median(costs: list[Mapping[str, float]], figure: str) -> str:
 
 def documented(text: str, result: Result) -> str:
     """A page with its table made again between the marks."""
-    made = "\n".join([BEGIN, *figures(result), END])
-    return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: made, text, count=1, flags=re.DOTALL)
+    for begin, lines in ((BEGIN, figures(result)), (BEGIN_INPUTS, of_tensorrt(result))):
+        made = "\n".join([begin, *lines, END])
+        before, _, rest = text.partition(begin)
+        text = before + made + rest.partition(END)[2] if rest else text
+    return text
 
 
 def write(result: Result, out: Path) -> None:

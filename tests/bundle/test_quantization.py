@@ -74,6 +74,19 @@ def test_fields_that_cannot_be_together_are_refused(weight: QuantizedWeight, wor
     assert words in refusal.error.what
 
 
+def test_inputs_that_are_not_rounded_though_they_were_to_be_have_a_reason() -> None:
+    """A rounding that is left out in graph and manifest alike is not found by comparing them, nor by numbers."""
+    exact = replace(CODES, kind="e4m3", bits=8, operator="DequantizeLinear")
+    rounded = replace(exact, inputs="e4m3", input_scale=0.5)
+    for weight in (rounded, replace(exact, inputs_reason="it has no scale"), WEIGHTS[2]):
+        manifest = replace(MANIFEST, quantization=Quantization("keep", "same", (weight,)))
+        assert Manifest.from_json(manifest.to_json()) == manifest
+    silent = replace(MANIFEST, quantization=Quantization("keep", "same", (rounded, exact)))
+    with refused("E-BUNDLE-MANIFEST", InvalidBundle) as refusal:
+        Manifest.from_json(silent.to_json())
+    assert "quantization.weights[1]: activations are \"same\", its inputs are not rounded" in refusal.error.what
+
+
 def test_matrices_that_are_alike_have_one_line() -> None:
     alike = tuple(replace(WEIGHTS[0], name=f"model.layers.{layer}.mlp.up_proj.weight") for layer in range(2))
     lines = Quantization("keep", "int8", (*alike, WEIGHTS[2])).lines()

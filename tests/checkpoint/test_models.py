@@ -112,6 +112,33 @@ def test_a_recurrent_parameter_and_a_layer_without_attention_are_seen(tmp_path):
     assert "layer 2" in refusal.error.what
 
 
+def test_the_two_attentions_of_one_layer_are_not_taken_for_two_layers():
+    """A LongCat-Flash of one layer says that it has two, and has a list of two attentions in it."""
+    from gqa_export.checkpoint.decoder_layers import layer_lists
+    from gqa_export.checkpoint.refusals import refuse_modules
+    from gqa_export.trace import attention_hook, skeleton
+    from gqa_export.trace.probe import layer_probe
+
+    config = small_config("longcat_flash", num_layers=1)
+    assert config.num_hidden_layers == 2
+    model = skeleton.build(config, torch.float32, device="meta", attention=attention_hook.register())
+    refuse_modules(model, "here")
+    assert len(layer_probe.probe(config, model).layers) == 2, "both attentions have a cache"
+    assert [name for name, _ in layer_lists(model, 1)] == ["model.layers"]
+    assert not list(layer_lists(model, 2))
+
+
+def test_a_model_without_layers_is_refused_as_one_and_layers_of_an_encoder_do_not_count():
+    from gqa_export.checkpoint.refusals import refuse_config
+
+    for config in (small_config("llama", num_hidden_layers=0), small_config("longcat_flash", num_hidden_layers=1),
+                   small_config("bart", decoder_layers=0, is_encoder_decoder=False)):
+        with refused("E-CKPT-CONFIG-VALUE", InvalidCheckpoint) as refusal:
+            refuse_config(config, "here")
+        assert "no layers" in refusal.error.what
+    refuse_config(small_config("bart", encoder_layers=0, is_encoder_decoder=False), "here")
+
+
 def test_an_encoder_beside_the_decoder_is_called_one(tmp_path):
     from gqa_export.checkpoint.refusals import refuse_modules
 

@@ -392,7 +392,7 @@ def test_keys_that_rounding_moves_by_all_there_is_are_judged_by_the_logits_that_
     cases = as_shipped(0.99, 0.99, keys=(-0.05, -0.3))
     assert all(case.passed for case in cases)
     assert len(of_keys(cases, "range")) == len(cases)
-    assert {case.ranged for case in cases} == {("layer 0 key", "layer 0 value")}  # these sessions make both of one table
+    assert {case.ranged for case in cases} == {("layer 0 key", "layer 0 value")}  # one table makes both
 
 
 @pytest.mark.parametrize(("logits", "keys", "by_rule"), [

@@ -12,6 +12,7 @@ from evidence.mutations.kinds import MUTATIONS
 from evidence.mutations.of_caches import CACHE_MUTATIONS
 from evidence.mutations.of_chunks import CHUNK_MUTATIONS
 from evidence.mutations.of_floats import FLOAT_MUTATIONS
+from evidence.mutations.of_inputs import INPUT_CONTRADICTIONS
 from evidence.mutations.of_quantized import MUTATIONS as QUANTIZED_MUTATIONS
 from evidence.mutations.of_rings import RING_MUTATIONS
 from evidence.mutations.of_shared import SHARED_MUTATIONS
@@ -41,8 +42,8 @@ ROWS = [Row(row["kind"], row["breaks"], row["sample"], {k: tuple(v) for k, v in 
 
 
 def test_the_committed_table_has_every_kind_that_the_code_knows():
-    assert [row.kind for row in ROWS] == [m.name for m in MUTATIONS] + [c.name for c in CONTRADICTIONS], \
-        "run scripts/mutation_table.py again and commit its result"
+    kinds = [kind.name for kind in (*MUTATIONS, *CONTRADICTIONS, *INPUT_CONTRADICTIONS)]
+    assert [row.kind for row in ROWS] == kinds, "run scripts/mutation_table.py again and commit its result"
     assert len(MUTATIONS) >= 25
 
 
@@ -95,6 +96,16 @@ def test_new_kinds_are_caught_by_nine_of_ten_and_all_too():
                if "cache" in row.sample or "fp" in row.sample}
     assert targets == {"ort", "onnx", "portable", "trt-native"}
     assert set(rows["newest at the end"].caught["full"]) == {"in_place"}, "the other cases bind no cache in place"
+
+
+def test_rounded_inputs_that_contradict_one_another_are_refused_on_fp8_and_nvfp4():
+    """No number tells of them: what is not rounded is nearer to the reference than what is."""
+    rows = [row for row in ROWS if row.kind in {kind.name for kind in INPUT_CONTRADICTIONS}]
+    assert len(rows) == len(INPUT_CONTRADICTIONS)
+    for row in rows:
+        assert all(len(names) == 1 and names[0].startswith("refused: ") for names in row.caught.values()), row.kind
+    assert {row.sample for row in rows} == {"llama trt-native, fp8 inputs, kept", "llama trt-native, fp8 inputs",
+                                            "llama trt-native, nvfp4 inputs"}
 
 
 def test_a_new_kind_is_added_to_the_committed_rows_in_the_order_of_the_kinds(tmp_path):
@@ -156,7 +167,7 @@ def test_damage_to_a_real_small_model_is_caught(real_sample, tmp_path):
 
 @pytest.mark.whole_model
 def test_every_contradiction_is_refused_and_names_what_is_wrong(sample, tmp_path):
-    missed = [row.kind for row in contradiction_rows(sample, tmp_path) if not row.caught["quick"]]
+    missed = [row.kind for row in contradiction_rows([sample], tmp_path) if not row.caught["quick"]]
     assert not missed
 
 

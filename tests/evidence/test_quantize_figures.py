@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gqa_models
-from evidence import quantize_page
+from evidence import quantize_inputs, quantize_page
 from evidence.whole_process import unbelievable
 
 import gqa_export
@@ -42,7 +42,10 @@ def test_exports_were_compared_fairly() -> None:
 def test_what_is_kept_is_exact_and_as_small_as_its_file() -> None:
     kept = RESULT["loss"]["kept"]
     assert kept["exact"]
-    assert kept["logits"]["teacher_forced"] <= 2e-4
+    # in the case of special tokens PyTorch itself is further from fp64 than that, draw by draw
+    for case, found in kept["logits"].items():
+        assert found <= max(2e-4, kept["pytorch"][case]), case
+    assert max(found for case, found in kept["logits"].items() if case != "special") <= 2e-4
     assert LOSS[KEPT]["kl_mean"] <= 0.005
     assert LOSS[KEPT]["perplexity_increase"] <= 0.2
     assert SIZE[KEPT] <= 1.2 * EXPORT["gguf_mb"]
@@ -55,6 +58,17 @@ def test_int4_loses_less_than_the_peers_and_int8_almost_nothing() -> None:
     assert LOSS[INT8]["kl_mean"] <= 0.0043
     assert SIZE[INT8] <= 155
     assert LOSS[CALIBRATED]["kl_mean"] < LOSS[INT4]["kl_mean"] < LOSS[SCRIPT["PEER4"]]["kl_mean"]
+
+
+def test_rounded_inputs_pass_both_verdicts_and_bits_are_kept() -> None:
+    """A third of fp16's size is more than 4.5 bits a weight with a head of eight, and less than FP8."""
+    rows = RESULT["tensorrt"]["rows"]
+    assert set(rows) == set(quantize_inputs.RECIPES)
+    assert all(row["passed"] and row["exact"] for row in rows.values())
+    assert [row["shipped"] for row in rows.values()] == [None, True, None, True]
+    for weights, inputs in (("fp8", "fp8, inputs too"), ("nvfp4", "nvfp4, inputs too")):
+        assert rows[weights]["kl_mean"] < rows[inputs]["kl_mean"]
+    assert rows["nvfp4"]["megabytes"] < 0.75 * rows["fp8"]["megabytes"]
 
 
 def test_decode_is_as_fast_as_the_peers_with_the_same_layout() -> None:

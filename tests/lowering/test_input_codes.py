@@ -186,6 +186,24 @@ def test_inputs_that_are_rounded_as_no_export_does_it_are_refused(kind: str, nam
         check_inputs(model, STATED[kind], "here")
 
 
+@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("weight", ["plain", "activation"])
+def test_a_rounded_input_of_a_product_without_codes_is_refused(kind: str, weight: str) -> None:
+    """No weight of the manifest answers for it. Without roundings the graph is right, and with them the baseline's own
+    are as large: no number tells."""
+    model = lowered(TensorProto.FLOAT16, {"a": InputCodes(kind, 0.5), "b": InputCodes(kind, 0.5)})
+    alone = Quantization("keep", "same", STATED[kind].weights[:1])
+    product = next(node for node in model.graph.node if node.op_type == "MatMul" and node.name.startswith("b/"))
+    product.input[1] = "head" if weight == "plain" else "x"
+    if weight == "plain":
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((96, 40), np.float16), "head"))
+    with refused("E-BUNDLE-CLAIM", InvalidBundle) as refusal:
+        check_inputs(model, alone, "here")
+    assert f"products with {product.input[1]} round their inputs to {kind}" in refusal.error.what
+    product.input[0] = "x"
+    check_inputs(model, alone, "here")
+
+
 @pytest.mark.parametrize("change", [read_again, WRONG_NVFP4["block_size"], WRONG_NVFP4["axis of numbers"]])
 def test_what_rounds_to_nvfp4_otherwise_is_not_interpreted(change) -> None:
     """A function takes the place of three nodes: it means these three alone, and only where nothing else reads them."""

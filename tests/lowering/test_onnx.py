@@ -140,6 +140,22 @@ def test_fp16_asks_for_an_fp32_softmax_and_stays_close():
     np.testing.assert_allclose(model.run(cache, past, ids, new)[0], expected[0], atol=6 * 2.0 ** -11)
 
 
+@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+def test_scores_of_an_unused_cache_in_fp16_are_masked_however_large_they_are(scale):
+    """Keys of 1e4 give scores of 2e4 * scale and more, some beyond what fp16 holds: where a mask is boolean, ONNX
+    Runtime masks by adding fp16's lowest number to them, -65504."""
+    model = AttentionOnly(Attributes(scale=scale, growing=0, window=5), "onnx", capacity=12, dtype=np.float16)
+    past, random = np.zeros(2, int), np.random.default_rng(0)
+    cache = model.empty_cache(2, GARBAGE)
+    for width, new in ((7, [7, 3]), (1, [1, 1]), (3, [1, 3])):
+        ids, new = random.integers(0, TOKENS, (2, width)), np.array(new)
+        outputs, (expected, feeds) = model.run(cache, past, ids, new), model.expected(cache, past, ids, new)
+        assert np.abs(feeds["query"]).max() > 1, "the scores of the garbage must be large"
+        # as above, and scores of up to 20 * scale are rounded by up to 2^-7 * scale, which weighs values of up to 3
+        np.testing.assert_allclose(outputs[0], expected[0], atol=6 * 2.0 ** -11 + 3 * 2.0 ** -7 * scale)
+        past, cache = past + new, outputs[1:]
+
+
 @pytest.mark.parametrize(("softcap", "sinks", "reason"), [(20.0, False, "cap scores"), (0.0, True, "sinks")])
 def test_what_attention_cannot_hold_falls_back_to_the_function(softcap, sinks, reason):
     model = AttentionOnly(Attributes(softcap=softcap), "onnx", sinks=sinks)

@@ -89,7 +89,7 @@ def run(matrices: dict[str, QuantizedMatrix], target: str, folder: Path, element
     with open(folder / "data", "wb") as file:
         for tensor in lowered.graph.initializer:
             if tensor.data_location == TensorProto.EXTERNAL:
-                _write(tensor, store, file)
+                write_part(tensor, store, file)
     interpret(lowered)
     onnx.save(lowered, folder / "m.onnx")
     options = onnxruntime.SessionOptions()
@@ -104,7 +104,7 @@ def run(matrices: dict[str, QuantizedMatrix], target: str, folder: Path, element
     return got, wanted, operators, context
 
 
-def _write(tensor: TensorProto, store: WeightStore, file) -> None:
+def write_part(tensor: TensorProto, store: WeightStore, file) -> None:
     from gqa_export.weights.dtypes import cast
 
     start = file.tell()

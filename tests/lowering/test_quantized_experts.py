@@ -26,7 +26,7 @@ from gqa_export.weights.packed import add_packed
 from gqa_export.weights.source_kinds import DequantizedSource
 from gqa_export.weights.sources import WeightStore
 
-from .test_quantized import ORDER, SPEC, _write, close, made
+from .test_quantized import ORDER, SPEC, close, made, write_part
 
 EXPERTS, ROWS, COLUMNS = 5, 24, 96
 
@@ -87,7 +87,7 @@ def run(matrix: QuantizedMatrix, way: str, target: str, folder: Path, rows: int 
     with open(folder / "data", "wb") as file:
         for tensor in lowered.graph.initializer:
             if tensor.data_location == TensorProto.EXTERNAL:
-                _write(tensor, store, file)
+                write_part(tensor, store, file)
     onnx.save(lowered, folder / "m.onnx")
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")

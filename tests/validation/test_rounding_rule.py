@@ -8,11 +8,13 @@ from typing import Any
 
 import gguf
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from checkpoint.quantized import test_gptq_awq as gptq_awq
 from gguf_models import case, tensors_of, write_case
+from gqa_models.shrink import write_small
 from quantized_checkpoints import write_quantized
 from refusal import refused
 
@@ -26,12 +28,12 @@ from gqa_export.validation.accuracy_level import RoundedInput, RoundInputs, roun
 TOKENS = np.array([[1, 5, 7, 2, 9, 30, 4, 11]], np.int64)
 
 
-def of_gguf(kind: str) -> Any:
+def of_gguf(kind: str, name: str = "llama", **sizes: int) -> Any:
     """A writer of a GGUF file of this type."""
     def write(folder: Path) -> Path:
-        architecture, keys, _ = case("llama")
-        keys = {**keys, "feed_forward_length": 128}
-        return write_case(folder / "model.gguf", "llama", keys, tensors_of(architecture, keys, {}),
+        architecture, keys, options = case(name)
+        keys = {**keys, "feed_forward_length": 128, **sizes}
+        return write_case(folder / "model.gguf", name, keys, tensors_of(architecture, keys, options),
                           stored=gguf.GGMLQuantizationType[kind])
     return write
 
@@ -45,8 +47,10 @@ def of_gptq(bits: int, **options: Any) -> Any:
     return write
 
 
+SMALL = {"expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 32}
 FORMS = {"minima": of_gguf("Q4_1"), "symmetric": of_gguf("Q8_0"), "zero points": of_gptq(4),
-         "columns in another order": of_gptq(8, order=True)}
+         "columns in another order": of_gptq(8, order=True),
+         "minima of experts, whose inputs have two axes": of_gguf("Q4_1", "qwen2moe", **SMALL)}
 
 
 @pytest.mark.parametrize("target", ["ort", "onnx"])
@@ -69,6 +73,23 @@ def test_the_baseline_rounds_as_the_export_does(form: str, target: str, tmp_path
     assert moved > 1e-3 * np.linalg.norm(plain), "nothing was rounded"
     # fp32 sums in another order; a value between two codes may go either way, which moves one of some hundred
     assert np.linalg.norm(got - emulated) < 0.1 * moved
+
+
+@pytest.mark.parametrize("name", ["nemotron", "gemma2"])
+def test_inputs_that_onnx_runtime_leaves_as_they_are_are_not_rounded(name: str, tmp_path: Path) -> None:
+    """It rounds those of the products it makes of DequantizeLinear and MatMul. A Relu behind one kept it from that, and
+    a head that is tied to the embedding lies as the lookup needs it, which it makes no product of."""
+    write_small(name, tmp_path / "ck", num_hidden_layers=1)
+    export = export_onnx(tmp_path / "ck", tmp_path / "b", ExportOptions(target="onnx", dtype="fp32", capacity=32,
+                                                                       quantize="int4"))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "made.onnx"), 3
+    onnxruntime.InferenceSession(tmp_path / "b" / "model.onnx", options, providers=["CPUExecutionProvider"])
+    made = [node for node in onnx.load(tmp_path / "made.onnx", load_external_data=False).graph.node
+            if node.op_type == "MatMulNBits"]
+    checkpoint = open_checkpoint(tmp_path / "ck")
+    inputs = rounded_inputs(export.manifest, checkpoint, load_model(checkpoint, "float32"))
+    assert len(made) == len(inputs) == 7  # of one layer: six and the head, or seven
 
 
 def test_blocks_that_the_checkpoint_does_not_have_are_refused(tmp_path: Path) -> None:

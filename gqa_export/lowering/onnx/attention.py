@@ -1,9 +1,14 @@
 """Canonical op -> ai.onnx Attention over a cache that Concat + GatherND (growing) or TensorScatter (static) made.
 
 Whatever depends on lengths alone is computed once and shared by all layers: where each cache row comes from, one
-boolean mask [B, 1, S, T] per window or size of chunk, which output rows are real. Dimensions as in
+mask [B, 1, S, T] per window or size of chunk, which output rows are real. Dimensions as in
 `gqa_export.attention_op`; N is min(S, C), the rows that a static write touches. Source: onnx
 docs/Operators.md, Attention-23/24, TensorScatter-24.
+
+A mask is boolean, but for a static cache in fp16, whose unused part may hold anything finite: there it is 0 and -inf.
+The standard makes the same of a boolean one, yet ONNX Runtime adds the lowest number of the type in place of -inf, and
+in fp16 that is -65504: a score of more than that stayed the largest. Source: onnxruntime
+core/providers/cpu/llm/attention.cc, `mask_filter_value`.
 """
 
 from __future__ import annotations
@@ -48,6 +53,9 @@ class Lengths:
         self.position_BS1 = self.node("position", "Unsqueeze", position_BS, [2])
         self._rows()
         self._made: dict[tuple[Any, ...], Any] = {}
+        self._added = [edit.constant(f"lengths/{name}", np.array(value), self.element)
+                       for name, value in (("seen", 0.0), ("unseen", -np.inf))
+                       if not self.growing and self.element == onnx.TensorProto.FLOAT16]
         if self.growing:
             self._growing_places()
         else:
@@ -121,8 +129,8 @@ class Lengths:
         return self._made[key]
 
     def mask(self, window: int, chunk: int) -> gs.Tensor:
-        """bool [B, 1, S, T]: which cached tokens each new one sees; `window` counts itself, 0 is no limit; `chunk`:
-        none before its own chunk, 0 is no chunks."""
+        """bool or fp16 [B, 1, S, T]: which cached tokens each new one sees; `window` counts itself, 0 is no limit;
+        `chunk`: none before its own chunk, 0 is no chunks."""
         key = ("mask", window, chunk)
         if key not in self._made:
             node, label = self.node, f"mask_chunk_{chunk}" if chunk else f"mask_{window}"
@@ -137,6 +145,8 @@ class Lengths:
                               node(f"{label}/first", "Mul", number, chunk))
                 seen = node(f"{label}/chunk", "And", seen, inside)
             seen = node(f"{label}/rows", "And", seen, self.row_BS1)
+            if self._added:
+                seen = node(f"{label}/added", "Where", seen, *self._added)
             self._made[key] = node(label, "Unsqueeze", seen, [1])
         return self._made[key]
 

@@ -1,6 +1,8 @@
 """Targets of standard operators: DequantizeLinear before MatMul and Gather.
 
-ONNX Runtime makes MatMulNBits of DequantizeLinear (axis 0 of a weight `[K, N]`) and MatMul when it loads a graph.
+ONNX Runtime makes MatMulNBits of DequantizeLinear (axis 0 of a weight `[K, N]`) and MatMul when it loads a graph, if
+nothing else reads the codes, the scales or their product, so every product of a matrix has initializers of its own, of
+the same bytes, and what follows is spelled so that it does not stand in the way (`clamps`).
 TensorRT takes codes around 0 alone, so zero points and minima become sums of the input's blocks times what each block
 adds. It takes codes of float8 and float4 as they are: they are dequantized in float32, with scales of float32 or, of
 NVFP4, of e4m3 under one of float32, and cast to the graph's type: the values are those of the checkpoint, rounded once.
@@ -9,6 +11,7 @@ Source: onnx docs/Operators.md (DequantizeLinear-21) and runs of ONNX Runtime 1.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import onnx
@@ -19,6 +22,7 @@ from ...graph.node_builder import Nodes
 from ...graph.passes import Rewritten
 from ...quantized.facts import E4M3, Form, dequantize_form, float_form
 from ..context import Context
+from .clamps import spell_clamp
 from .inputs import Inputs
 from .nan_guards import behind, carry_nan, hides_nan
 from .parts import Parts, hold, keep_plain
@@ -86,26 +90,36 @@ class _Weights:
     def __init__(self, graph: gs.Graph, context: Context, parts: Parts) -> None:
         self.graph, self.context, self.parts = graph, context, parts
         self._made: dict[str, gs.Tensor] = {}
+        self._products: Counter[str] = Counter()
 
-    def __call__(self, name: str, form: Form) -> gs.Tensor:
+    def of_product(self, name: str, form: Form) -> gs.Tensor:
+        """The weight as `__call__` gives it, for one product alone where ONNX Runtime makes one operator of both."""
+        if form.kind != "int" or not form.columns_first or self.context.target.engine:
+            return self(name, form)
+        self._products[name] += 1
+        return self(name, form, self._products[name] - 1)
+
+    def __call__(self, name: str, form: Form, copy: int = 0) -> gs.Tensor:
         """The weight as numbers of the model's type: `[K, N]` where the form has columns first, else `[N, K]`; as the
-        model has it where its codes are floating-point numbers."""
+        model has it where its codes are floating-point numbers. copy: which of several."""
         if name not in self._made and form.kind != "int":
             self._made[name] = self._numbers(name, form)
-        if name not in self._made:
+        label = f"{name}.{copy}" if copy else name
+        if label not in self._made:
             rows, columns = self.context.quantized[name].shape
             blocks = columns // form.block
             whole = [columns, rows] if form.columns_first else [rows, columns]
             ins: list[gs.Tensor | None] = [
-                self.parts((name,), form, "codes", ELEMENTS[f"{'' if form.signed else 'u'}int{form.bits}"], whole),
-                self.scale(name, form)]
+                self.parts((name,), form, "codes", ELEMENTS[f"{'' if form.signed else 'u'}int{form.bits}"], whole,
+                           copy=copy),
+                self.scale(name, form, copy)]
             if form.zeros:
                 ins.append(self.parts((name,), form, "zero", ELEMENTS[f"uint{form.bits}"],
-                                      [blocks, rows] if form.columns_first else [rows, blocks]))
+                                      [blocks, rows] if form.columns_first else [rows, blocks], copy=copy))
             axis = 0 if form.columns_first else 1
-            self._made[name] = edit.add_node(self.graph, "DequantizeLinear", ins, name=f"{name}/DequantizeLinear",
-                                             attrs={"axis": axis, "block_size": form.block})[0]
-        return self._made[name]
+            self._made[label] = edit.add_node(self.graph, "DequantizeLinear", ins, name=f"{label}/DequantizeLinear",
+                                              attrs={"axis": axis, "block_size": form.block})[0]
+        return self._made[label]
 
     def _numbers(self, name: str, form: Form) -> gs.Tensor:
         """A weight whose codes are floating-point numbers, in the model's type and with the model's axes."""
@@ -130,9 +144,9 @@ class _Weights:
             made = node("exchanged", "Transpose", made, perm=[*range(last - 1), last, last - 1])
         return made
 
-    def scale(self, name: str, form: Form) -> gs.Tensor:
+    def scale(self, name: str, form: Form, copy: int = 0) -> gs.Tensor:
         """Its scales."""
-        return self.parts.number((name,), form, "scale", self.blocks(name, form))
+        return self.parts.number((name,), form, "scale", self.blocks(name, form), copy=copy)
 
     def blocks(self, name: str, form: Form) -> list[int]:
         """The shape of its scales."""
@@ -155,8 +169,8 @@ def _product(graph: gs.Graph, context: Context, product: Product, form: Form, we
         x = inputs.rounded(x, codes, node.name)
         context.held[name] = replace(context.held[name], inputs=codes)
     node.inputs[0] = x
-    weight = weights(name, form)
-    builder = Nodes(graph, f"{scope}/weight")
+    weight = weights.of_product(name, form)
+    builder = Nodes(graph, inputs.fresh(f"{scope}/weight"))
     node.inputs[1] = weight if form.columns_first else builder("swapped", "Transpose", weight, perm=[1, 0])
     if form.shift:
         out = node.outputs[0]
@@ -166,4 +180,6 @@ def _product(graph: gs.Graph, context: Context, product: Product, form: Form, we
         if not form.columns_first:
             shift = builder("shift_swapped", "Transpose", shift, perm=[1, 0])
         added = builder("shift", "MatMul", inputs.sums(x, facts.columns, form.block, scope), shift)
-        edit.add_node(graph, "Add", [symmetric, added], name=f"{scope}/shift/Add", outputs=[out])
+        edit.add_node(graph, "Add", [symmetric, added], name=f"{inputs.fresh(f'{scope}/shift')}/Add", outputs=[out])
+    elif not context.target.engine:
+        spell_clamp(graph, node, context.element)

@@ -8,12 +8,14 @@ own (`gqa_export.lowering.tensorrt.fp4_inputs`).
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from ...graph import edit
+from ...graph.known_shape import known_shape
 from ...graph.node_builder import Nodes
 from ...graph.rounded_inputs import DOMAIN, DYNAMIC, dynamic_attributes, number_attributes
 from ...quantized.facts import MatrixFacts
@@ -28,6 +30,15 @@ class Inputs:
         self.graph, self.element = graph, context.element
         self._made: dict[tuple[object, ...], gs.Tensor] = {}
         self._kept: list[gs.Tensor] = []
+        self._scopes: Counter[str] = Counter()
+        self._ranks: dict[int, int] = {}
+        """of what was made here"""
+
+    def fresh(self, scope: str) -> str:
+        """The scope, or one like it if it was given before: a module that several layers share computes in one."""
+        self._scopes[scope] += 1
+        again = self._scopes[scope] - 1
+        return f"{scope}_{again}" if again else scope
 
     def ordered(self, x: gs.Tensor, facts: MatrixFacts, scope: str) -> gs.Tensor:
         """x `[..., K]` times the matrix's column scales, its columns in the order of the codes."""
@@ -36,14 +47,15 @@ class Inputs:
                 continue
             key = (id(x), label, hashlib.sha256(np.ascontiguousarray(values).tobytes()).digest())
             if key not in self._made:
-                node = Nodes(self.graph, f"{scope}/{label}")
+                node = Nodes(self.graph, self.fresh(f"{scope}/{label}"))
                 if label == "column_order":
-                    order = edit.constant(f"{scope}/{label}", values.astype(np.int64))
+                    order = edit.constant(node.scope, values.astype(np.int64))
                     made = node("gather", "Gather", x, order, axis=-1)
                 else:
-                    made = node("scaled", "Mul", x, edit.constant(f"{scope}/{label}", values, self.element))
+                    made = node("scaled", "Mul", x, edit.constant(node.scope, values, self.element))
                 if x.shape is not None and len(x.shape) == 2:
                     made.shape, made.dtype = x.shape, x.dtype
+                self._ranks[id(made)] = self._rank(x)
                 self._keep(key, x, made)
             x = self._made[key]
         return x
@@ -52,8 +64,8 @@ class Inputs:
         """`[..., ceil(K / block)]`: x summed over each block of columns."""
         key = (id(x), "sums", block)
         if key not in self._made:
-            node, whole = Nodes(self.graph, f"{scope}/sums{block}"), x
-            rank = len(x.shape) if x.shape else 3
+            node, whole = Nodes(self.graph, self.fresh(f"{scope}/sums{block}")), x
+            rank = self._rank(x)
             if columns % block:
                 whole = node("padded", "Pad", x, [0] * (2 * rank - 1) + [-columns % block])
             # rows of an expert that no token chose are none, and then -1 cannot be told
@@ -61,6 +73,10 @@ class Inputs:
             blocks = node("blocks", "Reshape", whole, [0] * (rank - 1) + [count, block])
             self._keep(key, x, node("sum", "ReduceSum", blocks, [-1], keepdims=0))
         return self._made[key]
+
+    def _rank(self, x: gs.Tensor) -> int:
+        """Axes of an input. Of most no shape is known, and they have three; routers and experts have rows of tokens."""
+        return self._ranks.get(id(x)) or len(known_shape(x) or (0, 0, 0))
 
     def rounded(self, x: gs.Tensor, codes: InputCodes, scope: str) -> gs.Tensor:
         """x `[..., K]` rounded to codes, as numbers of its own type."""

@@ -193,7 +193,7 @@ def check_guards(environment: Any, roles: Mapping[Any, str], points: Sequence[Ma
             raise NotCaptured(f"the size `{roles[symbol]}` was taken to be {environment.replace(symbol)}")
     if any(environment.deferred_runtime_asserts.values()):
         raise NotCaptured("tracing relied on values that are known only at run time")
-    for guard in {guard.expr for guard in environment.guards}:
+    for guard in dict.fromkeys(guard.expr for guard in environment.guards):
         strangers = guard.free_symbols - set(roles)
         if strangers:
             raise NotCaptured(f"a condition on a size that does not come from an input: {guard}")

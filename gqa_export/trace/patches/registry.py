@@ -24,6 +24,7 @@ from typing import Any
 
 from ...errors import UnsupportedModel
 from ..states.kernels import caught
+from .sorted_sets import sorted_sets
 from .source_digests import ABSENT, SEEN
 
 FILES = ("alibi", "attention_forward", "attention_method", "attention_table", "deepseek_v2", "diffllama", "experts",
@@ -69,8 +70,8 @@ def digest(function: Any) -> str:
 
 @contextmanager
 def applied(config: Any) -> Iterator[tuple[Patch, ...]]:
-    """Inside, the patches for the model of this transformers config are in place, the answer says which, and the kernel
-    functions of its state layers are caught.
+    """Inside, the patches for the model of this transformers config are in place, the answer says which, the kernel
+    functions of its state layers are caught, and its sets are sorted.
 
     Raises GqaExportError where transformers' code is not the code that a patch was written for.
     """
@@ -82,7 +83,7 @@ def applied(config: Any) -> Iterator[tuple[Patch, ...]]:
         for patch in fresh:
             undo.append(_put(patch))
             _active.append(patch)
-        with caught(modules):
+        with caught(modules), sorted_sets(modules):
             yield tuple(wanted)
     finally:
         for restore, patch in reversed(list(zip(undo, fresh))):

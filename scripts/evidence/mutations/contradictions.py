@@ -20,12 +20,17 @@ from gqa_export.graph_io import past_names, present_names
 
 @dataclass(frozen=True)
 class Contradiction:
-    """change(folder) breaks a copy of a bundle. The refusal must have the code `code` and name every one of `facts`."""
+    """change(folder) breaks a copy of a bundle; `NotHere` if that has nothing to break. The refusal must have the code
+    `code` and name every one of `facts`. opens: the checkpoint is opened again for it, because what it says is held
+    against the manifest then. text: so is the calibration text. breaks: against what it is held."""
 
     name: str
     change: Callable[[Path], None]
     code: str
     facts: tuple[str, ...]
+    opens: bool = False
+    text: bool = False
+    breaks: str = "files or graph against the manifest"
 
 
 def contradict(bundle: Path, folder: Path, one: Contradiction) -> Path:

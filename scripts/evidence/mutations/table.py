@@ -7,7 +7,7 @@ checkpoint and replayed. `docs/trust.md` shows the table, `docs/benchmarks/mutat
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from evidence.mutations.mutation import Mutation, NotHere, break_bundle
 from gqa_export.bundle.manifest import read_manifest
 from gqa_export.compare.suite import LEVELS, SUITE
 from gqa_export.errors import GqaExportError
+from gqa_export.validation.loss import LossRequest
 from gqa_export.validation.reference import Reference, open_reference
 from gqa_export.validation.validate import validate
 
@@ -27,12 +28,14 @@ STEPS = 8
 
 @dataclass(frozen=True)
 class Sample:
-    """A good bundle and its checkpoint, opened once. name: what the table calls it."""
+    """A good bundle and its checkpoint, opened once. name: what the table calls it. reference: None: the checkpoint is
+    opened whenever it is needed. text: the calibration text, of a bundle whose scales it gave."""
 
     name: str
     bundle: Path
     checkpoint: Path
-    reference: Reference
+    reference: Reference | None
+    text: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -45,17 +48,16 @@ class Row:
     caught: dict[str, tuple[str, ...]]
 
 
-def open_sample(name: str, bundle: Path, checkpoint: Path) -> Sample:
+def open_sample(name: str, bundle: Path, checkpoint: Path, text: Path | None = None) -> Sample:
     """Load a bundle's checkpoint; PyTorch's answers are kept."""
     from evidence.mutations.replayed_session import ReplayedSession
 
     manifest = read_manifest(bundle)
-    known = open_reference(checkpoint, manifest, manifest.dtype, [])
-    if manifest.kv_cache is not None:  # what PyTorch answers depends on the codes that it follows
-        return Sample(name, bundle, checkpoint, known)
-    return Sample(name, bundle, checkpoint, replace(
-        known, session=ReplayedSession(known.session),
-        eager=None if known.eager is None else ReplayedSession(known.eager)))
+    known = open_reference(checkpoint, manifest, manifest.dtype, [], text, bundle)
+    if manifest.kv_cache is None:  # else what PyTorch answers depends on the codes that it follows
+        known = replace(known, session=ReplayedSession(known.session),
+                        eager=None if known.eager is None else ReplayedSession(known.eager))
+    return Sample(name, bundle, checkpoint, known, text)
 
 
 def judge_damage(sample: Sample, broken: Path, level: str = "full") -> dict[str, tuple[str, ...]]:
@@ -96,14 +98,17 @@ def mutation_row(mutation: Mutation, samples: Sequence[Sample], work: Path,
     return None
 
 
-def needed(samples: Sequence[Sample], kinds: Iterable[Mutation], work: Path) -> list[Sample]:
+def needed(samples: Sequence[Sample], kinds: Iterable[Mutation | Contradiction], work: Path) -> list[Sample]:
     """Those of the samples on which these kinds are tried, in their order."""
     found = set()
-    for mutation in kinds:
+    for kind in kinds:
         for sample in samples:
             folder = work / "whether"
             try:
-                break_bundle(sample.bundle, folder, mutation.change)
+                if isinstance(kind, Contradiction):
+                    contradict(sample.bundle, folder, kind)
+                else:
+                    break_bundle(sample.bundle, folder, kind.change)
             except NotHere:
                 continue
             finally:
@@ -113,20 +118,34 @@ def needed(samples: Sequence[Sample], kinds: Iterable[Mutation], work: Path) -> 
     return [sample for sample in samples if sample.name in found]
 
 
-def contradiction_rows(sample: Sample, work: Path,
-                       kinds: Iterable[Contradiction] = CONTRADICTIONS) -> Iterable[Row]:
-    """Every bundle that contradicts its manifest. A refusal counts if it has the code and names the facts."""
+def contradiction_rows(samples: Sequence[Sample], work: Path,
+                       kinds: Iterable[Contradiction] = CONTRADICTIONS) -> Iterator[Row]:
+    """Every kind of bundle that contradicts its manifest, of the first sample that has what it breaks. A refusal counts
+    if it has the code and names the facts."""
     for one in kinds:
-        folder = contradict(sample.bundle, work / "contradiction", one)
-        try:
-            validate(folder, sample.checkpoint, steps=STEPS, reference=sample.reference)
-            code = message = ""
-        except GqaExportError as error:
-            code, message = error.code, str(error).replace(str(work) + "/", "")
-        named = code == one.code and all(fact in message for fact in one.facts)
-        yield Row(one.name, "files or graph against the manifest", sample.name,
-                  {level: (f"refused: {message.splitlines()[0]}",) if named else () for level in LEVELS})
-        shutil.rmtree(folder)
+        for sample in samples:
+            folder = work / "contradiction"
+            try:
+                contradict(sample.bundle, folder, one)
+            except NotHere:
+                continue
+            else:
+                yield Row(one.name, one.breaks, sample.name, dict.fromkeys(LEVELS, _refusal(one, sample, folder, work)))
+                break
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refusal(one: Contradiction, sample: Sample, folder: Path, work: Path) -> tuple[str, ...]:
+    """What refuses a bundle that contradicts its manifest; () if nothing does, or something else than is expected."""
+    try:
+        validate(folder, sample.checkpoint, steps=STEPS, reference=None if one.opens or one.text else sample.reference,
+                 loss=LossRequest(calibrate=sample.text if one.text else None))
+        code = message = ""
+    except GqaExportError as error:
+        code, message = error.code, str(error).replace(str(work) + "/", "")
+    named = code == one.code and all(fact in message for fact in one.facts)
+    return (f"refused: {message.splitlines()[0]}",) if named else ()
 
 
 def prove(samples: Sequence[Sample], work: Path, tell: Callable[[Row], None] = lambda row: None,

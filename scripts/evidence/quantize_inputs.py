@@ -1,0 +1,49 @@
+"""SmolLM2 quantized for TensorRT, FP8 and NVFP4, weights alone and with products' inputs (W8A8, W4A4), and how far
+PyTorch's own rounding moves logits. The graphs are run by ONNX Runtime on a CPU, in fp32: no engine is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+RECIPES: dict[str, tuple[str, ...]] = {
+    "fp8": ("--quantize", "fp8"), "fp8, inputs too": ("--quantize", "fp8", "--activations", "same"),
+    "nvfp4": ("--quantize", "nvfp4"), "nvfp4, inputs too": ("--quantize", "nvfp4", "--activations", "same")}
+DRAWS = tuple(range(1, 8))
+"""seeds of PyTorch's rounding errors, besides the one that it has by itself"""
+
+
+def command(name: str, checkpoint: Path, calibration: Path, folder: Path, room: int) -> list[str]:
+    """The export of a recipe into a folder: arguments of `gqa-export`. Every row is calibrated, so that those with
+    inputs and without differ in these alone."""
+    return ["onnx", str(checkpoint), "-o", str(folder), "--no-validate", "--target", "trt-native", "--dtype", "fp16",
+            "--capacity", str(room), "--calibrate", str(calibration), *RECIPES[name]]
+
+
+def judged(folder: Path, checkpoint: Path, calibration: Path, text: Path) -> dict[str, Any]:
+    """Both verdicts on a bundle, and what it lost."""
+    from gqa_export.validation.loss import LossRequest
+    from gqa_export.validation.validate import validate
+
+    found = validate(folder, checkpoint, steps=1, as_dtype="fp32", loss=LossRequest(
+        reference=checkpoint, text=text, calibrate=calibration))
+    loss = found.loss
+    if loss is None:
+        raise SystemExit(f"{folder}: no loss was measured")
+    return {"exact": found.export_exact, "shipped": found.as_shipped, "passed": found.passed,
+            "ranged": {case.name: list(case.ranged) for case in found.cases if case.ranged},
+            "kl_mean": loss.kl_mean, "kl_p99": loss.kl_p99, "top1": loss.top1,
+            "perplexity_increase": loss.perplexity_increase}
+
+
+def own_errors(validated: Callable[[], Any]) -> dict[str, float]:
+    """By how much PyTorch's logits in the bundle's number format differ from fp64 in each case: the largest of its own
+    and of the draws. validated: compares a bundle."""
+    with patch("gqa_export.validation.run_cases.doubtful", lambda *_: True), \
+            patch("gqa_export.validation.run_cases.REDRAWS", DRAWS):
+        report = validated()
+    return {case.name: kind.same_dtype_baseline for case in report.cases if not case.name.startswith("shipped ")
+            for kind in case.kinds if kind.kind == "logits"}
