@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import GqaExportError, InvalidCheckpoint, cause_of
 
 PIECE_CHARACTERS = 1 << 18
+MOST_CHARACTERS = 1 << 22
+"""that are tokenized where some thousand tokens of a text are used: seconds, however long the text is"""
+FIX = "give an existing file of plain UTF-8 text"
 
 
 def load_tokenizer(folder: Path, gguf_file: Path | None = None) -> Any:
@@ -29,46 +34,75 @@ def load_tokenizer(folder: Path, gguf_file: Path | None = None) -> Any:
                                 code="E-CKPT-TOKENIZER") from error
 
 
-def read_text(path: Path) -> str:
-    """The content of a UTF-8 file.
+class Beginning(NamedTuple):
+    """The first characters of a text. sha256: of the whole text. whole: there are no more."""
+
+    text: str
+    sha256: str
+    whole: bool
+
+
+def read_beginning(path: Path, characters: int = MOST_CHARACTERS) -> Beginning:
+    """The first characters of a UTF-8 file. All of it is checked, piece by piece.
 
     Raises:
         GqaExportError: the file cannot be read, is not UTF-8, or holds white space only.
     """
-    fix = "give an existing file of plain UTF-8 text"
+    digest, kept, count, blank = hashlib.sha256(), [], 0, True
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            while piece := file.read(PIECE_CHARACTERS):
+                digest.update(piece.encode())
+                blank = blank and not piece.strip()
+                if count < characters:
+                    kept.append(piece[: characters - count])
+                count += len(piece)
     except UnicodeDecodeError as error:
-        raise GqaExportError("the text is not UTF-8", f"{path}, byte {error.start}", fix,
+        raise GqaExportError("the text is not UTF-8", f"{path}, byte {_first_wrong(path)}", FIX,
                              code="E-FILE-TEXT-ENCODING") from error
     except OSError as error:
-        raise GqaExportError(f"cannot read the text: {error.strerror}", str(path), fix,
+        raise GqaExportError(f"cannot read the text: {error.strerror}", str(path), FIX,
                              code="E-FILE-TEXT-UNREADABLE") from error
-    if not text.strip():
-        raise GqaExportError("the text file is empty", str(path), fix, code="E-FILE-TEXT-EMPTY")
-    return text
+    if blank:
+        raise GqaExportError("the text file is empty", str(path), FIX, code="E-FILE-TEXT-EMPTY")
+    return Beginning("".join(kept), digest.hexdigest(), count <= characters)
 
 
-def tokenize(tokenizer: Any, text: str) -> np.ndarray:
+def _first_wrong(path: Path) -> int:
+    """The first byte of a file that is not UTF-8: a decoder of pieces counts from the beginning of its piece."""
+    try:
+        Path(path).read_bytes().decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return 0
+
+
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 file. Raises as `read_beginning`."""
+    return read_beginning(path, sys.maxsize).text
+
+
+def tokenize(tokenizer: Any, text: str, most: int = sys.maxsize) -> np.ndarray:
     """Token ids of a text, without special tokens; tokenized in pieces that end at line breaks.
 
     Args:
         tokenizer: a transformers tokenizer.
         text: any length.
+        most: tokens that are wanted; what comes behind them is not tokenized.
 
     Returns:
-        int32 [tokens].
+        int32 [tokens], at most `most`.
     """
-    found = []
+    found: list[np.ndarray] = []
     start = 0
-    while start < len(text):
+    while start < len(text) and sum(map(len, found)) < most:
         end = min(start + PIECE_CHARACTERS, len(text))
         line = text.rfind("\n", start, end) if end < len(text) else -1
         end = line + 1 if line > start else end
         found.append(np.asarray(tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"],
                                 dtype=np.int32))
         start = end
-    return np.concatenate(found) if found else np.zeros(0, np.int32)
+    return np.concatenate(found)[:most] if found else np.zeros(0, np.int32)
 
 
 def packed(ids: np.ndarray, length: int, where: str) -> np.ndarray:

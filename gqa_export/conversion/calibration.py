@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoint.in_float import in_float
 from ..checkpoint.load_model import load_model
-from ..checkpoint.tokenized_text import load_tokenizer, packed, read_text, spread, tokenize
+from ..checkpoint.tokenized_text import load_tokenizer, packed, read_beginning, spread, tokenize
 from ..files.staging import writing_folder
 from ..progress import Progress
 from ..trace import attention_hook, skeleton
@@ -31,7 +31,7 @@ LENGTH = 512
 
 def calibration_rows(checkpoint: Checkpoint, config: Any, text: Path, tokens: int) -> torch.Tensor:
     """Rows of token ids [B, S] spread over the text, at most `tokens` in all."""
-    ids = tokenize(load_tokenizer(checkpoint.folder), read_text(text))
+    ids = tokenize(load_tokenizer(checkpoint.folder), read_beginning(text).text)
     length = min(LENGTH, int(getattr(config, "max_position_embeddings", 0) or LENGTH), tokens, max(len(ids), 1))
     return torch.from_numpy(spread(packed(ids, length, str(text)), max(tokens // length, 1)).astype("int64"))
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.load_model import load_model
-from ..checkpoint.tokenized_text import load_tokenizer, read_text, tokenize
+from ..checkpoint.tokenized_text import load_tokenizer, read_beginning, tokenize
 from ..errors import GqaExportError, InvalidCheckpoint, UnsupportedModel
 from ..lowering.kv_codes import CODES_IN_BODY
 from ..progress import Progress
@@ -108,9 +108,9 @@ def calibrate_cache(checkpoint: Checkpoint, spec: ModelSpec, bits: int, text: Pa
 
 
 def tokens_of(checkpoint: Checkpoint, text: Path) -> np.ndarray:
-    """int64 `[T]`: the tokens of a text that are read. Raises as `read_text`."""
+    """int64 `[T]`: the tokens of a text that are read. Raises as `read_beginning`."""
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.gguf_file)
-    return tokenize(tokenizer, read_text(text)).astype(np.int64)[:MOST_TOKENS]
+    return tokenize(tokenizer, read_beginning(text).text, MOST_TOKENS).astype(np.int64)
 
 
 def digest_of(ids: np.ndarray) -> str:

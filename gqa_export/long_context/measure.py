@@ -37,9 +37,9 @@ def text_tokens(checkpoint: Checkpoint, text: Path, most: int) -> np.ndarray:
         GqaExportError: the text or the tokenizer cannot be read.
     """
     from ..checkpoint.quiet import quiet
-    from ..checkpoint.tokenized_text import load_tokenizer, read_text, tokenize
+    from ..checkpoint.tokenized_text import load_tokenizer, read_beginning, tokenize
 
-    words = read_text(text)[: 16 * most]
+    words = read_beginning(text, 16 * most).text
     if checkpoint.gguf_file is None:
         return tokenize(load_tokenizer(checkpoint.folder), words)[:most]
     from transformers import AutoTokenizer

@@ -7,7 +7,6 @@ One pass over the text, row by row, in fp32; weights are read when their layer r
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from ..checkpoint.expert_products import factor_of, follow
 from ..checkpoint.in_float import in_float
 from ..checkpoint.load_config import load_config
 from ..checkpoint.load_model import load_model
-from ..checkpoint.tokenized_text import load_tokenizer, packed, read_text, spread, tokenize
+from ..checkpoint.tokenized_text import load_tokenizer, packed, read_beginning, spread, tokenize
 from ..errors import GqaExportError, UnsupportedModel
 from ..progress import Progress
 from ..trace.probe.rotary import longest
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
 
 LENGTH = 512
 LEAST_LENGTH = 8
+LEAST_TOKENS = 32
+"""of a text: with fewer the columns of a matrix count by chance"""
 TOKENS = 2048
 """used of a text"""
 APART = 1024
@@ -60,7 +61,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class TextRows:
-    """Tokens of a text. statistics, apart: int64 `[rows, length]`; no token is in both. sha256: of the text."""
+    """Tokens of a text. statistics, apart: int64 `[rows, length]`; no token is in both. sha256: of the whole text."""
 
     statistics: torch.Tensor
     apart: torch.Tensor
@@ -69,7 +70,7 @@ class TextRows:
 
 def rows_of_text(checkpoint: Checkpoint, text: Path, *, hold_out: bool = False) -> TextRows:
     """The tokens of a text that are used: rows of 512 tokens (of fewer, where the model has fewer positions or the text
-    is short), spread over it.
+    is short), spread over it, of a very long one over its first `MOST_CHARACTERS`.
 
     Args:
         checkpoint: with a tokenizer.
@@ -80,8 +81,11 @@ def rows_of_text(checkpoint: Checkpoint, text: Path, *, hold_out: bool = False) 
         GqaExportError: the text cannot be read, or is shorter than it must be.
         InvalidCheckpoint: there is no tokenizer.
     """
-    content = read_text(text)
-    ids = tokenize(load_tokenizer(checkpoint.folder, checkpoint.gguf_file), content)
+    content = read_beginning(text)
+    ids = tokenize(load_tokenizer(checkpoint.folder, checkpoint.gguf_file), content.text)
+    if len(ids) < LEAST_TOKENS:
+        raise GqaExportError(f"the text has {len(ids)} tokens; to weigh errors by it takes at least {LEAST_TOKENS}",
+                             str(text), "give a longer text, better of some thousand tokens", code="E-FILE-TEXT-SHORT")
     positions = longest(load_config(checkpoint).get_text_config()) or LENGTH
     length = min(LENGTH, positions, max(len(ids), 1))
     apart = np.zeros(0, int)
@@ -101,7 +105,7 @@ def rows_of_text(checkpoint: Checkpoint, text: Path, *, hold_out: bool = False) 
     used = np.setdiff1d(np.arange(len(rows)), apart)
     statistics = spread(rows[used], max(TOKENS // length, 1))
     chosen, held = (torch.from_numpy(each.astype(np.int64)) for each in (statistics, rows[apart]))
-    return TextRows(chosen, held, hashlib.sha256(content.encode()).hexdigest())
+    return TextRows(chosen, held, content.sha256)
 
 
 def calibrate(checkpoint: Checkpoint, text: Path | TextRows, names: Collection[str], report: Progress) -> Calibration:

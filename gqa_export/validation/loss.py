@@ -143,7 +143,7 @@ def _token_ids(request: LossRequest, folder: Path, notes: list[str]) -> tuple[np
                                  code="E-VALIDATE-TOKENIZER")
         ids, name = shipped, SHIPPED_TEXT
     if len(ids) > MOST_TOKENS:
-        notes.append(f"the loss was measured on the first {MOST_TOKENS} of {len(ids)} tokens of {name}")
+        notes.append(f"the loss was measured on the first {MOST_TOKENS} tokens of {name}")
     return ids[:MOST_TOKENS], name
 
 

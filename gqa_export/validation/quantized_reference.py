@@ -14,6 +14,7 @@ import torch
 
 from ..bundle.quantization import KEPT, PLAIN, Quantization, QuantizedWeight
 from ..checkpoint.quantized.parameters import parameters_of
+from ..checkpoint.tokenized_text import read_beginning
 from ..errors import GqaExportError, InvalidBundle
 from ..progress import silent
 from ..quantized.facts import Form, dequantize_form, facts_of, float_form, nbits_form
@@ -41,7 +42,8 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
 
     Args:
         checkpoint: that was exported. manifest: of the bundle.
-        text: the calibration text, where the export had one and the bundle does not hold what it said.
+        text: the calibration text, where the export had one and the bundle does not hold what it said. Where it does,
+            a text is held against the one that the manifest names, and not read otherwise.
         folder: of the bundle.
 
     Raises:
@@ -58,6 +60,8 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
         return {}
     importance: dict[str, Any] = {}
     if quantization.calibration and folder is not None and FILE in manifest.files:
+        if text is not None and read_beginning(text).sha256 != quantization.calibration:
+            raise _other_text(quantization, text)
         importance = read_importance(folder)
     elif quantization.calibration:
         importance = calibrated_again(checkpoint, quantization, text).importance
@@ -176,12 +180,17 @@ def calibrated_again(checkpoint: Checkpoint, quantization: Quantization, text: P
              if weight.operator != PLAIN and not weight.kept(quantization.method)}
     found = calibrate(checkpoint, text, names, silent) if text is not None else None
     if found is None or found.sha256 != quantization.calibration:
-        problem = "none was given" if found is None else "this is another one"
-        raise GqaExportError(f"the scales of this bundle were chosen with a calibration text, and {problem}",
-                             str(text or "--calibrate"),
-                             f"give the text with sha256 {quantization.calibration[:16]}...: --calibrate FILE",
-                             code="E-VALIDATE-CALIBRATION")
+        raise _other_text(quantization, text)
     return found
+
+
+def _other_text(quantization: Quantization, text: Path | None) -> GqaExportError:
+    """The refusal of a text that did not choose the scales."""
+    problem = "none was given" if text is None else "this is another one"
+    return GqaExportError(f"the scales of this bundle were chosen with a calibration text, and {problem}",
+                          str(text or "--calibrate"),
+                          f"give the text with sha256 {quantization.calibration[:16]}...: --calibrate FILE",
+                          code="E-VALIDATE-CALIBRATION")
 
 
 def put_quantized(models: Iterable[Any], matrices: Mapping[str, QuantizedMatrix]) -> None:

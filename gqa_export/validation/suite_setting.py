@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle.manifest import Manifest
+from ..checkpoint.tokenized_text import MOST_CHARACTERS
 from ..compare.setting import Setting
 from ..errors import GqaExportError, InvalidBundle, cause_of
 from ..runtime.text import JSON, open_tokenizer
@@ -122,13 +123,14 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def read_text(folder: Path, path: Path) -> np.ndarray:
-    """Token ids of a text file, with the bundle's tokenizer.
+    """Token ids of a text file, of a very long one of its beginning, with the bundle's tokenizer.
 
     Raises:
         GqaExportError: the file cannot be read, its text is too short, or the bundle has no tokenizer.
     """
     try:
-        ids = encoded(folder, path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            ids = encoded(folder, file.read(MOST_CHARACTERS))
     except (OSError, UnicodeDecodeError) as error:
         raise GqaExportError(f"the text cannot be read: {cause_of(error)}", str(path), "give a text file in UTF-8",
                              code="E-OPTION-TEXT-FILE") from error

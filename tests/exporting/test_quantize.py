@@ -431,6 +431,16 @@ def test_the_heads_input_is_what_the_model_hands_it(readable, monkeypatch) -> No
     assert found.largest[DOWN] == plain.largest[DOWN]
 
 
+@pytest.mark.parametrize(("text", "tokens"), [("a", 1), ("b" * 31, 31)])
+def test_a_text_of_too_few_tokens_is_refused(readable: tuple[Path, Path], tmp_path: Path, text: str,
+                                             tokens: int) -> None:
+    (tmp_path / "short.txt").write_text(text)
+    with refused("E-FILE-TEXT-SHORT") as caught:
+        export(readable[0], tmp_path / "b", quantize="int4", calibrate=tmp_path / "short.txt")
+    assert f"has {tokens} tokens" in caught.error.what
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_text_without_quantizing_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with refused("E-OPTION-CALIBRATE"):
         export(checkpoint, tmp_path / "b", calibrate=tmp_path / "text.txt")
