@@ -1,4 +1,5 @@
-"""`gqa-export inspect`: the attention layers of a bundle or checkpoint, its states, and what its KV cache costs."""
+"""`gqa-export inspect`: the attention layers of a bundle or checkpoint, its states, what its KV cache costs, and how
+its weights are quantized."""
 
 from __future__ import annotations
 
@@ -67,6 +68,10 @@ def describe(found: Inspection) -> list[str]:
         lines += ["", f"KV cache of one sequence, {found.element_dtype}", *cache_table(found)]
     if found.manifest is not None:
         lines += ["", *bundle_lines(found)]
+    if found.matrices:
+        from ..describe.stored_matrices import stored_lines
+
+        lines += ["", *stored_lines(found.matrices)]
     return lines
 
 

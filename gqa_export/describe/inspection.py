@@ -21,6 +21,7 @@ from ..bundle.rank_view import ranks_of
 from ..errors import InvalidBundle
 from ..spec import FLOATS, SHORT_DTYPES, AttentionSpec, ModelSpec, WindowCache
 from ..weights.dtypes import itemsize
+from .stored_matrices import StoredMatrix
 
 COMMON_CONTEXTS = (1024, 4096)
 
@@ -57,6 +58,7 @@ class Inspection:
         parameters: elements of all weights; None of an engine, which cannot be read without a GPU.
         weight_bytes: bytes of all weights; None of an engine.
         manifest: of a bundle.
+        matrices: of a checkpoint that is quantized, each as it is stored.
         engine_bytes: of the engine, or of those of all ranks; None where there is a graph.
     """
 
@@ -69,12 +71,15 @@ class Inspection:
     parameters: int | None
     weight_bytes: int | None
     manifest: Manifest | None = None
+    matrices: tuple[StoredMatrix, ...] = ()
     engine_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for `--json`: one entry of `layers` for every attention layer, of `states` for every state."""
         data = asdict(self)
         del data["groups"]
+        if self.kind == "bundle":  # whose manifest has what became of them
+            del data["matrices"]
         if self.engine_bytes is None:
             del data["engine_bytes"]
         data["kv_cache"] = data.pop("costs")
@@ -177,11 +182,12 @@ def inspect_bundle(folder: Path, manifest: Manifest) -> Inspection:
     return Inspection(str(folder), "bundle", spec, dtype, layer_groups(spec.layers),
                       cache_costs(spec, dtype, longest, manifest.kv_cache.bits if manifest.kv_cache else 0,
                                   manifest.window_cache),
-                      parameters, weight_bytes, manifest, engine_size(folder, manifest) if manifest.engine else None)
+                      parameters, weight_bytes, manifest,
+                      engine_bytes=engine_size(folder, manifest) if manifest.engine else None)
 
 
-def inspect_checkpoint(source: str, spec: ModelSpec, stored_dtype: str, parameters: int,
-                       weight_bytes: int) -> Inspection:
+def inspect_checkpoint(source: str, spec: ModelSpec, stored_dtype: str, parameters: int, weight_bytes: int,
+                       matrices: tuple[StoredMatrix, ...] = ()) -> Inspection:
     """The figures of a checkpoint.
 
     Args:
@@ -190,7 +196,8 @@ def inspect_checkpoint(source: str, spec: ModelSpec, stored_dtype: str, paramete
         stored_dtype: the type of its weights, in which an export would keep the cache; fp32 for a type without a cache.
         parameters: elements of all weights.
         weight_bytes: bytes of all weights.
+        matrices: of a quantized one.
     """
     dtype = SHORT_DTYPES.get(stored_dtype, "fp32")
     return Inspection(source, "checkpoint", spec, dtype, layer_groups(spec.layers),
-                      cache_costs(spec, dtype, spec.max_positions), parameters, weight_bytes)
+                      cache_costs(spec, dtype, spec.max_positions), parameters, weight_bytes, matrices=matrices)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import attention_op
+from ..bundle.attention_claims import check_claims
 from ..bundle.engine_facts import ENGINE, EngineFacts, PluginFacts, ProfileFacts
 from ..bundle.graph_file import read_graph
 from ..bundle.integrity import check_files
@@ -159,6 +160,7 @@ def build_engine(bundle: Path, output: Path, options: EngineOptions | None = Non
     make_profiles(manifest, options.max_batch, options.max_prompt)  # refuses what does not fit before anything is read
     say("checking the bundle", None, None)
     check_files(bundle, manifest)
+    check_claims(bundle, manifest)  # an engine shows no graph: what it rounds and how is then known from the manifest
     _, first, one = next(iter(ranks_of(bundle, manifest)))  # those of other ranks have the same types
     graph, named = read_graph(first / (PREFILL if one.long else MODEL)), is_named(options, choice)
     choice = for_code_types(choice, code_types_of(graph), str(bundle), named=named,

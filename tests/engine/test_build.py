@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 from refusal import refused
 
@@ -19,7 +21,7 @@ from gqa_export.engine.choose_library import Choice
 from gqa_export.engine.inspect_build import TYPES, check, expected_aliases
 from gqa_export.engine.profiles import make_profiles
 from gqa_export.environment.tensorrt_libraries import Library
-from gqa_export.errors import GqaExportError, NotCheckedHere
+from gqa_export.errors import GqaExportError, InvalidBundle, NotCheckedHere
 from gqa_export.graph_io import graph_inputs, graph_outputs
 from gqa_export.spec import AttentionSpec, ModelSpec
 
@@ -32,11 +34,11 @@ MANIFEST = Manifest("trt-plugin", "float16", "static", 128, "last", "copy", SPEC
 
 @pytest.fixture
 def bundle(tmp_path):
-    """(changes to the manifest) -> a bundle folder with a graph that is none."""
-    def make(**changes) -> Path:
+    """(changes to the manifest) -> a bundle folder, its graph none."""
+    def make(graph: bytes = b"not a graph", **changes) -> Path:
         folder = tmp_path / "bundle"
         with writing_bundle(folder) as writer:
-            writer.write("model.onnx", b"not a graph")
+            writer.write("model.onnx", graph)
             writer.finish(replace(MANIFEST, **changes))
         return folder
 
@@ -81,6 +83,23 @@ def test_a_damaged_bundle_is_refused_before_the_build(bundle, tmp_path) -> None:
     (folder / "model.onnx").write_bytes(b"not a gr-ph")
     with refused("E-BUNDLE-HASH"):
         build_engine(folder, tmp_path / "engine")
+
+
+def test_a_graph_that_rounds_otherwise_than_its_manifest_says_is_refused_before_the_build(bundle, tmp_path) -> None:
+    """An engine has no graph that could be held against the manifest, and no number tells what rounding it leaves out
+    or adds: `validate` of the engine would pass it."""
+    nodes = [onnx.helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["codes"]),
+             onnx.helper.make_node("DequantizeLinear", ["codes", "scale"], ["numbers"]),
+             onnx.helper.make_node("MatMul", ["numbers", "head"], ["logits"])]
+    constants = [onnx.numpy_helper.from_array(np.float32(0.5), "scale"),
+                 onnx.TensorProto(name="zero", data_type=onnx.TensorProto.FLOAT8E4M3FN, raw_data=b"\0"),
+                 onnx.numpy_helper.from_array(np.ones((4, 4), np.float32), "head")]
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 4]) for name in ("x", "logits")]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", values[:1], values[1:], constants))
+    with refused("E-BUNDLE-CLAIM", InvalidBundle) as refusal:
+        build_engine(bundle(model.SerializeToString()), tmp_path / "engine")
+    assert "products with head round their inputs to e4m3 by 0.5 in the graph, not at all" in refusal.error.what
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
 
 
 def test_an_output_that_is_taken_is_refused_first(bundle, tmp_path) -> None:

@@ -107,7 +107,7 @@ def test_a_build_leaves_out_what_cannot_hold_the_weights_and_what_cannot_hold_th
 
     manifest = SimpleNamespace(long=None, quantization=None)
     monkeypatch.setattr(build, "read_manifest", lambda folder: manifest)
-    for name in ("check_files", "make_profiles"):
+    for name in ("check_files", "check_claims", "make_profiles"):
         monkeypatch.setattr(build, name, lambda *given: None)
     monkeypatch.setattr(build, "check_bundle", lambda *given: "plugin")
     monkeypatch.setattr(build, "check_request", lambda *given: choice(*RTX_DEFAULT))
