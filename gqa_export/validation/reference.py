@@ -18,6 +18,7 @@ from ..progress import Progress
 from ..runtime.session import Session
 from ..targets import get_target, on_cpu
 from .input_codes import StatedInputs, stated_inputs
+from .quantization_claims import check_weights_are_as_stated
 from .quantized_reference import kept_codes, put_quantized, requantized
 from .ranks import merged_bundle, with_held_heads
 from .sessions import observed_facts, pytorch_sessions
@@ -91,6 +92,7 @@ def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dty
 
     Raises:
         InvalidCheckpoint: it cannot be read, or its own logits are NaN.
+        InvalidBundle: the manifest says of a quantized weight what the checkpoint does not allow.
         NotCheckedHere: two fp32 models do not fit in memory.
     """
     from ..bundle.source_checkpoint import open_for
@@ -103,8 +105,10 @@ def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dty
     base = checkpoint if beside is None else replace(checkpoint, adapter=None)
     matrices = requantized(base, manifest, calibrate, folder)
     models: list[Any] = [session, *([eager] if eager is not None else [])]
+    sizes = {name: parameter.numel() for name, parameter in session.model.named_parameters(remove_duplicate=False)}
+    check_weights_are_as_stated(base, manifest, sizes, matrices)
     put_quantized((one.model for one in models), matrices)
-    parameters = {name for name, _ in session.model.named_parameters(remove_duplicate=False)}
+    parameters = set(sizes)
     if ran_dtype != manifest.dtype:
         put_quantized((one.model for one in models), kept_codes(base, manifest, parameters))
     if beside is not None:

@@ -32,6 +32,7 @@ from .long_graph import long_graph_as_run
 from .long_loss import LongRequest, measure_long_loss, sequences_of
 from .loss import LossRequest, check_reference, measure_loss
 from .parts import EXACT, Comparison, activations_of, exact_session, rounds_for_good
+from .quantization_claims import check_levels
 from .ranks import held_here
 from .reference import Reference, open_reference, runnable, with_ranks
 from .refusals import judge_refusals
@@ -88,6 +89,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
     prompts, long_missing = sequences_of(long, manifest, folder)
     if manifest.engine is None:
         check_claims(folder, manifest)
+        check_levels(folder, manifest)
     target, built, notes = get_target(manifest.target), manifest.engine, list[str]()
     engine = load_engine(folder, provider, as_dtype) if built else None
     last_only = logits_of_last_token(manifest, str(folder))

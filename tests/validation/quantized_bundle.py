@@ -97,7 +97,8 @@ def quantize_bundle(bundle: Path, checkpoint: Path, folder: Path, *, level: int 
                                      list(node.output), name=node.name, domain="com.microsoft", **attributes)
         graph.node.remove(node)
         graph.node.insert(place, made)
-        stored.append(QuantizedWeight(name, "float32", 4, BLOCK, False, "MatMulNBits", 0))
+        size = sum(array.nbytes for array in arrays.values())
+        stored.append(QuantizedWeight(name, "float32", 4, BLOCK, False, "MatMulNBits", size))
     used = {name for node in graph.node for name in node.input}
     kept = [node for node in graph.node if node.op_type != "Transpose" or used & set(node.output)]
     used = {name for node in kept for name in node.input}

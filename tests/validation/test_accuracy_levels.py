@@ -11,11 +11,13 @@ import pytest
 import torch
 from gqa_models import write_tiny
 from onnx import TensorProto, helper, numpy_helper
+from refusal import refused
 
 import gqa_export as gqa
 from gqa_export.bundle.manifest import MODEL, read_manifest
 from gqa_export.compare.case_verdict import Location
 from gqa_export.compare.tolerance import CAP_PART, FACTOR, ROUNDED_FACTOR, tolerance
+from gqa_export.errors import InvalidBundle
 from gqa_export.report.console import details
 from gqa_export.report.github import markdown
 from gqa_export.report.html import page
@@ -161,6 +163,13 @@ def test_level_4_where_0_was_promised_shows(stated, made, plain):
     assert found.export_exact
     assert found.as_shipped == (stated == "int8")
     assert found.passed == (stated == "int8")
+
+
+@pytest.mark.whole_model
+def test_level_0_where_4_was_promised_is_refused(made, plain):
+    """It is more exact, and slower than the manifest says; the baseline would round what the bundle does not."""
+    with refused("E-BUNDLE-CLAIM", InvalidBundle):
+        validate(made(level=0, stated="int8"), plain[2], steps=2)
 
 
 @pytest.mark.whole_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from gqa_export.errors import InvalidBundle
 from gqa_export.quantizing.importance import FILE, importance_file
 from gqa_export.validation.accuracy_level import rounded_inputs
 from gqa_export.validation.loss import LossRequest
+from gqa_export.validation.quantization_claims import check_weights_are_as_stated
 from gqa_export.validation.quantized_reference import requantized
 from gqa_export.validation.validate import validate
 
@@ -44,8 +46,6 @@ def test_what_was_quantized_is_exact_against_what_is_quantized_again(int4, check
 
 
 def test_a_matrix_that_the_checkpoint_does_not_have_is_refused(int4, checkpoint, tmp_path):
-    import shutil
-
     shutil.copytree(int4.folder, tmp_path / "b")
     weights = int4.manifest.quantization.weights
     wrong = (replace(weights[0], name="model.layers.9.mlp.up_proj.weight"), *weights[1:])
@@ -67,6 +67,34 @@ def test_what_the_checkpoints_shapes_do_not_allow_is_refused(int4, checkpoint, f
     model = None if again else load_model(opened, "float32")
     with refused("E-BUNDLE-QUANTIZATION", InvalidBundle):
         requantized(opened, manifest) if again else rounded_inputs(manifest, opened, model)
+
+
+@pytest.mark.parametrize("lies", [
+    {"lossless": True}, {"bits": 8}, {"bits": 8, "rounded_bits": 8}, {"block": 16}, {"block": 16, "rounded_block": 16},
+    {"bytes": 8}, {"bytes": 1 << 20}, {"stored": "banana"}, {"stored": "float16"}, {"method": "int8"},
+    {"method": "nvfp4"}, {"method": "keep"}])
+def test_what_a_manifest_says_of_a_weight_is_held_against_the_checkpoint(int4, checkpoint, lies, tmp_path):
+    """Nothing that a run compares shows it, and a user chooses by it."""
+    quantization, opened = int4.manifest.quantization, open_checkpoint(checkpoint)
+    fields = {name: value for name, value in lies.items() if name != "method"}
+    weights = tuple(replace(each, **fields) if "layers.1.mlp.up_proj" in each.name else each
+                    for each in quantization.weights)
+    stated = replace(quantization, weights=weights, method=lies.get("method", quantization.method))
+    manifest = replace(int4.manifest, quantization=stated)
+    assert Manifest.from_json(manifest.to_json()) == manifest, "the manifest alone does not tell"
+    sizes = {name: each.numel() for name, each in load_model(opened, "float32").named_parameters()}
+    with refused("E-BUNDLE-QUANTIZATION", InvalidBundle):
+        check_weights_are_as_stated(opened, manifest, sizes, requantized(opened, manifest))
+
+
+def test_a_matrix_that_is_called_lossless_and_was_rounded_is_not_validated(int4, checkpoint, tmp_path):
+    shutil.copytree(int4.folder, tmp_path / "b")
+    quantization = int4.manifest.quantization
+    weights = tuple(replace(each, lossless=True) for each in quantization.weights)
+    manifest = replace(int4.manifest, quantization=replace(quantization, weights=weights))
+    (tmp_path / "b" / MANIFEST).write_text(manifest.to_json())
+    with refused("E-BUNDLE-QUANTIZATION", InvalidBundle):
+        validate(tmp_path / "b", checkpoint, steps=2)
 
 
 def test_what_is_said_of_other_columns_is_refused(int4, checkpoint, tmp_path):
