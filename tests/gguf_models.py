@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -161,9 +162,10 @@ def write_case(path: Path, name: str, keys: Mapping[str, Any] = (), tensors: Map
 
 
 def write_gguf(path: Path, architecture: str, keys: Mapping[str, Any], tensors: Mapping[str, Any],
-               others: Mapping[str, Any], stored: gguf.GGMLQuantizationType = F32, **kwargs: Any) -> Path:
-    """A GGUF file. keys: without the architecture's name; others: whole keys; stored: the type of matrices. kwargs: of
-    `gguf.GGUFWriter`."""
+               others: Mapping[str, Any], stored: gguf.GGMLQuantizationType = F32,
+               types: Mapping[str, gguf.GGMLQuantizationType] = MappingProxyType({}), **kwargs: Any) -> Path:
+    """A GGUF file. keys: without the architecture's name; others: whole keys; stored: the type of matrices; types: of
+    those whose names have such a part. kwargs: of `gguf.GGUFWriter`."""
     writer = gguf.GGUFWriter(path, architecture, **kwargs)
     for key, value in {**{f"{architecture}.{key}": value for key, value in keys.items()}, **others}.items():
         if isinstance(value, str):
@@ -178,10 +180,11 @@ def write_gguf(path: Path, architecture: str, keys: Mapping[str, Any], tensors: 
             writer.add_uint32(key, value)
     for key, value in tensors.items():
         value = np.ascontiguousarray(value)
-        if value.ndim == 1 or stored == F32:
+        kind = next((each for part, each in types.items() if part in key), stored)
+        if value.ndim == 1 or kind == F32:
             writer.add_tensor(key, value)
         else:
-            writer.add_tensor(key, gguf.quants.quantize(value, stored), raw_dtype=stored)
+            writer.add_tensor(key, gguf.quants.quantize(value, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

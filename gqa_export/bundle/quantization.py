@@ -6,10 +6,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from ..spec import STRICT, Limits, OneOf, Text
+from ..spec import FLOATS, STRICT, Limits, OneOf, Text
 
 MOST_MATRICES = 1 << 18
-_LAYER = re.compile(r"\.\d+\.")
+LAYER = re.compile(r"\.\d+\.")
+"""the number of a layer in a name"""
 PLAIN = "plain"
 """operator of a matrix that the graph holds as floating-point numbers"""
 KEPT = ("keep", "dequantize")
@@ -38,7 +39,8 @@ class QuantizedWeight:
         experts: matrices that are stacked in it; 0: it is one. Each has blocks and an operator of its own.
         transposed: blocks of such a stack lie along the last axis of the parameter but one.
         rounded_bits: of a code as the export rounded it: `bits` may be more, where the operator has none of so few. 0:
-            the export did not round it to codes.
+            the export did not round it to codes. Codes may be the checkpoint's own then, also beside others that a
+            method or rules rounded.
         rounded_block: columns that shared a scale then: `block` may be a part of it, its scale repeated. 0 likewise.
         inputs: the type to which products with it round their inputs, that of its codes: "e4m3" or "e2m1"; "": they do
             not.
@@ -71,6 +73,11 @@ class QuantizedWeight:
         """Bits and columns of a block by which the export rounded it."""
         return self.rounded_bits or self.bits, self.rounded_block or self.block
 
+    def kept(self, method: str) -> bool:
+        """Whether its codes are the checkpoint's own. method: as of `Quantization`."""
+        own = method not in KEPT and not self.rounded_bits and self.stored not in FLOATS.values()
+        return self.operator != PLAIN and (method == KEPT[0] or own)
+
     @property
     def held(self) -> str:
         """For people: the operator, its blocks, and what of them is not as it was rounded."""
@@ -98,7 +105,7 @@ class QuantizedWeight:
                 return f"a code of kind {self.kind} has {' or '.join(map(str, BITS[self.kind]))} bits, found {bits}"
         if self.transposed and not self.experts:
             return "it is transposed, which stacked experts alone are, and names none"
-        if self.experts and self.kind != "int" and method not in KEPT:
+        if self.experts and self.kind != "int" and method not in KEPT and not self.kept(method):
             return f"an export by {method} makes no {self.kind} codes of experts, found {self.experts} of them"
         return ""
 
@@ -196,7 +203,7 @@ class Quantization:
         lines += [f"  {line}" for line in self.search.lines()] if self.search else []
         groups: dict[tuple[str, ...], list[QuantizedWeight]] = {}
         for weight in self.weights:
-            groups.setdefault((_LAYER.sub(".*.", weight.name, count=1), weight.stored, str(weight.bits), weight.held,
+            groups.setdefault((LAYER.sub(".*.", weight.name, count=1), weight.stored, str(weight.bits), weight.held,
                                "lossless" if weight.lossless else "rounded", weight.reason, weight.inputs_reason),
                               []).append(weight)
         for (name, stored, bits, held, loss, reason, inputs_reason), members in groups.items():

@@ -31,6 +31,8 @@ class Checkpoint:
             (GGUF: transformers' name of the parameter). Everything that is not told to keep them sees their values.
         packed: the tensors of the safetensors files that `quantized` is made of.
         quantization: how the quantized weights are described; "" if there are none.
+        values_alone: of a GGUF file, parameters that it stores as codes and of which the values alone are known -> the
+            types, for people.
         pickles: the pickle files, if they are allowed.
         text_only: of a multimodal model only the language model is meant.
         model: the transformers model itself where a program holds it in memory; then `folder` has everything but
@@ -50,6 +52,7 @@ class Checkpoint:
     quantized: dict[str, QuantizedMatrix] = field(default_factory=dict, repr=False)
     packed: dict[str, StoredTensor] = field(default_factory=dict, repr=False)
     quantization: str = ""
+    values_alone: dict[str, str] = field(default_factory=dict, repr=False)
     pickles: tuple[Path, ...] = ()
     text_only: bool = False
     model: Any = field(default=None, repr=False, compare=False)

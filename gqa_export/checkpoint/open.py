@@ -67,7 +67,7 @@ def _open_file(source: str, path: Path) -> Checkpoint:
 
 def _open_gguf(source: str, path: Path) -> Checkpoint:
     from .gguf_config import gguf_config, gguf_facts
-    from .quantized.gguf import gguf_matrices
+    from .quantized.gguf import gguf_matrices, gguf_values_alone
 
     facts = gguf_facts(path)
     config = gguf_config(facts)
@@ -75,7 +75,8 @@ def _open_gguf(source: str, path: Path) -> Checkpoint:
     matrices = gguf_matrices(facts)
     kinds = sorted({matrix.label.removeprefix("GGUF ") for matrix in matrices.values()})
     return Checkpoint(source, path.parent, "gguf", facts.header.files[0], config, facts.header.stored_dtype,
-                      quantized=matrices, quantization=f"GGUF {', '.join(kinds)}" if kinds else "")
+                      quantized=matrices, quantization=f"GGUF {', '.join(kinds)}" if kinds else "",
+                      values_alone=gguf_values_alone(facts, matrices))
 
 
 def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:
@@ -106,12 +107,13 @@ def _open_folder(source: str, folder: Path, text_only: bool) -> Checkpoint:
     tensors = _read_tensors(source, folder)
     refuse_foreign(config, list(tensors), source)
     if method in METHODS:
+        from .quantized.conv1d import as_parameters
         from .quantized.read import read_quantized
 
         found = read_quantized(description, tensors, source)
-        if found.matrices:
-            labels = sorted({matrix.label for matrix in found.matrices.values()})
-            return Checkpoint(source, folder, "hf", None, config, "float32", found.plain, found.matrices, found.packed,
+        if matrices := as_parameters(found.matrices, config, method, source):
+            labels = sorted({matrix.label for matrix in matrices.values()})
+            return Checkpoint(source, folder, "hf", None, config, "float32", found.plain, matrices, found.packed,
                               ", ".join(labels), text_only=text_only, notes=found.notes)
     eighths = sorted(name for name, tensor in tensors.items() if tensor.dtype.startswith("float8"))
     if eighths:

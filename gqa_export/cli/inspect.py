@@ -1,4 +1,5 @@
-"""`gqa-export inspect`: the attention layers of a bundle or checkpoint, its states, and what its KV cache costs."""
+"""`gqa-export inspect`: the attention layers of a bundle or checkpoint, its states, what its KV cache costs, and how
+its weights are quantized."""
 
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..bundle.engine_facts import FLAVORS
 from ..targets import layers_label
 from .tables import aligned, readable_bytes
 from .trust_options import revision_option, trust_options
 
 if TYPE_CHECKING:
+    from ..bundle.engine_facts import EngineFacts
     from ..describe.inspection import Inspection, LayerGroup
     from ..exporting.rank_costs import RankCost
     from ..spec import AttentionSpec, ModelSpec
@@ -54,7 +57,7 @@ def describe(found: Inspection) -> list[str]:
         f"  {spec.architecture} ({spec.model_type}), {len(spec.layers)} attention layers, hidden size "
         f"{spec.hidden_size}, vocabulary {spec.vocabulary}",
         f"  positions {spec.max_positions}, rotary {spec.rope or 'none'}",
-        f"  {found.parameters:,} parameters, {readable_bytes(found.weight_bytes)} of weights",
+        f"  {size_words(found)}",
     ]
     if found.groups:
         lines += ["", "attention", *attention_table(found.groups), *sharing_lines(spec)]
@@ -65,7 +68,18 @@ def describe(found: Inspection) -> list[str]:
         lines += ["", f"KV cache of one sequence, {found.element_dtype}", *cache_table(found)]
     if found.manifest is not None:
         lines += ["", *bundle_lines(found)]
+    if found.matrices:
+        from ..describe.stored_matrices import stored_lines
+
+        lines += ["", *stored_lines(found.matrices)]
     return lines
+
+
+def size_words(found: Inspection) -> str:
+    """Parameters and bytes of weights; of an engine its own bytes."""
+    if found.parameters is None or found.weight_bytes is None:
+        return f"{readable_bytes(found.engine_bytes or 0)} of TensorRT engine, in which parameters cannot be counted"
+    return f"{found.parameters:,} parameters, {readable_bytes(found.weight_bytes)} of weights"
 
 
 def attention_table(groups: tuple[LayerGroup, ...]) -> list[str]:
@@ -151,6 +165,20 @@ def window_lines(found: Inspection) -> list[str]:
     return lines
 
 
+def engine_lines(engine: EngineFacts) -> list[str]:
+    """What built an engine, for which GPUs, with which attention, and the shapes that it takes."""
+    gpus = ", ".join(f"{number // 10}.{number % 10}" for number in engine.compute_capabilities)
+    lines = [f"engine {engine.file}: {FLAVORS.get(engine.flavor, engine.flavor)} {engine.version}, "
+             + (f"compute capability {gpus}" if gpus else "for the GPU that it was built on")
+             + f", {engine.attention} attention" + (", weights not inside" if engine.stripped else "")]
+    for profile in engine.profiles:
+        shapes = profile.shapes.get("input_ids")
+        if shapes is not None and all(len(shape) == 2 for shape in shapes):
+            least, best, most = (f"{batch} x {tokens}" for batch, tokens in shapes)
+            lines.append(f"  profile {profile.name}: sequences x new tokens from {least} to {most}, chosen for {best}")
+    return lines
+
+
 def bundle_lines(found: Inspection) -> list[str]:
     """Target, inputs and outputs, fallbacks, versions."""
     manifest = found.manifest
@@ -169,7 +197,10 @@ def bundle_lines(found: Inspection) -> list[str]:
         lines.append(f"fallback: {who}: {fallback.used} instead of {fallback.wanted}: {fallback.reason}")
     if not manifest.fallbacks:
         lines.append("fallbacks: none")
+    if manifest.engine is not None:
+        lines += engine_lines(manifest.engine)
     if manifest.quantization is not None:
-        lines += manifest.quantization.lines()
+        graph = ["in the graph that the engine was built from:"] if manifest.engine is not None else []
+        lines += [*graph, *manifest.quantization.lines()]
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     return [*lines, f"made with {versions}"] if versions else lines

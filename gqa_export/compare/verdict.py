@@ -20,6 +20,9 @@ COMPARED = (("logits", {"logits"}), ("new keys and values", {"keys", "values"}),
             ("hidden states", {"hidden states"}), ("cache", {"cache"}), ("refusals", {"refusal"}))
 """words in which a verdict tells what was compared, and the kinds of output that must have been measured"""
 
+UNROUNDED = "exact"
+"""`Verdict.activations` of a quantized bundle that does not round the inputs of its products"""
+
 LOSS_PROPERTIES = ("perplexity_increase", "failure", "passed")
 """properties of a loss that `Verdict.to_dict` writes beside its fields"""
 
@@ -92,17 +95,21 @@ class Verdict:
 
     @property
     def export_exact(self) -> bool | None:
-        """Whether the bundle computes what its weights mean, activations not rounded; None: it does not round them."""
-        return self.part_passed(EXACT)
+        """Whether a quantized bundle computes what its weights mean, activations not rounded. It is the whole verdict
+        on one that rounds none. None: its weights are not quantized, or an engine's rounding could not be left out."""
+        return self.part_passed("" if self.activations == UNROUNDED else EXACT)
 
     @property
     def as_shipped(self) -> bool | None:
-        """Whether the bundle as it is shipped is as good as PyTorch with its activations rounded by the same rule."""
+        """Whether the bundle as it is shipped is as good as PyTorch with its activations rounded by the same rule.
+        None: it rounds none."""
         return self.part_passed(SHIPPED)
 
     def part_passed(self, part: str) -> bool | None:
-        """Whether the cases of "export exact" or of "as shipped" passed; None where there are none."""
-        found = [case.passed for case in self.cases if case.part == part]
+        """Whether the cases of "export exact" or of "as shipped" passed, or of neither (""), where calls that must be
+        refused show nothing of the numbers; None where there are none."""
+        found = [case.passed for case in self.cases if case.part == part
+                 and {kind.kind for kind in case.kinds} != {"refusal"}]
         return all(found) if found else None
 
     @property
@@ -118,16 +125,17 @@ class Verdict:
     @property
     def compared(self) -> tuple[str, ...]:
         """What was measured in this run, in words: "logits", "new keys and values" (of every step), "cache" (all of it,
-        at the end), "refusals", "best tokens" (of a free run), "perplexity" (of a given text), "export exact" and "as
-        shipped" (of a bundle that rounds activations), "loss" (against another checkpoint), "loss on long prompts" (of
-        approximate against exact attention). What is not named was not compared."""
+        at the end), "refusals", "best tokens" (of a free run), "perplexity" (of a given text), "export exact" (of a
+        quantized bundle) and "as shipped" (of one that rounds activations), "loss" (against another checkpoint), "loss
+        on long prompts" (of approximate against exact attention). What is not named was not compared."""
         measured = {kind.kind for case in self.cases for kind in case.kinds}
         found = [words for words, kinds in COMPARED if kinds <= measured]
         if any(case.free and case.rows for case in self.cases):
             found.append("best tokens")
         if any(case.metrics is not None and case.metrics.perplexity is not None for case in self.cases):
             found.append("perplexity")
-        found += [part for part in (EXACT, SHIPPED) if any(case.part == part for case in self.cases)]
+        found += [part for part, passed in ((EXACT, self.export_exact), (SHIPPED, self.as_shipped))
+                  if passed is not None]
         if self.loss is not None:
             found.append("loss")
         if self.long is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..bundle.manifest import MANIFEST, read_manifest
 from .inspection import Inspection, inspect_bundle, inspect_checkpoint
+from .stored_matrices import stored_matrices
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
@@ -31,7 +32,8 @@ def examine(source: str | Path, *, revision: str | None = None) -> Inspection:
 
     checkpoint = open_checkpoint(source, revision=revision)
     spec = probe(load_config(checkpoint))
-    return inspect_checkpoint(str(source), spec, checkpoint.stored_dtype, *stored_in_checkpoint(checkpoint))
+    return inspect_checkpoint(str(source), spec, checkpoint.stored_dtype, *stored_in_checkpoint(checkpoint),
+                              matrices=stored_matrices(checkpoint))
 
 
 def stored_in_checkpoint(checkpoint: Checkpoint) -> tuple[int, int]:

@@ -15,10 +15,13 @@ from typing import Any
 
 from ..bundle.graph_file import read_graph
 from ..bundle.graph_safety import stored_bytes
+from ..bundle.integrity import main_files
 from ..bundle.manifest import Manifest
 from ..bundle.rank_view import ranks_of
+from ..errors import InvalidBundle
 from ..spec import FLOATS, SHORT_DTYPES, AttentionSpec, ModelSpec, WindowCache
 from ..weights.dtypes import itemsize
+from .stored_matrices import StoredMatrix
 
 COMMON_CONTEXTS = (1024, 4096)
 
@@ -52,9 +55,11 @@ class Inspection:
         element_dtype: short name of the type of the cache (bundle) or of the stored weights.
         groups: layers whose attention is the same.
         costs: of a cache, at several lengths.
-        parameters: elements of all weights.
-        weight_bytes: bytes of all weights.
+        parameters: elements of all weights; None of an engine, which cannot be read without a GPU.
+        weight_bytes: bytes of all weights; None of an engine.
         manifest: of a bundle.
+        matrices: of a checkpoint that is quantized, each as it is stored.
+        engine_bytes: of the engine, or of those of all ranks; None where there is a graph.
     """
 
     source: str
@@ -63,14 +68,20 @@ class Inspection:
     element_dtype: str
     groups: tuple[LayerGroup, ...]
     costs: tuple[CacheCost, ...]
-    parameters: int
-    weight_bytes: int
+    parameters: int | None
+    weight_bytes: int | None
     manifest: Manifest | None = None
+    matrices: tuple[StoredMatrix, ...] = ()
+    engine_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for `--json`: one entry of `layers` for every attention layer, of `states` for every state."""
         data = asdict(self)
         del data["groups"]
+        if self.kind == "bundle":  # whose manifest has what became of them
+            del data["matrices"]
+        if self.engine_bytes is None:
+            del data["engine_bytes"]
         data["kv_cache"] = data.pop("costs")
         layers = data["spec"].pop("layers")
         data["layers"] = [{"kind": kind_of_attention(layer), **facts}
@@ -144,19 +155,39 @@ def stored_in_graph(*folders: Path) -> tuple[int, int]:
     return elements, size
 
 
+def engine_size(folder: Path, manifest: Manifest) -> int:
+    """Bytes of a bundle's engines.
+
+    Raises:
+        InvalidBundle: one is missing; names it.
+    """
+    for name in main_files(manifest):
+        if not (folder / name).is_file():
+            raise InvalidBundle(f"the bundle's file {name} is missing", str(folder),
+                                "copy the bundle again, or export it again", code="E-BUNDLE-FILE")
+    return sum((folder / name).stat().st_size for name in main_files(manifest))
+
+
 def inspect_bundle(folder: Path, manifest: Manifest) -> Inspection:
-    """The figures of a bundle, from its manifest and its graph."""
+    """The figures of a bundle, from its manifest and its graph. Of an engine, which only a GPU reads, the manifest says
+    what the graph held that it was built from.
+
+    Raises:
+        InvalidBundle: the graph or the engine is missing, or the graph cannot be parsed.
+    """
     spec = manifest.spec
-    parameters, weight_bytes = stored_in_graph(*(place for _, place, _ in ranks_of(folder, manifest)))
+    parameters, weight_bytes = (None, None) if manifest.engine else stored_in_graph(
+        *(place for _, place, _ in ranks_of(folder, manifest)))
     dtype, longest = SHORT_DTYPES.get(manifest.dtype, manifest.dtype), manifest.capacity or spec.max_positions
     return Inspection(str(folder), "bundle", spec, dtype, layer_groups(spec.layers),
                       cache_costs(spec, dtype, longest, manifest.kv_cache.bits if manifest.kv_cache else 0,
                                   manifest.window_cache),
-                      parameters, weight_bytes, manifest)
+                      parameters, weight_bytes, manifest,
+                      engine_bytes=engine_size(folder, manifest) if manifest.engine else None)
 
 
-def inspect_checkpoint(source: str, spec: ModelSpec, stored_dtype: str, parameters: int,
-                       weight_bytes: int) -> Inspection:
+def inspect_checkpoint(source: str, spec: ModelSpec, stored_dtype: str, parameters: int, weight_bytes: int,
+                       matrices: tuple[StoredMatrix, ...] = ()) -> Inspection:
     """The figures of a checkpoint.
 
     Args:
@@ -165,7 +196,8 @@ def inspect_checkpoint(source: str, spec: ModelSpec, stored_dtype: str, paramete
         stored_dtype: the type of its weights, in which an export would keep the cache; fp32 for a type without a cache.
         parameters: elements of all weights.
         weight_bytes: bytes of all weights.
+        matrices: of a quantized one.
     """
     dtype = SHORT_DTYPES.get(stored_dtype, "fp32")
     return Inspection(source, "checkpoint", spec, dtype, layer_groups(spec.layers),
-                      cache_costs(spec, dtype, spec.max_positions), parameters, weight_bytes)
+                      cache_costs(spec, dtype, spec.max_positions), parameters, weight_bytes, matrices=matrices)

@@ -155,7 +155,8 @@ def prepare(source: str | Path | Checkpoint, options: ExportOptions, say: Progre
                 quantize.fill(quantizing, each, store, checkpoint.packed if options.weights != "copy" else None)
             recorded = quantize.record(quantizing, lowered, dtype)
         return Prepared(checkpoint, options, dtype, target, traced, kept, taken, lowered, store, adapters, slots,
-                        (*checkpoint.notes, *notes, *rings.notes, *input_notes(quantizing, lowered.held)), recorded,
+                        (*checkpoint.notes, *notes, *rings.notes, *(quantizing.notes if quantizing else ()),
+                         *input_notes(quantizing, lowered.held)), recorded,
                         ranks, kv, plan, prefill, quantizing.importance if quantizing else {}, rings.windows,
                         first_version(traced.spec, target, reads),
                         quantizing.largest if quantizing and quantizing.same else {})

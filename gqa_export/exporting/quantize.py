@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,14 +37,17 @@ if TYPE_CHECKING:
     from ..trace.traced import Traced
 
 KEEP = ("keep", "dequantize")
+PARTS_DIFFER = "its parts are stored in forms that are not one, or merged in another way"
+TYPE_ALONE = "codes of this type are not kept: its values alone are"
 
 
 def check_options(options: ExportOptions, target: Target) -> None:
     """Refuse a value of `--quantize` that is neither a method nor a file, or whose codes the target does not hold.
 
     Raises:
-        GqaExportError: with the methods that the target takes; or a calibration text is given and nothing is quantized,
-            or products were to round their inputs in a way that the target does not have.
+        GqaExportError: with the methods that the target takes; or options are given that say how to quantize, and
+            nothing is quantized, or rules say it; or products were to round their inputs in a way that the target does
+            not have.
     """
     check_limits(options)
     refuse_activations(target, options.activations)
@@ -55,6 +58,15 @@ def check_options(options: ExportOptions, target: Target) -> None:
     if options.calibrate is not None and options.quantize in KEEP and not options.kv_cache:
         raise GqaExportError("a calibration text chooses scales, and nothing is quantized", "--calibrate",
                              f"add --quantize {' or '.join(methods)}", code="E-OPTION-CALIBRATE")
+    given = [*(["--head"] if options.head else []), *(["--block"] if options.block != ExportOptions.block else [])]
+    if given and options.quantize in KEEP:
+        raise GqaExportError(f"{' and '.join(given)} say how weights are quantized, and nothing is quantized",
+                             ", ".join(given), f"add --quantize {' or '.join(methods)}, or leave out "
+                             f"{' and '.join(given)}", code="E-OPTION-QUANTIZE-UNUSED")
+    if options.head and options.quantize.endswith(".toml") and not options.limited:
+        raise GqaExportError("a file of rules names the weights that are quantized, head and embedding too",
+                             "--head", 'leave out --head, and write a rule such as match = "lm_head*", bits = 8',
+                             code="E-OPTION-QUANTIZE-HEAD")
     if options.quantize not in (*KEEP, *METHODS) and not options.quantize.endswith(".toml"):
         raise GqaExportError(f"unknown quantization {options.quantize!r}", "--quantize",
                              f"use {', '.join((*KEEP, *methods))}, or a file of rules that ends in .toml",
@@ -86,17 +98,19 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
         return Plan("dequantize", True, stored=stored, codes=codes, plain=dict.fromkeys([*held, *store.left],
                                                                            "--quantize dequantize"),
                     weights=weights) if held or store.left else None
+    stacks = {weight.name for weight in weights if weight.experts}
+    kept = {name: matrix for name, matrix in held.items() if name in stacks or not matrix.transposed
+            or matrix.kind in target.float_codes}
+    plain = {name: "it is stored with its axes exchanged" for name in held if name not in kept}
+    plain |= {name: TYPE_ALONE if label.startswith("GGUF ") and " and " not in label else PARTS_DIFFER
+              for name, label in store.left.items()}
     if options.quantize == "keep":
-        stacks = {weight.name for weight in weights if weight.experts}
-        kept = {name: matrix for name, matrix in held.items() if name in stacks or not matrix.transposed
-                or matrix.kind in target.float_codes}
-        plain = {name: "it is stored with its axes exchanged" for name in held if name not in kept}
-        plain |= dict.fromkeys(store.left, "its parts are stored in forms that are not one, or merged in another way")
         return Plan("keep", exact, kept, {name: facts_of(matrix) for name, matrix in kept.items()}, stored, codes,
                     plain, weights) if held or store.left else None
     rules = read_rules(Path(options.quantize)) if options.quantize not in METHODS else ()
     bits = METHODS.get(options.quantize, CHOICES[0] if options.limited else 0)
-    decisions = decide(weights, bits, options.block, options.head, rules, KINDS.get(options.quantize, "int"))
+    decisions = decide(weights, bits, options.block, options.head, rules, KINDS.get(options.quantize, "int"),
+                       traced.tied)
     for kind in sorted({each.kind for each in decisions}):
         refuse_codes(target, kind)
     text = _text(checkpoint, options)
@@ -125,11 +139,39 @@ def plan(checkpoint: Checkpoint, traced: Traced, store: WeightStore, options: Ex
             rounds = options.activations == SAME and known and name in known.largest and each.weight.role != "embedding"
             block = shape[1] if rounds else each.block
             matrices[name] = quantize_floats(read, (shape[0], shape[1]), each.kind, block, label, importance.get(name))
-    return Plan("rules" if rules else options.quantize, exact, matrices,
-                {name: facts_of(matrix, lossless=False) for name, matrix in matrices.items()}, stored, codes,
-                {each.weight.name: each.reason for each in decisions if not each.bits}, weights, measured,
+    facts = {name: facts_of(matrix, lossless=False) for name, matrix in matrices.items()}
+    # what is not rounded stays as it is stored, codes too
+    left = {each.weight.name: plain.get(each.weight.name, each.reason) for each in decisions if not each.bits}
+    kept = {name: matrix for name, matrix in kept.items() if name in left}
+    return Plan("rules" if rules else options.quantize, exact, {**matrices, **kept},
+                {**facts, **{name: facts_of(matrix) for name, matrix in kept.items()}}, stored, codes,
+                {name: reason for name, reason in left.items() if name not in kept}, weights, measured,
                 text.apart if text else None, {}, None, known.sha256 if known else "",
-                known.tokens if known else 0, importance, known.largest if known else {})
+                known.tokens if known else 0, importance, known.largest if known else {}, kept=frozenset(kept),
+                notes=_rounded_again(codes, matrices, {name: why for name, why in left.items() if name not in kept},
+                                     stored))
+
+
+def _rounded_again(codes: Collection[str], rounded: Collection[str], plain: Mapping[str, str],
+                   stored: Mapping[str, str]) -> tuple[str, ...]:
+    """What is lost of matrices that the checkpoint holds as codes. plain: name of a weight that becomes floating-point
+    numbers -> why."""
+    again = [name for name in rounded if name in codes]
+    floats = [name for name in plain if name in codes]
+    notes = []
+    if again:
+        labels = ", ".join(dict.fromkeys(stored[name] for name in again))
+        notes.append(f"{len(again)} of {len(codes)} matrices that the checkpoint holds as codes ({labels}) are rounded "
+                     f"once more and lose what that costs: {_some(again)}; --quantize keep leaves them as they are "
+                     "stored")
+    if floats:
+        notes.append(f"{len(floats)} of {len(codes)} matrices that the checkpoint holds as codes become floating-point "
+                     f"numbers: {_some(floats)}: {plain[floats[0]]}")
+    return tuple(notes)
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _text(checkpoint: Checkpoint, options: ExportOptions) -> TextRows | None:
@@ -178,7 +220,7 @@ def record(plan: Plan, lowered: Lowered, dtype: str) -> Quantization:
         if held is not None and held.forms:
             form, matrix = held.forms[0], plan.matrices[weight.name]
             size = sum(packer.nbytes(part) for _, packer, part in packers_of(matrix, held.parts))
-            own = (0, 0) if plan.method in KEEP else (matrix.bits, matrix.block)
+            own = (0, 0) if plan.method in KEEP or weight.name in plan.kept else (matrix.bits, matrix.block)
             entry = replace(entry, bits=form.bits, block=form.block, bytes=size, reason="", kind=form.kind,
                             experts=weight.experts, transposed=weight.transposed,
                             rounded_bits=own[0], rounded_block=own[1],

@@ -36,6 +36,8 @@ class Plan:
             -> how much errors of its columns count. largest: -> the largest absolute value of its input.
         same: products round their inputs to the type of their weight. inputs: name of a weight -> how. exact_inputs:
             -> why they do not.
+        kept: names of weights whose codes are the checkpoint's own, beside others that are rounded.
+        notes: what a user must know of them.
     """
 
     method: str
@@ -57,3 +59,5 @@ class Plan:
     same: bool = False
     inputs: Mapping[str, InputCodes] = field(default_factory=dict)
     exact_inputs: Mapping[str, str] = field(default_factory=dict)
+    kept: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()

@@ -38,7 +38,7 @@ def weight_store(checkpoint: Checkpoint, traced: Traced, budget: Budget) -> Weig
     from ..weights.source_kinds import StoredSource
 
     wanted = wanted_weights(traced)
-    if checkpoint.quantized:
+    if checkpoint.quantized or checkpoint.values_alone:
         store = WeightStore.from_codes(checkpoint, wanted, traced.tied)
         if all(name in store and store.sources[name].shape == shape for name, shape in wanted.items()):
             return store

@@ -15,6 +15,8 @@ FP8_MOST = 448.0
 """the largest 8-bit float of 4 bits of exponent and 3 of mantissa"""
 TIE = 1e-3
 """a number this near to the middle between two codes may become either: what rounding in fp32 can do to it"""
+MOST_TIE = 0.45
+"""and never nearer to one of the two codes than this: every code next to a number would be right then"""
 CANDIDATES = np.linspace(0.3, 1.0, 29)
 """scales that are tried, in parts of the one that clips nothing"""
 SAMPLE = 1 << 18

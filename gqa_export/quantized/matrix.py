@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,8 @@ from math import prod
 from typing import Any
 
 import numpy as np
+
+from ..errors import InvalidCheckpoint
 
 BITS = (2, 3, 4, 5, 6, 8)
 OFFSETS = ("none", "zero", "minimum")
@@ -44,6 +47,9 @@ LEVELS: dict[str, Array] = {
 """kind -> the number of every code, float64. Kind "int" is not here: its codes are their numbers. The tables of nf4 and
 fp4 are bitsandbytes' (`functional.get_4bit_type`, as float32)."""
 KINDS = ("int", *LEVELS)
+TENSORS_OF = {"scale": re.compile(r"(?<!input_)(?<!quant_)(scale\w*|absmax|SCB)$"), "minimum": re.compile(r"\.zero$"),
+              "column scale": re.compile(r"pre_quant_scale$")}
+"""part of a weight -> what the names of the stored tensors end in that it is read from, where there are several"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +96,8 @@ class QuantizedMatrix:
         input_scale: the static scale of the layer's input where the checkpoint was made for quantized activations.
             The weight does not depend on it. None: it has none. no_input_scale: why, where it was made for them; ""
             otherwise.
-        transposed: the model's parameter has the last two axes the other way round (GPT-OSS' experts).
+        transposed: the model's parameter has the last two axes the other way round (GPT-OSS' experts, GPT-2's
+            matrices).
         scale_dtype: the smallest type of which every scale and every minimum is a number: "float8_e4m3fn", "float16",
             "bfloat16", else "float32".
         powers: every scale of a block is a power of two.
@@ -154,10 +161,12 @@ class QuantizedMatrix:
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
 
     def stripe(self, start: int = 0, stop: int | None = None) -> Stripe:
-        """The rows [start, stop), with their shapes checked.
+        """The rows [start, stop), with their shapes checked, and that their numbers are some: whatever is made of a
+        weight comes by here.
 
         Raises:
             ValueError: the reader gave something else.
+            InvalidCheckpoint: a scale, a minimum or a code is NaN or infinite.
         """
         stop = self.rows if stop is None else stop
         found = self.read(start, stop)
@@ -171,7 +180,42 @@ class QuantizedMatrix:
                 raise ValueError(f"{self.label}: {name} is {None if values is None else values.shape}, not {shape}")
         if found.codes.dtype != kind or found.scale.dtype != np.float32:
             raise ValueError(f"{self.label}: codes are {found.codes.dtype}, scales {found.scale.dtype}")
+        self.refuse_not_finite("scale", found.scale, start)
+        if found.minimum is not None:
+            self.refuse_not_finite("minimum", found.minimum, start)
+        if self.column_scale is not None:
+            self.refuse_not_finite("column scale", self.column_scale[None], 0)
+        if self.kind == "e4m3" and (found.codes & 127 == 127).any():  # of 4 bits, every code is a number
+            self.refuse_not_finite("code", LEVELS["e4m3"][found.codes], start)
         return found
+
+    def refuse_not_finite(self, part: str, values: Array, start: int = 0) -> None:
+        """Refuse numbers of this weight that are NaN or infinite. Zeros and those below zero are legal.
+
+        Args:
+            part: what they are, for the message: "scale", "minimum", "column scale" or "code".
+            values: float `[rows, blocks]`, or `[rows, K]`.
+            start: the number of their first row.
+
+        Raises:
+            InvalidCheckpoint: with the first of them.
+        """
+        wrong = ~np.isfinite(values)
+        if not wrong.any():
+            return
+        row, place = (int(each) for each in np.argwhere(wrong)[0])
+        width = self.block if values.shape[1] == self.blocks else 1
+        last = min((place + 1) * width, self.columns) - 1
+        columns = f"column {last}" if width == 1 else f"columns {place * width} to {last}"
+        place_text = columns if part == "column scale" else f"row {start + row}, {columns}"
+        names = [name for name in self.tensors if part in TENSORS_OF and TENSORS_OF[part].search(name)] or \
+            list(self.tensors[:1])
+        raise InvalidCheckpoint(
+            f"the {part} of {place_text} of a quantized weight ({self.label}) is {values[row, place]}, expected "
+            f"a finite number; {int(wrong.sum())} of these {wrong.size} are not",
+            f"module {self.tensors[0].rpartition('.')[0]}, tensor {' or '.join(names)}" if names else "",
+            "download the checkpoint again, or quantize the original again: no prediction of this one is a number",
+            code="E-CKPT-QUANT-NAN")
 
     def stripes(self, nbytes: int = STRIPE_BYTES, itemsize: int = 8, *, multiple: int = 1) -> Iterator[tuple[int, int]]:
         """(start, stop) of stripes that take about `nbytes` with so many bytes an element, in order. multiple: of which

@@ -4,7 +4,7 @@ A file of rules is TOML:
 
     [[rule]]
     match = "model.layers.0.*"      # as in a shell; the first rule that matches a name decides
-    bits = 8                        # 2, 4 or 8; 0 leaves the weight as it is
+    bits = 8                        # 2, 4 or 8; 0 leaves the weight as it is, codes too
     block = 32                      # columns that share a scale
     kind = "int"                    # or "e4m3" of 8 bits (FP8), "e2m1" of 4 (NVFP4)
 """
@@ -29,6 +29,7 @@ KINDS = {"fp8": "e4m3", "nvfp4": "e2m1"}
 BITS = (0, 2, 4, 8)
 BITS_OF = {"int": BITS, "e4m3": (8,), "e2m1": (4,)}
 DEFAULT_HEAD = "int8"
+NO_RULE = "no rule names it"
 FIX = 'write [[rule]] with match = "NAME*", bits = 0, 2, 4 or 8 and, if you like, block = 32 or kind = "e4m3"'
 
 
@@ -101,7 +102,7 @@ def _wrong(entry: Any) -> str:
 
 
 def decide(weights: Sequence[Weight], bits: int, block: int, head: str, rules: Sequence[Rule] = (),
-           kind: str = "int") -> list[Decision]:
+           kind: str = "int", tied: Sequence[Sequence[str]] = ()) -> list[Decision]:
     """What becomes of each weight.
 
     Args:
@@ -111,20 +112,28 @@ def decide(weights: Sequence[Weight], bits: int, block: int, head: str, rules: S
         head: of head and embedding: "int8", "same" as the others, or "none"; "" is the first, and leaves them open.
         rules: the first whose pattern matches a weight's name decides.
         kind: of codes, of matrices that no rule names; a head of "int8" has integers.
+        tied: groups of names of one weight; a rule may have any of them.
 
     Raises:
-        GqaExportError: a rule matches no weight.
+        GqaExportError: a rule matches no weight, or one names a weight that `head` is for too.
     """
     used: set[Rule] = set()
     decisions = []
+    names = {name: group for group in tied for name in group}
     for weight in weights:
-        rule = next((rule for rule in rules if fnmatchcase(weight.name, rule.match)), None)
+        called = names.get(weight.name, (weight.name,))
+        rule = next((rule for rule in rules if any(fnmatchcase(name, rule.match) for name in called)), None)
         used.update([rule] if rule else [])
         own, own_kind = bits, rule.kind if rule else kind
         if weight.role in ("head", "embedding"):
             own = {"int8": 8 if bits else 0, "same": bits, "none": 0}[head or DEFAULT_HEAD]
             own_kind = own_kind if rule or head == "same" else "int"
-        own, reason = (rule.bits, f"a rule leaves it ({rule.match})") if rule else (own, f"--head {head}")
+            if rule and head:
+                raise GqaExportError(f"the rule {rule.match!r} names {weight.name}, and --head {head} is for it too",
+                                     "--head", "leave out --head, or let no rule match head and embedding",
+                                     code="E-OPTION-QUANTIZE-HEAD")
+        own, reason = (rule.bits, f"a rule leaves it ({rule.match})") if rule else \
+            (own, f"--head {head}" if bits else NO_RULE)
         if weight.role == "router" and not rule:
             own, reason = 0, "it chooses experts: a rounding would send tokens to others"
         if weight.role == "experts" and own and own_kind != "int":

@@ -13,16 +13,19 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..quantized.kv_codes import FP8_MOST, TIE, encode_fp8, limits
+from ..quantized.kv_codes import FP8_MOST, MOST_TIE, TIE, encode_fp8, limits
 from ..spec import KvCache, KvScales
 
+FP8_WIDEST = 32
+"""the distance between the largest codes of fp8"""
 Rows = tuple[np.ndarray, np.ndarray]
 """what another session wrote for one sequence in one layer: keys [K, S, D], values [K, S, E]"""
 
 
 class QuantizedLayer(DynamicLayer):
-    """A layer's cache, of codes times a scale. tie: how far from the middle between two codes both are right. followed:
-    what another session writes next; None: nobody is followed."""
+    """A layer's cache, of codes times a scale. tie: how far from the middle between two codes both are right, in parts
+    of their distance (of fp8, of the largest: see `ties`). followed: what another session writes next; None: nobody is
+    followed."""
 
     def __init__(self, scales: KvScales, kv: KvCache, tie: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -70,7 +73,7 @@ def rounded(states: torch.Tensor, scale: float, bits: int, tie: float, other: np
     codes = nearest(exact, fp8)
     if other is not None:
         theirs = codes_of(other, scale, fp8).to(states.dtype)
-        codes = torch.where((theirs - exact).abs() <= (0.5 + tie) * units(exact, fp8), theirs, codes)
+        codes = torch.where((theirs - exact).abs() <= (0.5 + ties(exact, tie, fp8)) * units(exact, fp8), theirs, codes)
     return codes * _step(states, scale)
 
 
@@ -87,6 +90,16 @@ def units(exact: torch.Tensor, fp8: bool) -> torch.Tensor:
         return unit
     exponent = torch.where(exact == 0, -5, torch.frexp(exact)[1])  # frexp gives 0 for zero
     return torch.ldexp(unit, exponent.clamp(min=-5) - 4)
+
+
+def ties(exact: torch.Tensor, tie: float, fp8: bool) -> torch.Tensor:
+    """How far from the middle between its two codes each quotient may be to become either, in parts of their distance.
+
+    A number is a sum of others that are as large as the largest, and rounding moves it by as much. The smaller codes of
+    fp8 are nearer to one another, so that this is a larger part of their distance: on a tiny model in fp32, of codes
+    of 9 and 10 times the least one was as right as the other. tie: that of the largest codes."""
+    unit = units(exact, fp8)
+    return (FP8_WIDEST * tie / unit).clamp(TIE, MOST_TIE) if fp8 else torch.full_like(unit, tie)
 
 
 def nearest(exact: torch.Tensor, fp8: bool) -> torch.Tensor:

@@ -19,7 +19,7 @@ from ..checkpoint.cache_argument import cache_argument
 from ..errors import GqaExportError
 from ..quantized.kv_codes import TIE
 from ..spec import FLOATS, KvCache, ModelSpec
-from ..trace.states.torch_cache import empty_cache, has_keys, kept_states, observed_states, states_of_row
+from ..trace.states.torch_cache import empty_cache, has_keys, kept_states, observed_states, says_length, states_of_row
 from .feeds import check_feed
 from .quantized_cache import follow, quantized_cache
 from .roomy_cache import roomy_cache
@@ -186,6 +186,7 @@ class TorchSession(RowSlots):
                 args = {"input_ids": torch.from_numpy(ids), cache_argument(self.model): cache, "use_cache": True}
                 if self._states:  # as `generate` does: not every model with states counts those of the past itself
                     args["position_ids"] = torch.arange(past, past + ids.shape[1])[None]
+                    says_length(cache, past)
                 for mode in self._modes:
                     modes.enter_context(mode)
                 if not self._hidden:

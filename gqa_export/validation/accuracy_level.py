@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from ..quantized.matrix import QuantizedMatrix
     from ..targets import Target
 
-KEEP = "keep"
 PRODUCT, LEVEL, ROUNDED = "MatMulNBits", "accuracy_level", 4
 NO_CODES: Mapping[str, InputCodes] = MappingProxyType({})
 LARGEST = 127.0
@@ -187,7 +186,8 @@ def rounded_inputs(manifest: Manifest, checkpoint: Checkpoint, model: Any,
         return found
     names = {name for name, _ in model.named_parameters()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    kept = parameters_of(checkpoint, names)[0] if quantization.method == KEEP else {}
+    own = {weight.name for weight in quantization.weights if weight.kept(quantization.method)}
+    kept = {name: matrix for name, matrix in parameters_of(checkpoint, names)[0].items() if name in own} if own else {}
     switched = _switched(manifest, checkpoint)
     looked_up = id(model.get_input_embeddings().weight)
     for weight in quantization.weights:

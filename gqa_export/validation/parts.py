@@ -27,7 +27,8 @@ from .sessions import FillGarbage, Sessions, bundle_session, is_large
 @dataclass(frozen=True)
 class Comparison:
     """What does not change between the two. plan: the cases. manifest: of what is run. last_only, dtype, notes, report:
-    as of `run_cases`."""
+    as of `run_cases`. coded: the bundle's cache is quantized, whatever what is run holds: interpreted fp8 codes are
+    the numbers that they stand for."""
 
     known: Reference
     plan: Plan
@@ -36,11 +37,12 @@ class Comparison:
     dtype: str
     notes: list[str]
     report: Progress
+    coded: bool = False
 
     def sessions(self, session: Session, fill_garbage: FillGarbage | None, follow: bool = True,
                  by_rule: bool = False) -> Sessions:
         """The three that walk in step. follow: as `Sessions` has it, where the cache is quantized. by_rule: see it."""
-        follow = follow and self.manifest.kv_cache is not None
+        follow = follow and self.coded
         return Sessions(self.known.session, self.known.eager, session, fill_garbage,
                         beside=self.manifest.engine is None and is_large(self.manifest), alike=self.known.alike,
                         follow=follow, count_codes=follow and self.dtype != "float32", by_rule=by_rule,

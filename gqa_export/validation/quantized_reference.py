@@ -64,7 +64,7 @@ def requantized(checkpoint: Checkpoint, manifest: Manifest, text: Path | None = 
     parameters = dict(load_model(checkpoint, "float32").named_parameters(remove_duplicate=False))
     found = {}
     for weight in quantization.weights:
-        if weight.operator == PLAIN:
+        if weight.operator == PLAIN or weight.kept(quantization.method):
             continue
         values = parameter_of(parameters, weight, checkpoint.source).detach()
         shape = tuple(values.shape)
@@ -126,13 +126,14 @@ def kept_codes(checkpoint: Checkpoint, manifest: Manifest, names: Collection[str
         checkpoint: that was exported. manifest: of the bundle. names: of the model's parameters.
     """
     quantization = manifest.quantization
-    if quantization is None or quantization.method != KEPT[0]:
+    kept = [] if quantization is None else [each for each in quantization.weights if each.kept(quantization.method)]
+    if not kept:
         return {}
     target, stored = get_target(manifest.target), parameters_of(checkpoint, names)[0]
     found = {}
-    for weight in quantization.weights:
+    for weight in kept:
         matrix = stored.get(weight.name)
-        form = None if weight.operator == PLAIN or matrix is None else form_of(matrix, target)
+        form = None if matrix is None else form_of(matrix, target)
         if matrix is not None and isinstance(form, Form):
             found[weight.name] = as_held(matrix, form, manifest.dtype)
     return found
@@ -171,7 +172,8 @@ def calibrated_again(checkpoint: Checkpoint, quantization: Quantization, text: P
     """
     from ..quantizing.calibrate import calibrate
 
-    names = {weight.name for weight in quantization.weights if weight.operator != PLAIN}
+    names = {weight.name for weight in quantization.weights
+             if weight.operator != PLAIN and not weight.kept(quantization.method)}
     found = calibrate(checkpoint, text, names, silent) if text is not None else None
     if found is None or found.sha256 != quantization.calibration:
         problem = "none was given" if found is None else "this is another one"

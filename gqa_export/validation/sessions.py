@@ -17,7 +17,7 @@ from ..checkpoint.load_model import load_model
 from ..compare.tolerance import EPSILON, FLOOR_ULPS
 from ..errors import GqaExportError, InvalidCheckpoint, NotCheckedHere
 from ..graph_io import HIDDEN_STATES
-from ..quantized.kv_codes import TIE, limits
+from ..quantized.kv_codes import MOST_TIE, TIE, limits
 from ..runtime.session import Session
 from ..spec import KvCache, WindowCache
 
@@ -27,7 +27,6 @@ FillGarbage = Callable[[tuple[float, ...]], None]
 
 FP8_UNITS = 16
 """an 8-bit float of 3 bits of mantissa is at most this many of its own units"""
-MOST_TIE = 0.45
 SMALL_BYTES = 1 << 25
 """models below this run on one thread: several threads wait for one another longer than they work"""
 
@@ -98,10 +97,11 @@ def pytorch_sessions(checkpoint: Any, manifest: Manifest, ran_dtype: str,
 
 def tie_of(kv: KvCache, dtype: str) -> float:
     """How far from the middle between two codes, in parts of their distance, a number may be that becomes either: what
-    rounding in this format does to the largest code. Never half: every code would be right then that is next to the
-    number."""
-    most = FP8_UNITS if kv.codes == "fp8" else limits(kv.bits)[1]
-    return min(MOST_TIE, max(TIE, most * FLOOR_ULPS[dtype] * EPSILON[dtype]))
+    rounding in this format does to the largest code; of fp8, `gqa_export.runtime.quantized_cache.ties` has those of the
+    smaller ones."""
+    fp8 = kv.codes == "fp8"
+    part = (FP8_UNITS if fp8 else limits(kv.bits)[1]) * FLOOR_ULPS[dtype] * EPSILON[dtype]
+    return min(MOST_TIE, part if fp8 else max(TIE, part))
 
 
 def is_large(manifest: Manifest) -> bool:

@@ -116,7 +116,7 @@ def validate(bundle: Path | str, against: str | Path | Checkpoint, *, level: str
         plan = plan_suite(setting, level)
         if (held := held_here(manifest)) is not None:
             known = with_ranks(known, held)
-        comparison = Comparison(known, plan, ran, last_only, ran_dtype, notes, report)
+        comparison = Comparison(known, plan, ran, last_only, ran_dtype, notes, report, manifest.kv_cache is not None)
         handles: list[Any] = []  # of ONNX Runtime's sessions
         with ExitStack() as opened:
             session, fill_garbage = engine or exact_session(opened, where, ran, provider, notes, target, handles)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..checkpoint.quantized.stored import floats
 from ..quantized.experts import expert_of, matrix_named
 from ..quantized.facts import SEPARATOR
 from ..quantized.packing import Packer
@@ -42,11 +43,16 @@ def add_packed(store: WeightStore, matrices: Mapping[str, QuantizedMatrix], part
         parts: weight -> recipe name -> form and part.
         stored: tensors of the checkpoint that a graph may point at, by name: a part whose bytes one of them is, in the
             layout that the operator reads, is that tensor. None: every part is packed.
+
+    Raises:
+        InvalidCheckpoint: scales that a graph would point at are NaN or infinite.
     """
     for name, wanted in parts.items():
         missing = {recipe: part for recipe, part in wanted.items() if recipe not in store}
         # a second graph reads the same
         for recipe, packer, part in packers_of(matrices[name], missing) if missing else ():
             there = stored.get(packer.in_place(part)) if stored else None
+            if there is not None and part == "scale":  # no stripe of the matrix is read for it
+                packer.matrix.refuse_not_finite(part, floats(there).reshape(packer.matrix.rows, -1))
             store.add(recipe, PackedSource(packer, part) if there is None else StoredSource(
                 replace(there, dtype=packer.dtype(part), shape=packer.shape(part))))

@@ -27,6 +27,9 @@ def rows_of(source: Source, stack: tuple[int, ...] = (), *, transposed: bool = F
         return _stacked_rows(source, stack, transposed=transposed)
     if isinstance(source, StoredSource):
         return _stored_rows(source)
+    if isinstance(source, DequantizedSource) and source.matrix.transposed:
+        whole = source.matrix
+        source = MemorySource(lambda: whole.parameter().astype(np.float32), "float32", source.shape)
     if isinstance(source, DequantizedSource):
         return lambda start, stop: source.matrix.dequantize(start, stop).astype(np.float32)
     made: list[Any] = []

@@ -40,6 +40,15 @@ def test_forms_that_exports_make_are_read(weight: QuantizedWeight) -> None:
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
+def test_codes_that_an_export_did_not_round_are_the_checkpoints_own() -> None:
+    """Beside others that it rounded. What was stored as floating-point numbers has none."""
+    assert [CODES.kept(method) for method in ("keep", "dequantize", "int4", "rules")] == [True, False, True, True]
+    for rounded in (replace(CODES, rounded_bits=4), replace(CODES, stored="bfloat16"), WEIGHTS[2]):
+        assert not rounded.kept("rules")
+    manifest = replace(MANIFEST, quantization=Quantization("int8", "exact", (replace(STACK, bits=8, kind="e4m3"),)))
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
 @pytest.mark.parametrize(("weight", "words"), [
     (replace(CODES, bits=5), "a code of kind int has 2 or 4 or 8 bits, found 5"),
     (replace(CODES, rounded_bits=5, rounded_block=32), "2 or 4 or 8 bits, found 5"),
@@ -50,8 +59,9 @@ def test_forms_that_exports_make_are_read(weight: QuantizedWeight) -> None:
     (replace(CODES, block=0), "a block of at least 1 column, found 0"),
     (replace(CODES, operator="else", block=0), "codes of else have a block"),
     (replace(CODES, transposed=True), "stacked experts alone are"),
-    (replace(STACK, bits=8, kind="e4m3"), "an export by int8 makes no e4m3 codes of experts, found 4"),
-    (replace(STACK, kind="e2m1"), "an export by int8 makes no e2m1 codes of experts"),
+    (replace(STACK, bits=8, kind="e4m3", rounded_bits=8, rounded_block=32),
+     "an export by int8 makes no e4m3 codes of experts, found 4"),
+    (replace(STACK, kind="e2m1", rounded_bits=4, rounded_block=16), "an export by int8 makes no e2m1 codes of experts"),
     (replace(CODES, operator=PLAIN), "neither blocks nor experts"),
     (replace(WEIGHTS[2], kind="e4m3"), "nor a kind of codes"), (replace(WEIGHTS[2], experts=4), "neither blocks"),
     (replace(WEIGHTS[2], operator="MatMulNBits"), "found 0")])

@@ -12,7 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from gqa_export import graph_io
+from gqa_export.bundle.engine_facts import EngineFacts, ProfileFacts
 from gqa_export.bundle.manifest import MODEL, Manifest
+from gqa_export.bundle.parallel import HeldHeads, ParallelFacts, RankFacts
+from gqa_export.bundle.quantization import PLAIN, Quantization, QuantizedWeight
 from gqa_export.bundle.writer import writing_bundle
 from gqa_export.cli import main
 from gqa_export.cli.inspect import numbers
@@ -124,6 +127,42 @@ def test_bundle_without_a_readable_graph_is_refused(bundle) -> None:
     result = CliRunner().invoke(main, ["inspect", str(bundle)])
     assert result.exit_code == 2
     assert "model.onnx is not an ONNX model" in result.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_engine_shows_its_matrices_cache_gpus_and_shapes(tmp_path, ranks) -> None:
+    """Only a GPU opens an engine: the manifest says what there is to say."""
+    weights = (QuantizedWeight("model.layers.0.mlp.up_proj.weight", "GGUF Q4_1", 4, 32, True, "DequantizeLinear", 640),
+               QuantizedWeight("lm_head.weight", "float32", 16, 0, False, PLAIN, 1280, "it is the head"))
+    profiles = tuple(ProfileFacts(name, {"input_ids": ((1, 1), (1, tokens), (2, tokens))})
+                     for name, tokens in (("decode", 1), ("prefill", 32)))
+    parallel = ParallelFacts(tuple(RankFacts(f"rank{rank}", tuple(
+        HeldHeads(layer.layer, 4 * rank, 4, (rank,)) for layer in SPEC.layers), "0" * 64) for rank in range(2)),
+        (), "whole", {}) if ranks > 1 else None
+    manifest = Manifest("trt-plugin", "fp16", "static", 2048, "last", "copy", SPEC, (), (),
+                        engine=EngineFacts("rtx", "1.7.0.1", (80, 120), "plugin", profiles, {}), parallel=parallel,
+                        quantization=Quantization("keep", "exact", weights))
+    names = [f"rank{rank}/model.engine" for rank in range(ranks)] if ranks > 1 else ["model.engine"]
+    with writing_bundle(tmp_path / "engine") as writer:
+        for name in names:
+            writer.write(name, bytes(3 << 20))
+        writer.finish(manifest)
+    text = inspect(tmp_path / "engine")
+    assert f"  {3 * ranks}.0 MiB of TensorRT engine" in text
+    assert "engine model.engine: TensorRT for RTX 1.7.0.1, compute capability 8.0, 12.0, plugin attention" in text
+    assert "profile prefill: sequences x new tokens from 1 x 1 to 2 x 32, chosen for 1 x 32" in text
+    assert text.index("in the graph that the engine was built from:") < text.index("quantized weights: kept as stored")
+    assert ("  model.layers.0.mlp.up_proj.weight: GGUF Q4_1 -> 4 bits, DequantizeLinear, block 32, lossless, 640 bytes"
+            in text)
+    assert "  lm_head.weight: float32 -> 16 bits, plain, rounded, 1,280 bytes: it is the head" in text
+    assert "672.0 KiB" in text, "3 layers of 2 heads of 16 + 12 fp16 numbers, 2048 times"
+    data = json.loads(inspect(tmp_path / "engine", "--json"))
+    assert (data["parameters"], data["weight_bytes"], data["engine_bytes"]) == (None, None, 3 * ranks << 20)
+    assert data["bundle"]["quantization"]["weights"][0]["stored"] == "GGUF Q4_1"
+    (tmp_path / "engine" / names[-1]).unlink()
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "engine")])
+    assert result.exit_code == 2
+    assert f"the bundle's file {names[-1]} is missing" in result.stderr
 
 
 def test_checkpoint_shows_windows_and_softcap_that_its_layers_pass(tmp_path) -> None:

@@ -281,6 +281,16 @@ def test_codes_of_fp8_count_in_their_own_units_and_zero_has_the_least():
     assert tie_of(coded, "bfloat16") < 0.5
 
 
+def test_small_codes_of_fp8_are_ties_by_what_rounding_does_to_the_largest():
+    """fp32: 32 units in the last place of 512 are 2e-3: nothing beside the middle of 16 and 18, a 60th of the distance
+    of codes around 1, and all that is allowed at the least, which lie 2e-3 apart."""
+    part = tie_of(KvCache(8, (), "", 0, "fp8"), "float32")
+    numbers = torch.tensor([17.003, 1.0635, 1.066, 2.0**-9 * 8.1, 2.0**-9 * 8.04], dtype=torch.float64)[None, None]
+    others = np.array([[[16.0, 1.0, 1.0, 2.0**-9 * 9, 2.0**-9 * 9]]])
+    assert rounded(numbers, 1.0, 8, part, others, True)[0, 0].tolist() == [
+        18.0, 1.0, 1.125, 2.0**-9 * 9, 2.0**-9 * 8]
+
+
 def test_a_tie_is_never_half_of_the_distance_and_in_fp32_what_it_was():
     for bits in (8, 4):
         kv = KvCache(bits, (), "", 0)

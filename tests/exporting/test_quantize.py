@@ -15,6 +15,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from checkpoint.quantized import test_gptq_awq as gptq_awq
+from quantized_checkpoints import write_quantized
 from refusal import refused
 from safetensors.numpy import load_file, save_file
 from small_text import SENTENCES, byte_tokenizer
@@ -32,6 +34,7 @@ from gqa_export.quantizing.importance import FILE, read_importance
 from gqa_export.quantizing.matrices import Weight
 from gqa_export.quantizing.rtn import quantize_matrix, quantize_rows
 from gqa_export.quantizing.rules import Rule, decide, read_rules
+from gqa_export.validation.validate import validate
 
 TOKENS = np.array([[1, 5, 7, 2, 9, 30, 4, 11]], np.int64)
 
@@ -194,6 +197,69 @@ def test_a_file_that_is_not_rules_is_refused(tmp_path: Path, text: str, word: st
 def test_a_rule_that_matches_nothing_is_refused() -> None:
     with refused("E-OPTION-QUANTIZE-RULE"):
         decide([Weight("a", (8, 8), "linear")], 0, 32, "int8", (Rule("a", 4), Rule("b", 4)))
+
+
+@pytest.fixture(scope="module")
+def gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gptq") / "gptq"
+    write_quantized(folder, gptq_awq.entry(4, 32), gptq_awq.gptq(4, 32), num_hidden_layers=1)
+    return folder
+
+
+def test_what_no_rule_names_stays_as_a_quantized_checkpoint_holds_it(gptq: Path, tmp_path: Path) -> None:
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rule]]\nmatch = "*q_proj*"\nbits = 8\n[[rule]]\nmatch = "*k_proj*"\nbits = 0\n')
+    done = export(gptq, tmp_path / "b", quantize=str(rules))
+    assert done.manifest.quantization is not None
+    found = {each.name.removeprefix("model.layers.0."): each for each in done.manifest.quantization.weights}
+    rounded, kept = found["self_attn.q_proj.weight"], [found[f"self_attn.{each}_proj.weight"] for each in "kv"]
+    assert (rounded.bits, rounded.rounded_bits, rounded.lossless) == (8, 8, False)
+    for each in kept:  # one that a rule leaves, and one that none names
+        assert (each.operator, each.bits, each.rounded_bits, each.lossless, each.reason) == (
+            "MatMulNBits", 4, 0, True, "")
+        assert each.stored.startswith("GPTQ 4 bits")
+    assert (found["lm_head.weight"].operator, found["lm_head.weight"].reason) == (PLAIN, "no rule names it")
+    said = [note for note in done.notes if "rounded once more" in note]
+    assert len(said) == 1
+    assert said[0].startswith("1 of 7 matrices that the checkpoint holds as codes (GPTQ 4 bits, group 32)")
+    assert "self_attn.q_proj.weight" in said[0]
+    assert dry_run(gptq, ExportOptions(capacity=64, quantize=str(rules))).notes == tuple(
+        note for note in done.notes if "tokenizer" not in note)
+    # held against values that are rounded once more for one matrix alone
+    verdict = validate(tmp_path / "b", gptq, steps=2)
+    assert verdict.passed, verdict.first
+
+
+def test_codes_that_are_rounded_once_more_are_noted(gptq: Path) -> None:
+    plan = dry_run(gptq, ExportOptions(capacity=64, quantize="int4"))
+    assert any(note.startswith("7 of 7 matrices") and "rounded once more" in note for note in plan.notes)
+    assert not any("once more" in note for note in dry_run(gptq, ExportOptions(capacity=64)).notes)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_rule_may_call_a_tied_weight_by_either_name(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    rules = tmp_path / "rules.toml"
+    rules.write_text(f'[[rule]]\nmatch = "{name}"\nbits = 2\n[[rule]]\nmatch = "*"\nbits = 4\n')
+    plan = dry_run(checkpoint, ExportOptions(capacity=64, quantize=str(rules)))
+    tied = next(line for line in plan.quantization if "lm_head" in line or "embed_tokens" in line)
+    assert "-> 2 bits" in tied or "rounded to 2 bits" in tied, tied
+
+
+@pytest.mark.parametrize(("options", "code", "place"), [
+    ({"head": "same"}, "E-OPTION-QUANTIZE-UNUSED", "--head"),
+    ({"block": 64, "quantize": "dequantize"}, "E-OPTION-QUANTIZE-UNUSED", "--block"),
+    ({"head": "none", "block": 64}, "E-OPTION-QUANTIZE-UNUSED", "--head, --block"),
+    ({"head": "int8", "quantize": "r.toml"}, "E-OPTION-QUANTIZE-HEAD", "--head"),
+    ({"head": "int8", "quantize": "r.toml", "max_size": 10**9}, "E-OPTION-QUANTIZE-HEAD", "--head")])
+def test_options_that_would_have_no_effect_are_refused(checkpoint: Path, tmp_path: Path, options: dict[str, Any],
+                                                       code: str, place: str) -> None:
+    if "quantize" in options and options["quantize"].endswith(".toml"):
+        (tmp_path / "r.toml").write_text('[[rule]]\nmatch = "*"\nbits = 4\n')
+        options = {**options, "quantize": str(tmp_path / "r.toml")}
+    with refused(code) as caught:
+        export(checkpoint, tmp_path / "b", **options)
+    assert caught.error.where == place
+    assert not (tmp_path / "b").exists()
 
 
 def test_an_unknown_method_is_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import gqa_models
 import numpy as np
 import onnxruntime
@@ -15,6 +16,7 @@ from checkpoint.quantized.test_experts import write_gpt_oss, write_mixtral
 from checkpoint.quantized.test_gptq_awq import entry, gptq
 from evidence.mutations.mutation import break_bundle
 from evidence.mutations.of_quantized import experts_exchanged, scale_of_another_expert
+from gguf_models import case, tensors_of, write_case
 from gqa_models.shrink import write_small
 from small_text import SENTENCES, byte_tokenizer
 
@@ -122,11 +124,12 @@ def test_codes_are_kept_beside_those_that_cannot_be_stacked(tmp_path: Path) -> N
 @pytest.mark.parametrize(("name", "fields", "target", "options"), [
     ("qwen3_moe", {"num_hidden_layers": 1}, "ort", {"activations": "exact"}),
     ("dbrx", {"num_hidden_layers": 1}, "onnx", {}),
-    ("longcat_flash", {"num_layers": 2, "num_hidden_layers": 4}, "ort", {})])
+    ("longcat_flash", {"num_layers": 2, "num_hidden_layers": 4}, "ort", {}),
+    ("jetmoe", {"num_hidden_layers": 1}, "ort", {})])
 def test_eight_bits_are_exact_and_as_shipped_what_pytorch_computes(tmp_path: Path, name: str, fields: dict, target: str,
                                                                    options: dict) -> None:
     """A router that renormalises; experts one below the other, of which one matrix lies the other way round; experts
-    that hand on what they get. As shipped PyTorch rounds the inputs of every one of them."""
+    that hand on what they get; experts of attention. As shipped PyTorch rounds the inputs of every one of them."""
     write_small(name, tmp_path / "ck", **fields)
     done = export(tmp_path / "ck", tmp_path / "b", target=target, quantize="int8", **options)
     weights = [each for each in done.manifest.quantization.weights if each.experts]
@@ -136,6 +139,23 @@ def test_eight_bits_are_exact_and_as_shipped_what_pytorch_computes(tmp_path: Pat
     assert verdict.passed, verdict.failure
     assert verdict.as_shipped is (None if options else True)
     assert not [note for note in verdict.notes if "in another way than a product" in note]
+
+
+def test_what_a_gguf_file_stores_and_codes_do_not_hold_is_named(tmp_path: Path) -> None:
+    """Two matrices of an expert that the model has as one, of different types, and types that are not kept. Both were
+    called float32."""
+    architecture, keys, _ = case("qwen3moe")
+    keys = {**keys, "feed_forward_length": 256, "expert_feed_forward_length": 256}
+    types = {"ffn_up_exps": gguf.GGMLQuantizationType.Q8_0, "ffn_down_exps": gguf.GGMLQuantizationType.TQ2_0}
+    source = write_case(tmp_path / "model.gguf", "qwen3moe", keys, tensors_of(architecture, keys, {}),
+                        stored=gguf.GGMLQuantizationType.Q4_0, types=types)
+    plan = dry_run(source, ExportOptions(target="ort", capacity=64, dtype="fp32"))
+    joined, single = (line for line in plan.quantization if "experts." in line)
+    assert "GGUF Q4_0 and Q8_0 -> 32 bits, plain" in joined
+    assert "in forms that are not one" in joined
+    assert "GGUF TQ2_0 -> 32 bits, plain" in single
+    assert "not kept" in single
+    assert sum("float32 ->" in line for line in plan.quantization) == 0
 
 
 def test_a_plan_names_what_an_engine_cannot_hold(mixtral: Path) -> None:

@@ -99,7 +99,7 @@ def run(matrix: QuantizedMatrix, folder: Path, tail: str = "none", rank: int = 3
             [node.op_type for node in made_of.graph.node])
 
 
-@pytest.mark.parametrize("form", [name for name in FORMS if name != "blocks of 48"])
+@pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_made_a_fast_product(form: str, tmp_path: Path) -> None:
     got, wanted, _, ops = run(made(0, ROWS, COLUMNS, **FORMS[form]), tmp_path)
     close(got, wanted)

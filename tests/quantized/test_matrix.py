@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from refusal import refused
 
+from gqa_export.errors import InvalidCheckpoint
 from gqa_export.quantized.facts import Form
 from gqa_export.quantized.matrix import LEVELS, QuantizedMatrix, Stripe
 
@@ -71,6 +74,24 @@ def test_forms_that_do_not_exist_are_not_made(wrong: dict) -> None:
 def test_a_stripe_of_another_form_is_found(stripe: Stripe) -> None:
     with pytest.raises(ValueError, match=r"^test: "):
         matrix(stripe).dequantize()
+
+
+@pytest.mark.parametrize(("part", "tensor", "more"), [
+    ("minimum", "m.zero", {"offset": "minimum"}), ("column scale", "m.pre_quant_scale", {}),
+    ("scale", "m.weight_scale or m.weight_scale_2", {})])
+def test_a_number_that_is_not_finite_is_named_with_the_tensors_it_may_come_from(part: str, tensor: str,
+                                                                                more: dict[str, Any]) -> None:
+    bad = np.float32([[1, np.inf]])
+    good = np.ones((1, 2), np.float32)
+    if part == "column scale":
+        more = {"column_scale": np.float32([1, 2, 3, np.nan, 5, 6, 7, 8])}
+    stripe = Stripe(np.ones((1, 8), np.uint8 if part == "minimum" else np.int8), bad if part == "scale" else good,
+                    minimum=bad if part == "minimum" else None)
+    names = ("m.weight", "m.weight_scale", "m.weight_scale_2", "m.zero", "m.pre_quant_scale", "m.input_scale")
+    with refused("E-CKPT-QUANT-NAN", InvalidCheckpoint) as caught:
+        matrix(stripe, tensors=names, **more).dequantize()
+    assert caught.error.where == f"module m, tensor {tensor}"
+    assert caught.error.what.startswith(f"the {part} of {'column 3' if 'column' in part else 'row 0, columns 4 to 7'} ")
 
 
 @pytest.mark.parametrize("change", [

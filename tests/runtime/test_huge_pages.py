@@ -42,7 +42,7 @@ def test_what_is_filled_becomes_huge_and_keeps_its_contents(monkeypatch: pytest.
     random = np.random.default_rng(3)
     _held, array = memory()
     wanted = random.integers(0, 256, len(array), np.uint8)
-    with huge_pages.for_what_is_filled():
+    with huge_pages.for_what_is_filled(huge_pages.LEAST):
         array[:] = wanted
     if not huge_bytes(array):
         pytest.skip("this kernel does not collapse pages, or has no free memory in one piece")
@@ -58,7 +58,7 @@ def test_what_was_there_before_and_what_is_half_filled_stay_as_they_are(monkeypa
     monkeypatch.setattr(huge_pages, "collapse", lambda extents: told.extend(extents) or 0)
     (_first, before), (_second, sparse), (_third, whole) = memory(), memory(), memory()
     before[:] = 1
-    with huge_pages.for_what_is_filled():
+    with huge_pages.for_what_is_filled(huge_pages.LEAST):
         sparse[:: 2 * huge_pages.PAGE] = 1
         whole[:] = 1
 
@@ -78,7 +78,7 @@ def test_no_more_than_the_limit_is_made_huge(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(huge_pages, "MOST", 2 * huge_pages.HUGE)
     monkeypatch.setattr(huge_pages, "collapse", lambda extents: told.extend(extents) or 0)
     _held, array = memory()
-    with huge_pages.for_what_is_filled():
+    with huge_pages.for_what_is_filled(huge_pages.LEAST):
         array[:] = 1
     assert len(told) == 2
 
@@ -107,7 +107,14 @@ def test_a_system_that_does_not_tell_changes_nothing(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(huge_pages, "available", lambda: True)
     monkeypatch.setattr(huge_pages, "PAGEMAP", tmp_path / "missing")
     monkeypatch.setattr(huge_pages, "collapse", lambda extents: pytest.fail("nothing is known of the memory"))
-    with huge_pages.for_what_is_filled():
+    with huge_pages.for_what_is_filled(huge_pages.LEAST):
+        pass
+
+
+def test_memory_is_not_looked_through_for_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "available", lambda: True)
+    monkeypatch.setattr(huge_pages, "filled_extents", lambda: pytest.fail("it takes longer than to open the session"))
+    with huge_pages.for_what_is_filled(huge_pages.LEAST - 1):
         pass
 
 

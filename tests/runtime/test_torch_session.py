@@ -6,9 +6,11 @@ import itertools
 import warnings
 
 import numpy as np
+import pytest
 import torch
+from gqa_models.shrink import small_config
 from refusal import refused
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from gqa_export.runtime import torch_session
 from gqa_export.runtime.torch_session import TorchSession, _Widen
@@ -51,6 +53,20 @@ def test_the_model_is_called_by_the_names_that_its_transformers_has(model) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)  # what transformers warns with at a name that it gave up
         session.step(np.full((1, 3), 5))
+
+
+@pytest.mark.parametrize(("name", "kinds"), [
+    ("lfm2", {"layer_types": ["conv"]}), ("nemotron_h", {"layers_block_type": ["mamba"]})])
+def test_a_hybrid_without_a_layer_of_attention_goes_on_from_its_states(name, kinds) -> None:
+    """transformers has no keys to count there, and counts them for the masks and positions of hybrids."""
+    torch.manual_seed(0)
+    hybrid = AutoModelForCausalLM.from_config(small_config(name, num_hidden_layers=1, **kinds))
+    session, ids = TorchSession(hybrid, CAPACITY, "fp64"), np.random.default_rng(3).integers(4, 320, (1, 7))
+    whole = session.step(ids).logits
+    session.reset(1)
+    pieces = [session.step(ids[:, start: stop]).logits for start, stop in ((0, 4), (4, 5), (5, 7))]
+    # fp64: some tens of roundings of 2^-53 of logits below 10
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, rtol=0, atol=1e-13 * np.abs(whole).max() + 1e-13)
 
 
 def test_the_whole_cache_is_kept_beyond_a_window(model) -> None:

@@ -52,6 +52,14 @@ def test_what_grouped_attention_cannot_hold_is_refused_by_name(config_of, name, 
     assert named in refusal.error.what
 
 
+def test_layers_that_do_not_look_at_other_tokens_are_not_said_to_hide_their_attention():
+    from gqa_models.shrink import small_config
+
+    with refused("E-MODEL-NO-ATTENTION", UnsupportedModel) as refusal:
+        probe(small_config("nemotron_h", num_hidden_layers=1, layers_block_type=["mlp"]))
+    assert "no layer of this model has attention" in refusal.error.what
+
+
 @pytest.mark.parametrize(("owners", "supported"), [((None, 0, None), False), ((None, 0, 0), True)])
 def test_a_layer_with_keys_of_its_own_after_one_that_reads_another_s_is_refused(config_of, monkeypatch, owners,
                                                                                supported):

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import gqa_export as gqa
 from gqa_export.bundle.manifest import MODEL, read_manifest
+from gqa_export.compare.case_verdict import Location
 from gqa_export.compare.tolerance import CAP_PART, FACTOR, ROUNDED_FACTOR, tolerance
 from gqa_export.report.console import details
 from gqa_export.report.github import markdown
@@ -130,8 +131,26 @@ def test_reports_carry_both_verdicts_and_the_level(verdict):
 def test_a_bundle_that_rounds_nothing_has_one_verdict(made, plain):
     found = validate(made(level=0), plain[2], steps=2)
     assert found.passed
-    assert (found.activations, found.export_exact, found.as_shipped) == ("exact", None, None)
+    assert (found.activations, found.export_exact, found.as_shipped) == ("exact", True, None)
     assert largest(found, "") < 1e-4
+    wrong = next(case for case in found.cases if case.entry == "teacher_forced")
+    location = Location("teacher_forced", 0, "logits", "logits", {}, 0.0, 1.0, 1.0, 0.0)
+    worse = replace(wrong, kinds=tuple(replace(kind, first=location) for kind in wrong.kinds))
+    different = replace(found, cases=tuple(worse if case is wrong else case for case in found.cases))
+    for one, passed, word in ((found, True, "passed"), (different, False, "DIFFERENT")):
+        run = Outcome(("b",), "c", (one,))
+        data = json.loads(json_text(run))
+        assert (data["export_exact"], data["as_shipped"]) == (passed, None)
+        for text, between in (("\n".join(details(one)), ": "), (page(run), "</th><td>"), (markdown(run), ": ")):
+            assert f"export exact{between}{word}" in text
+            assert f"as shipped{between}" not in text
+        assert f'name="export exact" value="{word}"' in junit_text(run)
+        assert "export exact" in one.compared
+    refusing = replace(next(case for case in found.cases if case.entry == "refusals"), kinds=tuple(
+        replace(kind, first=location) for case in found.cases if case.entry == "refusals" for kind in case.kinds))
+    others = tuple(refusing if case.entry == "refusals" else case for case in found.cases)
+    assert replace(found, cases=others).export_exact, "calls that are not refused are no wrong numbers"
+    assert replace(found, activations="").export_exact is None, "weights that are not quantized"
 
 
 @pytest.mark.whole_model

@@ -22,10 +22,11 @@ def read_auto_round(description: Description, stored: Stored) -> Iterator[tuple[
     if not stored.modules(".qweight"):
         return
     packing = description.text("packing_format", "backend")
+    fields = {name: value for name, value in description.fields.items() if name != "format"}
     if "awq" in packing:
-        fields = {**description.fields, "version": "gemm", "zero_point": True}
+        fields |= {"version": "gemm", "zero_point": True}
         yield from read_awq(Description(description.method, fields, description.file), stored)
     elif "gptq" in packing or packing == "auto_round":
-        yield from read_gptq(description, stored)
+        yield from read_gptq(Description(description.method, fields, description.file), stored)
     else:
         refuse_quantized(f"AutoRound, layout {packing}", stored.where)

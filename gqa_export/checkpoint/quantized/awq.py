@@ -35,9 +35,9 @@ def read_awq(description: Description, stored: Stored) -> Iterator[tuple[str, Qu
     modules = stored.modules(".qweight")
     if not modules:
         return
-    version = description.text("version", "packing_format")
+    version = description.text("version", "packing_format", "checkpoint_format", "format")
     bits, zero = description.number("bits", "w_bit", default=4), description.fields.get("zero_point", True)
-    if not (version in ("", "gemm") or "awq" in version) or bits != 4 or zero is not True or \
+    if version.split(":")[-1] not in ("", "gemm", "awq", "auto_awq") or bits != 4 or zero is not True or \
             description.text("backend") == "llm-awq":
         refuse_quantized(f"AWQ, layout {version or description.text('backend')}, {bits} bits, "
                          f"{'with' if zero is True else 'without'} zero points", stored.where)
@@ -51,7 +51,7 @@ def _matrix(stored: Stored, module: str, told: int) -> QuantizedMatrix:
     if len(codes.shape) != 2:
         raise stored.shape(f"{module}.qweight", "expected two axes")
     columns, rows = codes.shape[0], codes.shape[1] * 8
-    group = columns if told < 0 else told
+    group = columns if told < 0 else min(told, columns)
     blocks = -(-columns // group)
     scale = stored.take(f"{module}.scales", SCALES, (blocks, rows))
     zeros = stored.take(f"{module}.qzeros", ("int32",), (blocks, rows // 8))

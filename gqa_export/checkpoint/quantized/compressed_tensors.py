@@ -6,7 +6,8 @@ Codes of packed integers are stored plus 2 ** (bits - 1), and so are their zero 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from ...quantized.matrix import QuantizedMatrix
 from ...quantized.packed_bits import unpack_bits
 from ..safetensors_header import StoredTensor
 from .codes import byte_rows, integers, nibbles, whole_bytes
-from .description import Description
+from .config_groups import Groups, blocks_that_fit, groups_of
+from .description import Description, whole_number
 from .groups import in_groups
 from .scales import Scales, scales_of
 from .stored import E4M3, E8M0, SCALES, Rows, Stored, stored_array
@@ -33,37 +35,61 @@ def read_compressed_tensors(description: Description, stored: Stored) -> Iterato
     Raises:
         InvalidCheckpoint: a weight lacks a tensor, or one does not fit the description.
     """
-    schemes = _schemes(description)
     for module in stored.modules(".weight_packed"):
-        name = f"{module}.weight"
+        name, groups = f"{module}.weight", groups_of(description, module)
         packed = stored.tensors[f"{name}_packed"]
-        yield name, _packed(stored, name, schemes) if packed.dtype == "int32" else _float4(stored, name)
+        matrix = _packed(stored, name, _weights(groups)) if packed.dtype == "int32" else _float4(stored, name)
+        _refuse_lacking(stored, name, groups, matrix)
+        yield name, matrix
     for module in stored.modules(".weight_scale"):
         if stored.is_plain(f"{module}.weight"):
             continue  # the scale is left over
-        yield f"{module}.weight", whole(stored, f"{module}.weight", schemes)
+        name, groups = f"{module}.weight", groups_of(description, module)
+        matrix = whole(stored, name, _weights(groups))
+        _refuse_lacking(stored, name, groups, matrix)
+        yield name, matrix
 
 
-def _schemes(description: Description) -> list[dict[str, Any]]:
-    """How the weights of each group of layers are quantized."""
-    groups = description.fields.get("config_groups")
-    found = [group.get("weights") for group in groups.values() if isinstance(group, dict)] if isinstance(
-        groups, dict) else []
-    return [scheme for scheme in found if isinstance(scheme, dict)]
+def _weights(groups: Groups) -> list[dict[str, Any]]:
+    """How the weights of each group are quantized."""
+    return [group["weights"] for group in groups.values()]
+
+
+def _refuse_lacking(stored: Stored, name: str, groups: Groups, matrix: QuantizedMatrix) -> None:
+    """Refuse a weight without a tensor that all the groups it may belong to have."""
+    module, which = name.removesuffix(".weight"), " or ".join(groups)
+    if matrix.kind == "int" and _all(groups, "weights", lambda of: of.get("symmetric") is False) and \
+            f"{name}_zero_point" not in stored:
+        raise stored.missing(f"{name}_zero_point", f"weights of {which} have zero points (symmetric: false)")
+    if matrix.block < matrix.columns and f"{name}_g_idx" not in stored and _all(
+            groups, "weights", lambda of: of.get("actorder") in (True, "group", "dynamic")):
+        raise stored.missing(f"{name}_g_idx", f"weights of {which} have columns in groups by their importance "
+                             "(actorder: group)")
+    four_bits = matrix.kind == "e2m1"
+    told = "local" if four_bits else False
+    if _all(groups, "input_activations", lambda of: of.get("dynamic", False) == told) and not any(
+            f"{module}.{each}" in stored for each in ("input_scale", "input_global_scale")):
+        raise stored.missing(f"{module}.input_{'global_' if four_bits else ''}scale", f"inputs of {which} are "
+                             f"quantized with a stored scale (dynamic: {str(told).lower()})")
+
+
+def _all(groups: Groups, part: str, holds: Callable[[dict[str, Any]], bool]) -> bool:
+    """Whether this part of every group is there, and this holds of it."""
+    return bool(groups) and all(isinstance(group.get(part), dict) and holds(group[part]) for group in groups.values())
 
 
 def _packed(stored: Stored, name: str, schemes: list[dict[str, Any]]) -> QuantizedMatrix:
     rows, columns = (int(size) for size in stored_array(stored.take(f"{name}_shape", ("int64", "int32"), (2,))))
     packed = stored.take(f"{name}_packed", ("int32",))
     fits = [bits for bits in PACKED if packed.shape == (rows, -(-columns // (32 // bits)))]
-    told = [int(scheme.get("num_bits") or 0) for scheme in schemes]
+    told = [whole_number("num_bits", scheme.get("num_bits")) for scheme in schemes]
     bits = next((each for each in fits if each in told), 0)
     if not bits:
         raise stored.shape(f"{name}_packed", f"which is not a weight of {rows} x {columns} in "
-                           f"{' or '.join(map(str, sorted(set(told)))) or 'any number of'} bits")
+                           f"{' or '.join(dict.fromkeys(map(str, told))) or 'any number of'} bits")
     scale = stored.take(f"{name}_scale", SCALES)
-    groups = {int(scheme.get("group_size") or -1) for scheme in schemes if int(scheme.get("num_bits") or 0) == bits}
-    scales = _grouped(stored, f"{name}_scale", scale, (rows, columns), groups)
+    scales = _scales(stored, f"{name}_scale", scale, (rows, columns), [
+        scheme for scheme, each in zip(schemes, told, strict=True) if each == bits])
     blocks = -(-columns // scales.block)
     zero = stored.maybe(f"{name}_zero_point", ("int32",), (-(-rows // (32 // bits)), blocks))
     group_of = stored.maybe(f"{name}_g_idx", ("int32", "int64"), (columns,))
@@ -80,12 +106,22 @@ def _packed(stored: Stored, name: str, schemes: list[dict[str, Any]]) -> Quantiz
     return in_groups(stored, f"{name}_g_idx", group_of, matrix)
 
 
-def _grouped(stored: Stored, name: str, tensor: StoredTensor, shape: tuple[int, int], groups: set[int]) -> Scales:
-    """The scales, by the group size of the description that fits them."""
-    fitting = [group for group in groups if group > 0 and tensor.shape == (shape[0], -(-shape[1] // group))]
-    if not fitting and not groups & {-1, 0}:
-        raise stored.shape(name, f"which are not scales of groups of {' or '.join(map(str, sorted(groups)))} columns")
-    return scales_of(stored, name, tensor, shape, group=fitting[0] if fitting else 0)
+def _scales(stored: Stored, name: str, tensor: StoredTensor, shape: tuple[int, ...],
+            schemes: list[dict[str, Any]]) -> Scales:
+    """The scales, by the one block size of the description that fits them."""
+    fitting = blocks_that_fit(schemes, shape, tensor.shape)
+    if not fitting:
+        sizes = [f"blocks of {scheme['block_structure']}" if scheme.get("block_structure") else
+                 f"group_size {scheme.get('group_size')}" for scheme in schemes]
+        raise stored.shape(name, f"which is not that of {' or '.join(dict.fromkeys(sizes))} for a weight {shape}")
+    if len(fitting) > 1:
+        sizes = [f"{high} x {wide}" for high, wide in fitting]
+        raise stored.shape(name, f"which is that of blocks of {' and of '.join(sizes)} alike for a weight {shape}: no "
+                           "target of config_groups tells which it has")
+    high, wide = fitting[0]
+    if prod(tensor.shape) == 1 or high == 1:
+        return scales_of(stored, name, tensor, shape, group=wide if wide < shape[-1] else 0)
+    return scales_of(stored, name, tensor, shape, rectangle=(high, wide))
 
 
 def _along_rows(tensor: StoredTensor, bits: int) -> Rows:
@@ -105,10 +141,12 @@ def _float4(stored: Stored, name: str) -> QuantizedMatrix:
     """nvfp4 and mxfp4. The global scale divides."""
     packed = stored.take(f"{name}_packed", ("uint8",))
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
-    nv = f"{name}_global_scale" in stored
-    scale = stored.take(f"{name}_scale", (E4M3,) if nv else ("uint8", E8M0))
+    scale = stored.take(f"{name}_scale", (E4M3, "uint8", E8M0))
+    nv = scale.dtype == E4M3
     scales = scales_of(stored, f"{name}_scale", scale, shape, group=16 if nv else 32)
-    whole_scale = stored.number(f"{name}_global_scale")
+    whole_scale = stored.number(f"{name}_global_scale") if nv else None
+    if nv and whole_scale is None:
+        raise stored.missing(f"{name}_global_scale")
     names = tuple(each for each in (f"{name}_packed", f"{name}_scale", f"{name}_global_scale") if each in stored)
     module = name.removesuffix(".weight")
     input_scale = stored.number(f"{module}.input_global_scale")
@@ -121,11 +159,7 @@ def whole(stored: Stored, name: str, schemes: list[dict[str, Any]]) -> Quantized
     """A weight of one byte an element beside its `weight_scale`: float8 or int8."""
     weight = stored.take(name, (E4M3, "int8"))
     scale = stored.take(f"{name}_scale", SCALES)
-    rectangle = next((tuple(scheme["block_structure"]) for scheme in schemes if isinstance(
-        scheme.get("block_structure"), list)), None)
-    groups = {int(scheme.get("group_size") or -1) for scheme in schemes} or {-1}
-    scales = scales_of(stored, f"{name}_scale", scale, weight.shape, rectangle=rectangle) if rectangle else _grouped(
-        stored, f"{name}_scale", scale, weight.shape, groups)  # type: ignore[arg-type]
+    scales = _scales(stored, f"{name}_scale", scale, weight.shape, schemes)
     names = tuple(each for each in (name, f"{name}_scale", f"{name}_zero_point") if each in stored)
     label = f"{KIND} {'float8 e4m3' if weight.dtype == E4M3 else 'int8'}, {_size(scales, weight.shape[-1])}"
     input_scale, zero = _input(stored, name), _zeros(stored, name, weight, scale)

@@ -31,16 +31,35 @@ class Description:
     file: str = "config.json"
 
     def number(self, *names: str, default: int | None = None) -> int | None:
-        """The first of these fields that is there as a whole number."""
-        for name in names:
-            value = self.fields.get(name)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
-        return default
+        """The first of these fields that is there.
+
+        Raises:
+            ValueError: it is not a whole number.
+        """
+        found = (whole_number(name, self.fields.get(name)) for name in names)
+        return next((value for value in found if value is not None), default)
 
     def text(self, *names: str) -> str:
         """The first of these fields that is there, as a text in lower case; "" if none is."""
         return next((str(self.fields[name]).lower() for name in names if self.fields.get(name) is not None), "")
+
+
+def whole_number(name: str, value: object) -> int | None:
+    """A field's value, which some packages write as a text ("4") or a float (32.0); None if there is none.
+
+    Raises:
+        ValueError: it is not a whole number.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            number = 0.5
+        if number.is_integer():
+            return int(number)
+    raise ValueError(f"{name} is {value!r}, expected a whole number")
 
 
 def described(folder: Path, config: dict[str, Any]) -> Description:

@@ -35,6 +35,9 @@ def read_fp8(description: Description, stored: Stored) -> Iterator[tuple[str, Qu
         size_label = f"blocks {rectangle[0]} x {rectangle[1]}" if rectangle else "one scale"
         module = name.removesuffix(".weight")
         static = stored.number(f"{module}.activation_scale") or stored.number(f"{module}.input_scale")
+        if static is None and module != name and description.text("activation_scheme") == "static":
+            raise stored.missing(f"{module}.activation_scale", f"{description.file} has inputs quantized with a stored "
+                                 "scale (activation_scheme: static)")
         yield name, whole_bytes(weight, scales, f"FP8 e4m3, {size_label}", (name, f"{name}{INVERSE}"),
                                 input_scale=static)
 

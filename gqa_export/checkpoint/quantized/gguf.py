@@ -15,6 +15,8 @@ from ..gguf_names import JOINED, place_of
 from .gguf_tensor import stored_matrix
 
 Matrices = dict[str, QuantizedMatrix]
+FLOATS = ("F32", "F16", "BF16", "F64")
+"""types that are plain numbers"""
 
 
 def gguf_matrices(facts: GgufFacts) -> Matrices:
@@ -43,6 +45,24 @@ def gguf_matrices(facts: GgufFacts) -> Matrices:
         for stem, part in parts.items():
             found[_place(facts, place.layer, stem)] = _ordered(facts, stem, part)
     return _joined(facts, found)
+
+
+def gguf_values_alone(facts: GgufFacts, found: Matrices) -> dict[str, str]:
+    """Parameters that the file stores as codes and `found` does not have: transformers' name -> the types, in words."""
+    from gguf.constants import GGMLQuantizationType
+
+    labels: dict[str, list[str]] = {}
+    for name, (kind, shape) in facts.header.tensors.items():
+        place, label = place_of(facts, name), GGMLQuantizationType(kind).name
+        if place is None or len(shape) < 2 or label in FLOATS:
+            continue
+        for stem in QKV if place.stem == JOINED else (place.stem,):
+            whole = f"{GLOBAL[place.stem]}.{place.suffix}" if place.layer is None else \
+                _place(facts, place.layer, stem).partition(":")[0]
+            if facts.family.joined and stem in QKV:
+                whole = f"model.layers.{place.layer}.self_attn.qkv_proj.weight"
+            labels.setdefault(whole, []).append(label)
+    return {name: f"GGUF {' and '.join(dict.fromkeys(kinds))}" for name, kinds in labels.items() if name not in found}
 
 
 def _place(facts: GgufFacts, layer: int, stem: str) -> str:

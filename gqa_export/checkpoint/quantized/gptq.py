@@ -20,6 +20,7 @@ from ..safetensors_header import StoredTensor
 from .codes import integers
 from .description import Description
 from .groups import in_groups
+from .per_module import settings_of, whole
 from .scales import Scales, held_in
 from .stored import SCALES, Rows, Stored, floats, stored_array
 
@@ -30,8 +31,9 @@ LAYOUTS = {"": 1, "gptq": 1, "gptq_v2": 0}
 """checkpoint_format -> what its label adds to a stored zero point"""
 SAMPLED = 8
 """weights whose mean decides what is added to zero points"""
-SURE = 0.25
-"""steps that a mean may be away from what one of the two versions gives, to outweigh the label"""
+CENTRED = 0.05
+"""the mean of weights, in their standard deviations, that is taken for none. A version is a step, which is 0.3 of them
+at 4 bits and groups of 32, and 0.016 at 8: there the mean does not tell"""
 
 
 class _Module(NamedTuple):
@@ -54,13 +56,13 @@ def read_gptq(description: Description, stored: Stored) -> Iterator[tuple[str, Q
     names = stored.modules(".qweight")
     if not names:
         return
-    layout = description.text("checkpoint_format")
+    layout = description.text("checkpoint_format", "format")
     if layout not in LAYOUTS or (layout == "" and description.fields.get("is_marlin_format")):
         refuse_quantized(f"GPTQ, layout {layout or 'marlin'}", stored.where)
     modules = [_taken(description, stored, name) for name in names]
     added = _added(description, stored, modules, LAYOUTS[layout])
     for module in modules:
-        yield f"{module.name}.weight", _matrix(stored, module, added)
+        yield f"{module.name}.weight", _matrix(stored, module, added[module.name])
 
 
 def _taken(description: Description, stored: Stored, name: str) -> _Module:
@@ -72,18 +74,22 @@ def _taken(description: Description, stored: Stored, name: str) -> _Module:
         raise stored.shape(f"{name}.scales", f"which do not fit a weight packed as {codes.shape}")
     blocks, rows = scale.shape
     bits = next((each for each in BITS if zeros.shape == (blocks, rows * each // 32) and rows * each % 32 == 0), 0)
-    told = description.number("bits")
+    settings = settings_of(description, name)
+    told = whole(settings, "bits")
     special = description.fields.get("dynamic") or description.fields.get("extra_config")
     if not bits or (bits != told and not special):
         raise stored.shape(f"{name}.qzeros", f"which are not zero points of {told} bits for {rows} rows")
     columns = codes.shape[0] * 32 // bits
     groups = stored.maybe(f"{name}.g_idx", ("int32", "int64"), (columns,))
-    group = description.number("group_size", default=-1) or -1
-    group = columns if group < 0 else group
+    group = whole(settings, "group_size") or -1
+    group = columns if group < 0 else min(group, columns)
     if special and -(-columns // group) != blocks:
         group = -(-columns // blocks)
     if -(-columns // group) != blocks:
         raise stored.shape(f"{name}.scales", f"which are not scales of groups of {group} of {columns} columns")
+    if groups is None and blocks > 1 and settings.get("desc_act"):
+        raise stored.missing(f"{name}.g_idx", f"{description.file} has columns in groups by their importance "
+                             "(desc_act: true)")
     return _Module(name, bits, group, codes, zeros, scale, groups)
 
 
@@ -118,22 +124,43 @@ def _zeros(module: _Module, added: int) -> Rows:
     return lambda start, stop: (_stored_zeros(module, start, stop) + added) & ((1 << module.bits) - 1)
 
 
-def _added(description: Description, stored: Stored, modules: list[_Module], label: int) -> int | None:
-    """What is added to stored zero points; None if the checkpoint is symmetric."""
-    everywhere = {_only(module) for module in modules}
-    if everywhere in ({0}, {1}):
-        return None
-    if description.fields.get("sym") is True:
-        raise stored.value(f"{modules[0].name}.qzeros", "or those of another weight do not have the zero point of a "
-                           "symmetric quantization, as the description calls it (sym)")
-    steps = [_mean_step(module) for module in modules[:SAMPLED]]
-    mean = float(np.mean(steps))
-    other = 1 - label
-    if abs(mean - other) >= SURE or abs(mean - label) <= 1 - SURE:
+def _added(description: Description, stored: Stored, modules: list[_Module], label: int) -> dict[str, int | None]:
+    """What is added to the stored zero points of each module by name; None of one that is symmetric."""
+    same = {module.name: _only(module) for module in modules}
+    told = {module.name: settings_of(description, module.name).get("sym") is True for module in modules}
+    versions = set(same.values())
+    if len(versions) == 1 and versions <= {0, 1}:
+        return dict.fromkeys(same)
+    wrong = [name for name in same if told[name] and same[name] < 0]
+    sure = {same[name] for name in same if told[name]}
+    if wrong or len(sure) > 1:
+        raise stored.value(f"{(wrong or list(same))[0]}.qzeros", "or those of another weight do not have the zero "
+                           "point of a symmetric quantization, as the description calls it (sym)")
+    if sure:  # symmetric weights have the middle, which tells the version of all
+        added = sure.pop()
+        if added != label:
+            stored.notes.append(f"GPTQ's zero points are those of version {2 - added}, whatever checkpoint_format "
+                                "says: by those of symmetric weights")
+    else:
+        added = _by_the_mean(stored, modules, label)
+    return {name: None if told[name] else added for name in same}
+
+
+def _by_the_mean(stored: Stored, modules: list[_Module], label: int) -> int:
+    """What is added to zero points, by the mean of weights; the label's where that does not tell."""
+    steps = np.concatenate([_steps(module) for module in modules[:SAMPLED]])
+    mean, error = float(np.mean(steps)), 3 * float(np.std(steps)) / len(steps) ** .5
+    spread = max(_deviation(module) for module in modules[:SAMPLED])
+    allowed, other = error + CENTRED * spread, 1 - label
+    if allowed < 0.5 and abs(mean - label) <= allowed:
         return label
-    stored.notes.append(f"GPTQ's zero points are those of version {2 - other}, whatever checkpoint_format says: by "
-                        f"that, weights would be {mean - label:+.2f} steps off on average")
-    return other
+    if allowed < 0.5 and abs(mean - other) <= allowed:
+        stored.notes.append(f"GPTQ's zero points are those of version {2 - other}, whatever checkpoint_format says: by "
+                            f"that, weights would be {mean - label:+.2f} steps off on average")
+        return other
+    stored.notes.append(f"GPTQ's zero points are read as those of version {2 - label}, as checkpoint_format (or its "
+                        f"absence) says: the weights' mean, {mean - label:+.2f} steps by that, does not tell")
+    return label
 
 
 def _only(module: _Module) -> int:
@@ -146,10 +173,20 @@ def _only(module: _Module) -> int:
     return -1
 
 
-def _mean_step(module: _Module) -> float:
-    """Code minus stored zero point, on average over some rows: about what has to be added to zero points."""
+def _steps(module: _Module) -> Array:
+    """Code minus stored zero point, the mean of each of some rows: about what has to be added to zero points."""
+    return np.mean(_differences(module), axis=1)
+
+
+def _deviation(module: _Module) -> float:
+    """The standard deviation of weights in steps."""
+    return float(np.std(_differences(module)))
+
+
+def _differences(module: _Module) -> Array:
+    """Code minus stored zero point of some rows, `[rows, K]`."""
     rows = min(64, module.scale.shape[1])
     columns = module.codes.shape[0] * 32 // module.bits
     codes, zeros = _codes(module, 0, rows, columns), _stored_zeros(module, 0, rows)
     groups = np.arange(columns) // module.group if module.groups is None else stored_array(module.groups)
-    return float(np.mean(codes - zeros[:, np.clip(groups, 0, zeros.shape[1] - 1)].astype(np.float64)))
+    return codes - zeros[:, np.clip(groups, 0, zeros.shape[1] - 1)].astype(np.float64)

@@ -45,12 +45,30 @@ def read_hqq(description: Description, stored: Stored) -> Iterator[tuple[str, Qu
         yield f"{module}.weight", _matrix(stored, module, int(bits), settings.get("group_size"))
 
 
+def _compare(stored: Stored, module: str, bits: int, group: object) -> None:
+    """Take the settings that a module repeats, and refuse one that is not the description's."""
+    told: dict[str, object] = {"nbits": bits, "axis": 1, "view_as_float": 0, "quant_scale": 0, "quant_zero": 0,
+                               "packing": f"{bits}bit_u8"}
+    if isinstance(group, int) and group > 0:
+        told["group_size"] = group
+    for name in (f"{module}.{each}" for each in SETTINGS):
+        if name not in stored:
+            continue
+        tensor = stored.tensors[name]
+        stored.taken[name] = tensor
+        if (setting := name.rpartition(".")[2]) in told:
+            values = stored_array(tensor).reshape(-1)
+            found: object = bytes(values.astype(np.uint8)).decode("ascii", "replace") if setting == "packing" else (
+                float(values[0]) if len(values) == 1 else None)
+            if found != told[setting]:
+                raise stored.value(name, f"is {found}, and the description has {told[setting]}")
+
+
 def _matrix(stored: Stored, module: str, bits: int, told: object) -> QuantizedMatrix:
     packed = stored.take(f"{module}.W_q", ("uint8",))
     size = stored.take(f"{module}.shape", ("int64", "int32"), (2,))
     rows, columns = (int(each) for each in stored_array(size))
-    for name in SETTINGS:
-        stored.taken.update({full: stored.tensors[full] for full in [f"{module}.{name}"] if full in stored})
+    _compare(stored, module, bits, told)
     group = told if isinstance(told, int) and told > 0 else columns
     parts = PARTS[bits]
     count = rows * columns // group

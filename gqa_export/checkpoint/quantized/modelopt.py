@@ -17,6 +17,7 @@ from ..refusals import refuse_quantized
 from ..safetensors_header import StoredTensor
 from .codes import nibbles, whole_bytes
 from .description import Description
+from .per_module import settings_of
 from .scales import scales_of
 from .stored import E4M3, E8M0, SCALES, Stored, floats, stored_array
 
@@ -43,6 +44,8 @@ def read_modelopt(description: Description, stored: Stored) -> Iterator[tuple[st
         smooth = stored.maybe(f"{module}.pre_quant_scale", SCALES)
         scale_of_inputs = stored.number(f"{module}.input_scale")
         algorithm, group = _of_layer(description, module)
+        if settings_of(description, module).get("has_zero_point"):
+            raise stored.missing(f"{name}_zero_point", f"{description.file} has zero points (has_zero_point: true)")
         four_bits = weight.dtype == "uint8" and scale.dtype not in SCALES
         # beside codes of FP4 it may be one of FP8, which is six times as large
         more: dict[str, Any] = {"input_scale": scale_of_inputs if not four_bits or algorithm in NVFP4_INPUTS else None}

@@ -10,6 +10,7 @@ from ...quantized.matrix import QuantizedMatrix
 from ...quantized.packed_bits import pack_bits, unpack_bits
 from .codes import byte_rows, integers
 from .description import Description
+from .per_module import settings_of, whole
 from .scales import scales_of
 from .stored import SCALES, Stored, stored_array
 
@@ -20,14 +21,12 @@ def read_olive(description: Description, stored: Stored) -> Iterator[tuple[str, 
     Raises:
         InvalidCheckpoint: a weight lacks a tensor, or one does not fit the description.
     """
-    told = description.number("bits", default=4) or 4
-    overrides = description.fields.get("overrides")
-    group = description.number("group_size", default=-1) or -1
     for module in stored.modules(".qweight"):
-        special = overrides.get(module) if isinstance(overrides, dict) else None
-        own = special if isinstance(special, dict) else {}
-        yield f"{module}.weight", _matrix(stored, module, int(own.get("bits") or told),
-                                          int(own.get("group_size") or group))
+        settings = settings_of(description, module)
+        matrix = _matrix(stored, module, whole(settings, "bits") or 4, whole(settings, "group_size") or -1)
+        if settings.get("symmetric") is False and f"{module}.qzeros" not in stored:
+            raise stored.missing(f"{module}.qzeros", f"{description.file} has zero points (symmetric: false)")
+        yield f"{module}.weight", matrix
 
 
 def _matrix(stored: Stored, module: str, bits: int, group: int) -> QuantizedMatrix:

@@ -38,7 +38,7 @@ def parameters_of(checkpoint: Checkpoint, wanted: Collection[str]) -> Weights:
         forms: name of the parameter -> what is stored. Of those the values alone can be had.
     """
     if checkpoint.gguf_file is not None or checkpoint.quantized.keys() <= set(wanted):
-        return checkpoint.quantized, checkpoint.tensors, {}
+        return checkpoint.quantized, checkpoint.tensors, checkpoint.values_alone
     from ..load_model import load_skeleton
 
     return by_parameter(checkpoint, load_skeleton(checkpoint))

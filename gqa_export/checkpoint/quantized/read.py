@@ -14,6 +14,7 @@ from ..safetensors_header import StoredTensor
 from .auto_round import read_auto_round
 from .awq import read_awq
 from .bitsandbytes import read_bitsandbytes
+from .complete import refuse_incomplete
 from .compressed_tensors import read_compressed_tensors
 from .description import Description
 from .fp8 import read_fbgemm, read_fp8
@@ -24,6 +25,7 @@ from .mxfp4 import read_mxfp4
 from .olive import read_olive
 from .stored import FIX, Stored
 from .torchao import read_torchao
+from .unread import notes_of, refuse_transforms
 
 Reader = Callable[[Description, Stored], Iterator[tuple[str, QuantizedMatrix]]]
 READERS: dict[str, Reader] = {
@@ -81,11 +83,13 @@ def read_quantized(description: Description, tensors: dict[str, StoredTensor], w
 
     Raises:
         InvalidCheckpoint: a weight lacks a tensor, one does not fit, or one is left over.
-        UnsupportedModel: the description has a layout that is not read.
+        UnsupportedModel: the description has a layout that is not read, or transforms that weights do not hold.
     """
     stored = Stored(tensors, where)
+    refuse_transforms(description, where)
     try:
         matrices = dict(READERS[description.method](description, stored))
+        refuse_incomplete(description, stored, matrices)
     except (TypeError, ValueError, KeyError, IndexError, OverflowError, ZeroDivisionError, AttributeError) as error:
         raise InvalidCheckpoint(f"the description of the quantization ({description.method}) cannot be applied: "
                                 f"{cause_of(error)}", f"{where}, {description.file}", FIX,
@@ -103,7 +107,7 @@ def read_quantized(description: Description, tensors: dict[str, StoredTensor], w
         raise InvalidCheckpoint(f"{orphans[0]} ({tensor.dtype} {tensor.shape}) belongs to no quantized weight as "
                                 f"{description.method} stores them: a value would be lost", where, FIX,
                                 code="E-CKPT-QUANT-ORPHAN")
-    notes = tuple(stored.notes)
+    notes = (*stored.notes, *notes_of(description))
     notes += (f"scales for a quantized cache are stored and not used: {cache[0]} and {len(cache) - 1} more",) \
         if cache else ()
     return Found(matrices, plain, stored.taken, notes)

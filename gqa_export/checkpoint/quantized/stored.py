@@ -54,8 +54,7 @@ class Stored:
             InvalidCheckpoint: it is missing, or has another type or shape.
         """
         if name not in self.tensors:
-            raise InvalidCheckpoint(f"a quantized weight lacks its tensor {name}", self.where, FIX,
-                                    code="E-CKPT-QUANT-MISSING")
+            raise self.missing(name)
         tensor = self.tensors[name]
         if tensor.dtype not in (kinds := tuple(dtypes)):
             raise InvalidCheckpoint(f"{name} is {tensor.dtype}, expected {' or '.join(kinds)}", self.where, FIX,
@@ -80,6 +79,11 @@ class Stored:
         if not np.isfinite(value) or value <= 0:
             raise self.value(name, f"is {value}, expected a finite number above zero")
         return value
+
+    def missing(self, name: str, why: str = "") -> InvalidCheckpoint:
+        """The refusal of a weight without a tensor. why: what says that it must be there; "" if every weight has it."""
+        return InvalidCheckpoint(f"a quantized weight lacks its tensor {name}{f': {why}' if why else ''}", self.where,
+                                 FIX, code="E-CKPT-QUANT-MISSING")
 
     def shape(self, name: str, expected: str) -> InvalidCheckpoint:
         """The refusal of a tensor's shape."""

@@ -30,10 +30,16 @@ OPSET = 24
 
 
 class Lengths:
-    """What depends on lengths alone, made once: where to write, who sees whom, which sequences cannot be."""
+    """What depends on lengths alone, made once: where to write, who sees whom, which sequences cannot be.
 
-    def __init__(self, graph: gs.Graph, call: gs.Node) -> None:
-        self.node = node = Nodes(graph, "lengths")
+    dense: masks are compared in their four dimensions. TensorRT-RTX 1.7 does not build an engine for one sequence at a
+    time of a bf16 graph of two layers whose mask gets its second dimension by an Unsqueeze ("Error while verifying
+    IR"); graphs of other types build, and stay as they were.
+    """
+
+    def __init__(self, graph: gs.Graph, call: gs.Node, dense: bool = False) -> None:
+        self.node, self._dense = Nodes(graph, "lengths"), dense
+        node = self.node
         inputs = dict(zip(attention_op.INPUT_NAMES, call.inputs))
         steps = node("steps", "Shape", match.only_input(graph, graph_io.INPUT_IDS), start=1, end=2)
         capacity = edit.constant("lengths/capacity", np.array([inputs["past_key"].shape[2]], np.int64))
@@ -44,7 +50,8 @@ class Lengths:
         step_S = self._range("step", steps)
         self.cache_C = self._range("place", capacity)
         past_B1 = node("past_column", "Unsqueeze", past_B, [1])
-        self.position_BS1 = node("position", "Unsqueeze", node("position/row", "Add", past_B1, step_S), [2])
+        row_BS = node("position/row", "Add", past_B1, step_S)
+        self.position = node("position", "Unsqueeze", row_BS, [1, 3] if dense else [2])
         over = node("over_capacity", "Greater", past_B, last_start)
         below = node("below_zero", "Less", past_B, [0])
         beyond = node("over_steps", "Greater", new_B, steps)
@@ -63,11 +70,11 @@ class Lengths:
         """
         if window not in self._masks:
             node, label = self.node, f"mask_{window}"
-            seen = node(f"{label}/causal", "LessOrEqual", self.cache_C, self.position_BS1)
+            seen = node(f"{label}/causal", "LessOrEqual", self.cache_C, self.position)
             if window:
-                before = node(f"{label}/before", "Sub", self.position_BS1, window)
+                before = node(f"{label}/before", "Sub", self.position, window)
                 seen = node(f"{label}/window", "And", seen, node(f"{label}/near", "Greater", self.cache_C, before))
-            self._masks[window] = node(label, "Unsqueeze", seen, [1])
+            self._masks[window] = seen if self._dense else node(label, "Unsqueeze", seen, [1])
         return self._masks[window]
 
 
@@ -77,7 +84,7 @@ def lower_attention(graph: gs.Graph, context: Context) -> Rewritten:
     calls, misses = attention_calls(graph, context)
     if not calls:
         return Rewritten(0, misses)
-    lengths = Lengths(graph, calls[0].node)
+    lengths = Lengths(graph, calls[0].node, dense=context.element == onnx.TensorProto.BFLOAT16)
     presents: dict[int, list[gs.Tensor]] = {}
     for call, layer in calls:
         presents.setdefault(layer.cache, list(call.outputs[1:]))

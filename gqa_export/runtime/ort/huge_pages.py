@@ -28,6 +28,9 @@ HUGE = 2 << 20
 PAGE = 4096
 FILLED = 7 * (HUGE // PAGE) // 8
 """pages of an extent of HUGE bytes that must be there already: what is made huge is there whole"""
+LEAST = 4 * HUGE
+"""bytes of a model's files, below which nothing is gained: a processor remembers where so many pages lie (about two
+thousand), and to look through this process's memory takes longer than to open the session"""
 MOST = 2 << 30
 """bytes at most: copying them takes about a second for each gigabyte, which a larger model's steps pay back late"""
 FAILURES = 8
@@ -40,9 +43,12 @@ PRESENT = np.uint64(1 << 63)
 
 
 @contextmanager
-def for_what_is_filled() -> Iterator[None]:
-    """Memory of this process that is filled within the block lies on huge pages after it, up to MOST bytes."""
-    if not available():
+def for_what_is_filled(expected: int) -> Iterator[None]:
+    """Memory of this process that is filled within the block lies on huge pages after it, up to MOST bytes.
+
+    expected: bytes that will be filled, as far as is known; below LEAST memory stays as it is.
+    """
+    if expected < LEAST or not available():
         yield
         return
     before = _or_nothing()

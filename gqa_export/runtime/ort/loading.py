@@ -90,8 +90,9 @@ def open_session(folder: Path | str, manifest: Manifest, provider: str, *, low_m
     for key, value in {**session_config(manifest), **(config or {})}.items():
         options.add_session_config_entry(key, value)
     names = [PROVIDERS[provider]] + ([PROVIDERS["cpu"]] if provider != "cpu" else [])
+    size = sum(fact.size for fact in manifest.files.values())
     try:
-        with nullcontext() if low_memory else for_what_is_filled():
+        with nullcontext() if low_memory else for_what_is_filled(size):
             session = ort.InferenceSession(str(folder / graph), options, providers=names)
     except Exception as error:  # onnxruntime's own exceptions share no public base class
         raise InvalidBundle(f"ONNX Runtime cannot open the graph: {cause_of(error)}", str(folder / graph),

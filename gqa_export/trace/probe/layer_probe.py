@@ -224,6 +224,13 @@ def listen(model: torch.nn.Module, use_cache: bool = False, recorder: CodeRecord
 
 
 def _own_attention(model: torch.nn.Module) -> UnsupportedModel:
+    depth = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))  # type: ignore[operator, union-attr]
+    _, layers = next(layer_lists(model, depth), ("", ()))
+    if layers and not any(map(state_module, layers)):
+        return UnsupportedModel("no layer of this model has attention, or a state that it keeps: what it makes of a "
+                                "token does not depend on those before", type(model).__name__,
+                                "gqa-export takes decoders in which some layer looks back; check the kinds of layers "
+                                "in config.json (layer_types)", code="E-MODEL-NO-ATTENTION")
     return UnsupportedModel("no layer of this model calls transformers' attention interface"
                             f"{refused_code.own_attention(model)}", type(model).__name__,
                             "what its own code does with keys and values, gqa-export cannot see; it is not supported",

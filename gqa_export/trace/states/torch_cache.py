@@ -6,6 +6,7 @@ their matrix transposed. Which states there are is found by running the model's 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -40,6 +41,35 @@ def observed_states(config: Any) -> tuple[StateSpec, ...]:
     return _found[key]
 
 
+@functools.cache
+def _without_keys() -> type:
+    """The class of a cache without keys, which is told how many tokens it has seen: transformers counts keys, raises
+    where no layer has any, and counts them for masks and positions of every hybrid (LFM2, Nemotron-H), though no layer
+    of it be one with attention."""
+    from transformers import DynamicCache
+
+    class WithoutKeys(DynamicCache):
+        """tokens: seen before this call."""
+
+        tokens = 0
+
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            """Tokens seen before."""
+            return self.tokens
+
+        def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+            """Length and offset of what a mask is over."""
+            return self.tokens + query_length, 0
+
+    return WithoutKeys
+
+
+def says_length(cache: Any, tokens: int) -> None:
+    """Tell a cache without keys that it has seen so many tokens; any other counts its own."""
+    if isinstance(cache, _without_keys()):
+        cache.tokens = tokens  # type: ignore[attr-defined]
+
+
 def empty_cache(config: Any) -> Any:
     """A cache of transformers that keeps everything, with room for the states of fixed size that its model keeps."""
     from transformers import DynamicCache
@@ -51,6 +81,8 @@ def empty_cache(config: Any) -> Any:
             states_too = getattr(layer, "number_of_states", 0)
             cache.layers[place] = LinearAttentionAndFullAttentionLayer(number_of_states=states_too) if states_too \
                 else DynamicLayer()
+    if not any(map(has_keys, cache.layers)):
+        cache.__class__ = _without_keys()
     return cache
 
 

@@ -94,6 +94,55 @@ def test_float8_with_a_scale_for_all_for_a_row_and_for_blocks_that_do_not_fill_t
         assert (matrix.kind, matrix.row_block) == ("e4m3", min(row_block or matrix.rows, matrix.rows))
 
 
+def of_group(target: str, **weights: object) -> dict:
+    return {"targets": [target], "weights": {"num_bits": 8, "type": "float", "symmetric": True, **weights}}
+
+
+def test_every_group_of_layers_has_the_blocks_of_its_own_targets(tmp_path: Path) -> None:
+    def encode(rng, rows, columns):  # down_proj alone has 96 columns
+        shape = (lambda rows, columns: (-(-rows // 32), -(-columns // 48))) if columns == 96 else (
+            lambda rows, columns: (rows, 1))
+        return float8(shape, blocks=(32, 48) if columns == 96 else None)(rng, rows, columns)
+
+    fields = entry("float-quantized")
+    fields["config_groups"] = {"blocks": of_group("re:.*down_proj$", strategy="block", block_structure="32x48"),
+                               "rows": of_group("Linear", strategy="channel")}
+    values = write_quantized(tmp_path, fields, encode, num_hidden_layers=1)
+    sizes = {name.split(".")[-2]: (matrix.row_block, matrix.block) for name, matrix in check(tmp_path, values).items()}
+    assert (sizes["down_proj"], sizes["up_proj"]) == ((32, 48), (1, 64))
+    fields["config_groups"]["blocks"]["targets"] = ["re:.*up_proj$"]
+    edit(tmp_path, quantization_config=fields)
+    with refused("E-CKPT-QUANT-SHAPE", InvalidCheckpoint):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["re:.*down_proj", "model.layers.0.mlp.down_proj", "SomeLinear"])
+def test_blocks_of_two_sizes_that_give_as_many_scales_are_told_apart_by_targets_or_refused(tmp_path: Path,
+                                                                                           target: str) -> None:
+    fields, group = entry("pack-quantized"), {"num_bits": 4, "type": "int"}
+    fields["config_groups"] = {"a": of_group("Linear", group_size=64, **group),
+                               "b": of_group(target, group_size=48, **group)}
+
+    def encode(rng, rows, columns):
+        return packed(4, 48 if columns == 96 else 64)(rng, rows, columns)
+
+    values = write_quantized(tmp_path, fields, encode, num_hidden_layers=1)
+    if target != "SomeLinear":
+        assert {matrix.block for matrix in check(tmp_path, values).values()} == {48, 64}
+        return
+    with refused("E-CKPT-QUANT-SHAPE", InvalidCheckpoint) as refusal:
+        open_checkpoint(tmp_path)
+    assert "1 x 64 and of 1 x 48" in refusal.error.what
+
+
+@pytest.mark.parametrize("weights", [{"block_structure": "32by48"}, {"block_structure": [32]}, {"group_size": "many"}])
+def test_sizes_that_are_not_numbers_are_named(tmp_path: Path, weights: dict) -> None:
+    write_quantized(tmp_path, entry("pack-quantized", **weights), packed(4), num_hidden_layers=1)
+    with refused("E-CKPT-QUANT-DESCRIPTION", InvalidCheckpoint) as refusal:
+        open_checkpoint(tmp_path)
+    assert next(iter(weights)) in refusal.error.what
+
+
 def test_static_scales_of_inputs_are_kept_and_zero_points_of_zero_are_none(tmp_path: Path) -> None:
     scheme = {"num_bits": 8, "type": "float", "group_size": None, "strategy": "tensor"}
     values = write_quantized(tmp_path, entry("float-quantized", **scheme), float8(lambda *_: (1,), zero=True))

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import gguf
+import gqa_models
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from gguf_models import case, tensors_of, write_case
 from quantized_checkpoints import KEPT, change, edit, first, write_quantized
 from refusal import refused
+from safetensors.torch import load_file
 
 from gqa_export.checkpoint.content import model_digest
 from gqa_export.checkpoint.decided import decided_by_weights
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.unused_tensors import unused_notes
+from gqa_export.cli import main
 from gqa_export.conversion.options import ConvertOptions, check_options
 from gqa_export.describe.examine import stored_in_checkpoint
+from gqa_export.describe.stored_matrices import stored_matrices
 from gqa_export.errors import InvalidCheckpoint, UnsupportedModel
 from gqa_export.uptraining.options import UptrainOptions
 from gqa_export.uptraining.uptrain import uptrain
@@ -46,6 +54,45 @@ def test_a_digest_and_the_counts_have_the_codes(tmp_path: Path) -> None:
         tensors[first(tensors, "up_proj.weight_packed")][0, 0] ^= 1
     assert model_digest(open_checkpoint(change(tmp_path, flip))) != before
     assert model_digest(open_checkpoint(change(tmp_path, flip))) == before
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_inspect_names_every_matrix_with_its_format_bits_and_bytes(tmp_path: Path, as_json: bool) -> None:
+    write_quantized(tmp_path, entry("pack-quantized"), packed(4))
+    done = CliRunner().invoke(main, ["inspect", str(tmp_path), *(["--json"] if as_json else [])])
+    assert done.exit_code == 0, done.output
+    stored = load_file(tmp_path / "model.safetensors")
+    up = [tensor for name, tensor in stored.items() if ".0.mlp.up_proj." in name]
+    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in up)
+    if not as_json:
+        assert f"mlp.up_proj.weight (2 of them): compressed-tensors int4, group 32, 4 bits, 96 x 64, {2 * nbytes:,} " \
+            "bytes" in done.stdout
+        assert f"  lm_head.weight: float32, 32 bits, 72 x 64, {72 * 64 * 4:,} bytes" in done.stdout
+        return
+    matrices = {each.pop("name"): each for each in json.loads(done.stdout)["matrices"]}
+    assert len(matrices) == 2 * 7 + 2
+    assert sum(each["bytes"] for each in matrices.values()) == sum(
+        tensor.numel() * tensor.element_size() for name, tensor in stored.items() if "norm" not in name)
+    assert matrices["model.layers.0.mlp.up_proj.weight"] == {
+        "stored": "compressed-tensors int4, group 32", "bits": 4, "shape": [96, 64], "bytes": nbytes,
+        "quantized": True}
+
+
+def test_inspect_of_a_gguf_file_and_of_a_plain_checkpoint(tmp_path: Path) -> None:
+    architecture, keys, _ = case("llama")
+    keys = {**keys, "feed_forward_length": 128}
+    path = write_case(tmp_path / "model.gguf", "llama", keys, tensors_of(architecture, keys, {}),
+                      stored=gguf.GGMLQuantizationType.Q4_0)
+    raw = bytearray(path.read_bytes())
+    name = b"blk.0.ffn_up.weight"
+    kind = raw.index(name) + len(name) + 4 + 2 * 8  # behind the number of dimensions and both of them
+    raw[kind] = gguf.GGMLQuantizationType.IQ4_NL  # whose blocks have as many bytes; its codes are held as 8 bits
+    path.write_bytes(raw)
+    found = {each.name: each for each in stored_matrices(open_checkpoint(path))}
+    up = found["model.layers.0.mlp.up_proj.weight"]
+    assert (up.stored, up.bits, up.bytes) == ("GGUF IQ4_NL", 4, 128 * keys["embedding_length"] // 32 * 18)
+    gqa_models.write_tiny("llama", tmp_path / "plain", num_hidden_layers=1)
+    assert stored_matrices(open_checkpoint(tmp_path / "plain")) == ()
 
 
 @pytest.mark.parametrize("equal", [True, False])

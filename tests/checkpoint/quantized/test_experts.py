@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import gqa_models
 import numpy as np
 import pytest
 import torch
+from gqa_models.shrink import write_small
 from quantized_checkpoints import change, edit, save
 from refusal import refused
 from safetensors.torch import load_file
@@ -24,8 +26,9 @@ from gqa_export.progress import silent
 from gqa_export.weights.memory_budget import Budget
 from gqa_export.weights.source_kinds import DequantizedSource
 
+from . import test_compressed_tensors as compressed
 from .test_gptq_awq import entry, gptq
-from .test_other_formats import E2M1, low_first, nvfp4
+from .test_other_formats import E2M1, fp8, fp8_blocks, low_first, nvfp4
 
 
 def write_gpt_oss(folder: Path) -> dict[str, np.ndarray]:
@@ -109,6 +112,37 @@ def test_single_experts_are_stacked_as_codes(tmp_path: Path, monkeypatch: pytest
     ready = preparing.prepare(checkpoint, ExportOptions(target="ort", capacity=16, trace_cache=False), silent, Budget())
     found = [source for source in ready.store.sources.values() if isinstance(source, DequantizedSource)]
     assert sorted(source.shape for source in found) == sorted(value.shape for value in values.values())
+
+
+@pytest.mark.parametrize(("name", "fields", "encode", "parts", "layer"), [
+    ("deepseek_v3", fp8(32, 32), fp8_blocks(32, 32), ("gate_proj", "up_proj", "down_proj"), 1),
+    ("kimi_linear", compressed.entry("pack-quantized", symmetric=False), compressed.packed(4, zeros=True),
+     ("w1", "w3", "w2"), 2),
+    ("nemotron_h", entry(), gptq(), ("up_proj", "down_proj"), 2)])
+def test_experts_are_stacked_whatever_they_are_called(tmp_path: Path, name: str, fields: dict, encode,
+                                                      parts: tuple[str, ...], layer: int) -> None:
+    """FP8 in blocks beside a layer that predicts a further token, which DeepSeek-V3's model does not have; experts that
+    are renamed as they are stacked; experts without a gate."""
+    write_small(name, tmp_path)
+    tensors, values, rng = load_file(tmp_path / "model.safetensors"), {}, np.random.default_rng(3)
+    for weight in [weight for weight in tensors if re.search(rf"layers\.{layer}\..*experts\.\d", weight)]:
+        found, values[weight] = encode(rng, *tensors.pop(weight).shape)
+        tensors.update({weight.removesuffix(".weight") + suffix: part for suffix, part in found.items()})
+    if name == "deepseek_v3":
+        tensors.update({each.replace("layers.1.", "layers.61."): tensor for each, tensor in tensors.items()
+                        if ".layers.1." in each})
+    save(tmp_path, tensors)
+    edit(tmp_path, quantization_config=fields)
+    checkpoint = open_checkpoint(tmp_path)
+    matrices, _, left = by_parameter(checkpoint, load_skeleton(checkpoint))
+    (down,) = [each for each in matrices if each.endswith(".down_proj") and f".{layer}." in each]
+    stem = next(iter(values)).partition(".experts.")[0]
+    one = [[values[f"{stem}.experts.{expert}.{part}.weight"] for part in parts] for expert in range(4)]
+    assert not left
+    np.testing.assert_array_equal(matrices[down].parameter(), np.stack([each[-1] for each in one]))
+    np.testing.assert_array_equal(matrices[down.replace("down_proj", "gate_up_proj" if len(parts) == 3 else "up_proj")]
+                                  .parameter(), np.stack([np.concatenate(each[:-1]) for each in one]))
+    assert len(unused_notes(checkpoint, ())) == (name == "deepseek_v3")
 
 
 def test_second_scales_of_experts_go_into_their_scales(tmp_path: Path) -> None:

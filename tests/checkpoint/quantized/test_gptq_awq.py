@@ -48,13 +48,14 @@ def entry(bits: int = 4, group: int = GROUP, **more: object) -> dict:
 
 
 @pytest.mark.parametrize(("bits", "group", "more"), [
-    (4, 32, {}), (8, 32, {}), (2, 32, {}), (3, 32, {}), (4, -1, {}), (4, 40, {}), (4, 32, {"order": True}),
+    (4, 32, {}), (8, 32, {}), (2, 32, {}), (3, 32, {}), (4, -1, {}), (4, 40, {}), (4, 128, {}),
+    (4, 32, {"order": True}),
     (4, 32, {"index": False}), (4, 32, {"symmetric": False}), (3, 32, {"symmetric": False}),
     (8, 32, {"symmetric": False, "order": True})])
 def test_gptq(tmp_path: Path, bits: int, group: int, more: dict) -> None:
     values = write_quantized(tmp_path, entry(bits, group, sym=more.get("symmetric", True)), gptq(bits, group, **more))
     for matrix in check(tmp_path, values).values():
-        assert (matrix.bits, matrix.block) == (bits, group if group > 0 else matrix.columns)
+        assert (matrix.bits, matrix.block) == (bits, min(group, matrix.columns) if group > 0 else matrix.columns)
         assert matrix.offset == ("none" if more.get("symmetric", True) else "zero")
         assert (matrix.column_order is not None) == ("order" in more)
         assert matrix.scale_dtype == "float16"
@@ -70,6 +71,55 @@ def test_values_decide_what_is_added_to_zero_points_whatever_the_label_says(tmp_
     check(tmp_path, values)
     lies = not symmetric and stored_less != (0 if label == "gptq_v2" else 1)
     assert any("version" in note for note in open_checkpoint(tmp_path).notes) == lies
+
+
+def by_range(bits: int, stored_less: int, mean: float):
+    """Codes and zero points of the range of each group of normal weights, as packages round them."""
+    def encode(rng, rows, columns):
+        weight = rng.normal(mean, 1, (rows, columns // GROUP, GROUP))
+        low, high = np.minimum(weight.min(2), 0), np.maximum(weight.max(2), 0)
+        most = (1 << bits) - 1
+        scale = ((high - low) / most).astype(np.float16)
+        step = scale.astype(np.float64)
+        zero = np.clip(np.rint(-low / step), 1, most).astype(int)
+        codes = np.clip(np.rint(weight / step[..., None]) + zero[..., None], 0, most).astype(int)
+        parts = {".qweight": stream(codes.reshape(rows, columns).T, bits), ".scales": torch.from_numpy(scale.T.copy()),
+                 ".qzeros": stream(zero - stored_less, bits).T.contiguous()}
+        return parts, ((codes - zero[..., None]) * step[..., None]).reshape(rows, columns)
+
+    return encode
+
+
+@pytest.mark.parametrize(("bits", "mean", "noted"), [
+    (4, 0, ""), (4, .02, ""), (3, .02, ""), (8, 0, "does not tell"), (8, .02, "does not tell")])
+def test_the_mean_of_weights_outweighs_a_label_only_where_it_tells(tmp_path: Path, bits: int, mean: float,
+                                                                   noted: str) -> None:
+    for stored_less, label in ((1, "gptq"), (0, "gptq_v2")):  # a step of 8 bits is less than a mean may be
+        folder = tmp_path / label
+        values = write_quantized(folder, entry(bits, sym=False, checkpoint_format=label),
+                                 by_range(bits, stored_less, mean), num_hidden_layers=1)
+        check(folder, values)
+        notes = open_checkpoint(folder).notes
+        assert (noted in notes[0]) if noted else notes == ()
+    if bits < 8:
+        edit(folder, quantization_config=entry(bits, sym=False))
+        check(folder, values)
+        assert "version 2" in open_checkpoint(folder).notes[0]
+
+
+def test_symmetric_weights_tell_the_version_of_those_that_dynamic_makes_asymmetric(tmp_path: Path) -> None:
+    def mixed(rng, rows, columns):  # gate_proj and up_proj have 96 rows
+        return gptq(8, symmetric=rows != 96, stored_less=0)(rng, rows, columns)
+
+    fields = entry(8, dynamic={"+:.*(gate|up)_proj": {"sym": False}})
+    found = check(tmp_path, write_quantized(tmp_path, fields, mixed, num_hidden_layers=1))
+    assert {name.split(".")[-2] for name, matrix in found.items() if matrix.offset == "zero"} == {"gate_proj",
+                                                                                               "up_proj"}
+    assert "those of symmetric weights" in open_checkpoint(tmp_path).notes[0]
+    edit(tmp_path, quantization_config=entry(8, dynamic={"+:.*gate_proj": {"sym": False}}))
+    with refused("E-CKPT-QUANT-VALUE", InvalidCheckpoint) as refusal:
+        open_checkpoint(tmp_path)
+    assert "up_proj.qzeros" in refusal.error.what
 
 
 def test_a_symmetric_checkpoint_with_other_zero_points_is_refused(tmp_path: Path) -> None:
@@ -91,6 +141,15 @@ def test_one_weight_off_by_one_among_symmetric_ones_is_refused(tmp_path: Path) -
 def test_old_files_beside_the_configuration_are_read(tmp_path: Path) -> None:
     fields = {key: value for key, value in entry().items() if key != "quant_method"}
     check(tmp_path, write_quantized(tmp_path, fields, gptq(), beside="quantize_config.json"))
+
+
+def test_numbers_that_are_written_as_texts_or_floats_are_numbers(tmp_path: Path) -> None:
+    check(tmp_path, write_quantized(tmp_path, {**entry(), "bits": "4", "group_size": 32.0}, gptq()))
+    for wrong in ({"bits": "four"}, {"group_size": 32.5}, {"bits": True}, {"group_size": [32]}):
+        edit(tmp_path, quantization_config={**entry(), **wrong})
+        with refused("E-CKPT-QUANT-DESCRIPTION", InvalidCheckpoint) as refusal:
+            open_checkpoint(tmp_path)
+        assert f"{next(iter(wrong))} is {next(iter(wrong.values()))!r}" in refusal.error.what
 
 
 def test_exceptions_for_some_layers_are_seen_in_the_shapes(tmp_path: Path) -> None:

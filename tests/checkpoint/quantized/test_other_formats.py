@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from quantized_checkpoints import change, check, codes_of, first, halves, spread, write_quantized
 from refusal import refused
 
+from gqa_export.checkpoint.load_model import load_model
 from gqa_export.checkpoint.open import open_checkpoint
 from gqa_export.checkpoint.quantized.description import METHODS
 from gqa_export.checkpoint.quantized.read import READERS
@@ -330,6 +332,32 @@ def test_bitsandbytes_int8(tmp_path: Path) -> None:
     check(tmp_path, values, rtol=4e-16)
 
 
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_bitsandbytes_codes_that_are_stored_as_floats_for_sharding(tmp_path: Path, storage: torch.dtype) -> None:
+    def encode(rng, rows, columns):
+        parts, weight = bnb()(rng, rows, columns)
+        return {**parts, ".weight": parts[".weight"].reshape(-1).view(storage)[:, None]}, weight
+
+    check(tmp_path, write_quantized(tmp_path, BNB, encode, num_hidden_layers=1))
+
+
+def int8_in(layout: int):
+    def encode(rng, rows, columns):
+        return {".weight": torch.zeros(rows, columns, dtype=torch.int8), ".SCB": torch.ones(rows),
+                ".weight_format": torch.tensor(layout, dtype=torch.uint8)}, np.zeros((rows, columns))
+    return encode
+
+
+@pytest.mark.parametrize(("layout", "code"), [(1, "E-MODEL-QUANTIZED"), (2, "E-MODEL-QUANTIZED"),
+                                              (3, "E-MODEL-QUANTIZED"), (4, "E-CKPT-QUANT-VALUE")])
+def test_bitsandbytes_int8_in_tiles_of_a_device_is_refused(tmp_path: Path, layout: int, code: str) -> None:
+    write_quantized(tmp_path, {"quant_method": "bitsandbytes", "load_in_8bit": True}, int8_in(layout),
+                    num_hidden_layers=1)
+    with refused(code) as refusal:
+        open_checkpoint(tmp_path)
+    assert {1: "col32", 2: "col_turing", 3: "col_ampere", 4: "[4]"}[layout] in refusal.error.what
+
+
 STATE = ".quant_state.bitsandbytes__nf4"
 
 
@@ -372,16 +400,26 @@ def test_hqq(tmp_path: Path, bits: int) -> None:
         part = len(lines) // each
         packed = sum(lines[part * place : part * (place + 1)] << 8 - bits * (place + 1) for place in range(each))
         return {".W_q": torch.from_numpy(packed.astype(np.uint8)), ".scale": scale, ".zero": zero,
-                ".shape": torch.tensor([rows, columns]), ".nbits": torch.tensor(bits)}, \
+                ".shape": torch.tensor([rows, columns]), ".nbits": torch.tensor(bits), ".axis": torch.tensor(1),
+                ".group_size": torch.tensor(group), ".view_as_float": torch.tensor(0, dtype=torch.uint8),
+                ".packing": torch.tensor(list(f"{bits}bit_u8".encode()), dtype=torch.uint8)}, \
             ((lines - zero.double().numpy()) * values).reshape(rows, columns)
 
     fields = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": bits, "group_size": 32,
                                                                               "axis": 1}}}
-    values = write_quantized(tmp_path, fields, encode)
-    for name, matrix in open_checkpoint(tmp_path).quantized.items():
+    values = write_quantized(tmp_path / "model", fields, encode, num_hidden_layers=1)
+    for name, matrix in open_checkpoint(tmp_path / "model").quantized.items():
         stripe = matrix.stripe()
         np.testing.assert_allclose(matrix.dequantize(), values[name], rtol=0, atol=1e-15)
         assert (stripe.scale * stripe.minimum).shape == (matrix.rows, matrix.columns // 32)
+    name = "model.layers.0.mlp.up_proj"
+    for setting, value in {"axis": 0, "nbits": 3, "group_size": 64, "view_as_float": 1, "packing": "3bit_32",
+                           "quant_zero": 1, "shape": [32, 192]}.items():
+        wrong = torch.tensor(list(value.encode()) if isinstance(value, str) else value)
+        shutil.copytree(tmp_path / "model", tmp_path / setting)
+        with refused("E-CKPT-QUANT-VALUE" if setting != "shape" else "E-CKPT-TENSORS-SHAPE") as refusal:
+            load_model(open_checkpoint(change(tmp_path / setting, add(f"{name}.{setting}", wrong))))
+        assert f"up_proj.{setting if setting != 'shape' else 'weight'}" in refusal.error.what
     fields["quant_config"]["weight_quant_params"]["axis"] = 0
     other = tmp_path / "other"
     write_quantized(other, fields, encode)
