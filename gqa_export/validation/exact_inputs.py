@@ -57,4 +57,5 @@ def check_exact_inputs(checkpoint: Checkpoint, manifest: Manifest, model: Any,
             raise InvalidBundle(f"the manifest says that products with {name} do not round their inputs "
                                 f"({exact[name].inputs_reason}), and there is a scale for them, {codes.scale:.6g}",
                                 checkpoint.source,
-                                "validate against the checkpoint that was exported, or export it again", code="E-BUNDLE-QUANTIZATION")
+                                "validate against the checkpoint that was exported, or export it again",
+                                code="E-BUNDLE-QUANTIZATION")
