@@ -17,6 +17,7 @@ from ..files.scratch import scratch_folder
 from ..progress import Progress
 from ..runtime.session import Session
 from ..targets import get_target, on_cpu
+from .exact_inputs import check_exact_inputs
 from .input_codes import StatedInputs, stated_inputs
 from .quantization_claims import check_weights_are_as_stated
 from .quantized_reference import kept_codes, put_quantized, requantized
@@ -114,6 +115,7 @@ def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dty
     if beside is not None:
         for one in models:
             merge_into(one.model, beside.part(matrices))
+    check_exact_inputs(base, manifest, session.model, matrices, folder)
     inputs = stated_inputs(base, manifest, parameters, notes, calibrate, folder)
     return Reference(session, eager, dtype, session.model, observed_facts(session, str(against)), checkpoint,
                      model_digest(checkpoint), plain=manifest.kv_cache is None and not matrices, inputs=inputs)

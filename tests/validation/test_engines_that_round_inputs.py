@@ -59,6 +59,8 @@ def test_an_engine_is_judged_as_shipped_alone(fp8, tmp_path: Path, monkeypatch) 
 def test_an_engine_that_rounds_more_than_it_says_is_wrong(fp8, tmp_path: Path, monkeypatch) -> None:
     """Exported with the option, and no weight has a scale for its inputs: nothing is to be rounded, and nothing is
     excused."""
+    # this checkpoint has scales, and the manifest is refused for it; the numbers alone must tell here
+    monkeypatch.setattr("gqa_export.validation.reference.check_exact_inputs", lambda *_: None)
     with engine(fp8[1], tmp_path / "engine", monkeypatch, stated(0)) as folder:
         verdict = validate(folder, fp8[0], steps=2)
     assert not verdict.passed

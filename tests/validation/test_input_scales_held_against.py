@@ -3,6 +3,7 @@ found: held against one another, the text and the checkpoint, or by numbers."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import onnx
 import pytest
 from refusal import refused
 
+from gqa_export.bundle.manifest import Manifest
 from gqa_export.errors import InvalidBundle
+from gqa_export.quantized.input_codes import NO_SCALE
 from gqa_export.validation.loss import LossRequest
 from gqa_export.validation.validate import validate
 
@@ -62,6 +65,23 @@ def test_inputs_that_are_cut_off_alike_in_pytorch_and_the_bundle_are_not_right(p
     assert (verdict.export_exact, verdict.as_shipped) == (True, False)
     assert any("tells nothing" in note and "--calibrate TEXT" in note for note in verdict.notes)
     assert "activations" in {case.logits.basis for case in verdict.cases if case.part == "as shipped" and case.rows}
+
+
+@pytest.mark.parametrize("of", ["the checkpoint", "a text"])
+def test_a_rounding_that_graph_and_manifest_leave_out_alike_is_refused(fp8, plain, calibrated, tmp_path: Path,
+                                                                       of: str) -> None:
+    """Such a bundle is nearer to the reference, and not what was asked for. The reason that it gives is not true."""
+    bundle, checkpoint = (fp8[1], fp8[0]) if of == "the checkpoint" else (calibrated, plain[0])
+
+    def without(manifest: Manifest) -> Manifest:
+        assert manifest.quantization is not None
+        weights = tuple(replace(weight, inputs="", input_scale=0.0, inputs_reason=NO_SCALE)
+                        if "down_proj" in weight.name else weight for weight in manifest.quantization.weights)
+        return replace(manifest, quantization=replace(manifest.quantization, weights=weights))
+
+    with refused("E-BUNDLE-QUANTIZATION", InvalidBundle) as refusal:
+        validate(changed(bundle, tmp_path / "b", dropped, without), checkpoint, steps=2)
+    assert "layers.0.mlp.down_proj.weight do not round their inputs (there is no static scale" in refusal.error.what
 
 
 @pytest.mark.parametrize("factor", [1 / 16, 2.0**16])
