@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from gqa_export.compare.case_verdict import SHIPPED
+
 RECIPES: dict[str, tuple[str, ...]] = {
     "fp8": ("--quantize", "fp8"), "fp8, inputs too": ("--quantize", "fp8", "--activations", "same"),
     "nvfp4": ("--quantize", "nvfp4"), "nvfp4, inputs too": ("--quantize", "nvfp4", "--activations", "same")}
-DRAWS = tuple(range(1, 8))
+DRAWS = (1, 2, 3, 4)
 """seeds of PyTorch's rounding errors, besides the one that it has by itself"""
 
 
@@ -42,7 +44,7 @@ def judged(folder: Path, checkpoint: Path, calibration: Path, text: Path) -> dic
 def own_errors(validated: Callable[[], Any]) -> dict[str, float]:
     """By how much PyTorch's logits in the bundle's number format differ from fp64 in each case: the largest of its own
     and of the draws. validated: compares a bundle."""
-    with patch("gqa_export.validation.run_cases.doubtful", lambda *_: True), \
+    with patch("gqa_export.validation.run_cases.doubtful", lambda log, dtype, part: part != SHIPPED), \
             patch("gqa_export.validation.run_cases.REDRAWS", DRAWS):
         report = validated()
     return {case.name: kind.same_dtype_baseline for case in report.cases if not case.name.startswith("shipped ")
