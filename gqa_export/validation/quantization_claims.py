@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ..bundle.graph_file import read_graph
 from ..bundle.manifest import MODEL, Manifest
@@ -25,9 +25,12 @@ from .accuracy_level import LEVEL, ROUNDED, products
 from .quantized_reference import form_of
 
 if TYPE_CHECKING:
+    import torch
+
     from ..checkpoint.checkpoint import Checkpoint
     from ..quantized.matrix import QuantizedMatrix
 
+T = TypeVar("T")
 MOST = 8
 """bytes that quantizing leaves of a number, at most"""
 FLOATS = {*INSIDE, *(stored for kinds in INSIDE.values() for stored in kinds), "float64"}
@@ -57,13 +60,13 @@ def check_levels(folder: Path, manifest: Manifest) -> None:
                             code="E-BUNDLE-CLAIM")
 
 
-def check_weights_are_as_stated(checkpoint: Checkpoint, manifest: Manifest, sizes: Mapping[str, int],
+def check_weights_are_as_stated(checkpoint: Checkpoint, manifest: Manifest, parameters: Mapping[str, torch.Tensor],
                                 rounded: Mapping[str, QuantizedMatrix]) -> None:
     """Hold what a manifest says of each quantized weight against the checkpoint.
 
     Args:
         checkpoint: that was exported. manifest: of the bundle.
-        sizes: name of a parameter of its model -> elements.
+        parameters: of its model, by every name that they have: a tied head has two, of which a checkpoint stores one.
         rounded: the matrices that the export made, quantized again (`requantized`).
 
     Raises:
@@ -73,19 +76,27 @@ def check_weights_are_as_stated(checkpoint: Checkpoint, manifest: Manifest, size
     quantization = manifest.quantization
     if quantization is None:
         return
-    held, _, left = parameters_of(checkpoint, set(sizes))
+    held, _, left = parameters_of(checkpoint, set(parameters))
+    held, left = _under_each_name(held, parameters), _under_each_name(left, parameters)
     for weight in quantization.weights:
         matrix = rounded.get(weight.name, held.get(weight.name))
         form = None if matrix is None or weight.operator == PLAIN else form_of(matrix, get_target(manifest.target))
         wrong = (_method(weight, quantization.method) or _stored(weight, checkpoint, held, left)
                  or _lossless(weight, manifest, held, left, form)
-                 or (_size(weight, manifest.dtype, sizes[weight.name]) if weight.name in sizes else ""))
+                 or (_size(weight, manifest.dtype, parameters[weight.name].numel()) if weight.name in parameters
+                     else ""))
         if not wrong and matrix is not None and isinstance(form, Form):
             wrong = _packed(weight, matrix, form)
         if wrong:
             raise InvalidBundle(f"the manifest is wrong about {weight.name}: it states {wrong}", checkpoint.source,
                                 "validate against the checkpoint that was exported, or export it again",
                                 code="E-BUNDLE-QUANTIZATION")
+
+
+def _under_each_name(found: Mapping[str, T], parameters: Mapping[str, torch.Tensor]) -> dict[str, T]:
+    owners = {id(parameters[name]): value for name, value in found.items() if name in parameters}
+    return {**found, **{name: owners[id(parameter)] for name, parameter in parameters.items()
+                        if id(parameter) in owners and name not in found}}
 
 
 def _method(weight: QuantizedWeight, method: str) -> str:

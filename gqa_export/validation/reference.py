@@ -106,10 +106,10 @@ def open_reference(against: str | Path | Checkpoint, manifest: Manifest, ran_dty
     base = checkpoint if beside is None else replace(checkpoint, adapter=None)
     matrices = requantized(base, manifest, calibrate, folder)
     models: list[Any] = [session, *([eager] if eager is not None else [])]
-    sizes = {name: parameter.numel() for name, parameter in session.model.named_parameters(remove_duplicate=False)}
-    check_weights_are_as_stated(base, manifest, sizes, matrices)
+    named = dict(session.model.named_parameters(remove_duplicate=False))
+    check_weights_are_as_stated(base, manifest, named, matrices)
     put_quantized((one.model for one in models), matrices)
-    parameters = set(sizes)
+    parameters = set(named)
     if ran_dtype != manifest.dtype:
         put_quantized((one.model for one in models), kept_codes(base, manifest, parameters))
     if beside is not None:

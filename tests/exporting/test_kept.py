@@ -109,11 +109,13 @@ def test_what_fp16_and_bf16_round_is_not_called_lossless(form: str, target: str,
     assert {each.lossless for each in done.manifest.quantization.weights if each.name in values} == {lossless}
 
 
-@pytest.mark.parametrize("stored", ["Q4_1", "Q8_0", "Q5_0"])
-def test_a_gguf_file_is_kept_in_its_own_size(tmp_path: Path, stored: str) -> None:
-    architecture, keys, _ = case("llama")
+@pytest.mark.parametrize(("stored", "name"), [("Q4_1", "llama"), ("Q8_0", "llama"), ("Q5_0", "llama"),
+                                              ("Q8_0", "llama tied")])
+def test_a_gguf_file_is_kept_in_its_own_size(tmp_path: Path, stored: str, name: str) -> None:
+    """The head of the last is its embedding, of which the file has that name alone."""
+    architecture, keys, extra = case(name)
     keys = {**keys, "feed_forward_length": 128}
-    path = write_case(tmp_path / "model.gguf", "llama", keys, tensors_of(architecture, keys, {}),
+    path = write_case(tmp_path / "model.gguf", "llama", keys, tensors_of(architecture, keys, extra),
                       stored=gguf.GGMLQuantizationType[stored])
     manifest = both(path, tmp_path)
     kept = [each for each in manifest.quantization.weights if each.stored == f"GGUF {stored}"]
