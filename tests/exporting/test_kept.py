@@ -13,7 +13,7 @@ import pytest
 from checkpoint.quantized import test_compressed_tensors as compressed
 from checkpoint.quantized import test_gptq_awq as gptq_awq
 from checkpoint.quantized import test_other_formats as others
-from gguf_models import case, tensors_of, write_case
+from gguf_models import CASES, case, tensors_of, write_case
 from quantized_checkpoints import write_quantized
 from refusal import refused
 
@@ -21,6 +21,7 @@ from gqa_export.bundle.quantization import PLAIN
 from gqa_export.errors import UnsupportedModel
 from gqa_export.exporting.options import ExportOptions
 from gqa_export.exporting.to_onnx import export_onnx
+from gqa_export.validation.reference import open_reference
 from gqa_export.validation.validate import validate
 
 TOKENS = np.array([[1, 5, 7, 2, 9, 30, 4, 11]], np.int64)
@@ -110,12 +111,12 @@ def test_what_fp16_and_bf16_round_is_not_called_lossless(form: str, target: str,
 
 
 @pytest.mark.parametrize(("stored", "name"), [("Q4_1", "llama"), ("Q8_0", "llama"), ("Q5_0", "llama"),
-                                              ("Q8_0", "llama tied")])
+                                              ("Q8_0", "gemma")])
 def test_a_gguf_file_is_kept_in_its_own_size(tmp_path: Path, stored: str, name: str) -> None:
     """The head of the last is its embedding, of which the file has that name alone."""
-    architecture, keys, extra = case(name)
+    architecture, keys, _ = case(name)
     keys = {**keys, "feed_forward_length": 128}
-    path = write_case(tmp_path / "model.gguf", "llama", keys, tensors_of(architecture, keys, extra),
+    path = write_case(tmp_path / "model.gguf", architecture, keys, tensors_of(architecture, keys, CASES[name][2]),
                       stored=gguf.GGMLQuantizationType[stored])
     manifest = both(path, tmp_path)
     kept = [each for each in manifest.quantization.weights if each.stored == f"GGUF {stored}"]
@@ -124,6 +125,7 @@ def test_a_gguf_file_is_kept_in_its_own_size(tmp_path: Path, stored: str, name: 
     bits = {"Q4_1": 5, "Q8_0": 8.5, "Q5_0": 8.5}[stored]
     linear = next(each for each in kept if "mlp.up_proj" in each.name)
     assert linear.bytes * 8 == bits * 128 * keys["embedding_length"]
+    open_reference(path, manifest, "float32", [])  # which holds every such statement against the file
 
 
 def test_compressed_tensors_are_kept(tmp_path: Path) -> None:
