@@ -40,6 +40,7 @@ from .long_facts import LongFacts
 from .manifest_rules import check_names, check_tensors, check_weights, check_windows
 from .parallel import ParallelFacts
 from .quantization import Quantization
+from .recorded_verdict import RecordedVerdict
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
@@ -119,6 +120,7 @@ class Manifest:
             check at once. 1 where the logits are those of the last token, 0 in a manifest that does not know.
         window_cache: layers whose cache is a ring of fewer slots than the capacity; None, and not in the file, where
             there is none.
+        verdict: what the comparison with the checkpoint found; None, and not in the file, where none was recorded.
         format: of the manifest.
     """
 
@@ -150,11 +152,12 @@ class Manifest:
     window_cache: WindowCache | None = None
     ragged_chunks: bool = False
     needs: Annotated[dict[Text, Version], FAIL_FAST] = field(default_factory=dict)
+    verdict: RecordedVerdict | None = None
 
     def to_json(self) -> str:
         """Stable, readable JSON."""
         facts = asdict(self)
-        for name in ("parallel", "long", "ragged_chunks", "needs", "window_cache"):
+        for name in ("parallel", "long", "ragged_chunks", "needs", "window_cache", "verdict"):
             if not facts[name]:
                 del facts[name]
         for weight in (facts["quantization"] or {}).get("weights", ()):

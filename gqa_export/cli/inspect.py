@@ -219,5 +219,7 @@ def bundle_lines(found: Inspection) -> list[str]:
     if manifest.quantization is not None:
         graph = ["in the graph that the engine was built from:"] if manifest.engine is not None else []
         lines += [*graph, *manifest.quantization.lines()]
+    if manifest.verdict is not None:
+        lines.append(f"verdict recorded: {manifest.verdict}")
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     return [*lines, f"made with {versions}"] if versions else lines

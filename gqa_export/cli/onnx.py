@@ -224,6 +224,7 @@ def _validate(bundle: Bundle, checkpoint: str, provider: Provider, allow_pickle:
             break
     assert verdict is not None
     print_verdict(verdict, Console(), short)
+    bundle.record(verdict)
     for folder in loras if verdict.exit_code != EXIT_DIFFERENT else ():
         click.echo(f"adapter {folder.resolve().name}:")
         verdict = _compare(bundle, checkpoint, provider, allow_pickle, calibrate, folder)

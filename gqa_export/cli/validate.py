@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 @click.option("--steps", type=click.IntRange(1), help="Decode steps of each case.  [default: 32]")
 @click.option("--lora", type=click.Path(path_type=Path), metavar="DIR",
               help="Compare with this LoRA adapter: merged into the checkpoint, in use in a bundle that can switch.")
+@click.option("--record", is_flag=True, help="Write the verdict, and the loss, into the bundle's manifest.")
 @click.option("--hash", "full_hash", is_flag=True, help="Compute the sha256 of every file, however large.")
 @report_options
 @revision_option
@@ -50,7 +51,7 @@ def command(bundles: tuple[Path, ...], against: str | None, as_dtype: Literal["f
             level: Level, text: Path | None, reference: str | None, calibrate: Path | None, max_kl: float | None,
             max_perplexity_increase: float | None, steps: int | None, full_hash: bool, revision: str | None,
             allow_pickle: bool, reports: Reports, lora: Path | None, max_loss: float | None, min_copy: float | None,
-            lengths: str | None) -> None:
+            lengths: str | None, record: bool) -> None:
     """Compare BUNDLES with their checkpoint: logits, every new key and value, the whole cache. Several bundles are also
     compared with one another.
 
@@ -70,6 +71,9 @@ def command(bundles: tuple[Path, ...], against: str | None, as_dtype: Literal["f
         raise click.UsageError("the loss is measured beside the comparison: pass --against CHECKPOINT too")
     if against is None and (max_loss, min_copy, lengths) != (None, None, None):
         raise click.UsageError("what approximate attention costs is measured in PyTorch: pass --against CHECKPOINT too")
+    if record and (against is None or lora is not None):
+        raise click.UsageError("what is recorded is the comparison with the checkpoint that was exported: pass "
+                               "--against CHECKPOINT, and no --lora")
     prompts = () if lengths is None else parsed_lengths(lengths)
     verdicts = []
     if against is not None:
@@ -83,6 +87,8 @@ def command(bundles: tuple[Path, ...], against: str | None, as_dtype: Literal["f
                     calibrate=calibrate if bundle in calibrated or not calibrated else None, max_kl=max_kl,
                     max_perplexity_increase=max_perplexity_increase, lora=lora, max_loss=max_loss,
                     min_copy=min_copy, lengths=prompts, progress=bar.report))
+            if record:
+                api.open_bundle(bundle).record(verdicts[-1])
     if len(bundles) > 1:
         with progress("comparing the bundles with one another") as bar:
             verdicts += api.cross_check(bundles, level=level, steps=steps, provider=provider, as_dtype=as_dtype,

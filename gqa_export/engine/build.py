@@ -176,7 +176,8 @@ def build_engine(bundle: Path, output: Path, options: EngineOptions | None = Non
                 writer.copy(bundle / name, name)
         size = sum(writer.files[inside + ENGINE].size for inside, _, _ in ranks_of(bundle, manifest))
         versions = {**manifest.versions, CANONICAL[choice.library.flavor]: facts.version}
-        manifest = writer.finish(replace(manifest, engine=facts, versions=versions, bytes_linked=0, bytes_copied=size))
+        manifest = writer.finish(replace(manifest, engine=facts, versions=versions, bytes_linked=0, bytes_copied=size,
+                                         verdict=None))  # it was the graph's, and an engine is another program
     if manifest.spec.rope_switch:
         notes.append(f"longrope: where a sequence grows beyond {manifest.spec.rope_switch} tokens, feed it again as a "
                      "whole (`gqa-export run` does, the C++ runtime leaves it to its caller)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -107,6 +107,29 @@ class Bundle:
             return validate(self.folder, checkpoint, level=level, steps=steps or 0, text=path_of(text),
                             provider=provider, as_dtype=as_dtype, full_hash=full_hash, check_hashes=check_hashes,
                             progress=progress, loss=LossRequest(before, *limits), long=long)
+
+    def record(self, verdict: Verdict) -> Bundle:
+        """Write a verdict on this bundle into its manifest, which may be read anywhere then; one that is there goes.
+
+        Args:
+            verdict: what `validate` gave.
+
+        Returns:
+            The bundle with that manifest.
+
+        Raises:
+            GqaExportError: the folder cannot be written.
+        """
+        from ..bundle.recorded_verdict import MOST, RecordedLoss, RecordedVerdict, record
+
+        loss, kept = verdict.loss, None
+        if loss is not None:
+            found = (loss.kl_mean, loss.kl_p99, loss.top1, loss.perplexity_increase)
+            if all(abs(number) <= MOST for number in found):  # a bundle whose logits are NaN failed, and lost no number
+                kept = RecordedLoss(loss.reference, loss.text, loss.tokens, *found)
+        return replace(self, manifest=record(self.folder, self.manifest, RecordedVerdict(
+            verdict.passed, verdict.level, len(verdict.cases), verdict.checked_dtype, verdict.reference_dtype,
+            verdict.provider, verdict.activations, verdict.export_exact, verdict.as_shipped, kept)))
 
     def session(self, *, provider: Provider = "auto", low_memory: bool = False, threads: int | None = None,
                 exact: bool = False) -> Session:
