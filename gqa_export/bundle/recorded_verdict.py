@@ -6,16 +6,10 @@ edited, and `gqa-export validate` tells again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
-from ..errors import GqaExportError, cause_of
-from ..files.atomic_replace import move, remove_file, sync
 from ..spec import STRICT, Count, Limits, Text
-
-if TYPE_CHECKING:
-    from .manifest import Manifest
 
 MOST = 1e30
 Number = Annotated[float, Limits(ge=-MOST, le=MOST)]
@@ -78,25 +72,3 @@ class RecordedVerdict:
         return "; ".join([f"{'PASSED' if self.passed else 'DIFFERENT'} in {self.dtype}, level {self.level}, "
                           f"{self.cases} cases", *words("export exact", self.export_exact),
                           *words("as shipped", self.as_shipped), *([f"loss: {lost}"] if self.activations else [])])
-
-
-def record(folder: Path, manifest: Manifest, verdict: RecordedVerdict) -> Manifest:
-    """Write a verdict into a bundle's manifest, in place of one that is there, and give the manifest.
-
-    Raises:
-        GqaExportError: the folder cannot be written.
-    """
-    from .manifest import MANIFEST
-
-    known = replace(manifest, verdict=verdict)
-    fresh = folder / f"{MANIFEST}.new"
-    try:
-        fresh.write_text(known.to_json(), encoding="utf-8")
-        sync(fresh)
-        move(fresh, folder / MANIFEST)
-    except OSError as error:
-        raise GqaExportError(f"the verdict cannot be recorded in the manifest: {cause_of(error)}", str(folder),
-                             "make the folder writable", code="E-FILE-RECORD") from error
-    finally:
-        remove_file(fresh)
-    return known

@@ -120,7 +120,8 @@ class Bundle:
         Raises:
             GqaExportError: the folder cannot be written.
         """
-        from ..bundle.recorded_verdict import MOST, RecordedLoss, RecordedVerdict, record
+        from ..bundle.record_verdict import record
+        from ..bundle.recorded_verdict import MOST, RecordedLoss, RecordedVerdict
 
         loss, kept = verdict.loss, None
         if loss is not None:

@@ -101,7 +101,7 @@ def test_a_folder_that_cannot_be_written_is_named(made: tuple[Path, Path], monke
     def move(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("gqa_export.bundle.recorded_verdict.move", move)
+    monkeypatch.setattr("gqa_export.bundle.record_verdict.move", move)
     with refused("E-FILE-RECORD", GqaExportError):
         bundle.record(verdict)
     assert {path.name for path in made[1].iterdir()} == {*bundle.manifest.files, MANIFEST}
