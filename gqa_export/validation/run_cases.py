@@ -59,7 +59,7 @@ def run_cases(sessions: Sessions, plan: Plan, *, last_only: bool = False, report
                 (notes if notes is not None else []).append(
                     f"case {case.name}: past its bounds by no more than PyTorch's own rounding may be; that was "
                     f"measured {1 + len(REDRAWS)} times")
-            failed = failed or not judge(log, dtype, part).passed
+            failed = failed or (sessions.eager is not None and not judge(log, dtype, part).passed)
             logs.append(log)
     return logs
 

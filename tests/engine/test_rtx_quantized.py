@@ -42,7 +42,7 @@ def _sizes(checkpoint: Path, folder: Path, method: str, attention: str, capabili
            head: str = "none") -> tuple[int, int]:
     """Bytes of the engine without the plugin's kernels, and of the weights that it is built from."""
     done = export_onnx(checkpoint, folder / "bundle", ExportOptions(
-        target=f"trt-{attention}", dtype="fp16", capacity=64, quantize=method, head=head))
+        target=f"trt-{attention}", dtype="fp16", capacity=64, quantize=method, head=head if method != "keep" else ""))
     built = build(folder / "bundle", folder / "engine", capabilities=(round(10 * float(capability)),))
     assert built.facts.compute_capabilities == (round(10 * float(capability)),)
     return (built.folder / ENGINE).stat().st_size - built.facts.build["kernel_bytes"], done.manifest.bytes_copied
