@@ -60,7 +60,7 @@ def check_options(options: ExportOptions, target: Target) -> None:
                              f"add --quantize {' or '.join(methods)}", code="E-OPTION-CALIBRATE")
     given = [*(["--head"] if options.head else []), *(["--block"] if options.block != ExportOptions.block else [])]
     if given and options.quantize in KEEP:
-        raise GqaExportError(f"{' and '.join(given)} say how weights are quantized, and nothing is quantized",
+        raise GqaExportError(f"{' and '.join(given)}: how weights are quantized is given, and nothing is quantized",
                              ", ".join(given), f"add --quantize {' or '.join(methods)}, or leave out "
                              f"{' and '.join(given)}", code="E-OPTION-QUANTIZE-UNUSED")
     if options.head and options.quantize.endswith(".toml") and not options.limited:
