@@ -10,8 +10,8 @@ peer. Five parts, each can be made alone with `--only`, the others stay as they 
 - loss: KL divergence, perplexity and best tokens on the first tokens of TEXT, against PyTorch in float32; whether the
   kept bundle is exact, with inputs that are not rounded, and how exact PyTorch is. TEXT's second half calibrates;
 - decode: steps of the bundles in turn, in rounds (`evidence.decode_in_turn`);
-- tensorrt: FP8 and NVFP4 for TensorRT, without and with the inputs of products: both verdicts and the loss, the graph
-  run on a CPU;
+- tensorrt: FP8 for TensorRT, without and with the inputs of products: both verdicts and the loss, the graph run on a
+  CPU;
 - large: a checkpoint of Llama-2-7B's shape whose weights are holes, to int4: memory at 8 and 32 layers.
 
 SmolLM2's weights are Q4_1: int4 with minima would be exact on it and prove nothing, so the recipes here are symmetric.
@@ -191,7 +191,7 @@ def loss(files: Files) -> dict[str, Any]:
 
 
 def tensorrt(files: Files) -> dict[str, Any]:
-    """What FP8 and NVFP4 cost and lose."""
+    """What FP8 costs and loses."""
     rows = {}
     for name in quantize_inputs.RECIPES:
         folder = files.scratch / "tensorrt" / name.replace(", ", "-").replace(" ", "-")

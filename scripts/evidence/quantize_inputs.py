@@ -1,5 +1,6 @@
-"""SmolLM2 quantized for TensorRT, FP8 and NVFP4, weights alone and with products' inputs (W8A8, W4A4), and how far
-PyTorch's own rounding moves logits. The graphs are run by ONNX Runtime on a CPU, in fp32: no engine is.
+"""SmolLM2 quantized to FP8 for TensorRT, weights alone and with products' inputs (W8A8), and how far PyTorch's own
+rounding moves logits. The graphs are run by ONNX Runtime on a CPU, in fp32: no engine is. NVFP4 is not among them: ONNX
+Runtime has no FP4, and the standard operators that stand for it are slow on texts of thousands of tokens.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from unittest.mock import patch
 from gqa_export.compare.case_verdict import SHIPPED
 
 RECIPES: dict[str, tuple[str, ...]] = {
-    "fp8": ("--quantize", "fp8"), "fp8, inputs too": ("--quantize", "fp8", "--activations", "same"),
-    "nvfp4": ("--quantize", "nvfp4"), "nvfp4, inputs too": ("--quantize", "nvfp4", "--activations", "same")}
+    "fp8": ("--quantize", "fp8"), "fp8, inputs too": ("--quantize", "fp8", "--activations", "same")}
 DRAWS = (1, 2, 3, 4)
 """seeds of PyTorch's rounding errors, besides the one that it has by itself"""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- figures: made by scripts/benchmark_quantize.py -->", "<!-- end of figures -->"
-BEGIN_INPUTS = "<!-- figures of FP8 and NVFP4: made by scripts/benchmark_quantize.py -->"
+BEGIN_INPUTS = "<!-- figures of FP8: made by scripts/benchmark_quantize.py -->"
 Result = Mapping[str, Any]
 WORDS = {True: "passed", False: "DIFFERENT", None: "-"}
 
@@ -30,7 +30,7 @@ def verdicts(report: Any) -> dict[str, Any]:
 
 
 def of_tensorrt(result: Result) -> list[str]:
-    """The table of FP8 and NVFP4."""
+    """The table of FP8."""
     found = result["tensorrt"]
     return [*table(["SmolLM2-135M-Instruct", "MB", "KL, nats", "perplexity", "same best token", "export exact",
                     "as shipped"],
