@@ -22,11 +22,9 @@ from gqa_export.lowering.quantized.passes import PASSES
 from gqa_export.quantized.facts import facts_of
 from gqa_export.quantized.matrix import QuantizedMatrix
 from gqa_export.targets import get_target
-from gqa_export.weights.packed import add_packed
-from gqa_export.weights.source_kinds import DequantizedSource
-from gqa_export.weights.sources import WeightStore
 
-from .test_quantized import FORMS, SPEC, close, made, write_part
+from .packed_model import write_packed
+from .test_quantized import FORMS, SPEC, close, made
 
 COLUMNS, ROWS = 96, 40
 LOW, HIGH = np.float32(-0.75), np.float32(0.5)
@@ -79,13 +77,7 @@ def run(matrix: QuantizedMatrix, folder: Path, tail: str = "none", rank: int = 3
     loaded = edit.load(model)
     run_passes(loaded, PASSES, context)
     lowered = edit.save(loaded)
-    store = WeightStore({"w": DequantizedSource(matrix)})
-    add_packed(store, {"w": matrix}, {"w": context.held["w"].parts})
-    with open(folder / "data", "wb") as file:
-        for tensor in lowered.graph.initializer:
-            if tensor.data_location == TensorProto.EXTERNAL:
-                write_part(tensor, store, file)
-    onnx.save(lowered, folder / "m.onnx")
+    write_packed(lowered, matrix, context, folder)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     options.log_severity_level = 3

@@ -23,10 +23,10 @@ from gqa_export.quantized.matrix import QuantizedMatrix
 from gqa_export.quantizing.matrices import weights_of
 from gqa_export.targets import get_target
 from gqa_export.weights.packed import add_packed
-from gqa_export.weights.source_kinds import DequantizedSource
 from gqa_export.weights.sources import WeightStore
 
-from .test_quantized import ORDER, SPEC, close, made, write_part
+from .packed_model import write_packed
+from .test_quantized import ORDER, SPEC, close, made
 
 EXPERTS, ROWS, COLUMNS = 5, 24, 96
 
@@ -82,13 +82,7 @@ def run(matrix: QuantizedMatrix, way: str, target: str, folder: Path, rows: int 
     loaded = edit.load(model)
     run_passes(loaded, PASSES, context)
     lowered = edit.save(loaded)
-    store = WeightStore({"w": DequantizedSource(matrix)})
-    add_packed(store, {"w": matrix}, {name: held.parts for name, held in context.held.items()})
-    with open(folder / "data", "wb") as file:
-        for tensor in lowered.graph.initializer:
-            if tensor.data_location == TensorProto.EXTERNAL:
-                write_part(tensor, store, file)
-    onnx.save(lowered, folder / "m.onnx")
+    write_packed(lowered, matrix, context, folder)
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = onnxruntime.InferenceSession(folder / "m.onnx", options, providers=["CPUExecutionProvider"])
